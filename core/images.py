@@ -1,0 +1,55 @@
+"""Pixel conventions, in one place: networks see [-1, 1], files hold uint8, losses and metrics use [0, 1]."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+
+def to_model_range(images: Tensor) -> Tensor:
+    """uint8 0..255 -> fp32 [-1, 1]."""
+    return images.float().div_(127.5).sub_(1.0)
+
+
+def to_unit_range(images: Tensor, clamp: bool = False) -> Tensor:
+    """[-1, 1] -> [0, 1] in the input's dtype; clamped on request."""
+    images = images * 0.5 + 0.5
+    return images.clamp(0, 1) if clamp else images
+
+
+def to_uint8(images: Tensor, rounding: str = "truncate") -> Tensor:
+    """[-1, 1] -> uint8 0..255, clamped first.
+
+    rounding "truncate" is trunc(255 x) of RecTok and ADM-style evaluators; "nearest" rounds half to even.
+    The product is taken in the input's dtype: bf16 in, bf16 product (RecTok's published numbers do that).
+    """
+    if rounding not in ("truncate", "nearest"):
+        raise ValueError(f'rounding is "truncate" or "nearest", not "{rounding}"')
+    scaled = to_unit_range(images, clamp=True) * 255.0
+    return (scaled.round() if rounding == "nearest" else scaled).to(torch.uint8)
+
+
+def grid(images: Tensor, columns: int | None = None, padding: int = 2) -> Tensor:
+    """(B, 3, H, W) uint8 -> one (3, H', W') uint8 picture, row by row on white. columns None: about square."""
+    count, channels, height, width = images.shape
+    columns = columns or math.ceil(math.sqrt(count))
+    rows = math.ceil(count / columns)
+    canvas = images.new_full((channels, rows * (height + padding) + padding, columns * (width + padding) + padding), 255)
+    for i, image in enumerate(images):
+        top, left = (i // columns) * (height + padding) + padding, (i % columns) * (width + padding) + padding
+        canvas[:, top : top + height, left : left + width] = image
+    return canvas
+
+
+def save_png(image: Tensor, path: str | Path) -> None:
+    """Write one (3, H, W) uint8 picture atomically."""
+    from PIL import Image
+
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.tmp")
+    Image.fromarray(image.permute(1, 2, 0).cpu().numpy()).save(temporary, format="PNG")
+    temporary.replace(path)

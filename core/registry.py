@@ -1,0 +1,52 @@
+"""Names in YAML -> classes, without importing anything until a name is used.
+
+    TOKENIZERS = Registry("tokenizer", {"rectok": "tokenizer.continuous.rectok:RecTok"})
+    TOKENIZERS.build({"name": "rectok", "width": 192}, image_size=64)
+
+A YAML file can only reach what is listed in a registry; it never names a Python path.
+"""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+from typing import Any, Callable
+
+from core.errors import UserError, nearest
+
+
+class Registry:
+    """A table of lazily imported constructors of one kind.
+
+    Args:
+        kind: what the entries are, for messages ("tokenizer").
+        entries: name -> "module:attribute".
+    """
+
+    def __init__(self, kind: str, entries: dict[str, str]):
+        self.kind, self.entries = kind, dict(entries)
+
+    def names(self) -> list[str]:
+        return sorted(self.entries)
+
+    def get(self, name: str) -> Callable[..., Any]:
+        """The constructor called `name`; UserError with the nearest known name if there is none."""
+        if name not in self.entries:
+            raise UserError(f'unknown {self.kind} "{name}".{nearest(name, self.entries)}')
+        module, attribute = self.entries[name].split(":")
+        return getattr(importlib.import_module(module), attribute)
+
+    def signature(self, name: str) -> dict[str, inspect.Parameter]:
+        """Keyword arguments that the constructor accepts, with their defaults and annotations."""
+        return dict(inspect.signature(self.get(name)).parameters)
+
+    def build(self, config: dict[str, Any], **defaults: Any) -> Any:
+        """Construct config["name"] from the other keys of `config`; `defaults` fill in what it accepts and lacks."""
+        config = dict(config)
+        name = config.pop("name")
+        accepted = self.signature(name)
+        unknown = [key for key in config if key not in accepted]
+        if unknown:
+            raise UserError("; ".join(f'{self.kind} "{name}" has no setting "{k}".{nearest(k, accepted)}' for k in unknown))
+        fill = {k: v for k, v in defaults.items() if k in accepted and config.get(k) is None}
+        return self.get(name)(**{**config, **fill})

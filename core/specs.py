@@ -1,0 +1,250 @@
+"""The objects through which tokenizers, generators, data and the trainer meet. Read this file first.
+
+A tokenizer turns images into latents and back; a generator models latents; a task says what one training step of
+either computes; a data source is a random-access list of samples. None of them imports another: `scripts/` builds
+them and hands them over. Nothing here has layers or touches a file.
+
+Shape letters: B batch, N tokens, C latent channels, K codebooks (branches), V codebook size, H x W pixels.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, Iterator, Protocol, runtime_checkable
+
+import torch
+from torch import Tensor, nn
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What a tokenizer produces
+# ---------------------------------------------------------------------------------------------------------------------
+@dataclass(frozen=True)
+class Continuous:
+    """A grid of real vectors: latents are (B, channels, grid[0], grid[1]) fp32, normalised to unit variance."""
+
+    grid: tuple[int, int]
+    channels: int
+
+    @property
+    def length(self) -> int:
+        return self.grid[0] * self.grid[1]
+
+    def __str__(self) -> str:
+        return f"continuous {self.channels} channels on a {self.grid[0]}x{self.grid[1]} grid"
+
+
+@dataclass(frozen=True)
+class Codes:
+    """K parallel sequences of codebook indices: latents are (B, length, branches) int64 in [0, vocab)."""
+
+    length: int
+    branches: int
+    vocab: int
+    dim: int
+    grid: tuple[int, int] | None = None
+
+    def __str__(self) -> str:
+        return f"{self.branches} x {self.length} codes from {self.vocab}"
+
+
+@dataclass(frozen=True)
+class MultiScale:
+    """Codes at growing resolutions, K branches each: latents are (B, sum of scale^2, branches) int64 in [0, vocab)."""
+
+    scales: tuple[int, ...]
+    branches: int
+    vocab: int
+    dim: int
+
+    def flatten(self) -> Codes:
+        """The same codes as one sequence, for generators that know nothing about scales."""
+        return Codes(sum(s * s for s in self.scales), self.branches, self.vocab, self.dim)
+
+    def __str__(self) -> str:
+        return f"{self.branches} x codes from {self.vocab} at scales {list(self.scales)}"
+
+
+LatentSpec = Continuous | Codes | MultiScale
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What flows through a training step
+# ---------------------------------------------------------------------------------------------------------------------
+@dataclass
+class Batch:
+    """Part of one global batch. Exactly one of `images` and `stored` is set."""
+
+    labels: Tensor  # (B,) int64
+    positions: Tensor  # (B,) int64: place of each sample in the whole run; keys every random draw made for it
+    images: Tensor | None = None  # (B, 3, H, W) uint8
+    stored: Tensor | None = None  # (B, ...) what Tokenizer.precompute returned for these samples
+    features: dict[str, Tensor] = field(default_factory=dict)  # cached teacher features, name -> (B, N, D)
+    replaced: list[str] = field(default_factory=list)  # keys of pictures that could not be read
+
+    def __len__(self) -> int:
+        return self.labels.shape[0]
+
+    def to(self, device: torch.device) -> "Batch":
+        """Same batch with its tensors on `device` (asynchronous when they are pinned)."""
+        def move(t: Tensor | None) -> Tensor | None:
+            return None if t is None else t.to(device, non_blocking=True)
+
+        features = {k: v.to(device, non_blocking=True) for k, v in self.features.items()}
+        return Batch(move(self.labels), move(self.positions), move(self.images), move(self.stored), features, self.replaced)
+
+
+@dataclass(frozen=True)
+class Progress:
+    """How far the run is. Schedules (learning rate, discriminator start, annealing) are functions of this alone."""
+
+    images_seen: int
+    total_images: int
+    images_per_epoch: int
+    step: int
+
+    @property
+    def epoch(self) -> float:
+        """Fractional epochs seen."""
+        return self.images_seen / self.images_per_epoch
+
+    @property
+    def fraction(self) -> float:
+        """0 at the start, 1 at the end of the run."""
+        return self.images_seen / self.total_images
+
+
+@dataclass
+class Loss:
+    """`total` is the scalar to minimise (fp32, with graph); `logs` are detached scalars by name."""
+
+    total: Tensor
+    logs: dict[str, Tensor] = field(default_factory=dict)
+
+
+@dataclass
+class Phase:
+    """One backward pass of a step: `loss` trains the network called `network` and no other."""
+
+    network: str
+    loss: Loss
+
+
+@dataclass
+class Recon:
+    """A tokenizer's training-time forward.
+
+    `terms` are the regularisers that only this tokenizer knows (KL, commitment, entropy ...): fp32 scalars, unweighted.
+    `predictions` are its guesses of frozen teachers' features, teacher name -> (B, N, D).
+    `masked` marks tokens hidden from the encoder, (B, N) bool, or None.
+    """
+
+    images: Tensor  # (B, 3, H, W), nominally in [-1, 1], not clamped
+    terms: dict[str, Tensor] = field(default_factory=dict)
+    predictions: dict[str, Tensor] = field(default_factory=dict)
+    masked: Tensor | None = None
+    details: dict[str, Any] = field(default_factory=dict)  # intermediate tensors, for parity tests and probes
+
+
+@dataclass(frozen=True)
+class Guidance:
+    """How to sharpen samples. scale 1 (or less) means none.
+
+    kind "cfg": against the unconditional prediction; "auto": against a weaker model (`guide`).
+    The guided prediction is used where t lies in `interval` (inclusive), elsewhere the plain conditional one.
+    """
+
+    scale: float = 1.0
+    kind: str = "cfg"
+    interval: tuple[float, float] = (0.0, 1.0)
+    guide: Any = None  # the weaker generator of kind "auto"
+
+    @property
+    def active(self) -> bool:
+        return self.scale > 1.0
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Who implements what
+# ---------------------------------------------------------------------------------------------------------------------
+@runtime_checkable
+class Tokenizer(Protocol):
+    """nn.Module that maps images (B, 3, H, W) in [-1, 1] to latents and back."""
+
+    spec: LatentSpec
+    image_size: int
+
+    def forward(self, images: Tensor, draws) -> Recon:
+        """Training pass: reconstruct with every random draw taken from `draws` (core.rng.Draws)."""
+
+    def encode(self, images: Tensor, draws=None) -> Tensor:
+        """Latents as `spec` says. Without draws the most likely ones, with draws a posterior sample."""
+
+    def decode(self, latents: Tensor, draws=None) -> Tensor:
+        """Images in [-1, 1], not clamped."""
+
+    def precompute(self, images: Tensor) -> Tensor:
+        """What is worth storing of `encode`, (B, ...): moments for a Gaussian posterior, codes for a quantiser."""
+
+    def from_stored(self, stored: Tensor, draws=None) -> Tensor:
+        """`encode` from what `precompute` returned: from_stored(precompute(x), d) == encode(x, d)."""
+
+
+@runtime_checkable
+class Generator(Protocol):
+    """nn.Module that models the latents of any tokenizer it `fits`."""
+
+    def fits(self, spec: LatentSpec) -> list[str]:
+        """Sentences for the user that say what does not match; empty when the pair works."""
+
+    def forward(self, latents: Tensor, labels: Tensor, draws, progress: Progress | None = None) -> Loss:
+        """Training loss of a batch."""
+
+    def sample(self, labels: Tensor, draws, guidance: Guidance = Guidance(), **options) -> Tensor:
+        """Latents for `labels` (B,), every random draw taken from `draws`."""
+
+
+@runtime_checkable
+class Task(Protocol):
+    """What one training step computes. The trainer owns backward, optimisers, EMA, checkpoints and schedules."""
+
+    primary: str  # the network a user wants: gets an EMA, is previewed and evaluated
+
+    def networks(self) -> dict[str, nn.Module]:
+        """Trained networks by name, saved in every checkpoint."""
+
+    def frozen(self) -> dict[str, nn.Module]:
+        """Networks that only help (teachers, perceptual nets, the tokenizer of a generator): moved, never saved."""
+
+    def phases(self, nets: dict[str, Any], batch: Batch, draws, progress: Progress) -> Iterator[Phase]:
+        """Yield one Phase per trained network. `nets` are the networks as wrapped by the trainer (DDP, compile).
+
+        The trainer runs backward on a phase before it asks for the next one.
+        """
+
+    def preview(self, network: nn.Module, draws, count: int) -> Tensor:
+        """(M, 3, H, W) in [-1, 1]: pictures that show the state of the run, the same ones each time."""
+
+
+@dataclass
+class Sample:
+    """One element of a data source, before batching."""
+
+    image: Any  # PIL.Image in RGB
+    label: int
+    key: str  # names the sample in messages
+
+
+@runtime_checkable
+class DataSource(Protocol):
+    """Random access to labelled pictures."""
+
+    num_classes: int
+    class_names: list[str]
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int) -> Sample: ...
+
+    def fingerprint(self) -> str:
+        """Changes when the list of samples changes. Stored with checkpoints and caches."""
