@@ -216,6 +216,9 @@ class Task(Protocol):
     def frozen(self) -> dict[str, nn.Module]:
         """Networks that only help (teachers, perceptual nets, the tokenizer of a generator): moved, never saved."""
 
+    def constants(self) -> dict[str, Tensor]:
+        """Tensors that are not trained but belong with the weights (latent statistics); {} for none."""
+
     def phases(self, nets: dict[str, Any], batch: Batch, draws, progress: Progress) -> Iterator[Phase]:
         """Yield one Phase per trained network. `nets` are the networks as wrapped by the trainer (DDP, compile).
 

@@ -1,0 +1,7 @@
+"""Generators: models of latents. Names here are what `generator.name` in a YAML file may be."""
+
+from core.registry import Registry
+
+GENERATORS = Registry("generator", {
+    "dit_dh": "generator.dit.dit_dh:DiTDH",
+})

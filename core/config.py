@@ -1,0 +1,439 @@
+"""YAML + dotted overrides -> a typed, fully checked run configuration.
+
+    config = load("configs/rectok/tokenizer.yaml", ["train.global_batch=256"], registries)
+
+OmegaConf reads the YAML, applies the overrides and resolves ${...}; this file holds the schema and reports every
+mistake at once, each with the key, what was given, what was expected and the nearest valid name. A YAML may start
+from another one with `base: other.yaml` (relative to itself).
+
+Sections named after a registry (tokenizer, generator, discriminator ...) are components: `name` picks a class from
+the registry and the remaining keys are its constructor arguments, checked against its signature.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+import types
+import typing
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Any, Literal, Mapping, Union, get_args, get_origin
+
+from core.errors import UserError, nearest
+from core.registry import Registry
+
+RESERVED = {"name", "weights", "use_ema"}  # component keys that are not constructor arguments
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Durations: "200ep", "5000step", "1.5Mimg"
+# ---------------------------------------------------------------------------------------------------------------------
+class Duration(str):
+    """A length of training with its unit: ep (epochs), step, img, kimg or Mimg. "0ep" and "never" are allowed."""
+
+    PATTERN = re.compile(r"^\s*(\d+(?:\.\d+)?)\s*(ep|step|img|kimg|Mimg)s?\s*$")
+
+    @classmethod
+    def parse(cls, text: Any) -> "Duration":
+        if isinstance(text, str) and (text == "never" or cls.PATTERN.match(text)):
+            return cls(text)
+        raise ValueError('a duration such as "200ep", "5000step", "1.5Mimg" or "never"')
+
+    def images(self, images_per_epoch: int, global_batch: int) -> int:
+        """In images, rounded to the nearest whole step. "never" is 0."""
+        if self == "never":
+            return 0
+        number, unit = self.PATTERN.match(self).groups()
+        per_unit = {"ep": images_per_epoch, "step": global_batch, "img": 1, "kimg": 1_000, "Mimg": 1_000_000}[unit]
+        return round(float(number) * per_unit / global_batch) * global_batch
+
+
+def setting(default: Any, help: str, low: float | None = None, high: float | None = None):
+    """A dataclass field with a line of help and an allowed range. `...` as default makes it mandatory."""
+    metadata = {"help": help, "low": low, "high": high}
+    if default is ...:
+        return field(metadata={**metadata, "required": True}, default=None)
+    if isinstance(default, (dict, list)) or dataclasses.is_dataclass(default):
+        return field(default_factory=lambda: default if not dataclasses.is_dataclass(default) else type(default)(),
+                     metadata=metadata)
+    return field(default=default, metadata=metadata)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The schema
+# ---------------------------------------------------------------------------------------------------------------------
+@dataclass
+class DataConfig:
+    url: str = setting(..., "folder://DIR, list://FILE.txt?root=DIR, wds://SHARDS, embedded://emoji64")
+    split: str = setting("train", "split of sources that have several")
+    val_url: str | None = setting(None, "pictures to evaluate on; embedded:// sources default to their own val split")
+    crop: Literal["center", "random_resized", "random"] = setting("center", "how pictures are brought to image_size")
+    flip: bool = setting(True, "mirror half of the pictures")
+    workers: int = setting(4, "decoding processes per rank; 0 decodes in the main process", low=0)
+    on_corrupt: Literal["replace", "raise"] = setting("replace", "what to do with a picture that cannot be read")
+    cache_features: bool = setting(False, "compute teacher features once per picture and keep them on disk")
+    cache_latents: bool = setting(False, "compute latents once per picture and train the generator on them")
+    cache_dir: str = setting("work_dirs/cache", "where those caches live; named by fingerprint, shared by runs")
+
+
+@dataclass
+class OptimizerConfig:
+    base_lr: float | None = setting(None, "learning rate per 256 pictures: lr = base_lr * global_batch / 256", low=0)
+    lr: float | None = setting(None, "learning rate as it is (give this or base_lr)", low=0)
+    betas: list[float] = setting([0.9, 0.95], "AdamW moment decays")
+    eps: float = setting(1e-8, "AdamW epsilon", low=0)
+    weight_decay: float = setting(0.0, "decoupled weight decay; networks name the parameters that are spared", low=0)
+    grad_clip: float = setting(1.0, "largest global gradient norm, per network; 0 turns clipping off", low=0)
+
+
+@dataclass
+class ScheduleConfig:
+    kind: Literal["constant", "cosine", "linear"] = setting("constant", "shape of the decay to min_lr")
+    warmup: Duration = setting(Duration("0ep"), "linear rise from 0")
+    min_lr: float = setting(0.0, "learning rate at the end of the decay", low=0)
+    decay_start: Duration | None = setting(None, "start of the decay; default: end of the warm-up")
+    decay_end: Duration | None = setting(None, "end of the decay; default: end of the run")
+
+
+@dataclass
+class TrainConfig:
+    duration: Duration = setting(..., "length of the run")
+    global_batch: int = setting(..., "pictures per optimiser step over all ranks; the recipe, not the hardware", low=1)
+    micro_batch: int = setting(0, "pictures per rank and forward pass; gradients accumulate. 0: all at once", low=0)
+    optimizer: OptimizerConfig = setting(OptimizerConfig(), "AdamW")
+    schedule: ScheduleConfig = setting(ScheduleConfig(), "learning rate as a function of images seen")
+    ema: list[float] = setting([0.999], "decays of the moving averages of the weights; the first is evaluated")
+    init_from: str | None = setting(None, "start from these weights: run folder, checkpoint, file or hf://")
+    device: Literal["auto", "cpu", "cuda"] = setting("auto", "auto takes CUDA where there is one")
+    precision: Literal["fp32", "bf16"] = setting("bf16", "of matrix products; losses, norms and weights stay fp32")
+    compile: bool = setting(False, "torch.compile every block")
+    activation_checkpointing: bool = setting(False, "recompute blocks in backward: less memory, a third slower")
+    deterministic: bool = setting(False, "deterministic kernels: bit-equal reruns on a GPU too, slower")
+    sync_batch_norm: bool = setting(True, "batch statistics over all ranks, so that the rank count changes nothing")
+    log_every: Duration = setting(Duration("50step"), "metrics.jsonl and progress line")
+    preview_every: Duration = setting(Duration("never"), "sample grid in samples/")
+    eval_every: Duration = setting(Duration("never"), "online evaluation")
+    checkpoint_every: Duration = setting(Duration("1ep"), "how much a crash may cost")
+    keep_checkpoints: int = setting(3, "newest ones to keep", low=1)
+    milestone_every: Duration = setting(Duration("never"), "checkpoints that are never deleted")
+    time_limit_minutes: float = setting(0.0, "save and exit with code 75 after this long; 0: no limit", low=0)
+    max_nonfinite_steps: int = setting(20, "give up after so many bad steps in a row", low=1)
+
+
+@dataclass
+class EvalConfig:
+    num_images: int = setting(0, "pictures per online evaluation; 0: as many as the val split has", low=0)
+    batch: int = setting(64, "pictures per forward pass", low=1)
+    network: str = setting("auto", "feature network of the Frechet distance")
+
+
+@dataclass
+class SampleConfig:
+    steps: int = setting(50, "points of the sampler's time grid", low=2)
+    scale: float = setting(1.0, "guidance scale; 1 is none", low=0)
+    guidance: Literal["cfg", "auto"] = setting("cfg", "cfg: against no class; auto: against a weaker model (guide)")
+    interval: list[float] = setting([0.0, 1.0], "guide only while t is inside")
+    guide: str | None = setting(None, "weights of the weaker model of guidance: auto")
+
+
+@dataclass
+class LogConfig:
+    wandb: bool = setting(False, "also log to Weights & Biases (WANDB_MODE=offline works)")
+    wandb_project: str = setting("tessera", "its project")
+    wandb_entity: str | None = setting(None, "its entity")
+    tensorboard: bool = setting(False, "also write tensorboard event files")
+
+
+@dataclass
+class RunConfig:
+    name: str = setting(..., "of the run: its folder in work_dir")
+    task: Literal["tokenizer", "generator"] = setting(..., "what is trained")
+    work_dir: str = setting("work_dirs", "folder of all runs")
+    seed: int = setting(0, "of every random draw", low=0)
+    tokenizer: Annotated[dict, "tokenizer"] = setting(..., "name and arguments, or only `weights`")
+    generator: Annotated[dict, "generator"] | None = setting(None, "name and arguments")
+    objective: Annotated[dict, "objective"] | None = setting(None, "losses of a tokenizer")
+    discriminator: Annotated[dict, "discriminator"] | None = setting(None, "name and arguments")
+    teachers: Annotated[dict, "teacher", "table"] = setting({}, "frozen feature networks: name -> arguments")
+    data: DataConfig = setting(..., "pictures")
+    train: TrainConfig = setting(..., "the loop")
+    eval: EvalConfig = setting(EvalConfig(), "online and final evaluation")
+    sample: SampleConfig = setting(SampleConfig(), "how previews and evaluations sample")
+    log: LogConfig = setting(LogConfig(), "extra sinks")
+
+    @property
+    def run_dir(self) -> Path:
+        return Path(self.work_dir) / self.name
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Checking
+# ---------------------------------------------------------------------------------------------------------------------
+def _describe(hint: Any) -> str:
+    """A type as a user would say it."""
+    origin = get_origin(hint)
+    if origin is Literal:
+        return " or ".join(f'"{c}"' for c in get_args(hint))
+    if origin in (Union, types.UnionType):
+        return " or ".join(_describe(a) for a in get_args(hint))
+    names = {int: "a whole number", float: "a number", bool: "true or false", str: "a text", list: "a list",
+             dict: "a table of keys", type(None): "null"}
+    return names.get(origin or hint, getattr(hint, "__name__", str(hint)))
+
+
+class _Checker:
+    """Walks a plain dictionary along a schema and collects problems instead of stopping at the first."""
+
+    def __init__(self, registries: Mapping[str, Registry]):
+        self.registries = registries
+        self.problems: list[str] = []
+
+    def wrong(self, path: str, message: str) -> None:
+        self.problems.append(f"{path}: {message}")
+
+    def value(self, path: str, given: Any, hint: Any) -> Any:
+        """`given` as an instance of the type `hint`; a problem is noted when it is not one."""
+        if hint is Any or hint is None or isinstance(hint, (str, typing.TypeVar)):
+            return given
+        origin, arguments = get_origin(hint), get_args(hint)
+        if origin is Annotated:
+            return self.component(path, given, arguments[1], table="table" in arguments)
+        if origin in (Union, types.UnionType):
+            return self.union(path, given, hint, arguments)
+        if dataclasses.is_dataclass(hint):
+            return self.section(path, given, hint)
+        if origin is Literal:
+            if given not in arguments:
+                self.wrong(path, f"expected {_describe(hint)}, got {given!r}."
+                           + (nearest(given, map(str, arguments)) if isinstance(given, str) else ""))
+            return given
+        if hint is Duration:
+            try:
+                return Duration.parse(given)
+            except ValueError as expected:
+                self.wrong(path, f"expected {expected}, got {given!r}.")
+                return given
+        if origin in (list, tuple):
+            if not isinstance(given, (list, tuple)):
+                self.wrong(path, f"expected a list, got {given!r}.")
+                return given
+            inner = arguments[0] if arguments else Any
+            items = [self.value(f"{path}[{i}]", item, inner) for i, item in enumerate(given)]
+            return tuple(items) if origin is tuple else items
+        if origin is dict or hint is dict:
+            if not isinstance(given, dict):
+                self.wrong(path, f"expected a table of keys, got {given!r}.")
+                return given
+            inner = arguments[1] if len(arguments) == 2 else Any
+            return {k: self.value(f"{path}.{k}", v, inner) for k, v in given.items()}
+        if hint is float and isinstance(given, int) and not isinstance(given, bool):
+            return float(given)
+        if isinstance(hint, type) and hint in (int, float, str, bool, list, tuple, type(None)):
+            if type(given) is not hint and not (hint is tuple and isinstance(given, list)):
+                self.wrong(path, f"expected {_describe(hint)}, got {given!r}.")
+        return given
+
+    def union(self, path: str, given: Any, hint: Any, arguments: tuple) -> Any:
+        if given is None and type(None) in arguments:
+            return None
+        found = [a for a in arguments if a is not type(None)]
+        if len(found) == 1:
+            return self.value(path, given, found[0])
+        for option in found:  # the first type that takes the value without complaint
+            trial = _Checker(self.registries)
+            result = trial.value(path, given, option)
+            if not trial.problems:
+                return result
+        self.wrong(path, f"expected {_describe(hint)}, got {given!r}.")
+        return given
+
+    def section(self, path: str, given: Any, schema: type) -> Any:
+        """A nested dataclass."""
+        if given is None:
+            given = {}
+        if not isinstance(given, dict):
+            self.wrong(path, f"expected a table of keys, got {given!r}.")
+            return None
+        hints = typing.get_type_hints(schema, include_extras=True)
+        fields = {f.name: f for f in dataclasses.fields(schema)}
+        values = {}
+        for key in given:
+            if key not in fields:
+                self.wrong(f"{path}.{key}".lstrip("."), f"unknown key.{nearest(key, fields)}")
+        for key, spec in fields.items():
+            where = f"{path}.{key}".lstrip(".")
+            if key not in given:
+                if spec.metadata.get("required"):
+                    nested = dataclasses.is_dataclass(hints[key])
+                    if nested:  # name the mandatory keys inside rather than the section
+                        self.section(where, {}, hints[key])
+                    else:
+                        self.wrong(where, f"is missing: {spec.metadata['help']}.")
+                continue
+            values[key] = self.value(where, given[key], hints[key])
+            low, high = spec.metadata.get("low"), spec.metadata.get("high")
+            if isinstance(values[key], (int, float)) and not isinstance(values[key], bool):
+                if low is not None and values[key] < low or high is not None and values[key] > high:
+                    bounds = f"at least {low}" if high is None else f"between {low} and {high}"
+                    self.wrong(where, f"must be {bounds}, got {values[key]!r}.")
+        return schema(**values)
+
+    def component(self, path: str, given: Any, kind: str, table: bool) -> Any:
+        """{name: ..., arguments ...} against the signature of what the registry holds; a table has names as keys."""
+        if given is None and table:
+            return {}
+        if not isinstance(given, dict):
+            self.wrong(path, f"expected a table with a name, got {given!r}.")
+            return given
+        if table:
+            return {name: {"name": name, **self.component(f"{path}.{name}", {"name": name, **(arguments or {})}, kind, False)}
+                    for name, arguments in given.items()}
+        registry = self.registries.get(kind)
+        if registry is None:
+            return given
+        if "name" not in given:
+            if len(registry.entries) == 1:
+                given = {"name": registry.names()[0], **given}
+            elif "weights" in given:  # the weights know what they are
+                return given
+            else:
+                self.wrong(path, f"needs a name.{nearest('', registry.entries)}")
+                return given
+        try:
+            accepted = registry.signature(given["name"])
+        except UserError as error:
+            self.wrong(f"{path}.name", str(error))
+            return given
+        hints = typing.get_type_hints(_init_of(registry.get(given["name"])))
+        result = dict(given)
+        for key, item in given.items():
+            if key in RESERVED:
+                continue
+            if key not in accepted:
+                self.wrong(f"{path}.{key}", f'{kind} "{given["name"]}" has no such setting.{nearest(key, accepted)}')
+            else:
+                result[key] = self.value(f"{path}.{key}", item, hints.get(key, Any))
+        return result
+
+
+def _init_of(constructor: Any) -> Any:
+    return constructor.__init__ if isinstance(constructor, type) else constructor
+
+
+def _cross_checks(config: RunConfig) -> list[str]:
+    """What no single key can tell."""
+    problems = []
+    optimizer = config.train.optimizer
+    if (optimizer.lr is None) == (optimizer.base_lr is None):
+        problems.append("train.optimizer: give exactly one of lr and base_lr.")
+    if len(optimizer.betas) != 2 or not all(0 <= b < 1 for b in optimizer.betas):
+        problems.append(f"train.optimizer.betas: expected two numbers in [0, 1), got {optimizer.betas}.")
+    if any(not 0 <= d < 1 for d in config.train.ema):
+        problems.append(f"train.ema: decays lie in [0, 1), got {config.train.ema}.")
+    if config.train.micro_batch and config.train.global_batch % config.train.micro_batch:
+        problems.append(f"train.micro_batch: {config.train.micro_batch} does not divide "
+                        f"global_batch {config.train.global_batch}.")
+    if config.task == "generator" and config.generator is None:
+        problems.append('generator: is missing, and task is "generator".')
+    if config.task == "tokenizer" and config.objective is None:
+        problems.append('objective: is missing, and task is "tokenizer".')
+    if config.sample.guidance == "auto" and config.sample.scale > 1 and not config.sample.guide:
+        problems.append("sample.guide: autoguidance needs the weights of a weaker model.")
+    if len(config.sample.interval) != 2:
+        problems.append(f"sample.interval: expected [low, high], got {config.sample.interval}.")
+    if not config.name or "/" in config.name or config.name.startswith("."):
+        problems.append(f'name: becomes a folder name, so "{config.name}" will not do.')
+    return problems
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Loading and dumping
+# ---------------------------------------------------------------------------------------------------------------------
+def _read_yaml(path: Path, seen: tuple[Path, ...] = ()):
+    from omegaconf import OmegaConf
+
+    if not path.is_file():
+        folder = path.parent if path.parent.is_dir() else Path("configs")
+        known = [str(p) for p in folder.rglob("*.yaml")]
+        raise UserError(f"there is no config {path}.{nearest(str(path), known)}")
+    if path.resolve() in seen:
+        raise UserError(f"{path} is its own base.")
+    try:
+        config = OmegaConf.load(path)
+    except Exception as error:  # the YAML parser has many exception types, all of which mean: not YAML
+        raise UserError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from None
+    if config is None or not OmegaConf.is_dict(config):
+        raise UserError(f"{path} should hold a table of keys.")
+    base = config.pop("base", None)
+    if base is None:
+        return config
+    return OmegaConf.merge(_read_yaml(path.parent / base, (*seen, path.resolve())), config)
+
+
+def load(path: str | Path, overrides: list[str], registries: Mapping[str, Registry]) -> RunConfig:
+    """Read, override, check. Raises UserError with every mistake found.
+
+    Args:
+        path: YAML file.
+        overrides: "train.global_batch=256" and the like.
+        registries: what component sections may name, by section kind.
+    """
+    from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+
+    malformed = [o for o in overrides if "=" not in o or o.startswith("-")]
+    if malformed:
+        raise UserError(f"overrides look like train.global_batch=256, not {' '.join(malformed)}")
+    try:
+        merged = OmegaConf.merge(_read_yaml(Path(path)), OmegaConf.from_dotlist(overrides))
+        plain = OmegaConf.to_container(merged, resolve=True)
+    except OmegaConfBaseException as error:
+        raise UserError(f"{path}: {str(error).splitlines()[0]}") from None
+    return check(plain, registries, source=str(path))
+
+
+def check(plain: dict[str, Any], registries: Mapping[str, Registry], source: str) -> RunConfig:
+    """A RunConfig from plain data. `source` names where it came from in the message."""
+    checker = _Checker(registries)
+    config = checker.section("", plain, RunConfig)
+    problems = checker.problems or _cross_checks(config)
+    if problems:
+        count = "a mistake" if len(problems) == 1 else f"{len(problems)} mistakes"
+        raise UserError(f"{source} has {count}:\n" + "\n".join(f"  - {p}" for p in problems))
+    return config
+
+
+def to_plain(config: Any) -> dict[str, Any]:
+    """The resolved configuration as plain data that YAML and JSON can hold."""
+    def plain(value: Any) -> Any:
+        if dataclasses.is_dataclass(value):
+            return {f.name: plain(getattr(value, f.name)) for f in dataclasses.fields(value)}
+        if isinstance(value, dict):
+            return {k: plain(v) for k, v in value.items()}
+        if isinstance(value, (list, tuple)):
+            return [plain(v) for v in value]
+        return str(value) if isinstance(value, Duration) else value
+
+    return plain(config)
+
+
+def to_yaml(config: Any) -> str:
+    """The resolved configuration as YAML."""
+    import yaml
+
+    return yaml.safe_dump(to_plain(config), sort_keys=False, allow_unicode=True)
+
+
+def help_text(schema: type = RunConfig, prefix: str = "") -> str:
+    """Every setting with its default and its line of help, for --help."""
+    lines = []
+    hints = typing.get_type_hints(schema, include_extras=True)
+    for spec in dataclasses.fields(schema):
+        if dataclasses.is_dataclass(hints[spec.name]):
+            lines.append(help_text(hints[spec.name], f"{prefix}{spec.name}."))
+            continue
+        default = spec.default if spec.default_factory is dataclasses.MISSING else spec.default_factory()
+        shown = "required" if spec.metadata.get("required") else default
+        lines.append(f"  {prefix + spec.name:<34} {spec.metadata.get('help', '')} [{shown}]")
+    return "\n".join(lines)

@@ -1,0 +1,133 @@
+"""Files that are either whole or absent: atomic writes, checksums, free space, and errors a person can act on.
+
+Nothing here knows what is inside a file. Checkpoints are in core/train/checkpoint.py, weights in core/hub.py.
+"""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
+import os
+import shutil
+import threading
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Iterator
+
+from core.errors import UserError
+
+# What the operating system reports -> what is wrong and what to do about it.
+_ADVICE = {
+    errno.ENOSPC: "the disk is full. Free some space or choose another folder, then try again",
+    errno.EDQUOT: "your disk quota is used up. Delete what you no longer need or choose another folder, then try again",
+    errno.EFBIG: "the file is larger than the system allows. Raise the limit (ulimit -f) or choose another folder",
+    errno.EACCES: "permission denied. Choose a folder you may use, or ask its owner for access",
+    errno.EPERM: "the operation is not permitted. Choose a folder you may use, or ask its owner for access",
+    errno.EROFS: "the file system is read-only. Choose a folder on a writable disk",
+    errno.ENOENT: "no such file or folder. Check the spelling of the path",
+    errno.ENOTDIR: "a part of the path is a file, not a folder. Check the path",
+    errno.EISDIR: "this is a folder, a file was expected. Check the path",
+    errno.ENAMETOOLONG: "the name is too long for this file system. Choose a shorter one",
+    errno.EMFILE: "too many files are open. Raise the limit (ulimit -n)",
+    errno.EIO: "the disk reported an input/output error. Check its health and choose another folder",
+}
+
+
+@contextmanager
+def explain_os_errors(path: str | os.PathLike) -> Iterator[None]:
+    """Turn an OSError with a known cause into a UserError that names `path` and says what to do."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in _ADVICE:
+            raise
+        raise UserError(f"{os.fspath(path)}: {_ADVICE[error.errno]}.") from error
+
+
+def human_bytes(count: int) -> str:
+    """1536 -> "1.5 KiB"."""
+    if abs(count) < 1024:
+        return f"{count} bytes"
+    value = float(count)
+    for unit in ("KiB", "MiB", "GiB", "TiB", "PiB"):
+        value /= 1024
+        if abs(value) < 1024 or unit == "PiB":
+            break
+    return f"{value:.1f} {unit}"
+
+
+def fsync_file(path: str | os.PathLike) -> None:
+    """Make the contents of a closed file survive a power cut."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def fsync_folder(path: str | os.PathLike) -> None:
+    """Make renames inside a folder survive a power cut."""
+    try:
+        fsync_file(path)
+    except OSError as error:
+        # Some network file systems cannot sync a folder. The rename is atomic all the same.
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP):
+            raise
+
+
+def write_atomic(path: str | os.PathLike, data: bytes | str) -> None:
+    """Write a whole file: after a crash at any moment, `path` holds the old contents or the new, nothing between."""
+    path = Path(path)
+    temporary = path.with_name(f".{path.name}.tmp-{os.getpid()}-{threading.get_ident()}")
+    with explain_os_errors(path):
+        try:
+            with open(temporary, "wb") as file:
+                file.write(data.encode("utf-8") if isinstance(data, str) else data)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(temporary, path)
+        except BaseException:
+            temporary.unlink(missing_ok=True)
+            raise
+        fsync_folder(path.parent)
+
+
+def to_json(value: Any) -> str:
+    """The one way we write JSON: sorted, indented, readable in any language, floats exact."""
+    return json.dumps(value, sort_keys=True, indent=2, ensure_ascii=False) + "\n"
+
+
+def write_json(path: str | os.PathLike, value: Any) -> None:
+    write_atomic(path, to_json(value))
+
+
+def read_json(path: str | os.PathLike) -> Any:
+    """The contents of a JSON file; UserError when it is missing or not JSON."""
+    with explain_os_errors(path):
+        data = Path(path).read_bytes()
+    try:
+        return json.loads(data.decode("utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{os.fspath(path)}: not valid JSON ({error}). It is damaged or was edited by hand.") from error
+
+
+def sha256_file(path: str | os.PathLike) -> str:
+    """Hex digest, read in pieces."""
+    digest = hashlib.sha256()
+    piece = memoryview(bytearray(1 << 20))
+    with open(path, "rb", buffering=0) as file:
+        while count := file.readinto(piece):
+            digest.update(piece[:count])
+    return digest.hexdigest()
+
+
+def require_space(folder: str | os.PathLike, needed: int) -> None:
+    """UserError when `needed` bytes do not fit on the disk of `folder`."""
+    with explain_os_errors(folder):
+        free = shutil.disk_usage(folder).free
+    if free < needed:
+        raise UserError(
+            f"{os.fspath(folder)}: {human_bytes(needed)} are needed and {human_bytes(free)} are free. "
+            "Free some space or choose another folder, then try again."
+        )

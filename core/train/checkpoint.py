@@ -1,0 +1,400 @@
+"""Checkpoints that are either complete or absent, written while training goes on.
+
+    <run>/checkpoints/step_00000500/{model,ema,...}.safetensors state.json manifest.json      latest -> step_00000500
+
+A checkpoint is written to `.tmp-step_00000500-<pid>`, every file synced, the manifest (sizes and sha256) last; then the
+folder is renamed. Loading takes the newest folder whose manifest verifies and says what it passed over. Nothing is
+pickled: tensors are safetensors, everything else is JSON. Only rank 0 writes; any rank may read.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import os
+import re
+import shutil
+import threading
+from pathlib import Path
+from typing import Any, Callable
+
+import torch
+from torch import Tensor
+
+from core.errors import UserError, nearest
+from core.files import explain_os_errors, fsync_file, fsync_folder, read_json
+from core.files import require_space, sha256_file, to_json, write_atomic
+from core.train.optimizer_state import flatten_optimizer, restore_optimizer  # noqa: F401 (what goes into checkpoints)
+
+FORMAT = 1
+MANIFEST, STATE = "manifest.json", "state.json"
+_STEP = re.compile(r"step_(\d{8,})")
+_LEFTOVER = re.compile(r"\.(tmp|old)-(step_\d{8,}|latest)-(\d+)")
+_STEM = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*")
+
+
+def step_name(step: int) -> str:
+    return f"step_{step:08d}"
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Reading
+# ---------------------------------------------------------------------------------------------------------------------
+def read_tensors(path: str | os.PathLike) -> dict[str, Tensor]:
+    """All tensors of a safetensors file, mapped from disk; UserError that names the file when it is damaged."""
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    with explain_os_errors(path):
+        open(path, "rb").close()  # safetensors' own message for an unreadable file names no reason
+        try:
+            return load_file(os.fspath(path))
+        # The last three are what a header with impossible types, sizes or names raises.
+        except (SafetensorError, ValueError, KeyError, RuntimeError) as error:
+            raise UserError(
+                f"{os.fspath(path)}: not a whole safetensors file ({error}). Delete it and copy or download it again."
+            ) from error
+
+
+def _manifest_digest(manifest: dict) -> str:
+    """Protects the manifest itself: every field but the digest."""
+    return hashlib.sha256(to_json({k: v for k, v in manifest.items() if k != "sha256"}).encode()).hexdigest()
+
+
+def _read_manifest(path: Path) -> dict:
+    manifest = read_json(path / MANIFEST)
+    whole = isinstance(manifest, dict) and (path / MANIFEST).read_bytes() == to_json(manifest).encode()
+    if not whole or manifest.get("sha256") != _manifest_digest(manifest):
+        raise UserError(f"{path / MANIFEST}: contents changed since it was written.")
+    if manifest["format"] != FORMAT:
+        raise UserError(f"{path / MANIFEST}: format {manifest['format']}, this version reads {FORMAT}. Update Tessera.")
+    return manifest
+
+
+def find_damage(path: str | os.PathLike, contents: bool = True) -> list[str]:
+    """Sentences that name each missing or changed file; empty for a good checkpoint.
+
+    contents False skips the checksums and looks at names and sizes only.
+    """
+    path = Path(path)
+    problems = []
+    try:
+        manifest = _read_manifest(path)
+        if path.name != step_name(manifest["step"]) and _STEP.fullmatch(path.name):
+            problems.append(f"{path / MANIFEST}: belongs to {step_name(manifest['step'])}.")
+        for name, expected in manifest["files"].items():
+            file = path / name
+            if not file.is_file():
+                problems.append(f"{file}: missing.")
+            elif file.stat().st_size != expected["bytes"]:
+                problems.append(f"{file}: {file.stat().st_size} bytes instead of {expected['bytes']}.")
+            elif contents and sha256_file(file) != expected["sha256"]:
+                problems.append(f"{file}: contents changed since it was written (sha256 differs).")
+    except UserError as error:
+        problems.append(str(error))
+    except OSError as error:  # a failing disk is damage too
+        problems.append(f"{error.filename or path}: {error.strerror}.")
+    return problems
+
+
+class Checkpoint:
+    """One checkpoint folder. Opening it reads the two JSON files and trusts the rest; see `find_damage`."""
+
+    def __init__(self, path: str | os.PathLike):
+        self.path = Path(path)
+        manifest = _read_manifest(self.path)
+        self.step: int = manifest["step"]
+        self.milestone: bool = manifest["milestone"]
+        self.files: list[str] = sorted(manifest["files"])
+        self.state: dict[str, Any] = read_json(self.path / STATE)
+
+    def tensors(self, stem: str) -> dict[str, Tensor]:
+        """The tensors saved under this name, on the CPU, mapped from disk."""
+        name = f"{stem}.safetensors"
+        if name not in self.files:
+            stems = [f.removesuffix(".safetensors") for f in self.files if f.endswith(".safetensors")]
+            raise UserError(f'{self.path} holds no "{stem}".{nearest(stem, stems)}')
+        return read_tensors(self.path / name)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Writing
+# ---------------------------------------------------------------------------------------------------------------------
+def _snapshot(tensors: dict[str, dict[str, Tensor]]) -> tuple[dict[str, dict[str, Tensor]], list]:
+    """Private CPU copies, and the events after which those that come from a GPU are complete.
+
+    The copies are queued on the current stream, ahead of the next optimiser step; the training thread does not wait.
+    """
+    devices = set()
+
+    def copy(t: Tensor) -> Tensor:
+        t = t.detach()
+        if t.device.type == "cpu":
+            return t.clone(memory_format=torch.contiguous_format)
+        if t.device.type == "cuda":
+            devices.add(t.device)
+            return torch.empty(t.shape, dtype=t.dtype, pin_memory=True).copy_(t, non_blocking=True)
+        return t.cpu().contiguous()
+
+    copies = {stem: {name: copy(t) for name, t in group.items()} for stem, group in tensors.items()}
+    return copies, [torch.cuda.current_stream(device).record_event() for device in devices]
+
+
+def _write_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
+    from safetensors import SafetensorError
+    from safetensors.torch import save_file
+
+    try:
+        save_file(tensors, path)
+    except SafetensorError as error:
+        # The library wraps the operating system's error in text; unwrap it, so that it can be explained.
+        number = re.search(r"\(os error (\d+)\)", str(error))
+        if not number:
+            raise
+        raise OSError(int(number[1]), os.strerror(int(number[1])), str(path)) from error
+    # safetensors goes through a private temporary file; give the result the folder's permissions.
+    path.chmod(path.parent.stat().st_mode & 0o666)
+    fsync_file(path)
+
+
+def _process_alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except OSError:  # it exists and belongs to someone else
+        return True
+    return True
+
+
+class CheckpointStore:
+    """The checkpoints of one run.
+
+    Args:
+        folder: `<run>/checkpoints`; made at the first save.
+        keep: how many of the newest to keep, beside the milestones.
+        milestone_every_images: a checkpoint is kept for good when state["images_seen"] has crossed a multiple of this
+            since the checkpoint before it. None: no milestones but those that `save` is told of.
+        on_error: what happens when writing fails (a full disk, say). The last good checkpoint stays as it is either
+            way. "raise": the next `save` or `wait` raises. "log": it is logged at once and training goes on; the
+            next `save` tries again. Failures are listed in `failures` with both.
+        log: receives one sentence at a time, from the writer thread too.
+    """
+
+    def __init__(
+        self, folder: str | os.PathLike, keep: int = 3, milestone_every_images: int | None = None,
+        on_error: str = "raise", log: Callable[[str], None] = lambda message: None,
+    ):
+        if keep < 1:
+            raise UserError(f"keep = {keep} checkpoints, at least 1 is needed to resume a run.")
+        if on_error not in ("raise", "log"):
+            raise ValueError(f'on_error is "raise" or "log", not "{on_error}"')
+        self.folder, self.keep, self.milestone_every_images = Path(folder), keep, milestone_every_images
+        self.on_error, self.log = on_error, log
+        self.skipped: list[str] = []  # what the last call of `latest` passed over, and why
+        self.failures: list[str] = []
+        self.last_saved: int | None = None
+        self._damaged: set[str] = set()
+        self._images_seen = 0  # at the newest checkpoint, written or found
+        self._thread: threading.Thread | None = None
+        self._error: BaseException | None = None
+
+    # -- finding ------------------------------------------------------------------------------------------------------
+    def steps(self) -> list[int]:
+        """Steps that have a folder, ascending; nothing is verified."""
+        if not self.folder.is_dir():
+            return []
+        found = (_STEP.fullmatch(entry.name) for entry in self.folder.iterdir() if entry.is_dir())
+        return sorted(int(match[1]) for match in found if match)
+
+    def latest(self, clean: bool = True) -> Checkpoint | None:
+        """The newest checkpoint that verifies; None when there is none at all.
+
+        Damaged ones are passed over, logged and listed in `skipped`. When all are damaged this raises: a run must not
+        start afresh on top of them.
+
+        Args:
+            clean: also remove what killed writers left and repair `latest`. The process that writes passes True;
+                other ranks, and programs that look at a run which may be alive, pass False.
+        """
+        self._join()
+        self.skipped = []
+        if clean:
+            self._clean()
+        for step in reversed(self.steps()):
+            path = self.folder / step_name(step)
+            problems = find_damage(path)
+            if not problems:
+                checkpoint = Checkpoint(path)
+                self._images_seen = checkpoint.state.get("images_seen", 0)
+                if clean:
+                    self._point_latest(path.name)
+                return checkpoint
+            self._damaged.add(path.name)
+            self.skipped.extend(problems)
+            for problem in problems:
+                self.log(f"Passed over a damaged checkpoint: {problem}")
+        if self.skipped:
+            raise UserError(
+                f"{self.folder}: there are checkpoints but none is whole. {' '.join(self.skipped)} "
+                "Restore the files from a backup, or choose another run folder to start afresh."
+            )
+        return None
+
+    # -- saving -------------------------------------------------------------------------------------------------------
+    def save(
+        self, step: int, tensors: dict[str, dict[str, Tensor]], state: dict[str, Any], *,
+        wait: bool = False, milestone: bool | None = None,
+    ) -> None:
+        """Copy everything now and write it in the background; waits for the save before.
+
+        Args:
+            tensors: file name without suffix -> name -> tensor.
+            state: anything JSON can hold.
+            wait: return only when it is on disk.
+            milestone: keep this one for good. None: as `milestone_every_images` says.
+        """
+        for stem in tensors:
+            if not _STEM.fullmatch(stem):
+                raise ValueError(f'"{stem}" cannot be part of a file name')
+        text = to_json(state)
+        self.wait()
+        images = state.get("images_seen", 0)
+        if milestone is None:
+            every = self.milestone_every_images
+            milestone = bool(every) and images // every > self._images_seen // every
+        copies, events = _snapshot(tensors)
+        # Not a daemon: a program that ends during a save ends after it.
+        self._thread = threading.Thread(
+            target=self._run, args=(step, copies, events, text, milestone, images), name="checkpoint writer"
+        )
+        self._thread.start()
+        if wait:
+            self.wait()
+
+    def wait(self) -> None:
+        """Until nothing is being written. Raises what went wrong if `on_error` is "raise"."""
+        self._join()
+        error, self._error = self._error, None
+        if error is not None:
+            raise error
+
+    def _join(self) -> None:
+        if self._thread is not None:
+            self._thread.join()
+            self._thread = None
+
+    def _run(self, step: int, copies: dict, events: list, text: str, milestone: bool, images: int) -> None:
+        try:
+            for event in events:
+                event.synchronize()
+            self._write(step, copies, text, milestone)
+        except BaseException as error:
+            sentence = f"The checkpoint of step {step} was not saved. {error} Older checkpoints are untouched."
+            self.failures.append(sentence)
+            self.log(sentence)
+            if self.on_error == "raise":
+                self._error = UserError(sentence) if isinstance(error, (UserError, OSError)) else error
+            return
+        self.last_saved, self._images_seen = step, images
+        self._prune()
+
+    def _write(self, step: int, copies: dict[str, dict[str, Tensor]], text: str, milestone: bool) -> None:
+        final = self.folder / step_name(step)
+        temporary = self._leftover("tmp", final.name)
+        with explain_os_errors(self.folder):
+            self.folder.mkdir(parents=True, exist_ok=True)
+            shutil.rmtree(temporary, ignore_errors=True)
+            require_space(self.folder, len(text) + sum(t.nbytes for group in copies.values() for t in group.values()))
+            temporary.mkdir()
+        try:
+            for stem, group in copies.items():
+                with explain_os_errors(final / f"{stem}.safetensors"):
+                    _write_tensors(temporary / f"{stem}.safetensors", group)
+            with explain_os_errors(final):
+                write_atomic(temporary / STATE, text)
+                files = {
+                    file.name: {"bytes": file.stat().st_size, "sha256": sha256_file(file)}
+                    for file in sorted(temporary.iterdir())
+                }
+                manifest = {"format": FORMAT, "step": step, "milestone": milestone, "files": files}
+                write_atomic(temporary / MANIFEST, to_json(manifest | {"sha256": _manifest_digest(manifest)}))
+                self._publish(temporary, final)
+        except BaseException:
+            shutil.rmtree(temporary, ignore_errors=True)
+            raise
+        self._damaged.discard(final.name)
+
+    def _publish(self, temporary: Path, final: Path) -> None:
+        """Rename into place. A resumed run writes the same step again, bit for bit: then the old one makes room."""
+        aside = self._leftover("old", final.name)
+        shutil.rmtree(aside, ignore_errors=True)
+        replaces = final.exists()
+        if replaces:
+            os.rename(final, aside)  # killed here, `_clean` puts it back
+        try:
+            os.rename(temporary, final)
+        except BaseException:
+            if replaces:
+                os.rename(aside, final)
+            raise
+        fsync_folder(self.folder)
+        self._point_latest(final.name)
+        if replaces:
+            shutil.rmtree(aside, ignore_errors=True)
+
+    def _leftover(self, kind: str, name: str) -> Path:
+        """What `_clean` recognises when this process is gone. kind "tmp": incomplete; "old": a whole checkpoint."""
+        return self.folder / f".{kind}-{name}-{os.getpid()}"
+
+    def _point_latest(self, name: str) -> None:
+        """`latest` -> `name`, relative, so that a run folder can be moved. A convenience: nothing here reads it."""
+        link = self.folder / "latest"
+        try:
+            if link.is_symlink() and os.readlink(link) == name:
+                return
+            temporary = self._leftover("tmp", "latest")
+            temporary.unlink(missing_ok=True)
+            os.symlink(name, temporary)
+            os.replace(temporary, link)
+            fsync_folder(self.folder)
+        except OSError as error:  # some file systems have no links
+            self.log(f"{link} could not be set to {name} ({error.strerror}). Checkpoints are found without it.")
+
+    # -- tidying ------------------------------------------------------------------------------------------------------
+    def _clean(self) -> None:
+        """Remove what dead writers left; put back a checkpoint that one had moved aside and not yet replaced."""
+        if not self.folder.is_dir():
+            return
+        for entry in sorted(self.folder.iterdir()):
+            match = _LEFTOVER.fullmatch(entry.name)
+            # In a container the process before us may well have had our own number.
+            if not match or (int(match[3]) != os.getpid() and _process_alive(int(match[3]))):
+                continue
+            if match[1] == "old" and not (self.folder / match[2]).exists():
+                with contextlib.suppress(OSError):  # another rank was faster
+                    os.rename(entry, self.folder / match[2])
+            elif entry.is_dir() and not entry.is_symlink():
+                shutil.rmtree(entry, ignore_errors=True)
+            else:
+                entry.unlink(missing_ok=True)
+
+    def _prune(self) -> None:
+        """Delete all but the newest `keep` sound checkpoints and the milestones."""
+        kept = 0
+        for step in reversed(self.steps()):
+            path = self.folder / step_name(step)
+            sound = path.name not in self._damaged and not find_damage(path, contents=False)
+            if kept < self.keep:
+                kept += sound  # a damaged one this new stays for a person to look at
+            elif not (sound and _read_manifest(path)["milestone"]):
+                self._remove(path)
+
+    def _remove(self, path: Path) -> None:
+        """Delete a checkpoint. It loses its name first, so that a reader never sees half of it."""
+        doomed = self._leftover("tmp", path.name)
+        try:
+            os.rename(path, doomed)
+            shutil.rmtree(doomed)
+        except OSError as error:
+            self.log(f"{path} could not be deleted ({error.strerror}). Delete it by hand to free its space.")

@@ -1,0 +1,193 @@
+"""Metrics on their way out: device sums -> metrics.jsonl, sinks and one live progress line. Never waits for a GPU."""
+
+from __future__ import annotations
+
+import math
+import sys
+import time
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from core.config import LogConfig
+from core.dist import World
+from core.train.run import RunFolder
+
+
+class Averages:
+    """Running sums of named scalars, kept on the device until someone asks.
+
+    Names appear in the order in which they are first added, which is the same on every rank.
+    """
+
+    def __init__(self):
+        self.sums: dict[str, Tensor] = {}
+        self.counts: dict[str, int] = {}
+
+    def add(self, values: dict[str, Tensor | float]) -> None:
+        for name, value in values.items():
+            value = value.detach().float() if isinstance(value, Tensor) else torch.tensor(float(value))
+            self.sums[name] = self.sums[name] + value if name in self.sums else value
+            self.counts[name] = self.counts.get(name, 0) + 1
+
+    def means(self, device: torch.device) -> Tensor:
+        """(names,) on `device`."""
+        return torch.stack([(self.sums[n] / self.counts[n]).to(device, non_blocking=True) for n in self.sums])
+
+    def reset(self) -> None:
+        self.sums.clear()
+        self.counts.clear()
+
+
+@dataclass
+class _Pending:
+    """A record whose numbers are still being copied from the device."""
+
+    record: dict[str, Any]
+    names: list[str]
+    values: Tensor  # (names,) on the host, pinned when it comes from a GPU
+    copied: torch.cuda.Event | None
+
+
+class RunLog:
+    """Turns device means into records one interval late, so that the copy never stalls a step."""
+
+    def __init__(self, run: RunFolder, config: LogConfig, world: World, total_images: int, resolved: dict[str, Any]):
+        self.run, self.world, self.total_images = run, world, total_images
+        self.pending: _Pending | None = None
+        self.latest: dict[str, float] = {}
+        self.line = ProgressLine(total_images) if world.is_main else None
+        self.sinks = _open_sinks(run, config, resolved) if world.is_main else []
+
+    def submit(self, record: dict[str, Any], averages: Averages, extra: dict[str, Tensor | float]) -> None:
+        """Queue one record: `record` is host data, `averages` and `extra` are on the device. Writes the one before."""
+        averages.add(extra)
+        names, device_values = list(averages.sums), self.world.mean(averages.means(self.world.device))
+        averages.reset()
+        self.flush()
+        if device_values.is_cuda:
+            host = torch.empty(device_values.shape, dtype=device_values.dtype, pin_memory=True)
+            host.copy_(device_values, non_blocking=True)
+            copied = torch.cuda.Event()
+            copied.record()
+            self.pending = _Pending(record, names, host, copied)
+        else:
+            self.pending = _Pending(record, names, device_values, None)
+            self.flush()
+
+    def flush(self) -> None:
+        """Write the queued record."""
+        if self.pending is None:
+            return
+        pending, self.pending = self.pending, None
+        if pending.copied is not None:
+            pending.copied.synchronize()  # recorded an interval ago: already done
+        self.latest = dict(zip(pending.names, pending.values.tolist()))
+        self.write({**pending.record, **self.latest})
+
+    def write(self, record: dict[str, Any]) -> None:
+        """One finished record to every sink. It has `step` and `images_seen`."""
+        if not self.world.is_main:
+            return
+        self.run.write_metrics({k: (None if isinstance(v, float) and not math.isfinite(v) else v)
+                                for k, v in record.items()})
+        numbers = {k: v for k, v in record.items() if isinstance(v, (int, float))}
+        for sink in self.sinks:
+            sink(numbers, int(record["step"]))
+
+    def close(self) -> None:
+        self.flush()
+        if self.line:
+            self.line.close()
+        for sink in self.sinks:
+            sink.close()
+
+
+class _Wandb:
+    def __init__(self, run: RunFolder, config: LogConfig, resolved: dict[str, Any]):
+        try:
+            import wandb
+        except ImportError:
+            from core.errors import UserError
+            raise UserError("log.wandb=true needs the package wandb: pip install wandb") from None
+        self.session = wandb.init(project=config.wandb_project, entity=config.wandb_entity, name=run.path.name,
+                                  id=run.path.name, dir=str(run.path), config=resolved, resume="allow")
+
+    def __call__(self, numbers: dict[str, float], step: int) -> None:
+        self.session.log(numbers, step=step)
+
+    def close(self) -> None:
+        self.session.finish()
+
+
+class _Tensorboard:
+    def __init__(self, run: RunFolder):
+        try:
+            from torch.utils.tensorboard import SummaryWriter
+        except ImportError:
+            from core.errors import UserError
+            raise UserError("log.tensorboard=true needs the package tensorboard: pip install tensorboard") from None
+        self.writer = SummaryWriter(str(run.path / "tensorboard"))
+
+    def __call__(self, numbers: dict[str, float], step: int) -> None:
+        for name, value in numbers.items():
+            self.writer.add_scalar(name, value, step)
+
+    def close(self) -> None:
+        self.writer.close()
+
+
+def _open_sinks(run: RunFolder, config: LogConfig, resolved: dict[str, Any]) -> list:
+    sinks = []
+    if config.wandb:
+        sinks.append(_Wandb(run, config, resolved))
+    if config.tensorboard:
+        sinks.append(_Tensorboard(run))
+    return sinks
+
+
+class ProgressLine:
+    """One live line (a bar on a terminal, a plain line every 15 s elsewhere) with speed and time left."""
+
+    PLAIN_SECONDS = 15.0
+
+    def __init__(self, total: int, unit: str = "img", label: str = ""):
+        self.total, self.unit, self.label = total, unit, label
+        self.started, self.done_at_start, self.last_plain = time.monotonic(), None, 0.0
+        self.bar = None
+        if sys.stdout.isatty():
+            from rich.progress import BarColumn, Progress, TextColumn
+
+            self.bar = Progress(TextColumn("{task.description}"), BarColumn(bar_width=24), TextColumn("{task.fields[text]}"))
+            self.bar.start()
+            self.task = self.bar.add_task(label, total=total, text="")
+
+    def update(self, done: int, text: str = "") -> None:
+        """`done` of `total`; the rate counts from the first update."""
+        now = time.monotonic()
+        if self.done_at_start is None:
+            self.done_at_start, self.started = done, now
+        elapsed = max(now - self.started, 1e-6)
+        rate = (done - self.done_at_start) / elapsed
+        left = (self.total - done) / rate if rate > 0 else float("nan")
+        shown = f"{100 * done / max(1, self.total):3.0f}%  {rate:,.0f} {self.unit}/s  ETA {clock(left)}  {text}"
+        if self.bar:
+            self.bar.update(self.task, completed=done, text=shown)
+        elif now - self.last_plain > self.PLAIN_SECONDS or done >= self.total:
+            self.last_plain = now
+            print(f"  {self.label} {shown}".rstrip(), flush=True)
+
+    def close(self) -> None:
+        if self.bar:
+            self.bar.stop()
+
+
+def clock(seconds: float) -> str:
+    """1:02:03 or 2:03; -:-- when unknown."""
+    if not math.isfinite(seconds):
+        return "-:--"
+    minutes, secs = divmod(int(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{secs:02}" if hours else f"{minutes}:{secs:02}"

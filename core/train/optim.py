@@ -1,0 +1,71 @@
+"""AdamW groups and learning-rate schedules. Schedules are pure functions of images seen, so resume needs no state."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from core.config import OptimizerConfig, ScheduleConfig
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """Learning rate as a function of images seen. All lengths in images."""
+
+    kind: str  # constant | cosine | linear
+    peak: float
+    minimum: float
+    warmup: int
+    decay_start: int
+    decay_end: int
+
+    @classmethod
+    def from_config(cls, optimizer: OptimizerConfig, schedule: ScheduleConfig, *, global_batch: int,
+                    images_per_epoch: int, total_images: int) -> "Schedule":
+        """Resolve durations and the linear scaling rule lr = base_lr * global_batch / 256 (Goyal et al. 2017)."""
+        def images(duration, default: int) -> int:
+            return default if duration is None else duration.images(images_per_epoch, global_batch)
+
+        peak = optimizer.lr if optimizer.lr is not None else optimizer.base_lr * global_batch / 256
+        warmup = images(schedule.warmup, 0)
+        return cls(schedule.kind, peak, schedule.min_lr, warmup, images(schedule.decay_start, warmup),
+                   images(schedule.decay_end, total_images))
+
+    def __call__(self, images_seen: int) -> float:
+        if images_seen < self.warmup:
+            return self.peak * images_seen / self.warmup
+        if self.kind == "constant" or images_seen < self.decay_start:
+            return self.peak
+        span = max(1, self.decay_end - self.decay_start)
+        part = min(1.0, (images_seen - self.decay_start) / span)
+        remaining = 0.5 * (1.0 + math.cos(math.pi * part)) if self.kind == "cosine" else 1.0 - part
+        return self.minimum + (self.peak - self.minimum) * remaining
+
+
+def make_adamw(network: nn.Module, config: OptimizerConfig) -> torch.optim.AdamW:
+    """AdamW over the trainable parameters of `network`, in two groups: decayed and not.
+
+    A network says which parameters are not decayed through `no_weight_decay() -> set of names`; without that method
+    tensors of fewer than two dimensions are spared. Each group carries its parameter names, for checkpoints.
+    """
+    trainable = {name: p for name, p in network.named_parameters() if p.requires_grad}
+    if hasattr(network, "no_weight_decay"):
+        spared = network.no_weight_decay()
+    else:
+        spared = {name for name, p in trainable.items() if p.ndim < 2}
+    groups = []
+    for decayed in (True, False):
+        names = [n for n in trainable if (n not in spared) == decayed]
+        if names:
+            groups.append({"params": [trainable[n] for n in names], "names": names,
+                           "weight_decay": config.weight_decay if decayed else 0.0})
+    # lr is set before every step; fused updates all tensors in one kernel and can skip a step on the device.
+    return torch.optim.AdamW(groups, lr=0.0, betas=tuple(config.betas), eps=config.eps, fused=True)
+
+
+def parameter_names(optimizer: torch.optim.Optimizer) -> list[str]:
+    """Names of an optimiser's parameters, in the order of its groups (see `make_adamw`)."""
+    return [name for group in optimizer.param_groups for name in group["names"]]

@@ -1,0 +1,96 @@
+"""The folder of a run: what was asked for, in what environment, what happened.
+
+    work_dirs/<name>/ config.yaml command.txt environment.json log.txt metrics.jsonl samples/ checkpoints/
+"""
+
+from __future__ import annotations
+
+import json
+import shlex
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from core.config import RunConfig, to_plain, to_yaml
+from core.errors import UserError
+from core.files import explain_os_errors, write_atomic, write_json
+
+# Keys that may differ between the parts of one run: they change where and how fast it runs, not what it computes.
+FREE = ("work_dir", "log", "eval", "sample", "data.workers", "data.cache_dir", "data.val_url", "train.duration",
+        "train.micro_batch", "train.device", "train.compile", "train.activation_checkpointing", "train.log_every",
+        "train.preview_every", "train.eval_every", "train.checkpoint_every", "train.keep_checkpoints",
+        "train.milestone_every", "train.time_limit_minutes", "train.max_nonfinite_steps", "train.init_from")
+
+
+def _flatten(value: Any, prefix: str = "") -> dict[str, Any]:
+    if isinstance(value, dict) and value:
+        return {k: v for key, item in value.items() for k, v in _flatten(item, f"{prefix}{key}.").items()}
+    return {prefix[:-1]: value}
+
+
+def differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
+    """Sentences about the keys in which two configurations differ, free keys left out."""
+    a, b = _flatten(old), _flatten(new)
+    return [f"{key}: was {a.get(key)!r}, now {b.get(key)!r}" for key in sorted(a.keys() | b.keys())
+            if a.get(key) != b.get(key) and not any(key == f or key.startswith(f + ".") for f in FREE)]
+
+
+class RunFolder:
+    """Creates or reopens work_dirs/<name>. Only the main rank writes.
+
+    Raises UserError when the folder holds a run with another configuration: nothing is overwritten silently.
+    """
+
+    def __init__(self, config: RunConfig, environment: dict[str, Any], is_main: bool = True):
+        self.path, self.is_main = config.run_dir, is_main
+        self.metrics_path = self.path / "metrics.jsonl"
+        saved = self.path / "config.yaml"
+        if saved.is_file():
+            import yaml
+
+            changed = differences(yaml.safe_load(saved.read_text()), to_plain(config))
+            if changed:
+                raise UserError(f"{self.path} holds a run with another configuration:\n"
+                                + "\n".join(f"  - {c}" for c in changed)
+                                + "\nGive this run another name (name=...), or move the old folder away.")
+        if is_main:
+            with explain_os_errors(self.path):
+                self.path.mkdir(parents=True, exist_ok=True)
+                write_atomic(saved, to_yaml(config))
+                with (self.path / "command.txt").open("a") as file:
+                    file.write(shlex.join(sys.argv) + "\n")
+                write_json(self.path / "environment.json", environment)
+
+    def log(self, message: str) -> None:
+        """A dated line in log.txt and on the terminal."""
+        if not self.is_main:
+            return
+        line = f"[{time.strftime('%Y-%m-%d %H:%M:%S')}] {message}"
+        print(line, flush=True)
+        with (self.path / "log.txt").open("a", encoding="utf-8") as file:
+            file.write(line + "\n")
+
+    def write_metrics(self, record: dict[str, Any]) -> None:
+        """Append one line to metrics.jsonl."""
+        if self.is_main:
+            with self.metrics_path.open("a") as file:
+                file.write(json.dumps(record) + "\n")
+
+    def rewind_metrics(self, step: int) -> None:
+        """Drop lines after `step` (they will be written again) and a last line cut by a crash."""
+        if not self.is_main or not self.metrics_path.is_file():
+            return
+        kept = [line for line in read_metrics(self.metrics_path) if line["step"] <= step]
+        write_atomic(self.metrics_path, "".join(json.dumps(line) + "\n" for line in kept))
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """The records of a metrics.jsonl; an unfinished last line is left out."""
+    records = []
+    for line in Path(path).read_text().splitlines():
+        try:
+            records.append(json.loads(line))
+        except json.JSONDecodeError:
+            continue
+    return records

@@ -1,0 +1,336 @@
+"""The training loop, for tokenizers and generators alike: the only place with backward() and step().
+
+Order of one step:  batch -> phases of the task (forward under autocast, backward) for each micro-batch -> per network:
+clip, non-finite guard, AdamW -> EMA -> log / preview / evaluate / checkpoint when their period is crossed.
+
+Everything a step computes is a function of (weights, seed, images_seen), so the state of a run is its weights, moments,
+averages and one counter. Nothing in the loop waits for the GPU: schedules are host arithmetic, the guard decides on the
+device, numbers are read one interval late, and ranks agree on stopping over the CPU.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from typing import Any, Callable, Iterator
+
+import torch
+from torch import Tensor, nn
+
+from core import images as image_tools
+from core.config import RunConfig, to_plain
+from core.dist import AgreedFlag, World
+from core.errors import UserError
+from core.rng import Draws, hash64
+from core.specs import Batch, Progress, Task
+from core.train import parallel
+from core.train.checkpoint import CheckpointStore
+from core.train.ema import Ema
+from core.train.guards import StepGuard
+from core.train.log import Averages, RunLog
+from core.train.optim import Schedule, make_adamw, parameter_names
+from core.train.optimizer_state import flatten_optimizer, restore_optimizer
+from core.train.run import RunFolder
+from core.train.signals import REQUEUE_EXIT_CODE, StopRequest
+
+PREVIEW_IMAGES = 16
+
+
+class Trainer:
+    """Trains the networks of `task`.
+
+    Args:
+        task: what a step computes.
+        config: the whole run; `config.train` rules the loop.
+        batches: images_seen -> this rank's batches from there on, forever.
+        split: (batch, n) -> n micro-batches.
+        images_per_epoch: size of the training set.
+        data_fingerprint: of the training set; a checkpoint made on other data is refused.
+        run: the run folder.
+        world: this rank.
+        evaluate: called as evaluate(task, network) on the main rank under averaged weights; returns metrics.
+        initial_ema: averaged weights to start from (full state of the primary network), when they differ from it.
+        provenance: JSON facts stored in every checkpoint (fingerprints of weights the run depends on).
+    """
+
+    def __init__(self, task: Task, config: RunConfig, *, batches: Callable[[int], Iterator[Batch]],
+                 split: Callable[[Batch, int], list[Batch]], images_per_epoch: int, data_fingerprint: str,
+                 run: RunFolder, world: World, evaluate: Callable[[Task, nn.Module], dict[str, float]] | None = None,
+                 initial_ema: dict[str, Tensor] | None = None, provenance: dict[str, Any] | None = None):
+        self.task, self.config, self.settings = task, config, config.train
+        self.batches, self.split, self.run, self.world, self.evaluate = batches, split, run, world, evaluate
+        self.images_per_epoch, self.data_fingerprint = images_per_epoch, data_fingerprint
+        self.provenance = provenance or {}
+        train = self.settings
+        parallel.set_determinism(train.deterministic)
+
+        if train.global_batch % world.size:
+            raise UserError(f"train.global_batch={train.global_batch} cannot be shared by {world.size} ranks evenly; "
+                            "pick a multiple of the rank count.")
+        per_rank = train.global_batch // world.size
+        micro = train.micro_batch or per_rank
+        if per_rank % micro:
+            raise UserError(f"train.micro_batch={micro} does not divide the {per_rank} pictures of each of {world.size} "
+                            f"rank(s) (global_batch {train.global_batch}).")
+        self.accumulation = per_rank // micro
+        self.total_images = train.duration.images(images_per_epoch, train.global_batch)
+        if self.total_images <= 0:
+            raise UserError(f"train.duration={train.duration} is less than one step of {train.global_batch} pictures.")
+        self.total_steps = self.total_images // train.global_batch
+
+        self.networks = task.networks()
+        for network in self.networks.values():
+            network.to(world.device).train()
+        for network in task.frozen().values():
+            network.to(world.device).eval().requires_grad_(False)
+        self.ema = Ema(self.networks[task.primary], train.ema)
+        if initial_ema is not None:
+            for decay, average in self.ema.averages.items():
+                self.ema.load(decay, {name: initial_ema[name].to(world.device) for name in average})
+        self.optimizers = {name: make_adamw(net, train.optimizer) for name, net in self.networks.items()}
+        self.guards = {}
+        for name, network in self.networks.items():
+            trained = {n: p for n, p in network.named_parameters() if p.requires_grad}
+            self.guards[name] = StepGuard(list(trained), list(trained.values()), train.optimizer.grad_clip)
+        self.schedule = Schedule.from_config(train.optimizer, train.schedule, global_batch=train.global_batch,
+                                             images_per_epoch=images_per_epoch, total_images=self.total_images)
+        self.averages = Averages()
+        self.step = 0  # optimiser steps done
+        self._guard_copies: tuple[dict[str, Tensor], Any] | None = None  # host copies on their way, and their event
+        self._skips_reported = dict.fromkeys(self.networks, 0)
+        self.store = CheckpointStore(run.path / "checkpoints", keep=train.keep_checkpoints, log=run.log)
+
+        if train.activation_checkpointing:
+            for network in self.networks.values():
+                parallel.checkpoint_activations(network)
+        if train.compile:
+            for network in [*self.networks.values(), *task.frozen().values()]:
+                parallel.compile_blocks(network)
+        self.wrapped = {name: parallel.replicate(net, world) for name, net in self.networks.items()}
+
+    # ------------------------------------------------------------------------------------------------------------------
+    # State
+    # ------------------------------------------------------------------------------------------------------------------
+    @property
+    def images_seen(self) -> int:
+        return self.step * self.settings.global_batch
+
+    def _every(self, duration, step: int) -> bool:
+        """Whether a period ends with `step` (counted in steps from the start of the run)."""
+        period = duration.images(self.images_per_epoch, self.settings.global_batch) // self.settings.global_batch
+        if duration != "never" and period == 0:
+            period = 1
+        return period > 0 and step % period == 0
+
+    def _tensors(self) -> dict[str, dict[str, Tensor]]:
+        """Everything a checkpoint holds, file by file. Every weight file is complete on its own."""
+        files = {name: dict(net.state_dict()) for name, net in self.networks.items()}
+        primary = files[self.task.primary]
+        for decay in self.ema.averages:
+            files[f"{self.task.primary}.ema_{decay}"] = {**primary, **self.ema.state(decay)}
+        trainer = {f"guard.{name}": guard.record for name, guard in self.guards.items()}
+        if self.averages.sums:
+            device = self.world.device
+            means = self.world.mean(torch.stack([v.to(device) for v in self.averages.sums.values()]))
+            trainer |= {f"average.{name}": value for name, value in zip(self.averages.sums, means.unbind())}
+        files["trainer"] = trainer
+        if self.task.constants():
+            files["constants"] = self.task.constants()
+        return files
+
+    def save(self, wait: bool = False) -> None:
+        """Checkpoint the run as it stands. Collective: every rank calls it, the main rank writes."""
+        tensors = self._tensors()
+        if not self.world.is_main:
+            return
+        optimizer_state = {}
+        for name, optimizer in self.optimizers.items():
+            tensors[f"{name}.optim"], optimizer_state[name] = flatten_optimizer(
+                optimizer, parameter_names(optimizer))
+        state = {
+            "step": self.step, "images_seen": self.images_seen, "global_batch": self.settings.global_batch,
+            "seed": self.config.seed, "primary": self.task.primary, "ema": list(self.ema.averages),
+            "data_fingerprint": self.data_fingerprint, "optimizers": optimizer_state,
+            "averages": {"order": list(self.averages.sums), "counts": self.averages.counts},
+            "provenance": self.provenance, "config": to_plain(self.config),
+        }
+        milestone = self._every(self.settings.milestone_every, self.step)
+        self.store.save(self.step, tensors, state, milestone=milestone, wait=wait)
+
+    def restore(self) -> bool:
+        """Continue from the newest valid checkpoint of the run folder. False when there is none."""
+        checkpoint = self.store.latest()
+        if checkpoint is None:
+            return False
+        state = checkpoint.state
+        if state["data_fingerprint"] != self.data_fingerprint:
+            raise UserError(f"{checkpoint.path} was trained on other data (fingerprint {state['data_fingerprint']}, now "
+                            f"{self.data_fingerprint}). Restore the data set, or start a new run with name=...")
+        device = self.world.device
+        for name, network in self.networks.items():
+            network.load_state_dict(checkpoint.tensors(name))
+            restore_optimizer(self.optimizers[name], checkpoint.tensors(f"{name}.optim"), state["optimizers"][name])
+        for decay, average in self.ema.averages.items():
+            saved = checkpoint.tensors(f"{self.task.primary}.ema_{decay}")
+            self.ema.load(decay, {name: saved[name] for name in average})
+        trainer = checkpoint.tensors("trainer")
+        for name, guard in self.guards.items():
+            guard.record = trainer[f"guard.{name}"].to(device)
+        self.averages.sums = {n: trainer[f"average.{n}"].to(device) for n in state["averages"]["order"]}
+        self.averages.counts = dict(state["averages"]["counts"])
+        self.step = state["images_seen"] // self.settings.global_batch
+        self.run.rewind_metrics(self.step)
+        self.run.log(f"continuing from {checkpoint.path} (step {self.step}, {self.images_seen:,} images seen)")
+        return True
+
+    # ------------------------------------------------------------------------------------------------------------------
+    # One step
+    # ------------------------------------------------------------------------------------------------------------------
+    def _autocast(self):
+        return torch.autocast(self.world.device.type, torch.bfloat16, enabled=self.settings.precision == "bf16")
+
+    def train_step(self, batch: Batch) -> dict[str, Tensor | float]:
+        """Update all networks once on this rank's part of a global batch; returns device scalars to log."""
+        progress = Progress(self.images_seen, self.total_images, self.images_per_epoch, self.step)
+        parts = self.split(batch.to(self.world.device), self.accumulation)
+        for i, part in enumerate(parts):
+            draws = Draws(self.config.seed, part.positions, self.step)
+            phases = self.task.phases(self.wrapped, part, draws, progress)
+            with contextlib.ExitStack() as unsynced:
+                if i < len(parts) - 1:  # gradients travel between ranks with the last micro-batch only
+                    for network in self.wrapped.values():
+                        if isinstance(network, nn.parallel.DistributedDataParallel):
+                            unsynced.enter_context(network.no_sync())
+                while True:
+                    with self._autocast():
+                        phase = next(phases, None)
+                    if phase is None:
+                        break
+                    (phase.loss.total / len(parts)).backward()
+                    self.averages.add(phase.loss.logs)
+        lr = self.schedule(self.images_seen)
+        extra: dict[str, Tensor | float] = {"lr": lr}
+        for name, optimizer in self.optimizers.items():
+            for group in optimizer.param_groups:
+                group["lr"] = lr
+            extra[f"grad_norm/{name}"] = self.guards[name].before_step(optimizer, self.step)
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+        self.ema.update()
+        self.step += 1
+        return extra
+
+    # ------------------------------------------------------------------------------------------------------------------
+    # The loop
+    # ------------------------------------------------------------------------------------------------------------------
+    def fit(self) -> int:
+        """Train to the end or until asked to stop. Returns the exit code: 0 or REQUEUE_EXIT_CODE."""
+        train, log = self.settings, RunLog(self.run, self.config.log, self.world, self.total_images, to_plain(self.config))
+        self.restore()
+        agreed = AgreedFlag(self.world)
+        steady_since, steady_step = time.perf_counter(), self.step
+        with StopRequest(train.time_limit_minutes or None) as request:
+            batches = self.batches(self.images_seen)
+            while self.step < self.total_steps:
+                extra = self.train_step(next(batches))
+                last = self.step == self.total_steps
+                if self._every(train.log_every, self.step) or last:
+                    now = time.perf_counter()
+                    speed = (self.step - steady_step) * train.global_batch / max(now - steady_since, 1e-9)
+                    steady_since, steady_step = now, self.step
+                    self._log_step(log, extra, speed)
+                if log.line:
+                    log.line.update(self.images_seen, self._summary(log))
+                paused = time.perf_counter()
+                if self._every(train.preview_every, self.step) or (last and train.preview_every != "never"):
+                    self.preview()
+                if self.evaluate and (self._every(train.eval_every, self.step) or (last and train.eval_every != "never")):
+                    self._evaluate(log)
+                stop = agreed.exchange(1 if request.requested() else 0)
+                if stop and not last:
+                    agreed.drain()
+                    self.save(wait=True)
+                    self.world.barrier()  # ranks leave together: a launcher kills the others when one is gone
+                    log.close()
+                    self.run.log(f"stopped at step {self.step} ({request.requested() or 'another rank was asked to stop'}); "
+                                 "run the same command again to continue")
+                    return REQUEUE_EXIT_CODE
+                if self._every(train.checkpoint_every, self.step) or last:
+                    self.save(wait=last)
+                steady_since += time.perf_counter() - paused  # img/s counts training, not pictures and checkpoints
+            agreed.drain()
+        log.close()
+        self.store.wait()
+        self.run.log(f"finished: {self.step} steps, {self.images_seen:,} images")
+        return 0
+
+    def _log_step(self, log: RunLog, extra: dict[str, Tensor | float], speed: float) -> None:
+        self._check_guards()
+        record = {"step": self.step, "images_seen": self.images_seen,
+                  "epoch": round(self.images_seen / self.images_per_epoch, 4), "images_per_second": round(speed, 2)}
+        if self.world.device.type == "cuda":
+            record["peak_memory_gib"] = round(torch.cuda.max_memory_allocated() / 2**30, 3)
+        log.submit(record, self.averages, extra)
+
+    def _check_guards(self) -> None:
+        """Report skipped steps and give up after too many in a row. Reads copies requested one interval ago."""
+        if self._guard_copies is not None:
+            copies, copied = self._guard_copies
+            if copied is not None:
+                copied.synchronize()  # recorded an interval ago: already done
+            for name, copy in copies.items():
+                record = copy.tolist()
+                message = f"{name}: {self.guards[name].describe(record)}"
+                if record[0] > self._skips_reported[name]:
+                    self._skips_reported[name] = record[0]
+                    self.run.log(f"warning: {message}")
+                if record[1] >= self.settings.max_nonfinite_steps:
+                    raise UserError(f"{message}. Giving up (train.max_nonfinite_steps={self.settings.max_nonfinite_steps})."
+                                    " The last checkpoint is intact: try a lower learning rate or train.precision=fp32.")
+        cuda = self.world.device.type == "cuda"
+        copies = {name: torch.empty(guard.record.shape, dtype=torch.int64, pin_memory=cuda)
+                  for name, guard in self.guards.items()}
+        for name, guard in self.guards.items():
+            copies[name].copy_(guard.record, non_blocking=True)
+        event = None
+        if cuda:
+            event = torch.cuda.Event()
+            event.record()
+        self._guard_copies = (copies, event)
+
+    @staticmethod
+    def _summary(log: RunLog) -> str:
+        shown = {k: v for k, v in log.latest.items() if k in ("total", "loss", "psnr", "lr")}
+        return "  ".join(f"{k} {v:.3g}" for k, v in shown.items())
+
+    @contextlib.contextmanager
+    def averaged(self) -> Iterator[nn.Module]:
+        """The primary network in eval mode with averaged weights."""
+        network = self.networks[self.task.primary]
+        network.eval()
+        try:
+            with self.ema.applied(), torch.no_grad(), self._autocast():
+                yield network
+        finally:
+            network.train()
+
+    def preview(self) -> None:
+        """Write samples/step_<n>.png on the main rank."""
+        if not self.world.is_main:
+            return
+        positions = torch.arange(PREVIEW_IMAGES, device=self.world.device)
+        with self.averaged() as network:
+            pictures = self.task.preview(network, Draws(hash64(self.config.seed, "preview"), positions), PREVIEW_IMAGES)
+        grid = image_tools.grid(image_tools.to_uint8(pictures.float()), columns=8)
+        image_tools.save_png(grid, self.run.path / "samples" / f"step_{self.step:08d}.png")
+
+    def _evaluate(self, log: RunLog) -> None:
+        """Online metrics on the main rank; the others wait at their next collective."""
+        if not self.world.is_main:
+            return
+        with self.averaged() as network:
+            metrics = self.evaluate(self.task, network)
+        log.flush()
+        log.write({"step": self.step, "images_seen": self.images_seen,
+                   **{f"eval/{name}": value for name, value in metrics.items()}})
+        self.run.log(f"evaluation at step {self.step}: " + "  ".join(f"{k} {v:.4g}" for k, v in metrics.items()))

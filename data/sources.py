@@ -1,0 +1,259 @@
+"""Where pictures come from: `open_source(url)` picks a `DataSource` by the scheme of the URL.
+
+    folder://PATH               one folder per class (ImageNet layout), sorted; PATH/<split> if there is such a folder
+    list://FILE.txt?root=DIR    lines `relative/path.JPEG label`, the label optional; root defaults to the file's folder
+    wds://PATTERN.tar           WebDataset shards, with {0000..0012}, {a,b}, * (see data/wds.py)
+    embedded://emoji64          1,906 emoji at 64 px in 9 classes (train 1,724, val 182), part of this repository
+    embedded://photos256        214 photographs at 256 px in 5 classes (train 169, val 45), part of this repository
+    synthetic://?size=64&classes=4&count=256     coloured shapes, for tests
+    PATH                        a folder, a .txt list or a .tar
+
+Every scheme accepts `?split=NAME` (same as the argument), and folder, list and wds accept `?classes=FILE` with class
+names, one per line. "{split}" in a URL is replaced by the split.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import os
+import re
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageDraw
+
+from core.errors import UserError, nearest
+from core.rng import uniform_scalar
+from core.specs import DataSource, Sample
+from data.base import MAX_CLASSES, FileSource, PackedStrings, read_class_names
+from data.wds import ShardSource, find_shards
+
+EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm")
+SPLITS = ("train", "val", "test")
+EMBEDDED = Path(__file__).parent / "embedded"
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# URLs
+# ---------------------------------------------------------------------------------------------------------------------
+def _parse(url: str) -> tuple[str, str, dict[str, str]]:
+    """scheme, path and options of a URL. Nothing is percent-decoded: paths stay as the shell shows them."""
+    scheme, separator, rest = url.partition("://")
+    if not separator:
+        scheme, rest = "", url
+    path, mark, query = rest.rpartition("?")
+    if not mark or not re.fullmatch(r"\w+=[^&]*(&\w+=[^&]*)*", query):
+        path, query = rest, ""
+    return scheme, path, dict(pair.split("=", 1) for pair in query.split("&") if pair)
+
+
+def _guess_scheme(path: str) -> str:
+    """The scheme of a plain path."""
+    if path.endswith(".txt"):
+        return "list"
+    return "wds" if path.endswith(".tar") else "folder"
+
+
+def open_source(url: str, split: str | None = None) -> DataSource:
+    """Open the pictures that `url` names.
+
+    Args:
+        url: see the top of this file.
+        split: "train" or "val" where the source has splits; `?split=` in the URL wins.
+    """
+    scheme, path, options = _parse(url)
+    scheme = scheme or _guess_scheme(path)
+    if scheme not in SCHEMES:
+        raise UserError(f'{url}: unknown data source "{scheme}://".{nearest(scheme, SCHEMES)}')
+    opener, accepted = SCHEMES[scheme]
+    for key in options:
+        if key not in (*accepted, "split"):
+            raise UserError(f'{url}: {scheme}:// has no option "{key}".{nearest(key, (*accepted, "split"))}')
+    split = options.pop("split", split)
+    if "{split}" in path:
+        if split is None:
+            raise UserError(f"{url} contains {{split}} but no split is given. Add ?split=train.")
+        path = path.replace("{split}", split)
+    if not path and scheme != "synthetic":
+        raise UserError(f"{url}: nothing after {scheme}://. Write for example {scheme}://PATH.")
+    return opener(path, split, options)
+
+
+def _class_names(options: dict[str, str]) -> list[str] | None:
+    return read_class_names(options["classes"]) if "classes" in options else None
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Folders and lists
+# ---------------------------------------------------------------------------------------------------------------------
+def _subfolders(folder: Path) -> list[str]:
+    try:
+        return sorted(e.name for e in os.scandir(folder) if e.is_dir() and not e.name.startswith("."))
+    except OSError as error:
+        raise UserError(f"{folder} cannot be listed: {error.strerror}. Check its permissions.") from error
+
+
+def open_folder(path: str, split: str | None, options: dict[str, str]) -> DataSource:
+    """One folder per class; class numbers follow the sorted folder names, or the order of the `classes` file."""
+    root = Path(path).expanduser()
+    if not root.is_dir():
+        raise UserError(f"folder://{path}: there is no such folder. Give the folder that holds one folder per class.")
+    inside = _subfolders(root)
+    if split is not None and split in inside:
+        root, inside = root / split, _subfolders(root / split)
+    elif split is not None and inside and set(inside) <= set(SPLITS):
+        raise UserError(f'folder://{path} has no split "{split}".{nearest(split, inside)}')
+    names = _class_names(options) or inside
+    numbers = {name: i for i, name in enumerate(names)}
+    unknown = [name for name in inside if name not in numbers]
+    if unknown:
+        raise UserError(f'{root}: folder "{unknown[0]}" is not in {options["classes"]}.{nearest(unknown[0], names)}')
+    keys, labels = [], []
+    for name in inside:
+        for folder, _, files in sorted(os.walk(root / name)):
+            kept = sorted(f for f in files if f.lower().endswith(EXTENSIONS) and not f.startswith("."))
+            keys += [os.fsencode(os.path.relpath(os.path.join(folder, f), root)) for f in kept]
+            labels += [numbers[name]] * len(kept)
+    if not keys:
+        loose = any(f.lower().endswith(EXTENSIONS) for f in os.listdir(root))
+        hint = ("The pictures lie directly in it: move them into one folder per class, or use list://."
+                if loose else f"Expected class folders with {', '.join(EXTENSIONS)} files.")
+        raise UserError(f"{root}: no pictures in class folders. {hint}")
+    return FileSource(root, PackedStrings(keys), np.array(labels), names)
+
+
+def _parse_line(line: bytes, where: str) -> tuple[bytes, int | None]:
+    """(path, label or None) of one line. A last word that is a number is the label; paths may contain spaces."""
+    path, label = line, None
+    words = line.rsplit(None, 1)
+    if len(words) == 2 and re.fullmatch(rb"[+-]?[0-9]+", words[1]):
+        path, text = words[0].rstrip(), words[1]
+        if len(text) > 9 or not 0 <= (label := int(text)) < MAX_CLASSES:
+            raise UserError(f"{where}: label {text[:20].decode()} is not between 0 and {MAX_CLASSES - 1}.")
+    parts = path.split(b"/")
+    if path.startswith(b"/") or b".." in parts or b"\0" in path:
+        raise UserError(f"{where}: {path[:80]!r} must be a path relative to the root folder, without '..'.")
+    return path, label
+
+
+def open_list(path: str, split: str | None, options: dict[str, str]) -> DataSource:
+    """Pictures named by the lines of a text file."""
+    file = Path(path).expanduser()
+    if not file.is_file():
+        raise UserError(f"list://{path}: there is no such file. Expected lines `relative/path.JPEG label`.")
+    root = Path(options.get("root", file.parent)).expanduser()
+    if not root.is_dir():
+        raise UserError(f"list://{path}: the root folder {root} does not exist. Set ?root=DIR.")
+    keys, labels, unlabelled = [], [], 0
+    for number, line in enumerate(file.read_bytes().removeprefix(b"\xef\xbb\xbf").split(b"\n"), start=1):
+        if not (line := line.strip()):
+            continue
+        key, label = _parse_line(line, f"{file} line {number}")
+        keys.append(key)
+        labels.append(label)
+        if label is None:
+            unlabelled = unlabelled or number
+    if not keys:
+        raise UserError(f"{file} lists no pictures. Expected lines `relative/path.JPEG label`.")
+    if unlabelled and any(label is not None for label in labels):
+        raise UserError(f"{file} line {unlabelled} has no label but other lines have one. Label all lines or none.")
+    # One missing file is for the loader to replace; many from the start mean another root.
+    if not any(os.path.exists(root / os.fsdecode(key)) for key in keys[:100]):
+        first = str(root / os.fsdecode(keys[0]))[:200]
+        raise UserError(f"{file}: {first} does not exist, nor do the pictures after it. "
+                        "Set ?root=DIR to the folder that the paths start from.")
+    return FileSource(root, PackedStrings(keys), None if unlabelled else np.array(labels), _class_names(options))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Shards, embedded sets, synthetic shapes
+# ---------------------------------------------------------------------------------------------------------------------
+def open_shards(path: str, split: str | None, options: dict[str, str]) -> DataSource:
+    return ShardSource(find_shards(path), _class_names(options))
+
+
+def open_embedded(path: str, split: str | None, options: dict[str, str]) -> DataSource:
+    """One of the small sets that come with the repository; split "train" unless told."""
+    sets = sorted(p.name.removesuffix(".classes.txt") for p in EMBEDDED.glob("*.classes.txt"))
+    if path not in sets:
+        raise UserError(f'embedded://{path}: there is no embedded set "{path}".{nearest(path, sets)}')
+    split = split or "train"
+    shard = EMBEDDED / f"{path}-{split}.tar"
+    if not shard.is_file():
+        splits = [p.stem.removeprefix(f"{path}-") for p in EMBEDDED.glob(f"{path}-*.tar")]
+        raise UserError(f'embedded://{path} has no split "{split}".{nearest(split, splits)}')
+    return ShardSource([shard], read_class_names(EMBEDDED / f"{path}.classes.txt"), keep_index=False)
+
+
+class SyntheticSource:
+    """Coloured shapes on a plain background, drawn from (seed, index): class c is a shape and a hue of its own.
+
+    Args:
+        size: width and height.
+        classes: number of classes.
+        count: number of pictures.
+        seed: another seed gives other pictures of the same classes.
+    """
+
+    SHAPES = ("disc", "square", "triangle", "ring")
+
+    def __init__(self, size: int = 64, classes: int = 4, count: int = 256, seed: str = "0"):
+        self.size, self.count, self.num_classes, self.seed = size, count, classes, seed
+        self.class_names = [f"{self.SHAPES[c % 4]} {c}" for c in range(classes)]
+
+    def __len__(self) -> int:
+        return self.count
+
+    def __getitem__(self, index: int) -> Sample:
+        if not 0 <= index < self.count:
+            raise IndexError(index)
+
+        def draw(name: str, low: float, high: float) -> float:
+            return low + (high - low) * uniform_scalar("synthetic", self.seed, name, int(index))
+
+        label = index % self.num_classes
+        hue = label / self.num_classes + draw("hue", -0.1, 0.1) / self.num_classes
+        colour = tuple(int(127.5 + 127.5 * math.cos(2 * math.pi * (hue + third / 3))) for third in range(3))
+        image = Image.new("RGB", (self.size, self.size), (int(draw("background", 200, 255)),) * 3)
+        radius = self.size * draw("radius", 0.2, 0.35)
+        x, y = (self.size * draw(axis, 0.38, 0.62) for axis in "xy")
+        box = (x - radius, y - radius, x + radius, y + radius)
+        pen = ImageDraw.Draw(image)
+        shape = self.SHAPES[label % 4]
+        if shape == "disc":
+            pen.ellipse(box, fill=colour)
+        elif shape == "square":
+            pen.rectangle(box, fill=colour)
+        elif shape == "triangle":
+            pen.polygon([(x, y - radius), (x - radius, y + radius), (x + radius, y + radius)], fill=colour)
+        else:
+            pen.ellipse(box, outline=colour, width=max(1, int(radius / 3)))
+        return Sample(image, label, f"synthetic-{self.seed}-{index}")
+
+    def fingerprint(self) -> str:
+        description = f"synthetic 1 {self.size} {self.num_classes} {self.count} {self.seed}"
+        return hashlib.blake2b(description.encode(), digest_size=16).hexdigest()
+
+
+def open_synthetic(path: str, split: str | None, options: dict[str, str]) -> DataSource:
+    """Splits hold different pictures of the same classes."""
+    if path:
+        raise UserError(f"synthetic://{path}: write synthetic://?size=64&classes=4&count=256.")
+    numbers = {}
+    for key, limit in (("size", 4096), ("classes", 10_000), ("count", 10**8)):
+        if key in options:
+            if not re.fullmatch(r"[0-9]{1,9}", options[key]) or not 1 <= int(options[key]) <= limit:
+                raise UserError(f"synthetic://: {key}={options[key]} must be a whole number from 1 to {limit}.")
+            numbers[key] = int(options[key])
+    suffix = "" if split in (None, "train") else f"-{split}"
+    return SyntheticSource(**numbers, seed=options.get("seed", "0") + suffix)
+
+
+SCHEMES = {
+    "folder": (open_folder, ("classes",)),
+    "list": (open_list, ("root", "classes")),
+    "wds": (open_shards, ("classes",)),
+    "embedded": (open_embedded, ()),
+    "synthetic": (open_synthetic, ("size", "classes", "count", "seed")),
+}

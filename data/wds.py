@@ -1,0 +1,238 @@
+"""WebDataset tar shards as a random-access source.
+
+Every shard is indexed once: where each picture starts, how long it is, its key and its label. The index is kept in
+`<shard>.index.npz` next to the shard, or in the cache folder when that place is read-only, and is made again when size
+or modification time of the shard differ. Pictures are then read by offset, so order and resume do not depend on shards.
+
+Members: `<key>.<jpg|jpeg|png|webp>` with `<key>.<cls|cls.txt>` (ASCII class index); the key ends at the first dot of
+the file name, as WebDataset defines it. Other members are ignored.
+"""
+
+from __future__ import annotations
+
+import glob
+import hashlib
+import os
+import re
+import tarfile
+import tempfile
+import zipfile
+from collections import OrderedDict
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from core.errors import UserError
+from data.base import MAX_CLASSES, ListedSource, PackedStrings
+
+PICTURES = ("jpg", "jpeg", "png", "webp")
+LABELS = ("cls", "cls.txt")
+INDEX_VERSION = 1
+MAX_SHARDS = 100_000
+MAX_OPEN_SHARDS = 64  # below the usual limit of 1024 descriptors, with room for several sources
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Which shards
+# ---------------------------------------------------------------------------------------------------------------------
+def expand_braces(pattern: str) -> list[str]:
+    """"a-{00..02}.tar" -> three names; "{x,y}" lists alternatives. Several groups multiply."""
+    match = re.search(r"\{([^{}]*)\}", pattern)
+    if not match:
+        return [pattern]
+    numbers = re.fullmatch(r"(\d+)\.\.(\d+)", match[1])
+    if numbers:
+        first, last = int(numbers[1]), int(numbers[2])
+        if last < first or last - first >= MAX_SHARDS:
+            raise UserError(f"{pattern}: {{{match[1]}}} must count upwards over at most {MAX_SHARDS} shards.")
+        width = len(numbers[1]) if numbers[1].startswith("0") else 0
+        choices = [f"{i:0{width}d}" for i in range(first, last + 1)]
+    elif "," in match[1]:
+        choices = match[1].split(",")
+    else:
+        raise UserError(f"{pattern}: {{{match[1]}}} is neither a range {{0000..0012}} nor a list {{a,b}}.")
+    tails = expand_braces(pattern[match.end() :])
+    if len(choices) * len(tails) > MAX_SHARDS:
+        raise UserError(f"{pattern} stands for more than {MAX_SHARDS} shards.")
+    return [pattern[: match.start()] + choice + tail for choice in choices for tail in tails]
+
+
+def find_shards(pattern: str) -> list[Path]:
+    """Existing shards that `pattern` names, without repeats: in brace order, sorted inside a glob."""
+    found: dict[str, None] = {}
+    missing = []
+    for name in expand_braces(os.path.expanduser(pattern)):
+        names = sorted(glob.glob(name)) if glob.has_magic(name) and not os.path.exists(name) else [name]
+        names = [n for n in names if os.path.isfile(n)]
+        found.update(dict.fromkeys(names))
+        if not names:
+            missing.append(name)
+    if missing:
+        more = f" and {len(missing) - 3} more" if len(missing) > 3 else ""
+        raise UserError(f"wds://{pattern}: no shard called {', '.join(missing[:3])}{more}. "
+                        "Check the folder and the range.")
+    return [Path(name) for name in found]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The index of one shard
+# ---------------------------------------------------------------------------------------------------------------------
+@dataclass
+class ShardIndex:
+    """Pictures of one shard in file order; label -1 marks a picture without one."""
+
+    keys: PackedStrings
+    offsets: np.ndarray
+    sizes: np.ndarray
+    labels: np.ndarray
+
+
+def _parse_label(data: bytes, where: str) -> int:
+    text = data.strip()
+    if not re.fullmatch(rb"[0-9]{1,9}", text) or int(text) >= MAX_CLASSES:
+        raise UserError(f"{where} holds {data[:20]!r}; "
+                        f"expected a class index from 0 to {MAX_CLASSES - 1} in ASCII digits.")
+    return int(text)
+
+
+def scan_shard(path: Path) -> ShardIndex:
+    """Read all headers of a shard."""
+    pictures: dict[str, tuple[int, int]] = {}
+    labels: dict[str, int] = {}
+    size = path.stat().st_size
+    try:
+        with tarfile.open(path, "r:") as tar:
+            while (member := tar.next()) is not None:
+                tar.members.clear()  # tarfile would keep every header in memory
+                if not member.isreg() or member.issparse():
+                    continue
+                if member.offset_data + member.size > size:
+                    raise tarfile.ReadError("unexpected end of data")
+                folder, name = os.path.split(member.name)
+                stem, _, extension = name.partition(".")
+                key, extension = os.path.join(folder, stem), extension.lower()
+                if extension in PICTURES:
+                    if key in pictures:
+                        raise UserError(f"{path}: two pictures have the key {key}. Keys must be unique within a shard.")
+                    pictures[key] = (member.offset_data, member.size)
+                elif extension in LABELS:
+                    data = tar.extractfile(member).read(64)
+                    labels[key] = _parse_label(data, f"{path}: {member.name}")
+    except (tarfile.TarError, EOFError, OSError) as error:
+        raise UserError(f"{path} cannot be read as an uncompressed tar file ({error}). "
+                        "Copy or pack it again.") from error
+    spans = np.array(list(pictures.values()), dtype=np.int64).reshape(-1, 2)
+    keys = PackedStrings(key.encode("utf-8", "surrogateescape") for key in pictures)
+    return ShardIndex(keys, spans[:, 0], spans[:, 1], np.array([labels.get(k, -1) for k in pictures], dtype=np.int64))
+
+
+def _index_places(path: Path) -> list[Path]:
+    """Where the index of a shard may lie, best place first."""
+    name = hashlib.blake2b(os.fsencode(path.absolute()), digest_size=12).hexdigest()
+    cache = os.environ.get("TESSERA_CACHE") or os.path.join(
+        os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"), "tessera")
+    return [path.with_name(path.name + ".index.npz"), Path(cache, "shards", f"{name}.index.npz")]
+
+
+def _load_index(place: Path, stamp: np.ndarray) -> ShardIndex | None:
+    """A stored index if it is there, whole, and made from the shard as it is now."""
+    try:
+        with np.load(place, allow_pickle=False) as stored:
+            if not np.array_equal(stored["stamp"], stamp):
+                return None
+            keys = PackedStrings.from_arrays(stored["blob"], stored["ends"])
+            return ShardIndex(keys, stored["offsets"], stored["sizes"], stored["labels"])
+    except (OSError, EOFError, KeyError, ValueError, zipfile.BadZipFile):
+        return None
+
+
+def _save_index(place: Path, stamp: np.ndarray, index: ShardIndex) -> bool:
+    """Write atomically, so that ranks indexing the same shard at once do not disturb each other."""
+    temporary = None
+    try:
+        place.parent.mkdir(parents=True, exist_ok=True)
+        handle, temporary = tempfile.mkstemp(prefix=f".{place.name}.", dir=place.parent)
+        with os.fdopen(handle, "wb") as file:
+            np.savez(file, stamp=stamp, blob=index.keys.blob, ends=index.keys.ends, offsets=index.offsets,
+                     sizes=index.sizes, labels=index.labels)
+        os.replace(temporary, place)
+        return True
+    except OSError:
+        if temporary:
+            Path(temporary).unlink(missing_ok=True)
+        return False
+
+
+def shard_index(path: Path, keep: bool = True) -> ShardIndex:
+    """The index of a shard, from its file if that is valid. keep=False neither looks for the file nor writes it."""
+    status = path.stat()
+    stamp = np.array([INDEX_VERSION, status.st_size, status.st_mtime_ns], dtype=np.int64)
+    places = _index_places(path) if keep else []
+    for place in places:
+        if (stored := _load_index(place, stamp)) is not None:
+            return stored
+    index = scan_shard(path)
+    for place in places:
+        if _save_index(place, stamp, index):
+            break
+    return index
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The source
+# ---------------------------------------------------------------------------------------------------------------------
+class ShardSource(ListedSource):
+    """All pictures of the shards, in shard order.
+
+    Args:
+        shards: tar files.
+        class_names: names by label; None numbers the classes.
+        keep_index: False for small shards that are not worth an index file.
+    """
+
+    def __init__(self, shards: list[Path], class_names: list[str] | None = None, keep_index: bool = True):
+        indices = [shard_index(path, keep_index) for path in shards]
+        blob = np.concatenate([i.keys.blob for i in indices])
+        starts = np.cumsum([0] + [i.keys.blob.size for i in indices])
+        ends = np.concatenate([i.keys.ends + start for i, start in zip(indices, starts)])
+        labels = np.concatenate([i.labels for i in indices])
+        names = f"{shards[0]}" + (f" to {shards[-1]}" if len(shards) > 1 else "")
+        if not len(labels):
+            raise UserError(f"{names}: no pictures found. Expected members <key>.jpg, .jpeg, .png or .webp.")
+        keys = PackedStrings.from_arrays(blob, ends)
+        missing = np.flatnonzero(labels < 0)
+        if 0 < len(missing) < len(labels):
+            raise UserError(f"{names}: {len(missing)} of {len(labels)} pictures have no .cls member, the first is "
+                            f"{keys[int(missing[0])].decode('utf-8', 'replace')}. Label all of them or none.")
+        sizes = np.concatenate([i.sizes for i in indices])
+        super().__init__(keys, None if len(missing) else labels, class_names, sizes)
+        self.shards = shards
+        self.offsets = np.concatenate([i.offsets for i in indices])
+        self.shard_ends = np.cumsum([len(i.labels) for i in indices])
+        self._files: OrderedDict[int, int] = OrderedDict()  # shard number -> descriptor, least recently used first
+
+    def _descriptor(self, shard: int) -> int:
+        if shard not in self._files:
+            if len(self._files) >= MAX_OPEN_SHARDS:
+                os.close(self._files.popitem(last=False)[1])
+            self._files[shard] = os.open(self.shards[shard], os.O_RDONLY)
+        self._files.move_to_end(shard)
+        return self._files[shard]
+
+    def read(self, index: int) -> bytes:
+        shard = int(np.searchsorted(self.shard_ends, index, side="right"))
+        size = int(self.sizes[index])
+        # pread has no file position, so descriptors inherited by forked workers do not disturb each other.
+        data = os.pread(self._descriptor(shard), size, int(self.offsets[index]))
+        if len(data) < size:
+            raise OSError(f"{self.shards[shard]} ends early: it changed after it was indexed")
+        return data
+
+    def __getstate__(self) -> dict:
+        """Descriptors mean nothing to a spawned worker."""
+        return {**self.__dict__, "_files": OrderedDict()}
+
+    def __del__(self):
+        for descriptor in self.__dict__.get("_files", {}).values():
+            os.close(descriptor)

@@ -1,0 +1,45 @@
+"""The linear flow path between noise (t = 0) and data (t = 1), and its shifted time (RecTok; SD3, Esser et al. 2024).
+
+The more values a latent has, the easier it is to see through a given amount of noise; the shift spends correspondingly
+more time near pure noise.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+
+def time_shift(values: int) -> float:
+    """The shift of a latent with this many values (tokens x channels), relative to 4096."""
+    return math.sqrt(values / 4096)
+
+
+def shifted(u: Tensor, shift: float) -> Tensor:
+    """[0, 1] -> [0, 1], pushed towards 1 by shift > 1."""
+    return shift * u / (1 + (shift - 1) * u)
+
+
+def training_time(u: Tensor, shift: float) -> Tensor:
+    """Uniform draws -> times to train at, dense near noise."""
+    return 1 - shifted(u, shift) if shift > 1 else u
+
+
+def sampling_times(points: int, shift: float) -> Tensor:
+    """(points,) increasing times from 0 to 1: points - 1 steps of the solver."""
+    grid = shifted(torch.linspace(0, 1, points, device="cpu"), shift)
+    # parity: a shift below 1 is not reversed here, and not applied at all in training.
+    return (1 - grid).flip(0) if shift > 1 else grid
+
+
+def mix(data: Tensor, noise: Tensor, t: Tensor) -> Tensor:
+    """The point at time t (B,) of the straight line from noise to data."""
+    t = t.view(-1, *[1] * (data.ndim - 1))
+    return t * data + (1 - t) * noise
+
+
+def target(data: Tensor, noise: Tensor) -> Tensor:
+    """The velocity along that line."""
+    return data - noise

@@ -1,0 +1,64 @@
+"""One training step of a generator: latents from the frozen tokenizer (or from a cache), then its own loss."""
+
+from __future__ import annotations
+
+from typing import Any, Iterator
+
+import torch
+from torch import Tensor, nn
+
+from core.images import to_model_range
+from core.rng import Draws
+from core.specs import Batch, Guidance, Phase, Progress
+
+
+class GeneratorTask:
+    """Trains a generator on the latents of a frozen tokenizer.
+
+    Args:
+        generator: core.specs.Generator.
+        tokenizer: core.specs.Tokenizer with its latent statistics set.
+        num_classes: of the data set.
+        guidance: used for previews.
+        sample_options: passed to generator.sample (number of steps ...).
+    """
+
+    primary = "generator"
+
+    def __init__(self, generator: nn.Module, tokenizer: nn.Module, num_classes: int, guidance: Guidance = Guidance(),
+                 sample_options: dict[str, Any] | None = None):
+        self.generator, self.tokenizer = generator, tokenizer
+        self.num_classes, self.guidance, self.sample_options = num_classes, guidance, sample_options or {}
+
+    def networks(self) -> dict[str, nn.Module]:
+        return {"generator": self.generator}
+
+    def frozen(self) -> dict[str, nn.Module]:
+        guide = {} if self.guidance.guide is None else {"guide": self.guidance.guide}
+        return {"tokenizer": self.tokenizer, **guide}
+
+    def constants(self) -> dict[str, Tensor]:
+        """What a sampler needs beside the weights: the normalisation of the latents."""
+        if not hasattr(self.tokenizer, "set_latent_stats"):
+            return {}
+        return {"mean": self.tokenizer.latent_mean, "std": self.tokenizer.latent_std}
+
+    def phases(self, nets: dict[str, Any], batch: Batch, draws: Draws, progress: Progress) -> Iterator[Phase]:
+        with torch.no_grad():
+            tokenizer_draws = draws.fork("tokenizer")
+            if batch.stored is not None:
+                latents = self.tokenizer.from_stored(batch.stored.float(), tokenizer_draws)
+            else:
+                latents = self.tokenizer.encode(to_model_range(batch.images), tokenizer_draws)
+        yield Phase("generator", nets["generator"](latents, batch.labels, draws, progress))
+
+    @torch.no_grad()
+    def sample(self, network: nn.Module, labels: Tensor, draws: Draws) -> Tensor:
+        """Pictures (B, 3, H, W) in [-1, 1] of the classes `labels`."""
+        latents = network.sample(labels, draws, self.guidance, **self.sample_options)
+        return self.tokenizer.decode(latents, draws.fork("decode")).float()
+
+    def preview(self, network: nn.Module, draws: Draws, count: int) -> Tensor:
+        """One picture per class, round and round."""
+        labels = torch.arange(count, device=draws.positions.device) % self.num_classes
+        return self.sample(network, labels, draws)

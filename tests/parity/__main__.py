@@ -1,0 +1,47 @@
+"""Run fixtures and print one line per file: every recorded output with its error, worst first.
+
+    python -m tests.parity                                  all of ../shared/parity (or $TESSERA_PARITY)
+    python -m tests.parity ../shared/parity/rectok          one folder, or files
+    python -m tests.parity --known                          only files of a kind that some module handles
+
+Exits with 0 only if there was something to run and everything passed; an unknown kind is a failure.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+import torch
+
+from tests.parity import discover, find, fixture_folder, run
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m tests.parity", description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("paths", nargs="*", type=Path, help="fixtures or folders of them")
+    parser.add_argument("--known", action="store_true", help="skip kinds that no module handles")
+    options = parser.parse_args(arguments)
+
+    torch.set_num_threads(1)  # fixtures were recorded on one thread
+    discover()
+    files = find(options.paths or [fixture_folder()])
+    if not files:
+        print("no fixtures found in " + ", ".join(map(str, options.paths or [fixture_folder()])))
+        return 1
+    outcomes = []
+    for path in files:
+        outcome = run(path)
+        if options.known and outcome.failure.startswith("unknown kind"):
+            continue
+        print(outcome, flush=True)
+        outcomes.append(outcome)
+    failed = sum(not outcome.passed for outcome in outcomes)
+    print(f"{len(outcomes) - failed} of {len(outcomes)} passed")
+    return 0 if outcomes and not failed else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

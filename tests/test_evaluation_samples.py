@@ -1,0 +1,139 @@
+"""Feature networks, the reference cache and the evaluation of samples and reconstructions as a whole."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from core.errors import UserError
+from evaluation import classifier
+from evaluation.features import EfficientNetLite0, FeatureNet
+from evaluation.generation import evaluate_samples
+from evaluation.reconstruction import evaluate_reconstruction
+from evaluation.reference import Reference, extract
+
+
+class ColourNet(FeatureNet):
+    """Means and spreads of the colours: enough to tell pictures apart in microseconds."""
+
+    name = "colours"
+    dims = {"block4": 3, "penultimate": 6}
+
+    def __init__(self):
+        super().__init__()
+        self.unused = torch.nn.Parameter(torch.zeros(1))
+
+    def taps(self, pixels):
+        mean, spread = pixels.mean((2, 3)) / 255, pixels.std((2, 3)) / 255
+        return {"block4": mean, "penultimate": torch.cat((mean, spread), 1)}
+
+
+def pictures(count: int, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Noise whose brightest channel is the label."""
+    generator = torch.Generator().manual_seed(seed)
+    labels = torch.arange(count) % 3
+    images = torch.randint(0, 128, (count, 3, 12, 12), generator=generator)
+    images[torch.arange(count), labels] += 100
+    return images.to(torch.uint8), labels
+
+
+def batches(count: int, seed: int, size: int = 16):
+    images, labels = pictures(count, seed)
+    return zip(images.split(size), labels.split(size))
+
+
+@pytest.fixture(scope="module")
+def lite0():
+    pytest.importorskip("timm")
+    return EfficientNetLite0(input_size=64)
+
+
+def test_lite0_features(lite0):
+    images = pictures(3, 0)[0]
+    together = lite0.train()(images)
+    assert together["block4"].shape == (3, 112) and together["penultimate"].shape == (3, 1280)
+    assert lite0.name == "lite0_64px" and not together["block4"].requires_grad
+    for name, values in lite0(images[1:2]).items():  # a picture's features do not depend on its batch
+        torch.testing.assert_close(values[0], together[name][1], rtol=1e-4, atol=1e-4)
+
+
+def test_lite0_penultimate_is_what_its_classifier_sees(lite0):
+    pixels = torch.rand(2, 3, 64, 64, generator=torch.Generator().manual_seed(0)) * 255
+    with torch.no_grad():
+        want = lite0.net.forward_head(lite0.net.forward_features((pixels - 127) / 128), pre_logits=True)
+        torch.testing.assert_close(lite0.taps(pixels)["penultimate"], want, rtol=1e-4, atol=1e-5)
+
+
+def test_features_ignore_autocast(lite0):
+    images = pictures(2, 0)[0]
+    plain = lite0(images)["penultimate"]
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert torch.equal(lite0(images)["penultimate"], plain)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_features_on_gpu_do_without_tf32(lite0):
+    images = pictures(2, 0)[0]
+    want = lite0(images)
+    before = torch.backends.cudnn.allow_tf32
+    moved = EfficientNetLite0(input_size=64).cuda()
+    for name, values in moved(images.cuda()).items():
+        torch.testing.assert_close(values.cpu(), want[name], rtol=1e-4, atol=1e-4)
+    assert torch.backends.cudnn.allow_tf32 == before
+
+
+def test_float_pictures_are_refused():
+    with pytest.raises(UserError, match="uint8"):
+        ColourNet()(torch.rand(1, 3, 8, 8))
+
+
+def test_reference_is_computed_once(tmp_path):
+    path, net, calls = tmp_path / "cache" / "train.safetensors", ColourNet(), []
+
+    def make():
+        calls.append(1)
+        return batches(20, 0)
+
+    first = Reference.cached(path, net, make, "pictures-1")
+    second = Reference.cached(path, net, make, "pictures-1")
+    assert len(calls) == 1 and len(second) == 20
+    assert torch.equal(first.labels, second.labels)
+    assert all(torch.equal(first.taps[name], second.taps[name]) for name in net.dims)
+    Reference.cached(path, net, make, "pictures-2")  # another list of pictures
+    other = ColourNet()
+    other.name = "other"
+    Reference.cached(path, other, make, "pictures-2")  # another network
+    assert len(calls) == 3
+    with pytest.raises(UserError, match="empty"):
+        extract(net, [])
+
+
+def test_evaluate_samples():
+    net = ColourNet()
+    train, val = (Reference(f.taps, f.labels, f.net, "x") for f in (extract(net, batches(90, s)) for s in (0, 1)))
+    model = classifier.fit(train.taps["penultimate"], train.labels, 3)
+    good = evaluate_samples(batches(60, 2), net, train, val, model, ["red", "green", "blue"])
+    assert good["class_accuracy"] == 1.0 and good["real_class_accuracy"] == 1.0
+    assert good["accuracy_by_class"] == {"red": 1.0, "green": 1.0, "blue": 1.0}
+    assert good["num_samples"] == 60 and good["num_train"] == 90
+    assert "60 pictures in 3 dimensions" in good["warning"] and "measured with 90" in good["warning"]
+    dark = [(images // 2, labels.flip(0)) for images, labels in batches(60, 2)]
+    bad = evaluate_samples(dark, net, train, val, model)
+    assert bad["frechet_colours_block4"] > 10 * good["frechet_colours_block4"]
+    assert bad["class_accuracy"] < 0.8
+    copies = evaluate_samples(batches(90, 0), net, train, val)
+    assert copies["neighbour_similarity"] == pytest.approx(1.0, abs=1e-5)
+    assert copies["real_neighbour_similarity"] < copies["neighbour_similarity"]
+    assert abs(copies["frechet_colours_block4"]) < 1e-9 and "class_accuracy" not in copies
+    with pytest.raises(UserError, match="from network"):
+        evaluate_samples(batches(6, 0), net, Reference(train.taps, train.labels, "other", "x"))
+
+
+def test_evaluate_reconstruction():
+    images, _ = pictures(12, 0)
+    perfect = images.float() / 127.5 - 1
+    result = evaluate_reconstruction([(images[:5], perfect[:5]), (images[5:], perfect[5:])], ColourNet())
+    assert result["psnr"] > 90 and result["ssim_gauss"] == pytest.approx(1.0, abs=1e-5)
+    assert abs(result["reconstruction_frechet_colours_block4"]) < 1e-6 and result["num_pictures"] == 12
+    assert set(evaluate_reconstruction([(images, perfect * 0.5)])) == {"psnr", "ssim_gauss", "num_pictures"}

@@ -1,0 +1,362 @@
+"""References to files, hostile and broken weight files, fingerprints. Nothing here needs a network."""
+
+import argparse
+import builtins
+import collections
+import http.server
+import io
+import json
+import os
+import pickle
+import struct
+import subprocess
+import sys
+import threading
+import time
+import zipfile
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from core import hub
+from core.errors import UserError
+from core.files import sha256_file
+from core.train.checkpoint import CheckpointStore
+
+
+@pytest.fixture(autouse=True)
+def online(monkeypatch, tmp_path):
+    monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
+    monkeypatch.delenv("TESSERA_OFFLINE", raising=False)
+    monkeypatch.chdir(tmp_path)
+
+
+# -- references -------------------------------------------------------------------------------------------------------
+def test_paths_and_bare_names(tmp_path):
+    (tmp_path / "pretrained_models").mkdir()
+    (tmp_path / "pretrained_models" / "vae.safetensors").write_bytes(b"1")
+    (tmp_path / "weights.pt").write_bytes(b"2")
+    assert hub.resolve("vae.safetensors").read_bytes() == b"1"
+    assert hub.resolve("weights.pt").read_bytes() == hub.resolve(str(tmp_path / "weights.pt")).read_bytes() == b"2"
+    with pytest.raises(UserError, match='neither here nor in pretrained_models/. Did you mean "vae.safetensors"'):
+        hub.resolve("vea.safetensor")
+    with pytest.raises(UserError, match='no such file or folder. Did you mean "weights.pt"'):
+        hub.resolve(f"{tmp_path}/weight.pt")
+    with pytest.raises(UserError, match="last folder that exists is .*pretrained_models"):
+        hub.resolve("pretrained_models/a/b/c.pt")
+    with pytest.raises(UserError, match="unknown kind of address"):
+        hub.resolve("s3://bucket/file")
+
+
+def test_sha256_is_checked(tmp_path, monkeypatch):
+    (tmp_path / "x.pt").write_bytes(b"data")
+    good = sha256_file(tmp_path / "x.pt")
+    assert hub.resolve("x.pt", sha256=good.upper()).name == "x.pt"
+    with pytest.raises(UserError, match="x.pt: not the expected file"):
+        hub.resolve("x.pt", sha256="0" * 64)
+    monkeypatch.setitem(hub.KNOWN_SHA256, "x.pt", "1" * 64)
+    with pytest.raises(UserError, match="expected 1111"):
+        hub.resolve("x.pt")
+
+
+def test_run_and_checkpoint_folders(tmp_path):
+    store = CheckpointStore(tmp_path / "run" / "checkpoints")
+    for step in (1, 2):
+        store.save(step, {"model": {"w": torch.ones(2)}}, {}, wait=True)
+    newest = store.folder / "step_00000002"
+    for reference in ("run", "run/checkpoints", "run/checkpoints/latest", "run/checkpoints/step_00000002"):
+        assert hub.resolve(str(tmp_path / reference)) == newest
+    assert hub.resolve("run/checkpoints/step_00000001").name == "step_00000001"
+    (newest / "model.safetensors").write_bytes(b"half")
+    leftover = store.folder / ".tmp-step_00000003-999999999"
+    leftover.mkdir()
+    assert hub.resolve("run").name == "step_00000001" and leftover.exists()  # a visitor does not tidy up
+    with pytest.raises(UserError, match="damaged checkpoint.*model.safetensors: 4 bytes instead"):
+        hub.resolve("run/checkpoints/step_00000002")
+    (tmp_path / "plain" / "a.pt").mkdir(parents=True)
+    with pytest.raises(UserError, match=r"without checkpoints; name one file in it \(a.pt\)"):
+        hub.resolve("plain")
+
+
+@pytest.mark.parametrize("variable", ["TESSERA_OFFLINE", "HF_HUB_OFFLINE"])
+def test_offline_looks_in_the_cache_only(tmp_path, monkeypatch, variable):
+    monkeypatch.setenv(variable, "1")
+    where = "pretrained_models/owner/repo/folder/x.pt"
+    link = "https://huggingface.co/owner/repo/resolve/main/folder/x.pt"
+    with pytest.raises(UserError, match=f"download {link} and copy it to {where}"):
+        hub.resolve("hf://owner/repo/folder/x.pt")
+    with pytest.raises(UserError, match="switched off.*pretrained_models/example.org/x.pt"):
+        hub.resolve("https://example.org/x.pt?download=1")
+    (tmp_path / where).parent.mkdir(parents=True)
+    (tmp_path / where).write_bytes(b"1")
+    assert str(hub.resolve("hf://owner/repo/folder/x.pt")) == where
+
+
+@pytest.mark.parametrize("reference", ["hf://owner", "hf://owner/repo", "hf://owner/repo/../../x", "https://host",
+                                       "https://host/a/../../x", "http://host/x"])
+def test_malformed_addresses(reference):
+    with pytest.raises(UserError):
+        hub.resolve(reference)
+
+
+def test_hugging_face_errors_are_explained(tmp_path, monkeypatch):
+    import huggingface_hub
+    from huggingface_hub.errors import EntryNotFoundError
+
+    def fails(error):
+        def download(*_, **__):
+            raise error
+
+        monkeypatch.setattr(huggingface_hub, "hf_hub_download", download)
+
+    missing = EntryNotFoundError.__new__(EntryNotFoundError)
+    fails(missing)
+    monkeypatch.setattr(huggingface_hub.HfApi, "list_repo_files", lambda self, *_, **__: ["model.pt", "README.md"])
+    with pytest.raises(UserError, match='o/r has no file modell.pt. Did you mean "model.pt"'):
+        hub.resolve("hf://o/r@v1/modell.pt")
+    fails(ConnectionError("no route\nmore"))
+    with pytest.raises(UserError, match=r"ConnectionError: no route\). .*huggingface.co/o/r/resolve/v1/m.pt"):
+        hub.resolve("hf://o/r@v1/m.pt")
+
+    def download(repository, filename, revision, local_dir):
+        (local_dir / filename).parent.mkdir(parents=True)
+        (local_dir / filename).write_text(f"{repository} {revision}")
+
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", download)
+    assert hub.resolve("hf://o/r@v1/m.pt").read_text() == "o/r v1"
+    assert hub.resolve("hf://o/r@v1/m.pt") == hub.Path("pretrained_models/o/r@v1/m.pt")
+
+
+class Handler(http.server.BaseHTTPRequestHandler):
+    body = bytes(range(256)) * 9000
+
+    def do_GET(self):
+        if "missing" in self.path:
+            return self.send_error(404)
+        self.send_response(200)
+        self.send_header("Content-Length", str(len(self.body)))
+        self.end_headers()
+        self.wfile.write(self.body[: 1000 if "half" in self.path else None])
+
+    def log_message(self, *_):
+        pass
+
+
+def test_web_downloads_are_whole_or_absent(tmp_path):
+    import hashlib
+
+    good = hashlib.sha256(Handler.body).hexdigest()
+    server = http.server.HTTPServer(("127.0.0.1", 0), Handler)
+    thread = threading.Thread(target=server.serve_forever)
+    thread.start()
+    try:
+        address = f"http://127.0.0.1:{server.server_port}"
+        path = hub.resolve(f"{address}/a/x.bin?download=1", sha256=good)
+        assert path.read_bytes() == Handler.body and path.name == "x.bin"
+        failures = (("half.bin", good, "broke after 1000 of 2304000"), ("y.bin", "0" * 64, "nothing was kept"),
+                    ("missing.bin", good, "404"))
+        for name, sha, message in failures:
+            with pytest.raises(UserError, match=message):
+                hub.resolve(f"{address}/a/{name}", sha256=sha)
+        assert [p.name for p in path.parent.iterdir()] == ["x.bin"]
+    finally:
+        server.shutdown()
+        thread.join()
+        server.server_close()
+    assert hub.resolve(f"{address}/a/x.bin?download=1", sha256=good) == path  # kept: no network needed
+    with pytest.raises(UserError, match="could not be downloaded"):
+        hub.resolve(f"{address}/a/z.bin", sha256=good)
+
+
+# -- loading ----------------------------------------------------------------------------------------------------------
+def test_loads_what_torch_and_safetensors_write(tmp_path):
+    state = {"a": torch.randn(3), "b": torch.tensor(1.5, dtype=torch.bfloat16)}
+    save_file(state, tmp_path / "x.safetensors")
+    order = collections.OrderedDict(c=state["a"])
+    nested = {"model": state, "steps": 4, "args": argparse.Namespace(lr=0.1), "order": order}
+    torch.save(nested, tmp_path / "x.pt")
+    torch.save(nested, tmp_path / "old.pth", _use_new_zipfile_serialization=False)
+    assert all(torch.equal(hub.load_tensors(tmp_path / "x.safetensors")[k], v) for k, v in state.items())
+    for name in ("x.pt", "old.pth"):
+        loaded = hub.load_tensors(tmp_path / name)
+        assert all(torch.equal(loaded["model"][k], v) for k, v in state.items())
+        assert loaded["args"].lr == 0.1 and torch.equal(loaded["order"]["c"], state["a"])
+    torch.save([1], tmp_path / "list.pt")
+    with pytest.raises(UserError, match="holds a list"):
+        hub.load_tensors(tmp_path / "list.pt")
+    for missing in ("no.pt", "no.safetensors", "."):
+        with pytest.raises(UserError):
+            hub.load_tensors(tmp_path / missing)
+
+
+class Call:
+    """Pickles as a call of `function`."""
+
+    def __init__(self, function, *arguments):
+        self.call = function, arguments
+
+    def __reduce__(self):
+        return self.call
+
+
+def hostile_objects(marker: str) -> dict[str, object]:
+    touch = f"touch '{marker}'"
+    write = f"open({marker!r}, 'w').close()"
+    return {
+        "os.system": Call(os.system, touch),
+        "popen": Call(os.popen, touch),
+        "subprocess": Call(subprocess.check_call, ["touch", marker]),
+        "eval": Call(eval, write),
+        "exec": Call(exec, write),
+        "open": Call(open, marker, "w"),
+        "io.open": Call(io.open, marker, "w"),
+        "import": Call(__import__, "antigravity"),
+        "getattr": Call(getattr, builtins.str, "format"),
+        "torch.load": Call(torch.load, marker),
+        "torch.save": Call(torch.save, 1, marker),
+        "hub.load": Call(torch.hub.load, marker, "x"),
+        "mkdir": Call(os.mkdir, marker),
+        "thread": Call(threading.Thread, None, os.system, "t", (touch,)),
+        "partial": Call(__import__("functools").partial, os.system, touch),
+        "in a dict": {"model": {"w": torch.ones(2), "evil": Call(os.system, touch)}},
+        "in a namespace": argparse.Namespace(evil=Call(os.system, touch)),
+        "as a key": {Call(os.system, touch): 1},
+        "in a set": [Call(exec, write), {1}],
+    }
+
+
+def raw_pickles(marker: str) -> dict[str, bytes]:
+    command = f"touch '{marker}'".encode()
+    return {
+        "global reduce": b"cos\nsystem\n(S\"" + command + b"\"\ntR.",
+        "inst": b"(S\"" + command + b"\"\nios\nsystem\n.",
+        "obj": b"(cos\nsystem\nS\"" + command + b"\"\no.",
+        "stack global": b"\x80\x04\x8c\x02os\x8c\x06system\x93\x8c" + bytes([len(command)]) + command + b"\x85R.",
+        "extension": b"\x80\x02\x82\x01.",
+        "build": b"\x80\x02ccollections\nOrderedDict\n)Rcos\nsystem\nb.",
+        "persistent": b"\x80\x02cos\nsystem\nQ.",
+        "deep": b"\x80\x02" + b"]" * 200_000 + b"a" * 199_999 + b".",
+        "never stops": b"\x80\x02" + b"]",
+        "laughs": b"\x80\x02]q\x00" + b"".join(
+            b"](" + bytes([ord("h"), n]) * 1 + b"h" + bytes([n]) + b"eq" + bytes([n + 1]) for n in range(60)) + b".",
+    }
+
+
+@pytest.mark.filterwarnings("ignore:Detected pickle protocol")
+def test_hostile_pickles_never_run(tmp_path):
+    marker, tried = str(tmp_path / "marker"), 0
+    path = tmp_path / "evil.pt"
+
+    pickle.loads(raw_pickles(marker)["global reduce"])  # the trap works
+    os.unlink(marker)
+
+    def refused():
+        start = time.perf_counter()
+        with pytest.raises(UserError, match="evil.pt: "):
+            hub.load_tensors(path)
+        assert time.perf_counter() - start < 2 and not os.path.exists(marker)
+        return 1
+
+    for name, evil in hostile_objects(marker).items():
+        torch.save(evil, path)
+        tried += refused()
+        torch.save(evil, path, _use_new_zipfile_serialization=False)
+        tried += refused()
+        path.write_bytes(pickle.dumps(evil, protocol=4))
+        tried += refused()
+    for data in raw_pickles(marker).values():
+        path.write_bytes(data)
+        tried += refused()
+        with zipfile.ZipFile(path, "w") as archive:
+            archive.writestr("evil/data.pkl", data)
+            archive.writestr("evil/version", "3")
+        tried += refused()
+    assert tried == 77
+
+
+def test_refusal_names_the_code(tmp_path):
+    torch.save({"x": Call(os.system, "true")}, tmp_path / "x.pt")
+    with pytest.raises(UserError, match=r"would run code \(posix.system\).*safetensors"):
+        hub.load_tensors(tmp_path / "x.pt")
+
+
+def test_inflating_archives_are_refused(tmp_path):
+    path = tmp_path / "bomb.pt"
+    torch.save({"w": torch.zeros(100)}, tmp_path / "small.pt")
+    with zipfile.ZipFile(tmp_path / "small.pt") as small, zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as bomb:
+        for entry in small.infolist():
+            bomb.writestr(entry.filename, small.read(entry))
+        bomb.writestr("small/data/9", bytes(50_000_000))
+    with pytest.raises(UserError, match="compressed archive"):
+        hub.load_tensors(path)
+    torch.save({"w": torch.zeros(1).expand(10**12)}, path)
+    with pytest.raises(UserError, match="claims more than the file holds"):
+        hub.load_tensors(path)
+    for function, message in ((bytearray, "beyond its size"), (torch.FloatTensor, "claim more than the file holds")):
+        torch.save({"w": Call(function, 500_000_000)}, path)
+        with pytest.raises(UserError, match=message):
+            hub.load_tensors(path)
+
+
+@pytest.mark.filterwarnings("ignore:Detected pickle protocol")
+@pytest.mark.parametrize("suffix", ["pt", "safetensors"])
+def test_half_and_garbage_files(tmp_path, suffix):
+    path = tmp_path / f"x.{suffix}"
+    state = {"a": torch.randn(1000), "b": torch.randn(10)}
+    torch.save(state, path) if suffix == "pt" else save_file(state, path)
+    whole = path.read_bytes()
+    cuts = [whole[:n] for n in (0, 1, 7, 8, 9, 100, len(whole) // 2, len(whole) - 1)]
+    garbage = [os.urandom(5000), b"\x80" * 100, b"<!DOCTYPE html>no such page", b"version https://git-lfs.github.com"]
+    for data in cuts + garbage:
+        path.write_bytes(data)
+        with pytest.raises(UserError, match=f"x.{suffix}: "):
+            hub.load_tensors(path)
+
+
+def test_crafted_safetensors_are_refused_quickly(tmp_path):
+    path = tmp_path / "x.safetensors"
+
+    def file(header, body=b"\0" * 16, length=None):
+        text = header if isinstance(header, bytes) else json.dumps(header).encode()
+        return struct.pack("<Q", len(text) if length is None else length) + text + body
+
+    def entry(dtype="F32", shape=(4,), offsets=(0, 16)):
+        return {"w": {"dtype": dtype, "shape": list(shape), "data_offsets": list(offsets)}}
+
+    crafted = [
+        file(entry(), length=2**63), file(entry(), length=2**40), file(entry(), length=99_000_000),
+        file(b"[" * 100_000), file(b'{"a":' * 50_000), file(b"\xff\xfe{}"), file(b"null"),
+        file({"w": {"dtype": "F32"}}),
+        file(entry(shape=(2**62,))), file(entry(shape=(2**40, 2**40))), file(entry(shape=(-4,))),
+        file(entry(dtype="F99")), file(entry(dtype="BF16")), file(entry(), body=b""),
+        file(entry(offsets=(0, 2**50))), file(entry(offsets=(16, 0))), file(entry(offsets=(8, 24))),
+        file(entry() | {"v": entry()["w"]}),
+    ]
+    for data in crafted:
+        path.write_bytes(data)
+        start = time.perf_counter()
+        with pytest.raises(UserError, match="x.safetensors: not a whole safetensors file"):
+            hub.load_tensors(path)
+        assert time.perf_counter() - start < 2
+
+
+# -- fingerprints -----------------------------------------------------------------------------------------------------
+def test_fingerprint_sees_everything_but_order():
+    state = {"a": torch.arange(6.0).reshape(2, 3), "b": torch.tensor(1.0, dtype=torch.bfloat16), "c": torch.empty(0)}
+    reference = hub.fingerprint(state)
+    assert len(reference) == 16 and hub.fingerprint(dict(reversed(state.items()))) == reference
+    assert hub.fingerprint({**state, "a": state["a"].T.contiguous().T}) == reference
+    changed = [
+        {**state, "a": state["a"].reshape(3, 2)}, {**state, "a": state["a"].view(torch.int32)},
+        {**state, "a": state["a"] + 1e-6},
+        {**state, "b": state["b"].half()}, {k.upper(): v for k, v in state.items()}, {"a": state["a"]},
+        {**state, "a": state["a"].T},
+    ]
+    assert len({hub.fingerprint(s) for s in changed} | {reference}) == len(changed) + 1
+
+
+def test_heavy_libraries_are_imported_late():
+    code = "import sys, core.hub; print([m for m in ('huggingface_hub', 'safetensors') if m in sys.modules])"
+    root = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+    assert subprocess.check_output([sys.executable, "-c", code], cwd=root, text=True).strip() == "[]"

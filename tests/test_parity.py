@@ -1,0 +1,85 @@
+"""Every recorded fixture of a known kind, as a test; and the runner, which must not pass what it cannot check."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from tests import parity
+from tests.parity.__main__ import main
+
+parity.discover()
+FILES = parity.find([parity.fixture_folder()])
+
+
+def known(path) -> bool:
+    meta = parity.read_meta(path)
+    return (meta.get("system"), meta.get("kind")) in parity.KINDS
+
+
+@pytest.mark.parametrize("path", [f for f in FILES if known(f)] or [None],
+                         ids=lambda path: f"{path.parent.name}-{path.stem}" if path else "none")
+def test_fixture(path):
+    if path is None:
+        pytest.skip(f"no parity fixtures in {parity.fixture_folder()} (set TESSERA_PARITY)")
+    outcome = parity.run(path)
+    assert outcome.passed, str(outcome)
+
+
+def write(path, outputs, **meta):
+    save_file({f"outputs/{name}": tensor for name, tensor in outputs.items()}, path, metadata=meta)
+    return path
+
+
+@pytest.fixture
+def echo(monkeypatch):
+    """A kind "echo" whose outputs are whatever the test puts in."""
+    computed = {}
+    monkeypatch.setitem(parity.KINDS, ("toy", "echo"), lambda case: computed)
+    return computed
+
+
+def test_every_recorded_output_must_agree(tmp_path, echo):
+    reference = {"a": torch.tensor([1.0, 100.0]), "ids": torch.tensor([3, 4])}
+    path = write(tmp_path / "f.safetensors", reference, system="toy", kind="echo")
+    echo.update(a=reference["a"] + 0.9e-2, ids=reference["ids"])  # the largest value is 100: 1e-2 is allowed
+    assert parity.run(path).passed
+    echo["a"] = reference["a"] + 1.2e-2
+    assert "!! a 1.2e-04" in str(parity.run(path))
+    echo["a"] = torch.tensor([float("nan"), 100.0])
+    assert not parity.run(path).passed
+    echo["a"] = reference["a"][:1]
+    assert "shape [1] for [2]" in str(parity.run(path))
+    echo.update(a=reference["a"], ids=torch.tensor([3, 5]))
+    assert not parity.run(path).passed
+    del echo["ids"]
+    assert "!! ids not computed" in str(parity.run(path))
+
+
+def test_stated_tolerance_is_used(tmp_path, echo):
+    stated = "per tensor: max|a-b| <= 1e-2*max|ref| + 0.5; uint8 images: at most 25 percent of values off by one"
+    path = write(tmp_path / "f.safetensors", {"a": torch.zeros(2), "u": torch.zeros(4, dtype=torch.uint8)},
+                 system="toy", kind="echo", tolerance=stated)
+    echo.update(a=torch.tensor([0.4, 0.0]), u=torch.tensor([1, 0, 0, 0], dtype=torch.uint8))
+    assert parity.run(path).passed
+    echo["u"] = torch.tensor([2, 0, 0, 0], dtype=torch.uint8)
+    assert not parity.run(path).passed
+
+
+def test_command_line_fails_on_what_it_cannot_check(tmp_path, capsys, monkeypatch):
+    assert main([str(tmp_path)]) == 1  # nothing there
+    write(tmp_path / "strange.safetensors", {"a": torch.zeros(1)}, system="toy", kind="unheard")
+    assert main([str(tmp_path)]) == 1
+    assert 'FAIL strange.safetensors [toy/unheard]: unknown kind "unheard"' in capsys.readouterr().out
+
+    def broken(case):
+        raise RuntimeError("went wrong")
+
+    monkeypatch.setitem(parity.KINDS, ("toy", "unheard"), broken)
+    assert main([str(tmp_path)]) == 1
+    assert "RuntimeError: went wrong" in capsys.readouterr().out
+    monkeypatch.setitem(parity.KINDS, ("toy", "unheard"), lambda case: {"a": torch.zeros(1)})
+    assert main([str(tmp_path)]) == 0
+    (tmp_path / "damaged.safetensors").write_bytes(b"no header")
+    assert main([str(tmp_path)]) == 1

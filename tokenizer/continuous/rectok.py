@@ -1,0 +1,381 @@
+"""RecTok: a ViT autoencoder whose latents stay meaningful along the whole flow to noise (Shi et al., arXiv 2512.13421).
+
+In training, patches are hidden from the encoder and the latent is moved towards noise; from that noisy latent a pixel
+decoder restores the image and one small semantic decoder per frozen teacher restores the teacher's features. Losses
+and teachers live elsewhere (tokenizer/losses, tokenizer/teachers.py). Parameter names are those of the official
+checkpoints.
+
+Shape letters: B batch, N tokens of the grid, K tokens the encoder sees (K = N without masking), D width, C channels.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, fields
+from typing import Any
+
+import torch
+from einops.layers.torch import Rearrange
+from torch import Tensor, nn
+
+from core.errors import UserError, nearest
+from core.nn.attention import Attention
+from core.nn.mlp import SwiGLU
+from core.nn.norms import RMSNorm
+from core.nn.rope import Rope, rectok_rope
+from core.specs import Continuous, Recon
+
+
+@dataclass(frozen=True)
+class Size:
+    """Shape of one transformer."""
+
+    width: int
+    layers: int
+    heads: int
+
+
+SIZES = {
+    "tiny": Size(192, 3, 4),
+    "small": Size(512, 8, 8),
+    "base": Size(768, 12, 12),
+    "large": Size(1024, 24, 16),
+    "xl": Size(1152, 28, 16),
+    "huge": Size(1280, 32, 16),
+}
+
+
+def _size(value: str | dict[str, int], setting: str) -> Size:
+    if isinstance(value, str):
+        if value not in SIZES:
+            raise UserError(f'{setting} "{value}" is not a known size.{nearest(value, SIZES)}')
+        return SIZES[value]
+    wanted = {f.name for f in fields(Size)}
+    if not isinstance(value, dict) or set(value) != wanted:
+        raise UserError(f"{setting} is the name of a size ({', '.join(SIZES)}) or has exactly the keys "
+                        f"{', '.join(sorted(wanted))}; got {value!r}")
+    return Size(**value)
+
+
+def _one_of(value: str, choices: tuple[str, ...], setting: str) -> str:
+    if value not in choices:
+        raise UserError(f'{setting} "{value}" is not known.{nearest(str(value), choices)}')
+    return value
+
+
+@dataclass(frozen=True)
+class Semantic:
+    """The semantic decoders: one per teacher, predicting features of that teacher's width."""
+
+    teachers: dict[str, int]  # name -> feature width
+    decoder: str = "transformer"  # or "mlp", which sees one token at a time
+    size: Any = "tiny"  # of the transformer
+    input: str = "noisy"  # the latent as the pixel decoder sees it, or "clean"
+
+    @classmethod
+    def parse(cls, value: dict[str, Any] | None) -> "Semantic | None":
+        if not value or not value.get("teachers"):
+            return None
+        known = [f.name for f in fields(cls)]
+        unknown = [key for key in value if key not in known]
+        if unknown:
+            raise UserError(f'semantic has no setting "{unknown[0]}".{nearest(unknown[0], known)}')
+        semantic = cls(**value)
+        _one_of(semantic.decoder, ("transformer", "mlp"), "semantic.decoder")
+        _one_of(semantic.input, ("noisy", "clean"), "semantic.input")
+        return semantic
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Transformers
+# ---------------------------------------------------------------------------------------------------------------------
+class Block(nn.Module):
+    def __init__(self, width: int, heads: int, qk_norm: bool):
+        super().__init__()
+        self.norm1 = RMSNorm(width)
+        self.attn = Attention(width, heads, qk_norm)
+        self.norm2 = RMSNorm(width)
+        self.mlp = SwiGLU(width)
+
+    def forward(self, x: Tensor, rope: Rope) -> Tensor:
+        x = x + self.attn(self.norm1(x), rope)  # (B, N, D)
+        return x + self.mlp(self.norm2(x))
+
+
+class Transformer(nn.Module):
+    """Learned positions and blocks: what encoder, decoder and semantic decoder have in common."""
+
+    def __init__(self, size: Size, grid: tuple[int, int], qk_norm: bool):
+        super().__init__()
+        width = size.width
+        self.positional_embedding = nn.Parameter(torch.randn(1, grid[0] * grid[1], width) * width**-0.5)
+        self.ln_pre = RMSNorm(width)
+        self.transformer = nn.ModuleList(Block(width, size.heads, qk_norm) for _ in range(size.layers))
+        self.ln_post = RMSNorm(width)
+        cos, sin = rectok_rope(width // size.heads, grid)
+        self.register_buffer("rope_cos", cos, persistent=False)
+        self.register_buffer("rope_sin", sin, persistent=False)
+
+    def blocks(self, x: Tensor, kept: Tensor | None = None) -> Tensor:
+        """Norm, blocks, norm. `kept` (B, K): which token of the grid each of x (B, K, D) is; None: all, in order."""
+        rope = (self.rope_cos, self.rope_sin)  # (N, d) each
+        if kept is not None:
+            rope = tuple(table[kept][:, None] for table in rope)  # (B, 1, K, d)
+        x = self.ln_pre(x)
+        for block in self.transformer:
+            x = block(x, rope)
+        return self.ln_post(x)
+
+
+def unshuffle(tokens: Tensor, restore: Tensor | None, filler: Tensor) -> Tensor:
+    """Put the visible tokens (B, K, D) back into place and `filler` (1, 1, D) where one was hidden: (B, N, D)."""
+    if restore is None:
+        return tokens
+    batch, kept, width = tokens.shape
+    # Also when nothing is hidden: the filler then gets a zero gradient, and DDP does not wait for it in vain.
+    hidden = filler.to(tokens.dtype).expand(batch, restore.shape[1] - kept, -1)  # (B, N - K, D)
+    tokens = torch.cat((tokens, hidden), dim=1)
+    return tokens.gather(1, restore[..., None].expand(-1, -1, width))
+
+
+class Encoder(Transformer):
+    def __init__(self, size: Size, grid: tuple[int, int], patch_size: int, channels: int, qk_norm: bool):
+        super().__init__(size, grid, qk_norm)
+        patches = nn.Conv2d(3, size.width, patch_size, stride=patch_size)
+        self.patch_embed = nn.Sequential(patches, Rearrange("b d h w -> b (h w) d"))
+        self.latent_head = nn.Linear(size.width, 2 * channels)
+
+    def forward(self, images: Tensor, kept: Tensor | None = None) -> Tensor:
+        """Moments of the posterior, mean then log variance, fp32: (B, K, 2C)."""
+        x = self.patch_embed(images) + self.positional_embedding  # (B, N, D)
+        if kept is not None:
+            x = x.gather(1, kept[..., None].expand(-1, -1, x.shape[-1]))  # (B, K, D)
+        return self.latent_head(self.blocks(x, kept)).float()
+
+
+class Decoder(Transformer):
+    def __init__(self, size: Size, grid: tuple[int, int], patch_size: int, channels: int, qk_norm: bool):
+        super().__init__(size, grid, qk_norm)
+        self.decoder_embed = nn.Linear(channels, size.width)
+        self.mask_token = nn.Parameter(torch.randn(1, 1, size.width) * size.width**-0.5)
+        self.ffn = nn.Sequential(
+            Rearrange("b (h w) d -> b d h w", h=grid[0]),
+            nn.Conv2d(size.width, 3 * patch_size**2, 1),
+            Rearrange("b (p1 p2 c) h w -> b c (h p1) (w p2)", p1=patch_size, p2=patch_size),
+        )
+        self.conv_out = nn.Conv2d(3, 3, 3, padding=1)
+
+    def forward(self, latents: Tensor, restore: Tensor | None = None) -> Tensor:
+        """(B, K, C) -> images (B, 3, H, W)."""
+        x = unshuffle(self.decoder_embed(latents), restore, self.mask_token)  # (B, N, D)
+        x = self.blocks(x + self.positional_embedding)
+        return self.conv_out(self.ffn(x))
+
+
+class SemanticTransformer(Transformer):
+    """Predicts a teacher's feature of every token, hidden ones included."""
+
+    def __init__(self, size: Size, grid: tuple[int, int], channels: int, features: int, qk_norm: bool):
+        super().__init__(size, grid, qk_norm)
+        self.token_embedding = nn.Linear(channels, size.width)
+        self.mask_embedding = nn.Parameter(torch.zeros(1, 1, size.width))
+        self.out = nn.Linear(size.width, features)
+
+    def forward(self, latents: Tensor, restore: Tensor | None = None) -> Tensor:
+        x = unshuffle(self.token_embedding(latents), restore, self.mask_embedding)  # (B, N, D)
+        return self.out(self.blocks(x + self.positional_embedding))  # (B, N, features)
+
+
+class SemanticMLP(nn.Sequential):
+    """The same one token at a time: it can neither see nor restore hidden tokens."""
+
+    def __init__(self, channels: int, features: int):
+        super().__init__(nn.Linear(channels, 4 * channels), nn.GELU(), nn.Linear(4 * channels, features))
+
+    def forward(self, latents: Tensor, restore: Tensor | None = None) -> Tensor:
+        return super().forward(latents)  # (B, K, features)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Posterior
+# ---------------------------------------------------------------------------------------------------------------------
+class Posterior:
+    """Diagonal Gaussian over latents from moments (..., 2C), in fp32."""
+
+    def __init__(self, moments: Tensor):
+        self.mean, logvar = moments.float().chunk(2, dim=-1)
+        self.logvar = logvar.clamp(-30.0, 20.0)
+        self.std, self.var = torch.exp(0.5 * self.logvar), torch.exp(self.logvar)
+
+    def sample(self, noise: Tensor) -> Tensor:
+        return self.mean + self.std * noise
+
+    def kl(self) -> Tensor:
+        """KL to the standard normal, summed over tokens and channels: (B,)."""
+        return 0.5 * (self.mean.square() + self.var - 1.0 - self.logvar).sum(dim=(1, 2))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The tokenizer
+# ---------------------------------------------------------------------------------------------------------------------
+class RecTok(nn.Module):
+    """core.specs.Tokenizer with continuous latents. The defaults are the published stage-1 recipe.
+
+    Args:
+        encoder, decoder: a name in SIZES, or {width, layers, heads}.
+        gamma: strength of the noise put on latents in training; 0 for none (stage 2).
+        noise_schedule: how the noise level is drawn: "shift" (uniform, shifted for the latent's size), "lognorm"
+            (sigmoid of a normal) or "uniform".
+        mask_ratio: upper end of the share of patches hidden from the encoder; 0 switches masking (and the shuffling
+            of tokens that goes with it) off.
+        mask_ratio_min: lower end; negative draws count as 0.
+        mask_ratio_type: "random" draws one share per step, "fix" always takes `mask_ratio`.
+        semantic: {teachers: {name: feature width}, decoder: "transformer" | "mlp", size: "tiny", input: "noisy" |
+            "clean"}, or None.
+        train_decoder_only: stage 2; freezes the encoder. The decoder still sees samples of the posterior.
+        qk_norm: normalise queries and keys. Off in the released models.
+    """
+
+    def __init__(
+        self,
+        *,
+        image_size: int = 256,
+        patch_size: int = 16,
+        channels: int = 128,
+        encoder: str | dict = "base",
+        decoder: str | dict = "base",
+        gamma: float = 1.0,
+        noise_schedule: str = "shift",
+        mask_ratio: float = 0.4,
+        mask_ratio_min: float = -0.1,
+        mask_ratio_type: str = "random",
+        semantic: dict | None = None,
+        train_decoder_only: bool = False,
+        qk_norm: bool = False,
+    ):
+        super().__init__()
+        if image_size % patch_size:
+            raise UserError(f"image_size {image_size} is not a multiple of patch_size {patch_size}")
+        if not 0 <= mask_ratio < 1:
+            raise UserError(f"mask_ratio {mask_ratio} is not in [0, 1)")
+        self.image_size, self.channels, self.gamma = image_size, channels, gamma
+        self.noise_schedule = _one_of(noise_schedule, ("shift", "lognorm", "uniform"), "noise_schedule")
+        self.mask_ratio, self.mask_ratio_min = mask_ratio, mask_ratio_min
+        self.mask_ratio_type = _one_of(mask_ratio_type, ("random", "fix"), "mask_ratio_type")
+        self.semantic = Semantic.parse(semantic)
+        if self.semantic and self.semantic.decoder == "mlp" and mask_ratio:
+            raise UserError('semantic.decoder "mlp" cannot predict hidden patches: set mask_ratio: 0, '
+                            "or semantic.decoder: transformer")
+
+        side = image_size // patch_size
+        grid = (side, side)
+        self.spec = Continuous(grid, channels)
+        self.time_shift = math.sqrt(self.spec.length * channels / 4096)
+        self.encoder = Encoder(_size(encoder, "encoder"), grid, patch_size, channels, qk_norm)
+        self.decoder = Decoder(_size(decoder, "decoder"), grid, patch_size, channels, qk_norm)
+        self._init_weights()
+        self.sem_decoders = nn.ModuleDict(self._semantic_decoders(grid, qk_norm))
+        self.register_buffer("latent_mean", torch.zeros(channels, device="cpu"), persistent=False)
+        self.register_buffer("latent_std", torch.ones(channels, device="cpu"), persistent=False)
+
+        self.encoder.requires_grad_(not train_decoder_only)
+        if not mask_ratio:
+            self.decoder.mask_token.requires_grad_(False)  # never used; DDP would wait for its gradient
+
+    def _init_weights(self) -> None:
+        """Encoder and decoder only: the semantic decoders keep PyTorch's defaults, as in the official code."""
+        for module in self.modules():
+            if isinstance(module, (nn.Linear, nn.Conv2d)):
+                nn.init.trunc_normal_(module.weight, std=0.02)
+                nn.init.zeros_(module.bias)
+
+    def _semantic_decoders(self, grid: tuple[int, int], qk_norm: bool) -> dict[str, nn.Module]:
+        if self.semantic is None:
+            return {}
+        if self.semantic.decoder == "mlp":
+            return {name: SemanticMLP(self.channels, width) for name, width in self.semantic.teachers.items()}
+        size = _size(self.semantic.size, "semantic.size")
+        return {name: SemanticTransformer(size, grid, self.channels, width, qk_norm)
+                for name, width in self.semantic.teachers.items()}
+
+    def trainable_parameters(self) -> dict[str, nn.Parameter]:
+        """Parameters by name, without frozen ones."""
+        return {name: p for name, p in self.named_parameters() if p.requires_grad}
+
+    def no_weight_decay(self) -> set[str]:
+        """Names of the parameters that are not decayed: vectors, and whatever embeds or normalises."""
+        spared = ("ln", "bias", "embedding", "norm", "gamma", "embed", "token", "diffloss")
+        return {name for name, p in self.named_parameters() if p.ndim < 2 or any(word in name for word in spared)}
+
+    # -- training -----------------------------------------------------------------------------------------------------
+    def _draw_mask(self, draws) -> tuple[Tensor | None, Tensor | None]:
+        """(kept (B, K), restore (B, N)) token indices; (None, None) when masking is off."""
+        if not self.mask_ratio:
+            return None, None
+        ratio = self.mask_ratio
+        if self.mask_ratio_type == "random":
+            ratio = max(0.0, draws.shared_uniform("mask_ratio", self.mask_ratio_min, self.mask_ratio))
+        length = self.spec.length
+        order = draws.uniform("mask", (length,)).argsort(dim=1)  # (B, N)
+        return order[:, : math.ceil(length * (1 - ratio))], order.argsort(dim=1)
+
+    def _draw_time(self, draws) -> Tensor:
+        """Noise level of each image, (B,); 1 is pure noise. (In the generator 1 is data.)"""
+        if self.noise_schedule == "lognorm":
+            return torch.sigmoid(draws.normal("time"))
+        u = draws.uniform("time")
+        if self.noise_schedule == "uniform":
+            return u
+        # parity: applied also when time_shift is below 1; only the generator switches there.
+        return self.time_shift * u / (1 + (self.time_shift - 1) * u)
+
+    def forward(self, images: Tensor, draws) -> Recon:
+        kept, restore = self._draw_mask(draws)
+        posterior = Posterior(self.encoder(images, kept))
+        shape = posterior.mean.shape[1:]  # (K, C): only visible tokens have a posterior
+        clean = posterior.sample(draws.normal("posterior", shape))  # (B, K, C), in shuffled order
+        latents = clean
+        if self.gamma > 0:
+            t = self._draw_time(draws)[:, None, None]  # (B, 1, 1)
+            latents = (1 - t) * clean + t * self.gamma * draws.normal("noise", shape)
+        semantic_input = clean if self.semantic and self.semantic.input == "clean" else latents
+
+        kl = posterior.kl()  # (B,)
+        return Recon(
+            images=self.decoder(latents, restore),
+            terms={"kl": kl.mean()},
+            predictions={name: decoder(semantic_input, restore) for name, decoder in self.sem_decoders.items()},
+            masked=None if kept is None else restore >= kept.shape[1],
+            details={"posterior": posterior, "kl": kl, "latents": latents, "semantic_input": semantic_input,
+                     "kept": kept, "restore": restore},
+        )
+
+    # -- use ----------------------------------------------------------------------------------------------------------
+    def set_latent_stats(self, mean: Tensor, std: Tensor) -> None:
+        """Per-channel (C,) or scalar statistics that make latents unit variance. They are not part of checkpoints."""
+        for name, value in (("mean", mean), ("std", std)):
+            value = torch.as_tensor(value, dtype=torch.float32)
+            if value.numel() not in (1, self.channels):
+                raise UserError(f"latent statistics: {name} has {value.numel()} values for {self.channels} channels")
+            if not value.isfinite().all() or (name == "std" and not (value > 0).all()):
+                raise UserError(f"latent statistics: {name} cannot normalise a latent: {value.tolist()}")
+            getattr(self, f"latent_{name}").copy_(value.flatten().expand(self.channels))
+
+    def precompute(self, images: Tensor) -> Tensor:
+        """Moments of the posterior, (B, N, 2C)."""
+        return self.encoder(images)
+
+    def from_stored(self, stored: Tensor, draws=None) -> Tensor:
+        posterior = Posterior(stored)
+        z = posterior.mean  # (B, N, C)
+        if draws is not None:
+            z = posterior.sample(draws.normal("posterior", z.shape[1:]))
+        z = (z - self.latent_mean) / self.latent_std
+        return z.transpose(1, 2).unflatten(2, self.spec.grid)  # (B, C, h, w)
+
+    def encode(self, images: Tensor, draws=None) -> Tensor:
+        return self.from_stored(self.precompute(images), draws)
+
+    def decode(self, latents: Tensor, draws=None) -> Tensor:
+        z = latents.flatten(2).transpose(1, 2)  # (B, N, C)
+        return self.decoder(z * self.latent_std + self.latent_mean)

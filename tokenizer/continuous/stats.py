@@ -1,0 +1,105 @@
+"""Latent statistics: mean and standard deviation over images and tokens, which make latents unit variance.
+
+As in RecTok they are those of the posterior's MOMENTS (B, N, 2C); the first C belong to the mean, and the posterior's
+own noise is not added to the standard deviation.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save
+from torch import Tensor
+
+from core.errors import UserError
+from core.files import write_atomic
+
+
+@dataclass(frozen=True)
+class LatentStats:
+    """fp32. `images` is how many pictures they come from."""
+
+    channel_mean: Tensor  # (2C,)
+    channel_std: Tensor  # (2C,)
+    single_mean: Tensor  # (): over all C channels of the posterior mean together
+    single_std: Tensor  # ()
+    images: int
+
+    @property
+    def mean(self) -> Tensor:
+        """(C,), for `set_latent_stats`."""
+        return self.channel_mean[: self.channel_mean.shape[0] // 2]
+
+    @property
+    def std(self) -> Tensor:
+        """(C,), for `set_latent_stats`."""
+        return self.channel_std[: self.channel_std.shape[0] // 2]
+
+
+class StatsAccumulator:
+    """Streaming sums in float64: feed it batches, on as many ranks as you like, then merge.
+
+    Args:
+        channels: C of the tokenizer.
+    """
+
+    def __init__(self, channels: int, device: torch.device | str = "cpu"):
+        self.channels = channels
+        # Rows: sum of values, sum of squares, number of values. One tensor, so that ranks can all-reduce it.
+        self.sums = torch.zeros(3, 2 * channels, dtype=torch.float64, device=device)
+        self.images = 0
+
+    def update(self, moments: Tensor) -> None:
+        """moments: (B, N, 2C), as `RecTok.precompute` returns them. Every image weighs the same."""
+        values = moments.detach().to(self.sums.device).double().flatten(0, 1)  # (B N, 2C)
+        count = torch.full_like(self.sums[2], values.shape[0])
+        self.sums += torch.stack((values.sum(0), values.square().sum(0), count))
+        self.images += moments.shape[0]
+
+    def merge(self, other: "StatsAccumulator") -> None:
+        self.sums += other.sums.to(self.sums.device)
+        self.images += other.images
+
+    def compute(self) -> LatentStats:
+        if not self.images:
+            raise UserError("latent statistics: no image was given")
+        mean, square, _ = (self.sums / self.sums[2]).cpu()
+
+        def std(m: Tensor, s: Tensor) -> Tensor:
+            return (s - m.square()).clamp_min(0).sqrt().float()
+
+        single_mean, single_square = mean[: self.channels].mean(), square[: self.channels].mean()
+        return LatentStats(channel_mean=mean.float(), channel_std=std(mean, square), single_mean=single_mean.float(),
+                           single_std=std(single_mean, single_square), images=self.images)
+
+
+def save_stats(path: str | Path, stats: LatentStats, fingerprint: str) -> None:
+    """Write statistics atomically. `fingerprint` identifies the tokenizer weights they belong to."""
+    tensors = {name: getattr(stats, name).contiguous()
+               for name in ("channel_mean", "channel_std", "single_mean", "single_std")}
+    metadata = {"format": "tessera latent statistics", "fingerprint": fingerprint, "images": str(stats.images)}
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    write_atomic(path, save(tensors, metadata))
+
+
+def load_stats(path: str | Path, fingerprint: str | None = None) -> LatentStats:
+    """Read what `save_stats` wrote; UserError when it belongs to other tokenizer weights than `fingerprint`."""
+    if not Path(path).is_file():
+        raise UserError(f"{path}: no such file of latent statistics")
+    try:
+        with safe_open(str(path), framework="pt") as file:
+            metadata = file.metadata() or {}
+            tensors = {name: file.get_tensor(name) for name in file.keys()}
+    except Exception as error:
+        raise UserError(f"{path}: not a readable safetensors file ({error})") from error
+    if metadata.get("format") != "tessera latent statistics":
+        raise UserError(f"{path}: not a file of latent statistics")
+    if fingerprint is not None and metadata["fingerprint"] != fingerprint:
+        raise UserError(
+            f"{path}: these statistics were computed with tokenizer weights {metadata['fingerprint']}, "
+            f"but the tokenizer in use has {fingerprint}. Compute them again for this tokenizer."
+        )
+    return LatentStats(**tensors, images=int(metadata["images"]))

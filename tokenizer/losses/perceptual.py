@@ -1,0 +1,78 @@
+"""The perceptual loss: a weighted mean of named distances (RecTok: P = sum(w p) / sum(w)).
+
+    parts: {lpips: 1.0, convnext_s: 0.1}     the published recipe ("lpips-convnext_s-1.0-0.1" in the official code)
+    parts: {lpips_squeeze: 1.0}              works without a download
+    parts: {lpips: {weight: 1.0, widths: [4, 8, 12, 16, 16], pretrained: false}}
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from core.errors import UserError
+from core.nn.frozen import Frozen
+from tokenizer.losses import PERCEPTUAL
+from tokenizer.losses.lpips import torchvision_weights
+
+
+class ConvNeXtLogits(Frozen):
+    """Mean squared difference of the classifier outputs of ConvNeXt-Small.
+
+    Args:
+        blocks: (in, out, layers) of each stage; None for those of ConvNeXt-Small.
+        classes: number of outputs.
+        pretrained: False leaves random weights, for tests.
+    """
+
+    def __init__(self, blocks: list[tuple] | None = None, classes: int = 1000, pretrained: bool = True):
+        super().__init__()
+        from torchvision.models.convnext import CNBlockConfig, ConvNeXt, ConvNeXt_Small_Weights
+
+        blocks = blocks or [(96, 192, 3), (192, 384, 3), (384, 768, 27), (768, None, 3)]
+        self.network = ConvNeXt([CNBlockConfig(*block) for block in blocks], num_classes=classes)
+        if pretrained:
+            advice = "Or leave convnext_s out of the perceptual parts."
+            self.network.load_state_dict(torchvision_weights(ConvNeXt_Small_Weights.IMAGENET1K_V1, advice))
+        self.freeze()
+
+    def pixels(self, images: Tensor) -> Tensor:
+        """Pictures in [0, 1] as the network wants them, (B, 3, 224, 224)."""
+        return self.normalise(F.interpolate(images, size=(224, 224), mode="bilinear", antialias=True))
+
+    def logits(self, images: Tensor) -> Tensor:
+        """(B, classes) for pictures in [0, 1]."""
+        return self.network(self.pixels(images))
+
+    def forward(self, images: Tensor, recon: Tensor) -> Tensor:
+        """One number for the batch. Gradients reach `recon` only."""
+        with torch.no_grad():
+            target = self.logits(images)
+        return F.mse_loss(self.logits(recon), target)
+
+
+class Perceptual(nn.Module):
+    """Weighted mean of the parts.
+
+    Args:
+        parts: name (see tokenizer.losses.PERCEPTUAL) -> weight, or -> {weight: ..., settings of the part}.
+    """
+
+    def __init__(self, parts: dict[str, float | dict[str, Any]]):
+        super().__init__()
+        self.weights, networks = {}, {}
+        for name, settings in parts.items():
+            settings = dict(settings) if isinstance(settings, dict) else {"weight": settings}
+            self.weights[name] = float(settings.pop("weight", 1.0))
+            networks[name] = PERCEPTUAL.build({"name": name, **settings})
+        if sum(self.weights.values()) <= 0:
+            raise UserError(f"perceptual: the weights of the parts must add up to more than 0, got {self.weights}.")
+        self.parts = nn.ModuleDict(networks)
+
+    def forward(self, images: Tensor, recon: Tensor) -> Tensor:
+        """(B,) or () distances of pictures in [0, 1]; a part without a value per picture adds the same to all."""
+        total = sum(weight * self.parts[name](images, recon) for name, weight in self.weights.items())
+        return total / sum(self.weights.values())

@@ -1,0 +1,67 @@
+"""One training step of a tokenizer: reconstruct, score, and, with a discriminator, a second phase for it."""
+
+from __future__ import annotations
+
+from typing import Any, Iterator
+
+import torch
+from torch import Tensor, nn
+
+from core.images import to_model_range
+from core.rng import Draws
+from core.specs import Batch, Phase, Progress
+
+
+class TokenizerTask:
+    """Trains a tokenizer, and its discriminator if there is one.
+
+    Args:
+        tokenizer: core.specs.Tokenizer.
+        objective: tokenizer.losses.objective.Objective.
+        discriminator: trained in a second phase on the same reconstructions; None for no GAN.
+        teachers: frozen feature networks by name, for the semantic terms.
+        preview_images: (M, 3, H, W) uint8, the pictures shown in every sample grid.
+    """
+
+    primary = "tokenizer"
+
+    def __init__(self, tokenizer: nn.Module, objective: nn.Module, discriminator: nn.Module | None = None,
+                 teachers: dict[str, nn.Module] | None = None, preview_images: Tensor | None = None):
+        self.tokenizer, self.objective, self.discriminator = tokenizer, objective, discriminator
+        self.teachers = teachers or {}
+        self.preview_images = preview_images
+
+    def networks(self) -> dict[str, nn.Module]:
+        trained = {"tokenizer": self.tokenizer}
+        if self.discriminator is not None:
+            trained["discriminator"] = self.discriminator
+        return trained
+
+    def frozen(self) -> dict[str, nn.Module]:
+        return {"objective": self.objective, **{f"teacher.{name}": net for name, net in self.teachers.items()}}
+
+    def constants(self) -> dict[str, Tensor]:
+        return {}
+
+    def phases(self, nets: dict[str, Any], batch: Batch, draws: Draws, progress: Progress) -> Iterator[Phase]:
+        images = to_model_range(batch.images)  # (B, 3, H, W)
+        features = {name: batch.features[name].float() if name in batch.features else teacher(images)
+                    for name, teacher in self.teachers.items()}
+        recon = nets["tokenizer"](images, draws)
+        if self.discriminator is not None:
+            # The generator's pass must not leave gradients in the discriminator, whose own phase follows.
+            self.discriminator.requires_grad_(False)
+        yield Phase("tokenizer", self.objective.generator_loss(images, recon, features, self.discriminator, progress))
+        if self.discriminator is not None:
+            self.discriminator.requires_grad_(True)
+            fake = recon.images.detach()
+            yield Phase("discriminator", self.objective.discriminator_loss(images, fake, nets["discriminator"], progress))
+
+    @torch.no_grad()
+    def preview(self, network: nn.Module, draws: Draws, count: int) -> Tensor:
+        """Originals in one row, their reconstructions in the next, eight columns."""
+        device = next(network.parameters()).device
+        originals = to_model_range(self.preview_images[:count].to(device))
+        rebuilt = network.decode(network.encode(originals)).float()
+        rows = [torch.cat(pair) for pair in zip(originals.split(8), rebuilt.split(8))]
+        return torch.cat(rows)

