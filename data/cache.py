@@ -128,8 +128,9 @@ def _convert(name: str, tensor: Tensor, dtype: np.dtype) -> np.ndarray:
         stored = values.astype(dtype)
         fits = values.min() >= limits.min and values.max() <= limits.max
     if not fits:
+        wider = "float32" if dtype.kind == "f" else "int32"
         raise UserError(f"cache array {name}: values from {values.min()} to {values.max()} do not fit {dtype}. "
-                        f"Store it as {'float32' if dtype.kind == 'f' else 'int32'}, or check the network that made it.")
+                        f"Store it as {wider}, or check the network that made it.")
     return stored
 
 

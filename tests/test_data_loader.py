@@ -176,7 +176,8 @@ def test_ordered_batches():
     batches = list(ordered_batches(Damaged(10, set()), Transform(8), 4))
     assert [len(b) for b in batches] == [4, 4, 2]
     assert torch.cat([b.images[:, 0, 0, 0] for b in batches]).tolist() == list(range(10))
-    ranks = [b for rank in range(3) for b in ordered_batches(Damaged(10, set()), Transform(8), 2, rank, 3, workers=rank)]
+    ranks = [b for rank in range(3)
+             for b in ordered_batches(Damaged(10, set()), Transform(8), 2, rank, 3, workers=rank)]
     assert all(torch.equal(a, b) for a, b in zip(join(ranks), join(batches)))
     views = next(ordered_batches(SOURCE, Transform(8, flip=True), 2, all_views=True))
     assert views.positions.tolist() == [0, 0, 1, 1] and torch.equal(views.images[0].flip(-1), views.images[1])
@@ -191,7 +192,8 @@ def test_part():
 
 
 @pytest.mark.parametrize("options, message", [
-    ({"global_batch": 6, "world": 4}, "multiple of 4"), ({"global_batch": 0}, "multiple"), ({"workers": -1}, "0 or more"),
+    ({"global_batch": 6, "world": 4}, "multiple of 4"), ({"global_batch": 0}, "multiple"),
+    ({"workers": -1}, "0 or more"),
     ({"on_corrupt": "skip"}, "unknown on_corrupt"), ({"source": None}, "neither"),
     ({"global_batch": 6, "micro_batches": 4}, "micro"),
 ])

@@ -104,8 +104,10 @@ def test_list(folder):
 
 
 @pytest.mark.parametrize("text, message", [
-    ("", "lists no pictures"), ("\n \n", "lists no pictures"), ("/etc/passwd 0", "relative"), ("../x.png 0", "relative"),
-    ("a/../../x.png", "relative"), ("a\0b.png 1", "relative"), ("x.png -1", "label -1"), ("x.png 99999999999999", "label"),
+    ("", "lists no pictures"), ("\n \n", "lists no pictures"), ("/etc/passwd 0", "relative"),
+    ("../x.png 0", "relative"),
+    ("a/../../x.png", "relative"), ("a\0b.png 1", "relative"), ("x.png -1", "label -1"),
+    ("x.png 99999999999999", "label"),
     ("x.png 1234567", "label 1234567"), ("x.png 0\ny.png", "line 2 has no label"), ("gone.png 0", "does not exist"),
     ("n" * 5000 + ".png 0", "does not exist"),
     ("b_cat/0 x.JPEG 2", "has no name"),
@@ -127,7 +129,8 @@ def test_missing_file_is_an_unreadable_picture(folder):
 
 @pytest.mark.parametrize("url, message", [
     ("fodler://x", 'unknown data source "fodler://".*folder'), ("folder://{tmp}/none", "no such folder"),
-    ("folder://{tmp}/empty", "no pictures"), ("folder://{tmp}/flat", "one folder per class"), ("folder://", "nothing after"),
+    ("folder://{tmp}/empty", "no pictures"), ("folder://{tmp}/flat", "one folder per class"),
+    ("folder://", "nothing after"),
     ("list://{tmp}/none.txt", "no such file"), ("wds://{tmp}/none-{{00..01}}.tar", "no shard called"),
     ("wds://{tmp}/{{9..1}}.tar", "upwards"), ("wds://{tmp}/{{0..999999999}}.tar", "at most"),
     ("embedded://emoji65", "emoji64"), ("embedded://emoji64?split=vla", "val"), ("synthetic://?sise=3", "size"),
@@ -153,7 +156,8 @@ def test_expand_braces():
 
 
 def test_shards(tmp_path):
-    write_tar(tmp_path / "s-00.tar", {"d/k0.png": png((1, 0, 0)), "d/k0.cls": b"4\n", "d/k0.seg.png": b"", "d/k0.json": b"{}"})
+    write_tar(tmp_path / "s-00.tar", {"d/k0.png": png((1, 0, 0)), "d/k0.cls": b"4\n", "d/k0.seg.png": b"",
+                                      "d/k0.json": b"{}"})
     write_tar(tmp_path / "s-01.tar", {"k1.cls": b"0", "k1.WEBP": png((2, 0, 0)), "n" * 150 + ".jpg": png((3, 0, 0)),
                                       "n" * 150 + ".cls.txt": b"2"})
     source = open_source(f"wds://{tmp_path}/s-{{00..01}}.tar")

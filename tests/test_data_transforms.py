@@ -106,8 +106,8 @@ def test_draws_depend_on_seed_and_position():
 def test_views():
     assert [Transform(8, flip=f).views for f in (False, True)] == [1, 2] and Transform(8, crop="ten").views == 10
     assert Transform(8, crop="random").views is None
-    for transform in (Transform(16, flip=True), Transform(16, crop="ten"), Transform(16, crop="resize_center", flip=True)):
-        seen = set()
+    for crop in ("center", "ten", "resize_center"):
+        transform, seen = Transform(16, crop=crop, flip=crop != "ten"), set()
         for position in range(100):
             view = transform.view_of((3, position))
             seen.add(view)
@@ -128,8 +128,10 @@ def test_random_crops_reach_every_edge():
 
 
 @pytest.mark.parametrize("options, message", [
-    ({"crop": "centre"}, "center"), ({"scale": [0.9, 0.1]}, "rising"), ({"scale": (0, 1)}, "rising"), ({"ratio": (2, 1)}, "rising"),
-    ({"image_size": 0}, "at least 1"), ({"crop": "ten", "flip": True}, "mirror"), ({"short_side": 9}, "at least image_size"),
+    ({"crop": "centre"}, "center"), ({"scale": [0.9, 0.1]}, "rising"), ({"scale": (0, 1)}, "rising"),
+    ({"ratio": (2, 1)}, "rising"),
+    ({"image_size": 0}, "at least 1"), ({"crop": "ten", "flip": True}, "mirror"),
+    ({"short_side": 9}, "at least image_size"),
     ({"resample": "nearest"}, "unknown resample"), ({"crop_range": 0.5}, "at least 1"),
 ])
 def test_transform_mistakes(options, message):

@@ -58,7 +58,7 @@ class RunLog:
         self.run, self.world, self.total_images = run, world, total_images
         self.pending: _Pending | None = None
         self.latest: dict[str, float] = {}
-        self.line = ProgressLine(total_images) if world.is_main else None
+        self.line = ProgressLine(total_images, label=run.path.name) if world.is_main else None
         self.sinks = _open_sinks(run, config, resolved) if world.is_main else []
 
     def submit(self, record: dict[str, Any], averages: Averages, extra: dict[str, Tensor | float]) -> None:

@@ -7,6 +7,7 @@ checkpointed or replicated, and parameter names stay what they are.
 from __future__ import annotations
 
 import functools
+import inspect
 
 import torch
 from torch import nn
@@ -46,9 +47,11 @@ def replicate(network: nn.Module, world: World) -> nn.Module:
     """DDP around `network` when there are several ranks. Buffers are not broadcast: nothing here trains buffers."""
     if world.size == 1 or not any(p.requires_grad for p in network.parameters()):
         return network
+    ddp = nn.parallel.DistributedDataParallel
     devices = [world.device.index] if world.device.type == "cuda" else None
-    return nn.parallel.DistributedDataParallel(network, device_ids=devices, broadcast_buffers=False,
-                                               gradient_as_bucket_view=True)
+    # torch 2.15 renamed the switch.
+    no_sync = "forward_sync_buffers" if "forward_sync_buffers" in inspect.signature(ddp).parameters else "broadcast_buffers"
+    return ddp(network, device_ids=devices, gradient_as_bucket_view=True, **{no_sync: False})
 
 
 def set_determinism(on: bool) -> None:
