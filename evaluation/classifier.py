@@ -43,7 +43,8 @@ def fit(
     """Fit to (N, D) features and (N,) labels.
 
     Args:
-        penalty: L2 strength: mean cross-entropy + penalty / 2 * |weight|^2 is minimised.
+        penalty: L2 strength: mean cross-entropy + penalty / 2 * |weight|^2 is minimised. On emoji64 held-out accuracy
+            is the same within one picture in a hundred from 0.01 to 0.1.
         max_steps: L-BFGS iterations; it stops earlier when the gradient vanishes.
     """
     x, labels = features.detach().cpu().double(), labels.cpu()

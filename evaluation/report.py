@@ -80,7 +80,7 @@ class Report:
             meaning: one line on what the number says.
             beside: what to compare with, set small after the number ("real pictures: 33.8").
         """
-        small = f' <span class="beside">{escape(beside)}</span>' if beside else ""
+        small = f'<span class="beside">{escape(beside)}</span>' if beside else ""
         self._tiles.append(
             f'<div class="tile"><div class="name">{escape(name)}</div><div class="value">{escape(_show(value))}{small}'
             f'</div><div class="meaning">{escape(meaning)}</div></div>'

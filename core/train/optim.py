@@ -65,7 +65,3 @@ def make_adamw(network: nn.Module, config: OptimizerConfig) -> torch.optim.AdamW
     # lr is set before every step; fused updates all tensors in one kernel and can skip a step on the device.
     return torch.optim.AdamW(groups, lr=0.0, betas=tuple(config.betas), eps=config.eps, fused=True)
 
-
-def parameter_names(optimizer: torch.optim.Optimizer) -> list[str]:
-    """Names of an optimiser's parameters, in the order of its groups (see `make_adamw`)."""
-    return [name for group in optimizer.param_groups for name in group["names"]]

@@ -28,7 +28,7 @@ from core.train.checkpoint import CheckpointStore
 from core.train.ema import Ema
 from core.train.guards import StepGuard
 from core.train.log import Averages, RunLog
-from core.train.optim import Schedule, make_adamw, parameter_names
+from core.train.optim import Schedule, make_adamw
 from core.train.optimizer_state import flatten_optimizer, restore_optimizer
 from core.train.run import RunFolder
 from core.train.signals import REQUEUE_EXIT_CODE, StopRequest
@@ -98,7 +98,8 @@ class Trainer:
         self.step = 0  # optimiser steps done
         self._guard_copies: tuple[dict[str, Tensor], Any] | None = None  # host copies on their way, and their event
         self._skips_reported = dict.fromkeys(self.networks, 0)
-        self.store = CheckpointStore(run.path / "checkpoints", keep=train.keep_checkpoints, log=run.log)
+        self.store = CheckpointStore(run.path / "checkpoints", keep=train.keep_checkpoints, on_error="log",
+                                     log=run.log)
 
         if train.activation_checkpointing:
             for network in self.networks.values():
@@ -145,8 +146,7 @@ class Trainer:
             return
         optimizer_state = {}
         for name, optimizer in self.optimizers.items():
-            tensors[f"{name}.optim"], optimizer_state[name] = flatten_optimizer(
-                optimizer, parameter_names(optimizer))
+            tensors[f"{name}.optim"], optimizer_state[name] = flatten_optimizer(optimizer)
         state = {
             "step": self.step, "images_seen": self.images_seen, "global_batch": self.settings.global_batch,
             "seed": self.config.seed, "primary": self.task.primary, "ema": list(self.ema.averages),
@@ -156,10 +156,12 @@ class Trainer:
         }
         milestone = self._every(self.settings.milestone_every, self.step)
         self.store.save(self.step, tensors, state, milestone=milestone, wait=wait)
+        if wait and self.store.last_saved != self.step:
+            raise UserError(self.store.failures[-1])
 
     def restore(self) -> bool:
         """Continue from the newest valid checkpoint of the run folder. False when there is none."""
-        checkpoint = self.store.latest()
+        checkpoint = self.store.latest(clean=self.world.is_main)
         if checkpoint is None:
             return False
         state = checkpoint.state
@@ -249,6 +251,7 @@ class Trainer:
                 stop = agreed.exchange(1 if request.requested() else 0)
                 if stop and not last:
                     agreed.drain()
+                    log.flush()
                     self.save(wait=True)
                     self.world.barrier()  # ranks leave together: a launcher kills the others when one is gone
                     log.close()
@@ -256,11 +259,11 @@ class Trainer:
                                  "run the same command again to continue")
                     return REQUEUE_EXIT_CODE
                 if self._every(train.checkpoint_every, self.step) or last:
+                    log.flush()  # a checkpoint must not be ahead of metrics.jsonl
                     self.save(wait=last)
                 steady_since += time.perf_counter() - paused  # img/s counts training, not pictures and checkpoints
             agreed.drain()
         log.close()
-        self.store.wait()
         self.run.log(f"finished: {self.step} steps, {self.images_seen:,} images")
         return 0
 

@@ -86,9 +86,7 @@ class Objective(nn.Module):
         with _fp32(images):
             target, found = to_unit_range(images.float()), to_unit_range(recon.images.float())  # not clamped
             variance = math.exp(self.log_variance)
-            squared = F.mse_loss(found, target) / variance
-            l1 = self.reconstruction == "l1"
-            terms = {"reconstruction": F.l1_loss(found, target) / variance if l1 else squared}
+            terms = {"reconstruction": (F.l1_loss if self.reconstruction == "l1" else F.mse_loss)(found, target) / variance}
             if self.perceptual is not None:
                 terms["perceptual"] = self.perceptual(target, found).mean()
             if recon.predictions and (features or self.weights["semantic"]):
@@ -102,7 +100,8 @@ class Objective(nn.Module):
             total = sum(self.weights[name] * term for name, term in terms.items())
 
         logs = {name: term.detach() for name, term in terms.items()}
-        logs["psnr"] = -10.0 * torch.log10(squared.detach())
+        # Per picture, then averaged: the same however a batch is spread over ranks and micro-batches.
+        logs["psnr"] = -10.0 * torch.log10((found.detach() - target).square().mean(dim=(1, 2, 3))).mean()
         if discriminator is not None:
             logs.setdefault("gan", torch.zeros_like(total))
             logs["gan_weight"] = torch.full_like(total, self.weights["gan"] if active else 0.0)
@@ -122,7 +121,7 @@ class Objective(nn.Module):
             hinge = 0.5 * (F.relu(1.0 - real).mean() + F.relu(1.0 + fake).mean())
             # parity: times 0 and not skipped, since Adam counts these steps and its first real one is smaller for it.
             total = hinge * float(self.gan_active(progress))
-        logs = {"logits_real": real.mean(), "logits_fake": fake.mean(), "discriminator": total, "total": total}
+        logs = {"logits_real": real.mean(), "logits_fake": fake.mean(), "discriminator": total}
         return Loss(total, {name: value.detach() for name, value in logs.items()})
 
     def _semantic(self, recon: Recon, features: dict[str, Tensor]) -> Tensor:

@@ -1,0 +1,83 @@
+#!/usr/bin/env python3
+"""The whole pipeline at toy size on embedded pictures: train, sample, measure, and write a report to look at.
+
+    python scripts/quickstart.py [SYSTEM] [--smoke]        (bash run_quickstart.sh also makes the environment)
+
+configs/quickstart/<SYSTEM>/quickstart.yaml lists the stages. Every stage is an ordinary training run, so Ctrl-C and the
+same command continue where it stopped.
+"""
+
+import _root
+import shutil
+import sys
+import time
+from pathlib import Path
+
+from core import cli
+from core.errors import UserError, nearest
+
+FOLDER = _root.ROOT / "configs" / "quickstart"
+
+
+def read_plan(system: str) -> dict:
+    """quickstart.yaml of a system."""
+    import yaml
+
+    systems = sorted(p.parent.name for p in FOLDER.glob("*/quickstart.yaml"))
+    if system not in systems:
+        raise UserError(f'there is no quickstart for "{system}".{nearest(system, systems)}')
+    return yaml.safe_load((FOLDER / system / "quickstart.yaml").read_text())
+
+
+def overrides_for(plan: dict, stage: str, mode: str, work_dir: str) -> list[str]:
+    """Overrides of one stage in one mode ("cpu", "gpu" or "smoke")."""
+    settings = plan.get(mode) or {}
+    return [f"work_dir={work_dir}", *(settings.get("all") or []), *(settings.get(stage) or [])]
+
+
+def main(arguments: list[str]) -> int:
+    if "--help" in arguments or "-h" in arguments:
+        print(__doc__)
+        return 0
+    unknown = [a for a in arguments if a.startswith("-") and a != "--smoke"]
+    if unknown:
+        raise UserError(f"unknown option {unknown[0]}; the only one is --smoke")
+    names = [a for a in arguments if not a.startswith("-")]
+    if len(names) > 1:
+        raise UserError(f"give one system, not {' '.join(names)}")
+    system, smoke = names[0] if names else "rectok", "--smoke" in arguments
+    plan = read_plan(system)
+    started = time.perf_counter()
+
+    import torch
+
+    import assemble
+    import quickstart_report
+
+    mode = "smoke" if smoke else "gpu" if torch.cuda.is_available() else "cpu"
+    work_dir = f"work_dirs/quickstart_{system}" + ("_smoke" if smoke else "")
+    if smoke:  # a smoke run shows that everything runs, so it starts from nothing
+        shutil.rmtree(work_dir, ignore_errors=True)
+    print(f"Quickstart of {system} on {'a GPU' if mode == 'gpu' else f'{torch.get_num_threads()} CPU threads'}, "
+          f"into {work_dir}. Ctrl-C any time; the same command continues.", flush=True)
+    seconds = {}
+    configs = {}
+    for number, stage in enumerate(plan["stages"], 1):
+        print(f"\n== stage {number} of {len(plan['stages']) + 1}: {stage} ==", flush=True)
+        begun = time.perf_counter()
+        config = assemble.load_config(str(FOLDER / system / f"{stage}.yaml"), overrides_for(plan, stage, mode, work_dir))
+        code = assemble.train(config)
+        if code:
+            return code
+        configs[stage] = config
+        seconds[stage] = time.perf_counter() - begun
+    print(f"\n== stage {len(plan['stages']) + 1} of {len(plan['stages']) + 1}: samples, metrics, report ==", flush=True)
+    begun = time.perf_counter()
+    report = quickstart_report.make(plan, configs, mode, Path(work_dir), seconds, begun)
+    print(f"\nDone in {time.perf_counter() - started:.0f} s. Open {report}", flush=True)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.stdout.reconfigure(line_buffering=True)
+    cli.run(main)
