@@ -12,20 +12,35 @@ from core.errors import UserError
 
 def run(main: Callable[[list[str]], int | None]) -> None:
     """Call main(arguments) and exit. A UserError becomes its message on stderr and exit code 2."""
+    message = ""
     try:
         code = main(sys.argv[1:]) or 0
     except UserError as error:
-        if int(os.environ.get("RANK", 0)) == 0:
-            print(f"error: {error}", file=sys.stderr)
-        code = 2
+        code, message = 2, f"error: {error}"
     except BrokenPipeError:  # the reader of our output went away, as in `... | head`
         sys.stderr.close()
         code = 1
     except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        code = 130
-    # torchrun turns every failure of a worker into exit code 1; the launch script reads the real one from here.
-    exit_file = os.environ.get("TESSERA_EXIT_FILE")
-    if exit_file and int(os.environ.get("RANK", 0)) == 0:
-        Path(exit_file).write_text(str(code))
+        code, message = 130, "interrupted"
+    if _speaks():
+        if message:
+            print(message, file=sys.stderr)
+        # torchrun turns every failure of a worker into exit code 1; the launch script reads the real one from here.
+        if os.environ.get("TESSERA_EXIT_FILE"):
+            Path(os.environ["TESSERA_EXIT_FILE"]).write_text(str(code))
     sys.exit(code)
+
+
+def _speaks() -> bool:
+    """Whether this process reports for its node: the first of its ranks to end, which need not be the main one.
+
+    An unreadable picture, say, ends one rank; the others then die of its silence and know nothing of the reason.
+    """
+    exit_file = os.environ.get("TESSERA_EXIT_FILE")
+    if not exit_file:
+        return int(os.environ.get("RANK", 0)) == 0
+    try:
+        Path(f"{exit_file}.claimed").touch(exist_ok=False)
+    except FileExistsError:
+        return False
+    return True

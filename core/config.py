@@ -13,7 +13,9 @@ the registry and the remaining keys are its constructor arguments, checked again
 from __future__ import annotations
 
 import dataclasses
+import os
 import re
+import sys
 import types
 import typing
 from dataclasses import dataclass, field
@@ -23,7 +25,8 @@ from typing import Annotated, Any, Literal, Mapping, Union, get_args, get_origin
 from core.errors import UserError, nearest
 from core.registry import Registry
 
-RESERVED = {"name", "weights", "use_ema"}  # component keys that are not constructor arguments
+_RESERVED_TYPES = {"name": str, "weights": str | None, "use_ema": bool}
+RESERVED = set(_RESERVED_TYPES)  # component keys that are not constructor arguments
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -227,7 +230,10 @@ class _Checker:
                 return given
             inner = arguments[1] if len(arguments) == 2 else Any
             return {k: self.value(f"{path}.{k}", v, inner) for k, v in given.items()}
-        if hint is float and isinstance(given, int) and not isinstance(given, bool):
+        if hint is float and isinstance(given, (int, float)) and not isinstance(given, bool):
+            if not abs(given) <= sys.float_info.max:
+                self.wrong(path, f"must be a finite number, got {given!r}.")
+                return given
             return float(given)
         if isinstance(hint, type) and hint in (int, float, str, bool, list, tuple, type(None)):
             if type(given) is not hint and not (hint is tuple and isinstance(given, list)):
@@ -287,30 +293,37 @@ class _Checker:
             self.wrong(path, f"expected a table with a name, got {given!r}.")
             return given
         if table:
-            return {name: {"name": name, **self.component(f"{path}.{name}", {"name": name, **(arguments or {})}, kind, False)}
-                    for name, arguments in given.items()}
+            checked = {}
+            for name, arguments in given.items():
+                where = f"{path}.{name}"
+                if not isinstance(arguments or {}, dict):
+                    self.wrong(where, f"expected a table of keys, got {arguments!r}.")
+                else:
+                    checked[name] = self.component(where, {"name": name, **(arguments or {})}, kind, False)
+            return checked
         registry = self.registries.get(kind)
         if registry is None:
             return given
         if "name" not in given:
             if len(registry.entries) == 1:
                 given = {"name": registry.names()[0], **given}
-            elif "weights" in given:  # the weights know what they are
+            elif given.get("weights"):  # the weights know what they are
+                self.value(f"{path}.weights", given["weights"], str)
                 return given
             else:
                 self.wrong(path, f"needs a name.{nearest('', registry.entries)}")
                 return given
         try:
-            accepted = registry.signature(given["name"])
+            accepted = registry.signature(str(given["name"]))
         except UserError as error:
             self.wrong(f"{path}.name", str(error))
             return given
         hints = typing.get_type_hints(_init_of(registry.get(given["name"])))
         result = dict(given)
         for key, item in given.items():
-            if key in RESERVED:
-                continue
-            if key not in accepted:
+            if key in RESERVED and key not in accepted:
+                self.value(f"{path}.{key}", item, _RESERVED_TYPES[key])
+            elif key not in accepted:
                 self.wrong(f"{path}.{key}", f'{kind} "{given["name"]}" has no such setting.{nearest(key, accepted)}')
             else:
                 result[key] = self.value(f"{path}.{key}", item, hints.get(key, Any))
@@ -353,8 +366,8 @@ def _cross_checks(config: RunConfig) -> list[str]:
 def _read_yaml(path: Path, seen: tuple[Path, ...] = ()):
     from omegaconf import OmegaConf
 
-    if not path.is_file():
-        folder = path.parent if path.parent.is_dir() else Path("configs")
+    if not os.path.isfile(path):  # Path.is_file raises for names that no file can have
+        folder = path.parent if os.path.isdir(path.parent) else Path("configs")
         known = [str(p) for p in folder.rglob("*.yaml")]
         raise UserError(f"there is no config {path}.{nearest(str(path), known)}")
     if path.resolve() in seen:
@@ -368,6 +381,8 @@ def _read_yaml(path: Path, seen: tuple[Path, ...] = ()):
     base = config.pop("base", None)
     if base is None:
         return config
+    if not isinstance(base, str):
+        raise UserError(f"{path}: base should name another YAML file, not {base}.")
     return OmegaConf.merge(_read_yaml(path.parent / base, (*seen, path.resolve())), config)
 
 
@@ -386,9 +401,13 @@ def load(path: str | Path, overrides: list[str], registries: Mapping[str, Regist
     if malformed:
         raise UserError(f"overrides look like train.global_batch=256, not {' '.join(malformed)}")
     try:
-        merged = OmegaConf.merge(_read_yaml(Path(path)), OmegaConf.from_dotlist(overrides))
-        plain = OmegaConf.to_container(merged, resolve=True)
-    except OmegaConfBaseException as error:
+        given = OmegaConf.from_dotlist(overrides)
+    except Exception as error:  # values are YAML, whose parser has many exception types
+        raise UserError(f"{' '.join(overrides)}: not valid YAML after the equals sign: "
+                        f"{' '.join(str(error).split())}") from None
+    try:
+        plain = OmegaConf.to_container(OmegaConf.merge(_read_yaml(Path(path)), given), resolve=True)
+    except (OmegaConfBaseException, TypeError) as error:  # TypeError: a table where a list stands, or the reverse
         raise UserError(f"{path}: {str(error).splitlines()[0]}") from None
     return check(plain, registries, source=str(path))
 

@@ -5,12 +5,12 @@ class UserError(Exception):
     """Raised with one clear message: what was given, what was expected, what to change. Never shows a traceback."""
 
 
-def nearest(word: str, choices) -> str:
+def nearest(word: object, choices) -> str:
     """' Did you mean "x"?' for the closest choice, or the list of choices when none is close."""
     import difflib
 
     choices = sorted(choices)
-    close = difflib.get_close_matches(word, choices, n=1, cutoff=0.5)
+    close = difflib.get_close_matches(str(word), choices, n=1, cutoff=0.5)
     if close:
         return f' Did you mean "{close[0]}"?'
     return f" Known: {', '.join(choices)}." if choices else ""

@@ -208,15 +208,15 @@ def _cache(config: RunConfig, name: str, source: DataSource, transform: Transfor
 # ---------------------------------------------------------------------------------------------------------------------
 # Training
 # ---------------------------------------------------------------------------------------------------------------------
-def _semantic_teachers(config: RunConfig, tokenizer_settings: dict[str, Any]) -> dict[str, nn.Module]:
+def semantic_widths(config: RunConfig, tokenizer_settings: dict[str, Any], pretrained: bool = True) -> dict[str, nn.Module]:
     """Build the teachers on the tokenizer's grid and tell the tokenizer how wide their features are."""
-    image_size, patch = tokenizer_settings.get("image_size", 256), tokenizer_settings.get("patch_size", 16)
-    teachers = {name: TEACHERS.build(settings, image_size=image_size, grid=image_size // patch)
+    defaults = TOKENIZERS.signature(tokenizer_settings["name"])
+    image_size, patch = (tokenizer_settings.get(key, defaults[key].default) for key in ("image_size", "patch_size"))
+    teachers = {name: TEACHERS.build(settings, image_size=image_size, grid=image_size // patch, pretrained=pretrained)
                 for name, settings in config.teachers.items()}
     if teachers:
-        semantic = dict(tokenizer_settings.get("semantic") or {})
-        semantic["teachers"] = {name: teacher.dim for name, teacher in teachers.items()}
-        tokenizer_settings["semantic"] = semantic
+        widths = {name: teacher.dim for name, teacher in teachers.items()}
+        tokenizer_settings["semantic"] = {**(tokenizer_settings.get("semantic") or {}), "teachers": widths}
     return teachers
 
 
@@ -231,7 +231,7 @@ def _initialise(config: RunConfig, kind: str, network: nn.Module) -> dict[str, T
 
 def _tokenizer_task(config: RunConfig, source: DataSource, val: DataSource | None, transform: Transform):
     """(task, averaged weights to start from or None)"""
-    teachers = _semantic_teachers(config, config.tokenizer)
+    teachers = semantic_widths(config, config.tokenizer)
     torch.manual_seed(hash64(config.seed, "init") % 2**63)
     tokenizer = _build("tokenizer", config.tokenizer, None)
     objective = OBJECTIVES.build(config.objective)
@@ -240,7 +240,9 @@ def _tokenizer_task(config: RunConfig, source: DataSource, val: DataSource | Non
         discriminator = DISCRIMINATORS.build(config.discriminator, sync=config.train.sync_batch_norm)
     initial_ema = _initialise(config, "tokenizer", tokenizer)
     shown = val or source
-    preview = torch.stack([transform.apply_view(shown[i].image, 0) for i in range(min(PREVIEW_IMAGES, len(shown)))])
+    count = min(PREVIEW_IMAGES, len(shown))
+    centre = Transform(image_size=transform.image_size)
+    preview = torch.stack([centre.apply_view(shown[i * len(shown) // count].image, 0) for i in range(count)])
     return TokenizerTask(tokenizer, objective, discriminator, teachers, preview), initial_ema
 
 
@@ -336,7 +338,7 @@ def _train(config: RunConfig, world: dist.World) -> int:
         if config.data.cache_latents:
             stored = _cache(config, "latents", source, transform, task.tokenizer, provenance["tokenizer_fingerprint"],
                             lambda images: {"latents": task.tokenizer.precompute(images)}, world, say)
-    run = RunFolder(config, environment(), world.is_main)
+    run = RunFolder(config, world.is_main)
     loader = Loader(source, transform, config.seed, config.train.global_batch, rank=world.rank, world=world.size,
                     workers=config.data.workers, on_corrupt=config.data.on_corrupt, pin=world.device.type == "cuda",
                     features=features, stored=stored)
@@ -344,6 +346,7 @@ def _train(config: RunConfig, world: dist.World) -> int:
                       data_fingerprint=source.fingerprint(), run=run, world=world,
                       evaluate=_online_evaluation(config, source, val, image_size, world), initial_ema=initial_ema,
                       provenance=provenance)
+    run.open(environment())
     run.log(f"{config.task}: {sum(p.numel() for p in trainer.networks[task.primary].parameters()):,} parameters, "
             f"{len(source):,} pictures, {trainer.total_steps:,} steps of {config.train.global_batch} on {world.size} x "
             f"{world.device.type}; ready after {time.perf_counter() - started:.1f} s")

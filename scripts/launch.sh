@@ -36,7 +36,7 @@ fi
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-$(($(getconf _NPROCESSORS_ONLN) / NPROC > 0 ? $(getconf _NPROCESSORS_ONLN) / NPROC : 1))}"
 TESSERA_EXIT_FILE="$(mktemp)"
 export TESSERA_EXIT_FILE
-trap 'rm -f "$TESSERA_EXIT_FILE"' EXIT
+trap 'rm -f "$TESSERA_EXIT_FILE" "$TESSERA_EXIT_FILE.claimed"' EXIT
 case "${LAUNCHER:-torchrun}" in
     torchrun)
         command=("$PYTHON" -m torch.distributed.run --nproc-per-node "$NPROC" --nnodes "$NNODES" --node-rank "$NODE_RANK"
@@ -44,9 +44,7 @@ case "${LAUNCHER:-torchrun}" in
     accelerate)
         command=("$PYTHON" -m accelerate.commands.launch --num_processes "$((NPROC * NNODES))" --num_machines "$NNODES"
             --machine_rank "$NODE_RANK" --main_process_ip "$MASTER_ADDR" --main_process_port "$MASTER_PORT"
-            --mixed_precision no --dynamo_backend no)
-        # --multi_gpu would insist on CUDA; on CPUs accelerate starts ranks with --cpu
-        if command -v nvidia-smi >/dev/null && nvidia-smi -L >/dev/null 2>&1; then command+=(--multi_gpu); else command+=(--cpu); fi ;;
+            --mixed_precision no --dynamo_backend no --multi_gpu) ;; # on CPUs too: --cpu would start a single process
     *) fail "LAUNCHER is torchrun or accelerate, not $LAUNCHER" ;;
 esac
 

@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from core import dist, images as image_tools
+from core import dist
+from core import images as image_tools
 from core.config import EvalConfig, RunConfig, to_yaml
-from core.images import to_model_range, to_uint8
 from core.specs import DataSource, Guidance
 from core.train.log import ProgressLine
 from core.train.run import read_metrics
@@ -29,7 +29,6 @@ import assemble
 import measure
 
 SHOWN_PER_CLASS = 8
-SHOWN_RECONSTRUCTIONS = 24
 
 
 def make(plan: dict, configs: dict[str, RunConfig], mode: str, folder: Path, seconds: dict[str, float], begun: float) -> Path:
@@ -47,7 +46,7 @@ def make(plan: dict, configs: dict[str, RunConfig], mode: str, folder: Path, sec
     classifier = fit(train_features.taps["penultimate"], train_features.labels, source.num_classes)
 
     rebuilt = measure.reconstruction(tokenizer, val, size, EvalConfig(), device, net)
-    pairs = _reconstruction_grid(tokenizer, val, size, device)
+    pairs = measure.reconstruction_grid(tokenizer, val, device)
     image_tools.save_png(pairs, folder / "reconstructions.png")
 
     generator, _ = assemble.load_generator(str(folder / plan["generator"]), tokenizer)
@@ -65,9 +64,10 @@ def make(plan: dict, configs: dict[str, RunConfig], mode: str, folder: Path, sec
         image_tools.save_png(grid, folder / f"samples_{name.replace(' ', '_')}.png")
 
     seconds = {**seconds, "samples, metrics, report": time.perf_counter() - begun}
-    metrics = {"reconstruction": rebuilt, "generation": variants, "seconds": seconds}
+    metrics = {**rebuilt, **{f"{key} ({name})": value for name, result in variants.items() for key, value in result.items()},
+               **{f"seconds ({stage})": value for stage, value in seconds.items()}}
     context = {"count": len(features[headline]), "net": net.name, "reference_fingerprint": train_features.fingerprint,
-               "seed": generator_config.seed, "versions": environment()}
+               "seed": generator_config.seed}
     write_metrics(folder / "metrics.json", metrics, context)
     for name, result in variants.items():
         print(f"  {name:<14} class accuracy {result['class_accuracy']:.1%} (real pictures "
@@ -77,16 +77,6 @@ def make(plan: dict, configs: dict[str, RunConfig], mode: str, folder: Path, sec
     report = _write(plan, configs, source, folder, settings, rebuilt, pairs, variants, pictures[headline],
                     features[headline], train_features, classifier, seconds, size)
     return report
-
-
-def _reconstruction_grid(tokenizer: nn.Module, val: DataSource, size: int, device: torch.device) -> Tensor:
-    """Unseen pictures, spread over the val split, each row of originals above its row of reconstructions."""
-    transform, count = Transform(image_size=size), min(SHOWN_RECONSTRUCTIONS, len(val))
-    chosen = torch.stack([transform.apply_view(val[i * len(val) // count].image, 0) for i in range(count)]).to(device)
-    with torch.no_grad():
-        rebuilt = to_uint8(tokenizer.decode(tokenizer.encode(to_model_range(chosen))).float())
-    rows = [torch.cat(pair) for pair in zip(chosen.split(12), rebuilt.split(12))]
-    return image_tools.grid(torch.cat(rows), columns=12)
 
 
 def _sample(variant: dict, plan: dict, generator: nn.Module, tokenizer: nn.Module, source: DataSource, settings: dict,

@@ -28,6 +28,9 @@ class StepGuard:
     @torch.no_grad()
     def before_step(self, optimizer: torch.optim.Optimizer, step: int) -> Tensor:
         """Arm `optimizer` for its next step() and return the global gradient norm (device scalar, fp32)."""
+        for parameter in self.parameters:
+            if parameter.grad is None:  # took no part in this step
+                parameter.grad = torch.zeros_like(parameter)
         norms = torch.stack(torch._foreach_norm([p.grad for p in self.parameters]))  # (parameters,)
         total = torch.linalg.vector_norm(norms)
         bad = ~torch.isfinite(total)

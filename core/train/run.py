@@ -37,27 +37,36 @@ def differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
 
 
 class RunFolder:
-    """Creates or reopens work_dirs/<name>. Only the main rank writes.
+    """work_dirs/<name>. Only the main rank writes, and nothing before `open`.
 
-    Raises UserError when the folder holds a run with another configuration: nothing is overwritten silently.
+    Raises UserError when the folder holds a run with another configuration: nothing is overwritten silently. A run
+    without a checkpoint is not worth that, it most likely ended at a mistake in its configuration.
     """
 
-    def __init__(self, config: RunConfig, environment: dict[str, Any], is_main: bool = True):
-        self.path, self.is_main = config.run_dir, is_main
+    def __init__(self, config: RunConfig, is_main: bool = True):
+        self.config, self.path, self.is_main = config, config.run_dir, is_main
         self.metrics_path = self.path / "metrics.jsonl"
-        saved = self.path / "config.yaml"
-        if saved.is_file():
+        self.saved = self.path / "config.yaml"
+        if self.saved.is_file() and any(self.path.glob("checkpoints/step_*")):
             import yaml
 
-            changed = differences(yaml.safe_load(saved.read_text()), to_plain(config))
+            try:
+                before = yaml.safe_load(self.saved.read_text())
+            except (yaml.YAMLError, UnicodeDecodeError):
+                raise UserError(f"{self.saved} is damaged. Restore it, or delete it to continue with the configuration "
+                                "that was given.") from None
+            changed = differences(before, to_plain(config))
             if changed:
                 raise UserError(f"{self.path} holds a run with another configuration:\n"
                                 + "\n".join(f"  - {c}" for c in changed)
                                 + "\nGive this run another name (name=...), or move the old folder away.")
-        if is_main:
+
+    def open(self, environment: dict[str, Any]) -> None:
+        """Make the folder, or reopen it, and note what was asked for and in what environment."""
+        if self.is_main:
             with explain_os_errors(self.path):
                 self.path.mkdir(parents=True, exist_ok=True)
-                write_atomic(saved, to_yaml(config))
+                write_atomic(self.saved, to_yaml(self.config))
                 with (self.path / "command.txt").open("a") as file:
                     file.write(shlex.join(sys.argv) + "\n")
                 write_json(self.path / "environment.json", environment)
@@ -86,11 +95,13 @@ class RunFolder:
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The records of a metrics.jsonl; an unfinished last line is left out."""
+    """The records of a metrics.jsonl; lines that a crash cut or filled with zeros are left out."""
     records = []
-    for line in Path(path).read_text().splitlines():
+    for line in Path(path).read_text(errors="replace").splitlines():
         try:
-            records.append(json.loads(line))
+            record = json.loads(line)
         except json.JSONDecodeError:
             continue
+        if isinstance(record, dict) and "step" in record:
+            records.append(record)
     return records

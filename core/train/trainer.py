@@ -98,6 +98,7 @@ class Trainer:
         self.step = 0  # optimiser steps done
         self._guard_copies: tuple[dict[str, Tensor], Any] | None = None  # host copies on their way, and their event
         self._skips_reported = dict.fromkeys(self.networks, 0)
+        self._replaced: set[str] = set()  # keys of unreadable pictures
         self.store = CheckpointStore(run.path / "checkpoints", keep=train.keep_checkpoints, on_error="log",
                                      log=run.log)
 
@@ -163,6 +164,7 @@ class Trainer:
         """Continue from the newest valid checkpoint of the run folder. False when there is none."""
         checkpoint = self.store.latest(clean=self.world.is_main)
         if checkpoint is None:
+            self.run.rewind_metrics(0)  # a run killed before its first checkpoint begins again
             return False
         state = checkpoint.state
         if state["data_fingerprint"] != self.data_fingerprint:
@@ -234,7 +236,9 @@ class Trainer:
         with StopRequest(train.time_limit_minutes or None) as request:
             batches = self.batches(self.images_seen)
             while self.step < self.total_steps:
-                extra = self.train_step(next(batches))
+                batch = next(batches)
+                self._report_replaced(batch)
+                extra = self.train_step(batch)
                 last = self.step == self.total_steps
                 if self._every(train.log_every, self.step) or last:
                     now = time.perf_counter()
@@ -274,6 +278,14 @@ class Trainer:
         if self.world.device.type == "cuda":
             record["peak_memory_gib"] = round(torch.cuda.max_memory_allocated() / 2**30, 3)
         log.submit(record, self.averages, extra)
+
+    def _report_replaced(self, batch: Batch) -> None:
+        """Name pictures that could not be read, once each, on whichever rank met them."""
+        for key in batch.replaced:
+            if key not in self._replaced:
+                self._replaced.add(key)
+                message = f"warning: {key} cannot be read and is replaced; {len(self._replaced)} such pictures so far"
+                self.run.log(message) if self.world.is_main else print(f"rank {self.world.rank}: {message}", flush=True)
 
     def _check_guards(self) -> None:
         """Report skipped steps and give up after too many in a row. Reads copies requested one interval ago."""

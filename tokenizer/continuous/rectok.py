@@ -279,8 +279,10 @@ class RecTok(nn.Module):
         self.register_buffer("latent_std", torch.ones(channels, device="cpu"), persistent=False)
 
         self.encoder.requires_grad_(not train_decoder_only)
-        if not mask_ratio:
-            self.decoder.mask_token.requires_grad_(False)  # never used; DDP would wait for its gradient
+        if not mask_ratio:  # never used then; DDP would wait for their gradients
+            for name, parameter in self.named_parameters():
+                if name.endswith(("mask_token", "mask_embedding")):
+                    parameter.requires_grad_(False)
 
     def _init_weights(self) -> None:
         """Encoder and decoder only: the semantic decoders keep PyTorch's defaults, as in the official code."""

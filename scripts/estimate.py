@@ -1,0 +1,89 @@
+"""What a run will cost: --dry-run of scripts/train.py. Networks are built on the meta device; no weights, no GPU."""
+
+from __future__ import annotations
+
+import contextlib
+import warnings
+from typing import Any
+
+import torch
+from torch import nn
+
+from core.config import RESERVED, RunConfig
+from core.errors import UserError
+from core.estimate import Cost, measure, number
+from core.files import human_bytes
+from core.rng import Draws
+from core.specs import Continuous
+
+import assemble
+
+PROBE = 2  # images in the forward pass that is measured
+
+
+def _tokenizer(config: RunConfig) -> nn.Module:
+    """The tokenizer of a config on the meta device; one that is only known by its weights lends their settings."""
+    section = config.tokenizer
+    settings = {k: v for k, v in section.items() if k not in RESERVED - {"name"}}
+    if section.get("weights") and "name" not in section:
+        settings = {**assemble.read_weights("tokenizer", section["weights"]).settings, **settings}
+    with torch.device("meta"), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*copying from a non-meta parameter")  # weights are not wanted here
+        assemble.semantic_widths(config, settings, pretrained=False)
+        tokenizer = assemble.TOKENIZERS.build(settings)
+    return tokenizer.to("meta")  # tables are made on the CPU whatever the context says
+
+
+def costs(config: RunConfig) -> tuple[nn.Module, list[Cost]]:
+    """The tokenizer and the cost of every trained network, measured in one forward pass each."""
+    tokenizer = _tokenizer(config)
+    images = torch.zeros(PROBE, 3, tokenizer.image_size, tokenizer.image_size, device="meta")
+    draws = Draws(0, torch.zeros(PROBE, dtype=torch.int64, device="meta"))
+    if config.task == "tokenizer":
+        found = [measure("tokenizer", tokenizer, lambda net: net(images, draws), PROBE)]
+        if config.discriminator:
+            with torch.device("meta"):
+                discriminator = assemble.DISCRIMINATORS.build(config.discriminator).to("meta")
+            found.append(measure("discriminator", discriminator, lambda net: net(images), PROBE))
+        return tokenizer, found
+    defaults: dict[str, Any] = {}
+    with contextlib.suppress(UserError):  # without the data the constructor's default stands
+        defaults["num_classes"] = assemble.open_train(config).num_classes
+    if isinstance(tokenizer.spec, Continuous):
+        defaults |= {"channels": tokenizer.spec.channels, "grid": list(tokenizer.spec.grid)}
+    with torch.device("meta"):
+        generator = assemble.GENERATORS.build(config.generator, **defaults).to("meta")
+    assemble.check_pair(generator, tokenizer)
+    latents = tokenizer.encode(images)
+    labels = torch.zeros(PROBE, dtype=torch.int64, device="meta")
+    return tokenizer, [measure("generator", generator, lambda net: net(latents, labels, draws), PROBE)]
+
+
+def describe(config: RunConfig) -> str:
+    """A table for the terminal."""
+    tokenizer, found = costs(config)
+    train = config.train
+    micro = train.micro_batch or train.global_batch
+    half = train.precision == "bf16"
+    lines = [f"latents        {tokenizer.spec}",
+             f"global batch   {train.global_batch} pictures, {micro} per rank and pass if one rank has them all"]
+    for cost in found:
+        ema = len(train.ema) if cost.name == config.task else 0
+        lines += [
+            f"{cost.name}",
+            f"  parameters   {cost.parameters:,} ({cost.trainable:,} trained)",
+            f"  forward      {number(cost.forward_flops)}FLOPs per image; a training step about "
+            f"{number(3 * cost.forward_flops)}FLOPs per image, {number(3 * cost.forward_flops * train.global_batch)}FLOPs in all",
+            f"  memory       about {human_bytes(int(cost.training_bytes(micro, ema, half)))} for {micro} pictures in "
+            f"{train.precision}: weights, gradients, AdamW, {ema} EMA and {human_bytes(int(cost.activation_bytes))} of fp32 "
+            "activations per picture",
+        ]
+    try:
+        per_epoch = len(assemble.open_train(config))
+        total = train.duration.images(per_epoch, train.global_batch)
+        work = 3 * sum(c.forward_flops for c in found) * total
+        lines.append(f"run            {total:,} images, {total // train.global_batch:,} steps, {number(work)}FLOPs without frozen "
+                     "networks")
+    except UserError as error:
+        lines.append(f"run            length unknown: {error}")
+    return "\n".join(lines)

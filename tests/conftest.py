@@ -1,0 +1,111 @@
+"""Shared by all tests: one thread, the CPU, no network, and small runs to look at.
+
+The toy runs are made once per session. Tests that change a run work on a copy of it.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import sys
+from pathlib import Path
+
+import pytest
+
+os.environ["OMP_NUM_THREADS"] = "1"  # for child processes
+for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "TESSERA_EXIT_FILE"):
+    os.environ.pop(name, None)
+
+ROOT = Path(__file__).resolve().parent.parent
+TOY_TOKENIZER, TOY_GENERATOR = (str(ROOT / "configs" / "toy" / f"rectok_{kind}.yaml") for kind in ("tokenizer", "generator"))
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    """Sums in the same order everywhere."""
+    torch = sys.modules.get("torch")  # not imported here: some tests prove that they do without
+    if torch is None:
+        yield
+        return
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture
+def train_main(monkeypatch, capfd):
+    """scripts/train.py in this process: train_main(*arguments) -> (exit code, stdout, stderr)."""
+    import train
+
+    from core import cli
+
+    def call(*arguments: object) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["train.py", *map(str, arguments)])
+        capfd.readouterr()
+        with pytest.raises(SystemExit) as stopped:
+            cli.run(train.main)
+        out, err = capfd.readouterr()
+        return stopped.value.code, out, err
+
+    return call
+
+
+def _finished(factory, config: str, *overrides: str) -> Path:
+    import assemble
+
+    folder = factory.mktemp("runs")
+    loaded = assemble.load_config(config, [f"work_dir={folder}", f"data.cache_dir={folder / 'cache'}", "train.device=cpu",
+                                           *overrides])
+    assert assemble.train(loaded) == 0
+    return loaded.run_dir
+
+
+@pytest.fixture(scope="session")
+def _tokenizer_run(tmp_path_factory) -> Path:
+    import torch
+
+    torch.set_num_threads(1)
+    return _finished(tmp_path_factory, TOY_TOKENIZER)
+
+
+@pytest.fixture(scope="session")
+def _generator_run(tmp_path_factory, _tokenizer_run) -> Path:
+    return _finished(tmp_path_factory, TOY_GENERATOR, f"tokenizer.weights={_tokenizer_run}")
+
+
+@pytest.fixture
+def tokenizer_run(_tokenizer_run) -> Path:
+    """Run folder of a finished configs/toy/rectok_tokenizer.yaml; do not change it."""
+    return _tokenizer_run
+
+
+@pytest.fixture
+def generator_run(_generator_run) -> Path:
+    """Run folder of a finished configs/toy/rectok_generator.yaml; do not change it."""
+    return _generator_run
+
+
+@pytest.fixture
+def tokenizer_copy(_tokenizer_run, tmp_path) -> Path:
+    """A copy of the toy tokenizer's run folder, under the same name in `tmp_path`."""
+    return Path(shutil.copytree(_tokenizer_run, tmp_path / _tokenizer_run.name, symlinks=True))
+
+
+@pytest.fixture
+def build_trainer(monkeypatch, tmp_path):
+    """build_trainer(config, *overrides) -> a Trainer as scripts/train.py makes it, on the CPU, before its first step."""
+    import assemble
+    from core.train.trainer import Trainer
+
+    built: list[Trainer] = []
+
+    def build(config: str, *overrides: str, device: str = "cpu") -> Trainer:
+        common = [f"work_dir={tmp_path}", f"name=run_{len(built)}", f"data.cache_dir={tmp_path / 'cache'}",
+                  f"train.device={device}"]
+        with monkeypatch.context() as patch:
+            patch.setattr(Trainer, "fit", lambda self: built.append(self) or 0)
+            assemble.train(assemble.load_config(config, [*common, *overrides]))
+        return built[-1]
+
+    return build

@@ -1,0 +1,137 @@
+"""The shape of the code: who imports whom, nothing twice, every file introduced."""
+
+from __future__ import annotations
+
+import ast
+import hashlib
+from functools import lru_cache
+from pathlib import Path
+
+import pytest
+
+from tests.conftest import ROOT
+
+PACKAGES = ("core", "data", "evaluation", "tokenizer", "generator")
+ALLOWED = {"core": {"core"}, **{name: {"core", name} for name in PACKAGES[1:]}}
+OPTIONAL = {"wandb", "tensorboard", "datasets", "webdataset", "transformers", "huggingface_hub", "accelerate"}
+LONGEST_FILE = 600
+SHORTEST_COPY = 6  # lines: shorter bodies may well be equal by chance
+
+FILES = sorted(p for name in (*PACKAGES, "scripts", "tests") for p in (ROOT / name).rglob("*.py"))
+SOURCES = [p for p in FILES if p.relative_to(ROOT).parts[0] in PACKAGES]
+
+
+def name_of(path: Path) -> str:
+    return str(path.relative_to(ROOT))
+
+
+@lru_cache(None)
+def tree(path: Path) -> ast.Module:
+    return ast.parse(path.read_text(encoding="utf-8"))
+
+
+def imports(node: ast.AST) -> list[tuple[str, int]]:
+    """(top-level package, line) of every import below `node`."""
+    found = []
+    for child in ast.walk(node):
+        if isinstance(child, ast.Import):
+            found += [(alias.name.split(".")[0], child.lineno) for alias in child.names]
+        elif isinstance(child, ast.ImportFrom):
+            found.append((child.module.split(".")[0] if child.module and not child.level else ".", child.lineno))
+        elif isinstance(child, ast.Call) and ast.unparse(child.func) in ("importlib.import_module", "__import__"):
+            if child.args and isinstance(child.args[0], ast.Constant):
+                found.append((child.args[0].value.split(".")[0], child.lineno))
+    return found
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=name_of)
+def test_packages_do_not_know_each_other(path):
+    package = path.relative_to(ROOT).parts[0]
+    ours = {*PACKAGES, "scripts", "tests", "."}
+    programs = {p.stem for p in (ROOT / "scripts").glob("*.py")}
+    wrong = [f"line {line}: {name}" for name, line in imports(tree(path)) if name in ours | programs
+             and name not in ALLOWED[package]]
+    assert not wrong, f"{name_of(path)} imports what {package} must not see: {wrong}"
+
+
+def test_registries_stay_at_home():
+    """What a package registers lives in it."""
+    import assemble
+
+    for registry in assemble.REGISTRIES.values():
+        for entry in registry.entries.values():
+            assert entry.split(".")[0].split(":")[0] in PACKAGES, entry
+
+
+def module_level(module: ast.Module) -> ast.Module:
+    """Without the bodies of functions: what runs on import."""
+    def visit(nodes: list[ast.stmt]) -> list[ast.stmt]:
+        kept = []
+        for node in nodes:
+            if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
+                continue
+            if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test):
+                continue
+            if isinstance(node, ast.ClassDef):
+                kept += visit(node.body)
+            else:
+                kept.append(node)
+        return kept
+
+    return ast.Module(visit(module.body), [])
+
+
+@pytest.mark.parametrize("path", [p for p in FILES if "tests" not in p.relative_to(ROOT).parts], ids=name_of)
+def test_optional_libraries_are_imported_late(path):
+    eager = [f"line {line}: {name}" for name, line in imports(module_level(tree(path))) if name in OPTIONAL]
+    assert not eager, f"{name_of(path)}: {eager}"
+
+
+@pytest.mark.parametrize("path", [p for p in FILES if p.is_relative_to(ROOT / "core")], ids=name_of)
+def test_core_knows_no_system(path):
+    """No branch on what is being trained: names of tokenizers, generators and the like stay in their registries."""
+    import assemble
+
+    systems = {name for registry in assemble.REGISTRIES.values() for name in registry.entries} - {""}
+    for node in ast.walk(tree(path)):
+        if isinstance(node, (ast.Compare, ast.Match)):
+            words = {c.value for c in ast.walk(node) if isinstance(c, ast.Constant) and isinstance(c.value, str)}
+            assert not words & systems, f"{name_of(path)} line {getattr(node, 'lineno', '?')}: {ast.unparse(node)}"
+
+
+@pytest.mark.parametrize("path", FILES, ids=name_of)
+def test_files_are_introduced_and_short(path):
+    text = path.read_text(encoding="utf-8")
+    if text.strip():
+        assert ast.get_docstring(tree(path)), f"{name_of(path)} does not say what it is"
+    lines = text.splitlines()
+    assert len(lines) <= LONGEST_FILE, f"{name_of(path)} has {len(lines)} lines"
+
+
+def test_no_body_is_written_twice():
+    """Functions and methods with equal bodies, names and docstrings aside."""
+    seen: dict[str, str] = {}
+    copies = []
+    for path in FILES:
+        for node in ast.walk(tree(path)):
+            if not isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
+                continue
+            body = node.body[1:] if ast.get_docstring(node) else node.body
+            if not body or body[-1].end_lineno - body[0].lineno + 1 <= SHORTEST_COPY:
+                continue
+            text = "\n".join(ast.dump(statement) for statement in body)
+            digest = hashlib.sha256(text.encode()).hexdigest()
+            here = f"{name_of(path)}:{node.lineno} {node.name}"
+            if digest in seen:
+                copies.append(f"{seen[digest]} = {here}")
+            seen[digest] = here
+    assert not copies, "\n".join(copies)
+
+
+def test_no_paths_of_one_machine():
+    for path in [*FILES, *(ROOT / "configs").rglob("*.yaml"), *ROOT.glob("*.sh"), *(ROOT / "scripts").glob("*.sh")]:
+        if path == Path(__file__).resolve():
+            continue
+        text = path.read_text(encoding="utf-8")
+        for place in ("/home/", "/root/", "/work/", "/opt/"):
+            assert place not in text, f"{name_of(path)} contains {place}"

@@ -1,0 +1,230 @@
+"""The shell side: launchers, exit codes, SLURM, and the messages of scripts/environment.sh.
+
+Most tests hand the scripts a fake interpreter, which notes how it was called; a few start two real ranks on the CPU.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from core.train.checkpoint import CheckpointStore
+from core.train.run import read_metrics
+from tests.conftest import ROOT, TOY_TOKENIZER
+
+pytestmark = pytest.mark.skipif(shutil.which("bash") is None, reason="needs bash")
+
+
+def start(script: str, *arguments: object, stderr=subprocess.PIPE, **environment: str) -> subprocess.Popen:
+    clean = {k: v for k, v in os.environ.items()
+             if not k.startswith(("SLURM_", "MASTER_")) and k not in ("NPROC", "NNODES", "NODE_RANK", "LAUNCHER")}
+    settings = {**clean, "TESSERA_PYTHON": sys.executable, "OMP_NUM_THREADS": "1", **environment}
+    return subprocess.Popen(["bash", str(ROOT / script), *map(str, arguments)], cwd=ROOT.parent, env=settings, text=True,
+                            stdout=subprocess.PIPE, stderr=stderr)
+
+
+def run(script: str, *arguments: object, **environment: str) -> subprocess.CompletedProcess:
+    process = start(script, *arguments, **environment)
+    out, err = process.communicate(timeout=120)
+    return subprocess.CompletedProcess(process.args, process.returncode, out, err)
+
+
+def toy(folder: Path, *more: str) -> list[str]:
+    return [TOY_TOKENIZER, f"work_dir={folder}", "train.device=cpu", *more]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Two real ranks
+# ---------------------------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("launcher", ["torchrun", "accelerate"])
+def test_two_ranks(tmp_path, launcher):
+    done = run("run_train_tokenizer.sh", *toy(tmp_path, "train.duration=3step"), NPROC="2", LAUNCHER=launcher)
+    assert done.returncode == 0, done.stderr[-2000:]
+    folder = tmp_path / "toy_rectok_tokenizer"
+    assert done.stdout.count("3 steps of 8 on 2 x cpu") == 1 and "finished: 3 steps" in (folder / "log.txt").read_text()
+    assert [r["step"] for r in read_metrics(folder / "metrics.jsonl")] == [1, 2, 3]
+
+
+@pytest.mark.parametrize("launcher", ["torchrun", "accelerate"])
+def test_asked_to_stop(tmp_path, launcher):
+    """SIGTERM to the shell, as a scheduler sends it: both ranks save and leave, and the shell says 75."""
+    process = start("run_train_tokenizer.sh", *toy(tmp_path, "train.duration=100000step"), stderr=subprocess.STDOUT,
+                    NPROC="2", LAUNCHER=launcher)
+    folder = tmp_path / "toy_rectok_tokenizer"
+    deadline = time.monotonic() + 60
+    while not (folder / "metrics.jsonl").is_file() and process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.05)
+    process.send_signal(signal.SIGTERM)
+    out, _ = process.communicate(timeout=60)
+    assert process.returncode == 75, out[-3000:]
+    (step,) = CheckpointStore(folder / "checkpoints").steps()[-1:]
+    assert f"stopped at step {step} " in (folder / "log.txt").read_text()
+
+
+def test_a_mistake_that_only_the_ranks_find(tmp_path):
+    done = run("run_train_tokenizer.sh", *toy(tmp_path, "train.global_batch=9"), NPROC="2")
+    assert done.returncode == 2, done.stderr[-2000:]
+    assert done.stderr.count("error: train.global_batch=9 cannot be shared by 2 ranks evenly") == 1
+
+
+def test_a_mistake_that_only_one_rank_finds(tmp_path):
+    """The second rank meets a broken picture; its message must not drown."""
+    from PIL import Image
+
+    folder = tmp_path / "pictures" / "class"
+    folder.mkdir(parents=True)
+    for number in range(8):
+        Image.new("RGB", (32, 32), (20 * number, 0, 0)).save(folder / f"{number}.png")
+    from core.rng import permutation
+
+    broken = sorted(folder.iterdir())[int(permutation(8, 0, 0)[6])]  # position 6 of the first batch: second rank
+    broken.write_bytes(b"not a picture")
+    done = run("run_train_tokenizer.sh", NPROC="2", *[],
+               **{}) if False else run("run_train_tokenizer.sh", *toy(
+                   tmp_path, f"data.url=folder://{folder.parent}", "data.val_url=null", "data.on_corrupt=raise",
+                   "train.preview_every=never"), NPROC="2")
+    assert done.returncode == 2, done.stderr[-2000:]
+    assert done.stderr.count("cannot be read") == 1 and broken.name in done.stderr
+
+
+def test_config_mistakes_are_reported_once(tmp_path):
+    done = run("run_train_tokenizer.sh", *toy(tmp_path, "train.globl_batch=8"), NPROC="2")
+    assert done.returncode == 2
+    assert done.stderr.count("unknown key") == 1 and "Traceback" not in done.stderr
+    assert not list(tmp_path.iterdir())
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# A fake interpreter
+# ---------------------------------------------------------------------------------------------------------------------
+def program(path: Path, text: str) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(f"#!/usr/bin/env bash\n{text}\n")
+    path.chmod(0o755)
+    return path
+
+
+@pytest.fixture
+def launched(tmp_path):
+    """launched(**environment) -> the words with which the interpreter was last called, and the result."""
+    calls = tmp_path / "calls"
+    fake = program(tmp_path / "python", f'[ "$1" = -c ] && exit 0\necho "$@" >>"{calls}"\nexit "${{FAKE_CODE:-0}}"')
+
+    def call(**environment: str) -> tuple[list[str], subprocess.CompletedProcess]:
+        done = run("scripts/launch.sh", "scripts/train.py", "some config.yaml", "a=1", TESSERA_PYTHON=str(fake), **environment)
+        return (calls.read_text().splitlines()[-1].split() if calls.is_file() else []), done
+
+    return call
+
+
+def after(words: list[str], option: str) -> str:
+    return words[words.index(option) + 1]
+
+
+def test_one_process_needs_no_launcher(launched):
+    words, done = launched(NPROC="1")
+    assert done.returncode == 0 and words == ["scripts/train.py", "some", "config.yaml", "a=1"]
+    assert launched(NPROC="1", FAKE_CODE="75")[1].returncode == 75
+
+
+def test_one_process_per_visible_gpu(launched):
+    assert after(launched(CUDA_VISIBLE_DEVICES="0,3,5")[0], "--nproc-per-node") == "3"
+    assert launched(CUDA_VISIBLE_DEVICES="2")[0][0] == "scripts/train.py"
+
+
+def test_slurm_is_read(launched, tmp_path):
+    program(tmp_path / "bin" / "scontrol", 'echo first-node; echo second-node')
+    slurm = {"SLURM_NNODES": "2", "SLURM_NODEID": "1", "SLURM_JOB_NODELIST": "nodes[1-2]", "SLURM_JOB_ID": "123456",
+             "PATH": f"{tmp_path / 'bin'}:{os.environ['PATH']}", "NPROC": "4"}
+    words, _ = launched(**slurm)
+    assert [after(words, o) for o in ("--nnodes", "--node-rank", "--master-addr", "--master-port", "--nproc-per-node")] == [
+        "2", "1", "first-node", "23456", "4"]
+    words, _ = launched(**slurm, LAUNCHER="accelerate")
+    assert [after(words, o) for o in ("--num_processes", "--num_machines", "--machine_rank", "--main_process_ip")] == [
+        "8", "2", "1", "first-node"]
+    words, _ = launched(**{**slurm, "SLURM_NNODES": "1", "SLURM_NODEID": "0"}, NNODES="1", MASTER_ADDR="here", MASTER_PORT="9")
+    assert [after(words, o) for o in ("--nnodes", "--master-addr", "--master-port")] == ["1", "here", "9"]
+
+
+def test_failures_of_the_check_are_passed_on(launched):
+    words, done = launched(NPROC="2", FAKE_CODE="2")
+    assert done.returncode == 2 and words[-1] == "--check"
+
+
+def test_unknown_launcher(launched):
+    _, done = launched(NPROC="2", LAUNCHER="horovod")
+    assert done.returncode == 2 and done.stderr == "error: LAUNCHER is torchrun or accelerate, not horovod\n"
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# scripts/environment.sh
+# ---------------------------------------------------------------------------------------------------------------------
+def test_interpreter_that_is_not_there(tmp_path):
+    done = run("run_train_tokenizer.sh", "x", TESSERA_PYTHON=str(tmp_path / "nope"))
+    assert done.returncode == 2 and done.stderr == f"error: TESSERA_PYTHON={tmp_path / 'nope'} is not a program\n"
+
+
+def test_interpreter_that_is_too_old(tmp_path):
+    old = program(tmp_path / "python", '[ "$1" = --version ] && echo "Python 3.8.10"\nexit 1')
+    done = run("run_train_tokenizer.sh", "x", TESSERA_PYTHON=str(old))
+    assert done.returncode == 2
+    assert done.stderr.startswith(f"error: {old} is Python 3.8.10; Tessera needs Python 3.11 or newer.")
+
+
+@pytest.fixture
+def repository(tmp_path) -> Path:
+    """A copy of what an installation needs, without a .venv."""
+    copy = tmp_path / "a repository"
+    (copy / "scripts").mkdir(parents=True)
+    for name in ("environment.sh", "launch.sh"):
+        shutil.copy(ROOT / "scripts" / name, copy / "scripts" / name)
+    (copy / "requirements.txt").write_text("nothing\n")
+    return copy
+
+
+def install(repository: Path, programs: Path) -> subprocess.CompletedProcess:
+    environment = {**os.environ, "PATH": f"{programs}:{os.environ['PATH']}", "TESSERA_PYTHON": "", "NPROC": "1"}
+    return subprocess.run(["bash", str(repository / "scripts" / "launch.sh"), "program.py"], env=environment, text=True,
+                          capture_output=True, timeout=60)
+
+
+FAKE_UV = """
+echo "uv $*" >>"$(dirname "$0")/uv.log"
+if [ "$1" = venv ]; then
+    venv="${!#}"; mkdir -p "$venv/bin"
+    printf '#!/usr/bin/env bash\\necho "ran $*"\\n' >"$venv/bin/python"; chmod +x "$venv/bin/python"
+fi
+"""
+
+
+def test_environment_is_made_once(repository, tmp_path):
+    program(tmp_path / "bin" / "uv", FAKE_UV)
+    program(tmp_path / "bin" / "df", 'echo header; echo "disk 1 1 99999 1% /"')
+    first, second = install(repository, tmp_path / "bin"), install(repository, tmp_path / "bin")
+    assert first.returncode == second.returncode == 0, first.stderr
+    assert "Installing requirements.txt" in first.stdout and second.stdout == "ran program.py\n"
+    assert len((tmp_path / "bin" / "uv.log").read_text().splitlines()) == 2
+    (repository / "requirements.txt").write_text("something else\n")
+    assert "Installing requirements.txt" in install(repository, tmp_path / "bin").stdout
+
+
+def test_failed_installation_is_not_remembered(repository, tmp_path):
+    program(tmp_path / "bin" / "uv", '[ "$1" = venv ] || exit 1')
+    program(tmp_path / "bin" / "df", 'echo header; echo "disk 1 1 99999 1% /"')
+    for _ in range(2):
+        done = install(repository, tmp_path / "bin")
+        assert done.returncode == 2 and "error: uv could not install the requirements" in done.stderr
+
+
+def test_full_disk(repository, tmp_path):
+    program(tmp_path / "bin" / "df", 'echo header; echo "disk 1 1 12 99% /"')
+    done = install(repository, tmp_path / "bin")
+    assert done.returncode == 2 and done.stderr.startswith("error: only 12 MB free in ")
+    assert not (repository / ".venv").exists()
