@@ -22,7 +22,7 @@ def run(main: Callable[[list[str]], int | None]) -> None:
         code = 1
     except KeyboardInterrupt:
         code, message = 130, "interrupted"
-    if _speaks():
+    if code and _speaks():
         if message:
             print(message, file=sys.stderr)
         # torchrun turns every failure of a worker into exit code 1; the launch script reads the real one from here.
@@ -32,7 +32,7 @@ def run(main: Callable[[list[str]], int | None]) -> None:
 
 
 def _speaks() -> bool:
-    """Whether this process reports for its node: the first of its ranks to end, which need not be the main one.
+    """Whether this process reports for its node: the first of its ranks to fail, which need not be the main one.
 
     An unreadable picture, say, ends one rank; the others then die of its silence and know nothing of the reason.
     """

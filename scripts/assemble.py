@@ -28,7 +28,7 @@ from core.train.run import RunFolder
 from core.train.trainer import PREVIEW_IMAGES, Trainer
 from data.cache import FeatureCache
 from data.cache import build as build_cache
-from data.loader import Loader, ordered_batches, split
+from data.loader import Loader, ordered_batches, read_or_replace, split
 from data.sources import open_source
 from data.transforms import Transform
 from evaluation.environment import environment
@@ -242,7 +242,8 @@ def _tokenizer_task(config: RunConfig, source: DataSource, val: DataSource | Non
     shown = val or source
     count = min(PREVIEW_IMAGES, len(shown))
     centre = Transform(image_size=transform.image_size)
-    preview = torch.stack([centre.apply_view(shown[i * len(shown) // count].image, 0) for i in range(count)])
+    pictures = [read_or_replace(shown, i * len(shown) // count, config.data.on_corrupt)[0].image for i in range(count)]
+    preview = torch.stack([centre.apply_view(picture, 0) for picture in pictures])
     return TokenizerTask(tokenizer, objective, discriminator, teachers, preview), initial_ema
 
 
@@ -350,7 +351,11 @@ def _train(config: RunConfig, world: dist.World) -> int:
     run.log(f"{config.task}: {sum(p.numel() for p in trainer.networks[task.primary].parameters()):,} parameters, "
             f"{len(source):,} pictures, {trainer.total_steps:,} steps of {config.train.global_batch} on {world.size} x "
             f"{world.device.type}; ready after {time.perf_counter() - started:.1f} s")
-    return trainer.fit()
+    code = trainer.fit()
+    if loader.replaced_count:
+        names = "; ".join(f"{key}: {reason}" for key, reason in loader.replaced_names.items())
+        run.log(f"{loader.replaced_count} times a picture could not be read and the next one took its place ({names})")
+    return code
 
 
 def _image_size(config: RunConfig) -> int:

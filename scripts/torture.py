@@ -10,7 +10,7 @@ After kills and damage the final weights, averages, optimiser moments and metric
 run bit for bit. Prints one score line per part; exits with 0 only if every score is full.
 
 Trainings run in children of a fork server that has imported everything, which saves seconds per restart; the first kill
-of every part goes through the real command line.
+hits the real command line.
 """
 
 import _root  # noqa: F401
@@ -350,13 +350,21 @@ def _copy_unfinished(whole: Path, run: Path, last: str) -> None:
 # ---------------------------------------------------------------------------------------------------------------------
 # Layouts
 # ---------------------------------------------------------------------------------------------------------------------
-# title, ranks, overrides, bit-equal to the reference?
-LAYOUTS: list[tuple[str, int, list[str], bool]] = [
-    ("2 ranks", 2, [], False),
-    ("accumulation 2", 1, ["train.micro_batch=4"], False),
-    ("2 ranks, accumulation 2", 2, ["train.micro_batch=2"], False),
-    ("1 worker", 1, ["data.workers=1"], True),
-    ("3 workers", 1, ["data.workers=3"], True),
+@dataclass(frozen=True)
+class Layout:
+    title: str
+    ranks: int
+    overrides: tuple[str, ...]
+    exact: bool = False  # bit-equal to one rank without workers, or within tolerance of it
+    gan: bool = True  # the discriminator's batch statistics are those of a micro-batch: no accumulation with it
+
+
+LAYOUTS = [
+    Layout("2 ranks", 2, ()),
+    Layout("accumulation 2", 1, ("train.micro_batch=4",), gan=False),
+    Layout("2 ranks, accumulation 2", 2, ("train.micro_batch=2",), gan=False),
+    Layout("1 worker", 1, ("data.workers=1",), exact=True),
+    Layout("3 workers", 1, ("data.workers=3",), exact=True),
 ]
 RELATIVE, ABSOLUTE = 1e-6, 1e-7  # of losses
 NORM_RELATIVE = 1e-5  # gradients sum many terms of both signs, and lose digits where those cancel
@@ -376,35 +384,38 @@ def worst_difference(reference: list[dict], other: list[dict]) -> float:
                for a, b in zip(reference, other) for k in a)
 
 
-def compare_layouts(arena: Arena, layouts: list[tuple[str, int, list[str], bool]] | None = None,
-                    say: Callable[[str], None] = lambda _: None) -> Score:
-    """The same run on other ranks, micro-batches and workers: same pictures, same losses.
-
-    Without a discriminator: its batch statistics and its adaptive weight are not a sum over micro-batches.
-    """
+def compare_layouts(arena: Arena, layouts: list[Layout] = LAYOUTS, say: Callable[[str], None] = lambda _: None) -> Score:
+    """The same run on other ranks, micro-batches and workers: same pictures, same losses."""
     spies = arena.folder / "batches"
     spies.mkdir(exist_ok=True)
-    overrides = ["train.log_every=1step", *NO_GAN]
-    arena.run_ranks("layout_reference", 1, *overrides, spy=spies / "reference")
-    reference, expected = arena.folder / "layout_reference", _batches(spies / "reference")
+
+    def run(name: str, layout: Layout) -> str:
+        """Its end if it went wrong."""
+        overrides = ["train.log_every=1step", *([] if layout.gan else NO_GAN), *layout.overrides]
+        codes = arena.run_ranks(name, layout.ranks, *overrides, spy=spies / name)
+        return f"exit codes {codes}\n{arena.tail(name)}" if any(codes) else ""
+
     score = Score("layouts agree")
     rows = [("layout", "pictures", "losses / tolerance", "weights")]
-    for number, (title, ranks, more, exact) in enumerate(LAYOUTS if layouts is None else layouts):
-        name = f"layout_{number}"
-        codes = arena.run_ranks(name, ranks, *overrides, *more, spy=spies / name)
-        if any(codes):
-            score.count(False, f"{title}: exit codes {codes}\n{arena.tail(name)}")
+    for gan in sorted({layout.gan for layout in layouts}):
+        if problem := run(f"alone_{gan}", Layout("one rank", 1, (), gan=gan)):
+            raise RuntimeError(problem)
+    for number, layout in enumerate(layouts):
+        name, alone = f"layout_{number}", f"alone_{layout.gan}"
+        if problem := run(name, layout):
+            score.count(False, f"{layout.title}: {problem}")
             continue
-        run = arena.folder / name
+        expected = _batches(spies / alone)
         same_pictures = _batches(spies / name) == expected and len(expected) > 0
-        worst = worst_difference(read_metrics(reference), read_metrics(run))
-        unequal = differences(read_result(reference), read_result(run))
-        passed = same_pictures and (not unequal if exact else worst <= 1)
-        rows.append((title, "same" if same_pictures else "DIFFER", f"{worst:.2f}", "differ" if unequal else "bit-equal"))
-        score.count(passed, f"{title}: {', '.join(rows[-1][1:])}")
+        worst = worst_difference(read_metrics(arena.folder / alone), read_metrics(arena.folder / name))
+        unequal = differences(read_result(arena.folder / alone), read_result(arena.folder / name))
+        passed = same_pictures and (not unequal if layout.exact else worst <= 1)
+        rows.append((layout.title, "same" if same_pictures else "DIFFER", f"{worst:.2f}",
+                     "differ" if unequal else "bit-equal"))
+        score.count(passed, f"{layout.title}: {', '.join(rows[-1][1:])}")
     widths = [max(len(row[i]) for row in rows) for i in range(4)]
     for row in rows:
-        say("  " + "  ".join(cell.ljust(width) for cell, width in zip(row, widths)))
+        say("  " + "  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip())
     return score
 
 

@@ -14,7 +14,11 @@ import time
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
+from core import cli
+from core.errors import UserError
+from core.rng import permutation
 from core.train.checkpoint import CheckpointStore
 from core.train.run import read_metrics
 from tests.conftest import ROOT, TOY_TOKENIZER
@@ -71,25 +75,20 @@ def test_asked_to_stop(tmp_path, launcher):
 def test_a_mistake_that_only_the_ranks_find(tmp_path):
     done = run("run_train_tokenizer.sh", *toy(tmp_path, "train.global_batch=9"), NPROC="2")
     assert done.returncode == 2, done.stderr[-2000:]
-    assert done.stderr.count("error: train.global_batch=9 cannot be shared by 2 ranks evenly") == 1
+    assert done.stderr.count("error: global batch 9 must be a positive multiple of 2 (2 ranks") == 1
 
 
 def test_a_mistake_that_only_one_rank_finds(tmp_path):
     """The second rank meets a broken picture; its message must not drown."""
-    from PIL import Image
-
     folder = tmp_path / "pictures" / "class"
     folder.mkdir(parents=True)
     for number in range(8):
         Image.new("RGB", (32, 32), (20 * number, 0, 0)).save(folder / f"{number}.png")
-    from core.rng import permutation
-
-    broken = sorted(folder.iterdir())[int(permutation(8, 0, 0)[6])]  # position 6 of the first batch: second rank
+    broken = sorted(folder.iterdir())[permutation(8, 0, 0)[6]]  # position 6 of the first batch of 8: the second rank
     broken.write_bytes(b"not a picture")
-    done = run("run_train_tokenizer.sh", NPROC="2", *[],
-               **{}) if False else run("run_train_tokenizer.sh", *toy(
-                   tmp_path, f"data.url=folder://{folder.parent}", "data.val_url=null", "data.on_corrupt=raise",
-                   "train.preview_every=never"), NPROC="2")
+    # Previews show other pictures: they would meet it on both ranks.
+    done = run("run_train_tokenizer.sh", *toy(tmp_path, f"data.url=folder://{folder.parent}", "data.on_corrupt=raise"),
+               NPROC="2")
     assert done.returncode == 2, done.stderr[-2000:]
     assert done.stderr.count("cannot be read") == 1 and broken.name in done.stderr
 
@@ -99,6 +98,25 @@ def test_config_mistakes_are_reported_once(tmp_path):
     assert done.returncode == 2
     assert done.stderr.count("unknown key") == 1 and "Traceback" not in done.stderr
     assert not list(tmp_path.iterdir())
+
+
+def test_the_first_rank_that_fails_speaks(tmp_path, monkeypatch, capsys):
+    """A rank that is done does not speak for one that fails later, and the ones after that add nothing."""
+    monkeypatch.setenv("TESSERA_EXIT_FILE", str(tmp_path / "code"))
+
+    def fail(_):
+        raise UserError("the disk is full")
+
+    def end(main) -> tuple[int, str]:
+        with pytest.raises(SystemExit) as stopped:
+            cli.run(main)
+        return stopped.value.code, capsys.readouterr().err
+
+    monkeypatch.setenv("RANK", "1")
+    assert end(lambda _: 0) == (0, "") and not (tmp_path / "code").exists()
+    assert end(fail) == (2, "error: the disk is full\n")
+    assert end(fail) == (2, "") and end(lambda _: 75) == (75, "")
+    assert (tmp_path / "code").read_text() == "2"
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -190,7 +208,8 @@ def repository(tmp_path) -> Path:
 
 
 def install(repository: Path, programs: Path) -> subprocess.CompletedProcess:
-    environment = {**os.environ, "PATH": f"{programs}:{os.environ['PATH']}", "TESSERA_PYTHON": "", "NPROC": "1"}
+    environment = {**os.environ, "PATH": f"{programs}:{os.environ['PATH']}", "TESSERA_PYTHON": "", "NPROC": "1",
+                   "PYTHON_FOR_VENV": sys.executable}
     return subprocess.run(["bash", str(repository / "scripts" / "launch.sh"), "program.py"], env=environment, text=True,
                           capture_output=True, timeout=60)
 
@@ -210,7 +229,7 @@ def test_environment_is_made_once(repository, tmp_path):
     first, second = install(repository, tmp_path / "bin"), install(repository, tmp_path / "bin")
     assert first.returncode == second.returncode == 0, first.stderr
     assert "Installing requirements.txt" in first.stdout and second.stdout == "ran program.py\n"
-    assert len((tmp_path / "bin" / "uv.log").read_text().splitlines()) == 2
+    assert [line.split()[1] for line in (tmp_path / "bin" / "uv.log").read_text().splitlines()] == ["venv", "pip"]
     (repository / "requirements.txt").write_text("something else\n")
     assert "Installing requirements.txt" in install(repository, tmp_path / "bin").stdout
 

@@ -8,6 +8,7 @@ import sys
 
 import pytest
 import torch
+from PIL import Image
 
 from tests.conftest import ROOT, TOY_GENERATOR, TOY_TOKENIZER
 
@@ -128,6 +129,23 @@ def test_check_flag_only_looks(train_main, tmp_path):
 def test_no_arguments_prints_usage(train_main):
     code, out, _ = train_main()
     assert code == 2 and out.startswith("usage:")
+
+
+@pytest.mark.parametrize("name", ["0.png", "3.png"])
+def test_a_broken_picture_is_replaced_and_named(train_main, tmp_path, name):
+    """The first picture is also one that previews show."""
+    folder = tmp_path / "pictures" / "class"
+    folder.mkdir(parents=True)
+    for number in range(8):
+        Image.new("RGB", (32, 32), (20 * number, 0, 0)).save(folder / f"{number}.png")
+    (folder / name).write_bytes(b"not a picture")
+    arguments = [TOY_TOKENIZER, "train.device=cpu", f"work_dir={tmp_path}", f"data.url=folder://{folder.parent}",
+                 "data.val_url=null", "train.duration=2ep"]
+    code, out, err = train_main(*arguments)
+    assert code == 0, err
+    assert "2 times a picture could not be read" in out and f"class/{name}: " in out
+    code, _, err = train_main(*arguments, "name=strict", "data.on_corrupt=raise")
+    assert code == 2 and f"class/{name}" in err
 
 
 LIMITED = """
