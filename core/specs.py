@@ -173,6 +173,7 @@ class Tokenizer(Protocol):
 
     spec: LatentSpec
     image_size: int
+    term_names: tuple[str, ...]  # what Recon.terms will hold
 
     def forward(self, images: Tensor, draws) -> Recon:
         """Training pass: reconstruct with every random draw taken from `draws` (core.rng.Draws)."""
@@ -217,7 +218,8 @@ class Task(Protocol):
         """Networks that only help (teachers, perceptual nets, the tokenizer of a generator): moved, never saved."""
 
     def constants(self) -> dict[str, Tensor]:
-        """Tensors that are not trained but belong with the weights (latent statistics); {} for none."""
+        """Tensors that are not trained but belong with the weights (latent statistics), themselves and not copies:
+        a resumed run writes the saved values into them. {} for none."""
 
     def phases(self, nets: dict[str, Any], batch: Batch, draws, progress: Progress) -> Iterator[Phase]:
         """Yield one Phase per trained network. `nets` are the networks as wrapped by the trainer (DDP, compile).

@@ -16,7 +16,7 @@ import multiprocessing
 import os
 import signal
 import sys
-from typing import TYPE_CHECKING, Any, Iterable, Iterator
+from typing import TYPE_CHECKING, Any, Iterable, Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -39,9 +39,10 @@ Entry = tuple[int, int, int | None]  # position in the run, index in the source,
 
 
 def part(count: int, rank: int, world: int) -> range:
-    """The contiguous part of range(count) that belongs to `rank`; the first ranks are full."""
-    size = -(-count // world)
-    return range(min(count, rank * size), min(count, (rank + 1) * size))
+    """The contiguous part of range(count) that belongs to `rank`; sizes differ by one at most, the first are larger."""
+    size, extra = divmod(count, world)
+    start = rank * size + min(rank, extra)
+    return range(start, start + size + (rank < extra))
 
 
 def split(batch: Batch, count: int) -> list[Batch]:
@@ -120,6 +121,10 @@ def _same(batch: dict[str, Any]) -> dict[str, Any]:
     return batch
 
 
+# Signals that mean "stop", for the main process alone. Workers start with them blocked, until they know what to do.
+_HELD = {signal.SIGINT, signal.SIGTERM, signal.SIGUSR1}
+
+
 def _prepare_worker(closing, worker: int) -> None:
     """Leave signals to the main process.
 
@@ -127,8 +132,10 @@ def _prepare_worker(closing, worker: int) -> None:
     down before it has saved. Only once the main process is closing does SIGTERM end a worker.
     """
     torch.set_num_threads(1)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    for number in _HELD - {signal.SIGTERM}:
+        signal.signal(number, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, lambda *_: os._exit(0) if closing.is_set() else None)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, _HELD)
 
 
 def _run(reader: _Reader, order: Iterable[list[Entry]], workers: int, pin: bool, prefetch: int,
@@ -144,8 +151,13 @@ def _run(reader: _Reader, order: Iterable[list[Entry]], workers: int, pin: bool,
     loader = DataLoader(reader, batch_sampler=order, num_workers=workers, collate_fn=_same,
                         pin_memory=pin and torch.cuda.is_available(), generator=torch.Generator(), **options)
     atexit.register(closing.set)
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, _HELD)
     try:
-        for item in loader:
+        items = iter(loader)
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+    try:
+        for item in items:
             if "error" in item:
                 raise UserError(item["error"])
             replaced = item.get("replaced", {})
@@ -235,8 +247,11 @@ class Loader:
 
 def ordered_batches(source: DataSource, transform: Transform, batch: int, rank: int = 0, world: int = 1,
                     workers: int = 0, on_corrupt: str = "raise", all_views: bool = False, pin: bool = False,
-                    prefetch: int = 2, start_method: str | None = None) -> Iterator[Batch]:
+                    prefetch: int = 2, start_method: str | None = None,
+                    chosen: Sequence[int] | None = None) -> Iterator[Batch]:
     """One pass over this rank's contiguous `part` of the source in index order: evaluation, statistics, caching.
+
+    `chosen` are the indices to visit, in this order; None means all.
 
     Positions are indices in the source. The last batch may be smaller. With `all_views` every picture appears
     transform.views times in a row (`batch` still counts pictures).
@@ -245,7 +260,9 @@ def ordered_batches(source: DataSource, transform: Transform, batch: int, rank: 
     if all_views:
         transform.view_of((0, 0))  # refuses transforms without views
     views = range(transform.views) if all_views else (None,)
-    indices = part(len(source), rank, world)
+    chosen = range(len(source)) if chosen is None else chosen
+    mine = part(len(chosen), rank, world)
+    indices = chosen[mine.start : mine.stop]
     order = [[(i, i, view) for i in indices[start : start + batch] for view in views]
              for start in range(0, len(indices), batch)]
     for result, _ in _run(_Reader(source, transform, 0, on_corrupt), order, workers, pin, prefetch, start_method):

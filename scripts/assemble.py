@@ -19,7 +19,7 @@ from core.config import RESERVED, RunConfig
 from core.errors import UserError
 from core.images import to_model_range
 from core.registry import Registry
-from core.rng import hash64
+from core.rng import hash64, permutation
 from core.specs import Continuous, DataSource, Guidance
 from core.state_dicts import describe_differences
 from core.train.checkpoint import Checkpoint
@@ -238,6 +238,7 @@ def _tokenizer_task(config: RunConfig, source: DataSource, val: DataSource | Non
     discriminator = None
     if config.discriminator:
         discriminator = DISCRIMINATORS.build(config.discriminator, sync=config.train.sync_batch_norm)
+    objective.check_terms(tokenizer.term_names, bool(teachers), discriminator is not None)
     initial_ema = _initialise(config, "tokenizer", tokenizer)
     shown = val or source
     count = min(PREVIEW_IMAGES, len(shown))
@@ -284,20 +285,17 @@ def _latent_statistics(config: RunConfig, tokenizer: nn.Module, fingerprint: str
     path = Path(config.data.cache_dir) / f"latent_stats_{key}.safetensors"
     if not path.is_file() and world.is_main:
         count = min(len(source), STATISTICS_IMAGES)
+        chosen = sorted(permutation(len(source), "latent statistics")[:count].tolist())  # from all classes alike
         log(f"measuring latent statistics on {count:,} pictures -> {path}")
         plain = Transform(image_size=transform.image_size, crop="center", flip=False)
         accumulator = StatsAccumulator(tokenizer.spec.channels)
         tokenizer.to(world.device).eval()
         line = ProgressLine(count, label="latent statistics")
-        done = 0
-        for batch in ordered_batches(source, plain, 64):
-            images = to_model_range(batch.images[: count - done].to(world.device))
+        for batch in ordered_batches(source, plain, 64, workers=config.data.workers, on_corrupt=config.data.on_corrupt,
+                                     chosen=chosen):
             with torch.no_grad():
-                accumulator.update(tokenizer.precompute(images))
-            done += images.shape[0]
-            line.update(done)
-            if done >= count:
-                break
+                accumulator.update(tokenizer.precompute(to_model_range(batch.images.to(world.device))))
+            line.update(accumulator.images)
         line.close()
         path.parent.mkdir(parents=True, exist_ok=True)
         save_stats(path, accumulator.compute(), fingerprint)

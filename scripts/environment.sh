@@ -22,7 +22,10 @@ else
     PYTHON="$venv/bin/python"
     wanted="$( (sha256sum "$ROOT/requirements.txt" 2>/dev/null || shasum -a 256 "$ROOT/requirements.txt") | cut -d' ' -f1)"
     if [ "$(cat "$stamp" 2>/dev/null)" != "$wanted" ]; then
-        base="${PYTHON_FOR_VENV:-$(command -v python3.12 || command -v python3.11 || command -v python3 || true)}"
+        base="${PYTHON_FOR_VENV:-}"
+        for candidate in python3.13 python3.12 python3.11 python3; do  # a name on PATH may be a shim that does not run
+            if [ -z "$base" ] && "$candidate" -c '' 2>/dev/null; then base="$candidate"; fi
+        done
         [ -n "$base" ] || fail "no python3 found; install Python 3.11 or newer, or set TESSERA_PYTHON"
         check_python "$base"
         free_mb="$(df -Pm "$ROOT" | awk 'NR==2 {print $4}')"

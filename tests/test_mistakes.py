@@ -50,6 +50,8 @@ def mistake(train_main, tmp_path):
     (["data.val_url=null", "train.eval_every=5step"], "give data.val_url"),
     (["train.init_from=/no/such/weights"], "/no/such/weights"),
     (["train.init_from=ftp://x/y"], 'unknown kind of address "ftp://"'),
+    (["objective.weights.reconstructoin=1"], 'Did you mean "reconstruction"?'),
+    (["discriminator=null"], "there is no discriminator"),
     (["tokenizer.patch_size=7"], "7"),
     (["tokenizer.encoder.heads=5"], "heads"),
 ])

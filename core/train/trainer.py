@@ -182,6 +182,8 @@ class Trainer:
             guard.record = trainer[f"guard.{name}"].to(device)
         self.averages.sums = {n: trainer[f"average.{n}"].to(device) for n in state["averages"]["order"]}
         self.averages.counts = dict(state["averages"]["counts"])
+        for name, constant in self.task.constants().items():
+            constant.copy_(checkpoint.tensors("constants")[name])
         self.step = state["images_seen"] // self.settings.global_batch
         self.run.rewind_metrics(self.step)
         self.run.log(f"continuing from {checkpoint.path} (step {self.step}, {self.images_seen:,} images seen)")
@@ -262,7 +264,7 @@ class Trainer:
                     self.run.log(f"stopped at step {self.step} ({request.requested() or 'another rank was asked to stop'}); "
                                  "run the same command again to continue")
                     return REQUEUE_EXIT_CODE
-                if self._every(train.checkpoint_every, self.step) or last:
+                if last or self._every(train.checkpoint_every, self.step) or self._every(train.milestone_every, self.step):
                     log.flush()  # a checkpoint must not be ahead of metrics.jsonl
                     self.save(wait=last)
                 steady_since += time.perf_counter() - paused  # img/s counts training, not pictures and checkpoints

@@ -238,6 +238,8 @@ class RecTok(nn.Module):
             models start faster with more, 0.02 sqrt(768 / width) or so.
     """
 
+    term_names = ("kl",)
+
     def __init__(
         self,
         *,

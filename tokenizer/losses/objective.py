@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-from typing import Any, Iterator
+from typing import Any, Collection, Iterator
 
 import torch
 from torch import Tensor, nn
@@ -61,7 +61,7 @@ class Objective(nn.Module):
         self.weights = {"reconstruction": 1.0, "perceptual": 0.0, "semantic": 0.0, "gan": 0.1, **self.given}
         if self.weights["perceptual"] and not perceptual:
             raise UserError(
-                f"loss: weights.perceptual is {self.weights['perceptual']:g} but no perceptual network is configured."
+                f"objective: weights.perceptual is {self.weights['perceptual']:g} but no perceptual network is configured."
                 " Set perceptual: {lpips: 1.0} (or {lpips_squeeze: 1.0}, which needs no download), or the weight to 0."
             )
         self.perceptual = Perceptual(perceptual) if self.weights["perceptual"] else None
@@ -82,7 +82,7 @@ class Objective(nn.Module):
             features: teacher name -> (B, N, D), for every teacher that `recon` predicts.
             discriminator: None for none. Receives no gradient.
         """
-        self._check_terms(recon, discriminator)
+        self.check_terms(recon.terms, bool(recon.predictions), discriminator is not None)
         with _fp32(images):
             target, found = to_unit_range(images.float()), to_unit_range(recon.images.float())  # not clamped
             variance = math.exp(self.log_variance)
@@ -144,28 +144,32 @@ class Objective(nn.Module):
             losses.append((per_token * counted).sum() / counted.sum().clamp(min=1.0))
         return torch.stack(losses).mean()
 
-    def _check_terms(self, recon: Recon, discriminator: nn.Module | None) -> None:
-        """Every term has a weight and every weight a term."""
-        for name in recon.terms:
+    def check_terms(self, terms: Collection[str], predicts: bool, has_discriminator: bool) -> None:
+        """UserError unless every term has a weight and every weight a term.
+
+        Args:
+            terms: names that the tokenizer reports in Recon.terms.
+            predicts: whether it predicts features of teachers.
+        """
+        for name in terms:
             if name in _TERMS:
                 raise ValueError(f'Recon.terms may not be called "{name}": the objective computes that itself')
             if name not in self.given:
-                raise UserError(f'loss: the tokenizer has a term "{name}" but weights.{name} is not set (0: ignore).')
+                raise UserError(f'objective: the tokenizer has a term "{name}" but weights.{name} is not set (0: ignore).')
         for name, weight in self.given.items():
-            if name not in _TERMS and name not in recon.terms:
-                known = (*_TERMS, *recon.terms)
-                raise UserError(f'loss: weights.{name} names no term of this tokenizer.{nearest(name, known)}')
-            if weight and name == "semantic" and not recon.predictions:
-                raise UserError("loss: weights.semantic is not 0 but the tokenizer predicts no teacher's features."
+            if name not in _TERMS and name not in terms:
+                raise UserError(f"objective: weights.{name} names no term of this tokenizer.{nearest(name, (*_TERMS, *terms))}")
+            if weight and name == "semantic" and not predicts:
+                raise UserError("objective: weights.semantic is not 0 but the tokenizer predicts no teacher's features."
                                 " Give it a teacher, or set weights.semantic: 0.")
-            if weight and name == "gan" and discriminator is None:
-                raise UserError("loss: weights.gan is not 0 but there is no discriminator."
+            if weight and name == "gan" and not has_discriminator:
+                raise UserError("objective: weights.gan is not 0 but there is no discriminator."
                                 " Configure one, or set weights.gan: 0.")
 
 
 def _check(setting: str, value: str, choices) -> None:
     if value not in choices:
-        raise UserError(f'loss: {setting} is "{value}".{nearest(value, choices)}')
+        raise UserError(f'objective: {setting} is "{value}".{nearest(value, choices)}')
 
 
 def _fp32(images: Tensor):
