@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass
 from datetime import timedelta
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -60,6 +61,15 @@ def pick_device(wanted: str) -> torch.device:
     if wanted == "cpu" or not available:
         return torch.device("cpu")
     return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+
+
+def cpu_multiplies_bf16() -> bool:
+    """Whether this processor has bf16 matrix products in hardware; elsewhere bf16 on the CPU is slower than fp32."""
+    try:
+        flags = Path("/proc/cpuinfo").read_text()
+    except OSError:  # not Linux
+        return False
+    return "avx512_bf16" in flags or "amx_bf16" in flags
 
 
 def start(device: str = "auto", timeout_minutes: float = 15.0) -> World:

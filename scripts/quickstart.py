@@ -29,10 +29,13 @@ def read_plan(system: str) -> dict:
     return yaml.safe_load((FOLDER / system / "quickstart.yaml").read_text())
 
 
-def overrides_for(plan: dict, stage: str, mode: str, work_dir: str) -> list[str]:
-    """Overrides of one stage in one mode ("cpu", "gpu" or "smoke")."""
-    settings = plan.get(mode) or {}
-    return [f"work_dir={work_dir}", *(settings.get("all") or []), *(settings.get(stage) or [])]
+def overrides_for(plan: dict, stage: str, modes: list[str], work_dir: str) -> list[str]:
+    """Overrides of one stage; sections of the plan named by `modes` ("cpu", "cpu_bf16", "gpu", "smoke") add up."""
+    found = [f"work_dir={work_dir}"]
+    for mode in modes:
+        settings = plan.get(mode) or {}
+        found += [*(settings.get("all") or []), *(settings.get(stage) or [])]
+    return found
 
 
 def main(arguments: list[str]) -> int:
@@ -53,19 +56,23 @@ def main(arguments: list[str]) -> int:
 
     import assemble
     import quickstart_report
+    from core import dist
 
-    mode = "smoke" if smoke else "gpu" if torch.cuda.is_available() else "cpu"
+    gpu = torch.cuda.is_available()
+    modes = ["gpu"] if gpu else ["cpu", "cpu_bf16"] if dist.cpu_multiplies_bf16() else ["cpu"]
+    if smoke:  # on a GPU too: it is the same small thing everywhere
+        modes = ["smoke"]
     work_dir = f"work_dirs/quickstart_{system}" + ("_smoke" if smoke else "")
     if smoke:  # a smoke run shows that everything runs, so it starts from nothing
         shutil.rmtree(work_dir, ignore_errors=True)
-    print(f"Quickstart of {system} on {'a GPU' if mode == 'gpu' else f'{torch.get_num_threads()} CPU threads'}, "
+    print(f"Quickstart of {system} on {'a GPU' if gpu else f'{torch.get_num_threads()} CPU threads'}, "
           f"into {work_dir}. Ctrl-C any time; the same command continues.", flush=True)
     seconds = {}
     configs = {}
     for number, stage in enumerate(plan["stages"], 1):
         print(f"\n== stage {number} of {len(plan['stages']) + 1}: {stage} ==", flush=True)
         begun = time.perf_counter()
-        config = assemble.load_config(str(FOLDER / system / f"{stage}.yaml"), overrides_for(plan, stage, mode, work_dir))
+        config = assemble.load_config(str(FOLDER / system / f"{stage}.yaml"), overrides_for(plan, stage, modes, work_dir))
         code = assemble.train(config)
         if code:
             return code
@@ -73,7 +80,7 @@ def main(arguments: list[str]) -> int:
         seconds[stage] = time.perf_counter() - begun
     print(f"\n== stage {len(plan['stages']) + 1} of {len(plan['stages']) + 1}: samples, metrics, report ==", flush=True)
     begun = time.perf_counter()
-    report = quickstart_report.make(plan, configs, mode, Path(work_dir), seconds, begun)
+    report = quickstart_report.make(plan, configs, smoke, Path(work_dir), seconds, begun)
     print(f"\nDone in {time.perf_counter() - started:.0f} s. Open {report}", flush=True)
     return 0
 

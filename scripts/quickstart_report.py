@@ -31,10 +31,10 @@ import measure
 SHOWN_PER_CLASS = 8
 
 
-def make(plan: dict, configs: dict[str, RunConfig], mode: str, folder: Path, seconds: dict[str, float], begun: float) -> Path:
+def make(plan: dict, configs: dict[str, RunConfig], smoke: bool, folder: Path, seconds: dict[str, float], begun: float) -> Path:
     """Write report.html, metrics.json and PNGs into `folder`; returns the path of the report."""
     device = dist.pick_device("auto")
-    settings = {**plan["report"], **((plan.get(mode) or {}).get("report") or {})}
+    settings = {**plan["report"], **(plan["smoke"].get("report", {}) if smoke else {})}
     generator_config = configs[plan["generator"]]
     source, val = assemble.open_train(generator_config), assemble.open_val(generator_config)
     tokenizer, _ = assemble.load_tokenizer({"weights": str(folder / plan["tokenizer"])})

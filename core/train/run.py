@@ -67,8 +67,7 @@ class RunFolder:
             with explain_os_errors(self.path):
                 self.path.mkdir(parents=True, exist_ok=True)
                 write_atomic(self.saved, to_yaml(self.config))
-                with (self.path / "command.txt").open("a") as file:
-                    file.write(shlex.join(sys.argv) + "\n")
+                self._append("command.txt", shlex.join(sys.argv))
                 write_json(self.path / "environment.json", environment)
 
     def log(self, message: str) -> None:
@@ -77,14 +76,17 @@ class RunFolder:
             return
         line = f"[{time.strftime('%Y-%m-%d %H:%M:%S')}] {message}"
         print(line, flush=True)
-        with (self.path / "log.txt").open("a", encoding="utf-8") as file:
-            file.write(line + "\n")
+        self._append("log.txt", line)
 
     def write_metrics(self, record: dict[str, Any]) -> None:
         """Append one line to metrics.jsonl."""
         if self.is_main:
-            with self.metrics_path.open("a") as file:
-                file.write(json.dumps(record) + "\n")
+            self._append(self.metrics_path.name, json.dumps(record))
+
+    def _append(self, name: str, line: str) -> None:
+        path = self.path / name
+        with explain_os_errors(path), path.open("a", encoding="utf-8") as file:
+            file.write(line + "\n")
 
     def rewind_metrics(self, step: int) -> None:
         """Drop lines after `step` (they will be written again) and a last line cut by a crash."""
