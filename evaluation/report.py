@@ -125,10 +125,10 @@ class Report:
         self,
         title: str,
         rows: Sequence[tuple[str, Sequence[tuple[Picture, Picture, float, bool | None]]]],
-        caption: str = "Large: sample. Small: the nearest training picture and its cosine similarity. "
+        caption: str = "Above: sample. Beneath it: the nearest training picture and its cosine similarity. "
         "The mark says whether a classifier recognises the class asked for.",
     ) -> "Report":
-        """Samples by class beside their nearest training pictures.
+        """Samples by class above their nearest training pictures.
 
         Args:
             rows: (class name, [(sample, neighbour, similarity, recognised or None when unknown), ...]).
