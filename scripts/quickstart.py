@@ -15,6 +15,7 @@ from pathlib import Path
 
 from core import cli
 from core.errors import UserError, nearest
+from core.files import read_json, write_json
 
 FOLDER = _root.ROOT / "configs" / "quickstart"
 
@@ -67,17 +68,22 @@ def main(arguments: list[str]) -> int:
         shutil.rmtree(work_dir, ignore_errors=True)
     print(f"Quickstart of {system} on {'a GPU' if gpu else f'{torch.get_num_threads()} CPU threads'}, "
           f"into {work_dir}. Ctrl-C any time; the same command continues.", flush=True)
-    seconds = {}
+    clock = Path(work_dir) / "seconds.json"  # spent on each stage, interrupted attempts included
+    seconds = read_json(clock) if clock.is_file() else {}
     configs = {}
     for number, stage in enumerate(plan["stages"], 1):
         print(f"\n== stage {number} of {len(plan['stages']) + 1}: {stage} ==", flush=True)
         begun = time.perf_counter()
         config = assemble.load_config(str(FOLDER / system / f"{stage}.yaml"), overrides_for(plan, stage, modes, work_dir))
-        code = assemble.train(config)
+        try:
+            code = assemble.train(config)
+        finally:
+            seconds[stage] = seconds.get(stage, 0.0) + time.perf_counter() - begun
+            if Path(work_dir).is_dir():
+                write_json(clock, seconds)
         if code:
             return code
         configs[stage] = config
-        seconds[stage] = time.perf_counter() - begun
     print(f"\n== stage {len(plan['stages']) + 1} of {len(plan['stages']) + 1}: samples, metrics, report ==", flush=True)
     begun = time.perf_counter()
     report = quickstart_report.make(plan, configs, smoke, Path(work_dir), seconds, begun)

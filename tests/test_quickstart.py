@@ -33,7 +33,7 @@ def test_smoke(tmp_path, monkeypatch, capsys):
     page = (folder / "report.html").read_text(encoding="utf-8")
     assert "http://" not in page.replace("http://www.w3.org", "") and "https://" not in page and page.count("data:image/png") > 100
     metrics = json.loads((folder / "metrics.json").read_text())["metrics"]
-    for guidance in ("none", "cfg 4.0", "auto 2.5"):
+    for guidance in ("none", "cfg 5.0", "auto 2.5"):
         assert 0 <= metrics[f"class_accuracy ({guidance})"]["value"] <= 1
     assert metrics["psnr"]["unit"] == "dB"
     assert len(list(folder.glob("*.png"))) == 4
