@@ -155,7 +155,8 @@ class ProgressLine:
 
     def __init__(self, total: int, unit: str = "img", label: str = ""):
         self.total, self.unit, self.label = total, unit, label
-        self.started, self.done_at_start, self.last_plain = time.monotonic(), None, 0.0
+        self.last_plain = 0.0
+        self.restart(0)
         self.bar = None
         if sys.stdout.isatty():
             from rich.progress import BarColumn, Progress, TextColumn
@@ -164,11 +165,13 @@ class ProgressLine:
             self.bar.start()
             self.task = self.bar.add_task(label, total=total, text="")
 
+    def restart(self, done: int) -> None:
+        """Count the rate from here: `done` were finished before, by a part of the run that is over."""
+        self.started, self.done_at_start = time.monotonic(), done
+
     def update(self, done: int, text: str = "") -> None:
-        """`done` of `total`; the rate counts from the first update."""
+        """`done` of `total`."""
         now = time.monotonic()
-        if self.done_at_start is None:
-            self.done_at_start, self.started = done, now
         elapsed = max(now - self.started, 1e-6)
         rate = (done - self.done_at_start) / elapsed
         left = (self.total - done) / rate if rate > 0 else float("nan")

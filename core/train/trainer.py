@@ -231,8 +231,17 @@ class Trainer:
     # ------------------------------------------------------------------------------------------------------------------
     def fit(self) -> int:
         """Train to the end or until asked to stop. Returns the exit code: 0 or REQUEUE_EXIT_CODE."""
-        train, log = self.settings, RunLog(self.run, self.config.log, self.world, self.total_images, to_plain(self.config))
+        log = RunLog(self.run, self.config.log, self.world, self.total_images, to_plain(self.config))
+        try:
+            return self._fit(log)
+        finally:
+            log.close()  # after an error too: the live line holds the terminal's cursor
+
+    def _fit(self, log: RunLog) -> int:
+        train = self.settings
         self.restore()
+        if log.line:
+            log.line.restart(self.images_seen)
         agreed = AgreedFlag(self.world)
         steady_since, steady_step = time.perf_counter(), self.step
         with StopRequest(train.time_limit_minutes or None) as request:
@@ -260,7 +269,6 @@ class Trainer:
                     log.flush()
                     self.save(wait=True)
                     self.world.barrier()  # ranks leave together: a launcher kills the others when one is gone
-                    log.close()
                     self.run.log(f"stopped at step {self.step} ({request.requested() or 'another rank was asked to stop'}); "
                                  "run the same command again to continue")
                     return REQUEUE_EXIT_CODE
@@ -269,7 +277,6 @@ class Trainer:
                     self.save(wait=last)
                 steady_since += time.perf_counter() - paused  # img/s counts training, not pictures and checkpoints
             agreed.drain()
-        log.close()
         self.run.log(f"finished: {self.step} steps, {self.images_seen:,} images")
         return 0
 
