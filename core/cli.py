@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import atexit
 import os
 import sys
+import threading
 from pathlib import Path
-from typing import Callable
+from typing import Callable, NoReturn
 
 from core.errors import UserError
 
@@ -28,7 +30,26 @@ def run(main: Callable[[list[str]], int | None]) -> None:
         # torchrun turns every failure of a worker into exit code 1; the launch script reads the real one from here.
         if os.environ.get("TESSERA_EXIT_FILE"):
             Path(os.environ["TESSERA_EXIT_FILE"]).write_text(str(code))
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        leave(code)
     sys.exit(code)
+
+
+def leave(code: int) -> NoReturn:
+    """End this process as `sys.exit` does, without taking the interpreter apart.
+
+    A rank of several has threads of gloo or NCCL, which destroy_process_group does not end while anything (FSDP's
+    caches, default arguments in torch.distributed.nn) refers to the group. One that drops a tensor during the
+    interpreter's shutdown aborts the process, and work that is done would be reported as failed.
+    """
+    threading._shutdown()  # these three are what the interpreter does first, too
+    atexit._run_exitfuncs()
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            stream.flush()
+        except (OSError, ValueError):  # the reader went away, or `run` closed it
+            pass
+    os._exit(code)
 
 
 def _speaks() -> bool:

@@ -20,12 +20,16 @@ import types
 import typing
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any, Literal, Mapping, Union, get_args, get_origin
+from typing import Annotated, Any, Callable, ClassVar, Literal, Mapping, Union, get_args, get_origin
 
 from core.errors import UserError, nearest
 from core.registry import Registry
 
-_RESERVED_TYPES = {"name": str, "weights": str | None, "use_ema": bool}
+if typing.TYPE_CHECKING:  # --help does without torch
+    from core.specs import Progress
+
+_RESERVED_TYPES = {"name": str, "weights": str | None, "use_ema": bool, "latent_stats": str | None,
+                   "view": Literal["vectors", "sequence"] | None}
 RESERVED = set(_RESERVED_TYPES)  # component keys that are not constructor arguments
 
 
@@ -52,6 +56,17 @@ class Duration(str):
         return round(float(number) * per_unit / global_batch) * global_batch
 
 
+    def reached(self, progress: Progress) -> bool:
+        """Whether a run has come this far. "never" is not reached."""
+        if self == "never":
+            return False
+        number, unit = self.PATTERN.match(self).groups()
+        per_unit = {"img": 1, "kimg": 1_000, "Mimg": 1_000_000}
+        if unit in per_unit:
+            return progress.images_seen >= float(number) * per_unit[unit]
+        return (progress.epoch if unit == "ep" else progress.step) >= float(number)
+
+
 def setting(default: Any, help: str, low: float | None = None, high: float | None = None):
     """A dataclass field with a line of help and an allowed range. `...` as default makes it mandatory."""
     metadata = {"help": help, "low": low, "high": high}
@@ -68,16 +83,27 @@ def setting(default: Any, help: str, low: float | None = None, high: float | Non
 # ---------------------------------------------------------------------------------------------------------------------
 @dataclass
 class DataConfig:
-    url: str = setting(..., "folder://DIR, list://FILE.txt?root=DIR, wds://SHARDS, embedded://emoji64")
+    url: str = setting(..., "folder://DIR, list://FILE.txt?root=DIR, wds://SHARDS, embedded://emoji64, tokens://DIR "
+                            "(docs/data.md)")
     split: str = setting("train", "split of sources that have several")
     val_url: str | None = setting(None, "pictures to evaluate on; embedded:// sources default to their own val split")
-    crop: Literal["center", "random_resized", "random"] = setting("center", "how pictures are brought to image_size")
-    flip: bool = setting(True, "mirror half of the pictures")
+    pictures: str | None = setting(None, "the pictures behind a tokens:// url, for run_pretokenize.sh and references")
+    crop: Literal["center", "random", "random_resized", "ten", "resize_center", "resize_random"] = setting(
+        "center", "how pictures are brought to image_size; stored features and tokens: center, resize_center or ten")
+    flip: bool = setting(True, "mirror half of the pictures; crop: ten does so by itself")
+    scale: list[float] = setting([0.8, 1.0], "random: share of the short side kept; random_resized: of the area")
+    crop_range: float = setting(1.1, "ten: how much larger than its crops the picture is", low=1, high=10)
+    short_side: int | None = setting(None, "resize_center, resize_random: short side before the crop; null: image_size",
+                                     low=1)
+    resample: Literal["bicubic", "lanczos", "bilinear"] = setting("bicubic", "filter of resize_center, resize_random")
     workers: int = setting(4, "decoding processes per rank; 0 decodes in the main process", low=0)
     on_corrupt: Literal["replace", "raise"] = setting("replace", "what to do with a picture that cannot be read")
     cache_features: bool = setting(False, "compute teacher features once per picture and keep them on disk")
     cache_latents: bool = setting(False, "compute latents once per picture and train the generator on them")
+    moments: str | None = setting(None, "folder of official pre-tokenised moments, <picture>.npz (RecTok)")
     cache_dir: str = setting("work_dirs/cache", "where those caches live; named by fingerprint, shared by runs")
+    stats_images: int = setting(10_000, "pictures that latent statistics are measured on; 0: all", low=0)
+    stats_split: Literal["train", "val"] = setting("train", "where those pictures come from")
 
 
 @dataclass
@@ -87,29 +113,48 @@ class OptimizerConfig:
     betas: list[float] = setting([0.9, 0.95], "AdamW moment decays")
     eps: float = setting(1e-8, "AdamW epsilon", low=0)
     weight_decay: float = setting(0.0, "decoupled weight decay; networks name the parameters that are spared", low=0)
+    weight_decay_end: float | None = setting(None, "weight decay at the end of the run, reached along a cosine", low=0)
     grad_clip: float = setting(1.0, "largest global gradient norm, per network; 0 turns clipping off", low=0)
 
 
 @dataclass
 class ScheduleConfig:
-    kind: Literal["constant", "cosine", "linear"] = setting("constant", "shape of the decay to min_lr")
-    warmup: Duration = setting(Duration("0ep"), "linear rise from 0")
+    kind: Literal["constant", "cosine", "linear", "exponential", "bent"] = setting(
+        "constant", "shape of the decay to min_lr; bent: two lines that meet at `knee`")
+    warmup: Duration = setting(Duration("0ep"), "length of the linear rise from warmup_lr")
     min_lr: float = setting(0.0, "learning rate at the end of the decay", low=0)
     decay_start: Duration | None = setting(None, "start of the decay; default: end of the warm-up")
     decay_end: Duration | None = setting(None, "end of the decay; default: end of the run")
+    warmup_lr: float = setting(0.0, "learning rate at the start of the warm-up", low=0)
+    warmup_from: Duration = setting(Duration("0ep"), "when the warm-up starts; before it warmup_lr holds")
+    inclusive: bool = setting(False, "the last step, not the one after it, has min_lr")
+    hold: float = setting(0.0, "share of the decay during which the rate still stays at its peak", low=0, high=0.99)
+    knee: float = setting(0.5, "where the two lines of kind bent meet, as a share of the decay", low=0.01, high=0.99)
+    every: Duration | None = setting(None, "the rate changes only so often (1ep: once per epoch); default: each step")
+
+
+@dataclass
+class NetworkConfig:
+    """How one network is trained when it differs from the others."""
+
+    optimizer: OptimizerConfig = setting(OptimizerConfig(), "AdamW")
+    schedule: ScheduleConfig = setting(ScheduleConfig(), "learning rate as a function of images seen")
 
 
 @dataclass
 class TrainConfig:
     duration: Duration = setting(..., "length of the run")
     global_batch: int = setting(..., "pictures per optimiser step over all ranks; the recipe, not the hardware", low=1)
-    micro_batch: int = setting(0, "pictures per rank and forward pass; gradients accumulate. 0: all at once", low=0)
+    micro_batch: int = setting(0, "most pictures per rank and forward pass; gradients accumulate. 0: no limit", low=0)
     optimizer: OptimizerConfig = setting(OptimizerConfig(), "AdamW")
     schedule: ScheduleConfig = setting(ScheduleConfig(), "learning rate as a function of images seen")
+    discriminator: NetworkConfig | None = setting(None, "optimizer and schedule of the discriminator; null: as above")
     ema: list[float] = setting([0.999], "decays of the moving averages of the weights; the first is evaluated")
+    ema_warmup: bool = setting(False, "let the decays grow from 0, as n / (n + 9) of n steps")
     init_from: str | None = setting(None, "start from these weights: run folder, checkpoint, file or hf://")
     device: Literal["auto", "cpu", "cuda"] = setting("auto", "auto takes CUDA where there is one")
     precision: Literal["fp32", "bf16"] = setting("bf16", "of matrix products; losses, norms and weights stay fp32")
+    parallel: Literal["ddp", "fsdp"] = setting("ddp", "ddp: whole weights on every rank; fsdp: a part each (generators)")
     compile: bool = setting(False, "torch.compile every block")
     activation_checkpointing: bool = setting(False, "recompute blocks in backward: less memory, a third slower")
     deterministic: bool = setting(False, "deterministic kernels: bit-equal reruns on a GPU too, slower")
@@ -119,6 +164,8 @@ class TrainConfig:
     eval_every: Duration = setting(Duration("never"), "online evaluation")
     checkpoint_every: Duration = setting(Duration("1ep"), "how much a crash may cost")
     keep_checkpoints: int = setting(3, "newest ones to keep", low=1)
+    keep_best: str | None = setting(None, "keep the checkpoint where this metric of eval_every was smallest; its name or how it "
+                                               "begins (rfid)")
     milestone_every: Duration = setting(Duration("never"), "checkpoints that are never deleted")
     time_limit_minutes: float = setting(0.0, "save and exit with code 75 after this long; 0: no limit", low=0)
     max_nonfinite_steps: int = setting(20, "give up after so many bad steps in a row", low=1)
@@ -128,16 +175,38 @@ class TrainConfig:
 class EvalConfig:
     num_images: int = setting(0, "pictures per online evaluation; 0: as many as the val split has", low=0)
     batch: int = setting(64, "pictures per forward pass", low=1)
-    network: str = setting("auto", "feature network of the Frechet distance")
+    network: str = setting("auto", "feature network: inception, lite0 (offline stand-in), auto, or a file of weights")
+    protocol: str = setting("adm", "what is measured and how, by the name of a published evaluation (docs/evaluation.md)")
+    reference: str | None = setting(None, "statistics of real pictures; default: of the training set, or the protocol's file")
+    labels: str | None = setting(None, "classes of samples: balanced, random, val or a file; default: the protocol's")
+    rounding: Literal["nearest", "truncate", "plus128"] | None = setting(None, "to uint8; default: the protocol's")
 
 
 @dataclass
 class SampleConfig:
-    steps: int = setting(50, "points of the sampler's time grid", low=2)
-    scale: float = setting(1.0, "guidance scale; 1 is none", low=0)
+    """Guidance comes first; the keys after it go to the generator's `sample`, which names those it understands."""
+
+    scale: float | list[float] | str = setting(1.0, "guidance scale, one per codebook, or from,to (linear); 1 is none", low=0)
     guidance: Literal["cfg", "auto"] = setting("cfg", "cfg: against no class; auto: against a weaker model (guide)")
     interval: list[float] = setting([0.0, 1.0], "guide only while t is inside")
     guide: str | None = setting(None, "weights of the weaker model of guidance: auto")
+    schedule: Literal["constant", "linear", "cosine"] = setting("constant", "of the scale, from first token to last")
+    start: float = setting(1.0, "scale of the first token of schedule: linear", low=0)
+    power: float = setting(1.0, "exponent of schedule: cosine", low=0)
+    steps: int | None = setting(None, "points of a diffusion sampler's time grid", low=2)
+    cuda_graph: bool | None = setting(None, "record the steps of DiT^DH, the scales of VAR as CUDA graphs: for small batches")
+    temperature: float | list[float] | None = setting(None, "of the softmax over codes, or one per codebook", low=0)
+    top_k: int | list[int] | None = setting(None, "sample among the k likeliest codes, or one per codebook; 0: all", low=0)
+    shared: int | None = setting(None, "the first so many codes of all samples are those of the first one", low=0)
+    top_p: float | list[float] | None = setting(None, "sample among the likeliest codes that make up p, or per codebook",
+                                                low=0, high=1)
+
+    GUIDANCE: ClassVar[tuple[str, ...]] = ("scale", "guidance", "interval", "guide", "schedule", "start", "power")
+
+    def options(self) -> dict[str, Any]:
+        """What was set beyond guidance: keyword arguments of the generator's `sample`."""
+        given = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name not in self.GUIDANCE}
+        return {name: value for name, value in given.items() if value is not None}
 
 
 @dataclass
@@ -154,7 +223,7 @@ class RunConfig:
     task: Literal["tokenizer", "generator"] = setting(..., "what is trained")
     work_dir: str = setting("work_dirs", "folder of all runs")
     seed: int = setting(0, "of every random draw", low=0)
-    tokenizer: Annotated[dict, "tokenizer"] = setting(..., "name and arguments, or only `weights`")
+    tokenizer: Annotated[dict, "tokenizer"] = setting(..., "name and arguments, or only `weights`; `use_ema`, `latent_stats`")
     generator: Annotated[dict, "generator"] | None = setting(None, "name and arguments")
     objective: Annotated[dict, "objective"] | None = setting(None, "losses of a tokenizer")
     discriminator: Annotated[dict, "discriminator"] | None = setting(None, "name and arguments")
@@ -279,10 +348,13 @@ class _Checker:
                 continue
             values[key] = self.value(where, given[key], hints[key])
             low, high = spec.metadata.get("low"), spec.metadata.get("high")
-            if isinstance(values[key], (int, float)) and not isinstance(values[key], bool):
-                if low is not None and values[key] < low or high is not None and values[key] > high:
+            for number in values[key] if isinstance(values[key], list) else [values[key]]:
+                if not isinstance(number, (int, float)) or isinstance(number, bool):
+                    continue
+                if low is not None and number < low or high is not None and number > high:
                     bounds = f"at least {low}" if high is None else f"between {low} and {high}"
                     self.wrong(where, f"must be {bounds}, got {values[key]!r}.")
+                    break
         return schema(**values)
 
     def component(self, path: str, given: Any, kind: str, table: bool) -> Any:
@@ -330,6 +402,24 @@ class _Checker:
         return result
 
 
+def parse_section(path: str, given: Any, schema: type) -> Any:
+    """An instance of the dataclass `schema` from plain data; UserError with every mistake, named by `path`."""
+    if not isinstance(given, dict):
+        raise UserError(f"{path}: expected a table of keys, got {given!r}.")
+    known = {f.name: f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING
+             for f in dataclasses.fields(schema)}
+    problems = [f"{path}.{key}: unknown key.{nearest(str(key), known)}" for key in given if key not in known]
+    if missing := [name for name, required in known.items() if required and name not in given]:
+        problems.append(f"{path} lacks {', '.join(missing)}.")
+    if problems:
+        raise UserError(" ".join(problems))
+    checker = _Checker({})
+    section = checker.section(path, given, schema)
+    if checker.problems:
+        raise UserError(" ".join(checker.problems))
+    return section
+
+
 def _init_of(constructor: Any) -> Any:
     return constructor.__init__ if isinstance(constructor, type) else constructor
 
@@ -337,22 +427,40 @@ def _init_of(constructor: Any) -> Any:
 def _cross_checks(config: RunConfig) -> list[str]:
     """What no single key can tell."""
     problems = []
-    optimizer = config.train.optimizer
-    if (optimizer.lr is None) == (optimizer.base_lr is None):
-        problems.append("train.optimizer: give exactly one of lr and base_lr.")
-    if len(optimizer.betas) != 2 or not all(0 <= b < 1 for b in optimizer.betas):
-        problems.append(f"train.optimizer.betas: expected two numbers in [0, 1), got {optimizer.betas}.")
+    recipes = {"train": config.train, "train.discriminator": config.train.discriminator}
+    for where, recipe in recipes.items():
+        if recipe is None:
+            continue
+        optimizer, schedule = recipe.optimizer, recipe.schedule
+        if (optimizer.lr is None) == (optimizer.base_lr is None):
+            problems.append(f"{where}.optimizer: give exactly one of lr and base_lr.")
+        if len(optimizer.betas) != 2 or not all(0 <= b < 1 for b in optimizer.betas):
+            problems.append(f"{where}.optimizer.betas: expected two numbers in [0, 1), got {optimizer.betas}.")
+        if schedule.kind in ("exponential", "bent") and schedule.min_lr <= 0:
+            problems.append(f"{where}.schedule.min_lr: must be more than 0 for kind: {schedule.kind}.")
+    if config.train.discriminator is not None and config.discriminator is None:
+        problems.append("train.discriminator: there is no discriminator to train; configure one, or leave this out.")
     if any(not 0 <= d < 1 for d in config.train.ema):
         problems.append(f"train.ema: decays lie in [0, 1), got {config.train.ema}.")
-    if config.train.micro_batch and config.train.global_batch % config.train.micro_batch:
-        problems.append(f"train.micro_batch: {config.train.micro_batch} does not divide "
-                        f"global_batch {config.train.global_batch}.")
     if config.task == "generator" and config.generator is None:
         problems.append('generator: is missing, and task is "generator".')
     if config.task == "tokenizer" and config.objective is None:
         problems.append('objective: is missing, and task is "tokenizer".')
-    if config.sample.guidance == "auto" and config.sample.scale > 1 and not config.sample.guide:
+    if config.train.parallel == "fsdp" and config.task != "generator":
+        problems.append("train.parallel: fsdp is for generators; a tokenizer and its discriminator train with ddp.")
+    scale = config.sample.scale
+    if isinstance(scale, str):  # D-AR's notation, turned into what the rest of the code knows
+        try:
+            first, last = (float(part) for part in scale.split(","))
+            config.sample.start, config.sample.scale, config.sample.schedule = first, last, "linear"
+        except ValueError:
+            problems.append(f'sample.scale: a text is two numbers, first and last scale, such as "1.2,8.0", not {scale!r}.')
+    elif config.sample.guidance == "auto" and isinstance(scale, list):
+        problems.append("sample.scale: autoguidance takes one number.")
+    elif config.sample.guidance == "auto" and scale > 1 and not config.sample.guide:
         problems.append("sample.guide: autoguidance needs the weights of a weaker model.")
+    if len(config.data.scale) != 2:
+        problems.append(f"data.scale: expected [low, high], got {config.data.scale}.")
     if len(config.sample.interval) != 2:
         problems.append(f"sample.interval: expected [low, high], got {config.sample.interval}.")
     if not config.name or "/" in config.name or config.name.startswith("."):
@@ -394,6 +502,14 @@ def load(path: str | Path, overrides: list[str], registries: Mapping[str, Regist
         overrides: "train.global_batch=256" and the like.
         registries: what component sections may name, by section kind.
     """
+    return override(lambda: _read_yaml(Path(path)), overrides, registries, source=str(path))
+
+
+def override(given: Callable[[], Any], overrides: list[str], registries: Mapping[str, Registry], source: str) -> RunConfig:
+    """A checked RunConfig from what `given` returns (plain data or an OmegaConf table) and overrides.
+
+    `source` names it in messages.
+    """
     from omegaconf import OmegaConf
     from omegaconf.errors import OmegaConfBaseException
 
@@ -401,15 +517,15 @@ def load(path: str | Path, overrides: list[str], registries: Mapping[str, Regist
     if malformed:
         raise UserError(f"overrides look like train.global_batch=256, not {' '.join(malformed)}")
     try:
-        given = OmegaConf.from_dotlist(overrides)
+        changes = OmegaConf.from_dotlist(overrides)
     except Exception as error:  # values are YAML, whose parser has many exception types
         raise UserError(f"{' '.join(overrides)}: not valid YAML after the equals sign: "
                         f"{' '.join(str(error).split())}") from None
     try:
-        plain = OmegaConf.to_container(OmegaConf.merge(_read_yaml(Path(path)), given), resolve=True)
+        plain = OmegaConf.to_container(OmegaConf.merge(given(), changes), resolve=True)
     except (OmegaConfBaseException, TypeError) as error:  # TypeError: a table where a list stands, or the reverse
-        raise UserError(f"{path}: {str(error).splitlines()[0]}") from None
-    return check(plain, registries, source=str(path))
+        raise UserError(f"{source}: {str(error).splitlines()[0]}") from None
+    return check(plain, registries, source=source)
 
 
 def check(plain: dict[str, Any], registries: Mapping[str, Registry], source: str) -> RunConfig:

@@ -10,12 +10,19 @@ import os
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
+from typing import Callable, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from core.errors import UserError
+
+T = TypeVar("T")
+
+
+class OtherRankFailed(UserError):
+    """This rank is well; another one has said what is wrong."""
 
 
 @dataclass(frozen=True)
@@ -35,12 +42,65 @@ class World:
         if self.size > 1:
             dist.barrier()
 
-    def mean(self, values: Tensor) -> Tensor:
-        """Average over ranks, in place."""
+    def sum(self, values: Tensor) -> Tensor:
+        """Sum over ranks, in place."""
         if self.size > 1:
             dist.all_reduce(values)
-            values /= self.size
         return values
+
+    def mean(self, values: Tensor) -> Tensor:
+        """Average over ranks, in place."""
+        return self.sum(values).div_(self.size) if self.size > 1 else values
+
+    def gather(self, rows: Tensor) -> Tensor:
+        """The rows of all ranks in rank order, (N, ...) from (n, ...) each; n may differ."""
+        if self.size == 1:
+            return rows
+        counts = torch.zeros(self.size, dtype=torch.int64, device=rows.device)
+        counts[self.rank] = rows.shape[0]
+        counts = self.sum(counts).tolist()
+        padded = rows.new_zeros(max(counts), *rows.shape[1:])
+        padded[: rows.shape[0]] = rows
+        parts = [torch.empty_like(padded) for _ in counts]
+        dist.all_gather(parts, padded)
+        return torch.cat([part[:count] for part, count in zip(parts, counts)])
+
+    def together(self, work: Callable[[], T]) -> T:
+        """Run `work` on every rank; if it fails on one, all of them raise, so that none waits for the dead."""
+        if self.size == 1:
+            return work()
+        result = error = None
+        try:
+            result = work()
+        except BaseException as caught:
+            error = caught
+        failed = torch.tensor([self.rank if error else -1])
+        try:
+            if not isinstance(error, (KeyboardInterrupt, SystemExit)):
+                dist.all_reduce(failed, op=dist.ReduceOp.MAX)
+        finally:  # the others may be at work for longer than a collective waits: our own reason is what counts
+            if error:
+                raise error
+        if failed >= 0:
+            raise OtherRankFailed(f"rank {int(failed)} failed; its message says why.")
+        return result
+
+    def on_main(self, work: Callable[[], T]) -> T:
+        """What `work` returns on the main rank, on every rank; if it fails there, all of them raise."""
+        result = self.together(lambda: work() if self.is_main else None)
+        if self.size == 1:
+            return result
+        holder = [result]
+        dist.broadcast_object_list(holder, src=0, device=torch.device("cpu"))
+        return holder[0]
+
+    def to_main(self, value: T | None) -> T | None:
+        """What the one rank holds that has something other than None, on the main rank; None elsewhere."""
+        if self.size == 1:
+            return value
+        gathered = [None] * self.size if self.is_main else None
+        dist.gather_object(value, gathered, dst=0)
+        return next((v for v in gathered if v is not None), None) if self.is_main else None
 
     def stop(self) -> None:
         if self.size > 1 and dist.is_initialized():
@@ -83,6 +143,58 @@ def start(device: str = "auto", timeout_minutes: float = 15.0) -> World:
         backend = "cpu:gloo,cuda:nccl" if chosen.type == "cuda" else "gloo"
         dist.init_process_group(backend, timeout=timedelta(minutes=timeout_minutes))
     return World(rank_from_environment(), size, local_rank, chosen)
+
+
+def _several_ranks() -> bool:
+    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+
+
+def group_rank() -> int:
+    """This process among those that collectives reach."""
+    return dist.get_rank() if _several_ranks() else 0
+
+
+def group_size() -> int:
+    """How many processes collectives reach."""
+    return dist.get_world_size() if _several_ranks() else 1
+
+
+class _SumOverRanks(torch.autograd.Function):
+    """All-reduce in both directions: every rank's loss depends on every rank's contribution."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor) -> Tensor:
+        x = x.clone(memory_format=torch.contiguous_format)
+        dist.all_reduce(x)
+        return x
+
+    @staticmethod
+    def backward(ctx, gradient: Tensor) -> Tensor:
+        gradient = gradient.clone(memory_format=torch.contiguous_format)
+        dist.all_reduce(gradient)
+        return gradient
+
+
+def sum_over_ranks(x: Tensor) -> Tensor:
+    """Sum of every rank's `x`, with gradients between ranks; `x` itself where there is one rank."""
+    return _SumOverRanks.apply(x) if _several_ranks() else x
+
+
+def mean_over_ranks(x: Tensor) -> Tensor:
+    """Mean of every rank's `x`, with gradients between ranks."""
+    return sum_over_ranks(x) / dist.get_world_size() if _several_ranks() else x
+
+
+def gather_over_ranks(x: Tensor) -> Tensor:
+    """(B, ...) of every rank, one after the other, (ranks * B, ...), with gradients between ranks.
+
+    Every rank fills its own rows of one table, so that one sum does.
+    """
+    if not _several_ranks():
+        return x
+    before, after = dist.get_rank() * len(x), (dist.get_world_size() - 1 - dist.get_rank()) * len(x)
+    rows = [x.new_zeros(before, *x.shape[1:]), x, x.new_zeros(after, *x.shape[1:])]
+    return sum_over_ranks(torch.cat(rows))
 
 
 class AgreedFlag:

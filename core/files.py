@@ -45,6 +45,15 @@ def explain_os_errors(path: str | os.PathLike) -> Iterator[None]:
         raise UserError(f"{os.fspath(path)}: {_ADVICE[error.errno]}.") from error
 
 
+def is_machines_fault(error: BaseException) -> bool:
+    """Whether the operating system is behind `error` (a full disk, a lost mount): the same command may work later."""
+    while error is not None:
+        if isinstance(error, OSError) and error.errno is not None:
+            return True
+        error = error.__cause__
+    return False
+
+
 def human_bytes(count: int) -> str:
     """1536 -> "1.5 KiB"."""
     if abs(count) < 1024:

@@ -29,6 +29,7 @@ from core.train.checkpoint import MANIFEST, CheckpointStore, find_damage, read_t
 
 # reference -> sha256 of the released file; checked on every use.
 KNOWN_SHA256: dict[str, str] = {}
+WEIGHTS = (".safetensors", ".pt", ".pth", ".ckpt", ".bin", ".tar")  # how files of weights end
 _PIECE = 1 << 20
 
 
@@ -109,9 +110,23 @@ def _newest_checkpoint(path: Path) -> Path:
     folder = path / "checkpoints" if (path / "checkpoints").is_dir() else path
     checkpoint = CheckpointStore(folder).latest(clean=False)  # the run may be alive: only look
     if checkpoint is None:
-        names = ", ".join(sorted(entry.name for entry in path.iterdir())[:10]) or "it is empty"
-        raise UserError(f"{path} is a folder without checkpoints; name one file in it ({names}).")
+        raise UserError(f"{path} is a folder without checkpoints{_instead(path)}")
     return checkpoint.path
+
+
+def _instead(folder: Path) -> str:
+    """What could be named in place of a folder: files in it, else files or runs below it."""
+    entries = sorted(e for e in folder.iterdir() if not e.name.startswith("."))
+    if not entries:
+        return ": it is empty. Name a run, a checkpoint or a file of weights."
+    files = [e for e in entries if e.is_file()]
+    inside = files or [d for d in entries if d.is_dir() and ((d / "checkpoints").is_dir() or (d / MANIFEST).exists())]
+    inside = inside or sorted(f for f in folder.rglob("*") if f.suffix in WEIGHTS and f.is_file())
+    if not inside:
+        held = ", ".join(e.name for e in entries[:10])
+        return f" or files of weights; it holds {held}. Name a run or a file of weights."
+    names = ", ".join(e.relative_to(folder).as_posix() for e in inside[:10]) + (", ..." if len(inside) > 10 else "")
+    return f"; name one {'file' if inside[0].is_file() else 'run'} in it: {names}."
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -8,6 +8,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+ROUNDINGS = ("truncate", "nearest", "plus128")
+
 
 def to_model_range(images: Tensor) -> Tensor:
     """uint8 0..255 -> fp32 [-1, 1]."""
@@ -23,11 +25,14 @@ def to_unit_range(images: Tensor, clamp: bool = False) -> Tensor:
 def to_uint8(images: Tensor, rounding: str = "truncate") -> Tensor:
     """[-1, 1] -> uint8 0..255, clamped first.
 
-    rounding "truncate" is trunc(255 x) of RecTok and ADM-style evaluators; "nearest" rounds half to even.
+    rounding "truncate" is trunc(255 x) of RecTok, reAR and ImageFolder's samples, half a level darker on average;
+    "nearest" rounds half to even; "plus128" is trunc(127.5 y + 128) of FQGAN and D-AR, "nearest" up to ties.
     The product is taken in the input's dtype: bf16 in, bf16 product (RecTok's published numbers do that).
     """
-    if rounding not in ("truncate", "nearest"):
-        raise ValueError(f'rounding is "truncate" or "nearest", not "{rounding}"')
+    if rounding not in ROUNDINGS:
+        raise ValueError(f'rounding is one of {", ".join(ROUNDINGS)}, not "{rounding}"')
+    if rounding == "plus128":
+        return (127.5 * images + 128.0).clamp(0, 255).to(torch.uint8)
     scaled = to_unit_range(images, clamp=True) * 255.0
     return (scaled.round() if rounding == "nearest" else scaled).to(torch.uint8)
 

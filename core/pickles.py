@@ -7,6 +7,8 @@ restricted reader accepts tensors and plain containers only. Our own files are n
 from __future__ import annotations
 
 import argparse
+import collections
+import io
 import os
 import pickle
 import re
@@ -66,6 +68,37 @@ def load_pickle(path: Path) -> dict[str, Any]:
             raise UserError(f"{path}: refused, because a tensor of shape {shape} claims more than the file holds.")
     if sum(storages.values()) > size:
         raise UserError(f"{path}: refused, because its tensors claim more than the file holds.")
+    return content
+
+
+class _TensorsOnly(pickle.Unpickler):
+    """Rebuilds containers, numbers and tensors of a file that pickle.dump wrote; every other name is refused."""
+
+    def find_class(self, module: str, name: str) -> Any:
+        if (module, name) == ("torch._utils", "_rebuild_tensor_v2"):
+            return torch._utils._rebuild_tensor_v2
+        if (module, name) == ("torch.storage", "_load_from_bytes"):
+            # The bytes are a file of torch.save themselves; torch's own loader would unpickle them freely.
+            return lambda content: torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
+        if (module, name) == ("collections", "OrderedDict"):
+            return collections.OrderedDict
+        raise UserError(f"refused, because loading it would run code ({module}.{name})")
+
+
+def load_plain_pickle(path: str | Path) -> dict[str, Any]:
+    """The dictionary of tensors and numbers in a file of pickle.dump, whatever device they were on when written."""
+    path = Path(path)
+    if not path.is_file():
+        raise UserError(f"{path}: no such file.")
+    try:
+        with explain_os_errors(path), open(path, "rb") as file:
+            content = _TensorsOnly(file).load()
+    except UserError as error:
+        raise UserError(f"{path}: {error}.") from None
+    except Exception as error:  # garbage makes the reader fail in any way
+        raise UserError(f"{path}: not a whole pickle file ({type(error).__name__}). Copy it again.") from error
+    if not isinstance(content, dict):
+        raise UserError(f"{path}: holds a {type(content).__name__}; a dictionary of tensors was expected.")
     return content
 
 

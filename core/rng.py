@@ -59,6 +59,17 @@ def _mix_tensor(x: Tensor) -> Tensor:
     return x ^ _shift_right(x, 31)
 
 
+def derive(keys: Tensor, salt: int) -> Tensor:
+    """Other keys from (B,) int64 keys, for another use of the same samples; a tensor operation, for compiled code."""
+    return _mix_tensor(keys + _signed((salt + 1) * _MIX1))
+
+
+def random_bits(keys: Tensor, numel: int) -> Tensor:
+    """(B, numel) int64, all 64 bits random, from (B,) int64 keys."""
+    counter = torch.arange(1, numel + 1, device=keys.device, dtype=torch.int64) * _signed(_GOLDEN)
+    return _mix_tensor(keys[:, None] + counter)
+
+
 def permutation(length: int, *key: int | str) -> np.ndarray:
     """A permutation of range(length), int64, as a function of the key alone (1.3 M entries take 0.2 s)."""
     with np.errstate(over="ignore"):
@@ -81,12 +92,13 @@ class Draws:
     def __init__(self, seed: int, positions: Tensor, step: int = 0):
         self.seed, self.positions, self.step = seed, positions, step
 
+    def keys(self, name: str) -> Tensor:
+        """(B,) int64: a key per sample, from which `random_bits` makes any number of draws."""
+        return _mix_tensor(self.positions * _signed(_GOLDEN) + _signed(hash64(self.seed, name)))
+
     def _bits(self, name: str, numel: int) -> Tensor:
         """(B, numel) int64, all 64 bits random."""
-        device = self.positions.device
-        key = _mix_tensor(self.positions * _signed(_GOLDEN) + _signed(hash64(self.seed, name)))  # (B,)
-        counter = torch.arange(1, numel + 1, device=device, dtype=torch.int64) * _signed(_GOLDEN)
-        return _mix_tensor(key[:, None] + counter)
+        return random_bits(self.keys(name), numel)
 
     def uniform(self, name: str, shape: tuple[int, ...] = ()) -> Tensor:
         """(B, *shape) fp32 in [0, 1), 24 random bits each."""
@@ -101,6 +113,10 @@ class Draws:
         angle = (bits & 0xFFFFFFFF).float() * (2.0 * math.pi * 2.0**-32)
         pair = torch.stack((radius * torch.cos(angle), radius * torch.sin(angle)), dim=-1)
         return pair.flatten(1)[:, :numel].reshape(-1, *shape)
+
+    def categorical(self, name: str, shape: tuple[int, ...] = ()) -> Tensor:
+        """(B, *shape) fp64 inside (0, 1): what generator.sampling.choose turns into one token each."""
+        return self.uniform(name, shape).double() + 2.0**-25
 
     def shared_uniform(self, name: str, low: float = 0.0, high: float = 1.0) -> float:
         """One Python float in [low, high) for the whole step, the same on every rank."""
@@ -126,6 +142,10 @@ class RecordedDraws:
 
     def normal(self, name: str, shape: tuple[int, ...] = ()) -> Tensor:
         return self._get(name, shape)
+
+    def categorical(self, name: str, shape: tuple[int, ...] = ()) -> Tensor:
+        """As recorded: (B, *shape) uniform numbers, or (B, *shape, V) exponential noise."""
+        return self.recorded[name]
 
     def shared_uniform(self, name: str, low: float = 0.0, high: float = 1.0) -> float:
         return float(self.recorded[name])

@@ -30,19 +30,33 @@ class Continuous:
     def length(self) -> int:
         return self.grid[0] * self.grid[1]
 
+    def sizes(self) -> dict[str, Any]:
+        """Constructor arguments of a generator that follow from the latents; it takes those it has a name for."""
+        return {"channels": self.channels, "grid": list(self.grid)}
+
     def __str__(self) -> str:
         return f"continuous {self.channels} channels on a {self.grid[0]}x{self.grid[1]} grid"
 
 
 @dataclass(frozen=True)
 class Codes:
-    """K parallel sequences of codebook indices: latents are (B, length, branches) int64 in [0, vocab)."""
+    """K parallel sequences of codebook indices: latents are (B, length, branches) int64 in [0, vocab).
+
+    `dim` is the width of a codebook row (what `Tokenizer.embed` returns per code), `grid` the (rows, columns) that a
+    raster-ordered sequence lies on, None for a sequence without places. `names` of the branches, for logs.
+    """
 
     length: int
     branches: int
     vocab: int
     dim: int
     grid: tuple[int, int] | None = None
+    names: tuple[str, ...] = ()
+
+    def sizes(self) -> dict[str, Any]:
+        """Constructor arguments of a generator that follow from the latents; it takes those it has a name for."""
+        return {"length": self.length, "branches": self.branches, "vocab": self.vocab, "code_dim": self.dim,
+                "grid": None if self.grid is None else list(self.grid)}
 
     def __str__(self) -> str:
         return f"{self.branches} x {self.length} codes from {self.vocab}"
@@ -56,6 +70,10 @@ class MultiScale:
     branches: int
     vocab: int
     dim: int
+
+    def sizes(self) -> dict[str, Any]:
+        """Constructor arguments of a generator that follow from the latents; it takes those it has a name for."""
+        return {"scales": list(self.scales), "branches": self.branches, "vocab": self.vocab, "code_dim": self.dim}
 
     def flatten(self) -> Codes:
         """The same codes as one sequence, for generators that know nothing about scales."""
@@ -78,7 +96,7 @@ class Batch:
     labels: Tensor  # (B,) int64
     positions: Tensor  # (B,) int64: place of each sample in the whole run; keys every random draw made for it
     images: Tensor | None = None  # (B, 3, H, W) uint8
-    stored: Tensor | None = None  # (B, ...) what Tokenizer.precompute returned for these samples
+    stored: Tensor | None = None  # (B, ...) what Tokenizer.precompute returned for these samples (codes: any int dtype)
     features: dict[str, Tensor] = field(default_factory=dict)  # cached teacher features, name -> (B, N, D)
     replaced: list[str] = field(default_factory=list)  # keys of pictures that could not be read
 
@@ -137,6 +155,9 @@ class Recon:
     `terms` are the regularisers that only this tokenizer knows (KL, commitment, entropy ...): fp32 scalars, unweighted.
     `predictions` are its guesses of frozen teachers' features, teacher name -> (B, N, D).
     `masked` marks tokens hidden from the encoder, (B, N) bool, or None.
+    `logs` are detached scalars to log beside the losses (codebook usage, one branch's share of a term).
+    `last_layer` is the weight of the layer that paints the pixels, for adaptive GAN weights.
+    `perceptual_weights` (B,) say how much each picture counts in the perceptual term; None for alike.
     """
 
     images: Tensor  # (B, 3, H, W), nominally in [-1, 1], not clamped
@@ -144,6 +165,9 @@ class Recon:
     predictions: dict[str, Tensor] = field(default_factory=dict)
     masked: Tensor | None = None
     details: dict[str, Any] = field(default_factory=dict)  # intermediate tensors, for parity tests and probes
+    logs: dict[str, Tensor] = field(default_factory=dict)
+    last_layer: Tensor | None = None
+    perceptual_weights: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -151,17 +175,27 @@ class Guidance:
     """How to sharpen samples. scale 1 (or less) means none.
 
     kind "cfg": against the unconditional prediction; "auto": against a weaker model (`guide`).
-    The guided prediction is used where t lies in `interval` (inclusive), elsewhere the plain conditional one.
+    The guided prediction is used where t lies in `interval` (inclusive), elsewhere the plain conditional one; t is the
+    time of a flow, or the share of the sequence that is known.
+
+    `scale` may be one number per codebook, for generators of codes. `schedule` says how the scale runs from the first
+    sampled token (or scale) to the last: "constant"; "linear" from `start` to `scale`; "cosine": 1 + (scale - 1)
+    (1 - cos(pi t^power)) / 2. generator.guidance.scales turns it into a table.
     """
 
-    scale: float = 1.0
+    scale: float | tuple[float, ...] = 1.0
     kind: str = "cfg"
     interval: tuple[float, float] = (0.0, 1.0)
     guide: Any = None  # the weaker generator of kind "auto"
+    schedule: str = "constant"
+    start: float = 1.0
+    power: float = 1.0
 
     @property
     def active(self) -> bool:
-        return self.scale > 1.0
+        """Whether any step of any codebook is guided, so that a second prediction is needed at all."""
+        scale = max(self.scale) if isinstance(self.scale, tuple) else self.scale
+        return scale > 1.0 or (self.schedule == "linear" and self.start > 1.0)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -190,10 +224,47 @@ class Tokenizer(Protocol):
     def from_stored(self, stored: Tensor, draws=None) -> Tensor:
         """`encode` from what `precompute` returned: from_stored(precompute(x), d) == encode(x, d)."""
 
+    # Only where spec is Continuous: set_latent_stats(mean, std), and moments(stored) (B, N, 2C) to measure them on.
+    # Only where spec is Codes or MultiScale:
+    #   embed(codes (B, L, K)) -> (B, L, K, dim) fp32, the codebook rows behind the codes.
+    # Only where spec is MultiScale: ScaleOps.
+    # Only where the first part of the latents is a picture already:
+    #   previews(latents, draws=None) -> list of (B, 3, H, W): what each further part adds; the last is `decode`'s.
+    # Only where it can decode while latents arrive: groups, the number of parts, and
+    #   stream(batch, draws=None) with feed(new codes) -> iterator of the pictures that they make possible, and needed,
+    #   how many codes the next one waits for.
+
+
+@runtime_checkable
+class ScaleOps(Protocol):
+    """What a scale-by-scale generator needs of a tokenizer with MultiScale codes; it gets it through `bind`.
+
+    An "input" of a scale of side p is what the codes of all coarser scales say, shrunk to that side, with the branches
+    side by side: (B, p p, branches * dim) fp32. The first scale has none.
+    """
+
+    def scale_inputs(self, codes: Tensor) -> Tensor:
+        """Codes (B, L, K) -> the inputs of all scales but the first, one after the other (teacher forcing)."""
+
+    def next_scale(self, state: Any, codes: Tensor, scale: int) -> tuple[Any, Tensor]:
+        """One step of sampling: take in the codes (B, p p, K) of scale number `scale`; `state` is None at first.
+
+        Returns the new state and the input of the next scale; after the last scale the tokens of the whole map.
+        """
+
 
 @runtime_checkable
 class Generator(Protocol):
-    """nn.Module that models the latents of any tokenizer it `fits`."""
+    """nn.Module that models the latents of any tokenizer it `fits`; `models` is the kind of spec these have.
+
+    Constructor arguments named like an entry of `spec.sizes()`, and `num_classes`, are filled in from the tokenizer and
+    the data. The keyword arguments that `sample` takes beyond the three below are the keys of the config's `sample`
+    section that this generator understands (steps, temperature, top_k ...).
+    A generator that also needs the tokenizer's frozen parts (codebook rows for reAR's regulariser, VAR's inputs) has a
+    method `bind(tokenizer)`; it may keep what it gets, but not as a submodule: weights stay the tokenizer's.
+    """
+
+    models: type
 
     def fits(self, spec: LatentSpec) -> list[str]:
         """Sentences for the user that say what does not match; empty when the pair works."""

@@ -26,6 +26,14 @@ class TimeEmbedding(nn.Module):
         return self.mlp(torch.cat((angle.sin(), angle.cos()), dim=-1))  # (B, width)
 
 
+def sinusoidal(positions: Tensor, width: int) -> Tensor:
+    """Features (B, width) of numbers (B,): [cos | sin] with frequencies 10000^(-j / (width / 2)), fp32."""
+    half = width // 2
+    frequencies = torch.exp(-math.log(10000.0) * torch.arange(half, dtype=torch.float32, device=positions.device) / half)
+    angle = positions.float()[:, None] * frequencies
+    return torch.cat((angle.cos(), angle.sin()), dim=-1)
+
+
 class LabelEmbedding(nn.Module):
     """A row per class and one more, index `num_classes`, for "no class"."""
 
@@ -60,9 +68,9 @@ def sincos_2d(width: int, grid: tuple[int, int]) -> Tensor:
     return torch.cat((columns, rows), dim=-1).reshape(1, height * length, width).float()
 
 
-def resize_positions(positions: Tensor, grid: tuple[int, int]) -> Tensor:
+def resize_positions(positions: Tensor, grid: tuple[int, int], antialias: bool = False) -> Tensor:
     """Learned positions (1, N, D) of a square grid, bicubically resized to (1, grid[0] * grid[1], D)."""
     side = math.isqrt(positions.shape[1])
     image = positions.reshape(1, side, side, -1).permute(0, 3, 1, 2)  # (1, D, side, side)
-    image = F.interpolate(image.float(), size=tuple(grid), mode="bicubic", align_corners=False)
+    image = F.interpolate(image.float(), size=tuple(grid), mode="bicubic", align_corners=False, antialias=antialias)
     return image.permute(0, 2, 3, 1).reshape(1, grid[0] * grid[1], -1).to(positions.dtype)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from core.errors import UserError
 
@@ -51,6 +51,22 @@ def axial_rope(head_dim: int, grid: tuple[int, int], theta: float = 10000.0) -> 
     return table.cos(), table.sin()
 
 
+def line_rope(head_dim: int, length: int, theta: float = 10000.0) -> Rope:
+    """1-D RoPE (Su et al. 2021): frequencies theta^(-2i / d), positions 0, 1, 2 ...; (length, d) each."""
+    frequencies = theta ** (-torch.arange(0, head_dim, 2, dtype=torch.float32, device="cpu") / head_dim)  # (d/2,)
+    angles = torch.arange(length, dtype=torch.float32, device="cpu")[:, None] * frequencies
+    table = angles.repeat_interleave(2, dim=-1)  # (length, d), equal within a pair
+    return table.cos(), table.sin()
+
+
+def with_class_row(rope: Rope) -> Rope:
+    """A grid's table with a row for the class token before it: (1 + N, d) each."""
+    # parity: LlamaGen's row holds zeros, not the identity, so the class token has no query and no key: others attend to
+    # it with score 0. The released weights were trained with it.
+    zero = torch.zeros_like(rope[0][:1])
+    return torch.cat((zero, rope[0])), torch.cat((zero, rope[1]))
+
+
 def rectok_rope(head_dim: int, grid: tuple[int, int]) -> Rope:
     """The table of RecTok's transformers; (N, d) each.
 
@@ -67,3 +83,33 @@ def rectok_rope(head_dim: int, grid: tuple[int, int]) -> Rope:
 
     table = _grid_angles(angles(grid[0]), angles(grid[1]))
     return table.cos(), table.sin()
+
+
+class AxialRope(nn.Module):
+    """`axial_rope` tables for one grid, made at once, and for any other, made when it is first met.
+
+    Args:
+        head_dim, grid, theta: see axial_rope.
+        extra: tokens after those of the grid that have no place and are not turned.
+    """
+
+    def __init__(self, head_dim: int, grid: tuple[int, int], theta: float = 10000.0, extra: int = 0):
+        super().__init__()
+        self.head_dim, self.grid, self.theta, self.extra = head_dim, tuple(grid), theta, extra
+        cos, sin = self._table(self.grid)
+        self.register_buffer("cos", cos, persistent=False)
+        self.register_buffer("sin", sin, persistent=False)
+        self._others: dict[tuple, Rope] = {}
+
+    def _table(self, grid: tuple[int, int]) -> Rope:
+        cos, sin = axial_rope(self.head_dim, grid, self.theta)
+        still = torch.ones(self.extra, self.head_dim, device="cpu")
+        return torch.cat((cos, still)), torch.cat((sin, torch.zeros_like(still)))
+
+    def forward(self, grid: tuple[int, int]) -> Rope:
+        if grid == self.grid:
+            return self.cos, self.sin
+        key = (*grid, self.cos.device)
+        if key not in self._others:
+            self._others[key] = tuple(table.to(self.cos.device) for table in self._table(grid))
+        return self._others[key]

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import json
 import os
 import re
 import shutil
@@ -23,7 +24,7 @@ from torch import Tensor
 
 from core.errors import UserError, nearest
 from core.files import explain_os_errors, fsync_file, fsync_folder, read_json
-from core.files import require_space, sha256_file, to_json, write_atomic
+from core.files import require_space, sha256_file, to_json, write_atomic, write_json
 from core.train.optimizer_state import flatten_optimizer, restore_optimizer  # noqa: F401 (what goes into checkpoints)
 
 FORMAT = 1
@@ -241,6 +242,19 @@ class CheckpointStore:
             )
         return None
 
+    # -- the best one -------------------------------------------------------------------------------------------------
+    def best(self) -> dict[str, Any]:
+        """{step, metric, value} of the checkpoint that `pin` named last; {} when there is none."""
+        try:
+            return json.loads((self.folder / "best.json").read_text())
+        except (OSError, json.JSONDecodeError):
+            return {}
+
+    def pin(self, step: int, metric: str, value: float) -> None:
+        """Keep the checkpoint of `step`, which is written, until another one is pinned; `best` points to it."""
+        write_json(self.folder / "best.json", {"step": step, "metric": metric, "value": value})
+        self._point("best", step_name(step))
+
     # -- saving -------------------------------------------------------------------------------------------------------
     def save(
         self, step: int, tensors: dict[str, dict[str, Tensor]], state: dict[str, Any], *,
@@ -348,12 +362,15 @@ class CheckpointStore:
         return self.folder / f".{kind}-{name}-{os.getpid()}"
 
     def _point_latest(self, name: str) -> None:
-        """`latest` -> `name`, relative, so that a run folder can be moved. A convenience: nothing here reads it."""
-        link = self.folder / "latest"
+        self._point("latest", name)
+
+    def _point(self, title: str, name: str) -> None:
+        """`title` -> `name`, relative, so that a run folder can be moved. A convenience: nothing here reads it."""
+        link = self.folder / title
         try:
             if link.is_symlink() and os.readlink(link) == name:
                 return
-            temporary = self._leftover("tmp", "latest")
+            temporary = self._leftover("tmp", title)
             temporary.unlink(missing_ok=True)
             os.symlink(name, temporary)
             os.replace(temporary, link)
@@ -380,14 +397,14 @@ class CheckpointStore:
                 entry.unlink(missing_ok=True)
 
     def _prune(self) -> None:
-        """Delete all but the newest `keep` sound checkpoints and the milestones."""
-        kept = 0
+        """Delete all but the newest `keep` sound checkpoints, the milestones and the best one."""
+        kept, best = 0, self.best().get("step")
         for step in reversed(self.steps()):
             path = self.folder / step_name(step)
             sound = path.name not in self._damaged and not find_damage(path, contents=False)
             if kept < self.keep:
                 kept += sound  # a damaged one this new stays for a person to look at
-            elif not (sound and _read_manifest(path)["milestone"]):
+            elif step != best and not (sound and _read_manifest(path)["milestone"]):
                 self._remove(path)
 
     def _remove(self, path: Path) -> None:

@@ -8,6 +8,13 @@ from typing import Iterator
 import torch
 from torch import Tensor, nn
 
+from core.train.parallel import place
+
+
+def warmed(decay: float, updates: int) -> float:
+    """`decay` approached from below while the average is young: n / (n + 9) of n updates so far, 0 for the first two."""
+    return 0.0 if updates <= 1 else min(updates / (updates + 9), decay)
+
 
 class Ema:
     """Averages of the trainable parameters of one network; frozen parameters and buffers are not copied.
@@ -22,10 +29,12 @@ class Ema:
         self.averages = {decay: {n: p.detach().clone() for n, p in self.parameters.items()} for decay in decays}
 
     @torch.no_grad()
-    def update(self) -> None:
+    def update(self, updates: int | None = None) -> None:
+        """Follow the weights once more. With the number of `updates` so far, decays are warmed up."""
         weights = list(self.parameters.values())
         for decay, average in self.averages.items():
-            torch._foreach_lerp_(list(average.values()), weights, 1.0 - decay)
+            share = 1.0 - (decay if updates is None else warmed(decay, updates))
+            torch._foreach_lerp_(list(average.values()), weights, share)
 
     @contextmanager
     def applied(self, decay: float | None = None) -> Iterator[None]:
@@ -41,6 +50,7 @@ class Ema:
             self._swap(average)
 
     def _swap(self, average: dict[str, Tensor]) -> None:
+        """Not for sharded networks, whose parameters are views of memory that FSDP owns."""
         for name, parameter in self.parameters.items():
             parameter.data, average[name] = average[name], parameter.data
 
@@ -54,4 +64,4 @@ class Ema:
         if average.keys() != state.keys():
             raise ValueError(f"EMA names differ: {sorted(average.keys() ^ state.keys())[:5]}")
         for name, value in state.items():
-            average[name].copy_(value)
+            average[name].copy_(place(value, average[name]))

@@ -10,6 +10,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from core.train.parallel import whole
+
 
 class StepGuard:
     """Clips, skips and counts for one network.
@@ -31,7 +33,7 @@ class StepGuard:
         for parameter in self.parameters:
             if parameter.grad is None:  # took no part in this step
                 parameter.grad = torch.zeros_like(parameter)
-        norms = torch.stack(torch._foreach_norm([p.grad for p in self.parameters]))  # (parameters,)
+        norms = whole(torch.stack(torch._foreach_norm([p.grad for p in self.parameters])))  # (parameters,)
         total = torch.linalg.vector_norm(norms)
         bad = ~torch.isfinite(total)
         scale = (total / self.max_norm).clamp(min=1.0) if self.max_norm > 0 else torch.ones_like(total)

@@ -15,12 +15,17 @@ from core.config import OptimizerConfig, ScheduleConfig
 class Schedule:
     """Learning rate as a function of images seen. All lengths in images."""
 
-    kind: str  # constant | cosine | linear
+    kind: str  # constant | cosine | linear | exponential | bent
     peak: float
     minimum: float
     warmup: int
     decay_start: int
     decay_end: int
+    warmup_lr: float = 0.0
+    warmup_from: int = 0
+    hold: float = 0.0
+    knee: float = 0.5
+    every: int = 1
 
     @classmethod
     def from_config(cls, optimizer: OptimizerConfig, schedule: ScheduleConfig, *, global_batch: int,
@@ -30,19 +35,45 @@ class Schedule:
             return default if duration is None else duration.images(images_per_epoch, global_batch)
 
         peak = optimizer.lr if optimizer.lr is not None else optimizer.base_lr * global_batch / 256
-        warmup = images(schedule.warmup, 0)
-        return cls(schedule.kind, peak, schedule.min_lr, warmup, images(schedule.decay_start, warmup),
-                   images(schedule.decay_end, total_images))
+        warmup, begin = images(schedule.warmup, 0), images(schedule.warmup_from, 0)
+        end = total_images - global_batch if schedule.inclusive else total_images
+        return cls(schedule.kind, peak, schedule.min_lr, warmup, images(schedule.decay_start, begin + warmup),
+                   images(schedule.decay_end, end), schedule.warmup_lr, begin, schedule.hold, schedule.knee,
+                   max(1, images(schedule.every, 1)))
 
     def __call__(self, images_seen: int) -> float:
-        if images_seen < self.warmup:
-            return self.peak * images_seen / self.warmup
+        images_seen -= images_seen % self.every
+        risen = images_seen - self.warmup_from
+        if risen < self.warmup or risen < 0:
+            return self.warmup_lr + (self.peak - self.warmup_lr) * max(0, risen) / max(1, self.warmup)
         if self.kind == "constant" or images_seen < self.decay_start:
             return self.peak
         span = max(1, self.decay_end - self.decay_start)
         part = min(1.0, (images_seen - self.decay_start) / span)
+        if part < self.hold:
+            return self.peak
+        return self._decayed((part - self.hold) / (1.0 - self.hold))
+
+    def _decayed(self, part: float) -> float:
+        """When this share of the decay is done."""
+        if self.kind == "exponential":
+            return self.peak * (self.minimum / self.peak) ** part
+        if self.kind == "bent":  # two lines through a point above the straight one (VAR's "lin0.8" and the like)
+            floor = self.minimum / self.peak
+            middle = (1 + floor + (1 - floor) * (1 - self.knee)) / 2
+            if part < self.knee:
+                return self.peak * (1 + (middle - 1) * part / self.knee)
+            return self.peak * (middle + (floor - middle) * (part - self.knee) / (1 - self.knee))
         remaining = 0.5 * (1.0 + math.cos(math.pi * part)) if self.kind == "cosine" else 1.0 - part
         return self.minimum + (self.peak - self.minimum) * remaining
+
+
+def weight_decay_at(config: OptimizerConfig, fraction: float) -> float:
+    """Weight decay when this share of the run is done: a cosine from weight_decay to weight_decay_end, if there is one."""
+    if config.weight_decay_end is None:
+        return config.weight_decay
+    end = config.weight_decay_end
+    return end + (config.weight_decay - end) * 0.5 * (1.0 + math.cos(math.pi * min(1.0, fraction)))
 
 
 def make_adamw(network: nn.Module, config: OptimizerConfig) -> torch.optim.AdamW:
@@ -61,7 +92,7 @@ def make_adamw(network: nn.Module, config: OptimizerConfig) -> torch.optim.AdamW
         names = [n for n in trainable if (n not in spared) == decayed]
         if names:
             groups.append({"params": [trainable[n] for n in names], "names": names,
-                           "weight_decay": config.weight_decay if decayed else 0.0})
+                           "weight_decay": config.weight_decay if decayed else 0.0, "decayed": decayed})
     # lr is set before every step; fused updates all tensors in one kernel and can skip a step on the device.
     return torch.optim.AdamW(groups, lr=0.0, betas=tuple(config.betas), eps=config.eps, fused=True)
 

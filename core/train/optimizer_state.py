@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from core.errors import UserError
+from core.train.parallel import place
 
 
 def _ordered(optimizer: torch.optim.Optimizer, names: list[str] | None) -> list[tuple[str, nn.Parameter, int]]:
@@ -130,5 +131,6 @@ def _place(key: str, value: Tensor, parameter: nn.Parameter, group: dict) -> Ten
     device = torch.device("cpu") if on_host else parameter.device
     if value.shape == parameter.shape and value.dim() > 0:
         # With the parameter's strides (channels_last), which the foreach and fused kernels need to be fast.
-        return torch.empty_like(parameter, dtype=value.dtype, device=device, requires_grad=False).copy_(value)
+        target = torch.empty_like(parameter, dtype=value.dtype, device=device, requires_grad=False)
+        return target.copy_(place(value, target))
     return value.to(device, copy=True)

@@ -1,4 +1,4 @@
-"""Data parallelism, compilation and activation checkpointing, applied to a finished model from outside.
+"""Data parallelism (DDP, FSDP2), compilation and activation checkpointing, applied to a finished model from outside.
 
 A network's repeated blocks are the elements of its nn.ModuleLists; nothing in a model knows that it is compiled,
 checkpointed or replicated, and parameter names stay what they are.
@@ -6,29 +6,43 @@ checkpointed or replicated, and parameter names stay what they are.
 
 from __future__ import annotations
 
+import contextlib
+import copy
 import functools
 import inspect
+from typing import Iterator
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.utils.checkpoint import checkpoint
 
 from core.dist import World
 
 
 def blocks_of(network: nn.Module) -> list[nn.Module]:
-    """The repeated blocks: outermost elements of nn.ModuleLists."""
+    """The repeated blocks: outermost elements of nn.ModuleLists, single layers left out."""
     found: list[nn.Module] = []
 
     def visit(module: nn.Module) -> None:
         for child in module.children():
             if isinstance(child, nn.ModuleList):
-                found.extend(child)
+                found.extend(block for block in child if any(block.children()))
             else:
                 visit(child)
 
     visit(network)
     return found
+
+
+def accumulation(per_rank: int, largest: int) -> int:
+    """Into how many equal micro-batches a rank cuts its `per_rank` pictures so that none exceeds `largest` (0: one).
+
+    Equal parts weigh the same in the mean of their gradients. So one value, chosen for the memory of a GPU, suits any
+    number of GPUs: of 1024 pictures in parts of at most 64, one rank makes 16 parts of 64 and each of eight makes 2.
+    """
+    return next(parts for parts in range(1, per_rank + 1) if per_rank % parts == 0
+                and (not largest or per_rank // parts <= largest))
 
 
 def checkpoint_activations(network: nn.Module) -> None:
@@ -38,7 +52,12 @@ def checkpoint_activations(network: nn.Module) -> None:
 
 
 def compile_blocks(network: nn.Module, backend: str = "inductor") -> None:
-    """Compile block by block: one short compilation serves all blocks of a kind."""
+    """Compile block by block: one short compilation serves all blocks of a kind.
+
+    They share one cache: a variant per width, training or not, and batch size (fixed, then any). Autoguidance alone needs
+    more than torch's limit of 8, beyond which it would run the rest uncompiled.
+    """
+    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 64)
     for block in blocks_of(network) or [network]:
         block.compile(backend=backend)
 
@@ -52,6 +71,82 @@ def replicate(network: nn.Module, world: World) -> nn.Module:
     # torch 2.15 renamed the switch.
     no_sync = "forward_sync_buffers" if "forward_sync_buffers" in inspect.signature(ddp).parameters else "broadcast_buffers"
     return ddp(network, device_ids=devices, gradient_as_bucket_view=True, **{no_sync: False})
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# FSDP2: every rank keeps a part of each parameter, its gradient, moments and averages
+# ---------------------------------------------------------------------------------------------------------------------
+def shard(network: nn.Module, world: World) -> None:
+    """Replace the parameters of `network` by their shards (DTensors), block by block; in place.
+
+    The whole weights of one block exist only while it computes. `whole` and `place` translate between whole tensors,
+    which checkpoints hold, and shards.
+    """
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    mesh = init_device_mesh(world.device.type, (world.size,))
+    for block in blocks_of(network):
+        fully_shard(block, mesh=mesh)
+    fully_shard(network, mesh=mesh)
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """The tensor with the parts of all ranks; every rank must call it. Ordinary tensors are returned as they are."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def gather(files: dict[str, dict[str, Tensor]], keep: bool) -> dict[str, dict[str, Tensor]]:
+    """`files` with whole tensors, in host memory where they were in parts, so that no GPU ever holds them all.
+
+    Every rank must call it with the same names; where `keep` is False what is gathered is dropped.
+    """
+    gathered: dict[str, dict[str, Tensor]] = {}
+    for file, tensors in files.items():
+        gathered[file] = {}
+        for name, tensor in tensors.items():
+            value = whole(tensor)
+            if keep:
+                gathered[file][name] = value.cpu() if isinstance(tensor, DTensor) else value
+    return gathered
+
+
+def place(value: Tensor, like: Tensor) -> Tensor:
+    """`value`, whole and equal on all ranks, as `like` is: this rank's part of it where `like` is sharded."""
+    if not isinstance(like, DTensor) or isinstance(value, DTensor):
+        return value
+    return distribute_tensor(value.to(like.device), like.device_mesh, like.placements, src_data_rank=None)
+
+
+@contextlib.contextmanager
+def unsynced(networks: list[nn.Module]) -> Iterator[None]:
+    """Inside, backward adds to the gradients of this rank alone: for all micro-batches but the last."""
+    with contextlib.ExitStack() as stack:
+        for network in networks:
+            if isinstance(network, nn.parallel.DistributedDataParallel):
+                stack.enter_context(network.no_sync())
+            elif hasattr(network, "set_requires_gradient_sync"):
+                network.set_requires_gradient_sync(False)
+                stack.callback(network.set_requires_gradient_sync, True)
+        yield
+
+
+def skeleton(network: nn.Module, shared: list[nn.Module]) -> nn.Module:
+    """A copy of `network` without weights (they are on the meta device), for `flesh_out`.
+
+    Args:
+        shared: modules that it refers to without owning them; the copy refers to the same ones.
+    """
+    memo = {id(module): module for module in shared}
+    for parameter in network.parameters():
+        memo[id(parameter)] = nn.Parameter(torch.empty_like(parameter, device="meta"), parameter.requires_grad)
+    return copy.deepcopy(network, memo)
+
+
+def flesh_out(bare: nn.Module, state: dict[str, Tensor]) -> nn.Module:
+    """Give a skeleton these weights, without copying them. Buffers that are not in `state` stay what they are."""
+    bare.load_state_dict(state, strict=False, assign=True)
+    return bare.requires_grad_(False)
 
 
 def set_determinism(on: bool) -> None:

@@ -18,8 +18,8 @@ from core.files import explain_os_errors, write_atomic, write_json
 
 # Keys that may differ between the parts of one run: they change where and how fast it runs, not what it computes.
 FREE = ("work_dir", "log", "eval", "sample", "data.workers", "data.cache_dir", "data.val_url", "train.duration",
-        "train.micro_batch", "train.device", "train.compile", "train.activation_checkpointing", "train.log_every",
-        "train.preview_every", "train.eval_every", "train.checkpoint_every", "train.keep_checkpoints",
+        "train.micro_batch", "train.device", "train.parallel", "train.compile", "train.activation_checkpointing", "train.log_every",
+        "train.preview_every", "train.eval_every", "train.checkpoint_every", "train.keep_checkpoints", "train.keep_best",
         "train.milestone_every", "train.time_limit_minutes", "train.max_nonfinite_steps", "train.init_from")
 
 

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from core import images as image_tools
 from core.config import RunConfig, to_plain
 from core.dist import AgreedFlag, World
-from core.errors import UserError
+from core.errors import UserError, nearest
 from core.rng import Draws, hash64
 from core.specs import Batch, Progress, Task
 from core.train import parallel
@@ -28,7 +28,7 @@ from core.train.checkpoint import CheckpointStore
 from core.train.ema import Ema
 from core.train.guards import StepGuard
 from core.train.log import Averages, RunLog
-from core.train.optim import Schedule, make_adamw
+from core.train.optim import Schedule, make_adamw, weight_decay_at
 from core.train.optimizer_state import flatten_optimizer, restore_optimizer
 from core.train.run import RunFolder
 from core.train.signals import REQUEUE_EXIT_CODE, StopRequest
@@ -48,7 +48,8 @@ class Trainer:
         data_fingerprint: of the training set; a checkpoint made on other data is refused.
         run: the run folder.
         world: this rank.
-        evaluate: called as evaluate(task, network) on the main rank under averaged weights; returns metrics.
+        evaluate: called as evaluate(task, network) on every rank under averaged weights; returns metrics on the main one.
+            If it fails on one rank it must fail on all.
         initial_ema: averaged weights to start from (full state of the primary network), when they differ from it.
         provenance: JSON facts stored in every checkpoint (fingerprints of weights the run depends on).
     """
@@ -67,12 +68,7 @@ class Trainer:
         if train.global_batch % world.size:
             raise UserError(f"train.global_batch={train.global_batch} cannot be shared by {world.size} ranks evenly; "
                             "pick a multiple of the rank count.")
-        per_rank = train.global_batch // world.size
-        micro = train.micro_batch or per_rank
-        if per_rank % micro:
-            raise UserError(f"train.micro_batch={micro} does not divide the {per_rank} pictures of each of {world.size} "
-                            f"rank(s) (global_batch {train.global_batch}).")
-        self.accumulation = per_rank // micro
+        self.accumulation = parallel.accumulation(train.global_batch // world.size, train.micro_batch)
         self.total_images = train.duration.images(images_per_epoch, train.global_batch)
         if self.total_images <= 0:
             raise UserError(f"train.duration={train.duration} is less than one step of {train.global_batch} pictures.")
@@ -83,17 +79,21 @@ class Trainer:
             network.to(world.device).train()
         for network in task.frozen().values():
             network.to(world.device).eval().requires_grad_(False)
+        self._wrap()
         self.ema = Ema(self.networks[task.primary], train.ema)
         if initial_ema is not None:
             for decay, average in self.ema.averages.items():
                 self.ema.load(decay, {name: initial_ema[name].to(world.device) for name in average})
-        self.optimizers = {name: make_adamw(net, train.optimizer) for name, net in self.networks.items()}
+        own = {"discriminator": train.discriminator} if train.discriminator is not None else {}
+        self.recipes = {name: own.get(name, train) for name in self.networks}  # each with `optimizer` and `schedule`
+        self.optimizers = {name: make_adamw(net, self.recipes[name].optimizer) for name, net in self.networks.items()}
         self.guards = {}
         for name, network in self.networks.items():
             trained = {n: p for n, p in network.named_parameters() if p.requires_grad}
-            self.guards[name] = StepGuard(list(trained), list(trained.values()), train.optimizer.grad_clip)
-        self.schedule = Schedule.from_config(train.optimizer, train.schedule, global_batch=train.global_batch,
-                                             images_per_epoch=images_per_epoch, total_images=self.total_images)
+            self.guards[name] = StepGuard(list(trained), list(trained.values()), self.recipes[name].optimizer.grad_clip)
+        self.schedules = {name: Schedule.from_config(recipe.optimizer, recipe.schedule, global_batch=train.global_batch,
+                                                     images_per_epoch=images_per_epoch, total_images=self.total_images)
+                          for name, recipe in self.recipes.items()}
         self.averages = Averages()
         self.step = 0  # optimiser steps done
         self._guard_copies: tuple[dict[str, Tensor], Any] | None = None  # host copies on their way, and their event
@@ -102,13 +102,24 @@ class Trainer:
         self.store = CheckpointStore(run.path / "checkpoints", keep=train.keep_checkpoints, on_error="log",
                                      log=run.log)
 
+    def _wrap(self) -> None:
+        """Checkpoint, compile and distribute the networks: before optimisers and averages, which follow their shards."""
+        train = self.settings
         if train.activation_checkpointing:
             for network in self.networks.values():
                 parallel.checkpoint_activations(network)
+        self.skeleton = None  # of the primary network, where its weights are in parts
+        if train.parallel == "fsdp" and self.world.size > 1:
+            self.skeleton = parallel.skeleton(self.networks[self.task.primary], list(self.task.frozen().values()))
         if train.compile:
-            for network in [*self.networks.values(), *task.frozen().values()]:
+            for network in [*self.networks.values(), *self.task.frozen().values()]:
                 parallel.compile_blocks(network)
-        self.wrapped = {name: parallel.replicate(net, world) for name, net in self.networks.items()}
+        if self.skeleton is not None:
+            for network in self.networks.values():
+                parallel.shard(network, self.world)
+            self.wrapped = dict(self.networks)
+        else:
+            self.wrapped = {name: parallel.replicate(net, self.world) for name, net in self.networks.items()}
 
     # ------------------------------------------------------------------------------------------------------------------
     # State
@@ -143,11 +154,12 @@ class Trainer:
     def save(self, wait: bool = False) -> None:
         """Checkpoint the run as it stands. Collective: every rank calls it, the main rank writes."""
         tensors = self._tensors()
-        if not self.world.is_main:
-            return
         optimizer_state = {}
         for name, optimizer in self.optimizers.items():
             tensors[f"{name}.optim"], optimizer_state[name] = flatten_optimizer(optimizer)
+        tensors = parallel.gather(tensors, keep=self.world.is_main)
+        if not self.world.is_main:
+            return
         state = {
             "step": self.step, "images_seen": self.images_seen, "global_batch": self.settings.global_batch,
             "seed": self.config.seed, "primary": self.task.primary, "ema": list(self.ema.averages),
@@ -172,7 +184,9 @@ class Trainer:
                             f"{self.data_fingerprint}). Restore the data set, or start a new run with name=...")
         device = self.world.device
         for name, network in self.networks.items():
-            network.load_state_dict(checkpoint.tensors(name))
+            current = network.state_dict()
+            network.load_state_dict({n: parallel.place(value, current.get(n, value))
+                                     for n, value in checkpoint.tensors(name).items()})
             restore_optimizer(self.optimizers[name], checkpoint.tensors(f"{name}.optim"), state["optimizers"][name])
         for decay, average in self.ema.averages.items():
             saved = checkpoint.tensors(f"{self.task.primary}.ema_{decay}")
@@ -202,11 +216,8 @@ class Trainer:
         for i, part in enumerate(parts):
             draws = Draws(self.config.seed, part.positions, self.step)
             phases = self.task.phases(self.wrapped, part, draws, progress)
-            with contextlib.ExitStack() as unsynced:
-                if i < len(parts) - 1:  # gradients travel between ranks with the last micro-batch only
-                    for network in self.wrapped.values():
-                        if isinstance(network, nn.parallel.DistributedDataParallel):
-                            unsynced.enter_context(network.no_sync())
+            # gradients travel between ranks with the last micro-batch only
+            with parallel.unsynced(list(self.wrapped.values()) if i < len(parts) - 1 else []):
                 while True:
                     with self._autocast():
                         phase = next(phases, None)
@@ -214,15 +225,21 @@ class Trainer:
                         break
                     (phase.loss.total / len(parts)).backward()
                     self.averages.add(phase.loss.logs)
-        lr = self.schedule(self.images_seen)
-        extra: dict[str, Tensor | float] = {"lr": lr}
+        rates = {name: schedule(self.images_seen) for name, schedule in self.schedules.items()}
+        extra: dict[str, Tensor | float] = {"lr": rates[self.task.primary]}
+        done = self.images_seen / max(1, self.total_images - self.settings.global_batch)  # 1 at the last step
         for name, optimizer in self.optimizers.items():
+            if name != self.task.primary and self.recipes[name] is not self.settings:
+                extra[f"lr/{name}"] = rates[name]
+            weight_decay = weight_decay_at(self.recipes[name].optimizer, done)
             for group in optimizer.param_groups:
-                group["lr"] = lr
+                group["lr"] = rates[name]
+                if group["decayed"]:
+                    group["weight_decay"] = weight_decay
             extra[f"grad_norm/{name}"] = self.guards[name].before_step(optimizer, self.step)
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
-        self.ema.update()
+        self.ema.update(self.step if self.settings.ema_warmup else None)
         self.step += 1
         return extra
 
@@ -234,6 +251,10 @@ class Trainer:
         log = RunLog(self.run, self.config.log, self.world, self.total_images, to_plain(self.config))
         try:
             return self._fit(log)
+        except torch.OutOfMemoryError:
+            each = self.settings.global_batch // self.world.size // self.accumulation
+            raise UserError(f"the GPU's memory does not hold {each} picture(s) at once. Set train.micro_batch={max(1, each // 2)} "
+                            "(the results stay the same), or train.activation_checkpointing=true.") from None
         finally:
             log.close()  # after an error too: the live line holds the terminal's cursor
 
@@ -329,8 +350,16 @@ class Trainer:
 
     @contextlib.contextmanager
     def averaged(self) -> Iterator[nn.Module]:
-        """The primary network in eval mode with averaged weights."""
+        """The primary network in eval mode with averaged weights. Collective where the weights are in parts: then it is
+        a copy with whole weights, since a sampler calls more than `forward`."""
         network = self.networks[self.task.primary]
+        if self.skeleton is not None:
+            average = next(iter(self.ema.averages.values()), {})
+            weights = {n: parallel.whole(t.detach()) for n, t in {**network.state_dict(), **average}.items()}
+            with torch.no_grad(), self._autocast():
+                yield parallel.flesh_out(self.skeleton, weights).eval()
+            self.skeleton = parallel.skeleton(self.skeleton, list(self.task.frozen().values()))  # free the weights
+            return
         network.eval()
         try:
             with self.ema.applied(), torch.no_grad(), self._autocast():
@@ -340,21 +369,43 @@ class Trainer:
 
     def preview(self) -> None:
         """Write samples/step_<n>.png on the main rank."""
-        if not self.world.is_main:
+        if not self.world.is_main and self.skeleton is None:
             return
         positions = torch.arange(PREVIEW_IMAGES, device=self.world.device)
         with self.averaged() as network:
+            if not self.world.is_main:
+                return
             pictures = self.task.preview(network, Draws(hash64(self.config.seed, "preview"), positions), PREVIEW_IMAGES)
         grid = image_tools.grid(image_tools.to_uint8(pictures.float()), columns=8)
         image_tools.save_png(grid, self.run.path / "samples" / f"step_{self.step:08d}.png")
 
     def _evaluate(self, log: RunLog) -> None:
-        """Online metrics on the main rank; the others wait at their next collective."""
-        if not self.world.is_main:
-            return
+        """Online metrics. Collective: all ranks share the pictures, the main rank has the numbers."""
         with self.averaged() as network:
             metrics = self.evaluate(self.task, network)
+        if self.world.is_main:
+            self._write_metrics(log, metrics)
+        if self.settings.keep_best is not None:
+            self._keep_best(metrics)
+
+    def _write_metrics(self, log: RunLog, metrics: dict[str, float]) -> None:
         log.flush()
         log.write({"step": self.step, "images_seen": self.images_seen,
                    **{f"eval/{name}": value for name, value in metrics.items()}})
         self.run.log(f"evaluation at step {self.step}: " + "  ".join(f"{k} {v:.4g}" for k, v in metrics.items()))
+
+    def _keep_best(self, metrics: dict[str, float]) -> None:
+        """Save and pin this step if the chosen metric was never smaller. Collective: the main rank decides."""
+        wanted, better = self.settings.keep_best, False
+        name = next((n for n in sorted(metrics) if n.startswith(wanted)), wanted)  # names end with network and count
+        if self.world.is_main:
+            if name not in metrics:
+                self.run.log(f"warning: train.keep_best={wanted} is not measured.{nearest(wanted, metrics)}")
+            before = self.store.best()
+            same = before.get("metric") == name and before["step"] <= self.step  # a later one is from before a rewind
+            better = name in metrics and not (same and before["value"] <= metrics[name])
+        if self.world.sum(torch.tensor([float(better)], device=self.world.device)).item() > 0:
+            self.save(wait=True)
+            if self.world.is_main:
+                self.store.pin(self.step, name, metrics[name])
+                self.run.log(f"best so far: {name} {metrics[name]:.4g}, kept as {self.store.folder / 'best'}")

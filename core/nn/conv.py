@@ -1,0 +1,118 @@
+"""Convolutional blocks of the VQGAN family (Esser et al. 2021): residual, attention, halving and doubling.
+
+The options that differ between published networks are those of MaskGIT-VQGAN and VQGAN+. Norms are GroupNorm with
+eps 1e-6, activations x sigmoid(x). Parameter names are the published ones.
+
+B batch, C channels, H x W pixels.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Callable
+
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from core.errors import UserError
+
+
+def group_norm(channels: int, groups: int = 32) -> nn.GroupNorm:
+    if channels % groups:
+        raise UserError(f"{channels} channels cannot be normalised in {groups} groups: use a multiple of {groups}")
+    return nn.GroupNorm(groups, channels, eps=1e-6)
+
+
+class ResBlock(nn.Module):
+    """norm, silu, 3x3; norm, silu, 3x3; plus the input.
+
+    Args:
+        bias: of the convolutions.
+        shortcut: what is added where the number of channels changes. "input": a 1x1 convolution of the input.
+            "branch": one of the branch itself. parity: MaskGIT-VQGAN and its descendants drop the input there, and
+            their weights were trained with it.
+    """
+
+    def __init__(self, in_channels: int, out_channels: int, *, bias: bool = True, shortcut: str = "input",
+                 groups: int = 32):
+        super().__init__()
+        if shortcut not in ("input", "branch"):
+            raise UserError(f'shortcut is "input" or "branch", not "{shortcut}"')
+        self.from_branch = shortcut == "branch"
+        self.norm1 = group_norm(in_channels, groups)
+        self.conv1 = nn.Conv2d(in_channels, out_channels, 3, padding=1, bias=bias)
+        self.norm2 = group_norm(out_channels, groups)
+        self.conv2 = nn.Conv2d(out_channels, out_channels, 3, padding=1, bias=bias)
+        if in_channels != out_channels:
+            channels = out_channels if self.from_branch else in_channels
+            self.nin_shortcut = nn.Conv2d(channels, out_channels, 1, bias=bias)
+        else:
+            self.nin_shortcut = None
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.conv1(F.silu(self.norm1(x)))
+        h = self.conv2(F.silu(self.norm2(h)))
+        if self.nin_shortcut is not None:
+            x = self.nin_shortcut(h if self.from_branch else x)
+        return x + h
+
+
+class AttnBlock(nn.Module):
+    """Single-head self-attention over all positions of a map, with a residual."""
+
+    def __init__(self, channels: int, groups: int = 32):
+        super().__init__()
+        self.norm = group_norm(channels, groups)
+        self.q, self.k, self.v, self.proj_out = (nn.Conv2d(channels, channels, 1) for _ in range(4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.norm(x)
+        q, k, v = (project(h).flatten(2).transpose(1, 2)[:, None] for project in (self.q, self.k, self.v))  # (B,1,HW,C)
+        h = F.scaled_dot_product_attention(q, k, v)[:, 0].transpose(1, 2).reshape(x.shape)
+        return x + self.proj_out(h)
+
+
+class Downsample(nn.Module):
+    """Half the size: 3x3 with stride 2, zeros at the right and bottom (TensorFlow's "same" padding of even sizes)."""
+
+    def __init__(self, channels: int):
+        super().__init__()
+        self.conv = nn.Conv2d(channels, channels, 3, stride=2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.conv(F.pad(x, (0, 1, 0, 1)))
+
+
+class Upsample(nn.Module):
+    """Twice the size: nearest neighbour, then 3x3."""
+
+    def __init__(self, channels: int):
+        super().__init__()
+        self.conv = nn.Conv2d(channels, channels, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.conv(F.interpolate(x, scale_factor=2, mode="nearest"))
+
+
+class Level(nn.Module):
+    """Residual blocks of one width, each followed by attention or not, then perhaps a change of size.
+
+    Args:
+        attention: an AttnBlock after every residual block.
+        resize: makes the last module from the number of channels; None keeps the size.
+        block: settings of the residual blocks.
+    """
+
+    def __init__(self, in_channels: int, channels: int, blocks: int, *, attention: bool = False,
+                 resize: Callable[[int], nn.Module] | None = None, groups: int = 32, **block: Any):
+        super().__init__()
+        self.res = nn.ModuleList(ResBlock(in_channels if i == 0 else channels, channels, groups=groups, **block)
+                                 for i in range(blocks))
+        self.attn = nn.ModuleList(AttnBlock(channels, groups) for _ in range(blocks if attention else 0))
+        self.resize = resize(channels) if resize else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        for i, block in enumerate(self.res):
+            x = block(x)
+            if self.attn:
+                x = self.attn[i](x)
+        return x if self.resize is None else self.resize(x)

@@ -1,0 +1,37 @@
+"""Dropout whose masks are functions of (seed, sample, layer), so that resumed runs and other rank counts see the same.
+
+A network takes one key per sample from its draws (`draws.keys("dropout")`, (B,) int64) and derives from it a key per
+layer (`core.rng.derive`); inside a layer a constant `salt` tells the places apart. One 64-bit draw decides four
+elements, so the rate is exact to 1/65536 and costs about as much as reading the activations once. Without keys (in
+sampling and evaluation) nothing happens.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from core.rng import derive, random_bits
+
+
+def _kept(keys: Tensor, salt: int, count: int, p: float) -> tuple[Tensor, float]:
+    """((B, count) bool, True with probability 1 - p; 1 / (1 - p) for the p that is realised)."""
+    threshold = round(p * 65536)
+    lanes = random_bits(derive(keys, salt), (count + 3) // 4).view(torch.int16)[:, :count]
+    return lanes >= threshold - 32768, 65536 / (65536 - threshold)
+
+
+def dropout(x: Tensor, p: float, keys: Tensor | None, salt: int) -> Tensor:
+    """Zero elements of x with probability p and scale the others. x has B or a multiple of B rows."""
+    if keys is None or p == 0:
+        return x
+    kept, scale = _kept(keys, salt, x.numel() // keys.shape[0], p)
+    return x * kept.view(x.shape) * scale
+
+
+def drop_path(x: Tensor, p: float, keys: Tensor | None, salt: int) -> Tensor:
+    """Zero whole rows of x (stochastic depth, Huang et al. 2016) with probability p and scale the others."""
+    if keys is None or p == 0:
+        return x
+    kept, scale = _kept(keys, salt, x.shape[0] // keys.shape[0], p)
+    return x * kept.view(-1, *[1] * (x.ndim - 1)) * scale

@@ -1,0 +1,148 @@
+"""LPIPS: a distance between pictures in the features of a frozen classifier (Zhang et al. 2018, version 0.1).
+
+For each of a few layers: unit-length features, squared difference, a learnt non-negative weight per channel, mean over
+positions; the layers are summed. Two backbones:
+
+- vgg16: the published metric, with the linear heads that VQGAN and all systems here use. Its backbone is a download.
+- squeeze: SqueezeNet 1.1 from the `ndf` package with the heads that were learnt for another release of the same
+  network. It works offline and is NOT the published LPIPS-squeeze: numbers made with it carry its name.
+
+B batch, C channels, H x W pixels.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from core.errors import UserError, nearest
+from core.nn.frozen import Frozen
+from core.nn.offline import SQUEEZENET_MEAN, find_local_file, find_package_file, forbid_offline, load_squeezenet
+
+VGG_WIDTHS = (64, 128, 256, 512, 512)
+_CONVS_PER_STAGE = (2, 2, 3, 3, 3)
+# Index in squeezenet1_1.features -> channels there.
+_SQUEEZE_TAPS = {1: 64, 4: 128, 7: 256, 9: 384, 10: 384, 11: 512, 12: 512}
+_PIXELS = {  # mean and std of pixels in [-1, 1]
+    "vgg16": ((-0.030, -0.088, -0.188), (0.458, 0.448, 0.450)),
+    "squeeze": (tuple(mean / 127.5 - 1 for mean in SQUEEZENET_MEAN), (1 / 127.5,) * 3),
+}
+_HEADS = {
+    "vgg.pth": "a78928a0af1e5f0fcb1f3b9e8f8c3a2a5a3de244d830ad5c1feddc79b8432868",
+    "squeeze.pth": "4a5350f23600cb79923ce65bb07cbf57dca461329894153e05a1346bd531cf76",
+}
+
+
+class LPIPS(Frozen):
+    """Distance of two batches of pictures.
+
+    Args:
+        backbone: "vgg16" or "squeeze".
+        widths: of the five stages of VGG16.
+        pretrained: False leaves random weights, for tests.
+    """
+
+    def __init__(self, backbone: str = "vgg16", widths: tuple[int, ...] = VGG_WIDTHS, pretrained: bool = True):
+        if backbone not in _PIXELS:
+            raise UserError(f'LPIPS has no backbone "{backbone}".{nearest(backbone, _PIXELS)}')
+        super().__init__(*_PIXELS[backbone])
+        if backbone == "vgg16":
+            self.name = "lpips-vgg"
+            self.backbone, self.taps = _vgg16(widths)
+        else:
+            self.name = "lpips-squeeze (ndf backbone)"
+            self.backbone, self.taps = _squeezenet(pretrained), dict(_SQUEEZE_TAPS)
+            self.backbone.to(memory_format=torch.channels_last)  # a quarter faster on a CPU
+        self.heads = nn.ModuleList(nn.Conv2d(width, 1, 1, bias=False) for width in self.taps.values())
+        if pretrained:
+            if backbone == "vgg16":
+                self.backbone.load_state_dict(_vgg16_weights(len(self.backbone)))
+            heads = _head_weights("vgg.pth" if backbone == "vgg16" else "squeeze.pth")
+            self.heads.load_state_dict({f"{i}.weight": heads[f"lin{i}.model.1.weight"] for i in range(len(self.taps))})
+        self.freeze()
+
+    def features(self, images: Tensor) -> list[Tensor]:
+        """Unit-length features of pictures in [0, 1], one (B, C, H', W') per tapped layer."""
+        x = self.normalise(images * 2 - 1)
+        found = []
+        for index, layer in enumerate(self.backbone):
+            x = layer(x)
+            if index in self.taps:
+                # vector_norm and not sqrt of the sum: its gradient is 0, not NaN, where every channel is 0.
+                found.append(x / (torch.linalg.vector_norm(x, dim=1, keepdim=True) + 1e-10))
+        return found
+
+    def forward(self, images: Tensor, recon: Tensor) -> Tensor:
+        """(B,) distances of pictures in [0, 1]. Gradients reach `recon` only."""
+        with torch.no_grad():
+            targets = self.features(images)
+        distance = 0.0
+        for target, found, head in zip(targets, self.features(recon), self.heads):
+            distance = distance + head((target - found).square()).mean(dim=(1, 2, 3))  # (B,)
+        return distance
+
+
+def lpips_vgg(widths: tuple[int, ...] = VGG_WIDTHS, pretrained: bool = True) -> LPIPS:
+    return LPIPS("vgg16", tuple(widths), pretrained)
+
+
+def lpips_squeeze(pretrained: bool = True) -> LPIPS:
+    return LPIPS("squeeze", pretrained=pretrained)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Backbones and weights
+# ---------------------------------------------------------------------------------------------------------------------
+def _vgg16(widths: tuple[int, ...]) -> tuple[nn.Sequential, dict[int, int]]:
+    """torchvision's vgg16.features up to relu5_3, same indices; and the tapped indices with their widths."""
+    layers, taps, channels = [], {}, 3
+    for stage, (width, convs) in enumerate(zip(widths, _CONVS_PER_STAGE, strict=True)):
+        if stage > 0:
+            layers.append(nn.MaxPool2d(2, 2))
+        for _ in range(convs):
+            layers += [nn.Conv2d(channels, width, 3, padding=1), nn.ReLU(inplace=True)]
+            channels = width
+        taps[len(layers) - 1] = width
+    return nn.Sequential(*layers), taps
+
+
+def _squeezenet(pretrained: bool) -> nn.Module:
+    if pretrained:
+        return load_squeezenet()
+    import torchvision
+
+    return torchvision.models.squeezenet1_1(weights=None).features
+
+
+def _vgg16_weights(layers: int) -> dict[str, Tensor]:
+    """The first `layers` of torchvision's VGG16, as keys of `_vgg16`."""
+    from torchvision.models import VGG16_Weights
+
+    advice = "For training without it, perceptual: {lpips_squeeze: 1.0} needs no download."
+    weights = torchvision_weights(VGG16_Weights.IMAGENET1K_V1, advice)
+    weights = {k.removeprefix("features."): v for k, v in weights.items() if k.startswith("features.")}
+    return {k: v for k, v in weights.items() if int(k.split(".")[0]) < layers}
+
+
+def _head_weights(name: str) -> dict[str, Tensor]:
+    path = find_local_file(name) or find_package_file("lpips==0.1.4", f"lpips/weights/v0.1/{name}", _HEADS[name])
+    heads = torch.load(path, map_location="cpu", weights_only=True)
+    if "lin0.model.1.weight" not in heads:
+        raise UserError(f"{path} is not LPIPS's linear layers. Remove it and: pip install --no-deps lpips==0.1.4")
+    return heads
+
+
+def torchvision_weights(weights, advice: str) -> dict[str, Tensor]:
+    """State dict of a torchvision weights enum: from pretrained_models/, else torch's cache, else the network."""
+    name = Path(weights.url).name
+    try:
+        if local := find_local_file(name):
+            return torch.load(local, map_location="cpu", weights_only=True)
+        forbid_offline(weights.url)
+        return weights.get_state_dict(progress=False, check_hash=True, map_location="cpu", weights_only=True)
+    except (OSError, RuntimeError) as error:  # URLError is an OSError, a wrong hash a RuntimeError
+        raise UserError(
+            f"could not get {name} ({error}). Download {weights.url} and put it into pretrained_models/. {advice}"
+        ) from None

@@ -1,0 +1,44 @@
+"""The plain transformer that FQGAN's adapters and TiTok's halves are: CLIP's (Radford et al. 2021), without a mask."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+from core.nn.vit import Block, ViTSize
+
+# Inside a block: the published name, OpenAI's with nn.MultiheadAttention, and ours.
+_NAMES = (("ln_1", "norm1"), ("ln_2", "norm2"), ("attn.in_proj_weight", "attn.qkv.weight"),
+          ("attn.in_proj_bias", "attn.qkv.bias"), ("attn.out_proj", "attn.proj"), ("mlp.c_fc", "mlp.fc1"),
+          ("mlp.c_proj", "mlp.fc2"))
+
+
+def rename_block(name: str, back: bool = False) -> str:
+    """Published name of a tensor anywhere in a model -> ours, or back; those of no transformer block stay."""
+    head, found, tail = name.partition(".transformer.")
+    for published, ours in _NAMES if found else ():
+        old, new = (ours, published) if back else (published, ours)
+        if f".{old}" in tail:
+            return head + found + tail.replace(f".{old}", f".{new}")
+    return name
+
+
+class Transformer(nn.Module):
+    """LayerNorm, pre-norm blocks, LayerNorm, all with eps 1e-5. Initialised like nn.MultiheadAttention."""
+
+    def __init__(self, width: int, layers: int, heads: int):
+        super().__init__()
+        size = ViTSize(width, layers, heads)
+        self.ln_pre = nn.LayerNorm(width)
+        self.transformer = nn.ModuleList(Block(size, None, "gelu", False, 0.0, eps=1e-5) for _ in range(layers))
+        self.ln_post = nn.LayerNorm(width)
+        for block in self.transformer:
+            nn.init.xavier_uniform_(block.attn.qkv.weight)
+            nn.init.zeros_(block.attn.qkv.bias)
+            nn.init.zeros_(block.attn.proj.bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, N, width) -> (B, N, width)."""
+        x = self.ln_pre(x)
+        for block in self.transformer:
+            x = block(x)
+        return self.ln_post(x)
