@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Iterable
 
 import numpy as np
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 
 from core.errors import UserError
 from core.specs import Sample
@@ -68,6 +68,8 @@ def decode_rgb(data: bytes, key: str) -> Image.Image:
                 raise ValueError(f"{width} x {height} is too narrow (limit 1:{MAX_ASPECT})")
             image.load()
             return to_rgb(image)
+    except UnidentifiedImageError as error:  # its own text names a buffer
+        raise UnreadablePicture(key, "this is not a picture of a kind that is known") from error
     except Exception as error:  # decoders raise almost anything on damaged input
         raise UnreadablePicture(key, f"{type(error).__name__}: {error}") from error
 
@@ -95,6 +97,12 @@ class PackedStrings:
     def __getitem__(self, index: int) -> bytes:
         start = self.ends[index - 1] if index > 0 else 0
         return self.blob[start : self.ends[index]].tobytes()
+
+
+def require_labels(source: object) -> None:
+    """UserError where some pictures of a source have labels and others have not; where none has, there is one class."""
+    if missing := getattr(source, "unlabelled", None):
+        raise UserError(f"{missing} Label all of them or none: only a tokenizer trains without.")
 
 
 class ListedSource:
@@ -156,8 +164,8 @@ class FileSource(ListedSource):
     """Pictures in single files below `root`; keys are their paths relative to it."""
 
     def __init__(self, root: Path, keys: PackedStrings, labels: np.ndarray | None,
-                 class_names: list[str] | None = None):
-        super().__init__(keys, labels, class_names)
+                 class_names: list[str] | None = None, sizes: np.ndarray | None = None):
+        super().__init__(keys, labels, class_names, sizes)
         self.root = root
 
     def read(self, index: int) -> bytes:

@@ -1,28 +1,39 @@
-"""Tensors computed once from every view of every picture, kept in memory-mapped files: teacher features and latents.
+"""Tensors computed once from every view of every picture, kept in memory-mapped files: features, latents and tokens.
 
-A cache is a folder: one `<name>.npy` of shape (samples, views, ...) per tensor, `labels.npy` and `description.json`.
-The description says what the cache was made from (source, transform, producer); opening it for anything else is
-refused with a list of what differs. It is built under a temporary name and renamed when complete.
+A cache is a folder: one `<name>.npy` of shape (samples, views, ...) per tensor, `labels.npy`, `chunks.npy` (a digest of
+every CHUNK samples) and `description.json`. The description says what the cache was made from (source, transform,
+producer); opening it for anything else is refused with a list of what differs.
+
+It is built under a temporary name and renamed when complete. Chunks that are done are recorded, so a build that was
+killed goes on where it stopped, on any number of ranks. Opening reads the description alone: the arrays are mapped, and
+the processes of a machine share one copy of them in the page cache.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import shutil
+import time
 from pathlib import Path
-from typing import Any, Callable, Sequence
+from typing import Any, Callable, Iterator, Sequence
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from core.errors import UserError
+from core.files import fsync_file, require_space, write_json
 from core.specs import DataSource
 from data.loader import ordered_batches, part
 from data.transforms import Transform
 
-FORMAT = 1
+FORMAT = 2
+CHUNK = 256  # samples; what a killed build computes again at most, and the unit that is spread over ranks
+FLUSH_SECONDS = 10.0  # between two records of what is done
+DIGEST = 16  # bytes
+LABELS = "labels"
 Producer = Callable[[Tensor], dict[str, Tensor]]
 
 
@@ -44,14 +55,14 @@ class FeatureCache:
             self.samples, self.views = self.description["samples"], self.description["views"]
             self.arrays: dict[str, dict] = self.description["arrays"]
             self.source_fingerprint: str = self.description["source"]
-            self._labels = np.load(self.path / "labels.npy", allow_pickle=False)
+            self.content: str = self.description["content"]
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise UserError(f"{path} is not a complete cache ({type(error).__name__}: {error}). "
                             "Delete it and build it again.") from error
         self._maps: dict[str, np.ndarray] = {}
         self.check(source, transform, fingerprint)
-        for name in self.arrays:
-            self._map(name)
+        for name in (*self.arrays, LABELS):
+            self.rows(name)
 
     def __len__(self) -> int:
         return self.samples
@@ -73,16 +84,18 @@ class FeatureCache:
             raise UserError(f"cache {self.path} was made from something else: {'; '.join(wrong)}. "
                             "Delete the folder or choose another, and build it again.")
 
-    def _map(self, name: str) -> np.ndarray:
-        """The memory map of one array, opened once per process."""
+    def rows(self, name: str) -> np.ndarray:
+        """The memory map of one array, (samples, views, ...), opened once per process; "labels" is (samples,)."""
         if name not in self._maps:
             path = self.path / f"{name}.npy"
             try:
                 array = np.load(path, mmap_mode="r", allow_pickle=False)
             except (OSError, ValueError) as error:
                 raise UserError(f"{path} cannot be read ({error}). Delete {self.path} and build it again.") from error
-            if list(array.shape) != [self.samples, self.views, *self.arrays[name]["shape"]]:
-                raise UserError(f"{path} has shape {array.shape}, not what its description says. Build it again.")
+            expected = [self.samples] if name == LABELS else [self.samples, self.views, *self.arrays[name]["shape"]]
+            if list(array.shape) != expected:
+                raise UserError(f"{path} has shape {list(array.shape)}, its description says {expected}. "
+                                "Build it again.")
             self._maps[name] = array
         return self._maps[name]
 
@@ -94,13 +107,44 @@ class FeatureCache:
         """Tensors of (index, view) pairs, name -> (B, ...). Floats come in their stored type, integers as int64."""
         result = {}
         for name in self.arrays:
-            values = self._map(name)[np.asarray(indices), np.asarray(views)]
+            values = self.rows(name)[np.asarray(indices), np.asarray(views)]
             result[name] = torch.from_numpy(values if values.dtype.kind == "f" else values.astype(np.int64))
         return result
 
     def labels_of(self, indices: Sequence[int]) -> Tensor:
         """(B,) int64."""
-        return torch.from_numpy(self._labels[np.asarray(indices)].astype(np.int64))
+        return torch.from_numpy(self.rows(LABELS)[np.asarray(indices)].astype(np.int64))
+
+    def verify(self, progress: Callable[[int], None] | None = None) -> None:
+        """Read everything and compare it with the recorded digests; UserError that names the first damaged samples."""
+        chunk = self.description["chunk"]
+        try:
+            recorded = np.load(self.path / "chunks.npy", allow_pickle=False)
+        except (OSError, ValueError) as error:
+            raise UserError(f"{self.path / 'chunks.npy'} cannot be read ({error}). Build the cache again.") from error
+        if _hash(recorded) != self.content:
+            raise UserError(f"{self.path / 'chunks.npy'} is not the one its description names. Build the cache again.")
+        for i, start in enumerate(range(0, self.samples, chunk)):
+            stop = min(start + chunk, self.samples)
+            digests = {name: hashlib.blake2b(np.ascontiguousarray(self.rows(name)[start:stop]).data, digest_size=DIGEST)
+                       for name in (*self.arrays, LABELS)}
+            if _combine(digests) != recorded[i].tobytes():
+                raise UserError(f"{self.path}: samples {start} to {stop - 1} are not what was written. "
+                                "The files are damaged: build the cache again.")
+            if progress:
+                progress(stop)
+
+
+def _hash(array: np.ndarray) -> str:
+    return hashlib.blake2b(np.ascontiguousarray(array).data, digest_size=DIGEST).hexdigest()
+
+
+def _combine(digests: dict[str, Any]) -> bytes:
+    """One digest of a chunk from those of its arrays."""
+    total = hashlib.blake2b(digest_size=DIGEST)
+    for name in sorted(digests):
+        total.update(f"{name}\x1f".encode() + digests[name].digest())
+    return total.digest()
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -134,39 +178,8 @@ def _convert(name: str, tensor: Tensor, dtype: np.dtype) -> np.ndarray:
     return stored
 
 
-class _Writer:
-    """The arrays of a cache under construction. `create` on one rank, then every rank writes its own rows.
-
-    Rows go through ordinary writes, not a memory map: a full disk is then an error and not a bus error, and ranks on
-    several machines do not write each other's pages back.
-    """
-
-    def __init__(self, folder: Path):
-        self.folder = folder
-
-    def _file(self, name: str) -> Path:
-        return self.folder / f"{name}.npy"
-
-    def create(self, samples: int, arrays: dict[str, tuple[tuple[int, ...], np.dtype]]) -> None:
-        needed = samples * sum(int(np.prod(shape)) * dtype.itemsize for shape, dtype in arrays.values())
-        free = shutil.disk_usage(self.folder).free
-        if needed > free:
-            raise UserError(f"the cache needs {needed / 1e9:.1f} GB in {self.folder.parent}, "
-                            f"where {free / 1e9:.1f} GB are free. Make room or choose another folder.")
-        for name, (shape, dtype) in arrays.items():
-            np.lib.format.open_memmap(self._file(name), mode="w+", dtype=dtype, shape=(samples, *shape)).flush()
-
-    def write(self, name: str, start: int, rows: np.ndarray) -> None:
-        target = np.load(self._file(name), mmap_mode="r")
-        if rows.dtype != target.dtype or rows.shape[1:] != target.shape[1:]:
-            raise ValueError(f"{name}: rows {rows.dtype} {rows.shape[1:]}, file {target.dtype} {target.shape[1:]}")
-        with open(self._file(name), "r+b") as file:
-            file.seek(target.offset + start * rows[0].nbytes)
-            file.write(np.ascontiguousarray(rows).data)
-
-
-def _claim(folder: Path) -> None:
-    """Make the temporary folder, removing what a killed build left. A build that is still alive here is respected."""
+def _claim(folder: Path, plan: dict[str, Any], chunks: int) -> None:
+    """Make the temporary folder, or take over the one of a killed build of the same cache."""
     owner = folder / "owner"
     try:
         host, pid = owner.read_text().split()
@@ -175,15 +188,160 @@ def _claim(folder: Path) -> None:
             raise UserError(f"{folder} is being built by process {pid}. Wait for it, or delete the folder.")
     except (FileNotFoundError, ProcessLookupError, ValueError):
         pass  # no folder, no owner, or a dead one
-    shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir(parents=True)
+    try:
+        found = json.loads((folder / "plan.json").read_text())
+        differing = [f"{key} ({found.get(key)} there, {value} now)" for key, value in plan.items()
+                     if found.get(key) != value]
+    except (OSError, ValueError, AttributeError):  # it died before it had a plan
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir(parents=True)
+        np.save(folder / "chunks.npy", np.zeros((chunks, DIGEST), dtype=np.uint8))
+        write_json(folder / "plan.json", plan)
+    else:
+        if differing:
+            raise UserError(f"{folder} is an unfinished build of something else: {'; '.join(differing)}. "
+                            "Delete it, or choose another folder.")
     owner.write_text(f"{os.uname().nodename} {os.getpid()}")
+
+
+class Builder:
+    """A cache under construction, by one rank or several, in as many attempts as it takes.
+
+        builder = Builder(...)
+        for start, stop in builder.spans(64):
+            builder.write(start, {name: rows (stop - start, views, ...)}, labels)
+        builder.finish()
+
+    Rows go through ordinary writes, not a memory map: a full disk is then an error and not a bus error, and ranks on
+    several machines do not write each other's pages back.
+
+    Args:
+        path: folder of the finished cache; must not exist.
+        samples, views: how many.
+        source, transform, producer: fingerprint of the pictures, Transform.describe(), fingerprint of the network.
+        facts: anything JSON that belongs into the description.
+        rank, world, barrier: every rank makes its own Builder and computes its own chunks; `barrier` waits for all.
+        chunk: samples per chunk.
+    """
+
+    def __init__(self, path: str | Path, samples: int, views: int, source: str, transform: dict[str, Any],
+                 producer: str, facts: dict[str, Any] | None = None, rank: int = 0, world: int = 1,
+                 barrier: Callable[[], None] | None = None, chunk: int = CHUNK):
+        self.path, self.samples, self.views, self.chunk, self.rank = Path(path), samples, views, chunk, rank
+        self.folder = self.path.with_name(f".{self.path.name}.building")
+        self.barrier = barrier or (lambda: None)
+        if self.path.exists():
+            raise UserError(f"{path} exists. Delete it or choose another folder.")
+        self.plan = {"format": FORMAT, "samples": samples, "views": views, "chunk": chunk, "source": source,
+                     "transform": transform, "producer": producer, "facts": facts or {}}
+        if rank == 0:
+            self.folder.parent.mkdir(parents=True, exist_ok=True)
+            _claim(self.folder, self.plan, -(-samples // chunk))
+        self.barrier()
+        left = np.flatnonzero(~np.load(self._file("chunks")).any(axis=1))
+        share = part(len(left), rank, world)
+        self.mine = left[share.start : share.stop].tolist()
+        try:
+            self.arrays: dict[str, dict] = json.loads((self.folder / "arrays.json").read_text())
+        except FileNotFoundError:
+            self.arrays = {}  # the first rows tell
+        self.barrier()  # nobody writes before all have read
+        self._agreed = bool(self.arrays)
+        self._digests: dict[str, Any] = {}
+        self._done: list[tuple[int, bytes]] = []
+        self._flushed = time.monotonic()
+
+    def _file(self, name: str) -> Path:
+        return self.folder / f"{name}.npy"
+
+    def __len__(self) -> int:
+        """Samples that this rank has to compute."""
+        return sum(min(self.chunk, self.samples - c * self.chunk) for c in self.mine)
+
+    def spans(self, batch: int) -> Iterator[tuple[int, int]]:
+        """(start, stop) of the samples this rank has to compute, at most `batch` at a time, never across chunks."""
+        for c in self.mine:
+            end = min((c + 1) * self.chunk, self.samples)
+            for start in range(c * self.chunk, end, batch):
+                yield start, min(start + batch, end)
+
+    def _create(self, arrays: dict[str, np.ndarray]) -> None:
+        """Make the files, once the first rows have told types and shapes."""
+        self.arrays = {name: {"shape": list(rows.shape[2:]), "dtype": rows.dtype.name} for name, rows in arrays.items()}
+        self._agreed = True
+        if self.rank == 0:
+            shapes = {name: ((self.samples, self.views, *rows.shape[2:]), rows.dtype) for name, rows in arrays.items()}
+            shapes[LABELS] = ((self.samples,), np.dtype(np.int32))
+            require_space(self.folder, sum(int(np.prod(shape)) * dtype.itemsize for shape, dtype in shapes.values()))
+            for name, (shape, dtype) in shapes.items():
+                np.lib.format.open_memmap(self._file(name), mode="w+", dtype=dtype, shape=shape).flush()
+            write_json(self.folder / "arrays.json", self.arrays)
+        self.barrier()
+
+    def write(self, start: int, arrays: dict[str, np.ndarray], labels: np.ndarray) -> None:
+        """Samples from `start` on, in the order of `spans`: name -> (count, views, ...), and (count,) labels."""
+        if not self._agreed:
+            self._create(arrays)
+        c = start // self.chunk
+        for name, rows in {**arrays, LABELS: labels.astype(np.int32)}.items():
+            target = np.load(self._file(name), mmap_mode="r")
+            if rows.dtype != target.dtype or rows.shape[1:] != target.shape[1:]:
+                raise ValueError(f"{name}: rows {rows.dtype} {rows.shape[1:]}, file {target.dtype} {target.shape[1:]}")
+            rows = np.ascontiguousarray(rows)
+            with open(self._file(name), "r+b") as file:
+                file.seek(target.offset + start * rows[0].nbytes)
+                file.write(rows.data)
+            if start == c * self.chunk:
+                self._digests[name] = hashlib.blake2b(digest_size=DIGEST)
+            self._digests[name].update(rows.data)
+        if start + len(labels) == min((c + 1) * self.chunk, self.samples):
+            self._done.append((c, _combine(self._digests)))
+            if time.monotonic() - self._flushed > FLUSH_SECONDS:
+                self.flush()
+
+    def flush(self) -> None:
+        """Record what is done, after it has reached the disk."""
+        if self._done:
+            for name in (*self.arrays, LABELS):
+                fsync_file(self._file(name))
+            offset = np.load(self._file("chunks"), mmap_mode="r").offset
+            with open(self._file("chunks"), "r+b") as file:
+                for c, digest in self._done:
+                    file.seek(offset + c * DIGEST)
+                    file.write(digest)
+            fsync_file(self._file("chunks"))
+        self._done, self._flushed = [], time.monotonic()
+
+    def abandon(self) -> None:
+        """After an error: record what is done; when that is nothing at all, leave nothing behind."""
+        if self.arrays:
+            self.flush()
+        elif self.rank == 0:
+            shutil.rmtree(self.folder, ignore_errors=True)
+
+    def finish(self) -> None:
+        """Give the folder its name, once every rank is here."""
+        if not self._agreed:
+            self.barrier()  # the one that waits for the files, which this rank has nothing to write to
+        self.flush()
+        self.barrier()
+        if self.rank == 0:
+            chunks = np.load(self._file("chunks"))
+            if not chunks.any(axis=1).all():
+                raise RuntimeError(f"{self.folder}: chunk {int(np.argmin(chunks.any(axis=1)))} was never written")
+            arrays = json.loads((self.folder / "arrays.json").read_text())
+            write_json(self.folder / "description.json", {**self.plan, "arrays": arrays, "content": _hash(chunks)})
+            for name in ("owner", "plan.json", "arrays.json"):
+                (self.folder / name).unlink()
+            os.rename(self.folder, self.path)
+        self.barrier()
 
 
 def build(path: str | Path, source: DataSource, transform: Transform, producer: Producer, fingerprint: str,
           batch: int = 64, progress: Callable[[int, int], None] | None = None, storage: dict[str, str] | None = None,
           rank: int = 0, world: int = 1, barrier: Callable[[], None] | None = None, workers: int = 0,
-          on_corrupt: str = "replace") -> FeatureCache:
+          on_corrupt: str = "replace", facts: dict[str, Any] | None = None, chunk: int = CHUNK,
+          replaced: dict[str, str] | None = None) -> FeatureCache:
     """Make a cache, or open the one at `path` if it was made from the same things.
 
     Args:
@@ -191,64 +349,43 @@ def build(path: str | Path, source: DataSource, transform: Transform, producer: 
         transform: must have views ("center", "ten").
         producer: (B, 3, H, W) uint8 images on the CPU -> name -> (B, ...).
         fingerprint: names the producer and its weights.
-        batch: pictures per call of the producer (all views of a picture go together).
-        progress: called with (pictures done, pictures in all) of this rank.
+        batch: pictures per call of the producer (all views of a picture go together), rounded down so that it divides
+            `chunk`: batches, and with them rounding errors, are then the same on any number of ranks.
+        progress: called with (pictures done, pictures in all) of this rank and attempt.
         storage: name -> numpy type ("float16", "uint16" ...); see `_storage_type` for the rest.
-        rank, world, barrier: every rank computes a contiguous part; `barrier` waits for all of them.
+        rank, world, barrier: every rank computes its part; `barrier` waits for all of them.
+        facts: anything JSON that belongs into the description.
+        replaced: filled with the keys of pictures that could not be read by this rank.
     """
     path = Path(path)
     if path.exists():
         return FeatureCache(path, source, transform, fingerprint)
-    barrier = barrier or (lambda: None)
     transform.view_of((0, 0))  # refuses transforms without views
-    views, samples, storage = transform.views, len(source), storage or {}
-    folder = path.with_name(f".{path.name}.building")
-    mine = part(samples, rank, world)
-    batches = ordered_batches(source, transform, batch, rank, world, workers, on_corrupt, all_views=True)
-    writer, done, arrays, created = _Writer(folder), 0, {}, False
+    if hasattr(source, "inexact"):
+        raise UserError("streamed pictures have no fixed order, so nothing can be stored of them. "
+                        "Copy the data to a disk, or turn caches off.")
+    views, storage = transform.views, storage or {}
+    batch = next(size for size in range(min(batch, chunk), 0, -1) if chunk % size == 0)
+    builder = Builder(path, len(source), views, source.fingerprint(), transform.describe(), fingerprint, facts, rank,
+                      world, barrier, chunk)
+    spans = list(builder.spans(batch))
+    chosen = [i for start, stop in spans for i in range(start, stop)]
+    done = 0
     try:
-        if rank == 0:
-            _claim(folder)
-            created = True
-        for images in batches:
-            outputs = producer(images.images)
-            count = len(images) // views
+        for (start, stop), images in zip(spans, ordered_batches(source, transform, batch, 0, 1, workers, on_corrupt,
+                                                                all_views=True, chosen=chosen)):
             rows = {}
-            for name, tensor in outputs.items():
+            for name, tensor in producer(images.images).items():
                 dtype = _storage_type(tensor, storage.get(name))
-                rows[name] = _convert(name, tensor, dtype).reshape(count, views, *tensor.shape[1:])
-            if not arrays:  # the first batch tells the shapes
-                arrays = {name: (value.shape[1:], value.dtype) for name, value in rows.items()}
-                if rank == 0:
-                    writer.create(samples, {**arrays, "labels": ((), np.dtype(np.int64))})
-                barrier()
-            for name, value in rows.items():
-                writer.write(name, mine.start + done, value)
-            writer.write("labels", mine.start + done, images.labels[::views].numpy())
-            done += count
+                rows[name] = _convert(name, tensor, dtype).reshape(stop - start, views, *tensor.shape[1:])
+            builder.write(start, rows, images.labels[::views].numpy())
+            done += stop - start
+            if replaced is not None:
+                replaced.update(dict.fromkeys(images.replaced, ""))
             if progress:
-                progress(done, len(mine))
-        if not len(mine):
-            barrier()  # the one that waits for the files, which this rank has nothing to write to
-        barrier()
-        if rank == 0:
-            listed = {name: {"shape": list(shape[1:]), "dtype": dtype.name} for name, (shape, dtype) in arrays.items()}
-            _finish(folder, path, {"format": FORMAT, "samples": samples, "views": views, "arrays": listed,
-                                   "source": source.fingerprint(), "transform": transform.describe(),
-                                   "producer": fingerprint})
-        barrier()
+                progress(done, len(chosen))
     except BaseException:
-        if created:
-            shutil.rmtree(folder, ignore_errors=True)
+        builder.abandon()
         raise
+    builder.finish()
     return FeatureCache(path, source, transform, fingerprint)
-
-
-def _finish(folder: Path, path: Path, description: dict[str, Any]) -> None:
-    """Write the description last, make everything durable, and give the folder its name."""
-    (folder / "description.json").write_text(json.dumps(description, indent=2))
-    (folder / "owner").unlink()
-    for file in folder.iterdir():
-        with open(file, "rb+") as handle:
-            os.fsync(handle.fileno())
-    os.rename(folder, path)

@@ -67,8 +67,8 @@ def read_or_replace(source: DataSource, index: int, on_corrupt: str) -> tuple[Sa
             return source[(index + offset) % len(source)], replaced
         except UnreadablePicture as error:
             if on_corrupt == "raise":
-                raise UserError(f"picture {error} cannot be read. "
-                                "Repair or remove it, or set on_corrupt: replace.") from error
+                raise UserError(f"{error.key} cannot be read ({error.reason}). Repair or remove it; trainings with "
+                                "data.on_corrupt=replace take the next picture instead.") from error
             replaced[error.key] = error.reason
     key, reason = next(iter(replaced.items()))
     raise UserError(f"{len(replaced)} pictures in a row cannot be read, the first is {key}: {reason}. "
@@ -164,7 +164,8 @@ def _run(reader: _Reader, order: Iterable[list[Entry]], workers: int, pin: bool,
             yield Batch(item["labels"], item["positions"], item.get("images"), item.get("stored"),
                         item.get("features", {}), list(replaced)), replaced
     finally:
-        closing.set()
+        if not closing.is_set():  # at exit it is, and setting it again would need modules that are gone
+            closing.set()
         atexit.unregister(closing.set)
 
 
@@ -214,6 +215,9 @@ class Loader:
         self.replaced_count = 0
         self.replaced_names: dict[str, str] = {}  # key -> reason, the first few
         self._reader = _Reader(source, transform, seed, on_corrupt, features, stored)
+        if hasattr(source, "start_at"):
+            start_method = start_method or source.start_method
+            workers = 0 if source.one_process else workers
         self._options = {"workers": workers, "pin": pin, "prefetch": prefetch, "start_method": start_method}
 
     def fingerprint(self) -> str:
@@ -237,6 +241,8 @@ class Loader:
 
     def batches(self, images_seen: int = 0) -> Iterator[Batch]:
         """This rank's batches from `images_seen` on (any number, normally a multiple of the global batch), forever."""
+        if hasattr(self.source, "start_at"):  # a stream, see data/stream.py
+            self.source.start_at(self.seed, images_seen, self.rank, self.world)
         for batch, replaced in _run(self._reader, self.order(images_seen), **self._options):
             self.replaced_count += len(replaced)
             for key, reason in replaced.items():
@@ -263,7 +269,7 @@ def ordered_batches(source: DataSource, transform: Transform, batch: int, rank: 
     chosen = range(len(source)) if chosen is None else chosen
     mine = part(len(chosen), rank, world)
     indices = chosen[mine.start : mine.stop]
-    order = [[(i, i, view) for i in indices[start : start + batch] for view in views]
-             for start in range(0, len(indices), batch)]
+    order = ([(i, i, view) for i in indices[start : start + batch] for view in views]
+             for start in range(0, len(indices), batch))
     for result, _ in _run(_Reader(source, transform, 0, on_corrupt), order, workers, pin, prefetch, start_method):
         yield result

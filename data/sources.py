@@ -2,10 +2,13 @@
 
     folder://PATH               one folder per class (ImageNet layout), sorted; PATH/<split> if there is such a folder
     list://FILE.txt?root=DIR    lines `relative/path.JPEG label`, the label optional; root defaults to the file's folder
-    wds://PATTERN.tar           WebDataset shards, with {0000..0012}, {a,b}, * (see data/wds.py)
+    wds://PATTERN.tar           WebDataset shards, with {0000..0012}, {a,b}, *, or a folder of them (see data/wds.py)
+    wds://https://HOST/PATTERN.tar?samples=N     streamed, also wds://hf://datasets/ORG/REPO/*.tar (see data/stream.py)
+    datasets://NAME             Hugging Face datasets, by name or folder (see data/hf.py)
     embedded://emoji64          1,906 emoji at 64 px in 9 classes (train 1,724, val 182), part of this repository
     embedded://photos256        214 photographs at 256 px in 5 classes (train 169, val 45), part of this repository
     synthetic://?size=64&classes=4&count=256     coloured shapes, for tests
+    tokens://DIR                no pictures but what a tokenizer made of them (data/tokens.py)
     PATH                        a folder, a .txt list or a .tar
 
 Every scheme accepts `?split=NAME` (same as the argument), and folder, list and wds accept `?classes=FILE` with class
@@ -27,6 +30,9 @@ from core.errors import UserError, nearest
 from core.rng import uniform_scalar
 from core.specs import DataSource, Sample
 from data.base import MAX_CLASSES, FileSource, PackedStrings, read_class_names
+from data.hf import open_datasets
+from data.stream import open_remote_shards
+from data.tokens import open_tokens
 from data.wds import ShardSource, find_shards
 
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm")
@@ -170,6 +176,12 @@ def open_list(path: str, split: str | None, options: dict[str, str]) -> DataSour
 # Shards, embedded sets, synthetic shapes
 # ---------------------------------------------------------------------------------------------------------------------
 def open_shards(path: str, split: str | None, options: dict[str, str]) -> DataSource:
+    """Shards on a disk, or streamed from elsewhere."""
+    if "://" in path:
+        return open_remote_shards(path, options)
+    for key in ("samples", "num_classes"):
+        if key in options:
+            raise UserError(f"wds://{path}: {key} is for streams; shards on a disk are counted. Leave it out.")
     return ShardSource(find_shards(path), _class_names(options))
 
 
@@ -253,7 +265,10 @@ def open_synthetic(path: str, split: str | None, options: dict[str, str]) -> Dat
 SCHEMES = {
     "folder": (open_folder, ("classes",)),
     "list": (open_list, ("root", "classes")),
-    "wds": (open_shards, ("classes",)),
+    "wds": (open_shards, ("classes", "samples", "num_classes")),
+    "datasets": (open_datasets, ("name", "revision", "column", "label", "classes", "streaming", "samples",
+                                 "num_classes")),
     "embedded": (open_embedded, ()),
     "synthetic": (open_synthetic, ("size", "classes", "count", "seed")),
+    "tokens": (open_tokens, ()),
 }

@@ -51,10 +51,10 @@ def random_crop(image: Image.Image, size: int, numbers: tuple[float, float, floa
                 scale: tuple[float, float] = (0.8, 1.0)) -> Image.Image:
     """ADM's random crop: the crop is a random share (`scale`) of a randomly resized short side.
 
-    numbers: choose the short side, the top and the left edge.
+    numbers: choose the short side, the top and the left edge. Scale (0.8, 1.0) at 256 draws a short side from 256 to
+    320: the crop that FQGAN, D-AR and ImageFolder train with.
     """
-    short_side = _pick(numbers[0], math.ceil(size / scale[1]), math.ceil(size / scale[0]))
-    image = adm_resize(image, short_side)
+    image = adm_resize(image, _pick(numbers[0], math.ceil(size / scale[1]), math.ceil(size / scale[0])))
     top = _pick(numbers[1], 0, image.height - size)
     left = _pick(numbers[2], 0, image.width - size)
     return _crop(image, left, top, size)

@@ -5,7 +5,9 @@ Every shard is indexed once: where each picture starts, how long it is, its key 
 or modification time of the shard differ. Pictures are then read by offset, so order and resume do not depend on shards.
 
 Members: `<key>.<jpg|jpeg|png|webp>` with `<key>.<cls|cls.txt>` (ASCII class index); the key ends at the first dot of
-the file name, as WebDataset defines it. Other members are ignored.
+the file name, as WebDataset defines it. Other members are ignored. Where labels are missing, even for some pictures only,
+there are none; `unlabelled` then names the first such picture, for what needs labels (data.base.require_labels).
+Shards behind http://, https:// and hf:// are streamed instead (data/stream.py).
 """
 
 from __future__ import annotations
@@ -28,7 +30,7 @@ from data.base import MAX_CLASSES, ListedSource, PackedStrings
 
 PICTURES = ("jpg", "jpeg", "png", "webp")
 LABELS = ("cls", "cls.txt")
-INDEX_VERSION = 1
+INDEX_VERSION = 2
 MAX_SHARDS = 100_000
 MAX_OPEN_SHARDS = 64  # below the usual limit of 1024 descriptors, with room for several sources
 
@@ -59,10 +61,11 @@ def expand_braces(pattern: str) -> list[str]:
 
 
 def find_shards(pattern: str) -> list[Path]:
-    """Existing shards that `pattern` names, without repeats: in brace order, sorted inside a glob."""
+    """Existing shards that `pattern` names, without repeats: in brace order, sorted inside a glob or a folder."""
     found: dict[str, None] = {}
     missing = []
     for name in expand_braces(os.path.expanduser(pattern)):
+        name = os.path.join(glob.escape(name), "*.tar") if os.path.isdir(name) else name
         names = sorted(glob.glob(name)) if glob.has_magic(name) and not os.path.exists(name) else [name]
         names = [n for n in names if os.path.isfile(n)]
         found.update(dict.fromkeys(names))
@@ -88,7 +91,15 @@ class ShardIndex:
     labels: np.ndarray
 
 
-def _parse_label(data: bytes, where: str) -> int:
+def split_name(member: str) -> tuple[str, str]:
+    """(key, extension in lower case) of a member's name."""
+    folder, name = os.path.split(member)
+    stem, _, extension = name.partition(".")
+    return os.path.join(folder, stem), extension.lower()
+
+
+def parse_label(data: bytes, where: str) -> int:
+    """The class index in a .cls member."""
     text = data.strip()
     if not re.fullmatch(rb"[0-9]{1,9}", text) or int(text) >= MAX_CLASSES:
         raise UserError(f"{where} holds {data[:20]!r}; "
@@ -109,19 +120,20 @@ def scan_shard(path: Path) -> ShardIndex:
                     continue
                 if member.offset_data + member.size > size:
                     raise tarfile.ReadError("unexpected end of data")
-                folder, name = os.path.split(member.name)
-                stem, _, extension = name.partition(".")
-                key, extension = os.path.join(folder, stem), extension.lower()
+                key, extension = split_name(member.name)
                 if extension in PICTURES:
                     if key in pictures:
                         raise UserError(f"{path}: two pictures have the key {key}. Keys must be unique within a shard.")
                     pictures[key] = (member.offset_data, member.size)
                 elif extension in LABELS:
                     data = tar.extractfile(member).read(64)
-                    labels[key] = _parse_label(data, f"{path}: {member.name}")
+                    labels[key] = parse_label(data, f"{path}: {member.name}")
     except (tarfile.TarError, EOFError, OSError) as error:
         raise UserError(f"{path} cannot be read as an uncompressed tar file ({error}). "
                         "Copy or pack it again.") from error
+    for key in labels:
+        if key not in pictures:
+            raise UserError(f"{path}: {key} has a label but no picture (.{', .'.join(PICTURES)}). Pack the shard again.")
     spans = np.array(list(pictures.values()), dtype=np.int64).reshape(-1, 2)
     keys = PackedStrings(key.encode("utf-8", "surrogateescape") for key in pictures)
     return ShardIndex(keys, spans[:, 0], spans[:, 1], np.array([labels.get(k, -1) for k in pictures], dtype=np.int64))
@@ -189,7 +201,12 @@ class ShardSource(ListedSource):
         shards: tar files.
         class_names: names by label; None numbers the classes.
         keep_index: False for small shards that are not worth an index file.
+
+    Attributes:
+        unlabelled: which picture lacks its label while others have theirs; None where all or none have one.
     """
+
+    unlabelled: str | None = None
 
     def __init__(self, shards: list[Path], class_names: list[str] | None = None, keep_index: bool = True):
         indices = [shard_index(path, keep_index) for path in shards]
@@ -203,8 +220,11 @@ class ShardSource(ListedSource):
         keys = PackedStrings.from_arrays(blob, ends)
         missing = np.flatnonzero(labels < 0)
         if 0 < len(missing) < len(labels):
-            raise UserError(f"{names}: {len(missing)} of {len(labels)} pictures have no .cls member, the first is "
-                            f"{keys[int(missing[0])].decode('utf-8', 'replace')}. Label all of them or none.")
+            first = int(missing[0])
+            shard = shards[int(np.searchsorted(np.cumsum([len(i.labels) for i in indices]), first, side="right"))]
+            self.unlabelled = (f"{names}: {len(missing)} of {len(labels)} pictures have no .cls member, the first is "
+                               f"{keys[first].decode('utf-8', 'replace')} in {shard}.")
+            class_names = None
         sizes = np.concatenate([i.sizes for i in indices])
         super().__init__(keys, None if len(missing) else labels, class_names, sizes)
         self.shards = shards

@@ -1,0 +1,167 @@
+"""Hugging Face datasets: datasets://NAME, for a name on the hub, a folder written by save_to_disk, or a folder of files.
+
+    datasets://ORG/NAME                      downloaded once, then random access: order and resume are exact
+    datasets://ORG/NAME?streaming=1          nothing is kept: order and resume are not exact (see data/stream.py)
+    datasets://FOLDER?column=img&label=none  a column that is not found by itself; no labels
+    datasets://ORG/NAME?name=CONFIG          one of several configurations
+
+The column of pictures is the first of type Image, else one called like a picture; any mode becomes RGB. Labels are
+optional: a column of class labels, of whole numbers or of words.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Iterator
+
+import numpy as np
+
+from core.errors import UserError, nearest
+from core.specs import DataSource
+from data.base import ListedSource, PackedStrings, read_class_names
+from data.stream import Record, StreamSource, stream_options
+
+PICTURES = ("image", "img", "jpg", "jpeg", "png", "webp", "picture")
+LABELS = ("label", "labels", "cls", "class", "class_id", "fine_label")
+
+
+def _load(path: str, split: str, options: dict[str, str], streaming: bool) -> Any:
+    """A datasets.Dataset or IterableDataset of one split."""
+    try:
+        import datasets
+    except ImportError:
+        raise UserError(f"datasets://{path} needs the package datasets: pip install datasets") from None
+    datasets.disable_progress_bars()
+    folder = Path(path).expanduser()
+    try:
+        if (folder / "dataset_dict.json").is_file() or (folder / "state.json").is_file():
+            loaded = datasets.load_from_disk(str(folder))
+            if isinstance(loaded, datasets.DatasetDict):
+                if split not in loaded:
+                    raise UserError(f'datasets://{path} has no split "{split}".{nearest(split, loaded)}')
+                loaded = loaded[split]
+            return loaded.to_iterable_dataset() if streaming else loaded
+        where = str(folder) if folder.is_dir() else path
+        return datasets.load_dataset(where, options.get("name"), split=split, streaming=streaming,
+                                     revision=options.get("revision"))
+    except UserError:
+        raise
+    except Exception as error:  # of many libraries
+        raise UserError(f"datasets://{path}, split {split}: {type(error).__name__}: {' '.join(str(error).split())[:300]}. "
+                        "Check the name, the split and the network.") from None
+
+
+def _columns(path: str, features: dict[str, Any], options: dict[str, str]) -> tuple[str, str | None]:
+    """(column of pictures, column of labels or None)"""
+    import datasets
+
+    def chosen(option: str, candidates: list[str]) -> str | None:
+        if (wanted := options.get(option)) is not None and wanted != "none":
+            if wanted not in features:
+                raise UserError(f'datasets://{path} has no column "{wanted}".{nearest(wanted, features)}')
+            return wanted
+        return candidates[0] if candidates and wanted is None else None
+
+    pictures = [name for name, kind in features.items() if isinstance(kind, datasets.Image)]
+    column = chosen("column", pictures + [name for name in PICTURES if name in features])
+    if column is None:
+        raise UserError(f"datasets://{path}: no column of pictures among {', '.join(features)}. Set ?column=NAME.")
+    classes = [name for name, kind in features.items() if isinstance(kind, datasets.ClassLabel)]
+    return column, chosen("label", classes + [name for name in LABELS if name in features])
+
+
+def _bytes(value: Any, key: str) -> bytes:
+    """The undecoded picture of a cell. OSError if there is none."""
+    if isinstance(value, dict) and value.get("bytes") is None and value.get("path"):
+        return Path(value["path"]).read_bytes()
+    data = value.get("bytes") if isinstance(value, dict) else value
+    if not isinstance(data, (bytes, bytearray)):
+        raise OSError(f"{key} is {type(value).__name__}, expected a picture")
+    return bytes(data)
+
+
+class HuggingFaceSource(ListedSource):
+    """A map-style dataset; `column` gives undecoded pictures."""
+
+    def __init__(self, dataset: Any, column: str, keys: PackedStrings, labels: np.ndarray | None,
+                 class_names: list[str] | None):
+        super().__init__(keys, labels, class_names)
+        self.dataset, self.column = dataset, column
+
+    def read(self, index: int) -> bytes:
+        return _bytes(self.dataset[int(index)][self.column], self.key(index))
+
+
+class HuggingFaceStream(StreamSource):
+    """A streamed dataset; its shards come in another order in each pass.
+
+    It is read by the main process: the library's reading threads were seen to hang in loader workers.
+    """
+
+    one_process = True
+
+    def __init__(self, name: str, samples: int, class_names: list[str], dataset: Any, column: str, label: str | None):
+        super().__init__(name, samples, class_names)
+        self.dataset, self.column, self.label = dataset, column, label
+
+    def count_shards(self) -> int:
+        return self.dataset.num_shards
+
+    def shard(self, number: int) -> Iterator[Record]:
+        # In batches: the iterator over single rows would split them over the loader's workers once more.
+        place = 0
+        for rows in self.dataset.shard(self.count_shards(), number).iter(batch_size=16):
+            labels = rows[self.label] if self.label else [0] * len(rows[self.column])
+            for value, label in zip(rows[self.column], labels, strict=True):
+                key, place = f"{self.name}, shard {number}, picture {place}", place + 1
+                try:
+                    data = _bytes(value, key)
+                except OSError:
+                    data = b""  # reported as unreadable
+                yield data, int(label), key
+
+
+def open_datasets(path: str, split: str | None, options: dict[str, str]) -> DataSource:
+    """The opener of datasets://PATH."""
+    streaming, split = options.get("streaming", "0"), split or "train"
+    if streaming not in ("0", "1"):
+        raise UserError(f"datasets://{path}: streaming={streaming} must be 0 or 1.")
+    dataset = _load(path, split, options, streaming == "1")
+    import datasets
+
+    if dataset.features is None:
+        raise UserError(f"datasets://{path} does not say what its columns are, so it cannot be streamed. "
+                        "Leave out streaming=1.")
+    column, label = _columns(path, dataset.features, options)
+    kind = dataset.features.get(label) if label else None
+    if isinstance(dataset.features[column], datasets.Image):
+        dataset = dataset.cast_column(column, datasets.Image(decode=False))
+    names = list(kind.names) if isinstance(kind, datasets.ClassLabel) else None
+    if "classes" in options:
+        names = read_class_names(options["classes"])
+    if streaming == "1":
+        splits = dataset.info.splits or {}
+        count = getattr(splits.get(split), "num_examples", None) or None
+        samples, listed = stream_options(f"datasets://{path}", options, count)
+        if label and names is None and "num_classes" not in options:
+            raise UserError(f"datasets://{path}: streamed labels need ?num_classes=N or ?classes=FILE; ?label=none drops "
+                            "them.")
+        return HuggingFaceStream(f"datasets://{path}", samples, names or listed, dataset, column, label)
+    for key in ("samples", "num_classes"):
+        if key in options:
+            raise UserError(f"datasets://{path}: {key} is for streaming=1. Leave it out.")
+    stem = f"{Path(path).name}/{split}"
+    keys = PackedStrings(f"{stem}/{i}".encode() for i in range(len(dataset)))
+    if not len(keys):
+        raise UserError(f"datasets://{path}, split {split}: no pictures.")
+    labels = None
+    if label:
+        values = np.asarray(dataset.with_format(None)[label][:])
+        if values.dtype.kind in "US":
+            words, values = np.unique(values, return_inverse=True)
+            names = names or words.tolist()
+        if values.dtype.kind not in "iu" or values.min() < 0:
+            raise UserError(f"datasets://{path}: column {label} holds labels that are missing or no class numbers. "
+                            "Set ?label=NAME, or ?label=none.")
+        labels = values
+    return HuggingFaceSource(dataset, column, keys, labels, names if label else None)
