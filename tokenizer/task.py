@@ -41,21 +41,28 @@ class TokenizerTask:
         return {"objective": self.objective, **{f"teacher.{name}": net for name, net in self.teachers.items()}}
 
     def constants(self) -> dict[str, Tensor]:
-        return {}
+        return self.objective.constants()
 
     def phases(self, nets: dict[str, Any], batch: Batch, draws: Draws, progress: Progress) -> Iterator[Phase]:
         images = to_model_range(batch.images)  # (B, 3, H, W)
-        features = {name: batch.features[name].float() if name in batch.features else teacher(images)
+        features = {name: batch.features[name].float() if name in batch.features else teacher(images, draws)
                     for name, teacher in self.teachers.items()}
-        recon = nets["tokenizer"](images, draws)
+        if getattr(self.tokenizer, "reads_features", False):  # its teacher's features meet layers of its own
+            recon = nets["tokenizer"](images, draws, features, progress)
+        else:
+            recon = nets["tokenizer"](images, draws)
         if self.discriminator is not None:
             # The generator's pass must not leave gradients in the discriminator, whose own phase follows.
             self.discriminator.requires_grad_(False)
-        yield Phase("tokenizer", self.objective.generator_loss(images, recon, features, self.discriminator, progress))
+        random = draws.fork("gan")
+        yield Phase("tokenizer", self.objective.generator_loss(images, recon, features, self.discriminator, progress, random))
         if self.discriminator is not None:
             self.discriminator.requires_grad_(True)
+            if self.objective.skip_idle and not self.objective.gan_active(progress):
+                return
             fake = recon.images.detach()
-            yield Phase("discriminator", self.objective.discriminator_loss(images, fake, nets["discriminator"], progress))
+            loss = self.objective.discriminator_loss(images, fake, nets["discriminator"], progress, random)
+            yield Phase("discriminator", loss)
 
     @torch.no_grad()
     def preview(self, network: nn.Module, draws: Draws, count: int) -> Tensor:

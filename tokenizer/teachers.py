@@ -1,8 +1,9 @@
-"""Frozen networks whose patch features a tokenizer learns to predict (RecTok section 3.3).
+"""Frozen networks whose features a tokenizer learns to predict (RecTok section 3.3, FQGAN section 3.3).
 
-Each maps pictures to one feature per token of the tokenizer's grid. `dinov3` is written out here, with the tensor names
-of the published files; `dinov2` and `siglip` come from timm; `efficientnet_lite0` is the stand-in that needs no
-download. Teachers follow the caller's autocast for their matrix products and return fp32.
+Each maps pictures to one feature per token of the tokenizer's grid, `clip` and `dinov2_class` to one per picture.
+`dinov3` is written out here, with the tensor names of the published files; others come from timm (class tokens:
+tokenizer/class_tokens.py); `efficientnet_lite0` is the stand-in that needs no download (grid: 1 for one feature per
+picture). Teachers follow the caller's autocast for their matrix products and return fp32.
 
 B batch, N = grid^2 tokens (row by row), D width, h heads, d = D / h.
 """
@@ -11,24 +12,29 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from core import hub
 from core.errors import UserError
 from core.images import to_uint8, to_unit_range
 from core.nn.frozen import Frozen
 from core.nn.offline import efficientnet_lite0_input, find_local_file, load_efficientnet_lite0
 from core.registry import Registry
+from core.state_dicts import describe_differences
 
 TEACHERS = Registry(
     "teacher",
     {
         "dinov3": "tokenizer.teachers:DINOv3Teacher",
+        "dinov2_patch16": "tokenizer.multiscale.teacher:DINOv2ClassTeacher",
         "dinov2": "tokenizer.teachers:dinov2",
         "siglip": "tokenizer.teachers:siglip",
+        "clip": "tokenizer.class_tokens:clip",
+        "dinov2_class": "tokenizer.class_tokens:dinov2_class",
         "efficientnet_lite0": "tokenizer.teachers:EfficientNetTeacher",
     },
 )
@@ -146,6 +152,8 @@ class DINOv3(nn.Module):
         rope_theta: float = 100.0,
     ):
         super().__init__()
+        if hidden_size % num_attention_heads or hidden_size // num_attention_heads % 4:
+            raise UserError(f"teacher dinov3: {num_attention_heads} heads do not cut width {hidden_size} into multiples of 4")
         self.patch_size, self.prefix, self.rope_theta = patch_size, 1 + num_register_tokens, rope_theta
         self.head_dim = hidden_size // num_attention_heads
         self.embeddings = _Embeddings(hidden_size, patch_size, num_register_tokens)
@@ -164,12 +172,44 @@ class DINOv3(nn.Module):
         return self.norm(x)
 
 
+# timm's name of a part -> ours; attention is fused there.
+_TIMM_PARTS = {"norm1": "norm1", "norm2": "norm2", "attn.proj": "attention.o_proj", "mlp.fc1": "mlp.up_proj",
+               "mlp.fc2": "mlp.down_proj"}
+_TIMM_NAMES = {"cls_token": "embeddings.cls_token", "reg_token": "embeddings.register_tokens",
+               "patch_embed.proj.weight": "embeddings.patch_embeddings.weight",
+               "patch_embed.proj.bias": "embeddings.patch_embeddings.bias"}
+
+
+def dinov3_from_timm(weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Tensors of timm's vit_*_patch16_dinov3 (with or without _qkvb) under the published names."""
+    ours = {_TIMM_NAMES.get(name, name): tensor for name, tensor in weights.items() if not name.startswith("blocks.")}
+    for name, tensor in weights.items():
+        if not name.startswith("blocks."):
+            continue
+        _, index, part, *rest = name.split(".")
+        layer, kind = f"layer.{index}.", ".".join(rest)
+        if part.startswith("gamma_"):
+            ours[f"{layer}layer_scale{part[-1]}.lambda1"] = tensor
+        elif kind == "qkv.weight":
+            for target, piece in zip("qkv", tensor.chunk(3)):
+                ours[f"{layer}attention.{target}_proj.weight"] = piece
+            for target in "qv":  # files without biases leave out what is zero in the published ones
+                ours.setdefault(f"{layer}attention.{target}_proj.bias", torch.zeros_like(tensor[: len(tensor) // 3, 0]))
+        elif kind in ("q_bias", "v_bias"):
+            ours[f"{layer}attention.{kind[0]}_proj.bias"] = tensor
+        else:
+            whole, _, suffix = f"{part}.{kind}".rpartition(".")
+            ours[f"{layer}{_TIMM_PARTS.get(whole, whole)}.{suffix}"] = tensor
+    return ours
+
+
 class DINOv3Teacher(Teacher):
     """DINOv3 ViT-L/16 patch features.
 
     Args:
         image_size: what the backbone sees; the grid is image_size / patch_size.
-        weights: safetensors file; None looks for DEFAULT_WEIGHTS below pretrained_models/.
+        weights: file or folder of the published layout (transformers) or of timm's, or hf://owner/repo/file. None looks
+            for DEFAULT_WEIGHTS below pretrained_models/ and offline_models/, then downloads it: it needs a licence.
         pretrained: False leaves random weights, for tests.
         processor_size: pictures are first shrunk to this size. parity: the official chain is 256 -> 224 -> 256, a blur.
         direct: skip that detour.
@@ -178,6 +218,7 @@ class DINOv3Teacher(Teacher):
         others: sizes of the backbone.
     """
 
+    REPOSITORY = "facebook/dinov3-vitl16-pretrain-lvd1689m"
     DEFAULT_WEIGHTS = "dinov3-vitl16-pretrain-lvd1689m/model.safetensors"
     name = "dinov3"
 
@@ -195,34 +236,42 @@ class DINOv3Teacher(Teacher):
         num_attention_heads: int = 16,
         patch_size: int = 16,
         num_register_tokens: int = 4,
+        rope_theta: float = 100.0,
     ):
         super().__init__()
         published = self._read(weights) if pretrained else None
         self.image_size, self.processor_size, self.direct = image_size, processor_size, direct
         self.teacher_train_mode, self.dim, self.grid = teacher_train_mode, hidden_size, image_size // patch_size
         self.backbone = DINOv3(hidden_size, intermediate_size, num_hidden_layers, num_attention_heads, patch_size,
-                               num_register_tokens)
+                               num_register_tokens, rope_theta)
         if published:
             self.load_weights(published)
         self.freeze()
 
     def _read(self, weights: str | None) -> dict[str, Tensor]:
-        from safetensors.torch import load_file
-
-        path = Path(weights) if weights else find_local_file(self.DEFAULT_WEIGHTS)
-        if path is None or not path.is_file():
+        found = weights or find_local_file(self.DEFAULT_WEIGHTS)
+        try:
+            if found is None:
+                found = hub.resolve(f"hf://{self.REPOSITORY}/model.safetensors")
+            elif Path(found).is_dir():
+                found = Path(found) / "model.safetensors"
+            return hub.load_tensors(hub.resolve(str(found)))
+        except UserError as error:
             raise UserError(
-                f"no DINOv3 weights at {weights or 'pretrained_models/' + self.DEFAULT_WEIGHTS}. Accept the licence at"
-                " https://huggingface.co/facebook/dinov3-vitl16-pretrain-lvd1689m, then: hf download"
-                " facebook/dinov3-vitl16-pretrain-lvd1689m model.safetensors --local-dir"
-                " pretrained_models/dinov3-vitl16-pretrain-lvd1689m. Without a network use teacher efficientnet_lite0."
-            )
-        return load_file(path)
+                f"no DINOv3 weights at {weights or 'pretrained_models/' + self.DEFAULT_WEIGHTS} ({error}). Accept the licence"
+                f" at https://huggingface.co/{self.REPOSITORY}, then: hf download {self.REPOSITORY} model.safetensors"
+                " --local-dir pretrained_models/dinov3-vitl16-pretrain-lvd1689m. Without a network use teacher"
+                " efficientnet_lite0."
+            ) from None
 
     def load_weights(self, weights: dict[str, Tensor]) -> None:
         """Take the tensors of a published file; strict, but for the mask token, which only pretraining uses."""
         weights = {name.removeprefix("model."): tensor for name, tensor in weights.items()}
+        if "blocks.0.norm1.weight" in weights:
+            weights = dinov3_from_timm(weights)
         weights.pop("embeddings.mask_token", None)
+        if problems := describe_differences(weights, self.backbone.state_dict()):
+            raise UserError(f"these are not the weights of this DINOv3 teacher: {'; '.join(problems)}")
         self.backbone.load_state_dict(weights)
 
     def processed(self, images: Tensor) -> Tensor:
@@ -241,7 +290,8 @@ class DINOv3Teacher(Teacher):
         scale = 1.0
         if self.teacher_train_mode:
             if draws is None:
-                raise ValueError("teacher_train_mode is random: call the teacher with draws")
+                raise UserError("teachers.dinov3.teacher_train_mode moves features at random, so they cannot be kept: set"
+                                " data.cache_features=false")
             scale = math.exp(draws.shared_uniform("teacher rope scale", -math.log(2.0), math.log(2.0)))
         return self.backbone(self.pixels(images), scale)[:, self.backbone.prefix :]
 
@@ -249,8 +299,27 @@ class DINOv3Teacher(Teacher):
 # ---------------------------------------------------------------------------------------------------------------------
 # Teachers from libraries
 # ---------------------------------------------------------------------------------------------------------------------
+def create_timm(name: str, model: str, weights: str | None, pretrained: bool, **settings: Any) -> nn.Module:
+    """A backbone of timm without its head. UserError that says what to do where its weights cannot be had."""
+    import timm  # takes seconds: only when used
+
+    if weights and not Path(weights).is_file():
+        found = hub.resolve(weights) if "://" in weights else find_local_file(weights)
+        if found is None:
+            raise UserError(f'teacher "{name}": there is no file {weights}, nor one below pretrained_models/.')
+        weights = str(found)
+    try:
+        return timm.create_model(model, pretrained=pretrained, pretrained_cfg_overlay={"file": weights} if weights else {},
+                                 num_classes=0, **settings)
+    except (OSError, RuntimeError) as error:
+        raise UserError(
+            f'could not get the weights of teacher "{name}" ({error}). Set its `weights` to a file of timm\'s'
+            f" {model}, or use teacher efficientnet_lite0, which needs no download."
+        ) from None
+
+
 class TimmTeacher(Teacher):
-    """Patch tokens of a vision transformer of timm, on pictures resized to grid * patch pixels.
+    """Patch tokens of a vision transformer of timm.
 
     Args:
         name: under which its features are known.
@@ -258,40 +327,48 @@ class TimmTeacher(Teacher):
         grid: tokens per side.
         weights: a file; None downloads timm's.
         pretrained: False leaves random weights, for tests.
+        direct: resize pictures to grid * patch pixels at once, True for bilinear with antialiasing, "bicubic" for D-AR's
+            bicubic without. parity: RecTok's chain (False) is timm's evaluation transform (bicubic, for siglip the
+            centre 90 % of the picture) and then that size, bilinear.
     """
 
-    def __init__(self, name: str, model: str, grid: int, weights: str | None = None, pretrained: bool = True):
-        import timm  # takes seconds: only when used
-
-        config: dict[str, Any] = {"file": weights} if weights else {}
+    def __init__(self, name: str, model: str, grid: int, weights: str | None = None, pretrained: bool = True,
+                 direct: bool | Literal["bicubic"] = False):
         patch = 14 if "patch14" in model else 16
-        try:
-            backbone = timm.create_model(model, pretrained=pretrained, pretrained_cfg_overlay=config, num_classes=0,
-                                         img_size=grid * patch)
-        except (OSError, RuntimeError) as error:
-            raise UserError(
-                f'could not get the weights of teacher "{name}" ({error}). Set its `weights` to a file of timm\'s'
-                f" {model}, or use teacher efficientnet_lite0, which needs no download."
-            ) from None
-        super().__init__(backbone.pretrained_cfg["mean"], backbone.pretrained_cfg["std"])
-        self.name, self.grid, self.size, self.dim = name, grid, grid * patch, backbone.num_features
+        backbone = create_timm(name, model, weights, pretrained, img_size=grid * patch)
+        known = backbone.pretrained_cfg
+        super().__init__(known["mean"], known["std"])
+        self.name, self.grid, self.size, self.dim, self.direct = name, grid, grid * patch, backbone.num_features, direct
+        self.crop, self.interpolation = known["input_size"][-1], known["interpolation"]
+        self.resized = math.floor(self.crop / known["crop_pct"])
         self.backbone = backbone
         self.freeze()
 
+    def pixels(self, images: Tensor) -> Tensor:
+        """What the backbone sees, (B, 3, grid * patch, grid * patch)."""
+        pixels = to_unit_range(images.float())
+        if self.direct == "bicubic":
+            return F.interpolate(self.normalise(pixels), size=(self.size, self.size), mode="bicubic")
+        if self.direct:
+            pixels = F.interpolate(pixels, size=(self.size, self.size), mode="bilinear", antialias=True)
+            return self.normalise(pixels)
+        pixels = F.interpolate(pixels, size=(self.resized, self.resized), mode=self.interpolation, antialias=True).clamp(0, 1)
+        edge = (self.resized - self.crop) // 2
+        pixels = self.normalise(pixels[..., edge : edge + self.crop, edge : edge + self.crop])
+        return F.interpolate(pixels, size=(self.size, self.size), mode="bilinear")
+
     def features(self, images: Tensor, draws=None) -> Tensor:
-        pixels = self.normalise(to_unit_range(images.float()))
-        pixels = F.interpolate(pixels, size=(self.size, self.size), mode="bilinear", antialias=True)
-        return self.backbone.forward_features(pixels)[:, self.backbone.num_prefix_tokens :]  # (B, N, D)
+        return self.backbone.forward_features(self.pixels(images))[:, self.backbone.num_prefix_tokens :]  # (B, N, D)
 
 
-def dinov2(grid: int = 16, weights: str | None = None, pretrained: bool = True,
+def dinov2(grid: int = 16, weights: str | None = None, pretrained: bool = True, direct: bool | Literal["bicubic"] = False,
            model: str = "vit_large_patch14_dinov2.lvd142m") -> TimmTeacher:
-    return TimmTeacher("dinov2", model, grid, weights, pretrained)
+    return TimmTeacher("dinov2", model, grid, weights, pretrained, direct)
 
 
-def siglip(grid: int = 16, weights: str | None = None, pretrained: bool = True,
+def siglip(grid: int = 16, weights: str | None = None, pretrained: bool = True, direct: bool = False,
            model: str = "vit_large_patch16_siglip_256") -> TimmTeacher:
-    return TimmTeacher("siglip", model, grid, weights, pretrained)
+    return TimmTeacher("siglip", model, grid, weights, pretrained, direct)
 
 
 class EfficientNetTeacher(Teacher):

@@ -23,6 +23,7 @@ from core.nn.attention import Attention
 from core.nn.mlp import SwiGLU
 from core.nn.norms import RMSNorm
 from core.nn.rope import Rope, rectok_rope
+from core.sizes import pick
 from core.specs import Continuous, Recon
 
 
@@ -43,18 +44,6 @@ SIZES = {
     "xl": Size(1152, 28, 16),
     "huge": Size(1280, 32, 16),
 }
-
-
-def _size(value: str | dict[str, int], setting: str) -> Size:
-    if isinstance(value, str):
-        if value not in SIZES:
-            raise UserError(f'{setting} "{value}" is not a known size.{nearest(value, SIZES)}')
-        return SIZES[value]
-    wanted = {f.name for f in fields(Size)}
-    if not isinstance(value, dict) or set(value) != wanted:
-        raise UserError(f"{setting} is the name of a size ({', '.join(SIZES)}) or has exactly the keys "
-                        f"{', '.join(sorted(wanted))}; got {value!r}")
-    return Size(**value)
 
 
 def _one_of(value: str, choices: tuple[str, ...], setting: str) -> str:
@@ -93,7 +82,7 @@ class Block(nn.Module):
     def __init__(self, width: int, heads: int, qk_norm: bool):
         super().__init__()
         self.norm1 = RMSNorm(width)
-        self.attn = Attention(width, heads, qk_norm)
+        self.attn = Attention(width, heads, "rms" if qk_norm else "none")
         self.norm2 = RMSNorm(width)
         self.mlp = SwiGLU(width)
 
@@ -276,8 +265,8 @@ class RecTok(nn.Module):
         grid = (side, side)
         self.spec = Continuous(grid, channels)
         self.time_shift = math.sqrt(self.spec.length * channels / 4096)
-        self.encoder = Encoder(_size(encoder, "encoder"), grid, patch_size, channels, qk_norm)
-        self.decoder = Decoder(_size(decoder, "decoder"), grid, patch_size, channels, qk_norm)
+        self.encoder = Encoder(pick(encoder, Size, SIZES, "encoder"), grid, patch_size, channels, qk_norm)
+        self.decoder = Decoder(pick(decoder, Size, SIZES, "decoder"), grid, patch_size, channels, qk_norm)
         self._init_weights(init_std)
         self.sem_decoders = nn.ModuleDict(self._semantic_decoders(grid, qk_norm))
         self.register_buffer("latent_mean", torch.zeros(channels, device="cpu"), persistent=False)
@@ -301,7 +290,7 @@ class RecTok(nn.Module):
             return {}
         if self.semantic.decoder == "mlp":
             return {name: SemanticMLP(self.channels, width) for name, width in self.semantic.teachers.items()}
-        size = _size(self.semantic.size, "semantic.size")
+        size = pick(self.semantic.size, Size, SIZES, "semantic.size")
         return {name: SemanticTransformer(size, grid, self.channels, width, qk_norm)
                 for name, width in self.semantic.teachers.items()}
 
@@ -368,12 +357,21 @@ class RecTok(nn.Module):
                 raise UserError(f"latent statistics: {name} cannot normalise a latent: {value.tolist()}")
             getattr(self, f"latent_{name}").copy_(value.flatten().expand(self.channels))
 
+    @property
+    def latent_stats_known(self) -> bool:
+        """Whether `set_latent_stats` has been called; without, latents are not unit variance."""
+        return bool((self.latent_std != 1).any() or (self.latent_mean != 0).any())
+
     def precompute(self, images: Tensor) -> Tensor:
         """Moments of the posterior, (B, N, 2C)."""
         return self.encoder(images)
 
+    def moments(self, stored: Tensor) -> Tensor:
+        """What latent statistics are measured on, (B, N, 2C): here it is what is stored."""
+        return stored
+
     def from_stored(self, stored: Tensor, draws=None) -> Tensor:
-        posterior = Posterior(stored)
+        posterior = Posterior(stored.float())
         z = posterior.mean  # (B, N, C)
         if draws is not None:
             z = posterior.sample(draws.normal("posterior", z.shape[1:]))

@@ -1,6 +1,7 @@
 """Latent statistics: mean and standard deviation over images and tokens, which make latents unit variance.
 
-As in RecTok they are those of the posterior's MOMENTS (B, N, 2C); the first C belong to the mean, and the posterior's
+A file of ours names the tokenizer weights it belongs to; the official stats.pkl, which does not, is read too. As in RecTok
+they are those of the posterior's MOMENTS (B, N, 2C); the first C belong to the mean, and the posterior's
 own noise is not added to the standard deviation.
 """
 
@@ -14,13 +15,14 @@ from safetensors import safe_open
 from safetensors.torch import save
 from torch import Tensor
 
-from core.errors import UserError
+from core.errors import UserError, nearest
 from core.files import write_atomic
+from core.pickles import load_plain_pickle
 
 
 @dataclass(frozen=True)
 class LatentStats:
-    """fp32. `images` is how many pictures they come from."""
+    """fp32. `images` is how many pictures they come from; 0: not known."""
 
     channel_mean: Tensor  # (2C,)
     channel_std: Tensor  # (2C,)
@@ -83,6 +85,34 @@ def save_stats(path: str | Path, stats: LatentStats, fingerprint: str) -> None:
     metadata = {"format": "tessera latent statistics", "fingerprint": fingerprint, "images": str(stats.images)}
     Path(path).parent.mkdir(parents=True, exist_ok=True)
     write_atomic(path, save(tensors, metadata))
+
+
+def default_place(weights: Path) -> Path | None:
+    """Where the statistics of a weight file are looked for; None for a checkpoint folder, whose generators carry them."""
+    return None if Path(weights).is_dir() else Path(weights).with_suffix(".latent_stats.safetensors")
+
+
+def read_stats(reference: str, fingerprint: str | None = None) -> LatentStats:
+    """Statistics from a file of `save_stats` or from the official pickle, "stats.pkl#KEY" where that holds several.
+
+    `fingerprint` of the tokenizer in use is compared with a file of ours; an official one cannot tell.
+    """
+    path, _, key = reference.partition("#")
+    return _from_official(Path(path), key) if path.endswith((".pkl", ".pickle")) else load_stats(path, fingerprint)
+
+
+def _from_official(path: Path, key: str) -> LatentStats:
+    """{key: {"single": (mean, std), "channel": (mean (2C,), std (2C,))}}"""
+    content = load_plain_pickle(path)
+    known = [name for name, value in content.items() if isinstance(value, dict) and {"single", "channel"} <= set(value)]
+    if not known:
+        raise UserError(f"{path}: not a file of latent statistics; it should hold a table with single and channel.")
+    if key and key not in known or not key and len(known) > 1:
+        hint = nearest(key, known) if key else f" Known: {', '.join(sorted(known))}."
+        raise UserError(f"{path} holds statistics of {len(known)} tokenizer(s): choose one with {path}#KEY.{hint}")
+    entry = content[key or known[0]]
+    (single_mean, single_std), (mean, std) = ([torch.as_tensor(v).float() for v in entry[n]] for n in ("single", "channel"))
+    return LatentStats(mean.flatten(), std.flatten(), single_mean.reshape(()), single_std.reshape(()), images=0)
 
 
 def load_stats(path: str | Path, fingerprint: str | None = None) -> LatentStats:

@@ -5,12 +5,18 @@ from core.registry import Registry
 PERCEPTUAL = Registry(
     "perceptual part",
     {
-        "lpips": "tokenizer.losses.lpips:lpips_vgg",
-        "lpips_squeeze": "tokenizer.losses.lpips:lpips_squeeze",
+        "lpips": "core.nn.lpips:lpips_vgg",
+        "lpips_squeeze": "core.nn.lpips:lpips_squeeze",
         "convnext_s": "tokenizer.losses.perceptual:ConvNeXtLogits",
+        "resnet50": "tokenizer.losses.perceptual:ResNetLogits",
     },
 )
 
-DISCRIMINATORS = Registry("discriminator", {"patchgan": "tokenizer.losses.discriminators:PatchGAN"})
+DISCRIMINATORS = Registry("discriminator", {
+    "dino": "tokenizer.losses.dino_discriminator:DinoDiscriminator",
+    "patchgan": "tokenizer.losses.discriminators:PatchGAN",
+    "blur": "tokenizer.losses.discriminators:BlurDiscriminator",
+    "stylegan": "tokenizer.losses.discriminators:StyleGANDiscriminator",
+})
 
 OBJECTIVES = Registry("objective", {"image": "tokenizer.losses.objective:Objective"})

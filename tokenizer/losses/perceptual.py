@@ -15,12 +15,32 @@ from torch.nn import functional as F
 
 from core.errors import UserError
 from core.nn.frozen import Frozen
+from core.nn.lpips import torchvision_weights
 from tokenizer.losses import PERCEPTUAL
-from tokenizer.losses.lpips import torchvision_weights
 
 
-class ConvNeXtLogits(Frozen):
-    """Mean squared difference of the classifier outputs of ConvNeXt-Small.
+class ClassifierLogits(Frozen):
+    """Mean squared difference of a classifier's outputs. Subclasses set `network` and freeze."""
+
+    network: nn.Module
+
+    def pixels(self, images: Tensor) -> Tensor:
+        """Pictures in [0, 1] as the network wants them, (B, 3, 224, 224)."""
+        return self.normalise(F.interpolate(images, size=(224, 224), mode="bilinear", antialias=True))
+
+    def logits(self, images: Tensor) -> Tensor:
+        """(B, classes) for pictures in [0, 1]."""
+        return self.network(self.pixels(images))
+
+    def forward(self, images: Tensor, recon: Tensor) -> Tensor:
+        """One number for the batch. Gradients reach `recon` only."""
+        with torch.no_grad():
+            target = self.logits(images)
+        return F.mse_loss(self.logits(recon), target)
+
+
+class ConvNeXtLogits(ClassifierLogits):
+    """ConvNeXt-Small (RecTok).
 
     Args:
         blocks: (in, out, layers) of each stage; None for those of ConvNeXt-Small.
@@ -39,19 +59,24 @@ class ConvNeXtLogits(Frozen):
             self.network.load_state_dict(torchvision_weights(ConvNeXt_Small_Weights.IMAGENET1K_V1, advice))
         self.freeze()
 
-    def pixels(self, images: Tensor) -> Tensor:
-        """Pictures in [0, 1] as the network wants them, (B, 3, 224, 224)."""
-        return self.normalise(F.interpolate(images, size=(224, 224), mode="bilinear", antialias=True))
 
-    def logits(self, images: Tensor) -> Tensor:
-        """(B, classes) for pictures in [0, 1]."""
-        return self.network(self.pixels(images))
+class ResNetLogits(ClassifierLogits):
+    """ResNet-50 (VQGAN+ of MaskBit).
 
-    def forward(self, images: Tensor, recon: Tensor) -> Tensor:
-        """One number for the batch. Gradients reach `recon` only."""
-        with torch.no_grad():
-            target = self.logits(images)
-        return F.mse_loss(self.logits(recon), target)
+    Args:
+        layers, classes: blocks per stage and number of outputs, those of ResNet-50 by default.
+        pretrained: False leaves random weights, for tests.
+    """
+
+    def __init__(self, layers: list[int] = (3, 4, 6, 3), classes: int = 1000, pretrained: bool = True):
+        super().__init__()
+        from torchvision.models.resnet import Bottleneck, ResNet, ResNet50_Weights
+
+        self.network = ResNet(Bottleneck, list(layers), num_classes=classes)
+        if pretrained:
+            advice = "Or use perceptual: {lpips_squeeze: 1.0}, which needs no download."
+            self.network.load_state_dict(torchvision_weights(ResNet50_Weights.IMAGENET1K_V1, advice))
+        self.freeze()
 
 
 class Perceptual(nn.Module):

@@ -1,0 +1,95 @@
+"""Released D-AR tokenizer files -> our state dict and back.
+
+The official attention layers have one matrix each for query, key and value; ours have one for all that see the same
+input: `attention.{q,k,v}` <-> `attention.qkv`, `cross_attn.{k,v}` <-> `cross_attn.kv`.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from typing import Any
+
+import torch
+from torch import nn
+
+from core.state_dicts import Adapter, State, layer_count
+from tokenizer.vq.dar import DAR
+
+_FUSED = {"attention": ("qkv", ("q", "k", "v")), "cross_attn": ("kv", ("k", "v"))}
+
+
+def _rename(state: State) -> State:
+    renamed: dict[str, Any] = {}
+    for name, value in state.items():
+        match = re.fullmatch(r"(.*\.)(attention|cross_attn)\.([qkv])\.(weight|bias)", name)
+        fused, parts = _FUSED[match[2]] if match else ("", ())
+        if match is None or match[3] not in parts:
+            renamed[name] = value
+            continue
+        names = [f"{match[1]}{match[2]}.{part}.{match[4]}" for part in parts]
+        missing = [n for n in names if n not in state]
+        if missing:  # the strict load below names it under the official name
+            renamed[name] = value
+        elif match[3] == parts[0]:
+            renamed[f"{match[1]}{match[2]}.{fused}.{match[4]}"] = torch.cat([state[n] for n in names])
+    return renamed
+
+
+def _restore(model: nn.Module) -> State:
+    state: State = {}
+    for name, value in model.state_dict().items():
+        match = re.fullmatch(r"(.*\.)(attention|cross_attn)\.(qkv|kv)\.(weight|bias)", name)
+        if match is None:
+            state[name] = value
+            continue
+        parts = _FUSED[match[2]][1]
+        for part, rows in zip(parts, value.chunk(len(parts))):
+            state[f"{match[1]}{match[2]}.{part}.{match[4]}"] = rows
+    return state
+
+
+def _inspect(state: State) -> dict[str, Any]:
+    net = "diff_decoder.net."
+    encoder_width, _, patch_size, _ = state["patchify.weight"].shape
+    condition_width = state["decoder_embedding.weight"].shape[1]
+    width, pixels = state[net + "conv_in.weight"].shape[:2]
+    decoder: dict[str, Any] = {"width": width, "depth": layer_count(state, net + "blocks."),
+                               "patch_size": math.isqrt(pixels // 3)}
+    if net + "time_embed.mlp.0.weight" in state:
+        decoder["own_time"] = False
+    if net + "linear_out.linear.weight" in state:
+        decoder["modulated_output"] = True
+    settings = {
+        "patch_size": patch_size, "encoder_width": encoder_width, "encoder_layers": layer_count(state, "encoder_layers."),
+        "condition_width": condition_width, "condition_layers": layer_count(state, "decoder_layers."),
+        "code_dim": state["quant_in_conv.weight"].shape[0], "decoder": decoder,
+        "head_dim": state[net + "blocks.0.attention.q_norm.weight"].shape[0],
+    }
+    if "quantize.embedding.weight" in state:
+        settings["vocab"] = state["quantize.embedding.weight"].shape[0]
+    else:
+        settings["quantize"] = False
+    if "quantize.codebook_used" in state:
+        settings["usage_window"] = state["quantize.codebook_used"].shape[0]
+    if "query_linear.weight" not in state:
+        settings["low_rank_queries"] = False
+    if net + "repa_out.4.weight" in state:
+        settings["semantic"] = {"teachers": {"dinov2": state[net + "repa_out.4.weight"].shape[0]}}
+        decoder["feature_hidden"] = state[net + "repa_out.0.weight"].shape[0]
+    return settings
+
+
+ADAPTER = Adapter(
+    title="the D-AR tokenizer",
+    build=DAR,
+    inspect=_inspect,
+    rename=_rename,
+    fit=lambda state, model: state,
+    restore=_restore,
+    markers=("diff_decoder.net.conv_in.weight", "query_embedding.weight", "decoder_embedding.weight",
+             "quant_in_conv.weight"),
+    optional=("diff_decoder.net.repa_out.*", "quantize.codebook_used"),
+    averaged=("ema",),
+    container=None,
+)

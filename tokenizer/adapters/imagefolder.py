@@ -1,0 +1,167 @@
+"""Released ImageFolder, XQ-GAN and RobustTok tokenizers -> our state dict and back."""
+
+from __future__ import annotations
+
+import math
+import re
+from typing import Any
+
+import torch
+from torch import nn
+
+from core.errors import UserError
+from core.nn.vit import VIT_SIZES, rename_gated
+from core.state_dicts import Adapter, State, layer_count
+from tokenizer.multiscale.imagefolder import RELEASED_SCALES, ImageFolder
+
+_TRUNKS = ("encoder.model.", "decoder.model.")
+_IGNORED = {"semantic_model.*": "the frozen teacher", "detail_model.*": "a teacher that the official code cannot build",
+            "*.lvl1LC": "a table of levels, which is rebuilt", "sem_linear.*": "built and never used by the official code",
+            "*.scaler": "1 / sqrt(bits), which is rebuilt"}
+
+
+def _ours(name: str) -> str:
+    """Their name of a tensor -> ours."""
+    name = re.sub(r"^quantize\.", "quantizes.0.", name)
+    name = re.sub(r"^quantizes\.(\d+)\.quant_resi\.(?:qresi_ls\.|(?=\d))(\d+)\.", r"quantizer.quantizes.\1.phis.\2.", name)
+    name = re.sub(r"^quantizes\.(\d+)\.quant_resi\.qresi\.", r"quantizer.quantizes.\1.phis.0.", name)
+    name = re.sub(r"^quantizes\.", "quantizer.quantizes.", name)
+    name = name.replace(".base_model.model.", ".").replace(".base_layer.", ".")  # adapters of the PEFT library
+    name = re.sub(r"\.(lora_[AB])\.default\.weight$", r".\1", name)
+    name = name.replace(".norm.modules_to_save.default.", ".norm.")
+    return re.sub(r"\.norm\.original_module\.(\w+)$", r".norm.original_\1", name)
+
+
+def _theirs(name: str, model: ImageFolder) -> str:
+    """The reverse."""
+    quantizer = model.quantizer
+    if match := re.match(r"quantizer\.quantizes\.(\d+)\.(.*)", name):
+        branch, rest = match.groups()
+        layout = {0: r"quant_resi.\1.", 1: "quant_resi.qresi."}.get(quantizer.shared_phi, r"quant_resi.qresi_ls.\1.")
+        rest = re.sub(r"^phis\.(\d+)\.", layout, rest)
+        return f"quantize.{rest}" if model.branches == 1 else f"quantizes.{branch}.{rest}"
+    for trunk in _TRUNKS:
+        if name.startswith(trunk) and model.tuning[trunk.split(".")[0]] == "lora":
+            rest = name.removeprefix(trunk)
+            rest = re.sub(r"(mlp\.\w+)\.(weight|bias)$", r"\1.base_layer.\2", rest)
+            rest = re.sub(r"\.(lora_[AB])$", r".\1.default.weight", rest)
+            rest = re.sub(r"^norm\.original_(\w+)$", r"norm.original_module.\1", rest)
+            rest = re.sub(r"^norm\.(weight|bias)$", r"norm.modules_to_save.default.\1", rest)
+            return f"{trunk}base_model.model.{rest}"
+    return name
+
+
+def _rename(state: State) -> State:
+    renamed = {_ours(name): value for name, value in state.items()}
+    for name, value in renamed.items():
+        if name.endswith("ema_vocab_hit_SV") and value.ndim == 1:  # the plain quantiser has no scales
+            renamed[name] = value[None]
+    return rename_gated(renamed)
+
+
+def _merge_adapters(state: State, part: str) -> State:
+    """W + scaling B A in every adapted layer of a part; official files do not hold the factor, which is 1 in all."""
+    merged = {name: value for name, value in state.items()
+              if not (name.startswith(part) and re.search(r"\.lora_[AB]$|\.scaling$|\.original_\w+$", name))}
+    for name in state:
+        if name.startswith(part) and name.endswith(".lora_A"):
+            layer = name.removesuffix(".lora_A")
+            change = state[layer + ".lora_B"] @ state[name]
+            merged[layer + ".weight"] = state[layer + ".weight"] + state.get(layer + ".scaling", 1.0) * change
+    return merged
+
+
+def _fit(state: State, model: nn.Module) -> State:
+    """The count of updates is not in official files: their usage statistics begin anew, as in the official code.
+    Adapters are merged for a model without, and new for one whose weights have none."""
+    own = model.state_dict()
+    for part, method in model.tuning.items():
+        if method != "lora":
+            state = _merge_adapters(state, f"{part}.")
+        elif not any(name.startswith(part) and name.endswith(".lora_A") for name in state):
+            # A model about to be adapted: its adapters are new, and its last norm starts from the file's.
+            state = {**state, **{name: value for name, value in own.items()
+                                 if name.startswith(part) and name.endswith((".lora_A", ".lora_B"))}}
+            state |= {f"{part}.model.norm.original_{leaf}": state[f"{part}.model.norm.{leaf}"]
+                      for leaf in ("weight", "bias") if f"{part}.model.norm.{leaf}" in state}
+    missing = {name: torch.zeros_like(value) for name, value in own.items()
+               if name.endswith(".updates") and name not in state}
+    missing |= {name: value for name, value in own.items() if name.endswith(".scaling") and name not in state}
+    return {**state, **missing}
+
+
+def _restore(model: ImageFolder) -> State:
+    state = {_theirs(name, model): value for name, value in rename_gated(model.state_dict(), back=True).items()
+             if not name.endswith((".updates", ".scaling")) and not name.startswith("sem_linear.")}
+    if model.quantizer.shared_phi is None:
+        state = {name: value[0] if name.endswith("ema_vocab_hit_SV") else value for name, value in state.items()}
+    for branch in range(model.branches) if model.quantizer.binary else ():
+        scale = torch.full((len(model.quantizer.scales),), model.code_dim**-0.5)
+        state[f"quantize.scaler" if model.branches == 1 else f"quantizes.{branch}.scaler"] = scale
+    return {**state, "encoder.lvl1LC": model.encoder.lvl1LC, "decoder.lvl1LC": model.decoder.lvl1LC}
+
+
+def _trunk(state: State, prefix: str) -> str | dict[str, int]:
+    """Heads follow from the width of the DINOv2 models, 64 channels each; others must name them."""
+    width = state[prefix + "cls_token"].shape[-1]
+    layers = layer_count(state, prefix + "blocks.")
+    for name, size in VIT_SIZES.items():
+        if (size.width, size.layers) == (width, layers):
+            return name
+    if width % 64:
+        raise UserError(f"{prefix.rstrip('.')}: the number of attention heads does not follow from these weights; "
+                        f"give it as {{width: {width}, layers: {layers}, heads: ...}}")
+    return {"width": width, "layers": layers, "heads": width // 64}
+
+
+def _inspect(state: State) -> dict[str, Any]:
+    state = _rename(state)
+    try:
+        branches = layer_count(state, "quantizer.quantizes.")
+        latents = state["encoder.latent_tokens"].shape[1] // branches
+        grid = math.isqrt(state["encoder.model.pos_embed"].shape[1] - 1)
+        patch = state["encoder.model.patch_embed.proj.weight"].shape[-1]
+        hits = state["quantizer.quantizes.0.ema_vocab_hit_SV"]
+        settings: dict[str, Any] = {
+            "image_size": grid * patch, "patch_size": patch, "encoder": _trunk(state, "encoder.model."),
+            "decoder": _trunk(state, "decoder.model."), "latent_grid": math.isqrt(latents), "branches": branches,
+            "vocab": hits.shape[1], "code_dim": state["quant_conv.weight"].shape[0]}
+    except KeyError as error:
+        raise UserError(f"these are not the weights of an ImageFolder tokenizer: {error.args[0]} is missing") from error
+    phis = layer_count(state, "quantizer.quantizes.0.phis.")
+    if phis == 0:
+        settings["quantizer"] = "plain"
+    elif "quantizer.quantizes.0.embedding.weight" not in state:
+        settings["quantizer"] = "binary"
+    if phis not in (0, 4):
+        settings["shared_phi"] = 0 if phis == hits.shape[0] and phis > 1 else phis
+    settings["scales"] = _scales(hits.shape[0], settings["latent_grid"])
+    for part in ("encoder", "decoder"):
+        adapter = f"{part}.model.blocks.0.mlp.fc1.lora_A"
+        if adapter in state:
+            settings |= {f"{part[:3]}_tuning": "lora", "lora_rank": state[adapter].shape[0],
+                         "lora_alpha": float(state[adapter].shape[0])}
+    return settings
+
+
+def _scales(count: int, side: int) -> list[int]:
+    """The scales are not in the file; the released ones are known by their number and their end."""
+    if count == 1:
+        return [side]
+    if (count, side) == (len(RELEASED_SCALES), RELEASED_SCALES[-1]):
+        return list(RELEASED_SCALES)
+    raise UserError(f"the {count} scales of this tokenizer do not follow from its weights; give them as tokenizer.scales")
+
+
+ADAPTER = Adapter(
+    title="the ImageFolder tokenizer",
+    build=ImageFolder,
+    inspect=_inspect,
+    rename=_rename,
+    fit=_fit,
+    restore=_restore,
+    markers=("encoder.latent_tokens", "decoder.mask_token", "decoder.to_pixel.*", "quantize*.ema_vocab_hit_SV"),
+    ignored=_IGNORED,
+    raw=("model", "module", "state_dict", "trainer.vae_local"),
+    container=("model", "ema"),
+)

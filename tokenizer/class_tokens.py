@@ -1,0 +1,141 @@
+"""Teachers that say one thing about a whole picture: the class tokens of CLIP and DINOv2 (FQGAN, section 3.3).
+
+The networks are timm's. Weights come from timm's hub copies, or from files: timm's, OpenAI's or Meta's own, or those
+of the transformers library (`openai/clip-vit-large-patch14/model.safetensors`), which are renamed here.
+"""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from core import hub
+from core.errors import UserError
+from core.images import to_unit_range
+from core.nn.embed import resize_positions
+from core.nn.offline import find_local_file
+from core.state_dicts import describe_differences
+from tokenizer.teachers import Teacher, create_timm
+
+# Names of the transformers library -> timm's, for both families; q, k and v are joined afterwards.
+_RENAMED = (
+    (r"^vision_model\.embeddings\.class_embedding$", "cls_token"), (r"^embeddings\.cls_token$", "cls_token"),
+    (r"^vision_model\.embeddings\.position_embedding\.weight$", "pos_embed"),
+    (r"^embeddings\.position_embeddings$", "pos_embed"),
+    (r"^vision_model\.embeddings\.patch_embedding\.", "patch_embed.proj."),
+    (r"^embeddings\.patch_embeddings\.projection\.", "patch_embed.proj."),
+    (r"^vision_model\.pre_layrnorm\.", "norm_pre."), (r"^vision_model\.post_layernorm\.", "norm."),
+    (r"^layernorm\.", "norm."),
+    (r"^(?:vision_model\.)?encoder\.layers?\.", "blocks."), (r"\.layer_norm(\d)\.", r".norm\1."),
+    (r"\.self_attn\.([qkv])_proj\.", r".attn.\1."), (r"\.attention\.attention\.([qkv])\w+\.", r".attn.\1."),
+    (r"\.self_attn\.out_proj\.", ".attn.proj."), (r"\.attention\.output\.dense\.", ".attn.proj."),
+    (r"\.layer_scale(\d)\.lambda1$", r".ls\1.gamma"),
+)
+
+
+def is_transformers_file(weights: dict[str, Tensor]) -> bool:
+    return any(name.startswith(("vision_model.", "embeddings.", "dinov2.embeddings.")) for name in weights)
+
+
+def timm_from_transformers(weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    """A CLIP (text part and all) or DINOv2 file of the transformers library under timm's names."""
+    renamed = {}
+    for name, tensor in weights.items():
+        name = name.removeprefix("dinov2.")
+        kept = name.startswith(("vision_model.", "embeddings.", "encoder.", "layernorm."))
+        if not kept or name.endswith(("mask_token", "position_ids")):
+            continue  # the text part, projections, what only pretraining uses
+        for pattern, replacement in _RENAMED:
+            name = re.sub(pattern, replacement, name)
+        if name in ("cls_token", "pos_embed"):
+            tensor = tensor.reshape(1, -1, tensor.shape[-1])
+        renamed[name] = tensor
+    for name in [name for name in renamed if ".attn.q." in name]:
+        joined = [renamed.pop(name.replace(".attn.q.", f".attn.{part}.")) for part in "qkv"]
+        renamed[name.replace(".attn.q.", ".attn.qkv.")] = torch.cat(joined)
+    return renamed
+
+
+def _backbone(name: str, model: str, weights: str | None, pretrained: bool) -> nn.Module:
+    path = None
+    if weights and pretrained:
+        own = Path(weights) if Path(weights).is_file() else find_local_file(weights)
+        path = hub.resolve(weights) if "://" in weights else own
+    if path is not None:
+        loaded = hub.load_tensors(path)
+        if is_transformers_file(loaded):
+            backbone = create_timm(name, model, None, False)
+            state = timm_from_transformers(loaded)
+            if problems := describe_differences(state, backbone.state_dict()):
+                raise UserError(f'teacher "{name}": {path} is not a file of {model}: {"; ".join(problems)}')
+            backbone.load_state_dict(state)
+            return backbone
+    return create_timm(name, model, str(path) if path else weights, pretrained)
+
+
+def nearest_pixels(images: Tensor, size: int) -> Tensor:
+    """Pictures in [-1, 1] -> [0, 1], (B, 3, size, size), source pixel floor(i * in / out); not "nearest-exact"."""
+    return F.interpolate(to_unit_range(images.float()), size=(size, size), mode="nearest")
+
+
+class ClassToken(Teacher):
+    """The class token of a vision transformer of timm: one feature per picture, (B, 1, dim).
+
+    Pictures are resized by nearest neighbour. parity: FQGAN's teachers see such pictures, and the released tokenizers
+    learnt from them.
+
+    Args:
+        name: under which its features are known.
+        model: timm's name.
+        image_size: what the backbone sees.
+        normed: take the token after the final norm; CLIP's teachers in FQGAN come before it.
+        weights: a file (see above), its name below pretrained_models/, or hf://owner/repo/file; None downloads timm's.
+        pretrained: False leaves random weights, for tests.
+    """
+
+    grid = 1
+
+    def __init__(self, name: str, model: str, image_size: int, normed: bool, weights: str | None = None,
+                 pretrained: bool = True):
+        backbone = _backbone(name, model, weights, pretrained)
+        super().__init__(backbone.pretrained_cfg["mean"], backbone.pretrained_cfg["std"])
+        if backbone.num_prefix_tokens == 0:
+            raise UserError(f'teacher "{name}": {model} has no class token')
+        self.name, self.dim, self.size = name, backbone.num_features, image_size
+        patch = backbone.patch_embed.patch_size[0]
+        grid = (image_size // patch, image_size // patch)
+        if backbone.patch_embed.grid_size != grid:
+            # timm smooths when it shrinks a table; the publishers' own code does not.
+            prefix = backbone.pos_embed.shape[1] - backbone.patch_embed.num_patches
+            table = backbone.pos_embed.detach()
+            resized = resize_positions(table[:, prefix:], grid)
+            backbone.pos_embed = nn.Parameter(torch.cat((table[:, :prefix], resized), dim=1))
+            backbone.patch_embed.img_size, backbone.patch_embed.grid_size = (image_size, image_size), grid
+            backbone.patch_embed.num_patches = grid[0] * grid[1]
+        if not normed:
+            backbone.norm = nn.Identity()
+        self.backbone = backbone
+        self.freeze()
+
+    def pixels(self, images: Tensor) -> Tensor:
+        """What the backbone sees of pictures in [-1, 1], (B, 3, image_size, image_size)."""
+        return self.normalise(nearest_pixels(images, self.size))
+
+    def features(self, images: Tensor, draws=None) -> Tensor:
+        return self.backbone.forward_features(self.pixels(images))[:, :1]
+
+
+def clip(weights: str | None = None, pretrained: bool = True,
+         model: str = "vit_large_patch14_clip_quickgelu_224.openai") -> ClassToken:
+    """OpenAI's CLIP. FQGAN: ViT-L/14 (the default) for dual, vit_base_patch16_clip_quickgelu_224.openai for triple."""
+    return ClassToken("clip", model, 224, False, weights, pretrained)
+
+
+def dinov2_class(weights: str | None = None, pretrained: bool = True,
+                 model: str = "vit_small_patch14_dinov2.lvd142m") -> ClassToken:
+    """DINOv2 at 224 x 224, after its final norm. FQGAN triple: ViT-S/14 (the default)."""
+    return ClassToken("dinov2_class", model, 224, True, weights, pretrained)

@@ -1,0 +1,349 @@
+"""The sequential diffusion tokenizer of D-AR (arXiv 2505.23660): an image becomes an ordered sequence of codes, whose
+groups condition, one after another, the denoising steps of a pixel-space diffusion decoder.
+
+Encoder queries, condition layers and the mapping from groups to steps are all causal, so the first k groups suffice
+for the first k steps: a prefix of the codes is already a picture (`previews`, `Stream`).
+
+Parameter names are those of the official checkpoints, except that query, key and value are one matrix.
+
+Shape letters: B batch, P patches, N codes, D width.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Iterator
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from core.errors import UserError, nearest
+from core.nn.attention import Attention
+from core.nn.kvcache import KVCache
+from core.nn.mlp import MLP
+from core.nn.rope import AxialRope, Rope
+from core.rng import Draws
+from core.specs import Codes, Recon
+from tokenizer.vq.diffusion_decoder import DiffusionCore, Trajectory, plain_norm, shifted_time
+from tokenizer.vq.quantizer import VectorQuantizer
+
+MAX_POSITIONS = 1024  # rows of the tables of queries and positions in the released files
+
+DECODER_DEFAULTS = {"width": 768, "depth": 12, "patch_size": 8, "data_std": 0.6, "time_shift": 2.0, "own_time": True,
+                    "modulated_output": False, "feature_layer": 8, "feature_hidden": 2048, "rope_theta": 10000.0}
+
+
+class Block(nn.Module):
+    """Pre-norm transformer block with learned gates."""
+
+    def __init__(self, width: int, heads: int, causal: bool = False, gate: float = 0.0):
+        super().__init__()
+        self.norm1 = nn.LayerNorm(width, eps=1e-6)
+        self.attention = Attention(width, heads, qk_norm="layer", causal=causal)
+        self.norm2 = nn.LayerNorm(width, eps=1e-6)
+        self.mlp = MLP(width, 4 * width, activation="silu")
+        self.gate1 = nn.Parameter(torch.full((width,), gate))
+        self.gate2 = nn.Parameter(torch.full((width,), gate))
+
+    def forward(self, x: Tensor, rope: Rope | None = None, **attention: Any) -> Tensor:
+        x = x + self.gate1 * self.attention(self.norm1(x), rope, **attention)
+        return x + self.gate2 * self.mlp(self.norm2(x))
+
+
+class DAR(nn.Module):
+    """core.specs.Tokenizer: N ordered codes, decoded by S denoising steps.
+
+    Args:
+        image_size: of the images that it is trained on and decodes to; both sides must be multiples of patch_size.
+        patch_size: of the encoder.
+        encoder_width, encoder_layers, condition_width, condition_layers: transformers before and after the codes.
+        length: number of codes N.
+        groups: G; group g of N / G codes belongs to the times around g / G.
+        window: codes that condition one step (N / G if None); more than N / G make windows overlap.
+        steps: S of the solver; may differ from G, also at sampling time.
+        vocab, code_dim: of the codebook; codes are compared on the unit sphere.
+        quantize: False leaves the normalised vectors as they are (then there are no codes to model).
+        low_rank_queries: encoder queries as code_dim-wide rows and a linear map, or full-width rows.
+        decoder: settings of the diffusion decoder that differ from DECODER_DEFAULTS.
+        output_size: images larger than this are resized to it after decoding; 0 for no resizing.
+        semantic: {"teachers": {name: width}}: one frozen teacher whose features the decoder is aligned with (REPA).
+        entropy: report the codebook's entropy term; parity: its weight is 0 in the released recipe.
+        usage_window, usage_sample: codebook usage is the share of distinct codes among so many latest assignments, of
+            which every step adds a sample; usage_window 0 does not count. parity: 65536 and 512.
+        perceptual_by_time: weigh each picture's perceptual loss by 2 t. parity: the official code does so where its
+            weight is negative; the released recipe does not.
+        head_dim, rope_theta: of all attention layers.
+        init_std, gate_init: of linear maps and of the gates of the layers before and after the codes, when training
+            starts. Published: 0.02 and 0, so that all pictures have the same codes for the first thousand steps.
+    """
+
+    def __init__(
+        self,
+        *,
+        image_size: int = 256,
+        patch_size: int = 16,
+        encoder_width: int = 768,
+        encoder_layers: int = 8,
+        condition_width: int = 768,
+        condition_layers: int = 8,
+        length: int = 256,
+        groups: int = 8,
+        window: int | None = None,
+        steps: int = 8,
+        vocab: int = 16384,
+        code_dim: int = 8,
+        quantize: bool = True,
+        low_rank_queries: bool = True,
+        decoder: dict[str, Any] | None = None,
+        output_size: int = 0,
+        semantic: dict[str, Any] | None = None,
+        entropy: bool = False,
+        usage_window: int = 65536,
+        usage_sample: int = 512,
+        perceptual_by_time: bool = False,
+        head_dim: int = 64,
+        rope_theta: float = 10000.0,
+        init_std: float = 0.02,
+        gate_init: float = 0.0,
+    ):
+        super().__init__()
+        unknown = [key for key in decoder or {} if key not in DECODER_DEFAULTS]
+        if unknown:
+            raise UserError(f'decoder has no setting "{unknown[0]}".{nearest(unknown[0], DECODER_DEFAULTS)}')
+        settings = {**DECODER_DEFAULTS, **(decoder or {})}
+        self.window = window or length // max(1, groups)
+        _check_sizes(image_size, patch_size, length, groups, self.window, steps, head_dim,
+                     {"encoder_width": encoder_width, "condition_width": condition_width,
+                      "decoder.width": settings["width"]})
+        teachers = (semantic or {}).get("teachers") or {}
+        if len(teachers) > 1:
+            raise UserError(f"D-AR is aligned with one teacher, not with {len(teachers)}: {', '.join(teachers)}.")
+        self.teacher = next(iter(teachers), None)
+
+        self.image_size, self.patch_size, self.length, self.groups = image_size, patch_size, length, groups
+        self.steps, self.output_size = steps, output_size
+        self.usage_sample, self.perceptual_by_time = usage_sample, perceptual_by_time
+        self.data_std, self.time_shift = settings["data_std"], settings["time_shift"]
+        self.spec = Codes(length, 1, vocab, code_dim)
+        self.quantized = quantize
+
+        self.patchify = nn.Conv2d(3, encoder_width, patch_size, patch_size)
+        self.query_embedding = nn.Embedding(MAX_POSITIONS, code_dim if low_rank_queries else encoder_width)
+        self.query_linear = nn.Linear(code_dim, encoder_width) if low_rank_queries else nn.Identity()
+        self.encoder_layers = nn.ModuleList(
+            Block(encoder_width, encoder_width // head_dim, gate=gate_init) for _ in range(encoder_layers))
+        self.quant_in_conv = nn.Conv2d(encoder_width, code_dim, 1, bias=False)
+        self.quantize = VectorQuantizer(vocab, code_dim, entropy=entropy, usage_window=usage_window)
+        self.term_names = (*(self.quantize.term_names if quantize else ()), "flow")
+        self.quant_out_conv = nn.Conv2d(code_dim, condition_width, 1, bias=False)
+        self.decoder_embedding = nn.Embedding(MAX_POSITIONS, condition_width)
+        self.decoder_layers = nn.ModuleList(
+            Block(condition_width, condition_width // head_dim, causal=True, gate=gate_init) for _ in range(condition_layers))
+        self.diff_decoder = nn.Module()
+        self.diff_decoder.net = DiffusionCore(
+            width=settings["width"], depth=settings["depth"], condition_width=condition_width,
+            patch_size=settings["patch_size"], image_size=image_size, own_time=settings["own_time"],
+            modulated_output=settings["modulated_output"], feature_layer=settings["feature_layer"],
+            feature_widths=(settings["feature_hidden"], teachers[self.teacher]) if self.teacher else None,
+            head_dim=head_dim, rope_theta=settings["rope_theta"], init_std=init_std)
+        self.rope = AxialRope(head_dim, (image_size // patch_size,) * 2, rope_theta, extra=length)
+        self._init_weights(low_rank_queries, init_std)
+
+    def _init_weights(self, low_rank_queries: bool, std: float) -> None:
+        for layers in (self.encoder_layers, self.decoder_layers):
+            for module in layers.modules():
+                if isinstance(module, nn.Linear):
+                    nn.init.trunc_normal_(module.weight, std=std)
+                    nn.init.zeros_(module.bias)
+        nn.init.trunc_normal_(self.query_embedding.weight, std=1.0 if low_rank_queries else 0.02)
+        nn.init.trunc_normal_(self.decoder_embedding.weight, std=0.02)
+
+    # -- codes --------------------------------------------------------------------------------------------------------
+    def _project(self, images: Tensor) -> Tensor:
+        """(B, 3, H, W) -> (B, N, code_dim), before quantisation."""
+        if images.shape[-2] % self.patch_size or images.shape[-1] % self.patch_size:
+            raise UserError(f"D-AR encodes images whose sides are multiples of {self.patch_size}, not "
+                            f"{images.shape[-2]}x{images.shape[-1]}.")
+        patches = self.patchify(images)
+        rope = self.rope(tuple(patches.shape[-2:]))  # the queries have no place
+        patches = plain_norm(patches.flatten(2).transpose(1, 2))  # (B, P, D)
+        queries = self.query_linear(self.query_embedding.weight[: self.length]).expand(len(images), -1, -1)
+        x = torch.cat((patches, queries.to(patches.dtype)), dim=1)
+        for block in self.encoder_layers:  # patches see all patches, a query all patches and the queries before it
+            x = block(x, rope, prefix=patches.shape[1])
+        x = plain_norm(x[:, -self.length :])
+        return self.quant_in_conv(x.transpose(1, 2)[:, :, None])[:, :, 0].transpose(1, 2)
+
+    def encode(self, images: Tensor, draws=None) -> Tensor:
+        """Codes (B, N, 1)."""
+        self._needs_codes()
+        return self.quantize.encode(self._project(images))[..., None]
+
+    precompute = encode
+
+    def from_stored(self, stored: Tensor, draws=None) -> Tensor:
+        return stored.long()
+
+    def embed(self, codes: Tensor) -> Tensor:
+        """Codebook rows on the unit sphere, (B, n, 1, code_dim)."""
+        self._needs_codes()
+        return self.quantize.embed(codes)
+
+    def _needs_codes(self) -> None:
+        if not self.quantized:
+            raise UserError("this D-AR tokenizer was built with quantize: false, so it has no codes.")
+
+    # -- conditions ---------------------------------------------------------------------------------------------------
+    def conditions(self, vectors: Tensor, start: int = 0, cache: KVCache | None = None) -> Tensor:
+        """Condition vectors (B, n, D) of the code vectors (B, n, code_dim) at positions start ... start + n - 1.
+
+        With a cache, what came before `start` is in it, and the new positions are added.
+        """
+        x = self.quant_out_conv(vectors.transpose(1, 2)[:, :, None])[:, :, 0].transpose(1, 2)
+        x = x + self.decoder_embedding.weight[start : start + vectors.shape[1]]
+        layers = [None] * len(self.decoder_layers)
+        if cache is not None:
+            cache.seek(start)
+            layers = cache.open(vectors.shape[1])
+        for block, layer in zip(self.decoder_layers, layers):
+            x = block(x, cache=layer)
+        return plain_norm(x)
+
+    def window_start(self, step: int, steps: int) -> int:
+        """First code of the window that conditions a step of a solver with so many steps."""
+        group = (2 * step * self.groups + steps) // (2 * steps)  # the nearest of G times, in whole numbers
+        return min(group * self.length // self.groups, self.length - self.window)
+
+    # -- training -----------------------------------------------------------------------------------------------------
+    def forward(self, images: Tensor, draws) -> Recon:
+        u = draws.uniform("time")  # (B,)
+        noise = draws.normal("noise", images.shape[1:])
+        group = torch.floor(u * self.groups + 0.5).long()
+        start = (group * self.length // self.groups).clamp(max=self.length - self.window)  # (B,)
+        z = self._project(images)
+        if self.quantized:
+            seen = torch.arange(self.length, device=u.device) < (start + self.window)[:, None]  # (B, N)
+            quantized = self.quantize(z, seen)
+            vectors, terms, codes = quantized.values, quantized.terms, quantized.codes
+        else:
+            vectors = F.normalize(z.float(), dim=-1)
+            terms, codes = {}, None
+        conditions = self.conditions(vectors)
+        columns = start[:, None] + torch.arange(self.window, device=u.device)  # (B, Q)
+        window = conditions.gather(1, columns[..., None].expand(-1, -1, conditions.shape[-1]))
+
+        t = shifted_time(u, self.time_shift)
+        wide = t.view(-1, 1, 1, 1)
+        data = self.data_std * images.float()
+        noisy = wide * data + (1 - wide) * noise
+        core = self.diff_decoder.net
+        velocity, features = core(noisy, core.embed_time(t), window)
+        velocity = velocity.float()
+        terms["flow"] = (velocity - (data - noise)).square().mean() / self.data_std**2
+        return Recon(
+            images=(noisy + (1 - wide) * velocity) / self.data_std,
+            terms=terms,
+            predictions={self.teacher: features} if features is not None else {},
+            perceptual_weights=2 * t if self.perceptual_by_time else None,
+            logs={} if codes is None else self._code_logs(codes, draws),
+            last_layer=core.conv_out.weight if core.conv_out is not None else core.linear_out.linear.weight,
+            details={"t": t, "velocity": velocity, "window": window, "features": features,
+                     "codes": codes},
+        )
+
+    @torch.no_grad()
+    def _code_logs(self, codes: Tensor, draws) -> dict[str, Tensor]:
+        """Codebook usage, and the share of positions at which the whole batch has the same code."""
+        logs = {"dead_positions": (codes == codes[:1]).all(0).float().mean()} if len(codes) > 1 else {}
+        if self.training and self.quantize.usage_window:
+            logs["usage"] = self.quantize.track(codes, self.usage_sample, draws)
+        return logs
+
+    # -- decoding -----------------------------------------------------------------------------------------------------
+    def stream(self, batch: int, draws=None, *, steps: int | None = None, size: tuple[int, int] | None = None,
+               method: str = "adams2") -> "Stream":
+        """Decoding while the codes arrive. Without draws every image starts from the same noise."""
+        size = size or (self.image_size,) * 2
+        device = self.decoder_embedding.weight.device
+        draws = draws or Draws(0, torch.zeros(batch, dtype=torch.int64, device=device))
+        return Stream(self, draws.normal("noise", (3, *size)), steps or self.steps, method)
+
+    def decode(self, latents: Tensor, draws=None, *, steps: int | None = None, clip: int | None = None,
+               size: tuple[int, int] | None = None, method: str = "adams2") -> Tensor:
+        """Images (B, 3, H, W) of codes (B, n, 1); n may be a prefix that ends with a whole window.
+
+        Args:
+            steps: of the solver, `self.steps` unless told.
+            clip: stop after so many steps; the default is as many as the codes allow.
+            size: height and width, multiples of the decoder's patch size.
+        """
+        images = None
+        stream = self.stream(len(latents), draws, steps=steps, size=size, method=method)
+        for done, images in enumerate(stream.feed(latents), 1):
+            if done == clip:
+                break
+        if images is None:
+            raise UserError(f"{latents.shape[1]} codes are too few for a first picture: it needs {self.window}.")
+        return images
+
+    def previews(self, latents: Tensor, draws=None) -> list[Tensor]:
+        """The picture after each step: S tensors (B, 3, H, W); the last is what `decode` gives."""
+        return list(self.stream(len(latents), draws).feed(latents))
+
+
+class Stream:
+    """One trajectory of the diffusion decoder that is driven by codes as they come; nothing is computed twice."""
+
+    def __init__(self, tokenizer: DAR, noise: Tensor, steps: int, method: str):
+        if steps < 1:
+            raise UserError(f"decoding needs at least 1 step, not {steps}.")
+        self.tokenizer, self.steps = tokenizer, steps
+        self.trajectory = Trajectory(tokenizer.diff_decoder.net, noise, steps, tokenizer.time_shift, tokenizer.data_std,
+                                     method)
+        attention = tokenizer.decoder_layers[0].attention if len(tokenizer.decoder_layers) else None
+        self.cache = None if attention is None else KVCache(
+            len(tokenizer.decoder_layers), len(noise), attention.heads, tokenizer.length, attention.head_dim,
+            dtype=tokenizer.decoder_embedding.weight.dtype, device=noise.device)
+        self.conditions: Tensor | None = None  # (B, codes so far, D)
+
+    @property
+    def needed(self) -> int:
+        """Codes that must be there before the next picture comes."""
+        return self.tokenizer.window_start(self.trajectory.done, self.steps) + self.tokenizer.window
+
+    @torch.no_grad()
+    def feed(self, codes: Tensor) -> Iterator[Tensor]:
+        """Take the next codes (B, n, 1) and yield the pictures (B, 3, H, W) that they make possible."""
+        tokenizer = self.tokenizer
+        start = 0 if self.conditions is None else self.conditions.shape[1]
+        if start + codes.shape[1] > tokenizer.length:
+            raise UserError(f"{start + codes.shape[1]} codes were given, the tokenizer has {tokenizer.length}.")
+        new = tokenizer.conditions(tokenizer.embed(codes)[:, :, 0], start, self.cache)
+        self.conditions = new if self.conditions is None else torch.cat((self.conditions, new), dim=1)
+        while self.trajectory.done < self.steps and self.needed <= self.conditions.shape[1]:
+            begin = self.needed - tokenizer.window
+            image = self.trajectory.step(self.conditions[:, begin : begin + tokenizer.window])
+            yield self._resized(image)
+
+    def _resized(self, image: Tensor) -> Tensor:
+        side = self.tokenizer.output_size
+        if side and (side < image.shape[-2] or side < image.shape[-1]):
+            return F.interpolate(image, (side, side), mode="bicubic", align_corners=False)
+        return image
+
+
+def _check_sizes(image_size: int, patch_size: int, length: int, groups: int, window: int, steps: int, head_dim: int,
+                 widths: dict[str, int]) -> None:
+    for name, width in widths.items():
+        if width % head_dim:
+            raise UserError(f"{name} {width} must be a multiple of head_dim {head_dim}.")
+    if image_size % patch_size:
+        raise UserError(f"patch_size {patch_size} does not divide image_size {image_size}.")
+    if length > MAX_POSITIONS:
+        raise UserError(f"length {length} exceeds the {MAX_POSITIONS} rows of the tables.")
+    if not 1 <= groups <= length:
+        raise UserError(f"groups {groups} must lie between 1 and length {length}.")
+    if not 1 <= window <= length:
+        raise UserError(f"window {window} (codes per step) must lie between 1 and length {length}.")
+    if steps < groups:
+        raise UserError(f"steps {steps} is less than groups {groups}: some groups of codes would never be looked at.")

@@ -1,0 +1,196 @@
+"""MaskGIT-VQGAN (Chang et al. 2022) and VQGAN+ (Weber et al., MaskBit, arXiv 2409.16211): convolutional tokenizers
+without attention, one code per position.
+
+Both are `ConvTokenizer`; what differs is how the picture is halved and which quantiser follows. The networks work on
+pixels in [0, 1]; the tokenizer's interface is [-1, 1] like everywhere.
+
+Shape letters: B batch, C channels, h x w the grid, L = h w, V codebook size, D width of a code.
+"""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from core.errors import UserError, nearest
+from core.images import to_unit_range
+from core.nn.conv import Downsample, Level, ResBlock, Upsample, group_norm
+from core.specs import Codes, Recon
+from tokenizer.vq.quantizer import LookupFreeQuantizer, VectorQuantizer
+
+_BLOCK = {"bias": False, "shortcut": "branch"}  # parity: the published weights were trained with this shortcut
+HALVING = {"pool": lambda channels: nn.AvgPool2d(2), "conv": Downsample}
+
+
+class ConvEncoder(nn.Module):
+    """(B, 3, H, W) in [0, 1] -> (B, out_channels, h, w)."""
+
+    def __init__(self, channels: int, mult: tuple[int, ...], blocks: int, out_channels: int, halving: str, groups: int):
+        super().__init__()
+        widths = [channels * m for m in (1, *mult)]
+        last = len(mult) - 1
+        self.conv_in = nn.Conv2d(3, channels, 3, padding=1, bias=False)
+        self.levels = nn.ModuleList(Level(widths[i], widths[i + 1], blocks, groups=groups,
+                                          resize=None if i == last else HALVING[halving], **_BLOCK)
+                                    for i in range(len(mult)))
+        self.mid = nn.ModuleList(ResBlock(widths[-1], widths[-1], groups=groups, **_BLOCK) for _ in range(blocks))
+        self.norm_out = group_norm(widths[-1], groups)
+        self.conv_out = nn.Conv2d(widths[-1], out_channels, 1)
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        x = self.conv_in(pixels)
+        for block in (*self.levels, *self.mid):
+            x = block(x)
+        return self.conv_out(F.silu(self.norm_out(x)))
+
+
+class ConvDecoder(nn.Module):
+    """(B, in_channels, h, w) -> (B, 3, H, W) around [0, 1], not clamped."""
+
+    def __init__(self, channels: int, mult: tuple[int, ...], blocks: int, in_channels: int, groups: int):
+        super().__init__()
+        widths = [channels * m for m in reversed((*mult, mult[-1]))]  # the coarsest level keeps its width
+        last = len(mult) - 1
+        self.conv_in = nn.Conv2d(in_channels, widths[0], 3, padding=1)
+        self.mid = nn.ModuleList(ResBlock(widths[0], widths[0], groups=groups, **_BLOCK) for _ in range(blocks))
+        self.levels = nn.ModuleList(Level(widths[i], widths[i + 1], blocks, groups=groups,
+                                          resize=None if i == last else Upsample, **_BLOCK) for i in range(len(mult)))
+        self.norm_out = group_norm(widths[-1], groups)
+        self.conv_out = nn.Conv2d(widths[-1], 3, 3, padding=1)
+
+    def forward(self, z: Tensor) -> Tensor:
+        x = self.conv_in(z)
+        for block in (*self.mid, *self.levels):
+            x = block(x)
+        return self.conv_out(F.silu(self.norm_out(x)))
+
+
+class CodesOfOneBranch(nn.Module):
+    """What tokenizers with one code per token share: everything between their `vectors` and their `paint`.
+
+    Subclasses have `quantizer`, `last_layer`, vectors(images) -> (B, L, D) before quantisation, and
+    paint((B, L, D)) -> images in [-1, 1].
+    """
+
+    @property
+    def term_names(self) -> tuple[str, ...]:
+        return self.quantizer.term_names
+
+    def forward(self, images: Tensor, draws) -> Recon:
+        found = self.quantizer(self.vectors(images))
+        logs = dict(found.logs)
+        if self.training and self.quantizer.usage_window:
+            logs["usage"] = self.quantizer.track(found.codes)
+        return Recon(images=self.paint(found.values), terms=found.terms, details={"quantized": found}, logs=logs,
+                     last_layer=self.last_layer)
+
+    def no_weight_decay(self) -> set[str]:
+        """Names of the parameters that are not decayed: vectors, and whatever embeds."""
+        return {name for name, p in self.named_parameters()
+                if p.ndim < 2 or any(word in name for word in ("embedding", "token"))}
+
+    def encode(self, images: Tensor, draws=None) -> Tensor:
+        """(B, 3, H, W) in [-1, 1] -> codes (B, L, 1) int64."""
+        return self.quantizer.encode(self.vectors(images))[..., None]
+
+    def embed(self, codes: Tensor) -> Tensor:
+        """Codes (B, L, 1) -> rows of the codebook (B, L, 1, D) fp32."""
+        return self.quantizer.embed(codes)
+
+    def decode(self, latents: Tensor, draws=None) -> Tensor:
+        """Codes (B, L, 1) -> images in [-1, 1], not clamped."""
+        return self.paint(self.quantizer.embed(latents[..., 0]))
+
+    def precompute(self, images: Tensor) -> Tensor:
+        return self.encode(images)
+
+    def from_stored(self, stored: Tensor, draws=None) -> Tensor:
+        return stored.long()
+
+
+class ConvTokenizer(CodesOfOneBranch):
+    """core.specs.Tokenizer with one code per position.
+
+    Args:
+        image_size: any multiple of the stride: nothing in the weights depends on it.
+        channels, channel_mult: width of the first level, and factors; every level but the last halves the picture.
+        res_blocks, decoder_res_blocks: residual blocks per level, and in the middle of each half.
+        halving: "pool" or "conv".
+        quantizer: of vectors of `quantizer.dim` channels.
+    """
+
+    def __init__(self, image_size: int, channels: int, channel_mult: list[int], res_blocks: int,
+                 decoder_res_blocks: int | None, halving: str, groups: int,
+                 quantizer: VectorQuantizer | LookupFreeQuantizer):
+        super().__init__()
+        if halving not in HALVING:
+            raise UserError(f'halving "{halving}" is not known.{nearest(str(halving), HALVING)}')
+        mult, stride = tuple(channel_mult), 2 ** (len(channel_mult) - 1)
+        if image_size % stride:
+            raise UserError(f"image_size {image_size} is not a multiple of {stride}, the stride of this tokenizer")
+        self.image_size = image_size
+        grid = (image_size // stride, image_size // stride)
+        self.spec = Codes(grid[0] * grid[1], 1, quantizer.vocab, quantizer.dim, grid)
+        self.encoder = ConvEncoder(channels, mult, res_blocks, quantizer.dim, halving, groups)
+        self.decoder = ConvDecoder(channels, mult, decoder_res_blocks or res_blocks, quantizer.dim, groups)
+        self.quantizer = quantizer
+
+    @property
+    def last_layer(self) -> Tensor:
+        return self.decoder.conv_out.weight
+
+    def vectors(self, images: Tensor) -> Tensor:
+        """(B, 3, H, W) in [-1, 1] -> (B, L, D)."""
+        return self.encoder(to_unit_range(images)).flatten(2).transpose(1, 2)
+
+    def paint(self, vectors: Tensor) -> Tensor:
+        """(B, L, D) -> images (B, 3, H, W)."""
+        return self.decoder(vectors.transpose(1, 2).unflatten(2, self.spec.grid)) * 2 - 1
+
+
+class MaskGITVQGAN(ConvTokenizer):
+    """The tokenizer of MaskGIT, RAR and reAR. The defaults are the released one.
+
+    The published codebook loss is 1 * commitment + 0.25 * codebook, the reverse of the usual weights.
+
+    Args:
+        vocab, code_dim: V and D.
+        usage_window: latest assignments whose distinct share is logged in training; 0: not at all.
+        others: see ConvTokenizer.
+    """
+
+    def __init__(self, *, image_size: int = 256, channels: int = 128, channel_mult: list[int] = (1, 1, 2, 2, 4),
+                 res_blocks: int = 2, groups: int = 32, vocab: int = 1024, code_dim: int = 256, usage_window: int = 0):
+        quantizer = VectorQuantizer(vocab, code_dim, normalise=False, usage_window=usage_window)
+        super().__init__(image_size, channels, channel_mult, res_blocks, None, "pool", groups, quantizer)
+
+
+class VQGANPlus(ConvTokenizer):
+    """The tokenizer of MaskBit's VQGAN+. The defaults are the released 12-bit one.
+
+    Args:
+        quantizer: "lookup" (a learnt table) or "lookup_free" (`code_dim` bits; `vocab` is then 2^code_dim).
+        vocab, code_dim: V and D.
+        normalise: unit vectors, of "lookup".
+        entropy_loss: report the term "entropy".
+        entropy_temperature, entropy_gamma: of that term, see tokenizer.vq.quantizer.
+        across_ranks: means of that term over the batch of all ranks. parity: False is what was published.
+        usage_window: latest assignments whose distinct share is logged in training; 0: not at all.
+        others: see ConvTokenizer.
+    """
+
+    def __init__(self, *, image_size: int = 256, channels: int = 128, channel_mult: list[int] = (1, 1, 2, 2, 4),
+                 res_blocks: int = 2, decoder_res_blocks: int | None = None, halving: str = "conv", groups: int = 32,
+                 quantizer: str = "lookup", vocab: int = 4096, code_dim: int = 64, normalise: bool = False,
+                 entropy_loss: bool = False, entropy_temperature: float = 0.01, entropy_gamma: float = 1.0,
+                 across_ranks: bool = True, usage_window: int = 0):
+        shared = {"entropy": entropy_loss, "temperature": entropy_temperature, "gamma": entropy_gamma, "floor": "clamp",
+                  "across_ranks": across_ranks, "usage_window": usage_window}
+        if quantizer == "lookup":
+            built = VectorQuantizer(vocab, code_dim, normalise=normalise, **shared)
+        elif quantizer == "lookup_free":
+            built = LookupFreeQuantizer(code_dim, **shared)
+        else:
+            known = ("lookup", "lookup_free")
+            raise UserError(f'quantizer "{quantizer}" is not known.{nearest(str(quantizer), known)}')
+        super().__init__(image_size, channels, channel_mult, res_blocks, decoder_res_blocks, halving, groups, built)

@@ -1,0 +1,155 @@
+"""TiTok: a picture as a short sequence of codes without places (Yu et al., arXiv 2406.07550).
+
+Learned latent tokens attend to the patches in the encoder; the decoder paints patches from the quantised latents. The
+first releases ("legacy") predict codes of MaskGIT-VQGAN, whose decoder paints; later ones paint pixels. The networks
+work on pixels in [0, 1]; the tokenizer's interface is [-1, 1] like everywhere.
+
+Shape letters: B batch, N latent tokens, P patches, W width, V codebook size, D width of a code.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from core.errors import UserError, nearest
+from core.images import to_unit_range
+from core.nn.transformer import Transformer
+from core.nn.vit import ViTSize
+from core.specs import Codes
+from tokenizer.vq.maskgit import CodesOfOneBranch, ConvDecoder
+from tokenizer.vq.quantizer import VectorQuantizer
+
+
+SIZES = {"small": ViTSize(512, 8, 8), "base": ViTSize(768, 12, 12), "large": ViTSize(1024, 24, 16)}
+
+
+class Half(Transformer):
+    """Patch tokens behind a class token, then the latent tokens, through one transformer."""
+
+    def __init__(self, size: ViTSize, patches: int, latents: int):
+        super().__init__(size.width, size.layers, size.heads)
+        width, scale = size.width, size.width**-0.5
+        self.class_embedding = nn.Parameter(torch.randn(1, width) * scale)
+        self.positional_embedding = nn.Parameter(torch.randn(patches + 1, width) * scale)
+        self.latent_token_positional_embedding = nn.Parameter(torch.randn(latents, width) * scale)
+
+    def forward(self, patches: Tensor, latents: Tensor) -> tuple[Tensor, Tensor]:
+        """(B, P, W) and (B, N, W) -> the same after the blocks."""
+        classes = self.class_embedding.to(patches.dtype).expand(len(patches), 1, -1)
+        x = torch.cat((classes, patches), dim=1) + self.positional_embedding
+        x = super().forward(torch.cat((x, latents + self.latent_token_positional_embedding), dim=1))
+        return x[:, 1 : 1 + patches.shape[1]], x[:, 1 + patches.shape[1] :]
+
+
+class Encoder(Half):
+    """Pictures in [0, 1] and latent tokens (N, W) -> vectors (B, N, D)."""
+
+    def __init__(self, size: ViTSize, grid: int, patch_size: int, latents: int, code_dim: int, legacy: bool):
+        super().__init__(size, grid * grid, latents)
+        self.legacy = legacy
+        self.patch_embed = nn.Conv2d(3, size.width, patch_size, stride=patch_size)
+        self.conv_out = nn.Conv2d(size.width, code_dim, 1)
+
+    def forward(self, pixels: Tensor, latents: Tensor) -> Tensor:
+        patches = self.patch_embed(pixels).flatten(2).transpose(1, 2)  # (B, P, W)
+        x = super().forward(patches, latents.to(patches.dtype).expand(len(patches), -1, -1))[1]  # (B, N, W)
+        # parity: the first releases view (N, W) as (W, N), which mixes tokens; their weights learnt to live with it.
+        x = x.reshape(len(x), x.shape[2], x.shape[1]) if self.legacy else x.transpose(1, 2)  # (B, W, N)
+        return self.conv_out(x[..., None])[..., 0].transpose(1, 2)
+
+
+class Decoder(Half):
+    """Vectors (B, N, D) -> (B, out_channels, grid, grid)."""
+
+    def __init__(self, size: ViTSize, grid: int, latents: int, code_dim: int, ffn: nn.Module):
+        super().__init__(size, grid * grid, latents)
+        self.grid = grid
+        self.decoder_embed = nn.Linear(code_dim, size.width)
+        self.mask_token = nn.Parameter(torch.randn(1, 1, size.width) * size.width**-0.5)
+        self.ffn = ffn
+
+    def forward(self, z: Tensor) -> Tensor:
+        latents = self.decoder_embed(z)
+        patches = self.mask_token.to(latents.dtype).expand(len(z), self.grid * self.grid, -1)
+        x = super().forward(patches, latents)[0]
+        return self.ffn(x.transpose(1, 2).unflatten(2, (self.grid, self.grid)))
+
+
+class TiTok(CodesOfOneBranch):
+    """core.specs.Tokenizer with N codes in a sequence. The defaults are the released bl128_vq8k.
+
+    Args:
+        encoder, decoder: a name in SIZES, or {width, layers, heads}.
+        latents: N.
+        vocab, code_dim, normalise: of the codebook.
+        legacy: the first releases (l32, b64, s128): tokens mixed behind the encoder, pictures painted by the decoder of
+            MaskGIT-VQGAN from the expectation of its codebook.
+        proxy: of legacy, the codebook and decoder of that MaskGIT-VQGAN: {vocab, code_dim, channels, channel_mult,
+            res_blocks, groups}, each with the released default. False leaves them out: `decode` cannot paint then.
+        usage_window: latest assignments whose distinct share is logged in training; 0: not at all.
+    """
+
+    def __init__(self, *, image_size: int = 256, patch_size: int = 16, encoder: str | dict = "base",
+                 decoder: str | dict = "large", latents: int = 128, vocab: int = 8192, code_dim: int = 64,
+                 normalise: bool = False, legacy: bool = False, proxy: dict | bool | None = None,
+                 usage_window: int = 0):
+        super().__init__()
+        if image_size % patch_size:
+            raise UserError(f"image_size {image_size} is not a multiple of patch_size {patch_size}")
+        self.image_size, self.legacy, self.patch_size = image_size, legacy, patch_size
+        grid = image_size // patch_size
+        self.spec = Codes(latents, 1, vocab, code_dim)
+        sizes = ViTSize.parse(encoder, "encoder", SIZES), ViTSize.parse(decoder, "decoder", SIZES)
+        self.latent_tokens = nn.Parameter(torch.randn(latents, sizes[0].width) * sizes[0].width**-0.5)
+        self.encoder = Encoder(sizes[0], grid, patch_size, latents, code_dim, legacy)
+        self.quantizer = VectorQuantizer(vocab, code_dim, normalise=normalise, floor="clamp", usage_window=usage_window)
+        width = sizes[1].width
+        self.conv_out = self.pixel_codebook = self.pixel_decoder = None
+        if legacy:
+            proxy = _proxy(proxy)
+            ffn = nn.Sequential(nn.Conv2d(width, 2 * width, 1), nn.Tanh(), nn.Conv2d(2 * width, proxy["vocab"], 1))
+            if proxy["built"]:
+                self.pixel_codebook = nn.Embedding(proxy["vocab"], proxy["code_dim"])
+                self.pixel_decoder = ConvDecoder(proxy["channels"], tuple(proxy["channel_mult"]), proxy["res_blocks"],
+                                                 proxy["code_dim"], proxy["groups"])
+        else:
+            ffn = nn.Sequential(nn.Conv2d(width, 3 * patch_size**2, 1))
+            self.conv_out = nn.Conv2d(3, 3, 3, padding=1)
+        self.decoder = Decoder(sizes[1], grid, latents, code_dim, ffn)
+
+    @property
+    def last_layer(self) -> Tensor:
+        return (self.conv_out or self.pixel_decoder.conv_out).weight
+
+    def vectors(self, images: Tensor) -> Tensor:
+        """(B, 3, H, W) in [-1, 1] -> (B, N, D)."""
+        return self.encoder(to_unit_range(images), self.latent_tokens)
+
+    def paint(self, vectors: Tensor) -> Tensor:
+        """(B, N, D) -> images (B, 3, H, W)."""
+        x = self.decoder(vectors)
+        if self.conv_out is not None:  # (p1 p2 c) h w -> c (h p1) (w p2): colour fastest, unlike PixelShuffle
+            batch, _, h, w = x.shape
+            p = self.patch_size
+            x = x.view(batch, p, p, 3, h, w).permute(0, 3, 4, 1, 5, 2).reshape(batch, 3, h * p, w * p)
+            pixels = self.conv_out(x)
+        elif self.pixel_decoder is None:
+            raise UserError("this TiTok was built without the decoder that paints its proxy codes (proxy: false)")
+        else:
+            expected = torch.einsum("bvhw,vd->bdhw", x.float().softmax(1), self.pixel_codebook.weight.float())
+            pixels = self.pixel_decoder(expected.to(x.dtype))
+        return pixels * 2 - 1
+
+
+_PROXY = {"vocab": 1024, "code_dim": 256, "channels": 128, "channel_mult": [1, 1, 2, 2, 4], "res_blocks": 2,
+          "groups": 32}
+
+
+def _proxy(value: dict | bool | None) -> dict:
+    """The settings of MaskGIT-VQGAN's part, and whether it is built."""
+    given = value if isinstance(value, dict) else {}
+    for key in given:
+        if key not in _PROXY:
+            raise UserError(f'proxy has no setting "{key}".{nearest(key, _PROXY)}')
+    return {**_PROXY, **given, "built": value is not False}
