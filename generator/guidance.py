@@ -1,4 +1,4 @@
-"""Guidance: push a prediction away from a worse one.
+"""Guidance: push a prediction away from a worse one; for velocities and for logits.
 
 Classifier-free guidance (Ho & Salimans 2022) takes the unconditional prediction as the worse one, autoguidance (Karras
 et al. 2024) that of a weaker model; both only where t lies in an interval (Kynkaanniemi et al. 2024).
@@ -6,10 +6,49 @@ et al. 2024) that of a weaker model; both only where t lies in an interval (Kynk
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
+from core.errors import UserError, nearest
 from core.specs import Guidance
+
+SCHEDULES = ("constant", "linear", "cosine")
+
+
+def scales(guidance: Guidance, steps: int, branches: int = 1) -> Tensor:
+    """(steps, branches) fp32 on the CPU: the guidance scale of every sampled token (or scale) and codebook.
+
+    Step k knows the share t = k / steps of the sequence; outside guidance.interval the scale is 1. "linear" reaches
+    `scale` at the last step. Inactive guidance gives ones.
+    """
+    if guidance.schedule not in SCHEDULES:
+        raise UserError(f'guidance schedule "{guidance.schedule}" is not known.{nearest(guidance.schedule, SCHEDULES)}')
+    given = guidance.scale if isinstance(guidance.scale, tuple) else (guidance.scale,) * branches
+    if len(given) != branches:
+        raise UserError(f"sample.scale has {len(given)} numbers but the tokenizer has {branches} codebook(s): give one "
+                        "number, or one per codebook.")
+    if not guidance.active:
+        return torch.ones(steps, branches, device="cpu")
+    full = torch.tensor(given, dtype=torch.float32, device="cpu")[None]  # (1, K)
+    t = torch.arange(steps, device="cpu")[:, None] / steps  # (steps, 1)
+    if guidance.schedule == "linear":
+        table = guidance.start + (full - guidance.start) * torch.linspace(0, 1, steps, device="cpu")[:, None]
+    elif guidance.schedule == "cosine":
+        # parity: this order of operations, k / N in double precision before the power, is RAR's bit for bit
+        ramp = torch.stack([(1 - torch.cos((k / steps) ** torch.tensor(guidance.power) * math.pi)) * 0.5
+                            for k in range(steps)])[:, None]
+        table = ramp * (full - 1) + 1
+    else:
+        table = full.expand(steps, -1)
+    return torch.where(in_interval(t, guidance), table, 1.0).contiguous()
+
+
+def guide_logits(conditional: Tensor, unconditional: Tensor, scale: Tensor) -> Tensor:
+    """unconditional + scale (conditional - unconditional), fp32; `scale` broadcasts against (B, V)."""
+    conditional, unconditional = conditional.float(), unconditional.float()
+    return unconditional + scale * (conditional - unconditional)
 
 
 def in_interval(t: Tensor, guidance: Guidance) -> Tensor:

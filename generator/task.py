@@ -47,7 +47,7 @@ class GeneratorTask:
         with torch.no_grad():
             tokenizer_draws = draws.fork("tokenizer")
             if batch.stored is not None:
-                latents = self.tokenizer.from_stored(batch.stored.float(), tokenizer_draws)
+                latents = self.tokenizer.from_stored(batch.stored, tokenizer_draws)
             else:
                 latents = self.tokenizer.encode(to_model_range(batch.images), tokenizer_draws)
         yield Phase("generator", nets["generator"](latents, batch.labels, draws, progress))

@@ -10,14 +10,16 @@ Shape letters: B batch, N tokens, C latent channels, D trunk width, E head width
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import Callable
 
 import torch
 from torch import Tensor, nn
 
+from core import sizes
 from core.errors import UserError, nearest
 from core.nn.attention import Attention
+from core.nn.cuda_graph import Replayed, cuda_graphs_work
 from core.nn.embed import LabelEmbedding, TimeEmbedding, sincos_2d
 from core.nn.mlp import SwiGLU
 from core.nn.norms import RMSNorm, modulate
@@ -43,20 +45,6 @@ class Size:
 SIZES = {"s": Size(384, 12, 6), "b": Size(768, 12, 12), "l": Size(1024, 24, 16), "xl": Size(1152, 28, 16)}
 
 
-def _size(value: str | dict[str, int]) -> Size:
-    if isinstance(value, str):
-        if value not in SIZES:
-            raise UserError(f'generator size "{value}" is not known.{nearest(value, SIZES)}')
-        return SIZES[value]
-    known = [f.name for f in fields(Size)]
-    unknown = [key for key in value if key not in known]
-    missing = [key for key in known[:3] if key not in value]
-    if unknown or missing:
-        raise UserError(f'generator size has no setting "{unknown[0]}".{nearest(unknown[0], known)}' if unknown
-                        else f"generator size lacks {', '.join(missing)}")
-    return Size(**value)
-
-
 class PointEmbedding(nn.Module):
     """1x1 convolution to tokens: (B, C, h, w) -> (B, N, width)."""
 
@@ -74,7 +62,7 @@ class Block(nn.Module):
     def __init__(self, width: int, heads: int, qk_norm: bool):
         super().__init__()
         self.norm1 = RMSNorm(width)
-        self.attn = Attention(width, heads, qk_norm)
+        self.attn = Attention(width, heads, "rms" if qk_norm else "none")
         self.norm2 = RMSNorm(width)
         self.mlp = SwiGLU(width)
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(width, 6 * width))
@@ -110,6 +98,8 @@ class DiTDH(nn.Module):
         qk_norm: normalise queries and keys. Off in the released models.
     """
 
+    models = Continuous
+
     def __init__(
         self,
         *,
@@ -121,7 +111,7 @@ class DiTDH(nn.Module):
         qk_norm: bool = False,
     ):
         super().__init__()
-        s = _size(size)
+        s = sizes.pick(size, Size, SIZES)
         self.channels, self.grid = channels, (grid, grid) if isinstance(grid, int) else tuple(grid)
         self.num_classes, self.label_drop = num_classes, label_drop
         self.time_shift = transport.time_shift(self.grid[0] * self.grid[1] * channels)
@@ -160,7 +150,7 @@ class DiTDH(nn.Module):
             nn.init.zeros_(layer.bias)
 
     def fits(self, spec: LatentSpec) -> list[str]:
-        if not isinstance(spec, Continuous):
+        if not isinstance(spec, self.models):
             return [f"DiT^DH models continuous latents, the tokenizer gives {spec}"]
         problems = []
         if spec.channels != self.channels:
@@ -170,9 +160,9 @@ class DiTDH(nn.Module):
         return problems
 
     # -- the network --------------------------------------------------------------------------------------------------
-    def network(self, x: Tensor, t: Tensor, class_embedding: Tensor) -> Tensor:
-        """Velocity at x (B, C, h, w), t (B,), for embedded classes (B, D)."""
-        time = self.t_embedder(t)[:, None]  # (B, 1, D)
+    def network(self, x: Tensor, time_embedding: Tensor, class_embedding: Tensor) -> Tensor:
+        """Velocity at x (B, C, h, w), for embedded times and classes (B, D)."""
+        time = time_embedding[:, None]  # (B, 1, D)
         # parity: SiLU here and again inside every block.
         condition = nn.functional.silu(time + class_embedding[:, None])  # (B, 1, D)
         tokens = self.s_embedder(x) + self.pos_embed  # (B, N, D)
@@ -190,7 +180,7 @@ class DiTDH(nn.Module):
 
     def velocity(self, x: Tensor, t: Tensor, labels: Tensor) -> Tensor:
         """Unguided velocity. Label `num_classes` means "no class"."""
-        return self.network(x, t, self.y_embedder(labels))
+        return self.network(x, self.t_embedder(t), self.y_embedder(labels))
 
     # -- training -----------------------------------------------------------------------------------------------------
     def training_point(self, latents: Tensor, draws) -> tuple[Tensor, Tensor, Tensor]:
@@ -210,37 +200,66 @@ class DiTDH(nn.Module):
         return Loss(loss, {"flow": loss.detach()})
 
     # -- sampling -----------------------------------------------------------------------------------------------------
-    def field(self, labels: Tensor, guidance: Guidance = Guidance()) -> Callable[[Tensor, Tensor], Tensor]:
-        """The guided velocity as a function of (x, t); what does not depend on them is computed here, once.
+    def field(self, labels: Tensor, guidance: Guidance = Guidance(), times: Tensor | None = None,
+              step: Callable[[Callable], Callable] = lambda function: function) -> Callable[[Tensor, Tensor], Tensor]:
+        """The guided velocity as a function of (x, t); what does not depend on x is computed here, once.
 
         t is (B,), or 0-dim on the CPU for a whole batch at one time; then steps outside the guidance interval do not
         pay for guidance.
+
+        Args:
+            times: (K,) those that will be asked for as 0-dim t: embedded here in one go.
+            step: wraps the functions of tensors alone that a step calls, for instance to record them.
         """
-        conditional = self.y_embedder(labels)  # (B, D)
-        doubled = torch.cat((conditional, self.y_embedder(self.y_embedder.null(labels))))  # (2B, D)
-        weaker = guidance.guide.field(labels) if guidance.active and guidance.kind == "auto" else None
+        models = [self, guidance.guide] if guidance.active and guidance.kind == "auto" else [self]
+        classes = [model.y_embedder(labels) for model in models]  # (B, D) each, D of the model
+        doubled = torch.cat((classes[0], self.y_embedder(self.y_embedder.null(labels))))  # (2B, D)
+        known: list[dict[float, Tensor]] = [{} for _ in models]  # time -> (D,)
+        if times is not None:
+            known = [dict(zip(times.tolist(), model.t_embedder(times.to(labels.device)))) for model in models]
+
+        def embed(t: Tensor, count: int) -> list[Tensor]:
+            """(B, D) for each model."""
+            if t.ndim:
+                return [model.t_embedder(t) for model in models]
+            at = torch.full((1,), t.item(), device=labels.device)  # a fill, where .to() would synchronise
+            return [(rows[t.item()] if t.item() in rows else model.t_embedder(at)[0]).expand(count, -1)
+                    for model, rows in zip(models, known)]
+
+        @step
+        def plain(x: Tensor, time: Tensor) -> Tensor:
+            return self.network(x, time, classes[0])
+
+        @step
+        def guided(x: Tensor, t: Tensor, *time: Tensor) -> Tensor:
+            if len(models) == 2:
+                velocities = [model.network(x, *given) for model, *given in zip(models, time, classes)]
+            else:
+                velocities = self.network(torch.cat((x, x)), torch.cat((time[0], time[0])), doubled).chunk(2)
+            return guide(*velocities, t, guidance)
 
         def velocity(x: Tensor, t: Tensor) -> Tensor:
-            plain = not guidance.active or (t.ndim == 0 and not bool(in_interval(t, guidance)))
-            if t.ndim == 0:
-                t = torch.full((x.shape[0],), t.item(), device=x.device)  # (B,); a fill, where .to() would synchronise
-            if plain:
-                return self.network(x, t, conditional)
-            if weaker is not None:
-                return guide(self.network(x, t, conditional), weaker(x, t), t, guidance)
-            v, unconditional = self.network(torch.cat((x, x)), torch.cat((t, t)), doubled).chunk(2)
-            return guide(v, unconditional, t, guidance)
+            time = embed(t, x.shape[0])
+            if not guidance.active or (t.ndim == 0 and not bool(in_interval(t, guidance))):
+                return plain(x, time[0])
+            return guided(x, torch.full((x.shape[0],), t.item(), device=x.device) if t.ndim == 0 else t, *time)
 
         return velocity
 
     @torch.no_grad()
-    def sample(self, labels: Tensor, draws, guidance: Guidance = Guidance(), steps: int = 150) -> Tensor:
-        """Latents (B, C, h, w), fp32. `steps` counts the points of the time grid, so there are steps - 1 updates."""
+    def sample(self, labels: Tensor, draws, guidance: Guidance = Guidance(), steps: int = 150,
+               cuda_graph: bool = False) -> Tensor:
+        """Latents (B, C, h, w), fp32. `steps` counts the points of the time grid, so there are steps - 1 updates.
+
+        cuda_graph: record a step once and replay it, which spares small batches the launch of its kernels.
+        """
         if guidance.kind not in ("cfg", "auto"):
             raise UserError(f'guidance kind "{guidance.kind}" is not known.{nearest(guidance.kind, ["cfg", "auto"])}')
-        if guidance.active and guidance.kind == "auto" and guidance.guide is None:
-            raise UserError('guidance kind "auto" needs a weaker generator to guide with')
+        if guidance.active and guidance.kind == "auto" and not isinstance(guidance.guide, DiTDH):
+            raise UserError('guidance kind "auto" needs a weaker generator to guide with, another DiT^DH')
         if steps < 2:
             raise UserError(f"sampling needs at least 2 steps, not {steps}")
         noise = draws.normal("noise", (self.channels, *self.grid))  # (B, C, h, w)
-        return euler(self.field(labels, guidance), noise, transport.sampling_times(steps, self.time_shift))
+        times = transport.sampling_times(steps, self.time_shift)
+        wrap = {"step": Replayed} if cuda_graph and cuda_graphs_work(labels.device) else {}
+        return euler(self.field(labels, guidance, times, **wrap), noise, times)

@@ -1,4 +1,4 @@
-"""Released generator files -> our state dicts and back; one adapter per registered generator."""
+"""Released DiT^DH files -> our state dict and back."""
 
 from __future__ import annotations
 
@@ -12,21 +12,16 @@ from core.errors import UserError
 from core.state_dicts import Adapter, State, layer_count
 from generator.dit.dit_dh import SIZES, DiTDH, Size
 
-# -- DiT^DH -----------------------------------------------------------------------------------------------------------
 # Their RoPE tables are saved in "model" and absent from "model_ema"; ours are rebuilt, so they never need to be read.
 _ROPE = {"enc_feat_rope.freqs_cos": "trunk_cos", "enc_feat_rope.freqs_sin": "trunk_sin",
          "dec_feat_rope.freqs_cos": "head_cos", "dec_feat_rope.freqs_sin": "head_sin"}
 
 
-def _dit_dh_rename(state: State) -> State:
-    return {name: value for name, value in state.items() if name not in _ROPE}
-
-
-def _dit_dh_restore(model: nn.Module) -> State:
+def _restore(model: nn.Module) -> State:
     return {**model.state_dict(), **{theirs: getattr(model, ours) for theirs, ours in _ROPE.items()}}
 
 
-def _dit_dh_size(state: State) -> str | dict[str, int]:
+def _size(state: State) -> str | dict[str, int]:
     """The number of heads follows from the RoPE tables, or from the table of sizes."""
     widths = [state[f"blocks.{i}.norm1.weight"].shape[0] for i in range(layer_count(state, "blocks."))]
     head_width = state["x_embedder.proj.weight"].shape[0]
@@ -40,34 +35,32 @@ def _dit_dh_size(state: State) -> str | dict[str, int]:
             return name
     for part, table in (("trunk", "enc_feat_rope.freqs_cos"), ("head", "dec_feat_rope.freqs_cos")):
         if table not in state:
-            raise UserError("the number of attention heads does not follow from these weights; give generator.size as "
-                            f"{shape} with trunk_heads and head_heads")
+            raise UserError(f"the number of attention heads does not follow from these weights, for {table} is missing; give "
+                            f"generator.size as {shape} with trunk_heads and head_heads")
         shape[f"{part}_heads"] = shape[f"{part}_width"] // state[table].shape[1]
     return dataclasses.asdict(Size(**shape))
 
 
-def _dit_dh_inspect(state: State) -> dict[str, Any]:
-    try:
-        settings = {
-            "size": _dit_dh_size(state),
-            "channels": state["x_embedder.proj.weight"].shape[1],
-            "grid": math.isqrt(state["pos_embed"].shape[1]),
-            "num_classes": state["y_embedder.embedding_table.weight"].shape[0] - 1,
-        }
-    except KeyError as error:
-        raise UserError(f"these are not the weights of a DiT^DH generator: {error.args[0]} is missing") from error
+def _inspect(state: State) -> dict[str, Any]:
+    settings = {
+        "size": _size(state),
+        "channels": state["x_embedder.proj.weight"].shape[1],
+        "grid": math.isqrt(state["pos_embed"].shape[1]),
+        "num_classes": state["y_embedder.embedding_table.weight"].shape[0] - 1,
+    }
     if any(".attn.q_norm." in name for name in state):
         settings["qk_norm"] = True
     return settings
 
 
-ADAPTERS = {
-    "dit_dh": Adapter(
-        title="the DiT^DH generator",
-        build=DiTDH,
-        inspect=_dit_dh_inspect,
-        rename=_dit_dh_rename,
-        fit=lambda state, model: state,
-        restore=_dit_dh_restore,
-    ),
-}
+ADAPTER = Adapter(
+    title="the DiT^DH generator",
+    build=DiTDH,
+    inspect=_inspect,
+    rename=dict,  # our names are the official ones
+    fit=lambda state, model: state,
+    restore=_restore,
+    markers=("x_embedder.proj.*", "s_embedder.proj.*", "blocks.*.adaLN_modulation.1.*", "final_layer.norm_final.*"),
+    ignored={name: "a RoPE table, which is rebuilt" for name in _ROPE},
+    raw_only=tuple(_ROPE),
+)

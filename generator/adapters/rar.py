@@ -1,0 +1,52 @@
+"""Released RAR and reAR files -> our state dict and back. Names agree except for reAR's two training-only MLPs."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from typing import Any
+
+from core.errors import UserError
+from core.state_dicts import Adapter, State, layer_count
+from generator.ar.rar import EXTRA_POSITIONS, EXTRA_SLOTS, RAR, SIZES, Size
+
+_HEADS = {"encode_align_mlp.": "alignment.encode.", "decode_align_mlp.": "alignment.decode."}
+
+
+def _renamed(state: State, names: dict[str, str]) -> State:
+    def rename(name: str) -> str:
+        return next((new + name.removeprefix(old) for old, new in names.items() if name.startswith(old)), name)
+
+    return {rename(name): value for name, value in state.items()}
+
+
+def _inspect(state: State) -> dict[str, Any]:
+    vocab, width = state["lm_head.weight"].shape
+    length, slots = state["pos_embed"].shape[1] - EXTRA_POSITIONS, state["timesteps_embeddings"].shape[1] - EXTRA_SLOTS
+    size = Size(width, layer_count(state, "blocks."), width // state["blocks.0.attn.q_norm.weight"].shape[0],
+                state["blocks.0.mlp.fc1.weight"].shape[0])
+    settings = {
+        "size": next((name for name, known in SIZES.items() if known == size), asdict(size)),
+        "length": length, "vocab": vocab, "num_classes": state["embeddings.weight"].shape[0] - vocab - 2,
+    }
+    if slots != length:
+        raise UserError(f"pos_embed has rows for {length} codes, timesteps_embeddings for {slots}")
+    heads = {part: f"{part}_align_mlp." for part in ("encode", "decode") if f"{part}_align_mlp.0.weight" in state}
+    if heads:
+        prefix = next(iter(heads.values()))
+        rear = {"projection": state[prefix + "0.weight"].shape[0]}
+        settings |= {"code_dim": state[prefix + "4.weight"].shape[0],
+                     "rear": rear | {f"{part}_layer": None for part in ("encode", "decode") if part not in heads}}
+    return settings
+
+
+ADAPTER = Adapter(
+    title="the RAR generator",
+    build=RAR,
+    inspect=_inspect,
+    rename=lambda state: _renamed(state, _HEADS),
+    fit=lambda state, model: state,
+    restore=lambda model: _renamed(model.state_dict(), {ours: theirs for theirs, ours in _HEADS.items()}),
+    markers=("target_aware_pos_embed", "timesteps_embeddings", "adaln_before_head.*", "blocks.*.attn.q_norm.*"),
+    optional=tuple(f"{name}*" for name in _HEADS.values()),
+    container=None,
+)

@@ -1,0 +1,95 @@
+"""Released VAR files of ImageFolder -> our state dict and back."""
+
+from __future__ import annotations
+
+import math
+import re
+from typing import Any
+
+import torch
+from torch import nn
+
+from core.errors import UserError
+from core.state_dicts import Adapter, State, layer_count
+from generator.var.var import VAR
+
+_RELEASED = (1, 1, 2, 3, 3, 4, 5, 6, 8, 11)
+_PAIRS = (  # theirs, ours
+    ("attn.mat_qkv.weight", "attn.qkv.weight"),
+    ("attn.scale_mul_1H11", "attn.scale_mul"),
+    ("class_emb.weight", "class_emb.embedding_table.weight"),
+    ("head_nm.ada_lin.", "head_ada_lin."),
+)
+# Tables that follow from the sizes.
+_REBUILT = {"attn_bias_for_masking": "the mask, which is rebuilt", "lvl_1L": "the table of scales, which is rebuilt",
+            "*.zero_k_bias": "zeros"}
+
+
+def _rename(state: State) -> State:
+    renamed = {}
+    for name, value in state.items():
+        for theirs, ours in _PAIRS:
+            name = name.replace(theirs, ours)
+        renamed[name] = value
+    return renamed
+
+
+def _restore(model: VAR) -> State:
+    state = {}
+    for name, value in model.state_dict().items():
+        for theirs, ours in _PAIRS:
+            name = name.replace(ours, theirs)
+        state[name] = value
+    for index, block in enumerate(model.blocks):
+        state[f"blocks.{index}.attn.zero_k_bias"] = torch.zeros_like(block.attn.v_bias)
+    level = model.lvl_1L[0]
+    hidden = level[:, None] < level[None]
+    mask = torch.zeros(hidden.shape, device=level.device).masked_fill(hidden, -torch.inf)
+    return {**state, "attn_bias_for_masking": mask[None, None], "lvl_1L": model.lvl_1L}
+
+
+def _scales(state: State) -> list[int]:
+    """From the table of levels, else the released ones."""
+    count, length = state["lvl_embed.weight"].shape[0], state["pos_1LC"].shape[1]
+    if "lvl_1L" in state and not state["lvl_1L"].is_meta:
+        return [math.isqrt(n) for n in state["lvl_1L"][0].bincount(minlength=count).tolist()]
+    if (count, length) == (len(_RELEASED), sum(p * p for p in _RELEASED)):
+        return list(_RELEASED)
+    raise UserError(f"the {count} scales of this generator do not follow from its weights; give them as generator.scales")
+
+
+def _inspect(state: State) -> dict[str, Any]:
+    try:
+        width = state["word_embed.weight"].shape[0]
+        depth = layer_count(state, "blocks.")
+        l2_norm = "blocks.0.attn.scale_mul_1H11" in state
+        heads = state["blocks.0.attn.scale_mul_1H11"].shape[1] if l2_norm else width // 64
+        settings = {
+            "depth": depth, "width": width, "heads": heads, "scales": _scales(state),
+            "mlp_ratio": state["blocks.0.ffn.fc1.weight"].shape[0] / width,
+            "num_classes": state["class_emb.weight"].shape[0] - 1}
+        inputs, outputs = state["word_embed.weight"].shape[1], state["head.weight"].shape[0]
+    except KeyError as error:
+        raise UserError(f"these are not the weights of a VAR generator: {error.args[0]} is missing") from error
+    # Neither the number of branches nor the width of a code is in the file; all released ones have 32-wide codes.
+    code_dim = 32 if inputs % 32 == 0 else inputs
+    settings |= {"branches": inputs // code_dim, "code_dim": code_dim, "vocab": outputs // (inputs // code_dim)}
+    if not l2_norm:
+        settings["l2_norm"] = False
+    if any(re.match(r"shared_ada_lin\.", name) for name in state):
+        settings["shared_adaln"] = True
+    return settings
+
+
+ADAPTER = Adapter(
+    title="the VAR generator",
+    build=VAR,
+    inspect=_inspect,
+    rename=_rename,
+    fit=lambda state, model: state,
+    restore=_restore,
+    markers=("pos_1LC", "lvl_embed.*", "word_embed.*", "head_nm.ada_lin.*", "blocks.*.attn.mat_qkv.*"),
+    ignored=_REBUILT,
+    raw=("trainer.var_wo_ddp", "model", "module", "state_dict"),
+    container=("model", "ema"),
+)

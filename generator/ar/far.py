@@ -1,0 +1,284 @@
+"""FAR: autoregression over positions, then over the codebooks of each (FQGAN, arXiv 2411.16681).
+
+A LlamaGen transformer reads one token per position, the sum of what its K codes say; a small second transformer writes
+the K codes of the next position one after the other. One class for any K: 2 and 3 are the published models, with K = 1
+and no head layers it is LlamaGen itself. Positions lie on a grid (2-D rotary embedding) or on a line (1-D).
+
+Shape letters: B batch, T positions, K codebooks, V codebook size, D width.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Callable, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from core import sizes
+from core.errors import UserError
+from core.nn.dropout import dropout
+from core.nn.embed import LabelEmbedding
+from core.nn.kvcache import KVCache, activation_dtype
+from core.nn.norms import RMSNorm
+from core.nn.rope import Rope, axial_rope, line_rope, with_class_row
+from core.rng import derive
+from core.specs import Codes, Guidance, LatentSpec, Loss, Progress
+from generator.ar import rear as rear_module
+from generator.ar.decode import decode, uncompiled
+from generator.ar.llama import ffn_width, init_weights, make_blocks, run_blocks
+from generator.ar.rear import CodeAlignment, annealed, perturb
+from generator.sampling import CodeSampler
+
+
+@dataclass(frozen=True)
+class Size:
+    """Shape of trunk and head. `hidden` is the feed-forward width, by default 8/3 of `width` in steps of 256."""
+
+    width: int
+    layers: int
+    heads: int
+    head_layers: int = 3
+    hidden: int | None = None
+    kv_heads: int | None = None
+
+
+SIZES = {"b": Size(1024, 24, 16, 3), "l": Size(1280, 36, 20, 4)}
+
+
+class FAR(nn.Module):
+    """core.specs.Generator of Codes, K per position.
+
+    Args:
+        size: a name in SIZES or {width, layers, heads}, optionally with head_layers, hidden and kv_heads.
+        length, branches, vocab, grid: of the codes; grid null puts the positions on a line.
+        label_drop: how often the class is hidden in training, for classifier-free guidance.
+        token_dropout, residual_dropout, ffn_dropout, path_dropout: in training. path_dropout turns the two before it off.
+        rotary: "auto" follows `grid`; "line" ignores it.
+        rear: reAR's regularisers on the trunk, see generator.ar.rear.Settings; {} for the published ones, null for none.
+        code_dim: width of a code vector, for rear.
+    """
+
+    models = Codes
+
+    def __init__(
+        self,
+        *,
+        size: str | dict = "b",
+        length: int = 256,
+        branches: int = 2,
+        vocab: int = 16384,
+        grid: list[int] | None = None,
+        num_classes: int = 1000,
+        label_drop: float = 0.1,
+        token_dropout: float = 0.1,
+        residual_dropout: float = 0.1,
+        ffn_dropout: float = 0.1,
+        path_dropout: float = 0.0,
+        rope_theta: float = 10000.0,
+        norm_eps: float = 1e-5,
+        rotary: Literal["auto", "line"] = "auto",
+        rear: dict | None = None,
+        code_dim: int = 8,
+    ):
+        super().__init__()
+        s = sizes.pick(size, Size, SIZES)
+        self.size = {**asdict(s), "hidden": s.hidden or ffn_width(s.width), "kv_heads": s.kv_heads or s.heads}
+        self.length, self.branches, self.vocab, self.num_classes = length, branches, vocab, num_classes
+        self.grid = tuple(grid) if grid else None
+        self.label_drop, self.token_dropout = label_drop, token_dropout
+        self.drops = max(token_dropout, residual_dropout, ffn_dropout, path_dropout) > 0
+        if s.head_layers < 1 and branches > 1:
+            raise UserError(f"generator.size.head_layers is {s.head_layers}: {branches} codebooks need at least one layer "
+                            "to tell the second code about the position.")
+        if self.grid and self.grid[0] * self.grid[1] != length:
+            raise UserError(f"generator.grid {list(self.grid)} does not have generator.length={length} places.")
+
+        self.rear = rear_module.settings(rear, s.layers)
+        if self.rear and self.rear.noise == "mask":
+            raise UserError('generator.rear.noise: "mask" needs a mask code, which FAR does not have. Use "switch".')
+
+        self.cls_embedding = LabelEmbedding(num_classes, s.width)
+        for k in range(branches):
+            self.add_module(f"tok_embeddings_{k + 1}", nn.Embedding(vocab, s.width))
+        self.aggregation_layer = nn.Linear(branches * s.width, s.width) if branches > 1 else nn.Identity()
+        shape = {"width": s.width, "heads": s.heads, "hidden": self.size["hidden"], "kv_heads": self.size["kv_heads"],
+                 "residual_dropout": residual_dropout, "ffn_dropout": ffn_dropout, "path_dropout": path_dropout,
+                 "norm_eps": norm_eps}
+        self.layers = make_blocks(s.layers, **shape)
+        self.ar_head = make_blocks(s.head_layers, **shape)
+        self.norm = RMSNorm(s.width, norm_eps)
+        for k in range(branches):
+            self.add_module(f"output_{k + 1}", nn.Linear(s.width, vocab, bias=False))
+        head_dim = s.width // s.heads
+        on_grid = self.grid is not None and rotary == "auto"
+        rows = max(length + 1, branches)  # one more than training needs, for all logits of a whole sequence
+        table = with_class_row(axial_rope(head_dim, self.grid, rope_theta)) if on_grid else line_rope(head_dim, rows, rope_theta)
+        for name, part in zip(("cos", "sin"), table):
+            self.register_buffer(f"rope_{name}", part, persistent=False)
+        layers = (self.rear.encode_layer, self.rear.decode_layer) if self.rear else (None, None)
+        self.alignment = CodeAlignment(s.width, code_dim, branches, self.rear) if layers != (None, None) else None
+        init_weights(self)
+        for k in range(branches):  # the first loss is ln V exactly
+            nn.init.zeros_(self._module("output", k).weight)
+
+    def _module(self, stem: str, branch: int) -> nn.Module:
+        return getattr(self, f"{stem}_{branch + 1}")
+
+    def _rope(self, count: int) -> Rope:
+        return self.rope_cos[:count], self.rope_sin[:count]
+
+    def fits(self, spec: LatentSpec) -> list[str]:
+        if not isinstance(spec, self.models):
+            return [f"{type(self).__name__} models sequences of codes, the tokenizer gives {spec}"]
+        problems = [f"generator.{name} is {ours}, the tokenizer has {theirs}" for name, ours, theirs in (
+            ("branches", self.branches, spec.branches), ("vocab", self.vocab, spec.vocab),
+            ("length", self.length, spec.length)) if ours != theirs]
+        if self.grid and spec.grid and tuple(spec.grid) != self.grid:
+            problems.append(f"generator.grid is {list(self.grid)}, the tokenizer has {list(spec.grid)}")
+        return problems
+
+    def bind(self, tokenizer) -> None:
+        if self.alignment is not None:
+            self.alignment.bind(tokenizer)
+
+    # -- the network --------------------------------------------------------------------------------------------------
+    def _embed(self, codes: Tensor) -> list[Tensor]:
+        """(..., K) codes -> K embeddings (..., D)."""
+        return [self._module("tok_embeddings", k)(codes[..., k]) for k in range(self.branches)]
+
+    def _aggregate(self, embedded: list[Tensor]) -> Tensor:
+        """K embeddings (..., D) -> the trunk's input (..., D)."""
+        return self.aggregation_layer(torch.cat(embedded, dim=-1))
+
+    def trunk(self, codes: Tensor, labels: Tensor, keys: Tensor | None = None,
+              taps: dict[int, Tensor] | None = None) -> Tensor:
+        """(B, t, K) codes -> (B, t + 1, D): at each place what is known before it. Label `num_classes` means no class."""
+        x = torch.cat((self.cls_embedding(labels)[:, None], self._aggregate(self._embed(codes))), dim=1)
+        x = dropout(x, self.token_dropout, keys, salt=0)
+        return run_blocks(self.layers, x, self._rope(x.shape[1]), keys=derive(keys, 1) if keys is not None else None,
+                          taps=taps)
+
+    def head(self, states: Tensor, embedded: list[Tensor], keys: Tensor | None = None) -> Tensor:
+        """States (B, t, D) and the embeddings of the first k codes there -> normalised features (B, t, k + 1, D)."""
+        x = torch.stack((states, *embedded), dim=2)  # (B, t, k + 1, D)
+        flat = run_blocks(self.ar_head, x.flatten(0, 1), self._rope(x.shape[2]),
+                          keys=derive(keys, 2) if keys is not None else None)
+        return self.norm(flat).view_as(x)
+
+    def features(self, codes: Tensor, labels: Tensor, keys: Tensor | None = None,
+                 taps: dict[int, Tensor] | None = None) -> Tensor:
+        """Teacher-forced (B, T, K, D): entry k is what output k + 1 turns into logits of code k."""
+        states = self.trunk(codes[:, :-1], labels, keys, taps)  # (B, T, D)
+        return self.head(states, [self._module("tok_embeddings", k)(codes[..., k]) for k in range(self.branches - 1)], keys)
+
+    def logits(self, features: Tensor, branch: int) -> Tensor:
+        """(..., D) features of one codebook -> (..., V) fp32."""
+        return self._module("output", branch)(features).float()
+
+    # -- training -----------------------------------------------------------------------------------------------------
+    def drop_labels(self, labels: Tensor, draws) -> Tensor:
+        return self.cls_embedding.drop(labels, draws.uniform("label_drop"), self.label_drop)
+
+    def forward(self, latents: Tensor, labels: Tensor, draws, progress: Progress | None = None) -> Loss:
+        """Mean over codebooks of the cross-entropy, every one logged, plus reAR's alignment if there is any."""
+        given, selected = latents, None
+        if self.rear is not None and self.rear.noise != "none":
+            given, selected = perturb(latents, draws, annealed(progress, *self.rear.anneal), self.vocab)
+        keys = draws.keys("dropout") if self.training and self.drops else None
+        taps = self.alignment.taps() if self.alignment is not None else None
+        features = self.features(given, self.drop_labels(labels, draws), keys, taps)
+        losses = [F.cross_entropy(self.logits(features[:, :, k], k).flatten(0, 1), latents[..., k].flatten())
+                  for k in range(self.branches)]
+        ce = torch.stack(losses).mean()
+        logs = {"ce": ce.detach(), **{f"ce_{k + 1}": loss.detach() for k, loss in enumerate(losses)}}
+        if self.alignment is None:
+            return Loss(ce, {"loss": ce.detach(), **logs})
+        reading, predicting = (None if layer is None else taps[layer] for layer in
+                               (self.rear.encode_layer, self.rear.decode_layer))
+        # Slot 0 holds the class, slot 1 + i position i, of which the last is never read; slot i predicts position i.
+        alignment = self.alignment(None if reading is None else reading[:, 1:], predicting, latents, selected)
+        total = ce + self.rear.weight * alignment
+        return Loss(total, {"loss": total.detach(), **logs, "alignment": alignment.detach()})
+
+    # -- sampling -----------------------------------------------------------------------------------------------------
+    @uncompiled
+    @torch.no_grad()
+    def sample(self, labels: Tensor, draws, guidance: Guidance = Guidance(), temperature: float | list[float] = 1.0,
+               top_k: int | list[int] = 0, top_p: float | list[float] = 1.0, *, prefix: Tensor | None = None,
+               shared: int = 0, on_codes: Callable[[Tensor], None] | None = None, cached: bool = True,
+               static: bool | None = None, trace: list | None = None, length: int | None = None) -> Tensor:
+        """Codes (B, T, K).
+
+        Args:
+            temperature, top_k, top_p: of every codebook, or one each; 1, 0 and 1 do nothing, temperature 0 is greedy.
+            prefix: (B or 1, n, K) codes that the sequences begin with, in place of what would be sampled there.
+            shared: the first so many positions take the codes of the first sample, whatever the labels.
+            on_codes: called with the codes so far, (B, t, K), when t of them are there; it may start work on the device.
+            cached: False computes the whole sequence anew for every code, as a reference.
+            static: fixed shapes, so that a step is one CUDA graph; default on a GPU.
+            trace: see CodeSampler.
+            length: stop after so many positions.
+        """
+        device, length = labels.device, length or self.length
+        sampler = CodeSampler(length, self.branches, draws, guidance, device, temperature=temperature, top_k=top_k,
+                              top_p=top_p, trace=trace)
+        both = sampler.labels(labels, self.cls_embedding.null(labels))
+        codes = torch.zeros(len(labels), length, self.branches, dtype=torch.int64, device=device)
+        forced = self._forced(prefix, length, device)
+        if not 0 <= shared <= length:
+            raise UserError(f"{shared} shared positions in a sequence of {length}: give 0 to {length}.")
+
+        def settle(t: Tensor, k: int, chosen: Tensor) -> Tensor:
+            """What becomes of the codes (B,) drawn for codebook k of position t."""
+            if shared:
+                chosen = torch.where(t < shared, chosen[:1], chosen)
+            if forced is not None:
+                given = forced[:, :, k].index_select(1, t.clamp_max(forced.shape[1] - 1))[:, 0]
+                chosen = torch.where(t < forced.shape[1], given, chosen)
+            return chosen
+
+        if not cached:
+            for index in range(length):
+                t = torch.full((1,), index, device=device)
+                states = self.trunk(sampler.double(codes[:, :index]), both)[:, -1:]  # (2B, 1, D)
+                for k in range(self.branches):
+                    known = [self._module("tok_embeddings", j)(sampler.double(codes[:, index, j]))[:, None] for j in range(k)]
+                    codes[:, index, k] = settle(t, k, sampler(self.logits(self.head(states, known)[:, 0, k], k), t, k))
+                if on_codes:
+                    on_codes(codes[:, : index + 1])
+            return codes
+        static = device.type == "cuda" if static is None else static
+        s, dtype = self.size, activation_dtype(self.norm.weight)
+        shape = {"batch": len(both), "heads": s["kv_heads"], "head_dim": s["width"] // s["heads"], "device": device,
+                 "dtype": dtype}
+        cache = KVCache(s["layers"], length=length, static=static, **shape)
+        head_cache = KVCache(s["head_layers"], length=self.branches, **shape)
+        start = self.cls_embedding(both)[:, None]  # (2B, 1, D)
+
+        def step(t: Tensor) -> None:
+            known = self._aggregate(self._embed(codes.index_select(1, (t - 1).clamp_min(0))))  # of the place before
+            x = torch.where(t == 0, start, sampler.double(known))  # (2B, 1, D)
+            layers = cache.open(1)
+            x = run_blocks(self.layers, x, cache.rope((self.rope_cos, self.rope_sin)), layers)
+            chosen: list[Tensor] = []
+            for k in range(self.branches):
+                head_cache.seek(k)
+                layers = head_cache.open(1)
+                x = self.norm(run_blocks(self.ar_head, x, head_cache.rope((self.rope_cos, self.rope_sin)), layers))
+                chosen.append(settle(t, k, sampler(self.logits(x[:, 0], k), t, k)))  # (B,)
+                if k + 1 < self.branches:
+                    x = sampler.double(self._module("tok_embeddings", k)(chosen[-1]))[:, None]
+            codes.index_copy_(1, t, torch.stack(chosen, -1)[:, None])
+
+        decode(step, 0, length, cache, after=on_codes and (lambda done: on_codes(codes[:, :done])))
+        return codes
+
+    def _forced(self, prefix: Tensor | None, length: int, device: torch.device) -> Tensor | None:
+        if prefix is None or prefix.shape[1] == 0:
+            return None
+        if prefix.ndim != 3 or prefix.shape[2] != self.branches or prefix.shape[1] > length:
+            raise UserError(f"a prefix of shape {list(prefix.shape)} cannot begin sequences of {length} positions with "
+                            f"{self.branches} codebook(s): give (B or 1, up to {length}, {self.branches}).")
+        return prefix.to(device)

@@ -1,0 +1,345 @@
+"""RAR and reAR: one causal transformer with adaptive norms per class and position, over one code per position.
+
+RAR (Yu et al. 2024, arXiv 2411.00776) trains on randomly permuted orders that are annealed to raster order; every slot
+also knows the position it is to predict. reAR keeps raster order and adds the regularisers of generator/ar/rear.py.
+Without either it is plain autoregression. Sampling is in raster order for all. Parameter names are those of the
+official checkpoints.
+
+A sequence has N + 2 slots: a learned token, the class, then the N codes. Slot 1 + p predicts code p.
+
+Shape letters: B batch, N codes, S slots, V codebook size, D width.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from core import sizes
+from core.errors import UserError
+from core.nn.attention import Attention
+from core.nn.dropout import dropout
+from core.nn.kvcache import KVCache, LayerCache, activation_dtype
+from core.nn.mlp import MLP
+from core.nn.norms import modulate
+from core.rng import derive
+from core.specs import Codes, Guidance, LatentSpec, Loss, Progress
+from generator.ar import rear as rear_module
+from generator.ar.decode import decode, uncompiled
+from generator.ar.rear import CodeAlignment, annealed, perturb
+from generator.sampling import CodeSampler
+
+EXTRA_POSITIONS, EXTRA_SLOTS = 1024, 100  # rows that the official tables have beyond the codes
+MODULATION_BYTES = 1 << 30  # how much of the adaptive norms is computed ahead while sampling
+
+
+@dataclass(frozen=True)
+class Size:
+    """Shape of the trunk; `hidden` is the width inside the feed-forward layers."""
+
+    width: int
+    layers: int
+    heads: int
+    hidden: int
+
+
+SIZES = {"s": Size(768, 20, 16, 3072), "b": Size(768, 24, 16, 3072), "l": Size(1024, 24, 16, 4096),
+         "xl": Size(1280, 32, 16, 5120), "xxl": Size(1408, 40, 16, 6144)}
+
+
+class Block(nn.Module):
+    """Pre-norm block whose shift, scale and gate (B, S, 6 D) follow from the condition of each slot."""
+
+    def __init__(self, size: Size, dropout: float, attention_dropout: float):
+        super().__init__()
+        self.dropout = dropout
+        self.norm1 = nn.LayerNorm(size.width, eps=1e-6)
+        self.attn = Attention(size.width, size.heads, "layer", causal=True, dropout=attention_dropout)
+        self.norm2 = nn.LayerNorm(size.width, eps=1e-6)
+        self.mlp = MLP(size.width, size.hidden, dropout=dropout)
+        self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(size.width, 6 * size.width))
+
+    def forward(self, x: Tensor, condition: Tensor | None = None, modulation: Tensor | None = None,
+                cache: LayerCache | None = None, keys: Tensor | None = None) -> Tensor:
+        """x (B, S, D); `condition` (B, S, D), or the `modulation` (B, S, 6 D) that was computed from it before."""
+        modulation = self.adaLN_modulation(condition) if modulation is None else modulation
+        shift1, scale1, gate1, shift2, scale2, gate2 = modulation.chunk(6, dim=-1)
+        branch = self.attn(modulate(self.norm1(x), shift1, scale1), cache=cache, keys=keys)
+        x = x + gate1 * dropout(branch, self.dropout, keys, salt=1)
+        return x + gate2 * self.mlp(modulate(self.norm2(x), shift2, scale2), keys)
+
+
+class FinalNorm(nn.Module):
+    """Adaptive norm before the logits."""
+
+    def __init__(self, width: int):
+        super().__init__()
+        self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(width, 2 * width))
+
+    def forward(self, x: Tensor, condition: Tensor | None = None, modulation: Tensor | None = None) -> Tensor:
+        modulation = self.adaLN_modulation(condition) if modulation is None else modulation
+        scale, shift = modulation.chunk(2, dim=-1)  # parity: scale first here, shift first in the blocks
+        return modulate(F.layer_norm(x, x.shape[-1:], eps=1e-6), shift, scale)
+
+
+class RAR(nn.Module):
+    """core.specs.Generator of one code per position.
+
+    Args:
+        size: a name in SIZES or {width, layers, heads, hidden}.
+        length, branches, vocab, code_dim: of the codes; one branch. `code_dim` is the width of a code vector, for rear.
+        label_drop: how often the class is hidden in training, for classifier-free guidance.
+        dropout, attention_dropout: in training. The latter keeps attention from using its fused kernel, see
+            core.nn.attention.
+        permute: [start, end] as shares of the run: before `start` every sample is trained in a random order, from `end`
+            on all in raster order, in between fewer and fewer. null: always raster order.
+        rear: reAR's regularisers, see generator.ar.rear.Settings; {} for the published ones, null for none.
+    """
+
+    models = Codes
+
+    def __init__(
+        self,
+        *,
+        size: str | dict = "b",
+        length: int = 256,
+        branches: int = 1,
+        vocab: int = 1024,
+        code_dim: int = 256,
+        num_classes: int = 1000,
+        label_drop: float = 0.1,
+        dropout: float = 0.1,
+        attention_dropout: float = 0.1,
+        permute: list[float] | None = None,
+        rear: dict | None = None,
+    ):
+        super().__init__()
+        self.size = sizes.pick(size, Size, SIZES)
+        self.length, self.vocab, self.num_classes, self.label_drop = length, vocab, num_classes, label_drop
+        self.drops = max(dropout, attention_dropout) > 0
+        if branches != 1:
+            raise UserError(f"generator.branches is {branches}: RAR models one code per position. FAR takes any number, and "
+                            "reAR's regularisers too (generator.rear).")
+        if permute is not None and (len(permute) != 2 or not 0 <= permute[0] <= permute[1]):
+            raise UserError(f"generator.permute: expected [start, end] as shares of the run, got {permute}.")
+        self.permute = permute
+        self.rear = rear_module.settings(rear, self.size.layers)
+
+        width = self.size.width
+        self.cls_token = nn.Parameter(torch.zeros(1, 1, width))
+        # Rows: codes, the mask code, classes, no class.
+        self.embeddings = nn.Embedding(vocab + 1 + num_classes + 1, width)
+        self.pos_embed = nn.Parameter(torch.empty(1, length + EXTRA_POSITIONS, width))
+        self.target_aware_pos_embed = nn.Parameter(torch.empty(1, length + EXTRA_POSITIONS, width))
+        self.timesteps_embeddings = nn.Parameter(torch.empty(1, length + EXTRA_SLOTS, width))
+        self.blocks = nn.ModuleList(Block(self.size, dropout, attention_dropout) for _ in range(self.size.layers))
+        self.adaln_before_head = FinalNorm(width)
+        self.lm_head = nn.Linear(width, vocab)
+        layers = (self.rear.encode_layer, self.rear.decode_layer) if self.rear else (None, None)
+        self.alignment = CodeAlignment(width, code_dim, 1, self.rear) if layers != (None, None) else None
+        self._init_weights()
+
+    def _init_weights(self) -> None:
+        for module in self.modules():
+            if isinstance(module, (nn.Linear, nn.Embedding)):
+                nn.init.trunc_normal_(module.weight, std=0.02)
+                if getattr(module, "bias", None) is not None:
+                    nn.init.zeros_(module.bias)
+        for table in (self.pos_embed, self.target_aware_pos_embed, self.timesteps_embeddings):
+            nn.init.trunc_normal_(table, std=0.02)
+        for module in (*self.blocks, self.adaln_before_head):
+            nn.init.zeros_(module.adaLN_modulation[1].weight)
+
+    def no_weight_decay(self) -> set[str]:
+        """By the official rule on names. It spares adaln_before_head, whose name contains "ln", but not the blocks'
+        adaLN_modulation and not cls_token."""
+        words = ("ln", "bias", "embedding", "norm", "embed")
+        return {name for name, p in self.named_parameters() if p.ndim < 2 or any(word in name for word in words)}
+
+    def fits(self, spec: LatentSpec) -> list[str]:
+        if not isinstance(spec, self.models):
+            return [f"RAR models sequences of codes, the tokenizer gives {spec}"]
+        if spec.branches != 1:
+            return [f"RAR models one code per position, the tokenizer gives {spec.branches}: use FAR"]
+        return [f"generator.{name} is {ours}, the tokenizer has {theirs}" for name, ours, theirs in (
+            ("vocab", self.vocab, spec.vocab), ("length", self.length, spec.length)) if ours != theirs]
+
+    def bind(self, tokenizer) -> None:
+        if self.alignment is not None:
+            self.alignment.bind(tokenizer)
+
+    # -- the network --------------------------------------------------------------------------------------------------
+    def condition_ids(self, labels: Tensor) -> Tensor:
+        """Rows of `embeddings` for labels; label `num_classes` means no class."""
+        return labels + self.vocab + 1
+
+    def slots(self, codes: Tensor, labels: Tensor, order: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Input and condition of every slot, (B, n + 2, D) each, from the first n codes (B, n) in `order`.
+
+        Args:
+            order: (B, N) place of the p-th code; None for raster order.
+        """
+        batch, known = codes.shape
+        class_token = self.embeddings(self.condition_ids(labels))[:, None]  # (B, 1, D)
+        x = torch.cat((self.cls_token.expand(batch, -1, -1), class_token, self.embeddings(codes)), dim=1)
+        targets = min(known + 1, self.length)  # slots 1 ... targets predict something
+        if order is None:
+            x = x + self.pos_embed[:, : known + 2]
+            target = self.target_aware_pos_embed[:, 2 : 2 + targets]
+        else:
+            x = x + torch.cat((self.pos_embed[:, :2].expand(batch, -1, -1), self.pos_embed[0, 2 + order[:, :known]]), dim=1)
+            target = self.target_aware_pos_embed[0, 2 + order[:, :targets]]
+        x = x + F.pad(target, (0, 0, 1, known + 1 - targets))
+        return x, class_token + self.timesteps_embeddings[:, : known + 2]
+
+    def run(self, x: Tensor, condition: Tensor, keys: Tensor | None = None, taps: dict | None = None) -> Tensor:
+        """Through all blocks; `keys` and `taps` as in generator.ar.llama.run_blocks."""
+        for index, block in enumerate(self.blocks):
+            x = block(x, condition, keys=derive(keys, index) if keys is not None else None)
+            if taps is not None and index in taps:
+                taps[index] = x
+        return x
+
+    def logits(self, x: Tensor, condition: Tensor) -> Tensor:
+        """(B, S, D) -> (B, S, V) fp32."""
+        return self.lm_head(self.adaln_before_head(x, condition)).float()
+
+    # -- training -----------------------------------------------------------------------------------------------------
+    def drop_labels(self, labels: Tensor, draws) -> Tensor:
+        return torch.where(draws.uniform("label_drop") < self.label_drop, self.num_classes, labels)
+
+    def orders(self, batch: int, draws, ratio: float) -> Tensor | None:
+        """(B, N) orders of which a share `ratio` is random and the rest raster; None when all are raster."""
+        if ratio == 0:
+            return None
+        permuted = draws.uniform("order") < ratio  # (B,)
+        raster = torch.arange(self.length, device=permuted.device).expand(batch, -1)
+        return torch.where(permuted[:, None], draws.uniform("permutation", (self.length,)).argsort(-1), raster)
+
+    def forward(self, latents: Tensor, labels: Tensor, draws, progress: Progress | None = None) -> Loss:
+        """Cross-entropy of every code, plus reAR's alignment; the share of codes that are the likeliest is logged."""
+        codes, selected, order = latents, None, None  # (B, N, 1)
+        if self.permute is not None:
+            order = self.orders(len(labels), draws, annealed(progress, *self.permute))
+            codes = codes if order is None else codes.gather(1, order[..., None])
+        given = codes
+        if self.rear is not None and self.rear.noise != "none":
+            mask = self.vocab if self.rear.noise == "mask" else None
+            given, selected = perturb(codes, draws, annealed(progress, *self.rear.anneal), self.vocab, mask)
+        keys = draws.keys("dropout") if self.training and self.drops else None
+        taps = self.alignment.taps() if self.alignment is not None else None
+        x, condition = self.slots(given[..., 0], self.drop_labels(labels, draws), order)
+        x = self.run(x, condition, keys, taps)
+        logits = self.logits(x[:, 1:-1], condition[:, 1:-1])  # (B, N, V)
+        ce = F.cross_entropy(logits.flatten(0, 1), codes.flatten())
+        logs = {"ce": ce.detach(), "accuracy": (logits.argmax(-1) == codes[..., 0]).float().mean()}
+        if self.alignment is None:
+            return Loss(ce, {"loss": ce.detach(), **logs})
+        reading, predicting = (None if layer is None else taps[layer] for layer in
+                               (self.rear.encode_layer, self.rear.decode_layer))
+        alignment = self.alignment(None if reading is None else reading[:, 2:],
+                                   None if predicting is None else predicting[:, 1:-1], codes, selected)
+        total = ce + self.rear.weight * alignment
+        return Loss(total, {"loss": total.detach(), **logs, "alignment": alignment.detach()})
+
+    # -- sampling -----------------------------------------------------------------------------------------------------
+    @uncompiled
+    @torch.no_grad()
+    def sample(self, labels: Tensor, draws, guidance: Guidance = Guidance(), temperature: float = 1.0, top_k: int = 0,
+               top_p: float = 1.0, *, cached: bool = True, static: bool | None = None, trace: list | None = None) -> Tensor:
+        """Codes (B, N, 1), in raster order.
+
+        Args:
+            temperature, top_k, top_p: 1, 0 and 1 do nothing, temperature 0 is greedy.
+            cached: False computes the whole sequence anew for every code, as a reference.
+            static: fixed shapes, so that a step is one CUDA graph; default on a GPU.
+            trace: see CodeSampler.
+        """
+        device, length = labels.device, self.length
+        sampler = CodeSampler(length, 1, draws, guidance, device, temperature=temperature, top_k=top_k, top_p=top_p,
+                              trace=trace)
+        both = sampler.labels(labels, torch.full_like(labels, self.num_classes))
+        codes = torch.zeros(len(labels), length, dtype=torch.int64, device=device)
+        if not cached:
+            for index in range(length):
+                x, condition = self.slots(sampler.double(codes[:, :index]), both)
+                x = self.run(x, condition)[:, -1:]
+                logits = self.logits(x, condition[:, -1:])[:, 0]
+                codes[:, index] = sampler(logits, torch.full((1,), index, device=device))
+            return codes[..., None]
+        static = device.type == "cuda" if static is None else static
+        dtype = activation_dtype(self.lm_head.weight)
+        cache = KVCache(len(self.blocks), len(both), self.size.heads, length + 1, self.size.width // self.size.heads,
+                        device=device, dtype=dtype, static=static)
+        ahead = Modulations(self, *distinct(both, self.num_classes))  # adaptive norms depend on class and slot alone
+
+        def finish(x: Tensor, t: Tensor, layers: list[LayerCache]) -> None:
+            """Code t from the inputs (2B, n, D) of the last n slots."""
+            for index, block in enumerate(self.blocks):
+                x = block(x, modulation=ahead(index, t, x.shape[1]), cache=layers[index])
+            x = self.adaln_before_head(x[:, -1:], modulation=ahead(len(self.blocks), t, 1))
+            codes.index_copy_(1, t, sampler(self.lm_head(x[:, 0]).float(), t)[:, None])
+
+        def step(t: Tensor) -> None:
+            known = codes.index_select(1, t - 1)  # (B, 1)
+            x = self.embeddings(sampler.double(known)) + self.pos_embed.index_select(1, t + 1)
+            finish(x + self.target_aware_pos_embed.index_select(1, t + 2), t, cache.open(1))
+
+        for first in range(0, length, ahead.codes):
+            last = min(first + ahead.codes, length)
+            ahead.fill(first, last)
+            if first == 0:  # the learned token and the class go in together
+                cache.seek(0)
+                cache.span = 2
+                x, _ = self.slots(codes[:, :0].repeat(len(both) // len(codes), 1), both)
+                finish(x, torch.zeros(1, dtype=torch.int64, device=device), cache.open(2))
+            decode(step, max(first, 1), last, cache, lead=1)
+        return codes[..., None]
+
+
+def distinct(labels: Tensor, num_classes: int) -> tuple[Tensor, Tensor]:
+    """(U,) different labels, and which of them each one is. Waits for the device, once per call of `sample`."""
+    if labels.is_meta:  # in estimates: as if all were different
+        return labels, torch.arange(len(labels), device=labels.device)
+    classes, rows = labels.unique(return_inverse=True)
+    if int(classes[0]) < 0 or int(classes[-1]) > num_classes:
+        raise UserError(f"labels lie in 0..{num_classes - 1} ({num_classes} is no class), got {labels.tolist()}")
+    return classes, rows
+
+
+class Modulations:
+    """Shifts, scales and gates of all blocks for a range of slots, computed ahead: large matrix products instead of one
+    small one per step, once per class instead of once per sample.
+
+    Args:
+        classes: (U,) distinct labels.
+        rows: (2B,) which of them each row of the batch has.
+    """
+
+    def __init__(self, model: RAR, classes: Tensor, rows: Tensor):
+        self.model, self.rows = model, rows
+        self.layers = [block.adaLN_modulation for block in model.blocks] + [model.adaln_before_head.adaLN_modulation]
+        self.condition = model.embeddings(model.condition_ids(classes))[:, None]  # (U, 1, D)
+        dtype = activation_dtype(model.lm_head.weight)
+        width = sum(layer[1].out_features for layer in self.layers)
+        per_slot = len(classes) * width * torch.empty((), dtype=dtype).element_size()
+        self.codes = max(1, min(model.length, MODULATION_BYTES // per_slot))
+        # Slot t + 1 belongs to code t; slot 0 is only met together with slot 1. So row j holds slot first + j.
+        self.tables = [torch.empty(len(classes), self.codes + 1, layer[1].out_features, dtype=dtype, device=rows.device)
+                       for layer in self.layers]
+        self.first = torch.zeros(1, dtype=torch.int64, device=rows.device)
+
+    def fill(self, first: int, last: int) -> None:
+        """Slots first ... last, for codes first ... last - 1."""
+        self.first.fill_(first)
+        condition = self.condition + self.model.timesteps_embeddings[:, first : last + 1]  # (U, n, D)
+        for table, layer in zip(self.tables, self.layers):
+            table[:, : last + 1 - first] = layer(condition)
+
+    def __call__(self, layer: int, t: Tensor, count: int) -> Tensor:
+        """(2B, count, ...) of one layer, for the `count` slots up to the one that predicts code t (a (1,) tensor)."""
+        places = t + 1 - self.first + torch.arange(1 - count, 1, device=t.device)
+        return self.tables[layer].index_select(1, places).index_select(0, self.rows)

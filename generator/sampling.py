@@ -1,0 +1,114 @@
+"""From logits to codes: temperature, top-k, top-p, and the draw. Everything in fp32, nothing waits for the device.
+
+A draw is a function of the probabilities and of noise that the caller made beforehand, one number per sample, position
+and codebook (`draws.categorical("codes", (T, K))`): so the result depends neither on the batch nor on the rank, and a
+captured CUDA graph draws anew at every replay.
+"""
+
+from __future__ import annotations
+
+from typing import Sequence
+
+import torch
+from torch import Tensor
+
+from core.errors import UserError
+from core.specs import Guidance
+from generator.guidance import guide_logits, scales
+
+
+def per_branch(value: float | Sequence[float], branches: int, name: str) -> list:
+    """One setting per codebook, from one number for all or a list."""
+    values = list(value) if isinstance(value, (list, tuple)) else [value] * branches
+    if len(values) != branches:
+        raise UserError(f"sample.{name} has {len(values)} numbers but the tokenizer has {branches} codebook(s): give one "
+                        "number, or one per codebook.")
+    return values
+
+
+def filter_logits(logits: Tensor, top_k: int = 0, top_p: float = 1.0) -> Tensor:
+    """Logits (..., V) with -inf where a code may not be drawn.
+
+    Args:
+        top_k: keep the k largest and whatever equals the k-th; 0 keeps all.
+        top_p: among those, keep the likeliest until their probabilities exceed p, the one that crosses p included
+            (nucleus sampling, Holtzman et al. 2019); 1 keeps all. With top_k only k values are sorted.
+    """
+    vocab = logits.shape[-1]
+    kept = min(top_k, vocab) if top_k > 0 else vocab
+    if kept < vocab:
+        best, places = logits.topk(kept, dim=-1)  # (..., k), descending
+        logits = logits.masked_fill(logits < best[..., -1:], -torch.inf)
+    if top_p >= 1.0:
+        return logits
+    if kept == vocab:
+        best, places = logits.sort(dim=-1, descending=True)
+    probabilities = (best - logits.logsumexp(-1, keepdim=True)).exp()
+    before = probabilities.cumsum(-1) - probabilities  # of the likelier ones
+    spared = before <= top_p
+    spared[..., 0] = True
+    # What equals the k-th value without being among the k is likeliest to follow it: it goes if the k exceed p.
+    rest = torch.isneginf(logits) | (before[..., -1:] + probabilities[..., -1:] > top_p)
+    return logits.masked_fill(~(~rest).scatter(-1, places, spared), -torch.inf)
+
+
+def probabilities(logits: Tensor, temperature: float = 1.0, top_k: int = 0, top_p: float = 1.0) -> Tensor:
+    """(..., V) fp32 probabilities. Temperature 0 gives the likeliest code probability 1."""
+    logits = logits.float()
+    if temperature == 0:
+        return torch.zeros_like(logits).scatter_(-1, logits.argmax(-1, keepdim=True), 1.0)
+    return filter_logits(logits if temperature == 1 else logits / temperature, top_k, top_p).softmax(-1)
+
+
+def choose(probabilities: Tensor, noise: Tensor) -> Tensor:
+    """One code per row, (B,) int64.
+
+    Args:
+        probabilities: (B, V).
+        noise: (B,) uniform in (0, 1): inverts the cumulated probabilities, in fp64; or (B, V) exponential: the code with
+            the largest probability / noise.
+    """
+    if noise.ndim == probabilities.ndim:
+        return (probabilities / noise).argmax(-1)
+    cumulated = probabilities.double().cumsum(-1)
+    return (cumulated < noise.double()[:, None] * cumulated[:, -1:]).sum(-1).clamp_max(probabilities.shape[-1] - 1)
+
+
+class CodeSampler:
+    """Turns the logits of every position and codebook into codes: guidance, filters, draw.
+
+    Args:
+        length, branches: T and K.
+        draws: one number per sample, position and codebook is taken from it, all at once.
+        guidance: of kind "cfg". When active, logits come doubled: conditional rows, then unconditional ones.
+        temperature, top_k, top_p: one for all codebooks, or a list.
+        trace: receives (guided logits, probabilities), (B, V) fp32 each, of every call; for parity tests.
+    """
+
+    def __init__(self, length: int, branches: int, draws, guidance: Guidance, device: torch.device, *,
+                 temperature: float | Sequence[float] = 1.0, top_k: int | Sequence[int] = 0,
+                 top_p: float | Sequence[float] = 1.0, trace: list | None = None):
+        if guidance.kind != "cfg":
+            raise UserError(f'sample.guidance: codes are guided by "cfg" only, not by "{guidance.kind}".')
+        self.guided = guidance.active
+        self.scales = scales(guidance, length, branches).to(device)  # (T, K)
+        self.noise = draws.categorical("codes", (length, branches))  # (B, T, K) or (B, T, K, V)
+        self.temperature = per_branch(temperature, branches, "temperature")
+        self.top_k, self.top_p = per_branch(top_k, branches, "top_k"), per_branch(top_p, branches, "top_p")
+        self.trace = trace
+
+    def double(self, x: Tensor) -> Tensor:
+        """The same rows for the conditional and the unconditional half."""
+        return torch.cat((x, x)) if self.guided else x
+
+    def labels(self, labels: Tensor, null: Tensor) -> Tensor:
+        return torch.cat((labels, null)) if self.guided else labels
+
+    def __call__(self, logits: Tensor, t: Tensor, branch: int = 0) -> Tensor:
+        """Codes (B,) int64 of position t (a (1,) int64 tensor), from logits (B or 2B, V)."""
+        if self.guided:
+            logits = guide_logits(*logits.chunk(2), self.scales.index_select(0, t)[:, branch])
+        p = probabilities(logits, self.temperature[branch], self.top_k[branch], self.top_p[branch])
+        if self.trace is not None:
+            self.trace.append((logits.float(), p))
+        return choose(p, self.noise.index_select(1, t)[:, 0, branch])

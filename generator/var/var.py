@@ -1,0 +1,395 @@
+"""VAR over parallel branches: predict the codes of a whole scale at once, from all coarser scales (Tian et al. 2024,
+arXiv 2404.02905), both branches of a position from one hidden state (ImageFolder, arXiv 2410.01756, section 3.3).
+
+The sequence is one start token, the class, and then for every scale after the first what the coarser ones add up to,
+shrunk to that scale; a position predicts the codes at its own place. Parameter names map to the official ones in
+generator/adapters/var.py.
+
+B batch, S scales, L = sum of squared scales, K branches, V codes, D width, C channels of a code.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from dataclasses import dataclass, fields
+from itertools import accumulate
+from typing import Any, Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from core.errors import UserError, nearest
+from core.nn.attention import Attention
+from core.nn.blockcausal import prepare
+from core.nn.cuda_graph import Kept, Replayed, addresses, cuda_graphs_work
+from core.nn.embed import LabelEmbedding
+from core.nn.kvcache import KVCache, LayerCache, activation_dtype
+from core.nn.mlp import MLP
+from core.nn.norms import modulate
+from core.nn.precision import no_autocast
+from core.nn.vit import drop_path
+from core.specs import Guidance, LatentSpec, Loss, MultiScale, Progress, ScaleOps
+from generator.ar.decode import uncompiled
+from generator.guidance import guide_logits, scales as guidance_scales
+from generator.sampling import choose, per_branch, probabilities
+
+
+@dataclass(frozen=True)
+class Progressive:
+    """Begin with the coarse scales and add finer ones as training goes on. All but `first` are shares of the run."""
+
+    until: float  # from here on every scale is trained
+    first: int = 4  # number of the finest scale at the start
+    warmup: float = 0.0  # `first` stays at least so long
+    ramp: float = 1 / 300  # over which the weight of a scale just added grows
+
+    @classmethod
+    def parse(cls, value: dict[str, Any] | None, scales: int) -> "Progressive | None":
+        if not value or not value.get("until"):
+            return None
+        known = [f.name for f in fields(cls)]
+        if unknown := [key for key in value if key not in known]:
+            raise UserError(f'progressive has no setting "{unknown[0]}".{nearest(unknown[0], known)}')
+        settings = cls(**value)
+        if not 0 <= settings.warmup < settings.until <= 1 or not 0 <= settings.first < scales:
+            raise UserError("progressive: 0 <= warmup < until <= 1 are shares of the run and first is the number of a "
+                            f"scale, 0 to {scales - 1}; got {value!r}")
+        return settings
+
+    def stage(self, fraction: float, scales: int) -> tuple[int, float]:
+        """(number of the finest scale, weight of that scale) when this share of the run is done."""
+        steps = scales - 1 - self.first
+        if fraction >= self.until or steps == 0:
+            return scales - 1, 1.0
+        done = max(0.0, (fraction - self.warmup) / (self.until - self.warmup))
+        finest = self.first + round(done * steps)
+        if finest in (self.first, scales - 1):
+            return finest, 1.0
+        added = self.warmup + (finest - self.first - 0.5) / steps * (self.until - self.warmup)
+        ramp = (fraction - added) / self.ramp if self.ramp else 1.0
+        return finest, min(1.0, max(0.01, ramp))
+
+
+class AdaLN(nn.Sequential):
+    """linear(silu(condition)): (B, D) -> (B, 1, parts, D). Names as in the official files, `ada_lin.1`."""
+
+    def __init__(self, width: int, parts: int):
+        super().__init__(nn.SiLU(), nn.Linear(width, parts * width))
+        self.parts = parts
+
+    def forward(self, condition: Tensor) -> Tensor:
+        return super().forward(condition).unflatten(-1, (self.parts, -1))[:, None]
+
+
+class Block(nn.Module):
+    """x += gamma1 attn(norm(x) (1 + scale1) + shift1), then the same with the MLP; all six from the class.
+
+    Args:
+        shared: the six come from one layer that all blocks share, plus a learned offset per block.
+        drop: stochastic depth of either half, per sample.
+    """
+
+    def __init__(self, width: int, heads: int, hidden: int, l2_norm: bool, shared: bool, drop: float):
+        super().__init__()
+        # parity: without l2 norm the scores are a quarter of the usual ones.
+        scale = None if l2_norm else 0.25 / math.sqrt(width // heads)
+        self.attn = Attention(width, heads, "l2" if l2_norm else "none", bias="qv", scale=scale)
+        self.ffn = MLP(width, hidden, "gelu_tanh")
+        self.norm = nn.LayerNorm(width, eps=1e-6, elementwise_affine=False)
+        self.drop = drop
+        if shared:
+            self.ada_gss = nn.Parameter(torch.randn(1, 1, 6, width) * width**-0.5)
+        else:
+            self.ada_lin = AdaLN(width, 6)
+
+    def modulation(self, condition: Tensor) -> Tensor:
+        """(B, 1, 6, D) of the class embedding (B, D), or of what the shared layer made of it (B, 1, 6, D)."""
+        return condition + self.ada_gss if hasattr(self, "ada_gss") else self.ada_lin(condition)
+
+    def forward(self, x: Tensor, condition: Tensor, blocks: Any = None,
+                cache: LayerCache | None = None, drops: Tensor | None = None, modulated: bool = False) -> Tensor:
+        """x (B, N, D). `modulated`: `condition` is what `modulation` gave already. `drops` (B, 2) uniform, or None."""
+        six = condition if modulated else self.modulation(condition)
+        gamma1, gamma2, scale1, scale2, shift1, shift2 = six.unbind(2)  # (B, 1, D) each
+        first, second = (None, None) if drops is None else drops.unbind(1)
+        h = self.attn(modulate(self.norm(x), shift1, scale1), cache=cache, blocks=blocks)
+        x = x + drop_path(gamma1 * h, first, self.drop)
+        return x + drop_path(gamma2 * self.ffn(modulate(self.norm(x), shift2, scale2)), second, self.drop)
+
+
+class VAR(nn.Module):
+    """core.specs.Generator of multi-scale codes. The defaults are the published recipe but for `depth`: 17 is released.
+
+    Args:
+        depth: layers; width 64 x depth and as many heads follow, unless given.
+        scales, branches, vocab, code_dim: of the tokenizer's codes.
+        label_drop: how often the class is hidden, for guidance. parity: in every teacher-forced pass, also of
+            evaluations.
+        drop_path: stochastic depth of the last block; default 0.1 depth / 24.
+        l2_norm: queries and keys of unit length with a learned temperature.
+        shared_adaln: one layer for all blocks makes the modulation.
+        gamma_init, adaln_init, head_init: factors on the initial weights of the residual gates, of scale and shift,
+            and of the head.
+        label_smoothing: of the cross-entropy.
+        progressive: {until, first, warmup, ramp}, see Progressive; None trains all scales from the start.
+    """
+
+    models = MultiScale
+
+    def __init__(
+        self,
+        *,
+        depth: int = 17,
+        width: int | None = None,
+        heads: int | None = None,
+        mlp_ratio: float = 4.0,
+        scales: list[int] | tuple[int, ...] = (1, 1, 2, 3, 3, 4, 5, 6, 8, 11),
+        branches: int = 2,
+        vocab: int = 4096,
+        code_dim: int = 32,
+        num_classes: int = 1000,
+        label_drop: float = 0.1,
+        drop_path: float | None = None,
+        l2_norm: bool = True,
+        shared_adaln: bool = False,
+        gamma_init: float = 1e-4,
+        adaln_init: float = 0.5,
+        head_init: float = 0.02,
+        label_smoothing: float = 0.0,
+        progressive: dict | None = None,
+    ):
+        super().__init__()
+        width, heads = width or 64 * depth, heads or depth
+        self.scales, self.branches, self.vocab, self.code_dim = tuple(scales), branches, vocab, code_dim
+        self.num_classes, self.label_drop, self.label_smoothing = num_classes, label_drop, label_smoothing
+        self.depth, self.heads, self.width = depth, heads, width
+        self.progressive = Progressive.parse(progressive, len(self.scales))
+        self.ends = tuple(accumulate(p * p for p in self.scales))
+        length = self.ends[-1]
+
+        self.word_embed = nn.Linear(branches * code_dim, width)
+        self.class_emb = LabelEmbedding(num_classes, width)
+        self.pos_start = nn.Parameter(torch.empty(1, self.ends[0], width))
+        self.pos_1LC = nn.Parameter(torch.empty(1, length, width))
+        self.lvl_embed = nn.Embedding(len(self.scales), width)
+        sizes = torch.tensor([p * p for p in self.scales], device="cpu")
+        level = torch.arange(len(self.scales), device="cpu").repeat_interleave(sizes)
+        self.register_buffer("lvl_1L", level[None], persistent=False)
+        last = 0.1 * depth / 24 if drop_path is None else drop_path
+        self.shared_ada_lin = AdaLN(width, 6) if shared_adaln else nn.Identity()
+        self.blocks = nn.ModuleList(
+            Block(width, heads, int(width * mlp_ratio), l2_norm, shared_adaln, last * i / max(1, depth - 1))
+            for i in range(depth))
+        self.head_norm = nn.LayerNorm(width, eps=1e-6, elementwise_affine=False)
+        self.head_ada_lin = AdaLN(width, 2)  # scale, shift
+        self.head = nn.Linear(width, branches * vocab)
+        self._recorded = Kept()  # Passes that are CUDA graphs
+        self._ops: tuple[ScaleOps, ...] = ()  # in a tuple, since a tokenizer in an attribute would become a submodule
+        self._init_weights(gamma_init, adaln_init, head_init)
+
+    @torch.no_grad()
+    def _init_weights(self, gamma: float, adaln: float, head: float) -> None:
+        std = math.sqrt(1 / self.width / 3)
+        for module in self.modules():
+            if isinstance(module, (nn.Linear, nn.Embedding)):
+                nn.init.trunc_normal_(module.weight, std=std)
+                if getattr(module, "bias", None) is not None:
+                    nn.init.zeros_(module.bias)
+        for parameter in (self.pos_start, self.pos_1LC):
+            nn.init.trunc_normal_(parameter, std=std)
+        self.head.weight.mul_(head)
+        self.head_ada_lin[1].weight.mul_(adaln)
+        for block in self.blocks:
+            block.attn.proj.weight.div_(math.sqrt(2 * self.depth))
+            block.ffn.fc2.weight.div_(math.sqrt(2 * self.depth))
+            if hasattr(block, "ada_gss"):
+                block.ada_gss[:, :, :2].mul_(gamma)
+                block.ada_gss[:, :, 2:].mul_(adaln)
+            else:
+                block.ada_lin[1].weight[: 2 * self.width].mul_(gamma)
+                block.ada_lin[1].weight[2 * self.width :].mul_(adaln)
+
+    def no_weight_decay(self) -> set[str]:
+        """Biases and vectors, positions, levels, temperatures and shared offsets. parity: classes are decayed."""
+        spared = ("pos_1LC", "pos_start", "lvl_embed", "ada_gss", "scale_mul")
+        return {name for name, p in self.named_parameters()
+                if p.ndim == 1 or name.endswith("bias") or any(word in name for word in spared)}
+
+    # -- the tokenizer ----------------------------------------------------------------------------------------------------
+    def fits(self, spec: LatentSpec) -> list[str]:
+        if not isinstance(spec, self.models):
+            return [f"VAR models codes at several scales, the tokenizer gives {spec}"]
+        wanted = {"scales": list(spec.scales), "branches": spec.branches, "vocab": spec.vocab, "code_dim": spec.dim}
+        own = {"scales": list(self.scales), "branches": self.branches, "vocab": self.vocab, "code_dim": self.code_dim}
+        return [f"generator.{name} is {own[name]}, the tokenizer has {value}" for name, value in wanted.items()
+                if own[name] != value]
+
+    def bind(self, tokenizer: ScaleOps) -> None:
+        self._ops = (tokenizer,)
+
+    @property
+    def ops(self) -> ScaleOps:
+        if not self._ops:
+            raise UserError("VAR needs its tokenizer for the inputs of each scale: call bind(tokenizer) first")
+        return self._ops[0]
+
+    # -- the network ------------------------------------------------------------------------------------------------------
+    def embed(self, inputs: Tensor, condition: Tensor, start: int) -> Tensor:
+        """Tokens of positions `start` on: (B, n, D) fp32. `inputs` (B, m, K C) of scales after the first; the first
+        scale, if it is among them, has the class embedding `condition` (B, D)."""
+        stop = start + inputs.shape[1] + (self.ends[0] if start == 0 else 0)
+        with no_autocast(inputs):
+            x = self.word_embed(inputs.float())
+            if start == 0:
+                x = torch.cat((condition[:, None] + self.pos_start, x), dim=1)
+            return x + self.lvl_embed(self.lvl_1L[:, start:stop]) + self.pos_1LC[:, start:stop]
+
+    def classify(self, x: Tensor, modulation: Tensor) -> Tensor:
+        """(B, N, D) -> logits (B, N, K, V) fp32. `modulation` (B, 1, 2, D)."""
+        scale, shift = modulation.unbind(2)
+        logits = self.head(modulate(self.head_norm(x.float()), shift, scale))
+        return logits.float().unflatten(-1, (self.branches, self.vocab))
+
+    def logits(self, inputs: Tensor, labels: Tensor, draws=None) -> Tensor:
+        """Teacher-forced logits (B, N, K, V) from inputs (B, N - P_0^2, K C); label `num_classes` means "no class".
+
+        N may end with any scale. `draws` switch stochastic depth on.
+        """
+        length = inputs.shape[1] + self.ends[0]
+        ends = tuple(end for end in self.ends if end <= length)
+        if not ends or ends[-1] != length:
+            raise ValueError(f"{length} positions end with no scale of {list(self.scales)}")
+        condition = self.class_emb(labels)  # (B, D)
+        x = self.embed(inputs, condition, 0)
+        shared, blocks = self.shared_ada_lin(condition), prepare(ends, x.device)
+        for index, block in enumerate(self.blocks):
+            drops = draws.uniform(f"drop path {index}", (2,)) if draws is not None and block.drop > 0 else None
+            x = block(x, shared, blocks=blocks, drops=drops)
+        return self.classify(x, self.head_ada_lin(condition))
+
+    # -- training -----------------------------------------------------------------------------------------------------------
+    def drop_labels(self, labels: Tensor, draws) -> Tensor:
+        return self.class_emb.drop(labels, draws.uniform("label_drop"), self.label_drop)
+
+    def forward(self, latents: Tensor, labels: Tensor, draws, progress: Progress | None = None) -> Loss:
+        finest, ramp = len(self.scales) - 1, 1.0
+        if self.progressive is not None and progress is not None:
+            finest, ramp = self.progressive.stage(progress.fraction, len(self.scales))
+        begin, length = (0, *self.ends)[finest], self.ends[finest]
+        targets = latents[:, :length]  # (B, N, K)
+        inputs = self.ops.scale_inputs(targets)[:, : length - self.ends[0]]
+        logits = self.logits(inputs, self.drop_labels(labels, draws), draws if self.training else None)
+        losses = F.cross_entropy(logits.flatten(0, 2), targets.flatten(), reduction="none",
+                                 label_smoothing=self.label_smoothing).view(targets.shape)
+        per_position = losses.mean((0, 2))  # (N,)
+        # parity: also while only coarse scales are trained, a position counts 1 / (number of all positions).
+        loss = (per_position[:begin].sum() + ramp * per_position[begin:].sum()) / self.ends[-1]
+        with torch.no_grad():
+            right = (logits.argmax(-1) == targets).float().mean((0, 2)) * 100
+            logs = {"loss_mean": per_position.mean(), "loss_tail": per_position[begin:].mean(),
+                    "acc_mean": right.mean(), "acc_tail": right[begin:].mean()}
+        return Loss(loss, {name: value.detach() for name, value in logs.items()})
+
+    # -- sampling -----------------------------------------------------------------------------------------------------------
+    @uncompiled
+    @torch.no_grad()
+    def generate(self, labels: Tensor, guidance: Guidance, pick: Callable[[int, Tensor], Tensor],
+                 cuda_graph: bool = False) -> tuple[Tensor, Any]:
+        """Scale by scale with cached keys and values.
+
+        Args:
+            pick: called as pick(scale, guided logits (B, p p, K, V)) -> codes (B, p p, K).
+            cuda_graph: see `sample`; the logits are then overwritten by the next call of `generate`.
+
+        Returns:
+            codes (B, L, K), and the tokenizer's state after the last scale.
+        """
+        batch, device, weight = len(labels), labels.device, self.word_embed.weight
+        table = guidance_scales(guidance, len(self.scales), self.branches).to(device)  # (S, K)
+        if cuda_graph and cuda_graphs_work(device):
+            key = (batch, guidance.active, activation_dtype(weight), device, addresses(self))
+            passes = self._recorded.get(key, lambda: Passes(
+                self, batch, guidance.active, device, functools.partial(Replayed, pool=torch.cuda.graph_pool_handle())))
+        else:
+            passes = Passes(self, batch, guidance.active, device)
+        passes.begin(labels)
+        inputs = weight.new_zeros(batch, 0, self.branches * self.code_dim, dtype=torch.float32)
+        codes, state = [], None
+        for scale, run in enumerate(passes.scales):
+            codes.append(pick(scale, run(inputs, table[scale])))
+            state, inputs = self.ops.next_scale(state, codes[-1], scale)
+        return torch.cat(codes, dim=1), state
+
+    def sample(self, labels: Tensor, draws, guidance: Guidance = Guidance(), temperature: float | list[float] = 1.0,
+               top_k: int | list[int] = 0, top_p: float | list[float] = 1.0, cuda_graph: bool = False) -> Tensor:
+        """Codes (B, L, K).
+
+        Args:
+            temperature, top_k, top_p: one number, or one per branch.
+            cuda_graph: record the pass of every scale once and replay it, also in later calls with as many labels;
+                it spares small batches the launch of its kernels.
+
+        parity: the published guidance grows linearly from nothing at the first scale; in its own count cfg = 3.25 at
+        the last. Here that is scale 4.25, schedule "linear", start 1.
+        """
+        if guidance.kind != "cfg":
+            raise UserError(f'VAR can be guided against no class (sample.guidance: cfg), not by "{guidance.kind}"')
+        settings = list(zip(*(per_branch(value, self.branches, name) for name, value in
+                              (("temperature", temperature), ("top_k", top_k), ("top_p", top_p)))))
+        noise = draws.categorical("codes", (self.ends[-1], self.branches))  # (B, L, K)
+
+        def pick(scale: int, logits: Tensor) -> Tensor:
+            start, end = (0, *self.ends)[scale], self.ends[scale]
+            found = [choose(probabilities(logits[:, :, k], *setting).flatten(0, 1), noise[:, start:end, k].flatten())
+                     for k, setting in enumerate(settings)]
+            return torch.stack(found, dim=-1).view(len(labels), end - start, self.branches)
+
+        return self.generate(labels, guidance, pick, cuda_graph)[0]
+
+
+class Passes:
+    """The network's share of sampling one batch after another: `begin` with its labels, then `scales[s]` in order.
+
+    Everything that a pass reads beside its arguments lies where it lay the last time, if `wrap` sees to that for the
+    results of what it wraps; so a recorded pass serves every batch of this size.
+
+    Args:
+        guided: pairs every row with one of no class.
+        wrap: of the functions of tensors alone, for instance core.nn.cuda_graph.Replayed.
+    """
+
+    def __init__(self, model: VAR, batch: int, guided: bool, device: torch.device,
+                 wrap: Callable[[Callable], Callable] = lambda function: function):
+        self.model, self.guided = model, guided
+        self.cache = KVCache(model.depth, batch * (1 + guided), model.heads, model.ends[-1], model.width // model.heads,
+                             device=device, dtype=activation_dtype(model.word_embed.weight))
+        self._of_classes = wrap(self.of_classes)
+        self.scales = [wrap(functools.partial(self.one_scale, start, end))
+                       for start, end in zip((0, *model.ends), model.ends)]
+
+    def of_classes(self, labels: Tensor) -> tuple[Tensor, list[Tensor], Tensor]:
+        """What depends on the class alone, and is computed once, not once per scale: its embedding, the modulation of
+        every block and that of the head."""
+        model = self.model
+        if self.guided:
+            labels = torch.cat((labels, model.class_emb.null(labels)))
+        condition = model.class_emb(labels)
+        shared = model.shared_ada_lin(condition)
+        return condition, [block.modulation(shared) for block in model.blocks], model.head_ada_lin(condition)
+
+    def begin(self, labels: Tensor) -> None:
+        """The batch that the passes are about, (B,)."""
+        self.condition, self.modulations, self.head = self._of_classes(labels)
+
+    def one_scale(self, start: int, end: int, inputs: Tensor, scale: Tensor) -> Tensor:
+        """Guided logits (B, end - start, K, V) of the positions of one scale from its inputs (B, n, K C); guidance
+        `scale` (K,)."""
+        x = self.model.embed(torch.cat((inputs, inputs)) if self.guided else inputs, self.condition, start)
+        self.cache.seek(start)
+        layers = self.cache.open(end - start, causal=False)
+        for block, modulation, layer in zip(self.model.blocks, self.modulations, layers):
+            x = block(x, modulation, cache=layer, modulated=True)
+        logits = self.model.classify(x, self.head)
+        return guide_logits(*logits.chunk(2), scale[:, None]) if self.guided else logits
