@@ -2,7 +2,7 @@
 
 A network says which taps it has and how wide they are; every metric that needs features takes one. The offline one is
 EfficientNet-Lite0 (weights ship in an installed package). A Frechet distance on it is not FID and is never called so:
-its name is made of the network's name and the tap's, for example frechet_lite0_block4.
+its name is made of the network's name and the tap's, for example fd_lite0_block4.
 """
 
 from __future__ import annotations
@@ -19,18 +19,21 @@ from core.nn.offline import efficientnet_lite0_input, load_efficientnet_lite0
 
 
 @contextmanager
-def full_precision_convolutions() -> Iterator[None]:
+def full_precision() -> Iterator[None]:
     """No TF32 inside: cuDNN convolutions use it by default, which moves features by about 1e-3."""
-    conv = getattr(torch.backends.cudnn, "conv", None)
     # torch 2.9 gave every kind of operation its own setting and refuses to mix it with the older one
-    old, new = (torch.backends.cudnn, "allow_tf32", False), (conv, "fp32_precision", "ieee")
-    holder, name, exact = old if conv is None else new
-    before = getattr(holder, name)
-    setattr(holder, name, exact)
+    if getattr(torch.backends.cudnn, "conv", None) is not None:
+        holders, name, exact = (torch.backends.cudnn.conv, torch.backends.cuda.matmul), "fp32_precision", "ieee"
+    else:
+        holders, name, exact = (torch.backends.cudnn, torch.backends.cuda.matmul), "allow_tf32", False
+    before = [getattr(holder, name) for holder in holders]
     try:
+        for holder in holders:
+            setattr(holder, name, exact)
         yield
     finally:
-        setattr(holder, name, before)
+        for holder, value in zip(holders, before):
+            setattr(holder, name, value)
 
 
 class FeatureNet(nn.Module):
@@ -43,8 +46,12 @@ class FeatureNet(nn.Module):
     name: str
     dims: dict[str, int]  # tap name -> width
 
+    def distance_name(self, tap: str) -> str:
+        """What a Frechet distance on `tap` is called. Only FID's own network overrides this."""
+        return f"fd_{self.name}_{tap}"
+
     def taps(self, pixels: Tensor) -> dict[str, Tensor]:
-        """Features of (B, 3, H, W) fp32 pixels on 0..255, tap name -> (B, dims[name]) fp32."""
+        """Features of (B, 3, H, W) fp32 pixels on 0..255, tap name -> (B, dims[name])."""
         raise NotImplementedError
 
     @torch.no_grad()
@@ -55,7 +62,7 @@ class FeatureNet(nn.Module):
                 f"Feature networks take (B, 3, H, W) uint8 pictures, got {tuple(images.shape)} {images.dtype}. "
                 "Convert floats with core.images.to_uint8 first, so that the rounding is chosen knowingly."
             )
-        with torch.autocast(images.device.type, enabled=False), full_precision_convolutions():
+        with torch.autocast(images.device.type, enabled=False), full_precision():
             return self.taps(images.float())
 
 

@@ -13,7 +13,8 @@ from torch import Tensor
 from core.errors import UserError
 from evaluation.classifier import Agreement, LinearClassifier
 from evaluation.features import FeatureNet
-from evaluation.frechet import Gaussian, frechet_distance
+from evaluation.frechet import frechet_distance
+from evaluation.moments import Moments
 from evaluation.neighbours import nearest_neighbours
 from evaluation.reference import Features, Reference, extract
 
@@ -40,11 +41,11 @@ def evaluate_samples(
         if reference is not None and reference.net != net.name:
             raise UserError(f"Reference features are from network '{reference.net}', samples use '{net.name}'.")
     features = samples if isinstance(samples, Features) else extract(net, samples)
-    name = f"frechet_{net.name}_{tap}"
-    real = Gaussian.of(train.taps[tap])
-    result: dict[str, Any] = {name: frechet_distance(Gaussian.of(features.taps[tap]), real)}
+    name = net.distance_name(tap)
+    real = Moments.of(train.taps[tap])
+    result: dict[str, Any] = {name: frechet_distance(Moments.of(features.taps[tap]), real)}
     if val is not None:
-        result[f"real_{name}"] = frechet_distance(Gaussian.of(val.taps[tap]), real)
+        result[f"real_{name}"] = frechet_distance(Moments.of(val.taps[tap]), real)
     result["neighbour_similarity"] = _mean_similarity(features, train)
     if val is not None:
         result["real_neighbour_similarity"] = _mean_similarity(val, train)

@@ -24,12 +24,31 @@ class Meaning:
 
 # The longest prefix of a metric's name counts. What follows it (network and tap) is put after the title.
 _MEANINGS = {
+    "fid_": Meaning("FID", "", "lower", "Frechet Inception distance of samples to real pictures."),
+    "rfid_": Meaning("rFID", "", "lower", "Frechet Inception distance of reconstructions to their originals."),
+    "sfid_": Meaning("sFID", "", "lower", "The same on spatial features: composition rather than content."),
+    "pfid_": Meaning("pFID", "", "lower", "rFID of reconstructions from disturbed codes."),
+    "pfd_": Meaning("Perturbed Frechet", "", "lower", "Distance of reconstructions from disturbed codes. Not FID."),
+    "rsfid_": Meaning("rsFID", "", "lower", "sFID of reconstructions to their originals."),
+    "fd_": Meaning("Frechet", "", "lower", "Feature distance of samples to real pictures. Not FID."),
+    "rfd_": Meaning("Reconstruction Frechet", "", "lower", "Distance of reconstructions to originals. Not FID."),
+    "is_": Meaning("Inception Score", "", "higher", "How sure a classifier is of each picture, and how varied all are."),
+    "ris_": Meaning("Inception Score", "", "higher", "The same of reconstructions."),
+    "kid_": Meaning("KID", "", "lower", "Kernel distance of samples to real pictures."),
+    "precision_": Meaning("Precision", "", "higher", "Share of samples that lie among real pictures."),
+    "recall_": Meaning("Recall", "", "higher", "Share of real pictures that lie among samples."),
+    "ssim": Meaning("SSIM", "", "higher", "Structural likeness of reconstructions, at most 1 (uniform 7 x 7 window)."),
+    "ssim_llamagen": Meaning("SSIM (LlamaGen)", "", "higher", "With data range 2 on [0, 1] pictures: reads too high."),
+    "lpips_vgg": Meaning("LPIPS", "", "lower", "Perceptual distance of reconstructions (VGG16, version 0.1)."),
+    "codebook_usage": Meaning("Codebook usage", "share", "higher", "Codes that occur at all."),
+    "codebook_entropy_bits": Meaning("Code entropy", "bits", "higher", "Of the codes' frequencies."),
+    "codebook_perplexity": Meaning("Code perplexity", "codes", "higher", "Codes in effective use."),
     "psnr": Meaning("PSNR", "dB", "higher", "Pixel error of reconstructions, averaged per picture."),
     "ssim_gauss": Meaning("SSIM", "", "higher", "Structural likeness of reconstructions, at most 1 (Gaussian window)."),
-    "reconstruction_frechet_": Meaning(
+    "reconstruction_fd_": Meaning(
         "Reconstruction Frechet", "", "lower", "Feature distance between reconstructions and their originals. Not FID."
     ),
-    "frechet_": Meaning("Frechet", "", "lower", "Feature distance of samples to real training pictures. Not FID."),
+    "fd_": Meaning("Frechet", "", "lower", "Feature distance of samples to real training pictures. Not FID."),
     "class_accuracy": Meaning("Class accuracy", "share", "higher", "Samples recognised as the class asked for."),
     "neighbour_similarity": Meaning(
         "Neighbour similarity", "cosine", "", "To the nearest training picture, mean. Far above real means copying."

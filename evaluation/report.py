@@ -88,7 +88,7 @@ class Report:
         return self
 
     def add_metrics(self, metrics: dict[str, Any]) -> "Report":
-        """Tiles for what evaluate_samples or evaluate_reconstruction returned, each beside its "real_" counterpart."""
+        """Tiles for what evaluate_samples returned, each beside its "real_" counterpart."""
         for name, value in metrics.items():
             if isinstance(value, float) and not name.startswith("real_"):
                 meaning, real = describe(name), metrics.get(f"real_{name}")

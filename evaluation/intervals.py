@@ -1,0 +1,74 @@
+"""How far a number may be trusted: bootstrap intervals and the value that infinitely many pictures would have.
+
+All take `measure(rows) -> float`, the metric of the pictures with these row numbers:
+
+    measure = lambda rows: frechet_distance(Moments.of(features[rows]), reference)
+    at_infinity(measure, len(features))
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Callable
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from core.errors import UserError
+
+Measure = Callable[[Tensor], float]
+
+
+@dataclass(frozen=True)
+class Extrapolation:
+    """metric(N) = value + slope / N; `error` is the standard error of `value`."""
+
+    value: float
+    error: float
+    slope: float
+
+
+def at_infinity(measure: Measure, count: int, points: int = 15, seed: int = 0) -> Extrapolation:
+    """The metric without its bias for finite N (Chong & Forsyth 2020): least squares on 1 / N.
+
+    Measured on `points` random subsets, without replacement, of sizes evenly spaced from N / 10 to N. Removes the bias
+    of the generated side only; the reference is as large as it is.
+    """
+    if points < 3 or count < 10 * 2:
+        raise UserError(f"Extrapolating to infinitely many pictures needs at least 20 pictures and 3 points, got "
+                        f"{count} and {points}.")
+    rng = np.random.default_rng(seed)
+    sizes = np.unique(np.linspace(count / 10, count, points).round().astype(int))
+    values = [measure(torch.from_numpy(rng.permutation(count)[:size])) for size in sizes]
+    design = np.stack([np.ones(len(sizes)), 1.0 / sizes], axis=1)
+    (value, slope), *_ = np.linalg.lstsq(design, np.array(values), rcond=None)
+    residual = np.array(values) - design @ np.array([value, slope])
+    variance = (residual**2).sum() / max(len(sizes) - 2, 1)
+    error = np.sqrt(variance * np.linalg.inv(design.T @ design)[0, 0])
+    return Extrapolation(float(value), float(error), float(slope))
+
+
+def _resampled(measure: Measure, count: int, replicates: int, seed: int) -> np.ndarray:
+    if count < 2 or replicates < 2:
+        raise UserError(f"A bootstrap needs at least 2 pictures and 2 replicates, got {count} and {replicates}.")
+    rng = np.random.default_rng(seed)
+    return np.array([measure(torch.from_numpy(rng.integers(count, size=count))) for _ in range(replicates)])
+
+
+def bootstrap_normal(measure: Measure, value: float, count: int, replicates: int = 50,
+                     seed: int = 0) -> tuple[float, float]:
+    """95 % interval of a biased metric such as FID: value +- 1.96 deviations of the replicates.
+
+    Duplicates in a replicate shrink the effective N, which about doubles the bias of a Frechet distance: only the
+    spread of the replicates is used, not their mean.
+    """
+    spread = 1.96 * _resampled(measure, count, replicates, seed).std(ddof=1)
+    return float(value - spread), float(value + spread)
+
+
+def bootstrap_percentile(measure: Measure, count: int, replicates: int = 200, level: float = 0.95,
+                         seed: int = 0) -> tuple[float, float]:
+    """Percentile interval of metrics that hardly depend on N: Inception Score, PSNR, SSIM, LPIPS."""
+    low, high = np.quantile(_resampled(measure, count, replicates, seed), [(1 - level) / 2, (1 + level) / 2])
+    return float(low), float(high)

@@ -1,0 +1,115 @@
+"""Linear probing: how much of the class can be read off a tokenizer's frozen features by one linear layer.
+
+Features are averaged over tokens and kept, so the tokenizer sees each picture once; training on them takes seconds. The
+classifier is core.nn.probe.LinearProbe. ImageFolder's published script intends milestones but runs a constant rate
+after a warm-up epoch; ours follows a cosine, says so, and reports the last epoch beside the best one (which is what was
+published).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from core.errors import UserError
+from core.nn.probe import LinearProbe
+from core.rng import permutation
+from core.train.optim import Schedule
+
+
+@dataclass(frozen=True)
+class ProbeSettings:
+    """How the classifier is trained. ImageFolder's script: batch 32, lr 1e-4, constant after the first epoch."""
+
+    epochs: int = 10
+    batch: int = 256
+    lr: float = 1e-3
+    weight_decay: float = 1e-4
+    schedule: str = "cosine"  # or "constant"
+    warmup_epochs: int = 1
+    seed: int = 0
+
+
+@dataclass
+class ProbeResult:
+    """Top-1 accuracies on held-out pictures, shares in [0, 1]."""
+
+    curve: list[float] = field(default_factory=list)  # after each epoch
+    train_accuracy: float = 0.0  # of the last epoch, while it ran
+
+    @property
+    def last(self) -> float:
+        return self.curve[-1]
+
+    @property
+    def best(self) -> float:
+        return max(self.curve)
+
+    @property
+    def best_epoch(self) -> int:
+        """Counted from 1."""
+        return 1 + self.curve.index(self.best)
+
+
+def train_probe(
+    features: Tensor,
+    labels: Tensor,
+    val_features: Tensor,
+    val_labels: Tensor,
+    num_classes: int,
+    settings: ProbeSettings = ProbeSettings(),
+    device: torch.device | str = "cpu",
+) -> ProbeResult:
+    """Train on (N, D) features averaged over tokens, test on (M, D)."""
+    count, width = features.shape
+    if count < 2 or len(val_features) < 1:
+        raise UserError(
+            f"A probe needs pictures to learn from and to be tested on, got {count} and {len(val_features)}."
+        )
+    for name, given in (("training", labels), ("validation", val_labels)):
+        if int(given.min()) < 0 or int(given.max()) >= num_classes:
+            raise UserError(
+                f"{name} labels run from {int(given.min())} to {int(given.max())} for {num_classes} classes. "
+                "Give a source with one folder per class, or a list with labels."
+            )
+    features, labels, val_features, val_labels = (t.to(device) for t in (features, labels, val_features, val_labels))
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(settings.seed)
+        probe = LinearProbe(width, num_classes).to(device)
+    batch = min(settings.batch, count)
+    steps = max(1, count // batch)  # a last part too small for batch statistics is left for another epoch's order
+    schedule = Schedule(
+        settings.schedule,
+        settings.lr,
+        0.0,
+        settings.warmup_epochs * count,
+        settings.warmup_epochs * count,
+        settings.epochs * count,
+    )
+    optimizer = torch.optim.AdamW(probe.parameters(), lr=settings.lr, weight_decay=settings.weight_decay)
+    result = ProbeResult()
+    for epoch in range(settings.epochs):
+        order = torch.from_numpy(permutation(count, settings.seed, "probe", epoch)).to(device)
+        hits = torch.zeros((), device=device)
+        probe.train()
+        for step in range(steps):
+            chosen = order[step * batch : (step + 1) * batch]
+            optimizer.param_groups[0]["lr"] = schedule(epoch * count + step * batch)
+            logits = probe(features[chosen][:, None])
+            loss = F.cross_entropy(logits, labels[chosen])
+            optimizer.zero_grad(set_to_none=True)
+            loss.backward()
+            optimizer.step()
+            hits += (logits.argmax(1) == labels[chosen]).sum()
+        probe.eval()
+        with torch.no_grad():
+            right = sum(
+                (probe(x[:, None]).argmax(1) == y).sum()
+                for x, y in zip(val_features.split(4096), val_labels.split(4096))
+            )
+        result.curve.append(int(right) / len(val_features))
+        result.train_accuracy = float(hits) / (steps * batch)
+    return result

@@ -1,0 +1,269 @@
+"""From features to the numbers of a protocol, each with what it was measured on and against.
+
+`score(comparison)` walks through the metrics that the protocol lists. One that cannot be had (no reference pictures for
+recall, no class logits for an Inception Score) is left out and says why; the others still come.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Callable
+
+import torch
+from torch import Tensor
+
+from core.errors import UserError
+from core.rng import permutation
+from evaluation.features import FeatureNet
+from evaluation.frechet import frechet_from_moments
+from evaluation.inception_score import FORMS, inception_score_adm, uneven_chunks
+from evaluation.intervals import at_infinity, bootstrap_normal, bootstrap_percentile
+from evaluation.kid import kid
+from evaluation.manifold import precision_recall
+from evaluation.moments import Moments
+from evaluation.naming import few_pictures, metric_name
+from evaluation.protocols import Protocol
+from evaluation.statistics import Statistics
+
+PREFIXES = {"generation": "", "reconstruction": "r", "perturbed": "p"}  # of metrics' names, by purpose
+# Features that a metric uses: FID's network has the first of each pair, the offline stand-in the second.
+DISTANCE_TAPS = ("pool", "block4")
+
+
+@dataclass(frozen=True)
+class Score:
+    """One number and what it means."""
+
+    name: str  # carries the count: fid_50k
+    value: float
+    count: int
+    protocol: str
+    reference: str  # what it was compared with, "" for what needs nothing
+    interval: tuple[float, float] | None = None  # 95 %
+    std: float | None = None  # over splits or subsets, where the metric is defined so
+    note: str = ""
+
+
+@dataclass
+class Comparison:
+    """Two sets of features.
+
+    Args:
+        samples: features in index order, tap -> (N, D).
+        reference: moments of the other side; None: taken from `real`.
+        real: features of the other side's pictures, tap -> (M, D), as far as they are known. For reconstructions those
+            of the originals, for samples those of the reference's pictures.
+        purpose: "generation", "reconstruction", or "perturbed" for reconstructions from disturbed codes.
+        labels: (N,) classes asked for, where there are any.
+        replicates: of the bootstrap behind confidence intervals; 0: none.
+        infinity: also extrapolate to infinitely many pictures.
+    """
+
+    protocol: Protocol
+    net: FeatureNet
+    samples: dict[str, Tensor]
+    reference: Statistics | None = None
+    real: dict[str, Tensor] | None = None
+    purpose: str = "generation"
+    device: torch.device = torch.device("cpu")
+    labels: Tensor | None = None
+    replicates: int = 0
+    infinity: bool = False
+    manifold: list[Score] | None = None  # found by the first of precision and recall
+
+    def __post_init__(self):
+        self.count = len(next(iter(self.samples.values())))
+        self.against = (
+            self.reference.name
+            if self.reference is not None
+            else ("real pictures" if self.purpose == "generation" else "originals")
+        )
+        self._moments: dict[str, tuple[Tensor, Tensor]] = {}
+
+    def named(self, base: str, variant: str = "") -> str:
+        return metric_name(PREFIXES[self.purpose] + base, self.count, variant)
+
+    def score(self, base: str, value: float, variant: str = "", reference: str | None = None, **more) -> Score:
+        against = self.against if reference is None else reference
+        return Score(self.named(base, variant), float(value), self.count, self.protocol.name, against, **more)
+
+    def pictures_of(self, tap: str) -> Tensor:
+        """Features of real pictures, (M, D)."""
+        if not self.real or tap not in self.real:
+            raise Unavailable(f"{self.against} has no pictures (arr_0), only their statistics")
+        return self.real[tap]
+
+    def moments(self, tap: str) -> tuple[Tensor, Tensor]:
+        """Of the other side."""
+        if tap not in self._moments:
+            self._moments[tap] = self._find_moments(tap)
+        return self._moments[tap]
+
+    def _find_moments(self, tap: str) -> tuple[Tensor, Tensor]:
+        if self.reference is not None and self.reference.moments:
+            if tap not in self.reference.moments:
+                raise Unavailable(
+                    f"{self.reference.name} has no moments of {tap} features; it holds those of "
+                    f"{', '.join(self.reference.moments)}"
+                )
+            return self.reference.moment(tap, self.net.dims[tap])
+        gathered = Moments.of(self.pictures_of(tap).to(self.device))
+        return gathered.mean, gathered.covariance
+
+    def distance(self, tap: str, rows: Tensor | None = None) -> float:
+        """Frechet distance of all samples, or of the rows given: of reconstructions with their own originals."""
+        features = self.samples[tap] if rows is None else self.samples[tap][rows]
+        gathered = Moments.of(features.to(self.device))
+        if rows is None or self.purpose == "generation" or self.reference is not None:
+            mean, covariance = self.moments(tap)
+        else:
+            originals = Moments.of(self.pictures_of(tap)[rows].to(self.device))
+            mean, covariance = originals.mean, originals.covariance
+        return frechet_from_moments(gathered.mean, gathered.covariance, mean, covariance)
+
+
+class Unavailable(UserError):
+    """This metric cannot be had here; the message says why."""
+
+
+def _tap(comparison: Comparison, *names: str) -> str:
+    for name in names:
+        if name in comparison.samples:
+            return name
+    raise Unavailable(f'the feature network "{comparison.net.name}" has no {names[0]} features')
+
+
+def _both_sides(comparison: Comparison) -> tuple[Tensor, Tensor]:
+    """(real, sample) features for metrics that need pictures on both sides."""
+    tap = _tap(comparison, *DISTANCE_TAPS)
+    return comparison.pictures_of(tap).to(comparison.device), comparison.samples[tap].to(comparison.device)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# One function per name in a protocol's list
+# ---------------------------------------------------------------------------------------------------------------------
+def _frechet(comparison: Comparison, *taps: str) -> list[Score]:
+    tap = _tap(comparison, *taps)
+    if comparison.count < 2:
+        raise Unavailable(f"a covariance needs at least 2 pictures, there is {comparison.count}")
+    value, name = comparison.distance(tap), comparison.net.distance_name(tap)
+
+    def measure(rows: Tensor) -> float:
+        return comparison.distance(tap, rows)
+
+    interval = (
+        bootstrap_normal(measure, value, comparison.count, comparison.replicates) if comparison.replicates else None
+    )
+    note = few_pictures(comparison.count, comparison.net.dims[tap])
+    return [comparison.score(name, value, interval=interval, note=note), *_limit(comparison, name, measure)]
+
+
+def _limit(
+    comparison: Comparison, name: str, measure: Callable[[Tensor], float], reference: str | None = None
+) -> list[Score]:
+    """The metric at infinitely many pictures, where that was asked for."""
+    if not comparison.infinity:
+        return []
+    limit = at_infinity(measure, comparison.count)
+    return [
+        comparison.score(
+            name,
+            limit.value,
+            "infinity_from",
+            reference,
+            std=limit.error,
+            note="extrapolated by least squares on 1/N; the deviation is its standard error",
+        )
+    ]
+
+
+def fid(comparison: Comparison) -> list[Score]:
+    return _frechet(comparison, *DISTANCE_TAPS)
+
+
+def sfid(comparison: Comparison) -> list[Score]:
+    return _frechet(comparison, "spatial")
+
+
+def inception_score(comparison: Comparison) -> list[Score]:
+    logits = comparison.samples[_tap(comparison, "logits")]
+    form, labels, note = FORMS[comparison.protocol.inception_score], comparison.labels, ""
+    if comparison.protocol.shuffle:
+        order = torch.from_numpy(permutation(len(logits), "inception score"))
+        logits, labels = logits[order], None if labels is None else labels[order]
+    if form is inception_score_adm and labels is not None:
+        note = uneven_chunks(labels)
+    mean, std = form(logits)
+    interval = None
+    if comparison.replicates:
+        interval = bootstrap_percentile(lambda rows: form(logits[rows])[0], len(logits), comparison.replicates)
+    name = _not_inception(comparison, "is")
+    found = comparison.score(
+        name, mean, IS_VARIANTS[comparison.protocol.inception_score], "", std=std or None, interval=interval, note=note
+    )
+    return [found, *_limit(comparison, name, lambda rows: form(logits[rows])[0], "")]
+
+
+def kernel_distance(comparison: Comparison) -> list[Score]:
+    real, samples = _both_sides(comparison)
+    mean, std = kid(samples, real)
+    return [comparison.score(_not_inception(comparison, "kid"), mean, std=std)]
+
+
+def precision(comparison: Comparison) -> list[Score]:
+    return _manifold(comparison)[:1]
+
+
+def recall(comparison: Comparison) -> list[Score]:
+    return _manifold(comparison)[1:]
+
+
+def _manifold(comparison: Comparison) -> list[Score]:
+    """Precision and recall, computed once."""
+    if comparison.manifold is None:
+        real, samples = _both_sides(comparison)
+        mode = comparison.protocol.precision_recall
+        found = precision_recall(real=real, generated=samples, mode=mode)
+        variant = "" if mode == "exact" else mode
+        comparison.manifold = [
+            comparison.score(_not_inception(comparison, name), getattr(found, name), variant, note=found.note)
+            for name in ("precision", "recall")
+        ]
+    return comparison.manifold
+
+
+def _not_inception(comparison: Comparison, name: str) -> str:
+    """Names of metrics say when the features are not those of FID's network."""
+    tap = _tap(comparison, *DISTANCE_TAPS)
+    return name if comparison.net.distance_name(tap).startswith("fid") else f"{name}_{comparison.net.name}_{tap}"
+
+
+IS_VARIANTS = {"adm": "", "shuffled": "torch_fidelity", "single": "streaming"}
+METRICS: dict[str, Callable[[Comparison], list[Score]]] = {
+    "fid": fid,
+    "sfid": sfid,
+    "is": inception_score,
+    "kid": kernel_distance,
+    "precision": precision,
+    "recall": recall,
+}
+
+
+def score(comparison: Comparison) -> tuple[list[Score], dict[str, str]]:
+    """(scores, metric -> why it was left out) of the protocol's feature metrics."""
+    protocol = comparison.protocol
+    wanted = protocol.generation if comparison.purpose == "generation" else protocol.reconstruction
+    scores, left_out = [], {}
+    for name in wanted:
+        if name not in METRICS:  # compares pictures, not features
+            continue
+        try:
+            scores += METRICS[name](comparison)
+        except UserError as reason:
+            left_out[name] = str(reason)
+    if not scores and left_out:
+        raise UserError(
+            f"nothing of protocol {protocol.name} can be measured: "
+            + "; ".join(f"{name}: {reason}" for name, reason in left_out.items())
+        )
+    return scores, left_out

@@ -1,0 +1,244 @@
+"""Reference statistics: mean and covariance of the features of a set of real pictures, and what they were made from.
+
+| file | holds | whose |
+|---|---|---|
+| VIRTUAL_imagenet256_labeled.npz | arr_0 (10,000 pictures), mu, sigma, mu_s, sigma_s | ADM (guided-diffusion) |
+| adm_in256_stats.npz, val_fid_statistics_file_*.npz | mu, sigma | MAR, DeTok, RecTok |
+| *.npz of pytorch-fid | mu, sigma, any float dtype | pytorch-fid |
+| *.pt of torch-fidelity's cache | {mu, sigma} | torch-fidelity |
+| *.npz, *.safetensors | the same names, and count, network, preprocess, picture size, source | `save` below |
+
+Everything becomes float64. Files of others do not say how they were made; what is known about them stands in KNOWN.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save as to_safetensors
+from torch import Tensor
+
+from core.errors import UserError
+from core.files import explain_os_errors, fsync_file, sha256_file, write_atomic
+from core.pickles import load_pickle
+from evaluation.pictures import ArrayPictures, NpzFile, check_pictures
+
+# Feature tap -> array names in a file: ADM's for FID's network, our own for the offline stand-in.
+MOMENTS = {"pool": ("mu", "sigma"), "spatial": ("mu_s", "sigma_s"), "block4": ("mu_block4", "sigma_block4")}
+SUFFIXES = (".npz", ".pt", ".pth", ".safetensors")
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What decides whether a reference may be compared with. None: the file does not say."""
+
+    purpose: str | None = None  # "generation" (training set) or "reconstruction" (the originals themselves)
+    network: str | None = None  # name of the feature network
+    preprocess: str | None = None  # how pictures were resized and scaled for it
+    image_size: int | None = None
+    count: int | None = None  # pictures behind the moments
+    source: str | None = None  # fingerprint of the pictures, for references of ours
+    transform: str | None = None
+    made_by: str | None = None
+
+
+_ADM_TRAIN = dict(purpose="generation", network="inception", preprocess="tf1", count=1_281_167)
+KNOWN: dict[str, Facts] = {
+    "VIRTUAL_imagenet256_labeled.npz": Facts(**_ADM_TRAIN, image_size=256, made_by="guided-diffusion"),
+    "VIRTUAL_imagenet512.npz": Facts(**_ADM_TRAIN, image_size=512, made_by="guided-diffusion"),
+    "adm_in256_stats.npz": Facts(**_ADM_TRAIN, image_size=256, made_by="MAR, from guided-diffusion's file"),
+    **{
+        f"val_fid_statistics_file_{size}.npz": Facts(
+            "reconstruction", "inception", "tf1", size, 50_000, made_by="DeTok"
+        )
+        for size in (256, 512)
+    },
+}
+
+
+@dataclass
+class Statistics:
+    """Moments by tap, float64 on the CPU, with where they come from."""
+
+    moments: dict[str, tuple[Tensor, Tensor]]  # tap -> (mean (D,), covariance (D, D))
+    facts: Facts
+    name: str  # of the file, for records
+    sha256: str | None = None
+    pictures: ArrayPictures | None = field(default=None, repr=False)  # ADM's 10,000, for precision and recall
+
+    def check(
+        self, *, purpose: str, network: str, preprocess: str, image_size: int | None, source: str | None = None
+    ) -> None:
+        """UserError with one sentence if it must not be compared with. Unknown facts pass."""
+        facts = self.facts
+        if facts.purpose not in (None, purpose):
+            other = {
+                "generation": "whole training set, so reconstructions score 1.8 to 4 instead of 0.5 to 2 against it. "
+                "Compare them with the originals: leave eval.reference out, or give statistics of the validation set",
+                "reconstruction": "validation pictures that a tokenizer reconstructs. Generated pictures are compared "
+                "with the training set, for example adm_in256_stats.npz or VIRTUAL_imagenet256_labeled.npz",
+            }
+            raise UserError(f"{self.name} is a reference for {facts.purpose}: it describes the {other[facts.purpose]}.")
+        if facts.network not in (None, network):
+            raise UserError(
+                f'{self.name} was made with the feature network "{facts.network}", the pictures are measured with '
+                f'"{network}". Make a reference with run_make_reference.sh, or choose the network of the file.'
+            )
+        if facts.preprocess not in (None, preprocess):
+            raise UserError(
+                f'{self.name} was made with the input "{facts.preprocess}", the protocol uses "{preprocess}": '
+                "distances would mix the two. Choose a protocol that fits the file, or make another reference."
+            )
+        if None not in (facts.image_size, image_size) and facts.image_size != image_size:
+            raise UserError(f"{self.name} describes pictures of {facts.image_size} px, these have {image_size} px.")
+        if purpose == "reconstruction" and None not in (facts.source, source) and facts.source != source:
+            raise UserError(
+                f"{self.name} describes other pictures ({facts.source}) than the originals ({source}). rFID "
+                "compares reconstructions with their own originals."
+            )
+
+    def moment(self, tap: str, width: int) -> tuple[Tensor, Tensor]:
+        """Mean and covariance of a tap; UserError when absent or of another width."""
+        if tap not in self.moments:
+            raise UserError(
+                f"{self.name} has no moments of {tap} features ({', '.join(MOMENTS.get(tap, (tap,)))}); it holds "
+                f"those of {', '.join(self.moments)}."
+            )
+        mean, covariance = self.moments[tap]
+        if len(mean) != width:
+            raise UserError(
+                f"{self.name}: {tap} features have {len(mean)} dimensions there and {width} here. It was made with "
+                "another feature network."
+            )
+        return mean, covariance
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Reading
+# ---------------------------------------------------------------------------------------------------------------------
+def load(path: str | Path) -> Statistics:
+    """Statistics, pictures or both from one of the files listed above."""
+    path = Path(path).expanduser()
+    if path.suffix not in SUFFIXES:
+        raise UserError(f"{path}: a reference is a file that ends in {', '.join(SUFFIXES)}.")
+    if not path.is_file():
+        raise UserError(
+            f"{path}: there is no such file. It is the reference that the protocol names; docs/evaluation.md says "
+            "where to get it, and run_make_reference.sh makes one from pictures."
+        )
+    pictures = None
+    if path.suffix == ".npz":
+        arrays, facts, pictures, held = _read_npz(path)
+    elif path.suffix == ".safetensors":
+        arrays, facts = held, _ = _read_safetensors(path)
+    else:
+        arrays, facts = {k: _plain(v) for k, v in load_pickle(path).items()}, Facts()
+        held = arrays
+    facts = KNOWN.get(path.name, facts)
+    if pictures is not None and facts.image_size is None:
+        facts = replace(facts, image_size=pictures.size[0])
+    moments = {tap: _moments(path, arrays, *names) for tap, names in MOMENTS.items() if names[0] in arrays}
+    if not moments and pictures is None:
+        raise UserError(
+            f"{path}: neither statistics (mu, sigma) nor pictures (arr_0); it holds {', '.join(held) or 'nothing'}."
+        )
+    if not moments and len(pictures) < 2:
+        raise UserError(f"{path} holds 1 picture and no statistics; a covariance needs at least 2.")
+    return Statistics(moments, facts, path.name, sha256_file(path), pictures)
+
+
+def _plain(value: Any) -> Any:
+    return torch.as_tensor(value) if isinstance(value, (np.ndarray, Tensor)) else value
+
+
+def _read_npz(path: Path) -> tuple[dict[str, Any], Facts, ArrayPictures | None, list[str]]:
+    """(statistics, facts, pictures, names of all that it holds)"""
+    with NpzFile(path) as file:
+        arrays = {name: _plain(file.load(name)) for pair in MOMENTS.values() for name in pair if name in file.names}
+        facts, pictures = Facts(), None
+        if "facts" in file.names:
+            facts = _parse_facts(path, bytes(file.load("facts")).decode("utf-8", "replace"))
+        if "arr_0" in file.names:
+            array = file.map("arr_0")
+            check_pictures(array, str(path))
+            pictures = ArrayPictures(array, str(path))
+        return arrays, facts, pictures, file.names
+
+
+def _read_safetensors(path: Path) -> tuple[dict[str, Tensor], Facts]:
+    try:
+        with safe_open(path, "pt") as file:
+            meta = file.metadata() or {}
+            return {name: file.get_tensor(name) for name in file.keys()}, _parse_facts(path, meta.get("facts", "{}"))
+    except SafetensorError as error:
+        raise UserError(f"{path}: not a whole .safetensors file ({error}). Copy or make it again.") from error
+
+
+def _parse_facts(path: Path, text: str) -> Facts:
+    try:
+        given = json.loads(text)
+        return Facts(**{k: given[k] for k in Facts.__dataclass_fields__ if k in given})
+    except (ValueError, TypeError) as error:
+        raise UserError(f"{path}: its record of how it was made is damaged ({error}).") from error
+
+
+def _moments(path: Path, arrays: dict[str, Any], mean_name: str, covariance_name: str) -> tuple[Tensor, Tensor]:
+    mean, covariance = arrays[mean_name], arrays.get(covariance_name)
+    for name, value, dims in ((mean_name, mean, 1), (covariance_name, covariance, 2)):
+        if not isinstance(value, Tensor) or value.ndim != dims or not value.is_floating_point():
+            found = (
+                "nothing"
+                if value is None
+                else f"{getattr(value, 'dtype', type(value).__name__)} {tuple(getattr(value, 'shape', ()))}"
+            )
+            raise UserError(f"{path}: {name} should be {dims}-dimensional and of floats, found {found}.")
+    if covariance.shape != (len(mean), len(mean)):
+        raise UserError(
+            f"{path}: {covariance_name} is {tuple(covariance.shape)} for {len(mean)} dimensions of {mean_name}."
+        )
+    if not (mean.isfinite().all() and covariance.isfinite().all()):
+        raise UserError(f"{path}: {mean_name} or {covariance_name} is not finite.")
+    return mean.double(), covariance.double()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Writing
+# ---------------------------------------------------------------------------------------------------------------------
+def save(path: str | Path, statistics: Statistics, pictures: np.ndarray | None = None) -> None:
+    """Write atomically, .npz (that ADM, pytorch-fid and RecTok read as well) or .safetensors by the suffix.
+
+    Args:
+        pictures: (n, H, W, 3) uint8 to keep as arr_0, for precision and recall; .npz only.
+    """
+    path = Path(path)
+    named = {name: value for tap, pair in statistics.moments.items() for name, value in zip(MOMENTS[tap], pair)}
+    facts = json.dumps({k: v for k, v in vars(statistics.facts).items() if v is not None}, sort_keys=True)
+    with explain_os_errors(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+    if path.suffix == ".safetensors":
+        if pictures is not None:
+            raise UserError(f"{path}: pictures are kept in .npz files only. Choose a name that ends in .npz.")
+        write_atomic(path, to_safetensors({k: v.contiguous() for k, v in named.items()}, metadata={"facts": facts}))
+        return
+    if path.suffix != ".npz":
+        raise UserError(f"{path}: choose a name that ends in .npz or .safetensors.")
+    arrays = {name: value.numpy() for name, value in named.items()}
+    arrays["facts"] = np.frombuffer(facts.encode(), dtype=np.uint8)
+    if pictures is not None:
+        check_pictures(pictures, str(path))
+        arrays["arr_0"] = pictures
+    temporary = path.with_name(f".{path.stem}.{os.getpid()}.tmp.npz")
+    with explain_os_errors(path):
+        try:
+            np.savez(temporary, **arrays)
+            fsync_file(temporary)
+            os.replace(temporary, path)
+        finally:
+            temporary.unlink(missing_ok=True)
