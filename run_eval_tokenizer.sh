@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
-# Measure how well a tokenizer reconstructs.
-#   bash run_eval_tokenizer.sh WEIGHTS [URL]        WEIGHTS: run folder, checkpoint, released file or hf://owner/repo/file
+# Measure how well a tokenizer reconstructs, on every GPU found.
+#   bash run_eval_tokenizer.sh WEIGHTS [URL] [eval.key=value ...]    WEIGHTS: run folder, checkpoint, released file or hf://
+#   bash run_eval_tokenizer.sh --original DIR --reconstructed DIR    two folders or .npz files
+# Metrics and conventions: eval.protocol=NAME (docs/evaluation.md). --help lists the options.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")"
-source scripts/environment.sh
-exec "$PYTHON" scripts/evaluate.py "$@"
+exec bash scripts/launch.sh scripts/evaluate.py "$@"

@@ -1,8 +1,9 @@
 #!/usr/bin/env bash
 # Train a tokenizer on every GPU found.
-#   bash run_train_tokenizer.sh configs/rectok/tokenizer.yaml
-# The first argument is a config, the others override it; add --dry-run for the cost, --help for every setting.
+#   bash run_train_tokenizer.sh                                  the published RecTok recipe
+#   bash run_train_tokenizer.sh configs/rectok/tokenizer_512.yaml train.micro_batch=16
+# A config, if any, comes first, key=value settings override it; --dry-run tells the cost, --help every setting.
 # Several nodes, launcher and exit codes: see scripts/launch.sh.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")"
-exec bash scripts/launch.sh scripts/train.py "$@"
+exec bash scripts/launch.sh scripts/train.py --stage=tokenizer "$@"

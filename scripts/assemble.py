@@ -5,6 +5,8 @@ Programs in this folder call `load_config`, then `train`, or `load_tokenizer` / 
 
 from __future__ import annotations
 
+import functools
+import inspect
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,21 +17,26 @@ from torch import Tensor, nn
 
 from core import config as config_module
 from core import dist, hub
-from core.config import RESERVED, RunConfig
+from core import weights as weight_files
+from core.config import RESERVED, RunConfig, SampleConfig
 from core.errors import UserError
 from core.images import to_model_range
 from core.registry import Registry
-from core.rng import hash64, permutation
-from core.specs import Continuous, DataSource, Guidance
-from core.state_dicts import describe_differences
+from core.rng import hash64
+from core.specs import Codes, Continuous, DataSource, Guidance, LatentSpec, MultiScale
+from core.state_dicts import describe_differences, recognise
 from core.train.checkpoint import Checkpoint
 from core.train.log import ProgressLine
 from core.train.run import RunFolder
 from core.train.trainer import PREVIEW_IMAGES, Trainer
+from data import tokens
+from data.base import require_labels
 from data.cache import FeatureCache
 from data.cache import build as build_cache
-from data.loader import Loader, ordered_batches, read_or_replace, split
+from data.loader import Loader, read_or_replace, split
+from data.moments import MomentFiles
 from data.sources import open_source
+from data.tokens import TokenStore
 from data.transforms import Transform
 from evaluation.environment import environment
 from generator import GENERATORS
@@ -37,9 +44,11 @@ from generator.adapters import ADAPTERS as GENERATOR_ADAPTERS
 from generator.task import GeneratorTask
 from tokenizer import TOKENIZERS
 from tokenizer.adapters import ADAPTERS as TOKENIZER_ADAPTERS
+from tokenizer.continuous.stats import default_place, read_stats, save_stats
 from tokenizer.losses import DISCRIMINATORS, OBJECTIVES
 from tokenizer.task import TokenizerTask
 from tokenizer.teachers import TEACHERS
+from tokenizer.views import view
 
 REGISTRIES = {"tokenizer": TOKENIZERS, "generator": GENERATORS, "objective": OBJECTIVES,
               "discriminator": DISCRIMINATORS, "teacher": TEACHERS}
@@ -75,7 +84,10 @@ def read_weights(kind: str, reference: str) -> Weights:
         reference: run folder, checkpoint folder, file, file name in pretrained_models/, or hf://owner/repo/file.
     """
     path = hub.resolve(reference)
-    return _from_checkpoint(kind, Checkpoint(path)) if path.is_dir() else _from_file(kind, path)
+    if path.is_dir():
+        return _from_checkpoint(kind, Checkpoint(path))
+    ours = weight_files.read(path)
+    return _from_file(kind, path) if ours is None else _from_ours(kind, path, ours)
 
 
 def _from_checkpoint(kind: str, checkpoint: Checkpoint) -> Weights:
@@ -84,36 +96,56 @@ def _from_checkpoint(kind: str, checkpoint: Checkpoint) -> Weights:
         raise UserError(f"{checkpoint.path} holds a {state['primary']}, a {kind} was asked for.")
     settings = {k: v for k, v in state["config"][kind].items() if k not in RESERVED - {"name"}}
 
-    def read(network: nn.Module, averaged: bool) -> dict[str, Tensor]:
-        stem = f"{kind}.ema_{state['ema'][0]}" if averaged and state["ema"] else kind
-        tensors = ADAPTERS[kind][settings["name"]].fit(checkpoint.tensors(stem), network)
-        if problems := describe_differences(tensors, network.state_dict()):
-            raise UserError(f"{checkpoint.path / stem} does not fit {type(network).__name__}: {'; '.join(problems)}")
-        return tensors
+    def tensors(averaged: bool) -> dict[str, Tensor]:
+        return checkpoint.tensors(f"{kind}.ema_{state['ema'][0]}" if averaged and state["ema"] else kind)
 
     constants = checkpoint.tensors("constants") if "constants.safetensors" in checkpoint.files else {}
+    read = _reader(kind, settings, checkpoint.path, tensors)
     return Weights(settings, checkpoint.path, constants, state["provenance"], read)
 
 
+def _from_ours(kind: str, path: Path, content: weight_files.WeightFile) -> Weights:
+    if content.kind != kind:
+        raise UserError(f"{path} holds a {content.kind}, a {kind} was asked for.")
+
+    def tensors(averaged: bool) -> dict[str, Tensor]:
+        return content.weights if averaged or not content.raw else content.raw
+
+    return Weights(content.settings, path, content.constants, content.provenance,
+                   _reader(kind, content.settings, path, tensors))
+
+
+def _reader(kind: str, settings: dict[str, Any], path: Path, tensors: Callable[[bool], dict[str, Tensor]]):
+    """Weights.read of tensors that have our names already."""
+
+    def read(network: nn.Module, averaged: bool) -> dict[str, Tensor]:
+        state = ADAPTERS[kind][settings["name"]].fit(tensors(averaged), network)
+        if problems := describe_differences(state, network.state_dict()):
+            raise UserError(f"{path} does not fit {type(network).__name__}: {'; '.join(problems)}")
+        return state
+
+    return read
+
+
 def _from_file(kind: str, path: Path) -> Weights:
-    """A released file: the first adapter that recognises it."""
+    """A released file, read by the adapter that recognises it."""
     loaded = hub.load_tensors(path)
-    complaints = []
-    for name, adapter in ADAPTERS[kind].items():
+    name = recognise(ADAPTERS[kind], loaded)
+    if name is None:
+        other = next((a[n].title for a in ADAPTERS.values() if (n := recognise(a, loaded))), None)
+        raise UserError(f"{path} holds {other}, a {kind} was asked for." if other else
+                        f"{path}: these are not the weights of any {kind} that is known "
+                        f"({', '.join(a.title.removeprefix('the ') for a in ADAPTERS[kind].values())}).")
+    adapter = ADAPTERS[kind][name]
+
+    def told(function: Callable[..., Any], *arguments: Any) -> Any:
         try:
-            settings = {"name": name, **adapter.describe(loaded)}
+            return function(*arguments)
         except UserError as error:
-            complaints.append(str(error))
-            continue
+            raise UserError(f"{path}: {error}") from None
 
-        def read(network: nn.Module, averaged: bool) -> dict[str, Tensor]:
-            try:
-                return adapter.convert(network, loaded, use_ema=averaged)
-            except UserError as error:
-                raise UserError(f"{path}: {error}") from None
-
-        return Weights(settings, path, {}, {}, read)
-    raise UserError(f"{path}: {'; '.join(complaints)}")
+    settings = {"name": name, **told(adapter.describe, loaded)}
+    return Weights(settings, path, {}, {}, lambda network, averaged: told(adapter.convert, network, loaded, averaged))
 
 
 def _build(kind: str, component: dict[str, Any], weights: Weights | None, **defaults: Any) -> nn.Module:
@@ -124,42 +156,128 @@ def _build(kind: str, component: dict[str, Any], weights: Weights | None, **defa
         if settings.get("name", known["name"]) != known["name"]:
             raise UserError(f'{weights.path} holds the {kind} "{known["name"]}", not "{settings["name"]}".')
         settings = {**known, **settings}
+        if "pretrained" in REGISTRIES[kind].signature(settings["name"]):
+            settings["pretrained"] = False  # what it would start from is about to be replaced
     network = REGISTRIES[kind].build(settings, **defaults)
     if weights is not None:
-        weights.load(network, component.get("use_ema", True))
+        try:
+            weights.load(network, component.get("use_ema", True))
+        except UserError as error:
+            other = [f"{kind}.{key} is {settings[key]!r}, the weights were made with {known[key]!r}"
+                     for key in known if settings[key] != known[key]]
+            raise UserError(f"{'; '.join(other)}. {error}" if other else str(error)) from None
     return network
 
 
 def load_tokenizer(component: dict[str, Any]) -> tuple[nn.Module, str]:
     """The tokenizer of a config section, frozen, and the fingerprint of its weights."""
     weights = read_weights("tokenizer", component["weights"]) if component.get("weights") else None
-    tokenizer = _build("tokenizer", component, weights).eval().requires_grad_(False)
-    return tokenizer, hub.fingerprint(tokenizer.state_dict())
+    tokenizer = view(_build("tokenizer", component, weights), component.get("view")).eval().requires_grad_(False)
+    fingerprint = hub.fingerprint(tokenizer.state_dict())
+    if place := statistics_file(component):
+        stats = read_stats(place, fingerprint)
+        tokenizer.set_latent_stats(stats.mean, stats.std)
+    return tokenizer, fingerprint
 
 
-def load_generator(reference: str, tokenizer: nn.Module | None = None, use_ema: bool = True) -> tuple[nn.Module, Weights]:
-    """A finished generator, frozen. Its latent statistics are handed to `tokenizer`."""
+def statistics_file(component: dict[str, Any]) -> str | None:
+    """Where the latent statistics of a tokenizer are: as its section says ("none": nowhere), else beside them."""
+    if given := component.get("latent_stats"):
+        return None if given == "none" else given
+    beside = default_place(hub.resolve(component["weights"])) if component.get("weights") else None
+    return str(beside) if beside and beside.is_file() else None
+
+
+def load_generator(reference: str, tokenizer: nn.Module | None = None,
+                   use_ema: bool = True) -> tuple[nn.Module, Weights]:
+    """A finished generator, frozen. Its latent statistics go to `tokenizer`, whose latents it must have learnt."""
     weights = read_weights("generator", reference)
-    generator = _build("generator", {"use_ema": use_ema}, weights).eval().requires_grad_(False)
+    sizes = tokenizer.spec.sizes() if tokenizer is not None else {}  # of codes: released files do not tell all of them
+    generator = _build("generator", {"use_ema": use_ema}, weights, **sizes).eval().requires_grad_(False)
     if tokenizer is not None:
-        check_pair(generator, tokenizer)
+        pair(generator, tokenizer)
+        trained_on, given = weights.provenance.get("tokenizer_fingerprint"), hub.fingerprint(tokenizer.state_dict())
+        if trained_on and trained_on != given:
+            known = weights.provenance.get("tokenizer", {}).get("weights") or "the tokenizer it was trained with"
+            raise UserError(f"{weights.path} models the latents of tokenizer weights {trained_on}, but the tokenizer "
+                            f"in use has {given}: its statistics and samples belong to another tokenizer. Use {known}.")
         if weights.constants:
             tokenizer.set_latent_stats(weights.constants["mean"], weights.constants["std"])
+        elif getattr(tokenizer, "latent_stats_known", True) is False:
+            raise UserError(f"{weights.path} comes without the statistics of the latents it models. Measure them once: "
+                            "python scripts/latent_stats.py TOKENIZER [URL], or give tokenizer.latent_stats=FILE.")
     return generator, weights
 
 
-def check_pair(generator: nn.Module, tokenizer: nn.Module) -> None:
+KINDS = {Continuous: "a grid of real vectors", Codes: "one sequence of codes", MultiScale: "codes at several scales"}
+OTHER_VIEWS = {(Codes, Continuous): "vectors", (MultiScale, Codes): "sequence"}
+
+
+def check_kind(generator: str, spec: LatentSpec) -> None:
+    """UserError where a generator of this name models another kind of latents, before it is built from their sizes."""
+    wanted = GENERATORS.get(generator).models
+    if isinstance(spec, wanted):
+        return
+    seen_as = OTHER_VIEWS.get((type(spec), wanted))
+    fitting = [name for name in GENERATORS.names() if isinstance(spec, GENERATORS.get(name).models)]
+    advice = f"Set tokenizer.view={seen_as} to look at its codes that way." if seen_as else \
+        f"Choose from {', '.join(fitting)}."
+    raise UserError(f'generator "{generator}" models {KINDS[wanted]}, the tokenizer gives {spec}. {advice}')
+
+
+def pair(generator: nn.Module, tokenizer: nn.Module) -> None:
+    """Introduce a generator to the tokenizer whose latents it models; UserError if they do not fit."""
     problems = generator.fits(tokenizer.spec)
     if problems:
         raise UserError(f"{type(generator).__name__} does not fit the latents of {type(tokenizer).__name__} "
                         f"({tokenizer.spec}): {' '.join(problems)}")
+    if hasattr(generator, "bind"):
+        generator.bind(tokenizer)
+
+
+def make_guidance(settings: SampleConfig, guide: nn.Module | None = None) -> Guidance:
+    scale = tuple(settings.scale) if isinstance(settings.scale, list) else settings.scale
+    return Guidance(scale, settings.guidance, tuple(settings.interval), guide, settings.schedule, settings.start,
+                    settings.power)
+
+
+def sample_options(settings: SampleConfig, generator: nn.Module) -> dict[str, Any]:
+    """Keyword arguments of generator.sample from the config; UserError for one that it does not take."""
+    accepted = list(inspect.signature(generator.sample).parameters)[3:]  # after labels, draws, guidance
+    given = settings.options()
+    for name in given:
+        if name not in accepted:
+            raise UserError(f"sample.{name}: {type(generator).__name__} has no such sampling option; it takes "
+                            f"{', '.join(accepted) or 'none'}.")
+    return given
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Data
 # ---------------------------------------------------------------------------------------------------------------------
 def open_train(config: RunConfig) -> DataSource:
+    """What the run trains on: pictures, or a TokenStore where data.url is tokens://."""
+    source = open_source(config.data.url, config.data.split)
+    if config.task == "tokenizer" and isinstance(source, TokenStore):
+        raise UserError(f"data.url={config.data.url} holds tokens; a tokenizer trains on pictures. Give those.")
+    if config.task == "generator":
+        require_labels(source)
+    return source
+
+
+def open_pictures(config: RunConfig) -> DataSource | None:
+    """The training pictures: data.pictures behind tokens://, else data.url; None when a run has tokens alone."""
+    if config.data.url.startswith("tokens://"):
+        return open_source(config.data.pictures, config.data.split) if config.data.pictures else None
     return open_source(config.data.url, config.data.split)
+
+
+def make_transform(config: RunConfig, image_size: int) -> Transform:
+    """The crop that a config describes."""
+    data = config.data
+    flip = data.flip and data.crop != "ten"  # which has its mirror images
+    return Transform(image_size, data.crop, flip, tuple(data.scale), short_side=data.short_side,
+                     crop_range=data.crop_range, resample=data.resample)
 
 
 def open_val(config: RunConfig) -> DataSource | None:
@@ -181,38 +299,63 @@ def check_inputs(config: RunConfig) -> None:
             hub.resolve(reference)
 
 
-def _cache(config: RunConfig, name: str, source: DataSource, transform: Transform, network: nn.Module, fingerprint: str,
-           producer: Callable[[Tensor], dict[str, Tensor]], world: dist.World, log: Callable[[str], None]) -> FeatureCache:
-    """Open or make the per-picture cache called `name`; the network works on the run's device while it is made."""
-    if transform.views is None:
-        raise UserError(f'data.cache_{name}: data.crop="{config.data.crop}" shows a new crop each time, so nothing can be '
-                        'kept. Use data.crop=center, or turn the cache off.')
-    key = f"{hash64(source.fingerprint(), repr(transform.describe()), fingerprint):016x}"
-    folder = Path(config.data.cache_dir) / f"{name}_{key}"
-    if folder.exists():
-        return FeatureCache(folder, source, transform, fingerprint)
-    log(f"computing {name} once for {len(source):,} pictures x {transform.views} views -> {folder}")
+def compute_once(config: RunConfig, label: str, network: nn.Module, world: dist.World, log: Callable[[str], None],
+                 build: Callable[..., FeatureCache], precision: str, batch: int = 64) -> FeatureCache:
+    """Call data.cache.build or data.tokens.build with `network` on the run's device and a progress line."""
     network.to(world.device).eval()
-    line = ProgressLine(len(source), label=name) if world.is_main else None
+    line = ProgressLine(1, label=label) if world.is_main else None
+    replaced: dict[str, str] = {}
+
+    def progress(done: int, total: int) -> None:
+        line.total = total * world.size  # of all ranks, which are about equally quick
+        line.update(done * world.size)
+
     try:
-        with torch.no_grad(), torch.autocast(world.device.type, torch.bfloat16, enabled=config.train.precision == "bf16"):
-            return build_cache(
-                folder, source, transform, lambda images: producer(to_model_range(images.to(world.device))), fingerprint,
-                progress=(lambda done, total: line.update(done)) if line else None, rank=world.rank, world=world.size,
-                barrier=world.barrier, workers=config.data.workers, on_corrupt=config.data.on_corrupt)
+        with torch.no_grad(), torch.autocast(world.device.type, torch.bfloat16, enabled=precision == "bf16"):
+            made = build(batch=batch, progress=progress if line else None, rank=world.rank, world=world.size,
+                         barrier=world.barrier, workers=config.data.workers, on_corrupt=config.data.on_corrupt,
+                         replaced=replaced)
     finally:
         if line:
             line.close()
+    if replaced:
+        log(f"{len(replaced)} pictures could not be read; the next one took their place: {', '.join([*replaced][:20])}")
+    return made
+
+
+def _cache(config: RunConfig, name: str, source: DataSource, transform: Transform, network: nn.Module, fingerprint: str,
+           producer: Callable[[Tensor], Any], world: dist.World, log: Callable[[str], None],
+           spec: LatentSpec | None = None) -> FeatureCache:
+    """Open or make the per-picture cache called `name`: a token store when `spec` is given."""
+    if transform.views is None:
+        raise UserError(f'data.cache_{name}: data.crop="{config.data.crop}" shows a new crop each time, so nothing can '
+                        'be kept. Use data.crop=center, or turn the cache off.')
+    key = f"{hash64(source.fingerprint(), repr(transform.describe()), fingerprint):016x}"
+    folder = Path(config.data.cache_dir) / f"{name}_{key}"
+    if not folder.exists():
+        log(f"computing {name} once for {len(source):,} pictures x {transform.views} views -> {folder}")
+
+    def on_device(images: Tensor) -> Any:
+        return producer(to_model_range(images.to(world.device)))
+
+    if spec is None:
+        build = functools.partial(build_cache, folder, source, transform, on_device, fingerprint)
+    else:
+        build = functools.partial(tokens.build, folder, source, transform, spec, on_device, fingerprint)
+    return compute_once(config, name, network, world, log, build, config.train.precision)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Training
 # ---------------------------------------------------------------------------------------------------------------------
-def semantic_widths(config: RunConfig, tokenizer_settings: dict[str, Any], pretrained: bool = True) -> dict[str, nn.Module]:
+def semantic_widths(config: RunConfig, tokenizer_settings: dict[str, Any],
+                    pretrained: bool = True) -> dict[str, nn.Module]:
     """Build the teachers on the tokenizer's grid and tell the tokenizer how wide their features are."""
     defaults = TOKENIZERS.signature(tokenizer_settings["name"])
-    image_size, patch = (tokenizer_settings.get(key, defaults[key].default) for key in ("image_size", "patch_size"))
-    teachers = {name: TEACHERS.build(settings, image_size=image_size, grid=image_size // patch, pretrained=pretrained)
+    image_size, patch = (tokenizer_settings.get(key, defaults[key].default if key in defaults else None)
+                         for key in ("image_size", "patch_size"))
+    shape = {"image_size": image_size, **({"grid": image_size // patch} if patch else {})}
+    teachers = {name: TEACHERS.build(settings, **shape, pretrained=pretrained)
                 for name, settings in config.teachers.items()}
     if teachers:
         widths = {name: teacher.dim for name, teacher in teachers.items()}
@@ -231,13 +374,15 @@ def _initialise(config: RunConfig, kind: str, network: nn.Module) -> dict[str, T
 
 def _tokenizer_task(config: RunConfig, source: DataSource, val: DataSource | None, transform: Transform):
     """(task, averaged weights to start from or None)"""
+    torch.manual_seed(hash64(config.seed, "teachers") % 2**63)  # for toys, whose teachers are random
     teachers = semantic_widths(config, config.tokenizer)
     torch.manual_seed(hash64(config.seed, "init") % 2**63)
     tokenizer = _build("tokenizer", config.tokenizer, None)
     objective = OBJECTIVES.build(config.objective)
     discriminator = None
     if config.discriminator:
-        discriminator = DISCRIMINATORS.build(config.discriminator, sync=config.train.sync_batch_norm)
+        discriminator = DISCRIMINATORS.build(config.discriminator, sync=config.train.sync_batch_norm,
+                                             image_size=_image_size(config))
     objective.check_terms(tokenizer.term_names, bool(teachers), discriminator is not None)
     initial_ema = _initialise(config, "tokenizer", tokenizer)
     shown = val or source
@@ -253,54 +398,46 @@ def _generator_task(config: RunConfig, source: DataSource, world: dist.World, lo
     """(task, averaged weights to start from or None, provenance)"""
     tokenizer, tokenizer_print = load_tokenizer(config.tokenizer)
     spec = tokenizer.spec
-    shape = {"channels": spec.channels, "grid": list(spec.grid)} if isinstance(spec, Continuous) else {}
-    shape["num_classes"] = source.num_classes
+    check_kind(config.generator["name"], spec)
+    shape = {**spec.sizes(), "num_classes": source.num_classes}
     accepted = GENERATORS.signature(config.generator["name"])
     for key, value in shape.items():  # so that the run folder says it all
         if key in accepted and config.generator.get(key) is None:
             config.generator[key] = value
     torch.manual_seed(hash64(config.seed, "init") % 2**63)
     generator = _build("generator", config.generator, None)
-    check_pair(generator, tokenizer)
+    pair(generator, tokenizer)
     initial_ema = _initialise(config, "generator", generator)
-    if isinstance(spec, Continuous):
-        _latent_statistics(config, tokenizer, tokenizer_print, source, transform, world, log)
+    if isinstance(source, TokenStore):
+        source.check_tokenizer(spec, tokenizer_print, tokenizer.image_size)
+    if isinstance(spec, Continuous) and not statistics_file(config.tokenizer):
+        pictures = source if config.data.stats_split == "train" else open_val(config)
+        if pictures is None:
+            raise UserError("data.stats_split is val but there is no such data: give data.val_url.")
+        latent_statistics(config, tokenizer, tokenizer_print, pictures, transform, world, log)
     guide = load_generator(config.sample.guide)[0] if config.sample.guide and config.sample.guidance == "auto" else None
     if guide is not None:
-        check_pair(guide, tokenizer)
-    guidance = Guidance(config.sample.scale, config.sample.guidance, tuple(config.sample.interval), guide)
-    task = GeneratorTask(generator, tokenizer, source.num_classes, guidance, {"steps": config.sample.steps})
+        pair(guide, tokenizer)
+    task = GeneratorTask(generator, tokenizer, source.num_classes, make_guidance(config.sample, guide),
+                         sample_options(config.sample, generator))
     return task, initial_ema, {"tokenizer_fingerprint": tokenizer_print, "tokenizer": config.tokenizer}
 
 
-STATISTICS_IMAGES = 10_000  # x 256 tokens: 2.5 million values per channel are plenty (spec of RecTok, section 5)
-
-
-def _latent_statistics(config: RunConfig, tokenizer: nn.Module, fingerprint: str, source: DataSource,
+def latent_statistics(config: RunConfig, tokenizer: nn.Module, fingerprint: str, source: DataSource,
                        transform: Transform, world: dist.World, log: Callable[[str], None]) -> None:
-    """Set the tokenizer's normalisation, from the cache folder or by one pass over (part of) the training set."""
-    from tokenizer.continuous.stats import StatsAccumulator, load_stats, save_stats
+    """Set the tokenizer's normalisation, from the cache folder or by one pass over (part of) the pictures."""
+    import latent_stats
 
-    key = f"{hash64(source.fingerprint(), transform.image_size, transform.crop, fingerprint):016x}"
+    count = min(len(source), config.data.stats_images or len(source))
+    key = f"{hash64(source.fingerprint(), transform.image_size, count, fingerprint):016x}"
     path = Path(config.data.cache_dir) / f"latent_stats_{key}.safetensors"
     if not path.is_file() and world.is_main:
-        count = min(len(source), STATISTICS_IMAGES)
-        chosen = sorted(permutation(len(source), "latent statistics")[:count].tolist())  # from all classes alike
         log(f"measuring latent statistics on {count:,} pictures -> {path}")
-        plain = Transform(image_size=transform.image_size, crop="center", flip=False)
-        accumulator = StatsAccumulator(tokenizer.spec.channels)
-        tokenizer.to(world.device).eval()
-        line = ProgressLine(count, label="latent statistics")
-        for batch in ordered_batches(source, plain, 64, workers=config.data.workers, on_corrupt=config.data.on_corrupt,
-                                     chosen=chosen):
-            with torch.no_grad():
-                accumulator.update(tokenizer.precompute(to_model_range(batch.images.to(world.device))))
-            line.update(accumulator.images)
-        line.close()
-        path.parent.mkdir(parents=True, exist_ok=True)
-        save_stats(path, accumulator.compute(), fingerprint)
+        found = latent_stats.measured(tokenizer, source, count, world.device, config.data.workers,
+                                      config.data.on_corrupt)
+        save_stats(path, found, fingerprint)
     world.barrier()
-    stats = load_stats(path, fingerprint)
+    stats = read_stats(str(path), fingerprint)
     tokenizer.set_latent_stats(stats.mean, stats.std)
 
 
@@ -323,8 +460,11 @@ def _train(config: RunConfig, world: dist.World) -> int:
 
     source, val = open_train(config), open_val(config)
     image_size = _image_size(config)
-    transform = Transform(image_size=image_size, crop=config.data.crop, flip=config.data.flip)
+    transform = make_transform(config, image_size)
     features = stored = None
+    pictures = source
+    if isinstance(source, TokenStore):
+        stored, transform, pictures = source, source.transform, open_pictures(config)
     provenance: dict[str, Any] = {}
     if config.task == "tokenizer":
         task, initial_ema = _tokenizer_task(config, source, val, transform)
@@ -334,26 +474,58 @@ def _train(config: RunConfig, world: dist.World) -> int:
                               lambda images: {n: t(images) for n, t in task.teachers.items()}, world, say)
     else:
         task, initial_ema, provenance = _generator_task(config, source, world, say, transform)
-        if config.data.cache_latents:
+        if config.data.moments:
+            tokens_and_moments = (task.tokenizer.spec.length, 2 * task.tokenizer.spec.channels)
+            stored = MomentFiles(config.data.moments, source, tokens_and_moments)
+        elif config.data.cache_latents and stored is None:
             stored = _cache(config, "latents", source, transform, task.tokenizer, provenance["tokenizer_fingerprint"],
-                            lambda images: {"latents": task.tokenizer.precompute(images)}, world, say)
+                            task.tokenizer.precompute, world, say, spec=task.tokenizer.spec)
     run = RunFolder(config, world.is_main)
-    loader = Loader(source, transform, config.seed, config.train.global_batch, rank=world.rank, world=world.size,
-                    workers=config.data.workers, on_corrupt=config.data.on_corrupt, pin=world.device.type == "cuda",
-                    features=features, stored=stored)
+    loader = Loader(None if source is stored else source, transform, config.seed, config.train.global_batch,
+                    rank=world.rank, world=world.size, workers=config.data.workers, on_corrupt=config.data.on_corrupt,
+                    pin=world.device.type == "cuda", features=features, stored=stored)
     trainer = Trainer(task, config, batches=loader.batches, split=split, images_per_epoch=len(source),
                       data_fingerprint=source.fingerprint(), run=run, world=world,
-                      evaluate=_online_evaluation(config, source, val, image_size, world), initial_ema=initial_ema,
+                      evaluate=_online_evaluation(config, pictures, val, image_size, world),
+                      initial_ema=initial_ema,
                       provenance=provenance)
     run.open(environment())
     run.log(f"{config.task}: {sum(p.numel() for p in trainer.networks[task.primary].parameters()):,} parameters, "
             f"{len(source):,} pictures, {trainer.total_steps:,} steps of {config.train.global_batch} on {world.size} x "
-            f"{world.device.type}; ready after {time.perf_counter() - started:.1f} s")
+            f"{world.device.type}, in {trainer.accumulation} part(s) each; ready after "
+            f"{time.perf_counter() - started:.1f} s")
+    run.log(f"data {config.data.url}: {getattr(source, 'inexact', 'order and resume are exact')}")
+    if hint := hint_for_small_sets(config, len(source)):
+        run.log(hint)
     code = trainer.fit()
     if loader.replaced_count:
         names = "; ".join(f"{key}: {reason}" for key, reason in loader.replaced_names.items())
         run.log(f"{loader.replaced_count} times a picture could not be read and the next one took its place ({names})")
     return code
+
+
+SMALL_SET = 50_000  # pictures; the published recipes are made for 1.28 million
+
+
+def hint_for_small_sets(config: RunConfig, count: int) -> str | None:
+    """What to change in a recipe for a training set of `count` pictures; None where there is nothing to tell."""
+    if count >= SMALL_SET or config.data.url.startswith(("embedded://", "synthetic://")):
+        return None
+    hints = []
+    if not config.train.init_from:
+        hints.append("start from released or own weights (train.init_from=FILE)")
+    section = config.tokenizer if config.task == "tokenizer" else config.generator
+    registry = TOKENIZERS if config.task == "tokenizer" else GENERATORS
+    accepted = registry.signature(section["name"])
+    if "enc_tuning" in accepted and section.get("enc_tuning", "full") == "full":
+        hints.append("train adapters only (tokenizer.enc_tuning=lora tokenizer.dec_tuning=lora, or frozen)")
+    if config.train.global_batch > 128:
+        hints.append("make train.global_batch smaller (128) and the learning rate with it")
+    if not config.data.flip and not config.data.url.startswith("tokens://"):
+        hints.append("mirror half of the pictures (data.flip=true)")
+    if not hints:
+        return None
+    return f"{count:,} pictures are few for this recipe. What helps: " + "; ".join(hints) + ". See docs/data.md."
 
 
 def _image_size(config: RunConfig) -> int:
@@ -366,15 +538,13 @@ def _image_size(config: RunConfig) -> int:
     return size
 
 
-def _online_evaluation(config: RunConfig, source: DataSource, val: DataSource | None, image_size: int,
+def _online_evaluation(config: RunConfig, pictures: DataSource | None, val: DataSource | None, image_size: int,
                        world: dist.World) -> Callable[[Any, nn.Module], dict[str, float]] | None:
-    """What the trainer calls every train.eval_every, on the main rank."""
+    """What the trainer calls every train.eval_every, on all ranks."""
     if config.train.eval_every == "never":
         return None
     if val is None:
         raise UserError("train.eval_every is set but there is nothing to evaluate on: give data.val_url.")
     import measure
 
-    if config.task == "tokenizer":
-        return lambda task, network: measure.reconstruction(network, val, image_size, config.eval, world.device)
-    return lambda task, network: measure.generation(task, network, config, source, val, image_size, world)
+    return measure.Online(config, pictures or val, val, image_size, world)

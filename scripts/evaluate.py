@@ -1,60 +1,93 @@
 #!/usr/bin/env python3
-"""Measure how well a tokenizer reconstructs: python scripts/evaluate.py WEIGHTS [URL] [--num N] [--out FOLDER]
+"""Measure how well a tokenizer reconstructs, or compare two sets of pictures.
 
-WEIGHTS is a run folder, a checkpoint, a released file or hf://owner/repo/file; URL says which pictures (default
-folder://data/imagenet/val). Prints PSNR, SSIM and a Frechet distance on the offline feature network, and writes
-metrics.json and reconstructions.png to FOLDER (default work_dirs/eval_<name>).
+    bash run_eval_tokenizer.sh pretrained_models/RecTok_decft.pth eval.protocol=rectok
+    bash run_eval_tokenizer.sh work_dirs/MY_RUN folder://data/imagenet/val --num 5000
+    bash run_eval_tokenizer.sh --original ORIGINALS --reconstructed RECONSTRUCTIONS        folders or .npz files
+
+WEIGHTS: run folder, checkpoint, released file, hf://owner/repo/file or a config; URL: pictures, default
+folder://data/imagenet/val. rFID, PSNR, SSIM, LPIPS and codebook use, as eval.protocol=NAME defines them (default adm).
+The reference of rFID is the cropped originals themselves, or eval.reference=FILE with their statistics.
+Writes metrics.json, report.html and PNGs to --out. A killed job goes on where it stopped.
+
+options:
+  --num N            the first N pictures
+  --out FOLDER       default work_dirs/eval/<name>-<facts>
+  --precision P      of matrix products, bf16 or fp32 (default)
+  --perturb A,B,D    also pFID, of codes disturbed so: in a share B of the pictures each code is replaced with
+                     probability A by one of its D nearest, itself among them (say 0.5,0.1,50)
+  --bootstrap N      confidence intervals of rFID from N replicates (those of PSNR, SSIM and LPIPS always come)
+  --infinity         also rFID extrapolated to infinitely many pictures
+  --raw              the weights as trained, not their moving average
+  --size N           with --original: crop all pictures to N x N as ADM does
+  --workers N        decoding processes per rank (default 4)
+  --again            measure anew although --out holds the result
+  --check            only look for mistakes
 """
 
 import _root  # noqa: F401
 import argparse
-from pathlib import Path
+import os
 
+import flags
 from core import cli
 
 
+def parse(arguments: list[str]) -> tuple[argparse.Namespace, list[str]]:
+    parser = argparse.ArgumentParser(
+        prog="run_eval_tokenizer.sh",
+        usage="run_eval_tokenizer.sh WEIGHTS [URL] [eval.key=value ...]",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("words", nargs="*", help=argparse.SUPPRESS)
+    for name, kind, default in (
+        ("--num", int, None),
+        ("--batch", int, None),
+        ("--out", str, None),
+        ("--size", int, None),
+        ("--workers", int, min(4, os.cpu_count() or 1)),
+        ("--perturb", str, None),
+        ("--bootstrap", int, 0),
+        ("--original", str, None),
+        ("--reconstructed", str, None),
+    ):
+        parser.add_argument(name, type=kind, default=default, help=argparse.SUPPRESS)
+    parser.add_argument("--precision", choices=("fp32", "bf16"), default="fp32", help=argparse.SUPPRESS)
+    for flag in ("--raw", "--infinity", "--again", "--check"):
+        parser.add_argument(flag, action="store_true", help=argparse.SUPPRESS)
+    options = flags.parse(parser, arguments)
+    settings = [w for w in options.words if "=" in w and "://" not in w.split("=")[0]]
+    positional = [w for w in options.words if w not in settings]
+    for name, key in (("num", "eval.num_images"), ("batch", "eval.batch")):
+        if getattr(options, name) is not None:
+            settings.append(f"{key}={getattr(options, name)}")
+    if (options.original is None) != (options.reconstructed is None):
+        parser.error("--original and --reconstructed go together")
+    if len(positional) != 0 if options.original else not 1 <= len(positional) <= 2:
+        parser.error("give WEIGHTS and perhaps a URL, or --original and --reconstructed")
+    if options.original and options.perturb:
+        parser.error("--perturb disturbs the codes of a tokenizer; pictures alone have none")
+    options.weights, options.url = (positional + [None, None])[:2]
+    options.url = options.url or "folder://data/imagenet/val"
+    return options, settings
+
+
 def main(arguments: list[str]) -> int:
-    parser = argparse.ArgumentParser(prog="evaluate.py", description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("weights")
-    parser.add_argument("url", nargs="?", default="folder://data/imagenet/val")
-    parser.add_argument("--num", type=int, default=0, help="pictures; 0: all")
-    parser.add_argument("--batch", type=int, default=64)
-    parser.add_argument("--out", default=None)
-    parser.add_argument("--check", action="store_true", help="only look for mistakes")
-    options = parser.parse_args(arguments)
+    options, settings = parse(arguments)
+    import evaluation_recon
 
-    from core import hub
-    from core.errors import UserError
-    from data.sources import open_source
-
-    if options.num < 0 or options.batch < 1:
-        raise UserError(f"--num {options.num} and --batch {options.batch}: give --num 0 or more and --batch 1 or more")
-    source = open_source(options.url, "val")
-    path = hub.resolve(options.weights)
     if options.check:
+        evaluation_recon.check(options, settings)
         return 0
+    from core import dist
 
-    import assemble
-    import measure
-    from core import dist, images as image_tools
-    from core.config import EvalConfig
-    from evaluation.metrics_json import write_metrics
-
-    device = dist.pick_device("auto")
-    tokenizer, fingerprint = assemble.load_tokenizer({"weights": str(path)})
-    tokenizer.to(device)
-    net = measure.feature_net(device)
-    metrics = measure.reconstruction(tokenizer, source, tokenizer.image_size,
-                                     EvalConfig(num_images=options.num, batch=options.batch), device, net)
-    folder = Path(options.out or f"work_dirs/eval_{Path(options.weights.rstrip('/')).stem}")
-    image_tools.save_png(measure.reconstruction_grid(tokenizer, source, device), folder / "reconstructions.png")
-    write_metrics(folder / "metrics.json", metrics, {
-        "count": metrics["num_pictures"], "net": net.name, "reference_fingerprint": source.fingerprint(), "seed": 0,
-        "tokenizer_fingerprint": fingerprint, "weights": options.weights})
-    for name, value in metrics.items():
-        print(f"{name:<40} {value:.4f}" if isinstance(value, float) else f"{name:<40} {value}")
-    print(f"written to {folder}")
-    return 0
+    world = dist.start("auto")
+    try:
+        measure = evaluation_recon.by_folders if options.original else evaluation_recon.by_tokenizer
+        return measure(options, settings, world)
+    finally:
+        world.stop()
 
 
 if __name__ == "__main__":

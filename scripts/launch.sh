@@ -10,6 +10,8 @@
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
 
+if [ -n "$ASKS" ]; then exec "$PYTHON" "$@"; fi
+
 if [ -z "${NPROC:-}" ]; then
     if [ -n "${CUDA_VISIBLE_DEVICES:-}" ]; then
         NPROC="$(awk -F, '{print NF}' <<<"$CUDA_VISIBLE_DEVICES")"
@@ -21,7 +23,8 @@ fi
 NNODES="${NNODES:-${SLURM_NNODES:-1}}"
 NODE_RANK="${NODE_RANK:-${SLURM_NODEID:-0}}"
 if [ -z "${MASTER_ADDR:-}" ] && [ -n "${SLURM_JOB_NODELIST:-}" ] && command -v scontrol >/dev/null; then
-    MASTER_ADDR="$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)"
+    hosts="$(scontrol show hostnames "$SLURM_JOB_NODELIST")" # whole: "| head" may end scontrol, and pipefail this script
+    MASTER_ADDR="${hosts%%$'\n'*}"
 fi
 MASTER_ADDR="${MASTER_ADDR:-127.0.0.1}"
 MASTER_PORT="${MASTER_PORT:-$((20000 + ${SLURM_JOB_ID:-$$} % 20000))}"
@@ -48,7 +51,8 @@ case "${LAUNCHER:-torchrun}" in
     *) fail "LAUNCHER is torchrun or accelerate, not $LAUNCHER" ;;
 esac
 
-"${command[@]}" "$@" &
+# The launchers would take an option of ours for an abbreviation of theirs (--num), but not behind "--".
+"${command[@]}" -- "$@" &
 child=$!
 # SLURM and users signal this shell: hand it to the ranks themselves (the launcher would kill them after 30 seconds).
 trap 'pkill -TERM -P "$child" || kill -TERM "$child" 2>/dev/null' TERM INT USR1

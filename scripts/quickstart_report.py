@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import re
 import time
 from pathlib import Path
 from typing import Any
@@ -12,7 +14,8 @@ from torch import Tensor, nn
 from core import dist
 from core import images as image_tools
 from core.config import EvalConfig, RunConfig, to_yaml
-from core.specs import DataSource, Guidance
+from core.rng import Draws, hash64
+from core.specs import DataSource
 from core.train.log import ProgressLine
 from core.train.run import read_metrics
 from data.transforms import Transform
@@ -27,8 +30,10 @@ from generator.task import GeneratorTask
 
 import assemble
 import measure
+import streaming
 
 SHOWN_PER_CLASS = 8
+SHOWN_STAGES = 8  # pictures whose stages are shown, as many unseen ones as samples
 
 
 def make(plan: dict, configs: dict[str, RunConfig], smoke: bool, folder: Path, seconds: dict[str, float], begun: float) -> Path:
@@ -51,13 +56,16 @@ def make(plan: dict, configs: dict[str, RunConfig], smoke: bool, folder: Path, s
 
     generator, _ = assemble.load_generator(str(folder / plan["generator"]), tokenizer)
     generator.to(device)
-    variants, pictures, features = {}, {}, {}
-    for variant in settings["guidance"]:
-        name = variant["label"]
-        pictures[name], features[name] = _sample(variant, plan, generator, tokenizer, source, settings, generator_config,
-                                                 folder, net, device)
-        variants[name] = evaluate_samples(features[name], net, train_features, val_features, classifier, source.class_names)
     headline = settings["headline"]
+    variants, pictures, features, stages = {}, {}, {}, None
+    for variant in settings["variants"]:
+        name = variant["label"]
+        task = _task(variant, plan, generator, tokenizer, source, generator_config, folder, device)
+        pictures[name], features[name] = _sample(name, task, settings, generator_config, net, device)
+        variants[name] = evaluate_samples(features[name], net, train_features, val_features, classifier, source.class_names)
+        if name == headline and hasattr(tokenizer, "previews"):
+            stages = _stages(task, val, generator_config.seed, device)
+            image_tools.save_png(stages, folder / "stages.png")
     for name, images in pictures.items():
         chosen = _by_class(features[name].labels, source.num_classes, SHOWN_PER_CLASS)
         grid = image_tools.grid(images[torch.cat(chosen)], columns=SHOWN_PER_CLASS)
@@ -74,25 +82,46 @@ def make(plan: dict, configs: dict[str, RunConfig], smoke: bool, folder: Path, s
               f"{result['real_class_accuracy']:.1%}, chance {1 / source.num_classes:.1%})", flush=True)
     print(f"  reconstruction of unseen pictures: PSNR {rebuilt['psnr']:.2f} dB", flush=True)
 
-    report = _write(plan, configs, source, folder, settings, rebuilt, pairs, variants, pictures[headline],
+    report = _write(plan, configs, source, folder, settings, rebuilt, pairs, stages, variants, pictures[headline],
                     features[headline], train_features, classifier, seconds, size)
     return report
 
 
-def _sample(variant: dict, plan: dict, generator: nn.Module, tokenizer: nn.Module, source: DataSource, settings: dict,
-            config: RunConfig, folder: Path, net: Any, device: torch.device) -> tuple[Tensor, Features]:
-    """(uint8 pictures on the CPU, their features) for one kind of guidance."""
+def _task(variant: dict, plan: dict, generator: nn.Module, tokenizer: nn.Module, source: DataSource, config: RunConfig,
+          folder: Path, device: torch.device) -> GeneratorTask:
+    """One way to sample: the config's, with the variant's changes."""
+    sampling = dataclasses.replace(config.sample, **{key: value for key, value in variant.items() if key != "label"})
     guide = None
-    if variant["kind"] == "auto":
+    if sampling.guidance == "auto":
         guide = assemble.load_generator(str(folder / plan["guide"]), tokenizer)[0].to(device)
-    guidance = Guidance(variant["scale"], variant["kind"], tuple(variant.get("interval", (0.0, 1.0))), guide)
-    task = GeneratorTask(generator, tokenizer, source.num_classes, guidance, {"steps": config.sample.steps})
-    labels = measure.labels_for(settings["samples_per_class"] * source.num_classes, source.num_classes)
-    line = ProgressLine(len(labels), label=f"samples, {variant['label']}")
-    batches = list(measure.samples(lambda part, draws: task.sample(generator, part, draws), labels, config.seed,
+    return GeneratorTask(generator, tokenizer, source.num_classes, assemble.make_guidance(sampling, guide),
+                         assemble.sample_options(sampling, generator))
+
+
+def _sample(name: str, task: GeneratorTask, settings: dict, config: RunConfig, net: Any,
+            device: torch.device) -> tuple[Tensor, Features]:
+    """(uint8 pictures on the CPU, their features)."""
+    labels = measure.labels_for(settings["samples_per_class"] * task.num_classes, task.num_classes)
+    line = ProgressLine(len(labels), label=f"samples, {name}")
+    batches = list(measure.samples(lambda part, draws: task.sample(task.generator, part, draws), labels, config.seed,
                                    config.eval.batch, device, line.update))
     line.close()
     return torch.cat([images.cpu() for images, _ in batches]), extract(net, batches)
+
+
+@torch.no_grad()
+def _stages(task: GeneratorTask, source: DataSource, seed: int, device: torch.device) -> Tensor:
+    """What each part of the latents adds: a row per picture, first unseen ones, last in their row the pictures
+    themselves, then samples, (3, H, W) uint8."""
+    transform, count = Transform(image_size=task.tokenizer.image_size), min(SHOWN_STAGES, len(source))
+    originals = torch.stack([transform.apply_view(source[i * len(source) // count].image, 0) for i in range(count)])
+    draws = Draws(hash64(seed, "stages"), torch.arange(count, device=device))
+    labels = torch.arange(count, device=device) % task.num_classes
+    sampled = task.generator.sample(labels, draws, task.guidance, **task.sample_options)
+    encoded = task.tokenizer.encode(image_tools.to_model_range(originals.to(device)))
+    strips = [streaming.filmstrip(task.tokenizer.previews(latents, draws), last)
+              for latents, last in ((encoded, originals), (sampled, torch.full_like(originals, 255)))]
+    return torch.cat(strips, dim=1)
 
 
 def _by_class(labels: Tensor, num_classes: int, count: int) -> list[Tensor]:
@@ -101,18 +130,24 @@ def _by_class(labels: Tensor, num_classes: int, count: int) -> list[Tensor]:
 
 
 def _write(plan: dict, configs: dict[str, RunConfig], source: DataSource, folder: Path, settings: dict,
-           rebuilt: dict[str, float], pairs: Tensor, variants: dict[str, dict], pictures: Tensor, features: Features,
-           train_features: Reference, classifier: LinearClassifier, seconds: dict[str, float], size: int) -> Path:
+           rebuilt: dict[str, float], pairs: Tensor, stages: Tensor | None, variants: dict[str, dict], pictures: Tensor,
+           features: Features, train_features: Reference, classifier: LinearClassifier, seconds: dict[str, float],
+           size: int) -> Path:
     headline = settings["headline"]
     best = variants[headline]
-    frechet = next(name for name in best if name.startswith("frechet"))
+    frechet = next(name for name in best if name.startswith("fd_"))
     report = Report(plan["title"], f"{len(source):,} training pictures of {source.num_classes} classes at {size} px, trained "
                     f"in {sum(seconds.values()) / 60:.1f} minutes. A toy: nothing here says how the method does at scale.")
     report.add_tile("class accuracy", f"{best['class_accuracy']:.0%}",
                     f"samples ({headline}) recognised as the class asked for; chance is {1 / source.num_classes:.0%}, "
                     f"real unseen pictures reach {best['real_class_accuracy']:.0%}")
     report.add_tile("PSNR", f"{rebuilt['psnr']:.1f} dB", "of reconstructed pictures that were not trained on")
-    report.add_tile("SSIM", f"{rebuilt['ssim_gauss']:.3f}", "of the same")
+    report.add_tile("SSIM", f"{rebuilt['ssim']:.3f}", "of the same")
+    usage = _usage(rebuilt)
+    used = {name: row[""] for name, row in usage.items()}
+    if used:
+        report.add_tile("codebook use", f"{min(used.values()):.0%}", "share of codes that reconstructing unseen pictures uses"
+                        + (f"; the smallest of {len(used)} codebooks" if len(used) > 1 else ""))
     report.add_tile("Fréchet (Lite0)", f"{best[frechet]:.2f}",
                     f"samples against the training set; unseen real pictures: {best['real_' + frechet]:.2f}. Not FID")
     report.add_tile("nearest training picture", f"{best['neighbour_similarity']:.2f}",
@@ -128,7 +163,16 @@ def _write(plan: dict, configs: dict[str, RunConfig], source: DataSource, folder
              bool(predicted[i] == label)) for i in chosen.tolist()]))
     report.add_grid_with_neighbours(f"Samples, {headline}", rows)
     report.add_image("Reconstructions", pairs, "Pictures that were not trained on; below each row its reconstruction.")
-    report.add_table("Guidance", ["guidance", "class accuracy", "Fréchet (Lite0)", "nearest training picture"],
+    if stages is not None:
+        report.add_image("After each stage", stages, "A row per picture: what it looks like after each part of its codes. "
+                         f"First pictures that were not trained on, themselves at the end; then samples ({headline}).")
+    parts = [scale for row in usage.values() for scale in row if scale]
+    if parts:
+        scales = list(dict.fromkeys(parts))
+        report.add_table("Codebook use of each branch and scale", ["codebook", "all", *scales],
+                         [[name or "the only one", *(f"{row[scale]:.0%}" for scale in ("", *scales))]
+                          for name, row in usage.items()])
+    report.add_table("Ways to sample", ["variant", "class accuracy", "Fréchet (Lite0)", "nearest training picture"],
                      [[name, f"{r['class_accuracy']:.1%}", f"{r[frechet]:.3f}", f"{r['neighbour_similarity']:.3f}"]
                       for name, r in variants.items()])
     for stage, config in configs.items():
@@ -142,6 +186,15 @@ def _write(plan: dict, configs: dict[str, RunConfig], source: DataSource, folder
     report.add_environment(environment())
     report.write(folder / "report.html")
     return folder / "report.html"
+
+
+def _usage(rebuilt: dict[str, float]) -> dict[str, dict[str, float]]:
+    """Branch -> scale -> share of its codes that are used; scale "" is all scales together."""
+    found: dict[str, dict[str, float]] = {}
+    for name, value in rebuilt.items():
+        if match := re.fullmatch(r"codebook_usage_?(.*?)_?(scale\d+)?", name):
+            found.setdefault(match[1], {})[match[2] or ""] = value
+    return found
 
 
 def _add_curves(report: Report, stage: str, config: RunConfig) -> None:

@@ -1,12 +1,15 @@
 #!/usr/bin/env python3
 """Train a tokenizer or a generator: python scripts/train.py CONFIG [key=value ...] [--check | --dry-run]
 
+The run_train_*.sh scripts call it with --stage=NAME; what they take instead of a CONFIG is in surface.py.
+
 Config -> task -> Trainer. This file only puts the pieces together; the loop is core/train/trainer.py.
 """
 
 import _root  # noqa: F401
 
 from core import cli
+from core.errors import UserError
 
 USAGE = """usage: train.py CONFIG [key=value ...] [--check] [--dry-run] [--help]
 
@@ -20,20 +23,34 @@ Exit codes: 0 done, 2 a mistake you can fix, 75 stopped on request or by time li
 
 
 def main(arguments: list[str]) -> int:
-    if "--help" in arguments or "-h" in arguments or not arguments:
+    stages = [a.removeprefix("--stage=") for a in arguments if a.startswith("--stage=")]
+    arguments = [a for a in arguments if not a.startswith("--stage=")]
+    if "--help" in arguments or "-h" in arguments or not (arguments or stages):
         from core.config import help_text
 
         print(USAGE + "\nSettings [default]:\n" + help_text())
         return 0 if arguments else 2
-    flags = {a for a in arguments if a in ("--check", "--dry-run")}
-    path, *overrides = [a for a in arguments if a not in flags]
+    modes = {a for a in arguments if a in ("--check", "--dry-run")}
+    words = [a for a in arguments if a not in modes]
+    import flags
+
+    if any(a.startswith("--") for a in words):
+        raise UserError(flags.explain(words))
+    import surface
+
+    flags.refuse(words)
+    path, overrides = surface.resolve(stages[0], words) if stages else (words[0], words[1:])
+    path, overrides = flags.translate(path, overrides)
     import assemble
 
     config = assemble.load_config(path, overrides)
-    if "--check" in flags:
+    if "--check" in modes:
+        import estimate
+
         assemble.check_inputs(config)
+        estimate.check_networks(config)
         return 0
-    if "--dry-run" in flags:
+    if "--dry-run" in modes:
         import estimate
 
         print(estimate.describe(config))

@@ -1,0 +1,35 @@
+#!/usr/bin/env bash
+# RecTok's evaluation of a diffusion generator: 50,000 samples, 150 steps, FID and IS as torch-fidelity computes them,
+# against data/fid_stats/adm_in256_stats.npz, with autoguidance 1.29 and without guidance.
+#   bash run_eval_diffusion.sh TOKENIZER GENERATOR [AUTOGUIDANCE_MODEL] [scales=1.29,1.0] [key=value ...] [options]
+#   bash run_eval_diffusion.sh pretrained_models/RecTok_decft.pth pretrained_models/ditdhxl_epoch_0599.pth \
+#        pretrained_models/ditdhs_epoch_0029.pth
+# Without a third model, scales above 1 are classifier-free guidance. Settings and options: run_eval_generator.sh --help.
+# Results: work_dirs/gen_model_training/RecTok_eval/scale_<scale>/{metrics.json,report.html}
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")"
+usage() { sed -n '2,9s/^# \{0,1\}//p' "${BASH_SOURCE[0]}"; exit "${1:-2}"; }
+case "${1:-}" in -h | --help) usage 0 ;; esac
+[ $# -ge 2 ] || usage >&2
+
+tokenizer="$1" generator="$2"
+shift 2
+guide=""
+case "${1:-}" in "" | -* | *=*) ;; *) guide="$1"; shift ;; esac
+scales="1.0"
+[ -z "$guide" ] || scales="1.29,1.0"
+out="work_dirs/gen_model_training/RecTok_eval"
+rest=()
+for word in "$@"; do
+    case "$word" in
+        scales=*) scales="${word#scales=}" ;;
+        out=*) out="${word#out=}" ;;
+        *) rest+=("$word") ;;
+    esac
+done
+for scale in ${scales//,/ }; do
+    guidance=(sample.guidance=cfg)
+    [ -z "$guide" ] || guidance=(sample.guidance=auto sample.guide="$guide")
+    bash scripts/launch.sh scripts/evaluate_generator.py "$generator" tokenizer.weights="$tokenizer" sample.steps=150 \
+        sample.scale="$scale" "${guidance[@]}" eval.protocol=rectok --out "$out/scale_$scale" ${rest[@]+"${rest[@]}"}
+done

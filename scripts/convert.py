@@ -1,0 +1,326 @@
+#!/usr/bin/env python3
+"""Convert, check and describe weight files.
+
+  convert.py --describe FILE ...                        what it is: system, settings, sizes, parameters, what is unused
+  convert.py --check-layout LAYOUT.json ...             does our model take exactly these tensors? (nothing is loaded)
+  convert.py RecTok.pth RecTok.safetensors              released file -> our safetensors, one file that says what it is
+  convert.py work_dirs/my_run my_run.safetensors        the newest checkpoint of a run -> the same
+  convert.py work_dirs/my_run mine.pth --to official    a run or file -> the layout that the official code loads
+  convert.py RecTok.safetensors again.pth --to official
+
+FILE and the input are run folders, checkpoints, files, names in pretrained_models/ or hf://owner/repo/file. Averaged
+(EMA) and raw weights are both kept where the target has room for both; --weights ema or raw keeps one.
+Exit codes: 0 all is well, 1 some file does not fit, 2 a mistake in the command.
+"""
+
+import _root  # noqa: F401
+import argparse
+from collections import Counter
+from pathlib import Path
+
+from core import cli
+
+
+def found_in(loaded: dict) -> list:
+    """(kind, name, adapter) of every component that a file holds; a training file of VAR holds two."""
+    import assemble
+    from core.state_dicts import recognise
+
+    named = [(kind, recognise(adapters, loaded)) for kind, adapters in assemble.ADAPTERS.items()]
+    return [(kind, name, assemble.ADAPTERS[kind][name]) for kind, name in named if name]
+
+
+def parameter_count(model) -> str:
+    total = sum(p.numel() for p in model.parameters())
+    fixed = total - sum(p.numel() for p in model.parameters() if p.requires_grad)
+    return f"{total:,} parameters" + (f", {fixed:,} of them fixed" if fixed else "")
+
+
+def unused_lines(result, outside: int) -> list[str]:
+    """What of a file our model does not take, grouped by the reason."""
+    lines = [f"unused  {count} tensors: {reason}" for reason, count in Counter(result.ignored.values()).items()]
+    if result.unused:
+        named = ", ".join(result.unused[:8]) + (" ..." if len(result.unused) > 8 else "")
+        lines.append(f"unused  {len(result.unused)} tensors that this model has no place for: {named}")
+    if outside:
+        lines.append(f"unused  {outside} tensors outside of the weights (optimiser and the like)")
+    return lines
+
+
+def tensors_in(content: object) -> list:
+    """Every tensor in nested containers."""
+    import torch
+
+    if isinstance(content, torch.Tensor):
+        return [content]
+    children = content.values() if isinstance(content, dict) else content if isinstance(content, (list, tuple)) else ()
+    return [tensor for child in children for tensor in tensors_in(child)]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# --check-layout
+# ---------------------------------------------------------------------------------------------------------------------
+def check_layout(path: str) -> bool:
+    """Print one verdict; whether the layout is ours."""
+    from core.errors import UserError
+    from core.files import read_json
+    from core.layouts import compare, read_layout
+
+    layout = read_json(path)
+    if not isinstance(layout, dict) or not isinstance(layout.get("tensors"), dict):
+        raise UserError(f'{path}: not a recorded layout; it should hold {{"tensors": {{name: [shape, dtype]}}}}.')
+    if not layout["tensors"]:
+        print(f"SKIP {path}: records no tensors")
+        return True
+    try:
+        loaded = read_layout(layout)
+    except (TypeError, ValueError, AttributeError, RuntimeError) as error:
+        raise UserError(f"{path}: not a recorded layout ({error}); tensors are recorded as name: [shape, dtype]."
+                        ) from error
+    found = found_in(loaded)
+    if not found:
+        first = ", ".join(list(layout["tensors"])[:4])
+        print(f"FAIL {path}: no adapter knows weights of this kind (first tensors: {first})")
+        return False
+    results, taken = [], set()
+    for kind, name, adapter in found:
+        taken |= {id(t) for part in adapter.parts(loaded) for t in part.values()}
+        results.append((kind, name, adapter, compare(adapter, loaded, True, layout.get("parameters"))))
+    outside = sum(id(t) not in taken for t in tensors_in(loaded))
+    good = True
+    for kind, name, adapter, result in results:
+        if result.differences:
+            good = False
+            print(f"FAIL {path}: {adapter.title} ({name}): {'; '.join(result.differences)}")
+        else:
+            print(f"PASS {path}: {adapter.title} ({name}), {len(result.model.state_dict())} tensors, "
+                  f"{parameter_count(result.model)}")
+        for line in unused_lines(result, outside if kind == results[-1][0] else 0):
+            print(f"     {line}")
+    return good
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# --describe
+# ---------------------------------------------------------------------------------------------------------------------
+def plain(value: object) -> str:
+    return ", ".join(f"{key} {plain(item)}" for key, item in value.items()) if isinstance(value, dict) else str(value)
+
+
+def describe(reference: str) -> bool:
+    """Print what a file or run holds; whether it fits our model."""
+    import assemble
+    from core import hub
+    from core import weights as weight_files
+    from core.files import human_bytes
+    from core.layouts import build_on_meta
+    from core.train.checkpoint import Checkpoint
+
+    path = hub.resolve(reference)
+    if path.is_dir():
+        checkpoint = Checkpoint(path)
+        state = checkpoint.state
+        kind = state["primary"]
+        settings = assemble.read_weights(kind, str(path)).settings
+        decays = ", ".join(map(str, state["ema"])) or "none"
+        facts = [f"checkpoint of a run of ours, step {checkpoint.step:,}, EMA decays: {decays}",
+                 f"files {', '.join(checkpoint.files)}"]
+    elif ours := weight_files.read(path):
+        kind, settings = ours.kind, ours.settings
+        sets = "averaged (EMA) and raw weights" if ours.raw else "one set of weights"
+        constants = f", constants {', '.join(ours.constants)}" if ours.constants else ""
+        facts = [f"weight file of ours: {sets}{constants}"]
+    else:
+        return describe_released(path)
+    described = assemble.read_weights(kind, str(path))
+    model = build_on_meta(lambda **s: assemble.REGISTRIES[kind].build(s), settings)
+    print(f'{path}: the {kind} "{settings["name"]}"')
+    size = human_bytes(sum(t.nbytes for t in model.state_dict().values()))
+    lines = [f"settings  {plain({k: v for k, v in settings.items() if k != 'name'})}",
+             f"{parameter_count(model)}, {size}", *facts]
+    if described.provenance.get("tokenizer_fingerprint"):
+        lines.append(f"trained on the latents of tokenizer weights {described.provenance['tokenizer_fingerprint']}")
+    good = True
+    for averaged in (True, False):
+        try:
+            described.read(model, averaged)
+        except assemble.UserError as error:
+            good = False
+            lines.append(f"does not fit: {error}")
+    print("\n".join(f"  {line}" for line in lines))
+    return good
+
+
+def describe_released(path: Path) -> bool:
+    from core import hub
+    from core.files import human_bytes
+    from core.layouts import compare, to_meta
+
+    loaded = hub.load_tensors(path)
+    found = found_in(loaded)
+    if not found:
+        names = ", ".join(map(str, list(loaded)[:8]))
+        print(f"{path}: no tokenizer or generator that is known. It holds: {names}{' ...' if len(loaded) > 8 else ''}")
+        return False
+    shapes = to_meta(loaded)
+    good = True
+    for kind, name, adapter in found:
+        raw, averaged = adapter.parts(loaded)
+        result = compare(adapter, shapes)
+        settings = ", ".join(f"{key} {plain(value)}" for key, value in result.settings.items())
+        sets = " and ".join(text for text, state in (("raw weights", raw), ("averaged (EMA) weights", averaged))
+                            if state)
+        dtypes = Counter(str(t.dtype).removeprefix("torch.") for t in (raw or averaged).values())
+        size = human_bytes(sum(t.nbytes for t in (raw or averaged).values()))
+        inside = {id(t) for state in (raw, averaged) for t in state.values()}
+        others = [str(key) for key, value in loaded.items() if not any(id(t) in inside for t in tensors_in(value))]
+        print(f'{path}: {adapter.title} ({kind} "{name}")')
+        kinds = ", ".join(f"{n} x {d}" for d, n in dtypes.items())
+        lines = [f"settings  {settings}", f"holds {sets}, {kinds}, {size} a set"]
+        if result.model is not None:
+            lines.append(parameter_count(result.model))
+        if others and len(others) < 20:
+            lines.append(f"unused  beside the weights: {', '.join(others)}")
+        lines += unused_lines(result, 0)
+        lines += [f"does not fit: {difference}" for difference in result.differences] or [
+            "every tensor of our model is there"]
+        print("\n".join(f"  {line}" for line in lines))
+        good &= not result.differences
+    return good
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Conversion
+# ---------------------------------------------------------------------------------------------------------------------
+def unrecorded(adapter, settings: dict, official: dict, accepted: dict) -> list[str]:
+    """Settings that cannot be told from an exported file and are not what a reader would take them for.
+
+    Args:
+        settings: the model's own.
+        official: exported tensors.
+        accepted: parameters of the model's constructor.
+    """
+    from core.errors import UserError
+
+    try:
+        told = adapter.inspect(official)
+    except UserError as error:
+        return [str(error)]
+    lost = []
+    for key, value in settings.items():
+        if isinstance(value, dict) and isinstance(told.get(key), dict):
+            lost += [f"{key}.{part} {item}" for part, item in value.items()
+                     if part in told[key] and told[key][part] != item]
+        elif key in accepted and key not in told and value != accepted[key].default:
+            lost.append(f"{key} {plain(value)}")
+    return lost
+
+
+def convert(source: str, target: str, to: str, keep: str, kind: str | None, overwrite: bool) -> str:
+    """Write `target`; returns a sentence about it."""
+    import assemble
+    import torch
+    from core import hub
+    from core import weights as weight_files
+    from core.errors import UserError
+    from core.train.checkpoint import Checkpoint
+
+    path, out = hub.resolve(source), Path(target)
+    if out.exists() and not overwrite:
+        raise UserError(f"{out} exists already. Choose another name, or say --force to replace it.")
+    if out.suffix not in ((".safetensors",) if to == "tessera" else (".safetensors", ".pth", ".pt", ".bin")):
+        wanted = "our files end in .safetensors; say --to official for the layout of the official code." \
+            if to == "tessera" else "official files end in .pth, .pt, .bin or .safetensors."
+        raise UserError(f"{out}: {wanted}")
+    if path.is_dir():
+        state = Checkpoint(path).state
+        kinds, sets = [state["primary"]], (True, False) if state["ema"] else (False,)
+    elif ours := weight_files.read(path):
+        kinds, sets = [ours.kind], (True, False) if ours.raw else (True,)
+    else:
+        found = {k: a.parts(hub.load_tensors(path)) for k, _, a in found_in(hub.load_tensors(path))}
+        kinds = list(found)
+        if not kinds:
+            raise UserError(f"{path}: no tokenizer or generator that is known; see convert.py --describe {source}")
+        raw, averaged = found[kind] if kind in found else found[kinds[0]]
+        sets = ((True,) if averaged else ()) + ((False,) if raw else ())
+    if kind is None and len(kinds) > 1:
+        raise UserError(f"{path} holds a tokenizer and a generator: say which one with --kind tokenizer or --kind "
+                        "generator.")
+    if kind is not None and kind not in kinds:
+        raise UserError(f"{path} holds a {kinds[0]}, not a {kind}.")
+    kind = kind or kinds[0]
+    if keep != "both":
+        if keep == "ema" and True not in sets:
+            raise UserError(f"{path} holds no averaged (EMA) weights; use --weights raw.")
+        if keep == "raw" and False not in sets:
+            raise UserError(f"{path} holds averaged (EMA) weights only; use --weights ema.")
+        sets = (keep == "ema",)
+    weights = assemble.read_weights(kind, str(path))
+    network = assemble.REGISTRIES[kind].build(weights.settings)
+    adapter = assemble.ADAPTERS[kind][weights.settings["name"]]
+    official: dict[bool, dict] = {}
+    for averaged in sets:
+        weights.load(network, averaged)
+        official[averaged] = weight_files.own(network.state_dict() if to == "tessera" else adapter.to_official(network))
+    names = " and ".join({True: "averaged", False: "raw"}[averaged] for averaged in sets)
+    if to == "tessera":
+        provenance = {**weights.provenance, "converted_from": path.name, "holds": names}
+        content = weight_files.WeightFile(kind, weights.settings, official[sets[0]],
+                                          official[False] if len(sets) > 1 else {}, weights.constants, provenance)
+        weight_files.save(out, content, overwrite)
+        return f"written to {out}: {kind} \"{weights.settings['name']}\", {names} weights"
+    packed = adapter.pack(official.get(False) or {}, official.get(True))
+    packed = {key: value for key, value in packed.items() if len(value)}
+    if out.suffix == ".safetensors":
+        if any(isinstance(value, dict) for value in packed.values()):
+            if len(packed) > 1:
+                raise UserError(f"{out}: a safetensors file has room for one set of weights; say --weights ema or raw.")
+            packed = next(iter(packed.values()))
+        from safetensors.torch import save_file
+
+        weight_files.replace_with(out, lambda place: save_file(packed, place), overwrite)
+    else:
+        weight_files.replace_with(out, lambda place: torch.save(packed, place), overwrite)
+    if adapter.container is None and len(sets) > 1:
+        names = "averaged"
+    note = f" Constants ({', '.join(weights.constants)}) have no place in official files." if weights.constants else ""
+    if lost := unrecorded(adapter, weights.settings, official[sets[0]],
+                          assemble.REGISTRIES[kind].signature(weights.settings["name"])):
+        note += f" What such a file does not say: {', '.join(lost)}."
+    return f"written to {out}: {adapter.title} in the official layout, {names} weights.{note}"
+
+
+def main(arguments: list[str]) -> int:
+    parser = argparse.ArgumentParser(prog="convert.py", description=__doc__,
+                                     formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("paths", nargs="+", metavar="PATH")
+    mode = parser.add_mutually_exclusive_group()
+    mode.add_argument("--describe", action="store_true")
+    mode.add_argument("--check-layout", action="store_true")
+    parser.add_argument("--to", choices=("tessera", "official"), default="tessera")
+    parser.add_argument("--weights", choices=("both", "ema", "raw"), default="both")
+    parser.add_argument("--kind", choices=("tokenizer", "generator"), help="of a file that holds both")
+    parser.add_argument("--force", action="store_true", help="replace a file that exists")
+    options = parser.parse_args(arguments)
+
+    from core.errors import UserError
+
+    if options.describe or options.check_layout:
+        good = True
+        for path in options.paths:
+            try:
+                good &= check_layout(path) if options.check_layout else describe(path)
+            except UserError as error:
+                good = False
+                print(f"FAIL {error}")
+        return 0 if good else 1
+    if len(options.paths) != 2:
+        raise UserError("give IN and OUT, or --describe FILE ..., or --check-layout LAYOUT.json ...; see convert.py "
+                        "--help")
+    print(convert(*options.paths, options.to, options.weights, options.kind, options.force))
+    return 0
+
+
+if __name__ == "__main__":
+    cli.run(main)

@@ -1,0 +1,73 @@
+#!/usr/bin/env python3
+"""Sample from a generator and measure the samples, or measure samples that exist.
+
+    bash run_eval_generator.sh work_dirs/MY_RUN [key=value ...]
+    bash run_eval_generator.sh configs/rectok/ditdh_xl.yaml sample.scale=1.3 eval.protocol=rectok
+    bash run_eval_generator.sh pretrained_models/FILE.pth tokenizer.weights=pretrained_models/FILE.pth
+    bash run_eval_generator.sh samples.npz eval.reference=data/fid_stats/VIRTUAL_imagenet256_labeled.npz
+    bash run_eval_generator.sh folder/of/pngs eval.protocol=torch-fidelity eval.reference=...
+
+No picture touches the disk unless --write asks for it. Picture i depends on (seed, its label, i) alone, so the number
+of GPUs, the batch size and interruptions change nothing: the same command goes on where it was killed. Writes
+metrics.json, report.html and samples.png to --out.
+
+options:
+  --num N           pictures (default eval.num_images, else 50000; all of existing samples)
+  --out FOLDER      default work_dirs/eval/<name>-<facts>
+  --write npz|png   keep the samples too: samples.npz (arr_0, as ADM's evaluator reads it) or samples/000000.png ...
+  --bootstrap N     confidence intervals from N replicates
+  --infinity        also FID and IS extrapolated to infinitely many pictures
+  --keep            keep the features (features.safetensors)
+  --again           measure anew although --out holds the result
+  --check           only look for mistakes
+"""
+
+import _root  # noqa: F401
+import argparse
+
+import flags
+from core import cli
+
+
+def parse(arguments: list[str]) -> tuple[argparse.Namespace, list[str]]:
+    parser = argparse.ArgumentParser(
+        prog="run_eval_generator.sh",
+        usage="run_eval_generator.sh TARGET [key=value ...] [options]",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("target")
+    parser.add_argument("settings", nargs="*")
+    parser.add_argument("--num", type=int, default=None, help=argparse.SUPPRESS)
+    parser.add_argument("--out", default=None, help=argparse.SUPPRESS)
+    parser.add_argument("--write", choices=("npz", "png"), default=None, help=argparse.SUPPRESS)
+    parser.add_argument("--bootstrap", type=int, default=0, help=argparse.SUPPRESS)
+    for flag in ("--infinity", "--keep", "--again", "--check"):
+        parser.add_argument(flag, action="store_true", help=argparse.SUPPRESS)
+    options = flags.parse(parser, arguments)
+    if options.num is not None:
+        options.settings.append(f"eval.num_images={options.num}")
+    return options, options.settings
+
+
+def main(arguments: list[str]) -> int:
+    options, settings = parse(arguments)
+    import evaluation_run as run
+
+    existing = run.holds_pictures(options.target)
+    if options.check or not existing:  # before a network is loaded
+        run.check(options, settings, existing)
+    if options.check:
+        return 0
+    from core import dist
+
+    world = dist.start("auto")
+    try:
+        measure = run.existing_samples if existing else run.generated_samples
+        return measure(options, settings, world)
+    finally:
+        world.stop()
+
+
+if __name__ == "__main__":
+    cli.run(main)

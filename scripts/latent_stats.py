@@ -1,0 +1,93 @@
+#!/usr/bin/env python3
+"""Latent statistics of a tokenizer: python scripts/latent_stats.py WEIGHTS [URL] [--num N] [--from OLD.pkl] [--out FILE]
+
+A generator models latents of unit variance, so its tokenizer needs their mean and standard deviation, which released
+files lack. This measures them on pictures of URL (default folder://data/imagenet/train), or takes them from the
+official stats.pkl (--from work_dirs/stats.pkl, or stats.pkl#KEY where it holds several), and writes a small portable
+file, by default beside a weight file: RecTok_decft.pth -> RecTok_decft.latent_stats.safetensors. It is found there
+whenever these weights are loaded; tokenizer.latent_stats=FILE names another. Training measures by itself.
+"""
+
+import _root  # noqa: F401
+import argparse
+from pathlib import Path
+
+from core import cli
+
+
+def measured(tokenizer, source, count: int, device, workers: int = 4, on_corrupt: str = "replace"):
+    """LatentStats of `count` pictures (0: all) spread over `source`, not mirrored.
+
+    A TokenStore gives what it stored of them.
+    """
+    import torch
+
+    from core.images import to_model_range
+    from core.rng import permutation
+    from core.train.log import ProgressLine
+    from data.loader import ordered_batches
+    from data.tokens import TokenStore
+    from data.transforms import Transform
+    from tokenizer.continuous.stats import StatsAccumulator
+
+    count = min(count or len(source), len(source))
+    chosen = sorted(permutation(len(source), "latent statistics")[:count].tolist())  # from all classes alike
+    accumulator = StatsAccumulator(tokenizer.spec.channels)
+    tokenizer.to(device).eval()
+    if isinstance(source, TokenStore):
+        stored = (source.tokens(chosen[i : i + 64], [0] * len(chosen[i : i + 64])) for i in range(0, count, 64))
+    else:
+        batches = ordered_batches(source, Transform(image_size=tokenizer.image_size), 64, workers=workers,
+                                  on_corrupt=on_corrupt, chosen=chosen)
+        stored = (tokenizer.precompute(to_model_range(batch.images.to(device))) for batch in batches)
+    line = ProgressLine(count, label="latent statistics")
+    try:
+        with torch.no_grad():
+            for part in stored:
+                accumulator.update(tokenizer.moments(part.to(device)))
+                line.update(accumulator.images)
+    finally:
+        line.close()
+    return accumulator.compute()
+
+
+def main(arguments: list[str]) -> int:
+    parser = argparse.ArgumentParser(prog="latent_stats.py", description=__doc__,
+                                     formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("weights")
+    parser.add_argument("url", nargs="?", default="folder://data/imagenet/train")
+    parser.add_argument("--num", type=int, default=10_000, help="pictures; 0: all. 10,000 give 2.5 million values each")
+    parser.add_argument("--split", default="train", help="of sources that have several; val needs no training set")
+    parser.add_argument("--from", dest="pickle", help="the official stats.pkl, or stats.pkl#KEY")
+    parser.add_argument("--raw", action="store_true", help="of the raw weights instead of the averaged ones")
+    parser.add_argument("--out", help="file to write")
+    options = parser.parse_args(arguments)
+
+    import assemble
+    from core import dist
+    from core.errors import UserError
+    from core.specs import Continuous
+    from data.sources import open_source
+    from tokenizer.continuous.stats import default_place, read_stats, save_stats
+
+    source = None if options.pickle else open_source(options.url, options.split)
+    section = {"weights": options.weights, "use_ema": not options.raw, "latent_stats": "none"}
+    tokenizer, fingerprint = assemble.load_tokenizer(section)
+    if not isinstance(tokenizer.spec, Continuous):
+        raise UserError(f"{options.weights} gives {tokenizer.spec}: only continuous latents have statistics.")
+    place = options.out or default_place(assemble.read_weights("tokenizer", options.weights).path)
+    if place is None:
+        raise UserError(f"{options.weights} is a run of ours, whose generators measure statistics themselves: "
+                        "give --out FILE.")
+    if source is None:
+        stats = read_stats(options.pickle)
+        tokenizer.set_latent_stats(stats.mean, stats.std)  # checks that they fit
+    else:
+        stats = measured(tokenizer, source, options.num, dist.pick_device("auto"))
+    save_stats(place, stats, fingerprint)
+    print(f"written to {Path(place)}: {tokenizer.spec.channels} channels, of tokenizer weights {fingerprint}")
+    return 0
+
+
+if __name__ == "__main__":
+    cli.run(main)

@@ -1,0 +1,121 @@
+#!/usr/bin/env python3
+"""Make reference statistics from pictures: what FID, sFID and rFID compare with.
+
+    bash run_make_reference.sh folder://data/imagenet/train data/fid_stats/train256.npz --size 256 --for generation
+    bash run_make_reference.sh folder://data/imagenet/val   data/fid_stats/val256.npz   --size 256 --for reconstruction
+    bash run_make_reference.sh samples.npz                  stats.safetensors
+
+URL: a data URL, a folder of pictures, or an .npz with arr_0. OUT: .npz (mu, sigma, mu_s, sigma_s: ADM's evaluator,
+pytorch-fid and RecTok read it too) or .safetensors. The file records count, network, input, size and a fingerprint of
+the pictures, and is refused where they do not fit. A killed job goes on where it stopped.
+
+options:
+  --size N           crop to N x N as ADM does; without it pictures are taken as they are
+  --for PURPOSE      generation (a training set) or reconstruction (originals of a tokenizer); default: either.
+                     Decides which split is read where URL has several: train, otherwise val
+  --num N            the first N pictures
+  --keep-pictures N  also keep N pictures, spread over the set, as arr_0: precision, recall and KID need them
+  --network NAME     inception (default), lite0 (the offline stand-in), or a file of Inception weights
+  --protocol NAME    whose input to the network (default adm; pytorch-fid resizes differently)
+  --batch N, --workers N
+  --check            only look for mistakes
+"""
+
+import _root  # noqa: F401
+import argparse
+import os
+from pathlib import Path
+
+from core import cli
+
+
+def parse(arguments: list[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="run_make_reference.sh",
+        usage="run_make_reference.sh URL OUT [options]",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("url")
+    parser.add_argument("out")
+    parser.add_argument(
+        "--for", dest="purpose", choices=("generation", "reconstruction"), default=None, help=argparse.SUPPRESS
+    )
+    parser.add_argument("--network", default="inception", help=argparse.SUPPRESS)
+    parser.add_argument("--protocol", default="adm", help=argparse.SUPPRESS)
+    for name, default in (
+        ("--size", None),
+        ("--num", None),
+        ("--keep-pictures", 0),
+        ("--batch", 64),
+        ("--workers", min(4, os.cpu_count() or 1)),
+    ):
+        parser.add_argument(name, type=int, default=default, help=argparse.SUPPRESS)
+    parser.add_argument("--check", action="store_true", help=argparse.SUPPRESS)
+    return parser.parse_args(arguments)
+
+
+def main(arguments: list[str]) -> int:
+    options = parse(arguments)
+    import numpy as np
+
+    import picture_sets
+    from core.errors import UserError
+    from evaluation import protocols, statistics
+    from evaluation.pictures import ArrayPictures
+
+    out = Path(options.out)
+    protocol = protocols.get(options.protocol, options.purpose or "generation")
+    if out.suffix not in (".npz", ".safetensors"):
+        raise UserError(f"{out}: choose a name that ends in .npz or .safetensors.")
+    if options.keep_pictures and out.suffix != ".npz":
+        raise UserError(f"{out}: pictures are kept in .npz files only. Choose a name that ends in .npz.")
+    if out.exists():
+        raise UserError(f"{out} is there already. Choose another name, or delete it first.")
+    pictures = picture_sets.open_any(
+        options.url, options.size, options.workers, "train" if options.purpose == "generation" else "val"
+    )
+    if options.num:
+        pictures = picture_sets.First(pictures, options.num)
+    if len(pictures) < 2:
+        raise UserError(f"{options.url} holds {len(pictures)} picture; a covariance needs at least 2.")
+    if options.check:
+        return 0
+
+    import evaluation_run as run
+    import measure
+    from core import dist
+    from evaluation.naming import few_pictures
+
+    world = dist.start("auto")
+    try:
+        net = measure.feature_net(world.device, options.network, protocol)
+        transform = f"ADM centre crop to {options.size}" if options.size else "as they are"
+        facts = statistics.Facts(options.purpose, transform=transform)
+        with run.progress_line(world, len(pictures), "features") as progress:
+            made = measure.make_statistics(
+                pictures, net, world, options.batch, out.with_name(f".{out.name}.work"), facts, progress
+            )
+        if made is None:
+            return 0
+        kept = None
+        if options.keep_pictures:
+            count = min(options.keep_pictures, len(pictures))
+            chosen = [i * len(pictures) // count for i in range(count)]
+            kept = np.concatenate([pictures.read(i, i + 1).permute(0, 2, 3, 1).numpy() for i in chosen])
+            ArrayPictures(kept)
+        statistics.save(out, made, kept)
+        for tap, (mean, _) in made.moments.items():
+            if note := few_pictures(len(pictures), len(mean)):
+                print(f"note ({tap}): {note}")
+        print(
+            f"{out}: {len(pictures):,} pictures of {pictures.size[0]} px, network {net.name}, fingerprint "
+            f"{made.facts.source}" + (f", {len(kept):,} of them kept" if kept is not None else "")
+        )
+        return 0
+    finally:
+        world.stop()
+
+
+if __name__ == "__main__":
+    cli.run(main)
