@@ -74,7 +74,7 @@ def test_overrides():
     ("tokenizer.patch_sise=8", 'tokenizer "rectok" has no such setting. Did you mean "patch_size"?'),
     ("tokenizer.patch_size=big", "tokenizer.patch_size: expected a whole number"),
     ("train.optimizer.base_lr=1e-3", "give exactly one of lr and base_lr"),
-    ("train.micro_batch=3", "train.micro_batch: 3 does not divide global_batch 8"),
+    ("train.micro_batch=-3", "train.micro_batch: must be at least 0, got -3"),
     ("train.ema=[1.0]", "train.ema: decays lie in [0, 1)"),
     ("name=a/b", "becomes a folder name"),
     ("objective=null", "objective: is missing"),
@@ -185,11 +185,11 @@ def edit(tree: dict, rng: random.Random) -> str:
         at = rng.randrange(len(text))
         parent[text[:at] + rng.choice("xyz_é ") + text[at + 1 :]] = parent.pop(key)
     elif kind == "strange":
-        parent[key] = rng.choice(STRANGE)
+        parent[key] = copy.deepcopy(rng.choice(STRANGE))
     elif kind == "remove":
         del parent[key]
     elif kind == "add":
-        parent[rng.choice(["extra", "name", "weights", "base", "lr", "kind"])] = rng.choice(STRANGE)
+        parent[rng.choice(["extra", "name", "weights", "base", "lr", "kind"])] = copy.deepcopy(rng.choice(STRANGE))
     else:
         parent[rng.choice([3, None, True, 1.5])] = parent.pop(key)
     return f"{kind} {key}"
@@ -200,10 +200,11 @@ def test_fuzz(path, tmp_path):
     """Any edit of a config is accepted or explained, never a traceback."""
     rng = random.Random(str(path.name))
     original = yaml.safe_load(path.read_text())
+    edits = 200
     if "base" in original:
-        original["base"] = str(path.parent / original["base"])
+        original["base"], edits = str(path.parent / original["base"]), 40  # short, and its base has its own turn
     caught = 0
-    for number in range(200):
+    for number in range(edits):
         tree = copy.deepcopy(original)
         what = [edit(tree, rng) for _ in range(rng.choice([1, 1, 2]))]
         edited = tmp_path / "edited.yaml"
@@ -215,7 +216,7 @@ def test_fuzz(path, tmp_path):
             assert str(error).strip() and "Traceback" not in str(error)
         except Exception as error:
             pytest.fail(f"edit {number} ({what}): {type(error).__name__}: {error}\n{edited.read_text()}")
-    assert caught > 100
+    assert caught > edits / 2
 
 
 # ---------------------------------------------------------------------------------------------------------------------

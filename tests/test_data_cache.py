@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from core.errors import UserError
-from data.cache import FeatureCache, build
+from data.cache import Builder, FeatureCache, build
 from data.loader import Loader
 from data.sources import open_source
 from data.transforms import Transform
@@ -28,7 +28,7 @@ def producer(images):
 
 def make(path, **options):
     return build(path, **{"source": SOURCE, "transform": TRANSFORM, "producer": producer, "fingerprint": "p1",
-                          "batch": 4, "storage": {"code": "uint16"}, **options})
+                          "batch": 4, "chunk": 4, "storage": {"code": "uint16"}, **options})
 
 
 def test_round_trip(tmp_path):
@@ -67,19 +67,57 @@ def test_mismatch_is_refused(tmp_path, options, message):
 
 
 @pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
-def test_interrupted_build_leaves_nothing(tmp_path, error):
-    def failing(images, calls=[]):
-        calls.append(1)
-        if len(calls) == 2:
+def test_interrupted_build_goes_on(tmp_path, error):
+    """What was finished is not computed again, the result is the same; another request does not touch it."""
+    whole = make(tmp_path / "whole")
+    calls = []
+
+    def failing(images):
+        calls.append(len(images))
+        if len(calls) == 3:
             raise error()
         return producer(images)
 
     with pytest.raises(error):
         make(tmp_path / "c", producer=failing)
-    assert os.listdir(tmp_path) == []
+    assert sorted(os.listdir(tmp_path)) == [".c.building", "whole"]
+    with pytest.raises(UserError, match="unfinished build of something else: producer .p1 there, p2 now"):
+        make(tmp_path / "c", fingerprint="p2")
+    rest = []
+    cache = make(tmp_path / "c", producer=lambda images: rest.append(len(images)) or producer(images))
+    assert rest == [6]  # the last three pictures, two views each
+    assert cache.content == whole.content and sorted(os.listdir(tmp_path)) == ["c", "whole"]
+    for name in os.listdir(tmp_path / "whole"):
+        assert (tmp_path / "whole" / name).read_bytes() == (tmp_path / "c" / name).read_bytes()
 
 
-def test_killed_build_is_cleared_away(tmp_path):
+def test_killed_build_of_two_ranks_is_finished_by_three(tmp_path):
+    """Killed without any chance to tidy up: only what had been recorded counts."""
+    whole = make(tmp_path / "whole", chunk=2)
+    builders = [Builder(tmp_path / "c", 11, 2, SOURCE.fingerprint(), TRANSFORM.describe(), "p1", rank=rank, world=2,
+                        chunk=2) for rank in range(2)]
+    for builder, chunks in zip(builders, (2, 1)):
+        for start, stop in list(builder.spans(2))[:chunks]:
+            builder.write(start, {n: whole.rows(n)[start:stop] for n in whole.arrays}, whole.rows("labels")[start:stop])
+        builder.flush()
+    builders[0].write(4, {n: whole.rows(n)[4:5] for n in whole.arrays}, whole.rows("labels")[4:5])  # half a chunk
+    barrier, counts = threading.Barrier(3), [0, 0, 0]
+
+    def go_on(rank):
+        def counting(images):
+            counts[rank] += len(images)
+            return producer(images)
+
+        make(tmp_path / "c", chunk=2, rank=rank, world=3, barrier=barrier.wait, producer=counting)
+
+    threads = [threading.Thread(target=go_on, args=(rank,)) for rank in range(3)]
+    [t.start() for t in threads]
+    [t.join(30) for t in threads]
+    assert counts == [4, 4, 2]  # pictures 4, 5 | 8, 9 | 10, two views each
+    assert FeatureCache(tmp_path / "c").content == whole.content
+
+
+def test_build_that_died_before_it_had_a_plan(tmp_path):
     stale = tmp_path / ".c.building"
     stale.mkdir()
     (stale / "mean.npy").write_text("half")
@@ -88,6 +126,16 @@ def test_killed_build_is_cleared_away(tmp_path):
         make(tmp_path / "c")
     (stale / "owner").write_text(f"{os.uname().nodename} 4194304")  # above the largest process number
     assert len(make(tmp_path / "c")) == 11 and os.listdir(tmp_path) == ["c"]
+
+
+def test_verify(tmp_path):
+    cache = make(tmp_path / "c")
+    cache.verify()
+    with open(tmp_path / "c" / "code.npy", "r+b") as file:
+        file.seek(-1, os.SEEK_END)
+        file.write(b"\xff")
+    with pytest.raises(UserError, match="samples 8 to 10 are not what was written"):
+        FeatureCache(tmp_path / "c").verify()
 
 
 def test_ranks_write_the_same_files(tmp_path):

@@ -136,7 +136,7 @@ def test_replaced_pictures():
 
 @pytest.mark.parametrize("workers", [0, 1])
 def test_corrupt_pictures_that_end_the_run(workers):
-    with pytest.raises(UserError, match="^picture k1: it is torn cannot be read"):
+    with pytest.raises(UserError, match="^k1 cannot be read \\(it is torn\\)\\. Repair"):
         take(Loader(Damaged(2, {1}), Transform(8), 0, 2, on_corrupt="raise", workers=workers), 1)
     with pytest.raises(UserError, match="^100 pictures in a row"):
         take(Loader(Damaged(300, set(range(300))), Transform(8), 0, 2, workers=workers), 1)

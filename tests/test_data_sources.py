@@ -2,6 +2,7 @@
 
 import io
 import os
+import re
 import tarfile
 import time
 
@@ -9,10 +10,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
+import assemble
 from core.errors import UserError
-from data.base import UnreadablePicture, decode_rgb
+from data.base import UnreadablePicture, decode_rgb, require_labels
 from data.sources import open_source
 from data.wds import expand_braces
+from tests.conftest import TOY_GENERATOR, TOY_TOKENIZER
 
 
 def png(colour=(200, 10, 10), size=(8, 6), mode="RGB", format="PNG", **options) -> bytes:
@@ -199,7 +202,7 @@ def test_shard_index_elsewhere(tmp_path, monkeypatch, cache_works):
 
 
 @pytest.mark.parametrize("members, message", [
-    ({"a.txt": b"x"}, "no pictures"), ({"a.png": b"x", "a.cls": b"1", "b.png": b"x"}, "1 of 2 pictures have no .cls"),
+    ({"a.txt": b"x"}, "no pictures"), ({"a.cls": b"1"}, "a has a label but no picture"),
     ({"a.png": b"x", "a.jpg": b"y", "a.cls": b"0"}, "unique"), ({"a.png": b"x", "a.cls": b"cat"}, "ASCII digits"),
     ({"a.png": b"x", "a.cls": b"-1"}, "ASCII digits"), ({"a.png": b"x", "a.cls": b"9" * 9}, "ASCII digits"),
 ])
@@ -207,6 +210,26 @@ def test_bad_shards(tmp_path, members, message):
     write_tar(tmp_path / "s.tar", members)
     with pytest.raises(UserError, match=message):
         open_source(f"wds://{tmp_path}/s.tar")
+
+
+@pytest.mark.parametrize("task", [TOY_TOKENIZER, TOY_GENERATOR])
+def test_a_picture_without_its_label(tmp_path, task):
+    """A tokenizer does not miss it; a generator, and what else needs labels, says which one it is."""
+    write_tar(tmp_path / "s0.tar", {"a.png": png(), "a.cls": b"1"})
+    write_tar(tmp_path / "s1.tar", {"b.png": png(), "b.cls": b"2", "c/d.png": png()})
+    config = assemble.load_config(task, [f"data.url=wds://{tmp_path}/s{{0..1}}.tar"])
+    message = f"1 of 3 pictures have no .cls member, the first is c/d in {tmp_path}/s1.tar. Label all of them"
+    if config.task == "tokenizer":
+        source = assemble.open_train(config)
+        assert len(source) == 3 and source.class_names == ["unlabelled"] and {source[i].label for i in range(3)} == {0}
+        with pytest.raises(UserError, match=re.escape(message)):
+            require_labels(source)
+    else:
+        with pytest.raises(UserError, match=re.escape(message)):
+            assemble.open_train(config)
+    (tmp_path / "s0.tar").unlink()
+    write_tar(tmp_path / "s1.tar", {"b.png": png()})
+    assert assemble.open_train(assemble.load_config(task, [f"data.url=wds://{tmp_path}/s1.tar"])).num_classes == 1
 
 
 def test_torn_and_changed_shards(tmp_path):

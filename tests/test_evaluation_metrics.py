@@ -1,20 +1,18 @@
-"""Frechet distance, PSNR, SSIM, classifier and neighbours against independent computations and recorded values."""
+"""Frechet distance, PSNR, SSIM, classifier and neighbours against independent computations."""
 
 from __future__ import annotations
 
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file
 
 from core.errors import UserError
+from core.nn.lpips import LPIPS
 from evaluation import classifier
-from evaluation.frechet import Gaussian, frechet_distance, frechet_from_moments
+from evaluation.frechet import frechet_distance, frechet_from_features, frechet_from_moments
+from evaluation.image_metrics import PSNR, SSIM, SSIM_VARIANTS, LPIPSMetric, psnr, ssim
+from evaluation.moments import Moments
 from evaluation.neighbours import nearest_neighbours
-from evaluation.reconstruction import PSNR, SSIM, psnr, ssim
-from tests.parity import fixture_folder
-
-FIXTURES = fixture_folder() / "evaluation"
 
 
 def normal(*shape: int, seed: int = 0) -> torch.Tensor:
@@ -22,7 +20,7 @@ def normal(*shape: int, seed: int = 0) -> torch.Tensor:
 
 
 def distance(a: torch.Tensor, b: torch.Tensor) -> float:
-    return frechet_distance(Gaussian.of(a), Gaussian.of(b))
+    return frechet_distance(Moments.of(a), Moments.of(b))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -30,7 +28,7 @@ def distance(a: torch.Tensor, b: torch.Tensor) -> float:
 # ---------------------------------------------------------------------------------------------------------------------
 def test_frechet_equals_scipy_square_root():
     linalg = pytest.importorskip("scipy.linalg")
-    a, b = Gaussian.of(normal(300, 12) @ normal(12, 12, seed=1)), Gaussian.of(normal(200, 12, seed=2) + 0.5)
+    a, b = Moments.of(normal(300, 12) @ normal(12, 12, seed=1)), Moments.of(normal(200, 12, seed=2) + 0.5)
     root = linalg.sqrtm((a.covariance @ b.covariance).numpy()).real
     want = (a.mean - b.mean).square().sum() + a.covariance.trace() + b.covariance.trace() - 2 * np.trace(root)
     assert frechet_distance(a, b) == pytest.approx(float(want), rel=1e-9)
@@ -43,15 +41,15 @@ def test_frechet_of_diagonal_gaussians_is_analytic():
     assert frechet_from_moments(m1, s1.diag(), m2, s2.diag()) == pytest.approx(float(want), rel=1e-12)
 
 
-def test_gaussian_in_parts_equals_whole():
+def test_moments_in_parts_equals_whole():
     x = normal(101, 7) * 3 + 1000  # a mean far from zero would cost digits in plain sums of squares
-    whole = Gaussian.of(x)
-    first, second = Gaussian.empty(7), Gaussian.empty(7)
+    whole = Moments.of(x)
+    first, second = Moments(7), Moments(7)
     for part in x[:60].split(13):
         first.update(part)
     for part in x[60:].split(20):
         second.update(part)
-    first.merge(Gaussian.empty(7)).merge(second)
+    first.merge(Moments(7)).merge(second)
     assert first.count == 101
     torch.testing.assert_close(first.mean, x.mean(0), rtol=1e-13, atol=0)
     torch.testing.assert_close(first.covariance, torch.cov(x.T), rtol=1e-10, atol=1e-10)
@@ -73,23 +71,6 @@ def test_frechet_tells_what_is_wrong():
         distance(normal(1, 4), normal(5, 4))
     with pytest.raises(UserError, match="same tap"):
         distance(normal(5, 4), normal(5, 6))
-
-
-SLOW = pytest.param("2048", marks=pytest.mark.slow)
-CASES = ("fullrank", "rank_deficient", SLOW, "near_identical", "dead_channels")
-
-
-@pytest.mark.parametrize("case", CASES)
-def test_frechet_fixtures(case):
-    path = FIXTURES / f"frechet_{case}.safetensors"
-    if not path.exists():
-        pytest.skip(f"no fixtures at {FIXTURES}")
-    data = load_file(path)
-    ours = distance(data["inputs/features_a"].float(), data["inputs/features_b"].float())
-    exact = float(data["outputs/fid_exact_f64"])
-    assert ours == pytest.approx(exact, rel=1e-9, abs=1e-9)
-    for reference in ("fid_adm", "fid_torch_fidelity", "fid_pytorch_fid"):  # themselves off by 4e-4 at 2048
-        assert ours == pytest.approx(float(data[f"outputs/{reference}"]), rel=2e-6, abs=1e-5)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -116,8 +97,59 @@ def test_ssim_equals_slow_computation():
     b = (a + 0.1 * normal(2, 3, 16, 19, seed=1).float()).clamp(0, 1)
     x, y = a.double().numpy(), b.double().numpy()
     want = [np.mean([slow_ssim(x[i, c], y[i, c]) for c in range(3)]) for i in range(2)]
-    np.testing.assert_allclose(ssim(a, b).numpy(), want, atol=2e-6)
+    np.testing.assert_allclose(ssim(a, b, "ssim_gauss").numpy(), want, atol=2e-6)
     torch.testing.assert_close(ssim(a, a), torch.ones(2, dtype=torch.float64))
+
+
+@pytest.mark.parametrize("variant", SSIM_VARIANTS)
+def test_ssim_variants_know_identical_and_different_pictures(variant):
+    a = torch.rand(2, 3, 16, 19, generator=torch.Generator().manual_seed(0))
+    torch.testing.assert_close(ssim(a, a, variant), torch.ones(2, dtype=torch.float64))
+    assert (ssim(a, 1 - a, variant) < 0.2).all()
+
+
+def test_uniform_ssim_equals_slow_computation():
+    """scikit-image's: 7 x 7 windows inside the picture, covariances over 48."""
+    a = torch.rand(1, 3, 12, 14, generator=torch.Generator().manual_seed(0))
+    b = (a + 0.1 * normal(1, 3, 12, 14, seed=1).float()).clamp(0, 1)
+    for variant, data_range in (("ssim", 1.0), ("ssim_llamagen", 2.0)):
+        c1, c2, values = (0.01 * data_range) ** 2, (0.03 * data_range) ** 2, []
+        for p, q in zip(a[0].double().unfold(1, 7, 1).unfold(2, 7, 1).reshape(-1, 49),
+                        b[0].double().unfold(1, 7, 1).unfold(2, 7, 1).reshape(-1, 49)):
+            mp, mq, cov = p.mean(), q.mean(), torch.cov(torch.stack((p, q)))
+            values.append((2 * mp * mq + c1) * (2 * cov[0, 1] + c2) / ((mp**2 + mq**2 + c1) * (cov[0, 0] + cov[1, 1] + c2)))
+        assert float(ssim(a, b, variant)) == pytest.approx(float(torch.stack(values).mean()), abs=2e-6)
+
+
+@pytest.mark.slow
+def test_lpips_equals_the_lpips_package():
+    """Its network with our random backbone, its own linear layers."""
+    lpips = pytest.importorskip("lpips")
+    theirs = lpips.LPIPS(net="vgg", pnet_rand=True, pretrained=True, verbose=False).eval()
+    ours = LPIPS("vgg16", pretrained=False)
+    layers = [layer for number in range(1, 6) for layer in getattr(theirs.net, f"slice{number}")]
+    for mine, other in zip(ours.backbone, layers, strict=True):
+        mine.load_state_dict(other.state_dict())
+    for mine, other in zip(ours.heads, theirs.lins):
+        mine.weight.data.copy_(other.model[-1].weight)
+    a, b = (torch.rand(2, 3, 40, 36, generator=torch.Generator().manual_seed(seed)) for seed in range(2))
+    with torch.no_grad():
+        want = theirs(a * 2 - 1, b * 2 - 1).flatten()
+    metric = LPIPSMetric(ours)
+    torch.testing.assert_close(metric.update(a, b).float(), want, rtol=1e-4, atol=0)
+    assert metric.compute()["lpips_vgg"] == pytest.approx(float(want.mean()), rel=1e-4)
+
+
+def test_identical_pictures_are_counted_and_nan_is_refused():
+    a = torch.rand(3, 3, 12, 12, generator=torch.Generator().manual_seed(0))
+    metric = PSNR()
+    metric.update(a, torch.stack((a[0], a[1] * 0.9, a[2])))
+    assert metric.compute()["psnr_clipped"] == 2
+    low, high = metric.interval(replicates=50)
+    assert low <= metric.compute()["psnr"] <= high <= 100
+    metric.update(a, a * float("nan"))
+    with pytest.raises(UserError, match="NaN"):
+        metric.compute()
 
 
 def test_psnr_known_values():
@@ -129,7 +161,7 @@ def test_psnr_known_values():
 def test_metrics_merge_clamp_and_check():
     a = torch.rand(5, 3, 12, 12, generator=torch.Generator().manual_seed(0))
     b = a + 0.2 * normal(5, 3, 12, 12).float()
-    for build in (PSNR, SSIM):
+    for build in (PSNR, SSIM, lambda: SSIM("ssim_gauss")):
         whole, first, second = build(), build(), build()
         whole.update(a, b.clamp(0, 1))
         first.update(a[:2], b[:2])
@@ -142,19 +174,7 @@ def test_metrics_merge_clamp_and_check():
         with pytest.raises(UserError, match="float pictures"):
             build().update((a * 255).to(torch.uint8), b)
     with pytest.raises(UserError, match="at least 11"):
-        ssim(a[..., :8, :8], a[..., :8, :8])
-
-
-def test_image_metric_fixtures():
-    path = FIXTURES / "image_metrics.safetensors"
-    if not path.exists():
-        pytest.skip(f"no fixtures at {FIXTURES}")
-    data = load_file(path)
-    original = data["inputs/image_pm1"] * 0.5 + 0.5
-    reconstruction = (data["inputs/recon_pm1"] * 0.5 + 0.5).clamp(0, 1)
-    torch.testing.assert_close(psnr(original, reconstruction).float(), data["outputs/rectok_psnr"], atol=1e-4, rtol=0)
-    as_written = data["outputs/llamagen_uint8"].permute(0, 3, 1, 2).float() / 255
-    torch.testing.assert_close(ssim(original, as_written), data["outputs/skimage_ssim_gauss"], atol=1e-5, rtol=0)
+        ssim(a[..., :8, :8], a[..., :8, :8], "ssim_gauss")
 
 
 # ---------------------------------------------------------------------------------------------------------------------

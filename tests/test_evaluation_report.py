@@ -118,11 +118,11 @@ def test_ticks_and_numbers():
 
 def test_metrics_file(tmp_path):
     path = tmp_path / "metrics.json"
-    metrics = {"frechet_lite0_block4": 12.5, "psnr": math.nan, "accuracy_by_class": {"a": math.inf}, "warning": "few"}
+    metrics = {"fd_lite0_block4": 12.5, "psnr": math.nan, "accuracy_by_class": {"a": math.inf}, "warning": "few"}
     write_metrics(path, metrics, {"count": 10, "net": "lite0", "note": "x"})
     record = json.loads(path.read_text())
-    assert record["metrics"]["frechet_lite0_block4"]["value"] == 12.5
-    assert "Not FID" in record["metrics"]["frechet_lite0_block4"]["sentence"]
+    assert record["metrics"]["fd_lite0_block4"]["value"] == 12.5
+    assert "Not FID" in record["metrics"]["fd_lite0_block4"]["sentence"]
     assert record["metrics"]["psnr"]["value"] is None and record["metrics"]["psnr"]["unit"] == "dB"
     assert record["metrics"]["accuracy_by_class"]["value"] == {"a": None}
     assert record["context"] == {"count": 10, "net": "lite0", "reference_fingerprint": None, "seed": None, "note": "x"}
@@ -130,8 +130,8 @@ def test_metrics_file(tmp_path):
 
 
 def test_meanings():
-    assert describe("real_frechet_lite0_block4").title == "Frechet lite0_block4, real"
-    assert describe("reconstruction_frechet_lite0_block4").better == "lower"
+    assert describe("real_fd_lite0_block4").title == "Frechet lite0_block4, real"
+    assert describe("reconstruction_fd_lite0_block4").better == "lower"
     assert describe("something_else").title == "something else"
 
 

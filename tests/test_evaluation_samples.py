@@ -1,4 +1,4 @@
-"""Feature networks, the reference cache and the evaluation of samples and reconstructions as a whole."""
+"""Feature networks, the reference cache and the evaluation of samples as a whole."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ from core.errors import UserError
 from evaluation import classifier
 from evaluation.features import EfficientNetLite0, FeatureNet
 from evaluation.generation import evaluate_samples
-from evaluation.reconstruction import evaluate_reconstruction
 from evaluation.reference import Reference, extract
 
 
@@ -120,20 +119,11 @@ def test_evaluate_samples():
     assert "60 pictures in 3 dimensions" in good["warning"] and "measured with 90" in good["warning"]
     dark = [(images // 2, labels.flip(0)) for images, labels in batches(60, 2)]
     bad = evaluate_samples(dark, net, train, val, model)
-    assert bad["frechet_colours_block4"] > 10 * good["frechet_colours_block4"]
+    assert bad["fd_colours_block4"] > 10 * good["fd_colours_block4"]
     assert bad["class_accuracy"] < 0.8
     copies = evaluate_samples(batches(90, 0), net, train, val)
     assert copies["neighbour_similarity"] == pytest.approx(1.0, abs=1e-5)
     assert copies["real_neighbour_similarity"] < copies["neighbour_similarity"]
-    assert abs(copies["frechet_colours_block4"]) < 1e-9 and "class_accuracy" not in copies
+    assert abs(copies["fd_colours_block4"]) < 1e-9 and "class_accuracy" not in copies
     with pytest.raises(UserError, match="from network"):
         evaluate_samples(batches(6, 0), net, Reference(train.taps, train.labels, "other", "x"))
-
-
-def test_evaluate_reconstruction():
-    images, _ = pictures(12, 0)
-    perfect = images.float() / 127.5 - 1
-    result = evaluate_reconstruction([(images[:5], perfect[:5]), (images[5:], perfect[5:])], ColourNet())
-    assert result["psnr"] > 90 and result["ssim_gauss"] == pytest.approx(1.0, abs=1e-5)
-    assert abs(result["reconstruction_frechet_colours_block4"]) < 1e-6 and result["num_pictures"] == 12
-    assert set(evaluate_reconstruction([(images, perfect * 0.5)])) == {"psnr", "ssim_gauss", "num_pictures"}

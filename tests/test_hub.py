@@ -74,9 +74,19 @@ def test_run_and_checkpoint_folders(tmp_path):
     assert hub.resolve("run").name == "step_00000001" and leftover.exists()  # a visitor does not tidy up
     with pytest.raises(UserError, match="damaged checkpoint.*model.safetensors: 4 bytes instead"):
         hub.resolve("run/checkpoints/step_00000002")
-    (tmp_path / "plain" / "a.pt").mkdir(parents=True)
-    with pytest.raises(UserError, match=r"without checkpoints; name one file in it \(a.pt\)"):
+    plain = tmp_path / "plain"
+    plain.mkdir()
+    with pytest.raises(UserError, match="without checkpoints: it is empty. Name a run, a checkpoint or a file of weights"):
         hub.resolve("plain")
+    for made, advice in (
+        ("deep/er/b.pth", r"; name one file in it: deep/er/b.pth\.$"),  # only folders in it
+        ("run_1/checkpoints/x", r"; name one run in it: run_1\.$"),
+        ("a.pt", r"; name one file in it: a.pt\.$"),
+    ):
+        (plain / made).parent.mkdir(parents=True, exist_ok=True)
+        (plain / made).touch()
+        with pytest.raises(UserError, match=f"without checkpoints{advice}"):
+            hub.resolve("plain")
 
 
 @pytest.mark.parametrize("variable", ["TESSERA_OFFLINE", "HF_HUB_OFFLINE"])

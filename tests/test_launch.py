@@ -21,7 +21,7 @@ from core.errors import UserError
 from core.rng import permutation
 from core.train.checkpoint import CheckpointStore
 from core.train.run import read_metrics
-from tests.conftest import ROOT, TOY_TOKENIZER
+from tests.conftest import ROOT, TOY_GENERATOR, TOY_TOKENIZER
 
 pytestmark = pytest.mark.skipif(shutil.which("bash") is None, reason="needs bash")
 
@@ -72,6 +72,28 @@ def test_asked_to_stop(tmp_path, launcher):
     assert f"stopped at step {step} " in (folder / "log.txt").read_text()
 
 
+def test_weights_in_parts(tmp_path):
+    """FSDP2 on two ranks, with accumulation and previews, goes on on one rank as if nothing had been in parts."""
+    common = [f"work_dir={tmp_path}", f"data.cache_dir={tmp_path}/cache", "train.device=cpu"]
+    assert run("run_train_tokenizer.sh", *toy(tmp_path, "train.duration=1step"), NPROC="1").returncode == 0
+    common += [f"tokenizer.weights={tmp_path}/toy_rectok_tokenizer", "train.checkpoint_every=3step"]
+
+    def generator(name: str, ranks: str, *more: str) -> list[dict]:
+        done = run("run_train_diffusion.sh", TOY_GENERATOR, *common, f"name={name}", *more, NPROC=ranks)
+        assert done.returncode == 0, done.stderr[-3000:]
+        return read_metrics(tmp_path / name / "metrics.jsonl")
+
+    whole = generator("whole", "1", "train.duration=5step", "train.preview_every=never")
+    generator("parts", "2", "train.duration=3step", "train.preview_every=3step", "train.parallel=fsdp",
+              "train.micro_batch=2")
+    assert (tmp_path / "parts" / "samples" / "step_00000003.png").is_file()
+    resumed = generator("parts", "1", "train.duration=5step", "train.preview_every=never")
+    assert [r["step"] for r in resumed] == [1, 2, 3, 4, 5]
+    for ours, theirs in zip(resumed, whole):
+        assert ours["flow"] == pytest.approx(theirs["flow"], rel=1e-5)
+        assert ours["grad_norm/generator"] == pytest.approx(theirs["grad_norm/generator"], rel=1e-5)
+
+
 def test_a_mistake_that_only_the_ranks_find(tmp_path):
     done = run("run_train_tokenizer.sh", *toy(tmp_path, "train.global_batch=9"), NPROC="2")
     assert done.returncode == 2, done.stderr[-2000:]
@@ -117,6 +139,38 @@ def test_the_first_rank_that_fails_speaks(tmp_path, monkeypatch, capsys):
     assert end(fail) == (2, "error: the disk is full\n")
     assert end(fail) == (2, "") and end(lambda _: 75) == (75, "")
     assert (tmp_path / "code").read_text() == "2"
+
+
+ENDING = """
+import atexit, os, sys, threading, time
+from pathlib import Path
+sys.path.insert(0, sys.argv[2])
+from core import cli
+
+class Fragile:
+    def __del__(self, abort=os.abort):  # what a thread of gloo may do while the interpreter is taken apart
+        abort()
+
+keep = Fragile()
+
+def main(_):
+    atexit.register(lambda: Path(sys.argv[1]).write_text(str(written)))
+    threading.Thread(target=lambda: (time.sleep(0.3), written.append(1))).start()
+    print("buffered", end="")
+    return 75
+
+written = []
+cli.run(main)
+"""
+
+
+@pytest.mark.parametrize(("ranks", "code"), [("1", -signal.SIGABRT), ("2", 75)])
+def test_a_rank_of_several_leaves_without_a_shutdown(tmp_path, ranks, code):
+    """Threads are waited for, exit functions called and output written; then nothing can abort any more."""
+    done = subprocess.run([sys.executable, "-c", ENDING, tmp_path / "exit", ROOT], stdout=subprocess.PIPE, text=True,
+                          env={**os.environ, "WORLD_SIZE": ranks})
+    assert (done.returncode, done.stdout) == (code, "buffered")
+    assert (tmp_path / "exit").read_text() == "[1]"
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -247,3 +301,21 @@ def test_full_disk(repository, tmp_path):
     done = install(repository, tmp_path / "bin")
     assert done.returncode == 2 and done.stderr.startswith("error: only 12 MB free in ")
     assert not (repository / ".venv").exists()
+
+
+@pytest.mark.parametrize("script", sorted(p.name for p in ROOT.glob("run_*.sh")))
+def test_help_needs_no_installation(script, tmp_path):
+    """Nor a list of files, nor any GPU: the standard library answers."""
+    copy = tmp_path / "repository"
+    for part in ("scripts", "core", "data", "evaluation", "configs"):
+        shutil.copytree(ROOT / part, copy / part, ignore=shutil.ignore_patterns("__pycache__"))
+    for name in (script, "run_decoder_finetune_tokenizer.sh", "requirements.txt"):
+        shutil.copy(ROOT / name, copy / name)
+    bare = program(tmp_path / "python", f'exec {sys.executable} -S -E "$@"')  # without site-packages
+    questions = [("--help",)] + [("--list",), ("rectok", "--list")] * (script == "run_download.sh")
+    for words in questions:
+        environment = {**os.environ, "TESSERA_PYTHON": "", "PYTHON_FOR_VENV": str(bare), "NPROC": "2"}
+        done = subprocess.run(["bash", str(copy / script), *words], env=environment, text=True, capture_output=True,
+                              timeout=60)
+        assert done.returncode == 0 and len(done.stdout) > 60 and not done.stderr, (words, done.stderr)
+        assert not (copy / ".venv").exists()

@@ -1,6 +1,7 @@
 """Objective, perceptual nets, discriminator and teachers, where no fixture pins them."""
 
 import importlib.metadata
+import functools
 import math
 import pickle
 
@@ -10,14 +11,15 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch.nn import functional as F
 
-import tokenizer.losses.lpips as lpips_module
+import core.nn.lpips as lpips_module
+from core import cli
 from core.errors import UserError
 from core.nn import offline
+from core.nn.lpips import LPIPS
 from core.rng import Draws
 from core.specs import Progress, Recon
 from tokenizer.losses import DISCRIMINATORS
 from tokenizer.losses.discriminators import PatchGAN
-from tokenizer.losses.lpips import LPIPS
 from tokenizer.losses.objective import Objective
 from tokenizer.losses.perceptual import Perceptual
 from tokenizer.teachers import TEACHERS, DINOv3Teacher, TimmTeacher
@@ -198,6 +200,7 @@ def _rank(rank, folder, images, recon):
         tensor /= 2
     torch.save((shared, own / 2), f"{folder}/{rank}.pt")
     dist.destroy_process_group()
+    cli.leave(0)
 
 
 def test_two_ranks_equal_one_with_synchronised_statistics(tmp_path):
@@ -314,15 +317,61 @@ def test_teacher_train_mode_moves_positions_by_the_draws():
     draws = [Draws(0, torch.arange(2), step) for step in (0, 0, 1)]
     first, again, other = (teacher(x, d) for d in draws)
     assert torch.equal(first, again) and not torch.allclose(first, other, rtol=1e-6, atol=1e-6)
-    with pytest.raises(ValueError, match="draws"):
+    with pytest.raises(UserError, match="cache_features=false"):
         teacher(x)
 
 
 def test_missing_teacher_weights_say_where_to_get_them(monkeypatch):
     monkeypatch.setattr("tokenizer.teachers.find_local_file", lambda name: None)
+    monkeypatch.setenv("TESSERA_OFFLINE", "1")
     for settings in ({}, {"weights": "nowhere.safetensors"}):
         with pytest.raises(UserError, match="hf download.*efficientnet_lite0"):
             TEACHERS.build({"name": "dinov3", **settings})
+
+
+@pytest.mark.parametrize("biases", [True, False])
+def test_dinov3_from_every_layout(tmp_path, biases):
+    """The published names, with and without prefix, and timm's: one network. timm's own code gives the same features."""
+    import timm
+    from safetensors.torch import save_file
+    from timm.models.eva import Eva
+
+    torch.manual_seed(0)
+    theirs = Eva(img_size=32, patch_size=16, embed_dim=16, depth=2, num_heads=2, qkv_bias=biases, init_values=0.5,
+                 num_classes=0, rope_type="dinov3", rope_temperature=100, use_rot_pos_emb=True, use_abs_pos_emb=False,
+                 rope_rotate_half=True, num_reg_tokens=4, use_fc_norm=False, mlp_ratio=2, dynamic_img_size=True,
+                 norm_layer=functools.partial(timm.layers.LayerNorm, eps=1e-5)).eval()
+    with torch.no_grad():
+        for name, p in theirs.named_parameters():
+            p.normal_(std=0.5)
+    sizes = {k: v for k, v in TINY_DINO.items() if k != "pretrained"}
+    file = tmp_path / "timm" / "model.safetensors"
+    file.parent.mkdir()
+    save_file({n: t.contiguous() for n, t in theirs.state_dict().items()}, file)
+    teacher, x = DINOv3Teacher(weights=str(file.parent), **sizes), pictures()  # a folder, as hubs have them
+    with torch.no_grad():
+        expected = theirs.forward_features(teacher.pixels(x))[:, theirs.num_prefix_tokens :]
+    torch.testing.assert_close(teacher(x), expected, rtol=1e-4, atol=1e-4)
+
+    published = {f"model.{n}": t for n, t in teacher.backbone.state_dict().items()}
+    published["model.embeddings.mask_token"] = torch.zeros(1)
+    torch.save(published, tmp_path / "published.bin")
+    assert torch.equal(DINOv3Teacher(weights=str(tmp_path / "published.bin"), **sizes)(x), teacher(x))
+    del published["model.layer.1.attention.k_proj.weight"]
+    torch.save(published, tmp_path / "published.bin")
+    with pytest.raises(UserError, match="missing 1: layer.1.attention.k_proj.weight"):
+        DINOv3Teacher(weights=str(tmp_path / "published.bin"), **sizes)
+
+
+def test_timm_teachers_follow_the_evaluation_transform():
+    """siglip: to 284, the centre 256, then the grid's size; direct: the whole picture."""
+    settings = {"name": "siglip", "model": "vit_base_patch16_siglip_256", "pretrained": False}
+    chain, direct = (TEACHERS.build({**settings, "direct": on}, grid=2) for on in (False, True))
+    assert (chain.resized, chain.crop, chain.size) == (284, 256, 32)
+    x = torch.full((1, 3, 64, 64), -1.0)
+    x[..., 2:-2, 2:-2] = 1.0  # the border is cut away
+    assert chain.pixels(x).shape == direct.pixels(x).shape == (1, 3, 32, 32)
+    assert chain.pixels(x).min() > 0.9 and direct.pixels(x)[..., 0, 0].max() < 0
 
 
 @pytest.mark.parametrize("name", ["dinov2", "siglip"])

@@ -46,7 +46,6 @@ def mistake(train_main, tmp_path):
     (["discriminator.name=patch"], 'unknown discriminator "patch". Did you mean "patchgan"?'),
     (["train.global_batch"], "overrides look like train.global_batch=256"),
     (["train.duration=0step"], "is less than one step"),
-    (["train.micro_batch=5"], "5 does not divide"),
     (["data.val_url=null", "train.eval_every=5step"], "give data.val_url"),
     (["train.init_from=/no/such/weights"], "/no/such/weights"),
     (["train.init_from=ftp://x/y"], 'unknown kind of address "ftp://"'),
@@ -181,3 +180,13 @@ def test_no_space_at_all(tmp_path):
     done = limited(10, f"work_dir={tmp_path}")
     assert done.returncode == 2 and "Traceback" not in done.stderr, done.stderr
     assert done.stderr.startswith("error: ")
+
+
+def test_check_finds_networks_that_do_not_fit(train_main, tokenizer_run, generator_run):
+    """What `scripts/launch.sh` asks before it starts ranks: weights of another network, sizes that differ."""
+    common = [TOY_GENERATOR, "--check", "train.device=cpu"]
+    assert train_main(*common, f"tokenizer.weights={tokenizer_run}")[0] == 0
+    code, _, err = train_main(*common, f"tokenizer.weights={generator_run}")
+    assert code == 2 and "holds a generator, a tokenizer was asked for" in err
+    code, _, err = train_main(*common, f"tokenizer.weights={tokenizer_run}", "generator.channels=4")
+    assert code == 2 and "generator.channels is 4, the tokenizer has 8" in err

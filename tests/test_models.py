@@ -463,3 +463,20 @@ def test_head_as_wide_as_the_trunk_needs_no_projection():
     assert not any(name.startswith("s_projector") for name in model.state_dict())
     assert model.velocity(torch.randn(1, 8, 4, 4), torch.rand(1), torch.tensor([1])).shape == (1, 8, 4, 4)
     assert GENERATOR.describe(GENERATOR.to_official(model))["size"] == size
+
+
+def test_guidance_tables():
+    """Scales by step and codebook: constant, linear to the full scale, RAR's cosine, ones outside the interval."""
+    from generator.guidance import guide_logits, scales
+
+    assert scales(Guidance(3.0), 4).tolist() == [[3.0]] * 4
+    assert scales(Guidance((3.0, 0.5)), 2, branches=2).tolist() == [[3.0, 0.5]] * 2
+    assert scales(Guidance(8.0, schedule="linear", start=2.0), 3).flatten().tolist() == [2.0, 5.0, 8.0]
+    assert scales(Guidance(9.0, schedule="linear", start=1.0, interval=(0.5, 1.0)), 4)[:2].tolist() == [[1.0], [1.0]]
+    cosine = scales(Guidance(16.0, schedule="cosine", power=2.75), 256).flatten()
+    assert cosine[0] == 1.0 and (cosine.diff() >= 0).all() and 15.9 < cosine[-1] < 16.0
+    assert scales(Guidance(1.0), 3).unique().tolist() == [1.0]
+    with pytest.raises(UserError, match="2 numbers but the tokenizer has 3"):
+        scales(Guidance((3.0, 2.0)), 4, branches=3)
+    conditional, unconditional = torch.tensor([[2.0, 0.0]]), torch.tensor([[1.0, 0.0]])
+    assert guide_logits(conditional, unconditional, torch.tensor(3.0)).tolist() == [[4.0, 0.0]]

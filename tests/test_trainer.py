@@ -273,7 +273,7 @@ def test_trainer_uses_schedule_and_ema(build_trainer):
     batches = trainer.batches(0)
     for number in range(7):
         extra = trainer.train_step(next(batches))
-        assert extra["lr"] == trainer.schedule(8 * number) and trainer.step == number + 1
+        assert extra["lr"] == trainer.schedules["tokenizer"](8 * number) and trainer.step == number + 1
         by_hand = {decay: decay * average + (1 - decay) * parameter.detach() for decay, average in by_hand.items()}
     for decay, average in by_hand.items():
         torch.testing.assert_close(trainer.ema.state(decay)[name], average, rtol=1e-5, atol=1e-7)

@@ -42,9 +42,17 @@ class Tolerance:
         """The tolerance a fixture states in words; what it does not state is the default."""
         number = r"([0-9]*\.?[0-9]+(?:[eE][-+]?[0-9]+)?)"
         tolerance = cls()
+        if match := re.fullmatch(number, text.strip()):
+            tolerance.relative = float(match[1])
+        if match := re.search(r"\br(?:tol|el) " + number, text):
+            tolerance.relative = float(match[1])
+        if match := re.search(r"\b(?:atol|abs) " + number, text):
+            tolerance.absolute = float(match[1])
         if match := re.search(number + r"\s*\*\s*max\|ref\|(?:\s*\+\s*" + number + ")?", text):
             tolerance.relative = float(match[1])
             tolerance.absolute = float(match[2]) if match[2] else tolerance.absolute
+        if "within 1 level" in text:
+            tolerance.off_by_one = 1e-2
         if match := re.search(number + r" percent", text):
             tolerance.off_by_one = float(match[1]) / 100
         return tolerance
@@ -94,15 +102,21 @@ def read_meta(path: Path) -> dict[str, str]:
 
 
 KINDS: dict[tuple[str, str], Callable[[Case], dict[str, Tensor]]] = {}
+JUDGES: dict[tuple[str, str], Callable[[Case, str], Tolerance]] = {}
 
 
-def kind(system: str, name: str):
-    """Decorator: this function recomputes the outputs of fixtures of this system and kind."""
+def kind(system: str, name: str, judge: Callable[[Case, str], Tolerance] | None = None):
+    """Decorator: this function recomputes the outputs of fixtures of this system and kind.
+
+    judge: the tolerance of an output by name, for fixtures whose words `Tolerance.parse` cannot read.
+    """
 
     def register(function: Callable[[Case], dict[str, Tensor]]):
         if (system, name) in KINDS:
             raise ValueError(f"kind {system}/{name} is registered twice")
         KINDS[system, name] = function
+        if judge:
+            JUDGES[system, name] = judge
         return function
 
     return register
@@ -183,8 +197,10 @@ def run(path: Path) -> Outcome:
         if function is None:
             return Outcome(path, title, failure=f'unknown kind "{case.kind}" of system "{case.system}"')
         computed = function(case)
-        comparisons = [compare(name, computed.get(name), ref, case.tolerance) for name, ref in case.outputs.items()]
-        return Outcome(path, f"{title}, tolerance {case.tolerance.relative:g}", comparisons)
+        judge = JUDGES.get((case.system, case.kind), lambda case, name: case.tolerance)
+        comparisons = [compare(name, computed.get(name), ref, judge(case, name)) for name, ref in case.outputs.items()]
+        stated = "per output" if (case.system, case.kind) in JUDGES else f"{case.tolerance.relative:g}"
+        return Outcome(path, f"{title}, tolerance {stated}", comparisons)
     except Exception as error:
         return Outcome(path, title, failure=f"{type(error).__name__}: {error}")
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import re
 
 import torch
@@ -35,7 +36,7 @@ def build_objective(case: Case) -> Objective:
     objective = Objective(
         weights={
             "reconstruction": args.get("reconstruction_weight", 1.0),
-            "perceptual": args.get("perceptual_weight", 1.0),
+            "perceptual": 1.0,  # builds the networks, whose distances are recorded whatever they weigh
             "semantic": args.get("sem_weight", 1.0),
             "kl": args.get("kl_weight", 1e-6),
             "gan": args.get("discriminator_weight", 0.1),
@@ -46,8 +47,9 @@ def build_objective(case: Case) -> Objective:
         gan_start_epoch=args.get("discriminator_start_epoch", 0),
         log_variance=case.weights["logvar"].item(),
     )
+    objective.weights["perceptual"] = args.get("perceptual_weight", 1.0)
     for name, theirs in (("lpips", "perceptual_loss.lpips."), ("convnext_s", "perceptual_loss.convnext.")):
-        if objective.perceptual is None or name not in objective.perceptual.parts:
+        if name not in objective.perceptual.parts:
             continue
         part, weights = objective.perceptual.parts[name], below(case.weights, theirs)
         if name == "convnext_s":
@@ -127,7 +129,9 @@ def loss(case: Case) -> dict[str, Tensor]:
 def build_teacher(case: Case) -> DINOv3Teacher:
     """The teacher of a fixture, with its weights."""
     config = case.config["teacher"]
-    teacher = DINOv3Teacher(pretrained=False, processor_size=config["processor_size"], **config["dinov3"])
+    accepted = inspect.signature(DINOv3Teacher).parameters  # what else a configuration of transformers says is default
+    sizes = {name: value for name, value in config["dinov3"].items() if name in accepted}
+    teacher = DINOv3Teacher(pretrained=False, processor_size=config["processor_size"], **sizes)
     teacher.load_weights(below(case.weights, "sem_foundation_models.dinov3."))
     return teacher
 

@@ -17,8 +17,13 @@ TEACHERS = ("dinov3", "dinov2", "siglip")
 TOKENIZER_ARGUMENTS = {
     "img_size": "image_size", "patch_size": "patch_size", "token_channels": "channels", "gamma": "gamma",
     "noise_schedule": "noise_schedule", "mask_ratio": "mask_ratio", "mask_ratio_min": "mask_ratio_min",
-    "mask_ratio_type": "mask_ratio_type", "use_qknorm": "qk_norm",
+    "mask_ratio_type": "mask_ratio_type",
 }
+
+
+def has_qk_norm(weights: dict[str, Any]) -> bool:
+    """The weights know; the official flags for it reach some constructors and not others."""
+    return any(".attn.q_norm." in name for name in weights)
 
 
 def below(weights: dict[str, Any], prefix: str) -> dict[str, Any]:
@@ -50,7 +55,7 @@ def build_tokenizer(case: Case) -> RecTok:
             "input": args.get("sem_input_type", "noisy"),
         }
     tokenizer = RecTok(encoder=size("vit_enc_model_size", "base"), decoder=size("vit_dec_model_size", "base"),
-                       mask_ratio=0.0, **settings)
+                       mask_ratio=0.0, qk_norm=has_qk_norm(case.weights), **settings)
     # Set afterwards, since our constructor refuses an MLP decoder together with masking and the official one does not.
     tokenizer.mask_ratio = mask_ratio
     tokenizer_adapters.ADAPTERS["rectok"].load(tokenizer, case.weights)
@@ -68,7 +73,7 @@ def build_generator(args: dict[str, Any], weights: dict[str, Any]) -> DiTDH:
         grid=args["img_size"] // args["tokenizer_patch_size"],
         num_classes=args.get("num_classes", 1000),
         label_drop=args.get("label_dropout_prob", args.get("label_drop_prob", 0.1)),
-        qk_norm=args.get("use_qknorm", False),
+        qk_norm=has_qk_norm(weights),
     )
     generator_adapters.ADAPTERS["dit_dh"].load(generator, weights)
     return generator

@@ -13,9 +13,10 @@ from core.train.ema import Ema
 from core.train.optim import Schedule
 from data.loader import part
 from data.transforms import Transform
-from evaluation.frechet import Gaussian, frechet_distance
+from evaluation.frechet import frechet_distance
+from evaluation.moments import Moments
 from evaluation.inception_score import inception_score
-from evaluation.reconstruction import psnr
+from evaluation.image_metrics import psnr
 from tests.parity import Case, kind
 
 IMAGES_PER_EPOCH = 1_281_167 - 1_281_167 % 1000  # any size in which fractions of an epoch are whole pictures
@@ -65,7 +66,7 @@ def utils(case: Case) -> dict[str, Tensor]:
     result["ema_weight"] = average(inputs["ema_w0"], inputs["ema_w"], config["ema_decay"])
     side = round(config["new_len"] ** 0.5)
     result["pos_embed_resized"] = resize_positions(inputs["pos_embed"], (side, side))
-    first, second = Gaussian.of(inputs["fid_f1"]), Gaussian.of(inputs["fid_f2"])
+    first, second = Moments.of(inputs["fid_f1"]), Moments.of(inputs["fid_f2"])
     result["fid_mu1"], result["fid_sigma1"] = first.mean.float(), first.covariance
     result["fid"] = torch.tensor(frechet_distance(first, second), dtype=torch.float64)
     mean, std = inception_score(inputs["isc_logits"])

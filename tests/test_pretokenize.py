@@ -1,0 +1,307 @@
+"""Tokens made by the program: on one rank and on two, killed and continued, out to other formats and in again."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import time
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import assemble
+import pretokenize
+from core import hub
+from core.errors import UserError
+from core.images import to_model_range
+from core.rng import hash64
+from core.specs import Codes
+from data import tokens
+from data.sources import open_source
+from data.token_files import JsonLines, NumberedFiles, export_jsonl, export_numbered, open_import
+from data.tokens import TokenStore
+from data.transforms import Transform
+from tests.conftest import TOY_TOKENIZER
+from tests.test_data_tokens import SOURCE, TEN, config, make, toy  # noqa: F401  (fixtures)
+from tests.test_launch import run, start
+from tests.toy_codes import ToyCodes
+
+SPEC = ToyCodes().spec
+LINES = Codes(16, 1, 16, 1)
+
+
+def options(**changes):
+    return SimpleNamespace(**{"out": None, "foreign": None, "classes": 4, "to": None, "batch": 40, "precision": "fp32",
+                              "verify": True, **changes})
+
+
+def call(settings, **changes) -> TokenStore:
+    given = options(**changes)
+    assert pretokenize.pretokenize(settings, given, assemble.open_pictures(settings)) == 0
+    return TokenStore(pretokenize.store_folder(settings, given.out))
+
+
+def files(folder) -> dict[str, bytes]:
+    return {p.name: p.read_bytes() for p in folder.iterdir() if p.suffix in (".npy", ".json")}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The program
+# ---------------------------------------------------------------------------------------------------------------------
+def test_store_and_its_preview(tmp_path, config, capsys):  # noqa: F811
+    store = call(config())
+    assert store.path == tmp_path / "tokens" / "run" and store.content == make(tmp_path / "direct").content
+    out = capsys.readouterr().out
+    assert "24 pictures x 10 views, 3 x 16 codes from 16" in out and "read and found whole" in out
+    assert "PSNR" in out and "100.0% of the tokens made again" in out
+    with Image.open(store.path / "preview.png") as picture:
+        assert picture.size == (8 * 18 + 2, 4 * 18 + 2)  # two rows of crops, two of what was decoded
+    call(config())  # used as it is
+    with pytest.raises(UserError, match="made by another tokenizer"):
+        call(config("tokenizer.salt=1"))
+
+
+def test_the_store_a_config_trains_from_is_the_one_it_makes(tmp_path, config):  # noqa: F811
+    settings = config(f"data.url=tokens://{tmp_path}/mine", f"data.pictures={config().data.url}")
+    assert call(settings).path == tmp_path / "mine"
+    assert assemble.train(settings) == 0
+    with pytest.raises(UserError, match="tokenizer.weights is not set"):
+        pretokenize.main([str(tmp_path / "toy.yaml")])
+
+
+@pytest.mark.parametrize("crop", ["random", "resize_random"])
+def test_crops_without_views(config, crop):  # noqa: F811
+    with pytest.raises(UserError, match=f'crop "{crop}" has no fixed views'):
+        call(config(f"data.crop={crop}"))
+
+
+@pytest.mark.slow
+def test_ranks_and_kills_make_the_same_store(tmp_path, tokenizer_run):
+    """One rank; two; and one that is killed without warning, then asked to stop, then finished by two."""
+    data = "data.url=synthetic://?size=32&classes=4&count=8000"
+    common = [TOY_TOKENIZER, f"tokenizer.weights={tokenizer_run}", data, "data.flip=true", "data.workers=0",
+              "train.device=cpu", "--batch", "64"]
+    one = run("run_pretokenize.sh", *common, "--out", tmp_path / "one", NPROC="1")
+    assert one.returncode == 0, one.stderr
+    assert "8,000 pictures x 2 views, continuous" in one.stdout
+    two = run("run_pretokenize.sh", *common, "--out", tmp_path / "two", NPROC="2")
+    assert two.returncode == 0, two.stderr
+    assert files(tmp_path / "one") == files(tmp_path / "two")
+
+    for kill, code in ((signal.SIGKILL, -9), (signal.SIGTERM, 75)):
+        process = start("run_pretokenize.sh", *common, "--out", tmp_path / "three", NPROC="1")
+        assert "tokens of 8,000 pictures" in process.stdout.readline()
+        time.sleep(0.3)  # 8,000 pictures take some seconds
+        process.send_signal(kill)
+        out, _ = process.communicate(timeout=60)
+        assert process.returncode == code and not (tmp_path / "three").exists()
+    assert "start the same command again" in out
+    assert np.load(tmp_path / ".three.building" / "chunks.npy").any(axis=1).sum() < 32
+    three = run("run_pretokenize.sh", *common, "--out", tmp_path / "three", NPROC="2")
+    assert three.returncode == 0, three.stderr
+    assert files(tmp_path / "one") == files(tmp_path / "three")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Numbered files
+# ---------------------------------------------------------------------------------------------------------------------
+def test_numbered_files_round_trip(tmp_path, config):  # noqa: F811
+    """The schema of FQGAN: names, shapes and types; and what a sampler appended to fill up a batch is left out."""
+    store = make(tmp_path / "s")
+    for rank in range(2):
+        codes = export_numbered(store, tmp_path / "official", rank, 2)
+    assert codes.name == "imagenet16_codes" and len(list(codes.iterdir())) == 24 * 3
+    labels = codes.with_name("imagenet16_labels")
+    green, label = np.load(codes / "7_green.npy"), np.load(labels / "7.npy")
+    assert green.dtype == label.dtype == np.int64 and green.shape == (1, 10, 16) and label.tolist() == [3]
+    assert np.array_equal(green[0], store.rows("codes")[7, :, :, 1])
+    for i in range(3):  # padded duplicates
+        for suffix in ("_red", "_green", "_blue"):
+            os.link(codes / f"{i}{suffix}.npy", codes / f"{24 + i}{suffix}.npy")
+        os.link(labels / f"{i}.npy", labels / f"{24 + i}.npy")
+    reader = NumberedFiles(tmp_path / "official", SPEC)
+    assert (reader.samples, reader.views) == (24, 10)
+    again = call(config(), out=str(tmp_path / "again"), foreign=str(tmp_path / "official"))
+    assert again.content == store.content and again.fingerprint() == SOURCE.fingerprint()
+    with pytest.raises(UserError, match="holds codes of another store"):
+        export_numbered(make(tmp_path / "other", transform=Transform(16)), tmp_path / "official")
+
+
+def test_killed_export_goes_on(tmp_path):
+    store = make(tmp_path / "s")
+
+    def die(done):
+        if done == 9:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        export_numbered(store, tmp_path / "o", progress=die)
+    export_numbered(store, tmp_path / "o")
+    assert NumberedFiles(tmp_path / "o", SPEC).samples == 24
+    (tmp_path / "o" / "tessera_export.json").unlink()
+    with pytest.raises(UserError, match="exists and was not written from this store"):
+        export_numbered(store, tmp_path / "o")
+
+
+def test_mistakes_in_numbered_files(tmp_path):
+    store = make(tmp_path / "s")
+    codes = export_numbered(store, tmp_path / "o")
+    labels = codes.with_name("imagenet16_labels")
+
+    def copy_to(name):
+        target = tokens.builder(tmp_path / name, 24, 10, "x", TEN, SPEC, "f", ["a", "b", "c", "d"])
+        NumberedFiles(tmp_path / "o", SPEC).copy_to(target)
+
+    np.save(codes / "5_red.npy", np.full((1, 10, 16), 16))
+    with pytest.raises(UserError, match=r"imagenet16_codes/5\*.npy: code 16 does not exist"):
+        copy_to("a")
+    np.save(codes / "5_red.npy", np.zeros((1, 2, 16), dtype=np.int64))
+    with pytest.raises(UserError, match=r"5_red.npy has shape \[1, 2, 16\], expected \[1, 10, 16\]"):
+        copy_to("b")
+    (codes / "5_red.npy").write_bytes(b"\x93NUMPY")
+    with pytest.raises(UserError, match="5_red.npy is not a .npy file"):
+        copy_to("c")
+    (codes / "5_red.npy").unlink()
+    with pytest.raises(UserError, match="5_red.npy: no such file"):
+        copy_to("d")
+    (labels / "3.npy").unlink()
+    with pytest.raises(UserError, match="1 of 24 labels are missing, the first is 3.npy"):
+        copy_to("e")
+    with pytest.raises(UserError, match="picture 0 has 0_blue.npy, 0_green.npy, 0_red.npy, this tokenizer"):
+        NumberedFiles(tmp_path / "o", SPEC) if np.save(labels / "3.npy", [3]) else \
+            NumberedFiles(tmp_path / "o", ToyCodes(branches=2).spec)
+    with pytest.raises(UserError, match="expected one folder called like imagenet256_codes"):
+        NumberedFiles(tmp_path, SPEC)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Lines
+# ---------------------------------------------------------------------------------------------------------------------
+def write_lines(path, count: int, views: int = 10, nested: bool = False) -> np.ndarray:
+    codes = np.array([[[hash64(i, v, t) % 16 for t in range(16)] for v in range(views)] for i in range(count)])
+    with open(path, "w") as file:
+        for i in range(count):
+            for view in codes[i].tolist():
+                tokens_ = [view[:8], view[8:]] if nested else view
+                file.write(json.dumps({"class_id": i % 4, "tokens": tokens_}) + "\n")
+    return codes
+
+
+def store_of(path, name, spec=LINES, views=10, chunk=4, **builder) -> TokenStore:
+    reader = open_import(path, spec, views, chunk)
+    transform = TEN if views == 10 else Transform(16)
+    target = tokens.builder(path.parent / name, reader.samples, views, "x", transform, spec, "f", list("abcd"),
+                            chunk=chunk, **builder)
+    reader.copy_to(target)
+    target.finish()
+    return TokenStore(path.parent / name)
+
+
+@pytest.mark.parametrize("nested", [False, True])
+def test_lines_round_trip(tmp_path, nested):
+    codes = write_lines(tmp_path / "t.jsonl", 11, nested=nested)
+    store = store_of(tmp_path / "t.jsonl", "s")
+    assert np.array_equal(store.rows("codes")[..., 0], codes)
+    assert store.rows("labels").tolist() == [i % 4 for i in range(11)]
+    export_jsonl(store, tmp_path / "out.jsonl")
+    plain = tmp_path / "plain.jsonl"
+    write_lines(plain, 11)
+    assert (tmp_path / "out.jsonl").read_bytes() == plain.read_bytes()
+    with pytest.raises(UserError, match="exists"):
+        export_jsonl(store, tmp_path / "out.jsonl")
+
+
+def test_lines_of_several_branches(tmp_path):
+    store = make(tmp_path / "s")
+    export_jsonl(store, tmp_path / "t.jsonl")
+    assert store_of(tmp_path / "t.jsonl", "again", SPEC).rows("codes").tolist() == store.rows("codes").tolist()
+
+
+def test_blocks_are_found_wherever_the_file_is_cut(tmp_path, monkeypatch):
+    """Counting reads pieces of 4 MiB: here of every size, with and without an end of line at the end."""
+    write_lines(tmp_path / "t.jsonl", 9, views=1)
+    text = (tmp_path / "t.jsonl").read_bytes()
+    for data in (text, text[:-1]):
+        (tmp_path / "t.jsonl").write_bytes(data)
+        expected = np.cumsum([0] + [len(line) for line in data.splitlines(keepends=True)])[[0, 2, 4, 6, 8]].tolist()
+        for size in (1, 7, len(text) // 2, len(text), 1 << 22):
+            monkeypatch.setattr("data.token_files.PIECE", size)
+            reader = JsonLines(tmp_path / "t.jsonl", LINES, 1, 2)
+            assert reader.samples == 9 and reader.starts[:5] == expected
+
+
+def test_killed_conversion_goes_on(tmp_path):
+    write_lines(tmp_path / "t.jsonl", 11)
+    whole = store_of(tmp_path / "t.jsonl", "whole")
+    reader = JsonLines(tmp_path / "t.jsonl", LINES, 10, 4)
+
+    def die(done):
+        if done == 8:
+            raise KeyboardInterrupt
+
+    target = tokens.builder(tmp_path / "s", 11, 10, "x", TEN, LINES, "f", list("abcd"), chunk=4)
+    with pytest.raises(KeyboardInterrupt):
+        reader.copy_to(target, die)
+    target.abandon()
+    target = tokens.builder(tmp_path / "s", 11, 10, "x", TEN, LINES, "f", list("abcd"), chunk=4)
+    assert len(target) == 3
+    reader.copy_to(target)
+    target.finish()
+    assert files(tmp_path / "s") == files(whole.path)
+
+
+@pytest.mark.parametrize("line, message", [
+    ('{"class_id": 1, "tokens": [1, 2', "line 23 is not"),
+    ('{"class_id": 1}', "line 23 is not .*KeyError: 'tokens'"),
+    ("", "line 23 is not"),
+    ('{"class_id": 4, "tokens": %s}' % ([0] * 16), "line 23: class_id 4 is not a class from 0 to 3"),
+    ('{"class_id": "a", "tokens": %s}' % ([0] * 16), "line 23: class_id 'a' is not a class"),
+    ('{"class_id": 2, "tokens": [0, 1]}', "line 23: 2 tokens of type int64"),
+    ('{"class_id": 2, "tokens": %s}' % ([0.5] * 16), "line 23: 16 tokens of type float64"),
+    ('{"class_id": 2, "tokens": %s}' % ([0] * 15 + [99]), "line 23: code 99 does not exist"),
+    ('{"class_id": 3, "tokens": %s}' % ([0] * 16), r"lines 21 to 30 should be 10 views of one picture but have classes "
+                                                   r"\[2, 3\]")])
+def test_bad_lines(tmp_path, line, message):
+    write_lines(tmp_path / "t.jsonl", 5)
+    lines = (tmp_path / "t.jsonl").read_text().splitlines()
+    lines[22] = line
+    (tmp_path / "t.jsonl").write_text("\n".join(lines))
+    with pytest.raises(UserError, match=message):
+        store_of(tmp_path / "t.jsonl", "s")
+    (tmp_path / "t.jsonl").write_text("\n".join(lines[:-1]))
+    with pytest.raises(UserError, match="has 49 lines, which is not a multiple of the 10 views"):
+        store_of(tmp_path / "t.jsonl", "s")
+
+
+def test_imported_tokens_are_compared_with_the_pictures(tmp_path, config, capsys):  # noqa: F811
+    """With the pictures at hand, tokens of another tokenizer are found out before they get its fingerprint."""
+    export_jsonl(make(tmp_path / "s"), tmp_path / "t.jsonl")
+    store = call(config(), out=str(tmp_path / "good"), foreign=str(tmp_path / "t.jsonl"))
+    assert "makes 100.0% of these codes" in capsys.readouterr().out
+    assert store.content == TokenStore(tmp_path / "s").content
+    backwards = ToyCodes()
+    backwards.levels.data = backwards.levels.data.flip(0)
+    made = tokens.build(tmp_path / "b", SOURCE, TEN, SPEC,
+                        lambda images: backwards.encode(to_model_range(images)), "other", batch=8)
+    export_jsonl(made, tmp_path / "b.jsonl")
+    with pytest.raises(UserError, match="reproduces only .*% of the codes"):
+        call(config(), out=str(tmp_path / "bad"), foreign=str(tmp_path / "b.jsonl"))
+    assert not (tmp_path / "bad").exists()
+
+
+def test_imported_without_pictures(tmp_path, config):  # noqa: F811
+    export_jsonl(make(tmp_path / "s"), tmp_path / "t.jsonl")
+    settings = config(f"data.url=tokens://{tmp_path}/mine")
+    store = call(settings, foreign=str(tmp_path / "t.jsonl"))
+    assert store.num_classes == 4 and store.tokenizer == hub.fingerprint(ToyCodes().state_dict())
+    assert assemble.train(settings) == 0
+    with pytest.raises(UserError, match='no .*t.jsonx. Did you mean "t.jsonl"'):
+        call(settings, out=str(tmp_path / "x"), foreign=str(tmp_path / "t.jsonx"))
+    again = call(settings, out=str(tmp_path / "mine"), to=("jsonl", str(tmp_path / "again.jsonl")))
+    assert (tmp_path / "again.jsonl").read_bytes() == (tmp_path / "t.jsonl").read_bytes()
+    assert torch.equal(again.tokens([3], [2]), store.tokens([3], [2]))
+    assert open_source(f"tokens://{store.path}").views == 10
