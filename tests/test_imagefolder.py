@@ -147,6 +147,20 @@ def test_files_go_out_and_come_back(settings):
     assert again.keys() == official.keys() and all(torch.equal(again[n], official[n]) for n in official)
 
 
+def test_convolutions_reach_over_the_seams_of_patches():
+    """A changed token changes its own patch only, as published, or two more pixels on each side."""
+    for channels, reach in ((0, 0), (4, 2)):
+        model = build(pixel_channels=channels)
+        tokens = torch.randn(1, 16, 32, generator=torch.Generator().manual_seed(2))
+        changed = tokens.clone()
+        changed[0, 5] += 1.0  # rows and columns 8 to 15
+        rows, columns = (model.decoder.to_pixel(tokens) != model.decoder.to_pixel(changed))[0].any(0).nonzero().T
+        assert (int(rows.min()), int(rows.max())) == (int(columns.min()), int(columns.max())) == (8 - reach, 15 + reach)
+        assert model.decoder.to_pixel.last_weight.shape[0] == (3 if channels else 192)
+    with pytest.raises(UserError, match="pixel_channels=4 cannot be exported"):
+        ADAPTER.to_official(model)
+
+
 def test_adapters_start_from_a_file_without_and_merge_into_a_model_without():
     whole = build().eval()
     adapted = build(enc_tuning="lora", dec_tuning="lora", lora_rank=2, lora_alpha=2.0).eval()
@@ -353,6 +367,7 @@ def test_the_best_checkpoint_is_kept(run_toy):
     ({"enc_tuning": "lore"}, 'enc_tuning "lore" is not known. Did you mean "lora"'),
     ({"quantizer": "plain"}, "the plain quantizer has one scale"),
     ({"quantizer": "binary", "vocab": 15}, "2\\^4 = 16 codes, not 15"),
+    ({"pixel_channels": -1}, "pixel_channels is -1: 0 paints patches as published"),
     ({"start_drop": 4}, "there are 3 scales: use 1 to 3"),
     ({"pretrained": True}, "has no DINOv2 weights: use one of small, base, large, giant, or pretrained: false"),
     ({"encoder": "vit_base_patch14_reg4_dinov2.lvd142m"}, "register tokens are not supported"),

@@ -91,6 +91,9 @@ def _fit(state: State, model: nn.Module) -> State:
 
 
 def _restore(model: ImageFolder) -> State:
+    if len(model.decoder.to_pixel.convs):
+        raise UserError("the official ImageFolder code has no convolutions after the pixel head; a model with "
+                        f"tokenizer.pixel_channels={model.decoder.to_pixel.convs[0].in_channels} cannot be exported to its layout")
     state = {_theirs(name, model): value for name, value in rename_gated(model.state_dict(), back=True).items()
              if not name.endswith((".updates", ".scaling")) and not name.startswith("sem_linear.")}
     if model.quantizer.shared_phi is None:

@@ -95,6 +95,8 @@ class ImageFolder(nn.Module):
             nothing of it. Latent tokens, levels, heads, codebooks train in all three.
         lora_rank, lora_alpha: of the adapters.
         drop_path: stochastic depth of the last block while training.
+        pixel_channels: values per pixel that two convolutions at the end of the decoder make a picture of; 0, as
+            published: tokens paint their patches, whose seams show until training has been long.
     """
 
     reads_features = True  # forward takes the teachers' features
@@ -125,6 +127,7 @@ class ImageFolder(nn.Module):
         lora_rank: int = 8,
         lora_alpha: float = 8.0,
         drop_path: float = 0.1,
+        pixel_channels: int = 0,
     ):
         super().__init__()
         scales = tuple(scales)
@@ -134,6 +137,8 @@ class ImageFolder(nn.Module):
                                         ("enc_tuning", enc_tuning, TUNING), ("dec_tuning", dec_tuning, TUNING)):
             if value not in choices:
                 raise UserError(f'{setting} "{value}" is not known.{nearest(str(value), choices)}')
+        if pixel_channels < 0:
+            raise UserError(f"pixel_channels is {pixel_channels}: 0 paints patches as published, 24 hides their seams")
         if quantizer == "plain" and len(scales) > 1:
             raise UserError(f"the plain quantizer has one scale, not {list(scales)}: set scales: [{latent_grid}], or "
                             "quantizer: residual")
@@ -148,7 +153,7 @@ class ImageFolder(nn.Module):
         grid = image_size // patch_size
         sizes = {"encoder": ViTSize.parse(encoder, "encoder"), "decoder": ViTSize.parse(decoder, "decoder")}
         self.encoder = Encoder(sizes["encoder"], grid, patch_size, latent_grid, branches, drop_path)
-        self.decoder = Decoder(sizes["decoder"], grid, patch_size, latent_grid, drop_path)
+        self.decoder = Decoder(sizes["decoder"], grid, patch_size, latent_grid, drop_path, pixel_channels)
         self.quant_conv = nn.Conv2d(sizes["encoder"].width, code_dim, 1)
         self.post_quant_conv = nn.Conv2d(branches * code_dim, sizes["decoder"].width, 1)
         self.quantizer = MultiScaleQuantizer(
@@ -218,7 +223,7 @@ class ImageFolder(nn.Module):
         usage = self.quantizer.usage(group_size() * len(images))  # (K, S), in percent
         logs = {f"usage/branch{branch}": share for branch, share in enumerate(usage.mean(1))}
         return Recon(self.decode_features(found.features, draws.fork("decoder")), terms, logs=logs,
-                     last_layer=self.decoder.to_pixel.model.weight,
+                     last_layer=self.decoder.to_pixel.last_weight,
                      details={"kept": kept, "quantized": found, "usage": usage})
 
     def _contrast(self, f_hat: Tensor, features: dict[str, Tensor] | None, counted: Tensor | None,

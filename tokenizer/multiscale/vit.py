@@ -47,22 +47,36 @@ class Encoder(nn.Module):
 
 
 class PixelHead(nn.Module):
-    """(B, N, D) -> pictures; a token holds its patch as (row, column, colour)."""
+    """(B, N, D) -> pictures; a token holds its patch as (row, column, colour).
 
-    def __init__(self, width: int, patch_size: int, grid: int):
+    Args:
+        channels: a token paints so many values per pixel, not three, and two 3x3 convolutions over the whole picture make
+            colours of them, so that no seams show between patches. 0: as published.
+    """
+
+    def __init__(self, width: int, patch_size: int, grid: int, channels: int = 0):
         super().__init__()
         self.patch_size, self.grid = patch_size, grid
-        self.model = nn.Linear(width, 3 * patch_size**2)
+        self.model = nn.Linear(width, (channels or 3) * patch_size**2)
+        self.convs = nn.Sequential()
+        if channels:
+            self.convs = nn.Sequential(nn.Conv2d(channels, channels, 3, padding=1), nn.GELU(),
+                                       nn.Conv2d(channels, 3, 3, padding=1))
+
+    @property
+    def last_weight(self) -> nn.Parameter:
+        """Of the layer that paints the pixels."""
+        return self.convs[-1].weight if len(self.convs) else self.model.weight
 
     def forward(self, tokens: Tensor) -> Tensor:
-        return rearrange(self.model(tokens), "b (h w) (p q c) -> b c (h p) (w q)",
-                         h=self.grid, p=self.patch_size, q=self.patch_size)
+        return self.convs(rearrange(self.model(tokens), "b (h w) (p q c) -> b c (h p) (w q)",
+                                    h=self.grid, p=self.patch_size, q=self.patch_size))
 
 
 class Decoder(nn.Module):
-    """Latents (B, P^2, D) -> pictures (B, 3, H, W), not clamped. Arguments as of Encoder."""
+    """Latents (B, P^2, D) -> pictures (B, 3, H, W), not clamped. Arguments as of Encoder; `pixel_channels`: see PixelHead."""
 
-    def __init__(self, size: ViTSize, grid: int, patch_size: int, side: int, drop: float):
+    def __init__(self, size: ViTSize, grid: int, patch_size: int, side: int, drop: float, pixel_channels: int = 0):
         super().__init__()
         self.side, self.patches = side, grid * grid
         self.model = VisionTransformer(size, grid, None, drop=drop)
@@ -70,7 +84,7 @@ class Decoder(nn.Module):
         self.lvl_embed = nn.Embedding(2, size.width)
         nn.init.trunc_normal_(self.lvl_embed.weight, std=(1 / size.width / 3) ** 0.5)
         self.register_buffer("lvl1LC", _levels(1 + grid * grid, 1 + side * side), persistent=False)
-        self.to_pixel = PixelHead(size.width, patch_size, grid)
+        self.to_pixel = PixelHead(size.width, patch_size, grid, pixel_channels)
 
     def forward(self, latents: Tensor, draws=None) -> Tensor:
         batch, model = len(latents), self.model
