@@ -372,7 +372,7 @@ def _initialise(config: RunConfig, kind: str, network: nn.Module) -> dict[str, T
     return start.read(network, True)
 
 
-def _tokenizer_task(config: RunConfig, source: DataSource, val: DataSource | None, transform: Transform):
+def _tokenizer_task(config: RunConfig, source: DataSource, val: DataSource | None):
     """(task, averaged weights to start from or None)"""
     torch.manual_seed(hash64(config.seed, "teachers") % 2**63)  # for toys, whose teachers are random
     teachers = semantic_widths(config, config.tokenizer)
@@ -382,19 +382,18 @@ def _tokenizer_task(config: RunConfig, source: DataSource, val: DataSource | Non
     discriminator = None
     if config.discriminator:
         discriminator = DISCRIMINATORS.build(config.discriminator, sync=config.train.sync_batch_norm,
-                                             image_size=_image_size(config))
+                                             image_size=tokenizer.image_size)
     objective.check_terms(tokenizer.term_names, bool(teachers), discriminator is not None)
     initial_ema = _initialise(config, "tokenizer", tokenizer)
     shown = val or source
     count = min(PREVIEW_IMAGES, len(shown))
-    centre = Transform(image_size=transform.image_size)
+    centre = Transform(image_size=tokenizer.image_size)
     pictures = [read_or_replace(shown, i * len(shown) // count, config.data.on_corrupt)[0].image for i in range(count)]
     preview = torch.stack([centre.apply_view(picture, 0) for picture in pictures])
     return TokenizerTask(tokenizer, objective, discriminator, teachers, preview), initial_ema
 
 
-def _generator_task(config: RunConfig, source: DataSource, world: dist.World, log: Callable[[str], None],
-                    transform: Transform):
+def _generator_task(config: RunConfig, source: DataSource, world: dist.World, log: Callable[[str], None]):
     """(task, averaged weights to start from or None, provenance)"""
     tokenizer, tokenizer_print = load_tokenizer(config.tokenizer)
     spec = tokenizer.spec
@@ -414,7 +413,7 @@ def _generator_task(config: RunConfig, source: DataSource, world: dist.World, lo
         pictures = source if config.data.stats_split == "train" else open_val(config)
         if pictures is None:
             raise UserError("data.stats_split is val but there is no such data: give data.val_url.")
-        latent_statistics(config, tokenizer, tokenizer_print, pictures, transform, world, log)
+        latent_statistics(config, tokenizer, tokenizer_print, pictures, world, log)
     guide = load_generator(config.sample.guide)[0] if config.sample.guide and config.sample.guidance == "auto" else None
     if guide is not None:
         pair(guide, tokenizer)
@@ -424,12 +423,12 @@ def _generator_task(config: RunConfig, source: DataSource, world: dist.World, lo
 
 
 def latent_statistics(config: RunConfig, tokenizer: nn.Module, fingerprint: str, source: DataSource,
-                       transform: Transform, world: dist.World, log: Callable[[str], None]) -> None:
+                      world: dist.World, log: Callable[[str], None]) -> None:
     """Set the tokenizer's normalisation, from the cache folder or by one pass over (part of) the pictures."""
     import latent_stats
 
     count = min(len(source), config.data.stats_images or len(source))
-    key = f"{hash64(source.fingerprint(), transform.image_size, count, fingerprint):016x}"
+    key = f"{hash64(source.fingerprint(), tokenizer.image_size, count, fingerprint):016x}"
     path = Path(config.data.cache_dir) / f"latent_stats_{key}.safetensors"
     if not path.is_file() and world.is_main:
         log(f"measuring latent statistics on {count:,} pictures -> {path}")
@@ -459,21 +458,21 @@ def _train(config: RunConfig, world: dist.World) -> int:
             print(message, flush=True)
 
     source, val = open_train(config), open_val(config)
-    image_size = _image_size(config)
-    transform = make_transform(config, image_size)
     features = stored = None
     pictures = source
     if isinstance(source, TokenStore):
-        stored, transform, pictures = source, source.transform, open_pictures(config)
+        stored, pictures = source, open_pictures(config)
     provenance: dict[str, Any] = {}
     if config.task == "tokenizer":
-        task, initial_ema = _tokenizer_task(config, source, val, transform)
+        task, initial_ema = _tokenizer_task(config, source, val)
+        transform = make_transform(config, task.tokenizer.image_size)
         if config.data.cache_features and task.teachers:
             bundle = nn.ModuleDict(task.teachers)
             features = _cache(config, "features", source, transform, bundle, hub.fingerprint(bundle.state_dict()),
                               lambda images: {n: t(images) for n, t in task.teachers.items()}, world, say)
     else:
-        task, initial_ema, provenance = _generator_task(config, source, world, say, transform)
+        task, initial_ema, provenance = _generator_task(config, source, world, say)
+        transform = source.transform if stored is not None else make_transform(config, task.tokenizer.image_size)
         if config.data.moments:
             tokens_and_moments = (task.tokenizer.spec.length, 2 * task.tokenizer.spec.channels)
             stored = MomentFiles(config.data.moments, source, tokens_and_moments)
@@ -486,7 +485,7 @@ def _train(config: RunConfig, world: dist.World) -> int:
                     pin=world.device.type == "cuda", features=features, stored=stored)
     trainer = Trainer(task, config, batches=loader.batches, split=split, images_per_epoch=len(source),
                       data_fingerprint=source.fingerprint(), run=run, world=world,
-                      evaluate=_online_evaluation(config, pictures, val, image_size, world),
+                      evaluate=_online_evaluation(config, pictures, val, task.tokenizer.image_size, world),
                       initial_ema=initial_ema,
                       provenance=provenance)
     run.open(environment())
@@ -526,16 +525,6 @@ def hint_for_small_sets(config: RunConfig, count: int) -> str | None:
     if not hints:
         return None
     return f"{count:,} pictures are few for this recipe. What helps: " + "; ".join(hints) + ". See docs/data.md."
-
-
-def _image_size(config: RunConfig) -> int:
-    """Of the tokenizer: from its section, or from its weights."""
-    size = config.tokenizer.get("image_size")
-    if size is None and config.tokenizer.get("weights"):
-        size = read_weights("tokenizer", config.tokenizer["weights"]).settings.get("image_size")
-    if size is None:
-        size = TOKENIZERS.signature(config.tokenizer["name"])["image_size"].default
-    return size
 
 
 def _online_evaluation(config: RunConfig, pictures: DataSource | None, val: DataSource | None, image_size: int,

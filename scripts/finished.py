@@ -25,7 +25,6 @@ from core.errors import UserError
 from core.rng import Draws
 from core.train.checkpoint import Checkpoint
 from data.sources import open_source
-from data.transforms import Transform
 from generator.task import GeneratorTask
 
 import assemble
@@ -135,9 +134,7 @@ def open_generator(target: str, overrides: list[str], world: World, log: Callabl
     ):
         # parity: no released generator carries the statistics of its latents
         source = open_source(config.data.url, config.data.split)
-        assemble.latent_statistics(
-            config, tokenizer, tokenizer_print, source, Transform(image_size=tokenizer.image_size), world, log
-        )
+        assemble.latent_statistics(config, tokenizer, tokenizer_print, source, world, log)
         facts["latent_statistics"] = f"measured on {config.data.url}"
     generator, weights = assemble.load_generator(reference, tokenizer, use_ema)
     facts["weights_fingerprint"] = hub.fingerprint(generator.state_dict())
