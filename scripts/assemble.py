@@ -119,7 +119,8 @@ def _reader(kind: str, settings: dict[str, Any], path: Path, tensors: Callable[[
     """Weights.read of tensors that have our names already."""
 
     def read(network: nn.Module, averaged: bool) -> dict[str, Tensor]:
-        state = ADAPTERS[kind][settings["name"]].fit(tensors(averaged), network)
+        adapter = ADAPTERS[kind].get(settings["name"])  # one that nobody published weights of has none
+        state = adapter.fit(tensors(averaged), network) if adapter else tensors(averaged)
         if problems := describe_differences(state, network.state_dict()):
             raise UserError(f"{path} does not fit {type(network).__name__}: {'; '.join(problems)}")
         return state

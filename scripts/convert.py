@@ -258,7 +258,10 @@ def convert(source: str, target: str, to: str, keep: str, kind: str | None, over
         sets = (keep == "ema",)
     weights = assemble.read_weights(kind, str(path))
     network = assemble.REGISTRIES[kind].build(weights.settings)
-    adapter = assemble.ADAPTERS[kind][weights.settings["name"]]
+    adapter = assemble.ADAPTERS[kind].get(weights.settings["name"])
+    if adapter is None and to == "official":
+        raise UserError(f'{path}: there is no official layout of the {kind} "{weights.settings["name"]}"; leave out '
+                        "--to official.")
     official: dict[bool, dict] = {}
     for averaged in sets:
         weights.load(network, averaged)

@@ -24,6 +24,7 @@ TOKENIZERS_TO_TRY = {  # name -> arguments at toy size
               "groups": 4, "vocab": 32, "code_dim": 4, "adapter_layers": 1, "adapter_heads": 2},
     "maskgit_vqgan": {**CONV, "vocab": 32},
     "vqgan_plus": {**CONV, "vocab": 32},
+    "fsq": {**{k: v for k, v in CONV.items() if k != "code_dim"}, "levels": [4, 4, 2]},
     "titok": {"image_size": 16, "patch_size": 8, "encoder": TINY, "decoder": TINY, "latents": 6, "vocab": 32, "code_dim": 4},
     "dar": {"image_size": 32, "patch_size": 8, "encoder_width": 32, "encoder_layers": 1, "condition_width": 32,
             "condition_layers": 1, "length": 16, "groups": 4, "steps": 4, "vocab": 32, "head_dim": 16,

@@ -6,6 +6,7 @@ TOKENIZERS = Registry("tokenizer", {
     "dar": "tokenizer.vq.dar:DAR",
     "fqgan": "tokenizer.vq.fqgan:FQGAN",
     "maskgit_vqgan": "tokenizer.vq.maskgit:MaskGITVQGAN",
+    "fsq": "tokenizer.vq.fsq:FSQ",
     "vqgan_plus": "tokenizer.vq.maskgit:VQGANPlus",
     "titok": "tokenizer.vq.titok:TiTok",
     "imagefolder": "tokenizer.multiscale.imagefolder:ImageFolder",

@@ -16,7 +16,7 @@ from core.errors import UserError, nearest
 from core.images import to_unit_range
 from core.nn.conv import Downsample, Level, ResBlock, Upsample, group_norm
 from core.specs import Codes, Recon
-from tokenizer.vq.quantizer import LookupFreeQuantizer, VectorQuantizer
+from tokenizer.vq.quantizer import LookupFreeQuantizer, Quantizer, VectorQuantizer
 
 _BLOCK = {"bias": False, "shortcut": "branch"}  # parity: the published weights were trained with this shortcut
 HALVING = {"pool": lambda channels: nn.AvgPool2d(2), "conv": Downsample}
@@ -121,7 +121,7 @@ class ConvTokenizer(CodesOfOneBranch):
 
     def __init__(self, image_size: int, channels: int, channel_mult: list[int], res_blocks: int,
                  decoder_res_blocks: int | None, halving: str, groups: int,
-                 quantizer: VectorQuantizer | LookupFreeQuantizer):
+                 quantizer: Quantizer):
         super().__init__()
         if halving not in HALVING:
             raise UserError(f'halving "{halving}" is not known.{nearest(str(halving), HALVING)}')

@@ -112,8 +112,8 @@ def _weighted_mean(error: Tensor, weight: Tensor | None, across_ranks: bool) -> 
 # ---------------------------------------------------------------------------------------------------------------------
 # Quantisers
 # ---------------------------------------------------------------------------------------------------------------------
-class _Quantizer(nn.Module):
-    """Settings and losses that both quantisers have in common.
+class Quantizer(nn.Module):
+    """What all quantisers have in common: the entropy term, and which codes were used lately.
 
     Args:
         vocab, dim: V and D.
@@ -126,8 +126,8 @@ class _Quantizer(nn.Module):
 
     losses: tuple[str, ...]  # the terms besides entropy
 
-    def __init__(self, vocab: int, dim: int, *, entropy: bool, temperature: float, gamma: float, floor: str,
-                 across_ranks: bool, usage_window: int):
+    def __init__(self, vocab: int, dim: int, *, entropy: bool = False, temperature: float = 0.01, gamma: float = 1.0,
+                 floor: str = "add", across_ranks: bool = True, usage_window: int = 0):
         super().__init__()
         if temperature <= 0:
             raise UserError(f"entropy temperature {temperature} must be more than 0")
@@ -183,7 +183,7 @@ class _Quantizer(nn.Module):
                             f"{self.vocab - 1}. Were they made with another tokenizer?")
 
 
-class VectorQuantizer(_Quantizer):
+class VectorQuantizer(Quantizer):
     """Nearest row of a learnt table.
 
     The terms "codebook" (mean (e - sg z)^2, moves rows to their vectors) and "commitment" (mean (sg e - z)^2, the
@@ -191,7 +191,7 @@ class VectorQuantizer(_Quantizer):
 
     Args:
         normalise: compare and return unit vectors; the stored rows have any length.
-        others: see _Quantizer.
+        others: see Quantizer.
     """
 
     losses = ("codebook", "commitment")
@@ -248,12 +248,12 @@ class VectorQuantizer(_Quantizer):
             return Quantized(z + (rows - z).detach(), codes, z, {**terms, **entropy}, logs)
 
 
-class LookupFreeQuantizer(_Quantizer):
+class LookupFreeQuantizer(Quantizer):
     """One bit per channel: code = sum over channels c of [z_c > 0] 2^c, vector = the signs.
 
     Args:
         bits: D; V = 2^bits.
-        others: see _Quantizer.
+        others: see Quantizer.
     """
 
     losses = ("commitment",)
