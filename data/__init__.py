@@ -14,9 +14,9 @@
 
 from data.base import UnreadablePicture
 from data.cache import FeatureCache, build
-from data.loader import Loader, ordered_batches, part, split
+from data.loader import Loader, listed_batches, ordered_batches, part, split
 from data.sources import open_source
 from data.transforms import Transform
 
-__all__ = ["FeatureCache", "Loader", "Transform", "UnreadablePicture", "build", "open_source", "ordered_batches",
-           "part", "split"]
+__all__ = ["FeatureCache", "Loader", "Transform", "UnreadablePicture", "build", "listed_batches", "open_source",
+           "ordered_batches", "part", "split"]

@@ -26,7 +26,7 @@ from torch import Tensor
 from core.errors import UserError
 from core.files import fsync_file, require_space, write_json
 from core.specs import DataSource
-from data.loader import ordered_batches, part
+from data.loader import listed_batches, part
 from data.transforms import Transform
 
 FORMAT = 2
@@ -368,22 +368,21 @@ def build(path: str | Path, source: DataSource, transform: Transform, producer: 
     batch = next(size for size in range(min(batch, chunk), 0, -1) if chunk % size == 0)
     builder = Builder(path, len(source), views, source.fingerprint(), transform.describe(), fingerprint, facts, rank,
                       world, barrier, chunk)
-    spans = list(builder.spans(batch))
-    chosen = [i for start, stop in spans for i in range(start, stop)]
-    done = 0
+    spans = [range(start, stop) for start, stop in builder.spans(batch)]
+    read = listed_batches(source, transform, spans, workers, on_corrupt, views=range(views))
+    done, total = 0, sum(map(len, spans))
     try:
-        for (start, stop), images in zip(spans, ordered_batches(source, transform, batch, 0, 1, workers, on_corrupt,
-                                                                all_views=True, chosen=chosen)):
+        for span, images in zip(spans, read):
             rows = {}
             for name, tensor in producer(images.images).items():
                 dtype = _storage_type(tensor, storage.get(name))
-                rows[name] = _convert(name, tensor, dtype).reshape(stop - start, views, *tensor.shape[1:])
-            builder.write(start, rows, images.labels[::views].numpy())
-            done += stop - start
+                rows[name] = _convert(name, tensor, dtype).reshape(len(span), views, *tensor.shape[1:])
+            builder.write(span.start, rows, images.labels[::views].numpy())
+            done += len(span)
             if replaced is not None:
                 replaced.update(dict.fromkeys(images.replaced, ""))
             if progress:
-                progress(done, len(chosen))
+                progress(done, total)
     except BaseException:
         builder.abandon()
         raise

@@ -251,25 +251,35 @@ class Loader:
             yield batch
 
 
-def ordered_batches(source: DataSource, transform: Transform, batch: int, rank: int = 0, world: int = 1,
-                    workers: int = 0, on_corrupt: str = "raise", all_views: bool = False, pin: bool = False,
-                    prefetch: int = 2, start_method: str | None = None,
-                    chosen: Sequence[int] | None = None) -> Iterator[Batch]:
-    """One pass over this rank's contiguous `part` of the source in index order: evaluation, statistics, caching.
+def listed_batches(source: DataSource, transform: Transform, batches: Iterable[Sequence[int]], workers: int = 0,
+                   on_corrupt: str = "raise", views: Sequence[int | None] = (None,), pin: bool = False,
+                   prefetch: int = 2, start_method: str | None = None) -> Iterator[Batch]:
+    """One batch for each list of indices in `batches`, of whatever lengths, in that order. Positions are indices.
 
-    `chosen` are the indices to visit, in this order; None means all.
-
-    Positions are indices in the source. The last batch may be smaller. With `all_views` every picture appears
-    transform.views times in a row (`batch` still counts pictures).
+    Args:
+        views: of every picture, in a row; None: the one that the transform draws.
     """
     _check_policy(on_corrupt)
+    order = ([(int(i), int(i), view) for i in indices for view in views] for indices in batches)
+    for result, _ in _run(_Reader(source, transform, 0, on_corrupt), order, workers, pin, prefetch, start_method):
+        yield result
+
+
+def ordered_batches(source: DataSource, transform: Transform, batch: int, rank: int = 0, world: int = 1,
+                    all_views: bool = False, chosen: Sequence[int] | None = None, **options: Any) -> Iterator[Batch]:
+    """One pass over this rank's contiguous `part` of the source in index order: evaluation, statistics, caching.
+
+    Positions are indices in the source. The last batch may be smaller.
+
+    Args:
+        all_views: every picture appears transform.views times in a row (`batch` still counts pictures).
+        chosen: the indices to visit, in this order; None means all.
+        options: of `listed_batches`.
+    """
     if all_views:
         transform.view_of((0, 0))  # refuses transforms without views
-    views = range(transform.views) if all_views else (None,)
+        options["views"] = range(transform.views)
     chosen = range(len(source)) if chosen is None else chosen
     mine = part(len(chosen), rank, world)
     indices = chosen[mine.start : mine.stop]
-    order = ([(i, i, view) for i in indices[start : start + batch] for view in views]
-             for start in range(0, len(indices), batch))
-    for result, _ in _run(_Reader(source, transform, 0, on_corrupt), order, workers, pin, prefetch, start_method):
-        yield result
+    return listed_batches(source, transform, (indices[i : i + batch] for i in range(0, len(indices), batch)), **options)

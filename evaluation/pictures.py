@@ -1,8 +1,8 @@
 """Sets of uint8 pictures with random access: .npz files of ADM's evaluator and arrays in memory.
 
-Both answer `len(set)` and `set.read(start, stop)` -> (n, 3, H, W) uint8, so a long evaluation can be cut into pieces,
+All answer `len(set)` and `set.read(start, stop)` -> (n, 3, H, W) uint8, so a long evaluation can be cut into pieces,
 shared between ranks and continued. An .npz is mapped from disk, whatever its size; nothing in it is ever unpickled.
-Folders of pictures become such a set in scripts/measure.py, through the decoder of the data package.
+Folders of pictures become such a set in scripts/picture_sets.py, through the decoder of the data package.
 """
 
 from __future__ import annotations
@@ -30,6 +30,9 @@ class Pictures(Protocol):
 
     def read(self, start: int, stop: int) -> Tensor:
         """Pictures start ... stop - 1, (n, 3, H, W) uint8."""
+
+    def expect(self, ranges: list[range]) -> None:
+        """What will be read, in this order: a set that decodes may start at once."""
 
     def fingerprint(self) -> str:
         """Changes when the pictures change."""
@@ -72,6 +75,9 @@ class ArrayPictures:
     def read(self, start: int, stop: int) -> Tensor:
         piece = np.ascontiguousarray(self.pictures[start:stop].transpose(0, 3, 1, 2))
         return torch.from_numpy(piece)
+
+    def expect(self, ranges: list[range]) -> None:
+        """Nothing is decoded here."""
 
     def fingerprint(self) -> str:
         return f"{zlib.crc32(np.ascontiguousarray(self.pictures).data):08x}-{len(self)}"

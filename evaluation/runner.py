@@ -72,14 +72,14 @@ def picture_features(
 ) -> dict[str, Tensor] | None:
     """Features of a set, on the main rank. Collective."""
     work = Work(len(pictures), world)
-    _expect(pictures, work)
+    expect(work, pictures)
     work.run(lambda indices: features_of(net, pictures.read(indices.start, indices.stop), batch), progress)
-    gathered = work.gather()
-    return gathered
+    return work.gather()
 
 
-def _expect(pictures: Pictures, work: Work) -> None:
-    if hasattr(pictures, "expect"):
+def expect(work: Work, *sets: Pictures) -> None:
+    """Tell the sets which pictures this rank will read."""
+    for pictures in sets:
         pictures.expect([work.indices(c) for c in work.mine()])
 
 

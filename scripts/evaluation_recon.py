@@ -197,6 +197,7 @@ def by_folders(options: argparse.Namespace, overrides: list[str], world: World) 
             yield Rebuilt(first, second, second.float() / 255.0)
 
     work = Work(count, world, folder / "work", job)
+    runner.expect(work, original, recon)
     with work, run.progress_line(world, count, "pictures") as progress:
         result = runner.evaluate_reconstruction(
             rebuild,

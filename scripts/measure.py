@@ -26,6 +26,7 @@ from evaluation.features import EfficientNetLite0, FeatureNet
 from evaluation.image_metrics import PSNR, SSIM, LPIPSMetric, PictureMetric
 from evaluation.inception import WEIGHTS_FILE, Inception
 from evaluation.moments import Moments
+from evaluation.pictures import Pictures
 from evaluation.protocols import Protocol
 from evaluation.reference import Reference
 from evaluation.runner import Rebuilt
@@ -123,7 +124,7 @@ def pieces(indices: range) -> list[range]:
 
 
 def make_statistics(
-    pictures: SourcePictures,
+    pictures: Pictures,
     net: FeatureNet,
     world: World,
     batch: int,
@@ -141,8 +142,7 @@ def make_statistics(
     chunk = max(2048, -(-len(pictures) // 64))  # a covariance is as large as the features of 2,000 pictures
     work = Work(len(pictures), world, folder, {"pictures": pictures.fingerprint(), "network": net.name}, chunk)
 
-    if hasattr(pictures, "expect"):
-        pictures.expect([piece for c in work.mine() for piece in pieces(work.indices(c))])
+    pictures.expect([piece for c in work.mine() for piece in pieces(work.indices(c))])
 
     def compute(indices: range) -> dict[str, Tensor]:
         gathered = {tap: Moments(net.dims[tap], world.device) for tap in taps}
@@ -322,7 +322,7 @@ def reconstruction_result(
     metrics, left_out = per_picture(protocol, world.device) if metrics is None else (metrics, {})
     rebuild = rebuilder(tokenizer, pictures, protocol, batch, world.device, seed, bf16, perturb)
     with Work(len(pictures), world, folder, job) as work:
-        pictures.expect([work.indices(c) for c in work.mine()])
+        runner.expect(work, pictures)
         result = runner.evaluate_reconstruction(
             rebuild,
             work,

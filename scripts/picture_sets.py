@@ -15,7 +15,7 @@ from core.errors import UserError
 from core.rng import hash64
 from core.specs import DataSource
 from data.base import FileSource, PackedStrings, UnreadablePicture
-from data.loader import ordered_batches
+from data.loader import listed_batches
 from data.sources import EXTENSIONS, open_source
 from data.transforms import Transform, to_tensor
 from evaluation.pictures import NpzPictures, Pictures
@@ -50,15 +50,14 @@ class SourcePictures:
         return len(self.rows)
 
     def expect(self, ranges: list[range]) -> None:
-        """Start reading these, in this order; all but the last are of the same length."""
+        """Start reading these, of whatever lengths, in this order."""
         if self.workers and ranges:
             self._expected = list(ranges)
-            self._ahead = self._batches(
-                [self.rows[i] for indices in ranges for i in indices], len(ranges[0]), self.workers
-            )
+            self._ahead = self._batches(self._expected.copy(), self.workers)
 
-    def _batches(self, chosen: list[int], batch: int, workers: int) -> Iterator:
-        return ordered_batches(self.source, self.transform, batch, workers=workers, chosen=chosen)
+    def _batches(self, ranges: list[range], workers: int) -> Iterator:
+        wanted = ([self.rows[i] for i in indices] for indices in ranges)
+        return listed_batches(self.source, self.transform, wanted, workers)
 
     def labelled(self, start: int, stop: int) -> tuple[Tensor, Tensor]:
         """(pictures, labels)"""
@@ -66,7 +65,7 @@ class SourcePictures:
             self._expected.pop(0)
             batch = next(self._ahead)
         else:
-            batch = next(self._batches([self.rows[i] for i in range(start, stop)], stop - start, 0))
+            batch = next(self._batches([range(start, stop)], 0))
         return batch.images, batch.labels
 
     def read(self, start: int, stop: int) -> Tensor:
@@ -106,6 +105,9 @@ class FolderPictures:
                     "equal first; run_eval_tokenizer.sh --original and run_make_reference.sh crop them with --size N."
                 )
         return torch.stack(images)
+
+    def expect(self, ranges: list[range]) -> None:
+        """Threads decode what is read."""
 
     def fingerprint(self) -> str:
         return self.source.fingerprint()
@@ -197,6 +199,9 @@ class First:
 
     def read(self, start: int, stop: int) -> Tensor:
         return self.pictures.read(start, stop)
+
+    def expect(self, ranges: list[range]) -> None:
+        self.pictures.expect(ranges)
 
     def fingerprint(self) -> str:
         return f"{self.pictures.fingerprint()}-{self.count}"

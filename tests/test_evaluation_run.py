@@ -135,6 +135,26 @@ def summed(world: World):
     return measure.make_statistics(pictures, SmallInception(), world, 8)
 
 
+@pytest.mark.parametrize("workers", [0, 1, 3])
+def test_pictures_read_ahead_are_the_ones_asked_for(workers, monkeypatch):
+    """Pieces of unequal lengths, one out of order: the same pictures and moments, whoever decodes them."""
+    source = SyntheticSource(size=12, count=61)
+    rows = [i * 7 % 61 for i in range(50)]
+    pictures = SourcePictures(source, 8, workers, rows)
+    ranges = [range(0, 9), range(9, 11), range(30, 39), range(11, 30), range(39, 40), range(40, 50)]
+    pictures.expect(ranges)
+    for wanted in [*ranges[:3], range(2, 5), *ranges[3:], range(0, 50)]:
+        images, labels = pictures.labelled(wanted.start, wanted.stop)
+        assert labels.tolist() == [rows[i] % 4 for i in wanted]
+        assert all(torch.equal(a, pictures.transform.apply_view(source[rows[i]].image, 0))
+                   for a, i in zip(images, wanted, strict=True))
+    monkeypatch.setattr(measure, "READ", 7)  # 50 = 7 x 7 + 1
+    made = measure.make_statistics(pictures, SmallInception(), ONE, 4)
+    whole = Moments.of(SmallInception()(pictures.read(0, 50))["pool"])
+    assert made.facts.count == 50
+    torch.testing.assert_close(made.moments["pool"], (whole.mean, whole.covariance))
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Ranks
 # ---------------------------------------------------------------------------------------------------------------------
