@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from core.arrays import NpzFile
 from core.errors import UserError
 from data.base import FileSource
 from data.transforms import Transform
@@ -48,15 +49,11 @@ class MomentFiles:
 
     def _read(self, index: int, view: int) -> np.ndarray:
         path = self.path / (os.fsdecode(self.source.packed_keys[index]) + ".npz")
-        try:
-            with np.load(path, allow_pickle=False) as file:
-                found = file[NAMES[view]]
-        except (OSError, ValueError, KeyError) as error:
-            raise UserError(f"{path} cannot be read ({type(error).__name__}: {error}); it should hold "
-                            f"{NAMES[view]}.") from error
-        if found.shape != self.shape or not np.isfinite(found).all():
-            raise UserError(f"{path}: {NAMES[view]} has shape {list(found.shape)} or is not finite, this tokenizer's "
-                            f"moments are {list(self.shape)}. Use moments of this tokenizer.")
+        with NpzFile(path) as file:
+            found = file.load(NAMES[view])
+        if found.shape != self.shape or found.dtype.kind != "f" or not np.isfinite(found).all():
+            raise UserError(f"{path}: {NAMES[view]} is {found.dtype} {list(found.shape)} or not finite, this tokenizer's "
+                            f"moments are floats {list(self.shape)}. Use moments of this tokenizer.")
         return found.astype(np.float32)
 
     def get(self, indices: Sequence[int], views: Sequence[int]) -> dict[str, Tensor]:

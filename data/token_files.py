@@ -18,6 +18,7 @@ from typing import Callable, Iterator
 
 import numpy as np
 
+from core.arrays import read_npy
 from core.errors import UserError, nearest
 from core.files import explain_os_errors, read_json, write_json
 from core.specs import Codes, MultiScale
@@ -78,11 +79,7 @@ class NumberedFiles:
         return wanted
 
     def _load(self, path: Path) -> np.ndarray:
-        try:
-            with explain_os_errors(path):
-                array = np.load(path, allow_pickle=False)
-        except (ValueError, EOFError) as error:
-            raise UserError(f"{path} is not a .npy file of integers ({error}). Extract it again.") from error
+        array = read_npy(path)
         if array.dtype.kind not in "iu":
             raise UserError(f"{path} holds {array.dtype}, expected integers. Extract it again.")
         return array

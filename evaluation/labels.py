@@ -21,6 +21,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from core.arrays import read_npy
 from core.errors import UserError
 from core.files import explain_os_errors
 from core.rng import Draws, hash64
@@ -58,14 +59,14 @@ def _read(path: Path, count: int) -> Tensor:
     with explain_os_errors(path):
         try:
             if path.suffix == ".npy":
-                values = np.load(path, allow_pickle=False)
+                values = read_npy(path)
                 if values.ndim != 1 or values.dtype.kind not in "iu":
                     found = f"{values.dtype} of shape {values.shape}"
                     raise UserError(f"{path}: expected a row of whole numbers, got {found}.")
                 labels = torch.from_numpy(values.astype(np.int64))
             else:
                 labels = torch.tensor([int(line.split()[-1]) for line in path.read_text().splitlines() if line.strip()])
-        except (ValueError, EOFError) as error:
+        except ValueError as error:
             raise UserError(f"{path}: expected one whole number per line ({error}).") from error
     if len(labels) < count:
         raise UserError(f"{path} has {len(labels)} labels and {count} samples are asked for.")

@@ -4,7 +4,8 @@ Each set covers the balls around its points that reach to their k-th neighbour. 
 pictures inside a ball of a real one, recall the share of real pictures inside a ball of a generated one; a point on the
 rim is inside. Distances are squared Euclidean, max(|u|^2 - 2 u.v + |v|^2, 0).
 
-mode "exact" (default): float64 throughout. Equals torch-fidelity's precision and recall, which take roots, up to ties.
+mode "exact" (default): float64 throughout; what lies beyond a rim by rounding alone is inside. Equals torch-fidelity's
+precision and recall, which take roots, up to ties.
 mode "adm_fp16": what guided-diffusion publishes. Each block of distances is computed in half precision, and again in
 float32 only if something in it overflowed. Radii are off by up to 2e-3 of their value and ties appear.
 
@@ -24,6 +25,7 @@ from evaluation.features import full_precision
 MODES = ("exact", "adm_fp16")
 _ADM_BLOCK = 10_000
 _STRIP = 1024
+_SLACK = 1e-9  # of a radius: the distance of a point on the rim is computed twice, with other roundings
 _LARGEST_NORM = 65_504 / 2  # beyond it twice the product can overflow while the sum would not
 
 
@@ -50,6 +52,9 @@ def precision_recall(*, real: Tensor, generated: Tensor, k: int = 3, mode: str =
         raise UserError(f"Precision and recall of features with {real.shape[1]} and {generated.shape[1]} dimensions: "
                         "both sides must come from the same tap of the same network.")
     real_radii, generated_radii = (manifold_radii(side, k, mode, block) for side in (real, generated))
+    if mode == "exact":
+        rounding = 1e-3 * _SLACK * max(float(side.double().square().sum(1).max()) for side in (real, generated))
+        real_radii, generated_radii = (radii * (1 + _SLACK) + rounding for radii in (real_radii, generated_radii))
     size = block or (_ADM_BLOCK if mode == "adm_fp16" else 4096)
     covered_real = torch.zeros(len(real), dtype=torch.bool, device=real.device)
     covered_generated = torch.zeros(len(generated), dtype=torch.bool, device=real.device)

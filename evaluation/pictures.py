@@ -7,18 +7,17 @@ Folders of pictures become such a set in scripts/picture_sets.py, through the de
 
 from __future__ import annotations
 
-import zipfile
 import zlib
 from pathlib import Path
 from typing import Protocol
 
 import numpy as np
 import torch
-from numpy.lib import format as npy
 from torch import Tensor
 
+from core.arrays import NpzFile
 from core.errors import UserError
-from core.files import explain_os_errors, sha256_file
+from core.files import sha256_file
 
 
 class Pictures(Protocol):
@@ -96,66 +95,3 @@ class NpzPictures(ArrayPictures):
 
     def fingerprint(self) -> str:
         return sha256_file(self.path)[:16]
-
-
-class NpzFile:
-    """An .npz file whose arrays are read one at a time: mapped where they lie uncompressed, else loaded.
-
-    Use as a context manager. Arrays of Python objects are refused, since reading those runs code.
-    """
-
-    def __init__(self, path: str | Path):
-        self.path = Path(path)
-        with explain_os_errors(self.path):
-            try:
-                self.zip = zipfile.ZipFile(self.path)
-            except zipfile.BadZipFile as error:
-                raise self._damaged(error) from error
-        self.names = [name.removesuffix(".npy") for name in self.zip.namelist() if name.endswith(".npy")]
-
-    def __enter__(self) -> "NpzFile":
-        return self
-
-    def __exit__(self, *_) -> None:
-        self.zip.close()
-
-    def _damaged(self, error: Exception) -> UserError:
-        return UserError(f"{self.path}: not a whole .npz file ({error}). Copy or download it again.")
-
-    def load(self, name: str) -> np.ndarray:
-        """A copy in memory."""
-        try:
-            with self.zip.open(f"{name}.npy") as member:
-                return npy.read_array(member, allow_pickle=False)
-        except (ValueError, EOFError, zipfile.BadZipFile, zlib.error) as error:
-            if "pickle" in str(error) or "Object" in str(error):
-                raise UserError(f"{self.path}: {name} holds Python objects; reading them would run code. "
-                                "Save it as a plain array.") from error
-            raise self._damaged(error) from error
-
-    def map(self, name: str) -> np.ndarray:
-        """Read-only and mapped from disk if the array lies there as numpy needs it, else loaded whole."""
-        info = self.zip.getinfo(f"{name}.npy")
-        if info.compress_type != zipfile.ZIP_STORED:
-            return self.load(name)
-        with explain_os_errors(self.path), open(self.path, "rb") as file:
-            file.seek(info.header_offset)
-            local = file.read(30)  # the local header may be longer than the central one
-            if len(local) < 30:
-                raise self._damaged(EOFError("it ends early"))
-            name_length, extra_length = (int.from_bytes(local[i : i + 2], "little") for i in (26, 28))
-            file.seek(info.header_offset + 30 + name_length + extra_length)
-            try:
-                version = npy.read_magic(file)
-                readers = {(1, 0): npy.read_array_header_1_0, (2, 0): npy.read_array_header_2_0}
-                if version not in readers:
-                    return self.load(name)
-                shape, fortran, dtype = readers[version](file)
-            except ValueError as error:
-                raise self._damaged(error) from error
-            offset = file.tell()
-        if fortran or dtype.hasobject or 0 in shape:
-            return self.load(name)
-        if offset + int(np.prod(shape)) * dtype.itemsize > self.path.stat().st_size:
-            raise self._damaged(EOFError(f"{name} ends early"))
-        return np.memmap(self.path, dtype, "r", offset, shape)

@@ -25,13 +25,15 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as to_safetensors
 from torch import Tensor
 
+from core.arrays import NpzFile
 from core.errors import UserError
 from core.files import explain_os_errors, fsync_file, sha256_file, write_atomic
 from core.pickles import load_pickle
-from evaluation.pictures import ArrayPictures, NpzFile, check_pictures
+from evaluation.pictures import ArrayPictures, check_pictures
 
 # Feature tap -> array names in a file: ADM's for FID's network, our own for the offline stand-in.
 MOMENTS = {"pool": ("mu", "sigma"), "spatial": ("mu_s", "sigma_s"), "block4": ("mu_block4", "sigma_block4")}
+_TORCH_FLOATS = (np.float16, np.float32, np.float64)
 SUFFIXES = (".npz", ".pt", ".pth", ".safetensors")
 
 
@@ -155,7 +157,10 @@ def load(path: str | Path) -> Statistics:
 
 
 def _plain(value: Any) -> Any:
-    return torch.as_tensor(value) if isinstance(value, (np.ndarray, Tensor)) else value
+    """Arrays of floats, of any width and byte order, as tensors; everything else as it is."""
+    if not isinstance(value, np.ndarray) or value.dtype.kind != "f":
+        return value
+    return torch.from_numpy(value.astype(value.dtype if value.dtype in _TORCH_FLOATS else np.float64))
 
 
 def _read_npz(path: Path) -> tuple[dict[str, Any], Facts, ArrayPictures | None, list[str]]:
@@ -205,7 +210,22 @@ def _moments(path: Path, arrays: dict[str, Any], mean_name: str, covariance_name
         )
     if not (mean.isfinite().all() and covariance.isfinite().all()):
         raise UserError(f"{path}: {mean_name} or {covariance_name} is not finite.")
+    if wrong := _no_covariance(covariance):
+        raise UserError(f"{path}: {covariance_name} {wrong}, so it is no covariance and no distance from it means "
+                        "anything. Download the file again, or make one with run_make_reference.sh.")
     return mean.double(), covariance.double()
+
+
+def _no_covariance(matrix: Tensor) -> str:
+    """What forbids that a (D, D) matrix is a covariance, beyond the rounding of its type; "" where nothing does."""
+    eps = max(torch.finfo(t).eps for t in (matrix.dtype, torch.float32))  # float64 files often were float32 once
+    matrix = matrix.double()
+    slack = 4 * eps * float(matrix.norm()) * len(matrix) ** 0.5
+    if float((matrix - matrix.T).abs().max()) > slack:
+        return "is not symmetric"
+    shifted = (matrix + matrix.T) / 2
+    shifted.diagonal().add_(slack + torch.finfo(torch.float64).tiny)  # a matrix of zeros has a root too
+    return "has negative eigenvalues" if int(torch.linalg.cholesky_ex(shifted).info) else ""
 
 
 # ---------------------------------------------------------------------------------------------------------------------

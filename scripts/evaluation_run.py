@@ -14,6 +14,7 @@ from torch import Tensor
 
 from core import config as config_module
 from core import images as image_tools
+from core.arrays import NpzFile
 from core.config import EvalConfig, RunConfig
 from core.dist import World
 from core.errors import UserError
@@ -25,7 +26,7 @@ from data.sources import open_source
 from evaluation import labels as label_protocols
 from evaluation import protocols, record, runner
 from evaluation.features import FeatureNet
-from evaluation.pictures import Pictures
+from evaluation.pictures import NpzPictures, Pictures
 from evaluation.protocols import Protocol
 from evaluation.reference import Reference
 from evaluation.statistics import Statistics
@@ -188,8 +189,6 @@ def real_features(
     needs = {"kid", "precision", "recall"} & set(wanted.generation) or not moments_known
     if reference is None or reference.suffix != ".npz" or not needs:
         return None
-    from evaluation.pictures import NpzFile, NpzPictures
-
     with NpzFile(reference) as file:
         if "arr_0" not in file.names:
             return None

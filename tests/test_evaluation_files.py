@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from core.dist import World
+from core.arrays import NpzFile, read_npy
 from core.errors import UserError
 from evaluation import labels, protocols, statistics
 from evaluation.pictures import ArrayPictures, NpzPictures
@@ -40,7 +41,7 @@ def test_npz_pictures(tmp_path, how):
     read = NpzPictures(path)
     assert len(read) == 7 and read.size == (8, 8)
     assert torch.equal(read.read(2, 5), torch.from_numpy(array[2:5]).permute(0, 3, 1, 2))
-    assert isinstance(read.pictures, np.memmap) == (how == "stored")
+    assert isinstance(read.pictures, np.memmap) == (how in ("stored", "version 3"))
     assert torch.equal(read.read(0, 7), ArrayPictures(torch.from_numpy(array).permute(0, 3, 1, 2)).read(0, 7))
 
 
@@ -62,6 +63,41 @@ def test_pictures_that_are_none(tmp_path):
         NpzPictures(path)
     with pytest.raises(UserError, match="no such file"):
         NpzPictures(tmp_path / "absent.npz")
+
+
+def header(descr: str, shape: tuple, data: bytes = b"") -> bytes:
+    """A .npy file whose header says whatever we like."""
+    text = repr({"descr": descr, "fortran_order": False, "shape": shape}).ljust(117) + "\n"
+    return b"\x93NUMPY\x01\x00" + len(text).to_bytes(2, "little") + text.encode() + data
+
+
+@pytest.mark.parametrize("content", [
+    header("|u1", (-1, 4, 4, 3)), header("|u1", (1 << 62, 4, 4, 3)), header("<f8", (10**6, 10**6)),
+    header("|O", (3,), b"x" * 24), header("|u1", (2, 4, 4, 3), b"x" * 95), b"\x93NUMPY\x09\x00abc", b"", b"{" * 300,
+    header("[('a',", (2,)),
+])
+@pytest.mark.parametrize("compression", [zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED])
+def test_hostile_arrays_are_one_sentence(tmp_path, content, compression):
+    path = tmp_path / "bad.npz"
+    with zipfile.ZipFile(path, "w", compression) as archive:
+        archive.writestr("arr_0.npy", content)
+    (tmp_path / "bad.npy").write_bytes(content)
+    with NpzFile(path) as file:
+        for read in (file.load, file.map, lambda name: read_npy(tmp_path / "bad.npy")):
+            with pytest.raises(UserError, match="not a whole .np|run code"):
+                read("arr_0")
+    with pytest.raises(UserError, match="bad.npz"):
+        NpzPictures(path)
+
+
+def test_an_array_that_unpacks_to_more_than_deflate_can_hold(tmp_path):
+    with zipfile.ZipFile(tmp_path / "x.npz", "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("arr_0.npy", header("|u1", (1, 1, 1, 3), b"abc"))
+    content = (tmp_path / "x.npz").read_bytes()
+    size = len(header("|u1", (1, 1, 1, 3), b"abc"))
+    (tmp_path / "x.npz").write_bytes(content.replace(size.to_bytes(4, "little"), (1 << 30).to_bytes(4, "little")))
+    with NpzFile(tmp_path / "x.npz") as file, pytest.raises(UserError, match="claims 1073741824 bytes"):
+        file.load("arr_0")
 
 
 @pytest.mark.parametrize("order", [range(3), (2, 0, 1)])
@@ -152,6 +188,10 @@ def test_statistics_that_are_none(tmp_path):
         ({"mu": mean}, "sigma should be 2-dimensional"),
         ({"mu": mean, "sigma": covariance[:3]}, "sigma is"),
         ({"mu": mean * np.nan, "sigma": covariance}, "not finite"),
+        ({"mu": mean.astype(str), "sigma": covariance}, "of floats, found <U32"),
+        ({"mu": mean, "sigma": covariance + np.triu(np.ones((5, 5)))}, "not symmetric"),
+        ({"mu": mean, "sigma": covariance - 1.1 * np.eye(5)}, "negative eigenvalues"),
+        ({"mu": mean, "sigma": -np.eye(5)}, "negative eigenvalues"),
         ({"x": mean}, "neither statistics"),
     ):
         np.savez(path, **arrays)
@@ -159,6 +199,17 @@ def test_statistics_that_are_none(tmp_path):
             statistics.load(path)
     with pytest.raises(UserError, match="run_make_reference"):
         statistics.load(tmp_path / "absent.npz")
+
+
+@pytest.mark.parametrize("dtype", ["<f2", "<f4", ">f4", "<f8", ">f8", "g"])
+@pytest.mark.parametrize("count", [40, 9])
+def test_rounded_statistics_of_any_type_are_taken(tmp_path, dtype, count):
+    """Also of fewer pictures than dimensions, whose covariance has zeros that rounding makes negative."""
+    features = np.random.default_rng(0).normal(size=(count, 12)) * np.geomspace(1e-3, 10, 12)
+    np.savez(tmp_path / "x.npz", mu=features.mean(0).astype(dtype), sigma=np.cov(features.T).astype(dtype))
+    mean, covariance = statistics.load(tmp_path / "x.npz").moments["pool"]
+    assert mean.dtype == covariance.dtype == torch.float64
+    np.testing.assert_allclose(covariance.numpy(), np.cov(features.T), rtol=1e-3, atol=1e-6)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
