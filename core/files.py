@@ -45,6 +45,18 @@ def explain_os_errors(path: str | os.PathLike) -> Iterator[None]:
         raise UserError(f"{os.fspath(path)}: {_ADVICE[error.errno]}.") from error
 
 
+def refuse_text(path: str | os.PathLike) -> None:
+    """UserError that says what is there where a file of numbers was expected and a download left something else."""
+    with explain_os_errors(path), open(path, "rb") as file:
+        start = file.read(200).lstrip().lower()
+    if start.startswith(b"version https://git-lfs"):
+        raise UserError(f"{os.fspath(path)}: a Git-LFS pointer, not the file it stands for. Run git lfs pull in its "
+                        "repository, or download the file itself.")
+    if start.startswith((b"<!doctype", b"<html", b"<head", b"<?xml")):
+        raise UserError(f"{os.fspath(path)}: a web page, not a file of weights: the server answered the download with a "
+                        "page, of an error or a login. Delete it and download it again.")
+
+
 def is_machines_fault(error: BaseException) -> bool:
     """Whether the operating system is behind `error` (a full disk, a lost mount): the same command may work later."""
     while error is not None:

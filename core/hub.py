@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from core.errors import UserError, nearest
-from core.files import explain_os_errors, fsync_file, fsync_folder, human_bytes, require_space, sha256_file
+from core.files import explain_os_errors, fsync_file, fsync_folder, human_bytes, refuse_text, require_space, sha256_file
 from core.pickles import load_pickle
 from core.train.checkpoint import MANIFEST, CheckpointStore, find_damage, read_tensors
 
@@ -241,13 +241,14 @@ def _download(url: str, sha256: str | None, target: Path) -> None:
 def load_tensors(path: str | os.PathLike) -> dict[str, Any]:
     """The contents of a weight file, mapped from disk: name -> tensor, or nested as a .pt file has it.
 
-    .safetensors by its suffix, everything else as torch.save writes it. No code of a file is ever run; a file that
-    would need it is refused.
+    .safetensors by its suffix, everything else as torch.save writes it. No code of a file is ever run: objects beside
+    the tensors are `core.pickles.Inert`.
     """
     path = Path(path)
     if path.is_dir():
         raise UserError(f"{path} is a folder; name one weight file in it.")
     if path.suffix == ".safetensors":
+        refuse_text(path)
         return read_tensors(path)
     return load_pickle(path)
 

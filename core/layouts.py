@@ -45,11 +45,9 @@ def read_layout(layout: Mapping[str, Any]) -> dict[str, Any]:
     return loaded
 
 
-def to_meta(loaded: Any) -> Any:
-    """The same file without its data, containers and all."""
-    if isinstance(loaded, torch.Tensor):
-        return torch.empty(loaded.shape, dtype=loaded.dtype, device="meta")
-    return {key: to_meta(value) for key, value in loaded.items()} if isinstance(loaded, Mapping) else loaded
+def to_meta(state: State) -> State:
+    """The same tensors without their data."""
+    return {name: torch.empty(t.shape, dtype=t.dtype, device="meta") for name, t in state.items()}
 
 
 def build_on_meta(build: Callable[..., nn.Module], settings: dict[str, Any]) -> nn.Module:
@@ -83,7 +81,7 @@ def compare(adapter: Adapter, loaded: Mapping[str, Any], exact: bool = False, pa
             classes, say), which no other tensor contradicts.
         settings: constructor arguments that overrule what the shapes say.
     """
-    state = adapter.open(to_meta(loaded), use_ema=False)
+    state = to_meta(adapter.open(loaded, use_ema=False))
     result = _fit(adapter, state, settings, exact)
     if result.differences:
         result = _find_fault(adapter, state, settings, result, exact) or result

@@ -47,16 +47,6 @@ def unused_lines(result, outside: int) -> list[str]:
     return lines
 
 
-def tensors_in(content: object) -> list:
-    """Every tensor in nested containers."""
-    import torch
-
-    if isinstance(content, torch.Tensor):
-        return [content]
-    children = content.values() if isinstance(content, dict) else content if isinstance(content, (list, tuple)) else ()
-    return [tensor for child in children for tensor in tensors_in(child)]
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 # --check-layout
 # ---------------------------------------------------------------------------------------------------------------------
@@ -65,6 +55,7 @@ def check_layout(path: str) -> bool:
     from core.errors import UserError
     from core.files import read_json
     from core.layouts import compare, read_layout
+    from core.pickles import tensors_in
 
     layout = read_json(path)
     if not isinstance(layout, dict) or not isinstance(layout.get("tensors"), dict):
@@ -154,7 +145,8 @@ def describe(reference: str) -> bool:
 def describe_released(path: Path) -> bool:
     from core import hub
     from core.files import human_bytes
-    from core.layouts import compare, to_meta
+    from core.layouts import compare
+    from core.pickles import tensors_in
 
     loaded = hub.load_tensors(path)
     found = found_in(loaded)
@@ -162,11 +154,10 @@ def describe_released(path: Path) -> bool:
         names = ", ".join(map(str, list(loaded)[:8]))
         print(f"{path}: no tokenizer or generator that is known. It holds: {names}{' ...' if len(loaded) > 8 else ''}")
         return False
-    shapes = to_meta(loaded)
     good = True
     for kind, name, adapter in found:
         raw, averaged = adapter.parts(loaded)
-        result = compare(adapter, shapes)
+        result = compare(adapter, loaded)
         settings = ", ".join(f"{key} {plain(value)}" for key, value in result.settings.items())
         sets = " and ".join(text for text, state in (("raw weights", raw), ("averaged (EMA) weights", averaged))
                             if state)

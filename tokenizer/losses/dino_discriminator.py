@@ -19,6 +19,7 @@ from core.images import to_unit_range
 from core.nn.frozen import Frozen
 from core.nn.offline import find_local_file, forbid_offline
 from core.nn.vit import ViTSize, VisionTransformer
+from core.pickles import load_pickle
 
 DINO_SMALL = ViTSize(384, 12, 6)
 INPUT = 224  # pixels that the backbone sees
@@ -189,7 +190,7 @@ def _backbone_weights(weights: str | None) -> dict[str, Tensor]:
             forbid_offline(_URL)
             state = torch.hub.load_state_dict_from_url(_URL, map_location="cpu", weights_only=True)
         else:
-            state = torch.load(path, map_location="cpu", weights_only=True)
+            state = load_pickle(path)
     except (OSError, RuntimeError) as error:
         raise UserError(f"could not get the backbone of the DINO discriminator ({error}). Download {_URL} and put it into "
                         "pretrained_models/, or set discriminator: {name: patchgan}.") from None
