@@ -198,8 +198,8 @@ class SampleConfig:
     temperature: float | list[float] | None = setting(None, "of the softmax over codes, or one per codebook", low=0)
     top_k: int | list[int] | None = setting(None, "sample among the k likeliest codes, or one per codebook; 0: all", low=0)
     shared: int | None = setting(None, "the first so many codes of all samples are those of the first one", low=0)
-    top_p: float | list[float] | None = setting(None, "sample among the likeliest codes that make up p, or per codebook",
-                                                low=0, high=1)
+    top_p: float | list[float] | None = setting(None, "sample among the likeliest codes that make up p, or per codebook; "
+                                                      "0: all", low=0, high=1)
 
     GUIDANCE: ClassVar[tuple[str, ...]] = ("scale", "guidance", "interval", "guide", "schedule", "start", "power")
 
@@ -424,6 +424,15 @@ def _init_of(constructor: Any) -> Any:
     return constructor.__init__ if isinstance(constructor, type) else constructor
 
 
+def linear_scales(text: str) -> tuple[float, float]:
+    """D-AR's notation "1.2,8.0" of a guidance that grows linearly: the first and the last scale; ValueError for others.
+
+    parity: its sampler starts at 1.001 where 1 is asked for, since 1 would switch guidance off.
+    """
+    first, last = (float(part) for part in text.split(","))
+    return (1.001 if first == 1 < last else first), last
+
+
 def _cross_checks(config: RunConfig) -> list[str]:
     """What no single key can tell."""
     problems = []
@@ -451,8 +460,8 @@ def _cross_checks(config: RunConfig) -> list[str]:
     scale = config.sample.scale
     if isinstance(scale, str):  # D-AR's notation, turned into what the rest of the code knows
         try:
-            first, last = (float(part) for part in scale.split(","))
-            config.sample.start, config.sample.scale, config.sample.schedule = first, last, "linear"
+            config.sample.start, config.sample.scale = linear_scales(scale)
+            config.sample.schedule = "linear"
         except ValueError:
             problems.append(f'sample.scale: a text is two numbers, first and last scale, such as "1.2,8.0", not {scale!r}.')
     elif config.sample.guidance == "auto" and isinstance(scale, list):

@@ -9,6 +9,7 @@ Shape letters: B batch, N tokens, C latent channels, K codebooks (branches), V c
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass, field
 from typing import Any, Iterator, Protocol, runtime_checkable
 
@@ -172,7 +173,7 @@ class Recon:
 
 @dataclass(frozen=True)
 class Guidance:
-    """How to sharpen samples. scale 1 (or less) means none.
+    """How to sharpen samples. Scale 1 means none, and so does one up to `floor`.
 
     kind "cfg": against the unconditional prediction; "auto": against a weaker model (`guide`).
     The guided prediction is used where t lies in `interval` (inclusive), elsewhere the plain conditional one; t is the
@@ -181,6 +182,9 @@ class Guidance:
     `scale` may be one number per codebook, for generators of codes. `schedule` says how the scale runs from the first
     sampled token (or scale) to the last: "constant"; "linear" from `start` to `scale`; "cosine": 1 + (scale - 1)
     (1 - cos(pi t^power)) / 2. generator.guidance.scales turns it into a table.
+
+    parity: the samplers of RecTok, FQGAN and D-AR guide with scales above 1 only; those of RAR and VAR mix the two
+    predictions with any scale but 0. A generator says which of the two by `mixing`.
     """
 
     scale: float | tuple[float, ...] = 1.0
@@ -190,12 +194,19 @@ class Guidance:
     schedule: str = "constant"
     start: float = 1.0
     power: float = 1.0
+    floor: float = 1.0
 
     @property
     def active(self) -> bool:
         """Whether any step of any codebook is guided, so that a second prediction is needed at all."""
-        scale = max(self.scale) if isinstance(self.scale, tuple) else self.scale
-        return scale > 1.0 or (self.schedule == "linear" and self.start > 1.0)
+        given = self.scale if isinstance(self.scale, tuple) else (self.scale,)
+        if self.schedule == "linear":
+            given = (*given, self.start)
+        return any(scale > self.floor and scale != 1.0 for scale in given)
+
+    def mixing(self) -> "Guidance":
+        """The same, with scales between 0 and 1 taken at their word."""
+        return dataclasses.replace(self, floor=0.0)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

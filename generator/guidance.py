@@ -21,7 +21,8 @@ def scales(guidance: Guidance, steps: int, branches: int = 1) -> Tensor:
     """(steps, branches) fp32 on the CPU: the guidance scale of every sampled token (or scale) and codebook.
 
     Step k knows the share t = k / steps of the sequence; outside guidance.interval the scale is 1. "linear" reaches
-    `scale` at the last step. Inactive guidance gives ones.
+    `scale` at the last step. Inactive guidance gives ones, as does a codebook whose constant scale is not above
+    guidance.floor.
     """
     if guidance.schedule not in SCHEDULES:
         raise UserError(f'guidance schedule "{guidance.schedule}" is not known.{nearest(guidance.schedule, SCHEDULES)}')
@@ -41,7 +42,7 @@ def scales(guidance: Guidance, steps: int, branches: int = 1) -> Tensor:
                             for k in range(steps)])[:, None]
         table = ramp * (full - 1) + 1
     else:
-        table = full.expand(steps, -1)
+        table = torch.where(full > guidance.floor, full, 1.0).expand(steps, -1)
     return torch.where(in_interval(t, guidance), table, 1.0).contiguous()
 
 

@@ -32,14 +32,14 @@ def filter_logits(logits: Tensor, top_k: int = 0, top_p: float = 1.0) -> Tensor:
     Args:
         top_k: keep the k largest and whatever equals the k-th; 0 keeps all.
         top_p: among those, keep the likeliest until their probabilities exceed p, the one that crosses p included
-            (nucleus sampling, Holtzman et al. 2019); 1 keeps all. With top_k only k values are sorted.
+            (nucleus sampling, Holtzman et al. 2019); 0 and 1 keep all. With top_k only k values are sorted.
     """
     vocab = logits.shape[-1]
     kept = min(top_k, vocab) if top_k > 0 else vocab
     if kept < vocab:
         best, places = logits.topk(kept, dim=-1)  # (..., k), descending
         logits = logits.masked_fill(logits < best[..., -1:], -torch.inf)
-    if top_p >= 1.0:
+    if not 0.0 < top_p < 1.0:
         return logits
     if kept == vocab:
         best, places = logits.sort(dim=-1, descending=True)

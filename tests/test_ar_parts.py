@@ -139,7 +139,7 @@ def reference_filter(row: list[float], top_k: int, top_p: float) -> set[int]:
     order = sorted(range(len(row)), key=lambda i: -row[i])
     if top_k:
         order = [i for i in order if row[i] >= row[order[min(top_k, len(row)) - 1]]]
-    if top_p >= 1:
+    if top_p in (0, 1):
         return set(order)
     total, before, kept = sum(math.exp(row[i]) for i in order), 0.0, set()
     for i in order:

@@ -111,7 +111,13 @@ def test_semantic_decoders():
     assert not torch.equal(recon.details["semantic_input"], recon.details["latents"])
     mlp = rectok(semantic=semantic(decoder="mlp"), mask_ratio=0.0)
     assert mlp(x, d).predictions["dinov3"].shape == (2, 16, 20)
-    assert [p.shape for p in mlp.sem_decoders["dinov3"].parameters()] == [(32, 8), (32,), (20, 32), (20,)]
+    assert {n: tuple(p.shape) for n, p in mlp.named_parameters() if n.startswith("sem_")} == {
+        "sem_decoders.dinov3.mlp.0.weight": (32, 8), "sem_decoders.dinov3.mlp.0.bias": (32,),
+        "sem_decoders.dinov3.mlp.2.weight": (20, 32), "sem_decoders.dinov3.mlp.2.bias": (20,)}  # the official names
+    w0, b0, w2, b2 = mlp.sem_decoders["dinov3"].parameters()
+    hidden = mlp(x, d).details["latents"] @ w0.T + b0
+    expected = 0.5 * hidden * (1 + torch.erf(hidden / 2**0.5)) @ w2.T + b2
+    torch.testing.assert_close(mlp(x, d).predictions["dinov3"], expected)
 
 
 @pytest.mark.parametrize("settings, named", [
@@ -470,7 +476,8 @@ def test_guidance_tables():
     from generator.guidance import guide_logits, scales
 
     assert scales(Guidance(3.0), 4).tolist() == [[3.0]] * 4
-    assert scales(Guidance((3.0, 0.5)), 2, branches=2).tolist() == [[3.0, 0.5]] * 2
+    assert scales(Guidance((3.0, 0.5)), 2, branches=2).tolist() == [[3.0, 1.0]] * 2  # up to 1 is none
+    assert scales(Guidance((3.0, 0.5)).mixing(), 2, branches=2).tolist() == [[3.0, 0.5]] * 2
     assert scales(Guidance(8.0, schedule="linear", start=2.0), 3).flatten().tolist() == [2.0, 5.0, 8.0]
     assert scales(Guidance(9.0, schedule="linear", start=1.0, interval=(0.5, 1.0)), 4)[:2].tolist() == [[1.0], [1.0]]
     cosine = scales(Guidance(16.0, schedule="cosine", power=2.75), 256).flatten()

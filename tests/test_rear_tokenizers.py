@@ -63,6 +63,40 @@ def test_encode_embed_decode_and_train(kind):
     assert all(p.grad is not None for p in tokenizer.parameters()) and recon.last_layer.grad.abs().sum() > 0
 
 
+@pytest.mark.parametrize("kind", ["maskgit", "plus"])
+@pytest.mark.parametrize("size", [(8, 24), (40, 16)])
+def test_convolutional_decoders_take_any_map_of_codes(kind, size):
+    """A map (B, h, w, 1) of another shape than the trained one: rows of the codebook through the decoder."""
+    tokenizer = build(kind)[1]
+    codes = torch.randint(0, 20, (2, size[0] // 4, size[1] // 4, 1), generator=torch.Generator().manual_seed(2))
+    decoded = tokenizer.decode(codes)
+    assert decoded.shape == (2, 3, *size)
+    rows = tokenizer.quantizer.embedding.weight
+    rows = (torch.nn.functional.normalize(rows, dim=-1) if kind == "plus" else rows)[codes[..., 0]]
+    torch.testing.assert_close(decoded, tokenizer.decoder(rows.permute(0, 3, 1, 2)) * 2 - 1)
+    square = torch.randint(0, 20, (2, 64, 1), generator=torch.Generator().manual_seed(2))
+    assert torch.equal(tokenizer.decode(square), tokenizer.decode(square.view(2, 8, 8, 1)))
+
+
+@pytest.mark.parametrize("legacy", [False, True])
+@pytest.mark.parametrize("normalise", [False, True])
+def test_titok_has_two_patch_sizes_and_unit_vectors_by_choice(legacy, normalise):
+    proxy = {**PROXY, "channel_mult": [1, 1, 1, 2]} if legacy else None
+    torch.manual_seed(0)
+    tokenizer = TiTok(**VIT, decoder_patch_size=8, legacy=legacy, normalise=normalise, proxy=proxy)
+    assert tokenizer.encoder.positional_embedding.shape[0] == 1 + (32 // 16) ** 2
+    assert tokenizer.decoder.positional_embedding.shape[0] == 1 + (32 // 8) ** 2
+    if not legacy:
+        assert tokenizer.decoder.ffn[0].weight.shape[0] == 3 * 8**2
+    codes = tokenizer.encode(images())
+    assert tokenizer.decode(codes).shape == (2, 3, 32, 32)
+    z, table = tokenizer.vectors(images()), tokenizer.quantizer.embedding.weight
+    if normalise:
+        z, table = (torch.nn.functional.normalize(x, dim=-1) for x in (z, table))
+    assert torch.equal(codes[..., 0], torch.cdist(z, table.expand(2, -1, -1)).argmin(-1))
+    torch.testing.assert_close(tokenizer.embed(codes)[:, :, 0], table[codes[..., 0]])
+
+
 @pytest.mark.parametrize("kind", BUILDERS)
 def test_export_and_back_bit_for_bit(kind):
     adapter, tokenizer = build(kind)

@@ -175,6 +175,25 @@ def test_loss_is_the_mean_cross_entropy_and_reaches_every_weight():
     assert all(p.grad is not None for p in model.parameters())
 
 
+def test_reported_losses_know_no_label_smoothing():
+    """-log p of the right code, whatever is trained on; and the share of right codes, in percent."""
+    model, codes, labels = var(), torch.randint(0, 20, (2, 14, 2)), torch.tensor([0, 1])
+    plain = model(codes, labels, draws(2))
+    model.label_smoothing = 0.3
+    smoothed = model(codes, labels, draws(2))
+    with torch.no_grad():
+        logits = model.logits(model.ops.scale_inputs(codes), model.drop_labels(labels, draws(2)))
+    logs = logits.log_softmax(-1)
+    right = -logs.gather(-1, codes[..., None])[..., 0]
+    hits = (logits.argmax(-1) == codes).float() * 100
+    for name, value in {"loss_mean": right.mean(), "loss_tail": right[:, 5:].mean(), "acc_mean": hits.mean(),
+                        "acc_tail": hits[:, 5:].mean()}.items():
+        torch.testing.assert_close(smoothed.logs[name], value)
+        torch.testing.assert_close(plain.logs[name], value)
+    torch.testing.assert_close(smoothed.total, (0.7 * right - 0.3 * logs.mean(-1)).mean())
+    assert (smoothed.total - plain.total).abs() > 1e-3
+
+
 def test_progressive_training_adds_scale_after_scale():
     stages = Progressive(until=0.5, first=1, warmup=0.1, ramp=0.05)
     found = [stages.stage(f, 6)[0] for f in (0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 1.0)]

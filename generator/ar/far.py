@@ -212,7 +212,7 @@ class FAR(nn.Module):
         """Codes (B, T, K).
 
         Args:
-            temperature, top_k, top_p: of every codebook, or one each; 1, 0 and 1 do nothing, temperature 0 is greedy.
+            temperature, top_k, top_p: of every codebook, or one each; 1, 0 and 0 (or 1) do nothing, temperature 0 is greedy.
             prefix: (B or 1, n, K) codes that the sequences begin with, in place of what would be sampled there.
             shared: the first so many positions take the codes of the first sample, whatever the labels.
             on_codes: called with the codes so far, (B, t, K), when t of them are there; it may start work on the device.

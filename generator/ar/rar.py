@@ -253,13 +253,14 @@ class RAR(nn.Module):
         """Codes (B, N, 1), in raster order.
 
         Args:
-            temperature, top_k, top_p: 1, 0 and 1 do nothing, temperature 0 is greedy.
+            guidance: parity: a scale between 0 and 1 mixes; 0 is none.
+            temperature, top_k, top_p: 1, 0 and 0 (or 1) do nothing, temperature 0 is greedy.
             cached: False computes the whole sequence anew for every code, as a reference.
             static: fixed shapes, so that a step is one CUDA graph; default on a GPU.
             trace: see CodeSampler.
         """
         device, length = labels.device, self.length
-        sampler = CodeSampler(length, 1, draws, guidance, device, temperature=temperature, top_k=top_k, top_p=top_p,
+        sampler = CodeSampler(length, 1, draws, guidance.mixing(), device, temperature=temperature, top_k=top_k, top_p=top_p,
                               trace=trace)
         both = sampler.labels(labels, torch.full_like(labels, self.num_classes))
         codes = torch.zeros(len(labels), length, dtype=torch.int64, device=device)

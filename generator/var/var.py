@@ -281,14 +281,18 @@ class VAR(nn.Module):
         targets = latents[:, :length]  # (B, N, K)
         inputs = self.ops.scale_inputs(targets)[:, : length - self.ends[0]]
         logits = self.logits(inputs, self.drop_labels(labels, draws), draws if self.training else None)
-        losses = F.cross_entropy(logits.flatten(0, 2), targets.flatten(), reduction="none",
-                                 label_smoothing=self.label_smoothing).view(targets.shape)
-        per_position = losses.mean((0, 2))  # (N,)
+        def cross_entropy(smoothing: float) -> Tensor:
+            """(N,)"""
+            losses = F.cross_entropy(logits.flatten(0, 2), targets.flatten(), reduction="none", label_smoothing=smoothing)
+            return losses.view(targets.shape).mean((0, 2))
+
+        per_position = cross_entropy(self.label_smoothing)
         # parity: also while only coarse scales are trained, a position counts 1 / (number of all positions).
         loss = (per_position[:begin].sum() + ramp * per_position[begin:].sum()) / self.ends[-1]
         with torch.no_grad():
             right = (logits.argmax(-1) == targets).float().mean((0, 2)) * 100
-            logs = {"loss_mean": per_position.mean(), "loss_tail": per_position[begin:].mean(),
+            plain = cross_entropy(0.0) if self.label_smoothing else per_position  # parity: what is reported
+            logs = {"loss_mean": plain.mean(), "loss_tail": plain[begin:].mean(),
                     "acc_mean": right.mean(), "acc_tail": right[begin:].mean()}
         return Loss(loss, {name: value.detach() for name, value in logs.items()})
 
@@ -307,6 +311,7 @@ class VAR(nn.Module):
             codes (B, L, K), and the tokenizer's state after the last scale.
         """
         batch, device, weight = len(labels), labels.device, self.word_embed.weight
+        guidance = guidance.mixing()
         table = guidance_scales(guidance, len(self.scales), self.branches).to(device)  # (S, K)
         if cuda_graph and cuda_graphs_work(device):
             key = (batch, guidance.active, activation_dtype(weight), device, addresses(self))
@@ -327,7 +332,7 @@ class VAR(nn.Module):
         """Codes (B, L, K).
 
         Args:
-            temperature, top_k, top_p: one number, or one per branch.
+            temperature, top_k, top_p: one number, or one per branch; top_k 0 and top_p 0 (or 1) keep all codes.
             cuda_graph: record the pass of every scale once and replay it, also in later calls with as many labels;
                 it spares small batches the launch of its kernels.
 

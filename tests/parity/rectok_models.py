@@ -47,7 +47,7 @@ def build_tokenizer(case: Case) -> RecTok:
     mask_ratio = settings.pop("mask_ratio", 0.0)
     if teachers := teacher_names(args):
         decoder = args.get("sem_dec_type", "transformer")
-        head = "2" if decoder == "mlp" else "out"
+        head = "mlp.2" if decoder == "mlp" else "out"
         settings["semantic"] = {
             "teachers": {name: case.weights[f"sem_decoders.{name}.{head}.weight"].shape[0] for name in teachers},
             "decoder": decoder,

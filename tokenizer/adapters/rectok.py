@@ -50,8 +50,8 @@ def _inspect(state: State) -> dict[str, Any]:
     teachers = sorted({name.split(".")[1] for name in state if name.startswith("sem_decoders.")})
     if teachers:
         first = f"sem_decoders.{teachers[0]}."
-        mlp = first + "2.weight" in state
-        head = "2.weight" if mlp else "out.weight"
+        mlp = first + "mlp.2.weight" in state
+        head = "mlp.2.weight" if mlp else "out.weight"
         semantic = {"teachers": {name: state[f"sem_decoders.{name}.{head}"].shape[0] for name in teachers},
                     "decoder": "mlp" if mlp else "transformer"}
         settings["semantic"] = semantic

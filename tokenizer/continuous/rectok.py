@@ -175,14 +175,15 @@ class SemanticTransformer(Transformer):
         return self.out(self.blocks(x + self.positional_embedding))  # (B, N, features)
 
 
-class SemanticMLP(nn.Sequential):
+class SemanticMLP(nn.Module):
     """The same one token at a time: it can neither see nor restore hidden tokens."""
 
     def __init__(self, channels: int, features: int):
-        super().__init__(nn.Linear(channels, 4 * channels), nn.GELU(), nn.Linear(4 * channels, features))
+        super().__init__()
+        self.mlp = nn.Sequential(nn.Linear(channels, 4 * channels), nn.GELU(), nn.Linear(4 * channels, features))
 
     def forward(self, latents: Tensor, restore: Tensor | None = None) -> Tensor:
-        return super().forward(latents)  # (B, K, features)
+        return self.mlp(latents)  # (B, K, features)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

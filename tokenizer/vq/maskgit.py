@@ -109,7 +109,8 @@ class CodesOfOneBranch(nn.Module):
 
 
 class ConvTokenizer(CodesOfOneBranch):
-    """core.specs.Tokenizer with one code per position.
+    """core.specs.Tokenizer with one code per position. `decode` and `embed` also take maps of codes, (B, h, w, 1) with
+    any h and w.
 
     Args:
         image_size: any multiple of the stride: nothing in the weights depends on it.
@@ -144,8 +145,9 @@ class ConvTokenizer(CodesOfOneBranch):
         return self.encoder(to_unit_range(images)).flatten(2).transpose(1, 2)
 
     def paint(self, vectors: Tensor) -> Tensor:
-        """(B, L, D) -> images (B, 3, H, W)."""
-        return self.decoder(vectors.transpose(1, 2).unflatten(2, self.spec.grid)) * 2 - 1
+        """(B, L, D), or (B, h, w, D) of any h and w -> images (B, 3, H, W)."""
+        maps = vectors.unflatten(1, self.spec.grid) if vectors.ndim == 3 else vectors
+        return self.decoder(maps.movedim(-1, 1)) * 2 - 1
 
 
 class MaskGITVQGAN(ConvTokenizer):

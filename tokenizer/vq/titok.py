@@ -81,8 +81,11 @@ class TiTok(CodesOfOneBranch):
 
     Args:
         encoder, decoder: a name in SIZES, or {width, layers, heads}.
+        patch_size, decoder_patch_size: of the pictures that the encoder reads and of those that the decoder paints;
+            None: the same. All released files have 16 for both.
         latents: N.
-        vocab, code_dim, normalise: of the codebook.
+        vocab, code_dim, normalise: of the codebook; `normalise` brings vectors and codes to unit length, whatever
+            `legacy` is.
         legacy: the first releases (l32, b64, s128): tokens mixed behind the encoder, pictures painted by the decoder of
             MaskGIT-VQGAN from the expectation of its codebook.
         proxy: of legacy, the codebook and decoder of that MaskGIT-VQGAN: {vocab, code_dim, channels, channel_mult,
@@ -90,19 +93,20 @@ class TiTok(CodesOfOneBranch):
         usage_window: latest assignments whose distinct share is logged in training; 0: not at all.
     """
 
-    def __init__(self, *, image_size: int = 256, patch_size: int = 16, encoder: str | dict = "base",
-                 decoder: str | dict = "large", latents: int = 128, vocab: int = 8192, code_dim: int = 64,
+    def __init__(self, *, image_size: int = 256, patch_size: int = 16, decoder_patch_size: int | None = None,
+                 encoder: str | dict = "base", decoder: str | dict = "large", latents: int = 128, vocab: int = 8192, code_dim: int = 64,
                  normalise: bool = False, legacy: bool = False, proxy: dict | bool | None = None,
                  usage_window: int = 0):
         super().__init__()
-        if image_size % patch_size:
-            raise UserError(f"image_size {image_size} is not a multiple of patch_size {patch_size}")
-        self.image_size, self.legacy, self.patch_size = image_size, legacy, patch_size
-        grid = image_size // patch_size
+        painted = decoder_patch_size or patch_size
+        for setting, size in (("patch_size", patch_size), ("decoder_patch_size", painted)):
+            if image_size % size:
+                raise UserError(f"image_size {image_size} is not a multiple of {setting} {size}")
+        self.image_size, self.legacy, self.patch_size = image_size, legacy, painted
         self.spec = Codes(latents, 1, vocab, code_dim)
         sizes = ViTSize.parse(encoder, "encoder", SIZES), ViTSize.parse(decoder, "decoder", SIZES)
         self.latent_tokens = nn.Parameter(torch.randn(latents, sizes[0].width) * sizes[0].width**-0.5)
-        self.encoder = Encoder(sizes[0], grid, patch_size, latents, code_dim, legacy)
+        self.encoder = Encoder(sizes[0], image_size // patch_size, patch_size, latents, code_dim, legacy)
         self.quantizer = VectorQuantizer(vocab, code_dim, normalise=normalise, floor="clamp", usage_window=usage_window)
         width = sizes[1].width
         self.conv_out = self.pixel_codebook = self.pixel_decoder = None
@@ -114,9 +118,9 @@ class TiTok(CodesOfOneBranch):
                 self.pixel_decoder = ConvDecoder(proxy["channels"], tuple(proxy["channel_mult"]), proxy["res_blocks"],
                                                  proxy["code_dim"], proxy["groups"])
         else:
-            ffn = nn.Sequential(nn.Conv2d(width, 3 * patch_size**2, 1))
+            ffn = nn.Sequential(nn.Conv2d(width, 3 * painted**2, 1))
             self.conv_out = nn.Conv2d(3, 3, 3, padding=1)
-        self.decoder = Decoder(sizes[1], grid, latents, code_dim, ffn)
+        self.decoder = Decoder(sizes[1], image_size // painted, latents, code_dim, ffn)
 
     @property
     def last_layer(self) -> Tensor:
