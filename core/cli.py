@@ -9,6 +9,7 @@ import threading
 from pathlib import Path
 from typing import Callable, NoReturn
 
+from core import launch
 from core.errors import UserError
 
 
@@ -30,7 +31,7 @@ def run(main: Callable[[list[str]], int | None]) -> None:
         # torchrun turns every failure of a worker into exit code 1; the launch script reads the real one from here.
         if os.environ.get("TESSERA_EXIT_FILE"):
             Path(os.environ["TESSERA_EXIT_FILE"]).write_text(str(code))
-    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+    if launch.is_one_of_several():
         leave(code)
     sys.exit(code)
 
@@ -59,7 +60,7 @@ def _speaks() -> bool:
     """
     exit_file = os.environ.get("TESSERA_EXIT_FILE")
     if not exit_file:
-        return int(os.environ.get("RANK", 0)) == 0
+        return launch.speaks()
     try:
         Path(f"{exit_file}.claimed").touch(exist_ok=False)
     except FileExistsError:

@@ -1,12 +1,14 @@
 """One process or many: the few collective operations that the harness needs. Runs unchanged on one CPU.
 
-torchrun and accelerate set RANK, WORLD_SIZE, LOCAL_RANK and the rendezvous address; without them there is one rank.
+Which rank this is comes from the environment (core/launch.py).
 CPU tensors travel over gloo and CUDA tensors over NCCL, so a flag can be agreed upon without touching the GPU.
 """
 
 from __future__ import annotations
 
 import os
+import shutil
+import subprocess
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -16,6 +18,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from core import launch
 from core.errors import UserError
 
 T = TypeVar("T")
@@ -107,20 +110,43 @@ class World:
             dist.destroy_process_group()
 
 
-def rank_from_environment() -> int:
-    return int(os.environ.get("RANK", 0))
-
-
 def pick_device(wanted: str) -> torch.device:
-    """ "auto", "cpu" or "cuda" -> a device; UserError where CUDA is asked for and absent."""
-    available = torch.cuda.is_available()
-    if wanted == "cuda" and not available:
-        raise UserError("train.device=cuda, but torch sees no CUDA device here (torch "
-                        f"{torch.__version__}, CUDA_VISIBLE_DEVICES={os.environ.get('CUDA_VISIBLE_DEVICES', 'unset')}). "
-                        "Use train.device=cpu, or check the driver with nvidia-smi.")
-    if wanted == "cpu" or not available:
+    """ "auto", "cpu" or "cuda" -> this rank's device.
+
+    UserError where CUDA is asked for and absent, where GPUs are there but torch cannot use them ("auto" would quietly
+    take hundreds of times as long), and where there are more ranks than GPUs.
+    """
+    if wanted == "cpu":
         return torch.device("cpu")
-    return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if not torch.cuda.is_available():
+        if wanted == "cuda":
+            raise UserError(f"train.device=cuda, but torch sees no CUDA device here (torch {torch.__version__}, "
+                            f"CUDA_VISIBLE_DEVICES={'unset' if visible is None else visible}). Use train.device=cpu, or "
+                            "check the driver with nvidia-smi.")
+        if visible not in ("", "-1") and (count := len([g for g in _ask_nvidia("-L") if g.startswith("GPU ")])):
+            driver = (*_ask_nvidia("--query-gpu=driver_version", "--format=csv,noheader"), "unknown")[0]
+            built = f"built for CUDA {torch.version.cuda}" if torch.version.cuda else "built without CUDA"
+            raise UserError(f"nvidia-smi lists {count} GPU(s) (driver {driver}), but torch {torch.__version__}, {built}, cannot "
+                            "use them. Install the torch build for this driver (pytorch.org), or update the driver; to compute "
+                            "on the CPU all the same: CUDA_VISIBLE_DEVICES= in front of the command.")
+        return torch.device("cpu")
+    local, count = launch.ranks().local, torch.cuda.device_count()
+    if local >= count:
+        raise UserError(f"process {local} of this machine finds no GPU: torch sees {count}, and every process needs its own. "
+                        f"Start at most {count} (NPROC={count}), or show more GPUs in CUDA_VISIBLE_DEVICES.")
+    return torch.device("cuda", local)
+
+
+def _ask_nvidia(*words: str) -> list[str]:
+    """Lines of nvidia-smi's answer; none where it is not there or fails."""
+    if (program := shutil.which("nvidia-smi")) is None:
+        return []
+    try:
+        answer = subprocess.run([program, *words], capture_output=True, text=True, timeout=30)
+    except (OSError, subprocess.TimeoutExpired):
+        return []
+    return answer.stdout.splitlines() if answer.returncode == 0 else []
 
 
 def cpu_multiplies_bf16() -> bool:
@@ -133,16 +159,21 @@ def cpu_multiplies_bf16() -> bool:
 
 
 def start(device: str = "auto", timeout_minutes: float = 15.0) -> World:
-    """Join the other ranks, if any."""
-    size = int(os.environ.get("WORLD_SIZE", 1))
-    local_rank = int(os.environ.get("LOCAL_RANK", 0))
+    """Join the other ranks, if any; UserError where they cannot be reached."""
+    told = launch.ranks()
     chosen = pick_device(device)
     if chosen.type == "cuda":
         torch.cuda.set_device(chosen)
-    if size > 1:
+    if told.size > 1:
         backend = "cpu:gloo,cuda:nccl" if chosen.type == "cuda" else "gloo"
-        dist.init_process_group(backend, timeout=timedelta(minutes=timeout_minutes))
-    return World(rank_from_environment(), size, local_rank, chosen)
+        try:
+            dist.init_process_group(backend, timeout=timedelta(minutes=timeout_minutes))
+        except dist.DistError as error:  # a busy port, a wrong address, ranks that never come
+            reason = (str(error).strip().splitlines() or ["no reason given"])[0]
+            raise UserError(f"{told.size} ranks could not meet at {os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']} "
+                            f"({reason}). Choose a free MASTER_PORT, see that MASTER_ADDR is the first machine, and that "
+                            "all ranks were started.") from error
+    return World(told.rank, told.size, told.local, chosen)
 
 
 def _several_ranks() -> bool:

@@ -3,7 +3,7 @@
 #
 #   bash scripts/launch.sh scripts/train.py CONFIG [key=value ...]
 #
-# NPROC            processes on this node (default: one per visible GPU, else 1)
+# NPROC            processes on this node (default: one per visible GPU, else 1; CUDA_VISIBLE_DEVICES= means no GPU)
 # NNODES NODE_RANK MASTER_ADDR MASTER_PORT   several nodes; taken from SLURM where it sets them
 # LAUNCHER         torchrun (default) or accelerate
 # Exit codes: 0 done, 2 a mistake you can fix, 75 stopped on request or by a time limit: run the same again to continue.
@@ -12,9 +12,28 @@ source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
 
 if [ -n "$ASKS" ]; then exec "$PYTHON" "$@"; fi
 
+whole() { # NAME VALUE LOW HIGH
+    [[ "$2" =~ ^[0-9]{1,6}$ ]] && [ "$2" -ge "$3" ] && [ "$2" -le "$4" ] || fail "$1=$2 should be a whole number from $3 to $4"
+}
+
+# This script is the launcher. Ranks inside ranks would all write into one run folder.
+for name in RANK WORLD_SIZE LOCAL_RANK; do
+    case "$name=${!name:-}" in
+        *= | RANK=0 | LOCAL_RANK=0 | WORLD_SIZE=1) unset "$name" ;;
+        *) fail "$name=${!name} is set, as another launcher does, but run_*.sh start the ranks themselves. Call them once per" \
+            "node, or unset RANK WORLD_SIZE LOCAL_RANK; NPROC, NNODES and NODE_RANK say how many there are" ;;
+    esac
+done
+tasks="${SLURM_STEP_TASKS_PER_NODE:-}" # of this srun; the shell of sbatch or salloc is one task, whatever was asked for
+if [ -z "$tasks" ] && [ -n "${SLURM_PROCID:-}" ] && [ "${ENVIRONMENT:-}" != BATCH ]; then tasks="${SLURM_NTASKS_PER_NODE:-}"; fi
+if [ "${tasks%%[!0-9]*}" -gt 1 ] 2>/dev/null; then
+    [ "${SLURM_PROCID:-0}" = 0 ] || exit 2 # one sentence is enough
+    fail "srun started $tasks tasks per node, but run_*.sh start one process per GPU themselves: use --ntasks-per-node=1"
+fi
+
 if [ -z "${NPROC:-}" ]; then
-    if [ -n "${CUDA_VISIBLE_DEVICES:-}" ]; then
-        NPROC="$(awk -F, '{print NF}' <<<"$CUDA_VISIBLE_DEVICES")"
+    if [ -n "${CUDA_VISIBLE_DEVICES+set}" ]; then
+        NPROC="$(awk -F, '{for (i = 1; i <= NF && $i != "" && $i != -1; i++) n++; print n + 0}' <<<"$CUDA_VISIBLE_DEVICES")"
     else
         NPROC="$( (nvidia-smi -L 2>/dev/null || true) | grep -c '^GPU' || true)"
     fi
@@ -22,19 +41,42 @@ if [ -z "${NPROC:-}" ]; then
 fi
 NNODES="${NNODES:-${SLURM_NNODES:-1}}"
 NODE_RANK="${NODE_RANK:-${SLURM_NODEID:-0}}"
+whole NPROC "$NPROC" 1 1024
+whole NNODES "$NNODES" 1 100000
+whole NODE_RANK "$NODE_RANK" 0 "$((NNODES - 1))"
+
+for word in "$@"; do
+    case "$word" in --check | --dry-run) NPROC=1 NNODES=1 ;; esac # questions, which one process answers
+done
+if [ "$NPROC" = 1 ] && [ "$NNODES" = 1 ]; then
+    exec "$PYTHON" "$@"
+fi
+
 if [ -z "${MASTER_ADDR:-}" ] && [ -n "${SLURM_JOB_NODELIST:-}" ] && command -v scontrol >/dev/null; then
     hosts="$(scontrol show hostnames "$SLURM_JOB_NODELIST")" # whole: "| head" may end scontrol, and pipefail this script
     MASTER_ADDR="${hosts%%$'\n'*}"
 fi
 MASTER_ADDR="${MASTER_ADDR:-127.0.0.1}"
-MASTER_PORT="${MASTER_PORT:-$((20000 + ${SLURM_JOB_ID:-$$} % 20000))}"
-
-if [ "$NPROC" = 1 ] && [ "$NNODES" = 1 ]; then
-    exec "$PYTHON" "$@"
+port_is_free() { "$PYTHON" -c 'import socket, sys; socket.create_server(("", int(sys.argv[1]))).close()' "$1" 2>/dev/null; }
+chosen=
+if [ -z "${MASTER_PORT:-}" ]; then
+    job="${SLURM_JOB_ID:-$$}" # the same on all nodes; 12_4 is a task of an array
+    [[ "$job" =~ ^[0-9]+(_[0-9]+)?$ ]] || fail "SLURM_JOB_ID=$job is not the number of a job: set MASTER_PORT, the same on all nodes"
+    digits="00000${job/_/}"
+    MASTER_PORT="$((20000 + 10#${digits: -5} % 20000))" chosen=yes
+fi
+whole MASTER_PORT "$MASTER_PORT" 1 65535
+if [ "$NODE_RANK" = 0 ]; then
+    for _ in {1..100}; do
+        if port_is_free "$MASTER_PORT"; then break; fi
+        [ -n "$chosen" ] && [ "$NNODES" = 1 ] || fail "port $MASTER_PORT cannot be used on this node, another program has it: set" \
+            "MASTER_PORT to a free one, the same on all nodes"
+        MASTER_PORT="$((20000 + (MASTER_PORT - 19999) % 20000))"
+    done
 fi
 
 # Mistakes are found here, once and without a GPU, instead of on every rank.
-"$PYTHON" "$@" --check || exit $?
+"$PYTHON" "$@" --check >/dev/null || exit $?
 
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-$(($(getconf _NPROCESSORS_ONLN) / NPROC > 0 ? $(getconf _NPROCESSORS_ONLN) / NPROC : 1))}"
 TESSERA_EXIT_FILE="$(mktemp)"

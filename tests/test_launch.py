@@ -6,17 +6,20 @@ Most tests hand the scripts a fake interpreter, which notes how it was called; a
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
 from pathlib import Path
 
 import pytest
+import torch
 from PIL import Image
 
-from core import cli
+from core import cli, dist, launch
 from core.errors import UserError
 from core.rng import permutation
 from core.train.checkpoint import CheckpointStore
@@ -145,7 +148,7 @@ ENDING = """
 import atexit, os, sys, threading, time
 from pathlib import Path
 sys.path.insert(0, sys.argv[2])
-from core import cli
+from core import cli, dist, launch
 
 class Fragile:
     def __del__(self, abort=os.abort):  # what a thread of gloo may do while the interpreter is taken apart
@@ -181,6 +184,9 @@ def program(path: Path, text: str) -> Path:
     path.write_text(f"#!/usr/bin/env bash\n{text}\n")
     path.chmod(0o755)
     return path
+
+
+NVIDIA_SMI = 'for i in 0 1 2 3 4 5 6 7; do [ "$1" != -L ] || echo "GPU $i: H100"; done; [ "$1" = -L ] || echo 535.54'
 
 
 @pytest.fixture
@@ -223,6 +229,141 @@ def test_slurm_is_read(launched, tmp_path):
         "8", "2", "1", "first-node"]
     words, _ = launched(**{**slurm, "SLURM_NNODES": "1", "SLURM_NODEID": "0"}, NNODES="1", MASTER_ADDR="here", MASTER_PORT="9")
     assert [after(words, o) for o in ("--nnodes", "--master-addr", "--master-port")] == ["1", "here", "9"]
+
+
+def test_which_gpus_are_visible(launched, tmp_path):
+    program(tmp_path / "bin" / "nvidia-smi", NVIDIA_SMI)
+    gpus = {"PATH": f"{tmp_path / 'bin'}:{os.environ['PATH']}"}
+    assert after(launched(**gpus)[0], "--nproc-per-node") == "8"
+    for hidden in ("", "-1", "-1,0"):  # CUDA stops at the first that is none
+        assert launched(**gpus, CUDA_VISIBLE_DEVICES=hidden)[0][0] == "scripts/train.py"
+    assert after(launched(**gpus, CUDA_VISIBLE_DEVICES="4,6,-1,7")[0], "--nproc-per-node") == "2"
+    assert launched(**gpus, NPROC="1")[0][0] == "scripts/train.py"
+
+
+def test_a_question_needs_one_process(launched, tmp_path):
+    calls = tmp_path / "calls"
+    fake = program(tmp_path / "python", f'[ "$1" = -c ] && exit 0\necho "$@" >>"{calls}"')
+    for question in ("--check", "--dry-run"):
+        run("scripts/launch.sh", "scripts/train.py", "x.yaml", question, TESSERA_PYTHON=str(fake), NPROC="8", NNODES="2")
+        assert calls.read_text() == f"scripts/train.py x.yaml {question}\n"
+        calls.unlink()
+
+
+WRONG = [
+    ({"NPROC": "0"}, "NPROC=0 should be a whole number from 1"), ({"NPROC": "two"}, "NPROC=two should be a whole number"),
+    ({"NNODES": "2", "NODE_RANK": "2", "NPROC": "1"}, "NODE_RANK=2 should be a whole number from 0 to 1"),
+    ({"NPROC": "2", "MASTER_PORT": "70000"}, "MASTER_PORT=70000 should be"),
+    ({"NPROC": "2", "SLURM_JOB_ID": "12a"}, "SLURM_JOB_ID=12a is not the number of a job: set MASTER_PORT"),
+    ({"WORLD_SIZE": "2"}, "WORLD_SIZE=2 is set, as another launcher does"), ({"RANK": "1"}, "RANK=1 is set"),
+    ({"RANK": "0", "WORLD_SIZE": "8", "LOCAL_RANK": "0", "MASTER_ADDR": "a", "MASTER_PORT": "1"}, "WORLD_SIZE=8 is set"),
+    ({"SLURM_STEP_TASKS_PER_NODE": "8(x2)", "SLURM_PROCID": "0", "SLURM_NNODES": "2"}, "started 8(x2) tasks per node"),
+    ({"SLURM_NTASKS_PER_NODE": "8", "SLURM_PROCID": "0", "SLURM_LOCALID": "0"}, "use --ntasks-per-node=1"),
+]
+
+
+@pytest.mark.parametrize(("environment", "sentence"), WRONG)
+def test_an_environment_that_cannot_be_meant(launched, environment, sentence):
+    words, done = launched(**environment)
+    assert done.returncode == 2 and not words and done.stderr.count("\n") == 1 and sentence in done.stderr, done.stderr
+
+
+def test_environments_that_only_look_odd(launched):
+    words, done = launched(NPROC="2", SLURM_JOB_ID="12_4")  # a task of an array
+    assert done.returncode == 0 and after(words, "--master-port") == "20124"
+    assert launched(NPROC="2", SLURM_JOB_ID="700089")[0][-1] == "a=1"  # 00089 is no octal number
+    for leftovers in ({"WORLD_SIZE": "", "RANK": ""}, {"WORLD_SIZE": "1", "RANK": "0", "LOCAL_RANK": "0"}):
+        assert launched(NPROC="1", **leftovers)[0][0] == "scripts/train.py"
+    batch = {"SLURM_NTASKS_PER_NODE": "8", "SLURM_PROCID": "0", "ENVIRONMENT": "BATCH"}  # sbatch's shell, without srun
+    assert after(launched(NPROC="4", **batch)[0], "--nproc-per-node") == "4"
+    done = launched(NPROC="2", SLURM_STEP_TASKS_PER_NODE="8", SLURM_PROCID="5")[1]
+    assert done.returncode == 2 and not done.stderr  # the first task has said it
+
+
+def taken() -> socket.socket:
+    """A server on one of the ports that are derived from job numbers."""
+    for port in range(20000, 39000):
+        try:
+            return socket.create_server(("", port))
+        except OSError:
+            pass
+    raise AssertionError("no free port")
+
+
+def test_a_busy_port(tmp_path):
+    fake = program(tmp_path / "python", f'[ "$1" = -c ] && exec {sys.executable} "$@"\necho "$@"')
+
+    def call(**environment: str) -> subprocess.CompletedProcess:
+        return run("scripts/launch.sh", "scripts/train.py", TESSERA_PYTHON=str(fake), NPROC="2", **environment)
+
+    with socket.create_server(("", 0)) as server:
+        port = server.getsockname()[1]
+        done = call(MASTER_PORT=str(port))
+        assert done.returncode == 2 and f"error: port {port} cannot be used on this node" in done.stderr
+    with taken() as server:  # a port of ours that is taken: the next free one will do
+        port = server.getsockname()[1]
+        done = call(SLURM_JOB_ID=str(port))
+        assert done.returncode == 0 and int(after(done.stdout.split(), "--master-port")) > port, done.stdout
+        done = call(SLURM_JOB_ID=str(port), NNODES="2", MASTER_ADDR="127.0.0.1")  # all nodes have to agree
+        assert done.returncode == 2 and f"port {port} cannot be used" in done.stderr
+
+
+@pytest.mark.parametrize(("environment", "sentence"), [
+    ({"WORLD_SIZE": "2"}, "RANK and MASTER_ADDR and MASTER_PORT not set"), ({"RANK": "1"}, "WORLD_SIZE and"),
+    ({"WORLD_SIZE": "two"}, "not set"), ({"LOCAL_RANK": "3"}, "RANK and WORLD_SIZE"),
+    ({"RANK": "2", "WORLD_SIZE": "2", "MASTER_ADDR": "x", "MASTER_PORT": "1"}, "not a rank among that many"),
+    ({"RANK": "x", "WORLD_SIZE": "2", "MASTER_ADDR": "x", "MASTER_PORT": "1"}, "not a rank among that many"),
+])
+def test_half_a_launcher(environment, sentence, monkeypatch):
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.setenv(name, environment.get(name, ""))
+    with pytest.raises(UserError, match=sentence):
+        dist.start("cpu")
+    assert launch.speaks() or "RANK" in environment and "WORLD_SIZE" in environment
+
+
+def test_empty_variables_are_one_process(monkeypatch):
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
+        monkeypatch.setenv(name, "")
+    assert dist.start("cpu").size == 1 and launch.speaks() and not launch.is_one_of_several()
+
+
+def test_ranks_that_cannot_meet(monkeypatch):
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        ranks = {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(server.getsockname()[1])}
+        for name, value in ranks.items():
+            monkeypatch.setenv(name, value)
+        with pytest.raises(UserError, match="2 ranks could not meet at 127.0.0.1:.*free MASTER_PORT"):
+            dist.start("cpu")
+
+
+def test_gpus_that_torch_cannot_use(tmp_path, monkeypatch):
+    program(tmp_path / "nvidia-smi", NVIDIA_SMI)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    for wanted, sentence in (("auto", rf"lists 8 GPU\(s\) \(driver 535.54\), but torch {re.escape(torch.__version__)}, built "),
+                             ("cuda", "torch sees no CUDA device")):
+        with pytest.raises(UserError, match=sentence):
+            dist.pick_device(wanted)
+    assert dist.pick_device("cpu").type == "cpu"
+    for hidden in ("", "-1"):
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", hidden)
+        assert dist.pick_device("auto").type == "cpu"
+    program(tmp_path / "nvidia-smi", "echo no driver; exit 9")
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
+    assert dist.pick_device("auto").type == "cpu"
+
+
+def test_more_processes_than_gpus(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    for name, value in (("RANK", "2"), ("WORLD_SIZE", "3"), ("MASTER_ADDR", "x"), ("MASTER_PORT", "1"), ("LOCAL_RANK", "2")):
+        monkeypatch.setenv(name, value)
+    with pytest.raises(UserError, match="process 2 of this machine finds no GPU: torch sees 2.*NPROC=2"):
+        dist.pick_device("auto")
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    assert dist.pick_device("auto") == torch.device("cuda", 1)
 
 
 def test_failures_of_the_check_are_passed_on(launched):
