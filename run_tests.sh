@@ -1,7 +1,18 @@
 #!/usr/bin/env bash
-# Run the tests (CPU, a few minutes): bash run_tests.sh [pytest arguments]
+# Run the tests, on the CPU.
+#   bash run_tests.sh [pytest arguments]     all but the slow ones, as CI does
+#   bash run_tests.sh --all [...]            the slow ones too
+# It tells what it runs, at the end how long it took, and which ten tests took longest.
 set -euo pipefail
-case "${1:-}" in -h | --help) sed -n '2s/^# //p' "${BASH_SOURCE[0]}"; exit 0 ;; esac
+case "${1:-}" in -h | --help) sed -n '2,/^set /{/^set /d;s/^# \{0,1\}//p}' "${BASH_SOURCE[0]}"; exit 0 ;; esac
 cd "$(dirname "${BASH_SOURCE[0]}")"
+words=() which="all but the slow ones"
+for word in "$@"; do
+    if [ "$word" = --all ]; then words+=(-m "") which="all of them"; else words+=("$word"); fi # pytest.ini leaves slow ones out
+done
 source scripts/environment.sh
-exec "$PYTHON" -m pytest tests "$@"
+echo "tests: $which${*:+ (run_tests.sh $*)}, $("$PYTHON" --version), $(getconf _NPROCESSORS_ONLN) CPU cores"
+SECONDS=0 code=0
+"$PYTHON" -m pytest ${words[@]+"${words[@]}"} || code=$?
+echo "tests took $((SECONDS / 60)) min $((SECONDS % 60)) s"
+exit "$code"

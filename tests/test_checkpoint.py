@@ -36,7 +36,7 @@ def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
     )
 
 
-def run_script(body: str, *arguments: str, timeout: float = 120) -> subprocess.CompletedProcess:
+def run_script(body: str, *arguments: str, timeout: float = 600) -> subprocess.CompletedProcess:
     command = [sys.executable, "-c", textwrap.dedent(body), *arguments]
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=timeout)
 

@@ -7,7 +7,6 @@ import json
 import os
 import subprocess
 import sys
-import time
 
 import numpy as np
 import pytest
@@ -27,6 +26,7 @@ from data.tokens import TokenStore
 from data.transforms import Transform
 from generator import GENERATORS
 from tests.conftest import ROOT
+from tests.counting import calls
 from tests.toy_codes import ToyCodes
 from tokenizer import TOKENIZERS
 
@@ -196,34 +196,37 @@ def imagenet(tmp_path_factory):
 def test_opening_millions_of_rows_takes_no_time_and_no_memory(imagenet):
     """Two processes, as two ranks: their private memory does not grow by the 6.6 GB that both can read."""
     code = f"""
-import sys, time; sys.path.insert(0, {str(ROOT)!r})
+import sys; sys.path.insert(0, {str(ROOT)!r})
 from data.tokens import TokenStore
-def private():  # kB of this process alone
-    return sum(int(line.split()[1]) for line in open("/proc/self/smaps_rollup") if line.startswith("Anonymous"))
-before, start = private(), time.monotonic()
+def kilobytes(kind):  # of this process
+    return sum(int(line.split()[1]) for line in open("/proc/self/smaps_rollup") if line.startswith(kind))
+def private():
+    return kilobytes("Anonymous:")
+def read():  # from files, by reading them and by looking at what is mapped
+    return int(open("/proc/self/io").readline().split()[1]) // 1000 + kilobytes("Rss:") - private()
+before, start = private(), read()
 store = TokenStore({str(imagenet)!r})
 store.check_range()
-opened = time.monotonic() - start
+opened = read() - start
 for i in range(0, len(store) - 1000, len(store) // 100):
     store.tokens(range(i, i + 1000), [i % 10] * 1000)
 print(opened, private() - before)
 """
     runs = [subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True) for _ in range(2)]
     for run in runs:
-        opened, grown = map(float, run.communicate(timeout=60)[0].split())
-        assert opened < 1.0, f"{opened:.2f} s to open"
+        opened, grown = map(float, run.communicate(timeout=600)[0].split())
+        assert opened < 100_000, f"{opened / 1000:.0f} MB of 6,600 read to open it"
         assert grown < 30_000, f"{grown / 1000:.0f} MB of private memory"
 
 
 def test_loader_is_quicker_than_any_training(tmp_path):
-    """Order, views and gathering from the map; 50,000 to 70,000 a second were measured on one busy core."""
+    """Order, views and gathering from the map take a few calls for a sample: the network is what takes time."""
     spec = Codes(256, 1, 1024, 256, (16, 16))
     store = tokens.build(tmp_path / "s", SOURCE, TEN, spec, lambda images: torch.zeros(len(images), 256, 1).long(), "f")
     batches = Loader(None, store.transform, 0, 1024, stored=store).batches()
     next(batches)
-    start = time.process_time()
-    for _ in range(10):
-        batch = next(batches)
-    rate = 10 * 1024 / (time.process_time() - start)
+    with calls() as made:
+        for _ in range(10):
+            batch = next(batches)
     assert batch.stored.shape == (1024, 256, 1)
-    assert rate > 5_000, f"{rate:,.0f} samples a second"
+    assert made.count < 30 * 10 * 1024  # 16 for a sample; one picture alone takes hundreds

@@ -28,6 +28,7 @@ from core.errors import UserError
 from core.files import sha256_file
 from core.pickles import Inert, plain, tensors_in
 from core.train.checkpoint import CheckpointStore
+from tests.counting import calls
 
 
 @pytest.fixture(autouse=True)
@@ -280,12 +281,13 @@ def test_hostile_pickles_never_run(tmp_path):
     os.unlink(marker)
 
     def harmless():
-        try:
-            loaded = hub.load_tensors(path)
-        except UserError as error:
-            assert str(error).startswith(f"{path}: ")
-        else:
-            plain(loaded), list(tensors_in(loaded))
+        with calls(most=2_000_000):
+            try:
+                loaded = hub.load_tensors(path)
+            except UserError as error:
+                assert str(error).startswith(f"{path}: ")
+            else:
+                plain(loaded), list(tensors_in(loaded))
         assert not os.path.exists(marker)
         return 1
 
@@ -383,7 +385,7 @@ def test_half_and_garbage_files(tmp_path, suffix):
             hub.load_tensors(path)
 
 
-def test_crafted_safetensors_are_refused_quickly(tmp_path):
+def test_crafted_safetensors_are_refused_with_little_work(tmp_path):
     path = tmp_path / "x.safetensors"
 
     def file(header, body=b"\0" * 16, length=None):
@@ -404,7 +406,7 @@ def test_crafted_safetensors_are_refused_quickly(tmp_path):
     ]
     for data in crafted:
         path.write_bytes(data)
-        with pytest.raises(UserError, match="x.safetensors: not a whole safetensors file"):
+        with pytest.raises(UserError, match="x.safetensors: not a whole safetensors file"), calls(most=10_000):
             hub.load_tensors(path)
 
 

@@ -39,7 +39,7 @@ def start(script: str, *arguments: object, stderr=subprocess.PIPE, **environment
 
 def run(script: str, *arguments: object, **environment: str) -> subprocess.CompletedProcess:
     process = start(script, *arguments, **environment)
-    out, err = process.communicate(timeout=120)
+    out, err = process.communicate(timeout=600)
     return subprocess.CompletedProcess(process.args, process.returncode, out, err)
 
 
@@ -65,11 +65,11 @@ def test_asked_to_stop(tmp_path, launcher):
     process = start("run_train_tokenizer.sh", *toy(tmp_path, "train.duration=100000step"), stderr=subprocess.STDOUT,
                     NPROC="2", LAUNCHER=launcher)
     folder = tmp_path / "toy_rectok_tokenizer"
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 600
     while not (folder / "metrics.jsonl").is_file() and process.poll() is None and time.monotonic() < deadline:
         time.sleep(0.05)
     process.send_signal(signal.SIGTERM)
-    out, _ = process.communicate(timeout=60)
+    out, _ = process.communicate(timeout=600)
     assert process.returncode == 75, out[-3000:]
     (step,) = CheckpointStore(folder / "checkpoints").steps()[-1:]
     assert f"stopped at step {step} " in (folder / "log.txt").read_text()
@@ -406,7 +406,7 @@ def install(repository: Path, programs: Path) -> subprocess.CompletedProcess:
     environment = {**os.environ, "PATH": f"{programs}:{os.environ['PATH']}", "TESSERA_PYTHON": "", "NPROC": "1",
                    "PYTHON_FOR_VENV": sys.executable}
     return subprocess.run(["bash", str(repository / "scripts" / "launch.sh"), "program.py"], env=environment, text=True,
-                          capture_output=True, timeout=60)
+                          capture_output=True, timeout=600)
 
 
 FAKE_UV = """
@@ -457,6 +457,6 @@ def test_help_needs_no_installation(script, tmp_path):
     for words in questions:
         environment = {**os.environ, "TESSERA_PYTHON": "", "PYTHON_FOR_VENV": str(bare), "NPROC": "2"}
         done = subprocess.run(["bash", str(copy / script), *words], env=environment, text=True, capture_output=True,
-                              timeout=60)
+                              timeout=600)
         assert done.returncode == 0 and len(done.stdout) > 60 and not done.stderr, (words, done.stderr)
         assert not (copy / ".venv").exists()

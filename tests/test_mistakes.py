@@ -162,7 +162,7 @@ cli.run(train.main)
 
 def limited(limit: int, *arguments: str) -> subprocess.CompletedProcess:
     command = [sys.executable, "-c", LIMITED, str(limit), TOY_TOKENIZER, "train.device=cpu", *arguments]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=600)
 
 
 def test_no_space_for_checkpoints(tmp_path):
