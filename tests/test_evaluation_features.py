@@ -167,11 +167,10 @@ def test_precision_recall_equals_brute_force_for_any_block(mode):
 
 def test_points_on_a_rim_are_inside_whatever_rounding_says():
     """Repeated pictures have balls of radius 0; a lattice has its neighbours on the rims."""
-    points = normal(6, 64, seed=3) * 20
-    repeated = points.repeat_interleave(5, 0)  # in blocks of 7: distances of equal points come out as 1e-12
-    for block in (7, None):
-        found = precision_recall(real=repeated, generated=repeated[:20].flip(0), block=block)
-        assert (found.precision, found.recall) == (1.0, 4 / 6)
+    repeated = (normal(50, 333, seed=3) * 20).repeat_interleave(5, 0)
+    for count in (5, 35, 190, 245):
+        found = precision_recall(real=repeated, generated=repeated[:count].flip(0))
+        assert (found.precision, found.recall) == (1.0, count / 250)
     steps = torch.arange(12.0)[:, None] * torch.full((1, 64), 0.1) + 7
     found = precision_recall(real=steps[2:6], generated=steps[:10])  # the last ball ends at step 8
     assert (found.precision, found.recall) == (9 / 10, 1.0)
