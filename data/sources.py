@@ -17,6 +17,7 @@ names, one per line. "{split}" in a URL is replaced by the split.
 
 from __future__ import annotations
 
+import glob
 import hashlib
 import math
 import os
@@ -33,7 +34,7 @@ from data.base import MAX_CLASSES, FileSource, PackedStrings, read_class_names
 from data.hf import open_datasets
 from data.stream import open_remote_shards
 from data.tokens import open_tokens
-from data.wds import ShardSource, find_shards
+from data.wds import ShardSource, expand_braces, find_shards
 
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm")
 SPLITS = ("train", "val", "test")
@@ -84,6 +85,16 @@ def open_source(url: str, split: str | None = None) -> DataSource:
     if not path and scheme != "synthetic":
         raise UserError(f"{url}: nothing after {scheme}://. Write for example {scheme}://PATH.")
     return opener(path, split, options)
+
+
+def exists(url: str) -> bool:
+    """Whether the folder, list or shards that a URL names are on this disk; True where that is not for a disk to say."""
+    scheme, path, _ = _parse(url)
+    scheme = scheme or _guess_scheme(path)
+    if scheme == "wds" and "://" not in path:
+        first = expand_braces(os.path.expanduser(path))[0]
+        return bool(glob.glob(first))
+    return scheme not in ("folder", "list") or Path(path).expanduser().exists()
 
 
 def _class_names(options: dict[str, str]) -> list[str] | None:

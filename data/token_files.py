@@ -1,7 +1,8 @@
 """Token files of other code bases, into a token store and out of it.
 
     numbered   FQGAN and LlamaGen: NAME_codes/<i>_<branch>.npy, int64 (1, views, length), NAME_labels/<i>.npy, (1,)
-    jsonl      reAR and RAR: one {"class_id": c, "tokens": [...]} per line, the views of a picture in adjacent lines
+    jsonl      reAR and RAR: one {"class_id": c, "tokens": [...]} per line, the views of a picture in adjacent lines;
+               ranks wrote it one after another (data/pairing.py finds out which line is which picture)
 
 Importing is a conversion that is done once: rows go straight into the memory-mapped store, so memory does not grow with
 the number of lines, a killed conversion goes on, and ranks share the work. Every row is checked; a bad one is reported
@@ -14,7 +15,7 @@ import json
 import os
 import re
 from pathlib import Path
-from typing import Callable, Iterator
+from typing import Callable
 
 import numpy as np
 
@@ -85,7 +86,7 @@ class NumberedFiles:
         return array
 
     def row(self, index: int) -> tuple[np.ndarray, int]:
-        """(views, length, branches) and the label of picture `index`."""
+        """(views, length, branches) and the label of entry `index`."""
         length, _ = shape_of(self.spec)
         branches = []
         for suffix in self.suffixes:
@@ -95,7 +96,7 @@ class NumberedFiles:
                 raise UserError(f"{path} has shape {list(array.shape)}, expected [1, {self.views}, {length}].")
             branches.append(array[0])
         codes = np.stack(branches, axis=-1)
-        check_codes(self.spec, codes, str(self.codes / f"{index}*.npy"))
+        check_codes(self.spec, codes, self.where(index))
         return codes, int(self._load(self.labels / f"{index}.npy").reshape(-1)[0])
 
     def _duplicates(self, count: int) -> int:
@@ -109,28 +110,9 @@ class NumberedFiles:
                 return len(tail) if same else 0
         return 0
 
-    def copy_to(self, target: Builder, progress: Progress | None = None) -> None:
-        """Write this rank's part of the store."""
-        done = 0
-        for start, stop in target.spans(64):
-            rows = [self.row(i) for i in range(start, stop)]
-            _check_labels([label for _, label in rows], target, lambda i: self.labels / f"{start + i}.npy")
-            write_codes(target, start, *_stack(rows), self.spec)
-            done += stop - start
-            if progress:
-                progress(done)
-
-
-def _stack(rows: list[tuple[np.ndarray, int]]) -> tuple[np.ndarray, np.ndarray]:
-    """Codes and labels of several rows."""
-    return np.stack([codes for codes, _ in rows]), np.array([label for _, label in rows])
-
-
-def _check_labels(labels: list[int], target: Builder, place: Callable[[int], object]) -> None:
-    classes = len(target.plan["facts"]["classes"])
-    for i, label in enumerate(labels):
-        if not 0 <= label < classes:
-            raise UserError(f"{place(i)}: class {label} does not exist, there are {classes} (0 to {classes - 1}).")
+    def where(self, index: int) -> str:
+        """What to look at when entry `index` is wrong."""
+        return str(self.codes / f"{index}*.npy")
 
 
 def export_numbered(store: TokenStore, folder: str | Path, rank: int = 0, world: int = 1,
@@ -170,91 +152,95 @@ def export_numbered(store: TokenStore, folder: str | Path, rank: int = 0, world:
 # One JSON object per line (reAR and RAR: maskgitvq.jsonl)
 # ---------------------------------------------------------------------------------------------------------------------
 class JsonLines:
-    """A .jsonl file of tokens. Opening it counts the lines in one pass and notes where every block of them starts.
+    """A .jsonl file of tokens, or several of them as one. Opening counts the lines and notes where every entry starts.
 
     Args:
-        path: the file.
+        path: the file, or a folder of the ranks' files, which follow each other in the order of their numbers.
         spec: of the tokenizer that the tokens belong to.
         views: adjacent lines that are views of one picture.
-        chunk: pictures per block.
         progress: called with the bytes read.
     """
 
-    def __init__(self, path: str | Path, spec: CodeSpec, views: int, chunk: int, progress: Progress | None = None):
-        self.path, self.spec, self.views, self.chunk = Path(path), spec, views, chunk
-        with explain_os_errors(path):
-            self.starts, lines = self._count(progress)
-        if not lines:
-            raise UserError(f"{path} is empty. Expected lines like {{\"class_id\": 0, \"tokens\": [...]}}.")
-        if lines % views:
-            raise UserError(f"{path} has {lines} lines, which is not a multiple of the {views} views of a picture. "
-                            "Is the file complete? Set data.crop=ten for ten views, data.flip=true for two.")
-        self.samples = lines // views
+    def __init__(self, path: str | Path, spec: CodeSpec, views: int, progress: Progress | None = None):
+        self.path, self.spec, self.views = Path(path), spec, views
+        self.files = [self.path] if self.path.is_file() else rank_files(self.path)
+        self.spans: list[np.ndarray] = []  # of each file: where its entries start, and its end
+        read = 0
+        for file in self.files:
+            with explain_os_errors(file):
+                self.spans.append(self._scan(file, (lambda done: progress(read + done)) if progress else None))
+            read += file.stat().st_size
+        self.firsts = np.cumsum([0] + [len(starts) - 1 for starts in self.spans])  # entry that each file begins with
+        self.samples = int(self.firsts[-1])
 
-    def _count(self, progress: Progress | None) -> tuple[list[int], int]:
-        block, starts, lines, offset, last = self.views * self.chunk, [0], 0, 0, b"\n"
-        with open(self.path, "rb") as file:
+    def _scan(self, path: Path, progress: Progress | None) -> np.ndarray:
+        ends, lines, offset, last = [np.zeros(1, dtype=np.int64)], 0, 0, b"\n"
+        with open(path, "rb") as file:
             while piece := file.read(PIECE):
-                count = piece.count(b"\n")
-                if lines // block != (lines + count) // block:
-                    ends = np.flatnonzero(np.frombuffer(piece, dtype=np.uint8) == 10)
-                    first = block - lines % block  # lines until the next block starts
-                    starts += [offset + int(end) + 1 for end in ends[first - 1 :: block]]
-                lines, offset, last = lines + count, offset + len(piece), piece[-1:]
+                found = np.flatnonzero(np.frombuffer(piece, dtype=np.uint8) == 10)
+                ends.append(found[(self.views - 1 - lines) % self.views :: self.views] + (offset + 1))
+                lines, offset, last = lines + len(found), offset + len(piece), piece[-1:]
                 if progress:
                     progress(offset)
-        return starts, lines + (last != b"\n")
+        if last != b"\n":
+            lines += 1
+            ends.append(np.array([offset] if lines % self.views == 0 else [], dtype=np.int64))
+        if not lines:
+            raise UserError(f"{path} is empty. Expected lines like {{\"class_id\": 0, \"tokens\": [...]}}.")
+        if lines % self.views:
+            raise UserError(f"{path} has {lines} lines, which is not a multiple of the {self.views} views of a picture. "
+                            "Is the file complete? Set data.crop=ten for ten views, data.flip=true for two.")
+        return np.concatenate(ends)
 
-    def _parse(self, line: bytes, number: int, classes: int) -> tuple[np.ndarray, int]:
+    def _place(self, index: int) -> tuple[Path, int, int, int]:
+        """(file, number of its line before entry `index`, first byte, end)"""
+        number = int(np.searchsorted(self.firsts, index, side="right")) - 1
+        entry = index - int(self.firsts[number])
+        return self.files[number], entry * self.views, *map(int, self.spans[number][entry : entry + 2])
+
+    def where(self, index: int) -> str:
+        """What to look at when entry `index` is wrong."""
+        path, line, *_ = self._place(index)
+        return f"{path} lines {line + 1} to {line + self.views}" if self.views > 1 else f"{path} line {line + 1}"
+
+    def _parse(self, line: bytes, where: str) -> tuple[np.ndarray, int]:
         """(length, branches) and the class of one line."""
-        where = f"{self.path} line {number}"
         try:
             entry = json.loads(line)
             label, codes = entry["class_id"], np.array(entry["tokens"])
         except (ValueError, KeyError, TypeError, RecursionError) as error:
             raise UserError(f"{where} is not {{\"class_id\": int, \"tokens\": [ints]}} ({type(error).__name__}: "
                             f"{error}): {line[:60]!r}. Repair or remove it.") from None
-        if type(label) is not int or not 0 <= label < classes:
-            raise UserError(f"{where}: class_id {label!r} is not a class from 0 to {classes - 1}.")
+        if type(label) is not int or not 0 <= label < MAX_CLASSES:
+            raise UserError(f"{where}: class_id {label!r} is not a class from 0 to {MAX_CLASSES - 1}.")
         if codes.dtype.kind != "i" or codes.size != np.prod(shape_of(self.spec)):
             raise UserError(f"{where}: {codes.size} tokens of type {codes.dtype}; the tokenizer makes {self.spec}.")
         codes = codes.reshape(shape_of(self.spec))
         check_codes(self.spec, codes, where)
         return codes, label
 
-    def _rows(self, start: int, stop: int, classes: int) -> Iterator[tuple[np.ndarray, int]]:
-        """(views, length, branches) and the class of pictures start to stop - 1, which lie in one block."""
-        block = start // self.chunk
-        skipped = (start - block * self.chunk) * self.views
-        with open(self.path, "rb") as file:
-            file.seek(self.starts[block])
-            for _ in range(skipped):
-                file.readline()
-            number = block * self.chunk * self.views + skipped
-            for _ in range(start, stop):
-                lines = []
-                for _ in range(self.views):
-                    number += 1
-                    lines.append(self._parse(file.readline(), number, classes))
-                if len({label for _, label in lines}) > 1:
-                    raise UserError(f"{self.path} lines {number - self.views + 1} to {number} should be {self.views} "
-                                    f"views of one picture but have classes {sorted({c for _, c in lines})}. Set "
-                                    "data.crop=ten for ten views, data.flip=true for two, data.flip=false for one.")
-                yield _stack(lines)[0], lines[0][1]
-
     def row(self, index: int) -> tuple[np.ndarray, int]:
-        """(views, length, branches) and the label of picture `index`."""
-        return next(self._rows(index, index + 1, MAX_CLASSES))
+        """(views, length, branches) and the label of entry `index`."""
+        path, number, start, stop = self._place(index)
+        with explain_os_errors(path), open(path, "rb") as file:
+            file.seek(start)
+            text = file.read(stop - start)
+        lines = [self._parse(line, f"{path} line {number + i}")
+                 for i, line in enumerate(text.removesuffix(b"\n").split(b"\n"), start=1)]
+        if len({label for _, label in lines}) > 1:
+            raise UserError(f"{self.where(index)} should be {self.views} views of one picture but have classes "
+                            f"{sorted({c for _, c in lines})}. Set data.crop=ten for ten views, data.flip=true for two, "
+                            "data.flip=false for one.")
+        return _stack(lines)[0], lines[0][1]
 
-    def copy_to(self, target: Builder, progress: Progress | None = None) -> None:
-        """Write this rank's part of the store."""
-        done, classes = 0, len(target.plan["facts"]["classes"])
-        for start, stop in target.spans(target.chunk):
-            rows = list(self._rows(start, stop, classes))
-            write_codes(target, start, *_stack(rows), self.spec)
-            done += stop - start
-            if progress:
-                progress(done)
+
+def rank_files(folder: Path) -> list[Path]:
+    """The .jsonl files of a folder, in the order of the numbers in their names."""
+    found = sorted(folder.glob("*.jsonl"), key=lambda p: [int(x) if x.isdigit() else x for x in
+                                                          re.split(r"(\d+)", p.name)])
+    if not found:
+        raise UserError(f"{folder}: no tokens. Expected a .jsonl file, one for each rank, or a folder imagenet256_codes.")
+    return found
 
 
 def export_jsonl(store: TokenStore, path: str | Path, progress: Progress | None = None) -> None:
@@ -280,13 +266,49 @@ def export_jsonl(store: TokenStore, path: str | Path, progress: Progress | None 
         temporary.unlink(missing_ok=True)
 
 
-def open_import(path: str | Path, spec: CodeSpec, views: int, chunk: int,
-                progress: Progress | None = None) -> NumberedFiles | JsonLines:
-    """The token files at `path`: a folder of numbered .npy files or a .jsonl file."""
+# ---------------------------------------------------------------------------------------------------------------------
+# Either of them
+# ---------------------------------------------------------------------------------------------------------------------
+TokenFiles = NumberedFiles | JsonLines
+
+
+def _stack(rows: list[tuple[np.ndarray, int]]) -> tuple[np.ndarray, np.ndarray]:
+    """Codes and labels of several rows."""
+    return np.stack([codes for codes, _ in rows]), np.array([label for _, label in rows])
+
+
+def open_import(path: str | Path, spec: CodeSpec, views: int, progress: Progress | None = None) -> TokenFiles:
+    """The token files at `path`: a folder of numbered .npy files, a .jsonl file or a folder of these."""
     path = Path(path).expanduser()
     if not path.exists():
         known = [p.name for p in path.parent.glob("*")] if path.parent.is_dir() else []
         raise UserError(f"there is no {path}.{nearest(path.name, known)}")
-    if path.is_dir():
+    if path.is_dir() and not any(path.glob("*.jsonl")):
         return NumberedFiles(path, spec)
-    return JsonLines(path, spec, views, chunk, progress)
+    return JsonLines(path, spec, views, progress)
+
+
+def copy_to(files: TokenFiles, target: Builder, progress: Progress | None = None, places: np.ndarray | None = None,
+            labels: np.ndarray | None = None) -> None:
+    """Write this rank's part of a store from token files.
+
+    Args:
+        places: entry of each picture; None: they are as the store has them.
+        labels: of the pictures, which the entries must have too; None: those of the entries are taken.
+    """
+    done, classes = 0, len(target.plan["facts"]["classes"])
+    for start, stop in target.spans(64):
+        entries = range(start, stop) if places is None else places[start:stop].tolist()
+        rows = [files.row(entry) for entry in entries]
+        for index, (entry, (_, label)) in enumerate(zip(entries, rows), start=start):
+            if not 0 <= label < classes:
+                raise UserError(f"{files.where(entry)}: class {label} does not exist, there are {classes} (0 to "
+                                f"{classes - 1}).")
+            if labels is not None and label != labels[index]:
+                raise UserError(f"{files.where(entry)}: class {label}, but its picture, number {index}, has class "
+                                f"{labels[index]}. The classes of the pictures are in another order: give their names in "
+                                "the order of the tokens with ?classes=FILE.")
+        write_codes(target, start, *_stack(rows), files.spec)
+        done += stop - start
+        if progress:
+            progress(done)

@@ -3,7 +3,8 @@
 
   pretokenize.py CONFIG data.url=folder://data/imagenet data.crop=ten      ten crops of every picture
   pretokenize.py CONFIG data.crop=center data.flip=true                    centre crop and its mirror image
-  pretokenize.py CONFIG --import maskgitvq.jsonl data.crop=ten             from reAR's file, or from FQGAN's folder
+  pretokenize.py CONFIG --import maskgitvq.jsonl data.crop=ten             from reAR's file, or from FQGAN's folder; needs
+                                                                           no pictures, and checks them where they are
   pretokenize.py CONFIG --to official DIR | --to jsonl FILE                also write the store in that form
 
 CONFIG is any training config with tokenizer.weights. The store goes to --out, by default to the folder of a data.url
@@ -20,7 +21,7 @@ import flags
 from core import cli
 
 SHOWN = 16  # pictures that are decoded for the preview
-AGREEMENT = 0.5  # share of imported codes that the tokenizer must reproduce; rounding alone stays above 0.9
+AGREEMENT = 0.95  # share of imported codes that the tokenizer must make again
 
 
 def main(arguments: list[str]) -> int:
@@ -42,6 +43,7 @@ def main(arguments: list[str]) -> int:
     from core import dist, hub
     from core.errors import UserError
     from data.base import require_labels
+    from data.sources import exists
 
     if options.batch < 1 or options.classes < 1:
         raise UserError(f"--batch {options.batch} and --classes {options.classes}: give at least 1.")
@@ -52,7 +54,11 @@ def main(arguments: list[str]) -> int:
         raise UserError("tokenizer.weights is not set, and tokens of an untrained tokenizer are useless.")
     hub.resolve(config.tokenizer["weights"])
     dist.pick_device(config.train.device)
-    pictures = assemble.open_pictures(config)
+    pictures = None
+    if options.foreign and not config.data.pictures and not exists(config.data.url):
+        print(f"data.url={config.data.url} is not here: the tokens are taken without their pictures")
+    else:
+        pictures = assemble.open_pictures(config)
     require_labels(pictures)
     if not options.foreign and pictures is None and not store_folder(config, options.out).exists():
         raise UserError(f"data.url={config.data.url} is where the tokens go; set data.pictures to the pictures.")
@@ -154,50 +160,46 @@ def _encode(config, options, pictures, folder: Path, tokenizer, fingerprint: str
 
 
 def _import(config, options, pictures, folder: Path, tokenizer, fingerprint: str, world, say) -> None:
-    """Tokens from files of another code base, after a look at whether they are this tokenizer's."""
+    """Tokens from files of another code base; with the pictures at hand each entry is given to its own."""
     import assemble
     from core.errors import UserError
     from core.rng import hash64
     from core.specs import Continuous
     from core.train.log import ProgressLine
     from data import tokens
-    from data.cache import CHUNK
-    from data.token_files import open_import
+    from data.token_files import copy_to, open_import
 
     if isinstance(tokenizer.spec, Continuous):
         raise UserError(f"--import reads codes; this tokenizer makes {tokenizer.spec}.")
     transform = assemble.make_transform(config, tokenizer.image_size)
     path = Path(options.foreign).expanduser()
-    size = path.stat().st_size if path.is_file() else 0
+    size = sum(p.stat().st_size for p in ([path] if path.is_file() else path.glob("*.jsonl")))
 
     def line(total: int, unit: str, label: str):
         return ProgressLine(total, unit, label) if world.is_main else None
 
     counting = line(size, "B", "counting lines") if size else None
-    reader = open_import(path, tokenizer.spec, transform.views or 1, CHUNK, counting.update if counting else None)
+    reader = open_import(path, tokenizer.spec, transform.views or 1, counting.update if counting else None)
     if counting:
         counting.close()
-    views = reader.views
-    same = pictures is not None and len(pictures) == reader.samples
-    if pictures is not None and not same:
-        say(f"{path} has {reader.samples:,} pictures, {len(pictures):,} are given: tokens are not compared with them")
-    names = pictures.class_names if pictures is not None else [str(i) for i in range(options.classes)]
-    source = pictures.fingerprint() if same else f"{hash64('imported', path.name, reader.samples, views, size):016x}"
-    target = tokens.builder(folder, reader.samples, views, source, transform, tokenizer.spec, fingerprint, names,
+    views, places, labels = reader.views, None, None
+    if pictures is None:
+        count, names = reader.samples, [str(i) for i in range(options.classes)]
+        source = f"{hash64('imported', path.name, count, views, size):016x}"
+        say(f"no pictures are given: {path} is taken as {count:,} pictures x {views} views, without a comparison")
+    else:
+        check_count(reader, pictures, path)
+        order = world.on_main(lambda: pair(reader, pictures, transform, tokenizer, world.device, path, say))
+        places = order.places(pictures, reader.samples)
+        count, names, source = len(pictures), pictures.class_names, pictures.fingerprint()
+        labels = getattr(pictures, "labels", None) if pictures.num_classes > 1 else None
+    target = tokens.builder(folder, count, views, source, transform, tokenizer.spec, fingerprint, names,
                             rank=world.rank, world=world.size, barrier=world.barrier)
-    bar = line(reader.samples, "img", "import")
+    bar = line(count, "img", "import")
     request, progress = _stoppable((lambda done: bar.update(done * world.size)) if bar else None)
     try:
-        if same and world.is_main:
-            chosen = spread(reader.samples, views)
-            rows = [reader.row(index)[0][view] for index, view in chosen]
-            share = agreement(rows, crops(pictures, transform, chosen), tokenizer, world.device)
-            say(f"the tokenizer makes {share:.1%} of these codes of the same pictures")
-            if share < AGREEMENT:
-                raise UserError(f"{path}: the tokenizer reproduces only {share:.1%} of the codes. They are of another "
-                                "tokenizer, of other pictures, or of another crop (data.crop).")
         with request:
-            reader.copy_to(target, progress)
+            copy_to(reader, target, progress, places, labels)
     except BaseException:
         target.abandon()
         raise
@@ -205,6 +207,61 @@ def _import(config, options, pictures, folder: Path, tokenizer, fingerprint: str
         if bar:
             bar.close()
     target.finish()
+
+
+def check_count(reader, pictures, path: Path) -> None:
+    """UserError unless the entries of a token file can be about as many pictures."""
+    from core.errors import UserError
+    from data.pairing import filled_up
+
+    if filled_up(reader.samples, len(pictures)):
+        return
+    lines = reader.samples * reader.views
+    fitting = [v for v in (1, 2, 10) if lines % v == 0 and filled_up(lines // v, len(pictures))]
+    setting = {1: "data.crop=center data.flip=false", 2: "data.crop=center data.flip=true", 10: "data.crop=ten"}
+    advice = f"with {fitting[-1]} views of a picture it would fit: {setting[fitting[-1]]}" if fitting else \
+        "name its pictures (data.pictures), or take it without: data.url=tokens://DIR"
+    raise UserError(f"{path} has {reader.samples:,} entries of {reader.views} views, {len(pictures):,} pictures are "
+                    f"given; {advice}.")
+
+
+def pair(reader, pictures, transform, tokenizer, device, path: Path, say):
+    """The data.pairing.Order in which a token file lists the pictures: the one that the tokenizer agrees with best.
+
+    UserError below AGREEMENT, for then none of the known orders is the right one.
+    """
+    from core.errors import UserError
+    from core.rng import permutation
+    from data.pairing import orders
+
+    # drawn, not evenly spaced: multiples of a number of ranks would lie alike in many orders
+    chosen = permutation(len(pictures), "pairing")[:SHOWN].tolist()
+    views = [i % reader.views for i in range(len(chosen))]
+    again = made_of(crops(pictures, transform, list(zip(chosen, views))), tokenizer, device)
+    known: dict[tuple[int, int], float] = {}
+
+    def share(row: int, place: int) -> float:
+        if (row, place) not in known:
+            known[row, place] = agreement([reader.row(place)[0][views[row]]], again[row : row + 1])
+        return known[row, place]
+
+    best, found, tried = -1.0, None, 0
+    for order, places in orders(pictures, reader.samples, chosen):
+        tried, total = tried + 1, 0.0
+        for row, place in enumerate(places):
+            total += share(row, place)
+            if (total + len(places) - row - 1) / len(places) <= max(best, 0.5):
+                break  # cannot become the best any more
+        else:
+            best, found = total / len(places), order
+        if best == 1.0:
+            break
+    if found is None or best < AGREEMENT:
+        raise UserError(f"{path}: the tokenizer reproduces only {max(best, 0.0):.1%} of the codes in the best of {tried} "
+                        f"known orders of lines ({found or 'none came above 50 %'}). They are of another tokenizer, of "
+                        "other pictures, or of another crop (data.crop).")
+    say(f"{path} lists the pictures in {found}: the tokenizer makes {best:.1%} of the codes of {len(chosen)} of them")
+    return found
 
 
 def _export(store, form: str, path: str, world, say) -> None:
@@ -247,14 +304,20 @@ def crops(pictures, transform, chosen: list[tuple[int, int]]):
                         for index, view in chosen])
 
 
-def agreement(rows, images, tokenizer, device) -> float:
-    """Share of stored values that the tokenizer makes of the same crops; real vectors to within 1 %."""
+def made_of(images, tokenizer, device):
+    """(B, ...) what the tokenizer makes of crops, on the CPU."""
     import torch
 
     from core.images import to_model_range
 
     with torch.no_grad():
-        again = tokenizer.precompute(to_model_range(images.to(device))).cpu()
+        return tokenizer.precompute(to_model_range(images.to(device))).cpu()
+
+
+def agreement(rows, again) -> float:
+    """Share of stored values that are as the tokenizer makes them again; real vectors to within 1 %."""
+    import torch
+
     stored = torch.stack([torch.as_tensor(row.astype("int64") if row.dtype.kind in "iu" else row) for row in rows])
     if again.is_floating_point():
         return float(torch.isclose(stored.float(), again.float(), rtol=1e-2, atol=1e-2).double().mean())
@@ -277,7 +340,7 @@ def show(store, tokenizer, pictures, device, say) -> None:
     if pictures is not None and pictures.fingerprint() == store.fingerprint():
         images = crops(pictures, store.transform, chosen)
         rows = [store.rows(array_of(store.spec))[index, view] for index, view in chosen]
-        share = agreement(rows, images, tokenizer, device)
+        share = agreement(rows, made_of(images, tokenizer, device))
         quality = psnr(images / 255, to_unit_range(decoded, clamp=True)).mean()
         text = f"PSNR {quality:.2f} dB, {share:.1%} of the tokens made again; pictures above, decoded below"
         shown = torch.cat([torch.cat(pair) for pair in zip(images.split(8), shown.split(8))])

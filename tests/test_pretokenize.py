@@ -22,7 +22,7 @@ from core.rng import hash64
 from core.specs import Codes
 from data import tokens
 from data.sources import open_source
-from data.token_files import JsonLines, NumberedFiles, export_jsonl, export_numbered, open_import
+from data.token_files import JsonLines, NumberedFiles, copy_to, export_jsonl, export_numbered, open_import
 from data.tokens import TokenStore
 from data.transforms import Transform
 from tests.conftest import TOY_TOKENIZER
@@ -159,25 +159,25 @@ def test_mistakes_in_numbered_files(tmp_path):
     codes = export_numbered(store, tmp_path / "o")
     labels = codes.with_name("imagenet16_labels")
 
-    def copy_to(name):
+    def imported(name):
         target = tokens.builder(tmp_path / name, 24, 10, "x", TEN, SPEC, "f", ["a", "b", "c", "d"])
-        NumberedFiles(tmp_path / "o", SPEC).copy_to(target)
+        copy_to(NumberedFiles(tmp_path / "o", SPEC), target)
 
     np.save(codes / "5_red.npy", np.full((1, 10, 16), 16))
     with pytest.raises(UserError, match=r"imagenet16_codes/5\*.npy: code 16 does not exist"):
-        copy_to("a")
+        imported("a")
     np.save(codes / "5_red.npy", np.zeros((1, 2, 16), dtype=np.int64))
     with pytest.raises(UserError, match=r"5_red.npy has shape \[1, 2, 16\], expected \[1, 10, 16\]"):
-        copy_to("b")
+        imported("b")
     (codes / "5_red.npy").write_bytes(b"\x93NUMPY")
-    with pytest.raises(UserError, match="5_red.npy is not a .npy file"):
-        copy_to("c")
+    with pytest.raises(UserError, match="5_red.npy: not a whole .npy file"):
+        imported("c")
     (codes / "5_red.npy").unlink()
     with pytest.raises(UserError, match="5_red.npy: no such file"):
-        copy_to("d")
+        imported("d")
     (labels / "3.npy").unlink()
     with pytest.raises(UserError, match="1 of 24 labels are missing, the first is 3.npy"):
-        copy_to("e")
+        imported("e")
     with pytest.raises(UserError, match="picture 0 has 0_blue.npy, 0_green.npy, 0_red.npy, this tokenizer"):
         NumberedFiles(tmp_path / "o", SPEC) if np.save(labels / "3.npy", [3]) else \
             NumberedFiles(tmp_path / "o", ToyCodes(branches=2).spec)
@@ -199,11 +199,11 @@ def write_lines(path, count: int, views: int = 10, nested: bool = False) -> np.n
 
 
 def store_of(path, name, spec=LINES, views=10, chunk=4, **builder) -> TokenStore:
-    reader = open_import(path, spec, views, chunk)
+    reader = open_import(path, spec, views)
     transform = TEN if views == 10 else Transform(16)
     target = tokens.builder(path.parent / name, reader.samples, views, "x", transform, spec, "f", list("abcd"),
                             chunk=chunk, **builder)
-    reader.copy_to(target)
+    copy_to(reader, target)
     target.finish()
     return TokenStore(path.parent / name)
 
@@ -234,17 +234,17 @@ def test_blocks_are_found_wherever_the_file_is_cut(tmp_path, monkeypatch):
     text = (tmp_path / "t.jsonl").read_bytes()
     for data in (text, text[:-1]):
         (tmp_path / "t.jsonl").write_bytes(data)
-        expected = np.cumsum([0] + [len(line) for line in data.splitlines(keepends=True)])[[0, 2, 4, 6, 8]].tolist()
+        expected = np.cumsum([0] + [len(line) for line in data.splitlines(keepends=True)])[::3].tolist()
         for size in (1, 7, len(text) // 2, len(text), 1 << 22):
             monkeypatch.setattr("data.token_files.PIECE", size)
-            reader = JsonLines(tmp_path / "t.jsonl", LINES, 1, 2)
-            assert reader.samples == 9 and reader.starts[:5] == expected
+            reader = JsonLines(tmp_path / "t.jsonl", LINES, 3)
+            assert reader.samples == 3 and reader.spans[0].tolist() == expected
 
 
 def test_killed_conversion_goes_on(tmp_path):
     write_lines(tmp_path / "t.jsonl", 11)
     whole = store_of(tmp_path / "t.jsonl", "whole")
-    reader = JsonLines(tmp_path / "t.jsonl", LINES, 10, 4)
+    reader = JsonLines(tmp_path / "t.jsonl", LINES, 10)
 
     def die(done):
         if done == 8:
@@ -252,11 +252,11 @@ def test_killed_conversion_goes_on(tmp_path):
 
     target = tokens.builder(tmp_path / "s", 11, 10, "x", TEN, LINES, "f", list("abcd"), chunk=4)
     with pytest.raises(KeyboardInterrupt):
-        reader.copy_to(target, die)
+        copy_to(reader, target, die)
     target.abandon()
     target = tokens.builder(tmp_path / "s", 11, 10, "x", TEN, LINES, "f", list("abcd"), chunk=4)
     assert len(target) == 3
-    reader.copy_to(target)
+    copy_to(reader, target)
     target.finish()
     assert files(tmp_path / "s") == files(whole.path)
 
@@ -265,7 +265,8 @@ def test_killed_conversion_goes_on(tmp_path):
     ('{"class_id": 1, "tokens": [1, 2', "line 23 is not"),
     ('{"class_id": 1}', "line 23 is not .*KeyError: 'tokens'"),
     ("", "line 23 is not"),
-    ('{"class_id": 4, "tokens": %s}' % ([0] * 16), "line 23: class_id 4 is not a class from 0 to 3"),
+    ('{"class_id": 4, "tokens": %s}' % ([0] * 16), r"lines 21 to 30 should be .* have classes \[2, 4\]"),
+    ('{"class_id": -1, "tokens": %s}' % ([0] * 16), "line 23: class_id -1 is not a class from 0 to 999999"),
     ('{"class_id": "a", "tokens": %s}' % ([0] * 16), "line 23: class_id 'a' is not a class"),
     ('{"class_id": 2, "tokens": [0, 1]}', "line 23: 2 tokens of type int64"),
     ('{"class_id": 2, "tokens": %s}' % ([0.5] * 16), "line 23: 16 tokens of type float64"),
@@ -279,6 +280,10 @@ def test_bad_lines(tmp_path, line, message):
     (tmp_path / "t.jsonl").write_text("\n".join(lines))
     with pytest.raises(UserError, match=message):
         store_of(tmp_path / "t.jsonl", "s")
+    lines[20:30] = ['{"class_id": 4, "tokens": %s}' % ([0] * 16)] * 10
+    (tmp_path / "t.jsonl").write_text("\n".join(lines))
+    with pytest.raises(UserError, match=r"t.jsonl lines 21 to 30: class 4 does not exist, there are 4 \(0 to 3\)"):
+        store_of(tmp_path / "t.jsonl", "s")
     (tmp_path / "t.jsonl").write_text("\n".join(lines[:-1]))
     with pytest.raises(UserError, match="has 49 lines, which is not a multiple of the 10 views"):
         store_of(tmp_path / "t.jsonl", "s")
@@ -288,16 +293,71 @@ def test_imported_tokens_are_compared_with_the_pictures(tmp_path, config, capsys
     """With the pictures at hand, tokens of another tokenizer are found out before they get its fingerprint."""
     export_jsonl(make(tmp_path / "s"), tmp_path / "t.jsonl")
     store = call(config(), out=str(tmp_path / "good"), foreign=str(tmp_path / "t.jsonl"))
-    assert "makes 100.0% of these codes" in capsys.readouterr().out
+    assert "lists the pictures in the order of the source: the tokenizer makes 100.0%" in capsys.readouterr().out
     assert store.content == TokenStore(tmp_path / "s").content
     backwards = ToyCodes()
     backwards.levels.data = backwards.levels.data.flip(0)
     made = tokens.build(tmp_path / "b", SOURCE, TEN, SPEC,
                         lambda images: backwards.encode(to_model_range(images)), "other", batch=8)
     export_jsonl(made, tmp_path / "b.jsonl")
-    with pytest.raises(UserError, match="reproduces only .*% of the codes"):
+    with pytest.raises(UserError, match="reproduces only .*% of the codes in the best of"):
         call(config(), out=str(tmp_path / "bad"), foreign=str(tmp_path / "b.jsonl"))
     assert not (tmp_path / "bad").exists()
+
+
+RANKS = [("strided", r, e) for r, e in ((2, 24), (5, 24), (5, 25), (7, 28), (16, 32), (16, 24))]
+
+
+@pytest.mark.parametrize("merge, ranks, entries", [
+    *RANKS, ("strided, ranks as words", 12, 24), ("alternating", 5, 24), ("shuffled 0", 1, 24), ("shuffled 0", 4, 24)])
+def test_lines_of_several_ranks_are_given_to_their_pictures(tmp_path, config, capsys, merge, ranks, entries):  # noqa: F811
+    """By a re-statement of the writers: rank r takes its pictures, the ranks' files are put together."""
+    whole = make(tmp_path / "s")
+    export_jsonl(whole, tmp_path / "t.jsonl")
+    lines = (tmp_path / "t.jsonl").read_bytes().splitlines(keepends=True)
+    pictures = list(range(24))
+    if merge.startswith("shuffled"):
+        from torch.utils.data import DistributedSampler
+
+        taken = [list(DistributedSampler(pictures, ranks, r, shuffle=True)) for r in range(ranks)]
+    elif merge == "alternating":
+        parts = [list(p) for p in np.array_split(pictures, ranks)]
+        taken = [[p[step] for p in parts if step < len(p)] for step in range(len(parts[0]))]
+    else:
+        filled = pictures + pictures[: entries - 24]
+        taken = [filled[r::ranks] for r in range(ranks)]
+        if "words" in merge:
+            taken = [taken[r] for r in sorted(range(ranks), key=str)]
+    written = [line for part in taken for i in part for line in lines[i * 10 : i * 10 + 10]]
+    assert len(written) == entries * 10 and sorted({*written}) == sorted({*lines})
+    (tmp_path / "r.jsonl").write_bytes(b"".join(written))
+    store = call(config(), out=str(tmp_path / "found"), foreign=str(tmp_path / "r.jsonl"))
+    assert store.content == whole.content and store.fingerprint() == SOURCE.fingerprint()
+    said = capsys.readouterr().out
+    assert (f"{ranks} ranks" in said) == (ranks > 1) and "makes 100.0% of the codes" in said
+    (tmp_path / "parts").mkdir()
+    for rank, part in enumerate(np.split(np.array(written), [len(lines) // 2])):  # one file for each half of the lines
+        (tmp_path / "parts" / f"rank_{rank + 9}.jsonl").write_bytes(b"".join(part.tolist()))
+    assert call(config(), out=str(tmp_path / "joined"), foreign=str(tmp_path / "parts")).content == whole.content
+
+
+def test_lines_in_no_known_order_or_of_other_pictures_are_refused(tmp_path, config):  # noqa: F811
+    export_jsonl(make(tmp_path / "s"), tmp_path / "t.jsonl")
+    lines = (tmp_path / "t.jsonl").read_bytes().splitlines(keepends=True)
+
+    def refused(message, *settings, entries=None):
+        written = [line for i in entries for line in lines[i * 10 : i * 10 + 10]] if entries is not None else lines
+        (tmp_path / "r.jsonl").write_bytes(b"".join(written))
+        with pytest.raises(UserError, match=message):
+            call(config(*settings), out=str(tmp_path / "x"), foreign=str(tmp_path / "r.jsonl"))
+        assert not (tmp_path / "x").exists()
+
+    refused("reproduces only", entries=np.random.default_rng(5).permutation(24))
+    refused("20 entries of 10 views, 24 pictures are given; name its pictures", entries=range(20))
+    refused("120 entries of 2 views, 24 pictures are given; with 10 views .* data.crop=ten", "data.crop=center")
+    swapped = [*range(24)]
+    swapped[0], swapped[1] = 1, 0  # classes 0 and 1: whether or not it is among the pictures that are looked at
+    refused("reproduces only|its picture, number 0, has class 0", entries=swapped)
 
 
 def test_imported_without_pictures(tmp_path, config):  # noqa: F811
