@@ -290,11 +290,18 @@ def open_val(config: RunConfig) -> DataSource | None:
     return None
 
 
+def looked_at(config: RunConfig) -> DataSource | None:
+    """open_val of a training that looks at these pictures; one that does not needs none of them on its disk."""
+    data = config.data
+    needed = config.task == "tokenizer" or config.train.eval_every != "never" or data.stats_split == "val"
+    return open_val(config) if needed else None
+
+
 def check_inputs(config: RunConfig) -> None:
     """Everything that can be wrong outside the config file, found without loading a network."""
     dist.pick_device(config.train.device)
     open_train(config)
-    open_val(config)
+    looked_at(config)
     for reference in (config.tokenizer.get("weights"), config.train.init_from, config.sample.guide):
         if reference:
             hub.resolve(reference)
@@ -458,7 +465,7 @@ def _train(config: RunConfig, world: dist.World) -> int:
         if world.is_main:
             print(message, flush=True)
 
-    source, val = open_train(config), open_val(config)
+    source, val = open_train(config), looked_at(config)
     features = stored = None
     pictures = source
     if isinstance(source, TokenStore):

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import save_file
 
 import assemble
 import pretokenize
@@ -372,3 +373,26 @@ def test_imported_without_pictures(tmp_path, config):  # noqa: F811
     assert (tmp_path / "again.jsonl").read_bytes() == (tmp_path / "t.jsonl").read_bytes()
     assert torch.equal(again.tokens([3], [2]), store.tokens([3], [2]))
     assert open_source(f"tokens://{store.path}").views == 10
+
+
+def test_a_recipe_whose_pictures_are_not_on_this_disk(tmp_path, config, capsys):  # noqa: F811
+    """As reAR's users do it: download the lines, import them, train from the store. No folder is asked for."""
+    export_jsonl(make(tmp_path / "s"), tmp_path / "t.jsonl")
+    path = config().run_dir.parent / "toy.yaml"
+    recipe = path.read_text().replace("synthetic://?size=40&classes=4&count=24", "folder:///gone/train")
+    recipe = recipe.replace("crop: ten", 'crop: ten, val_url: "folder:///gone/val"')
+    weights = tmp_path / "weights.safetensors"
+    path.write_text(recipe.replace("name: toy_codes", f"name: toy_codes, weights: {weights}"))
+    save_file(ToyCodes().state_dict(), weights)
+    settings = config(f"data.url=tokens://{tmp_path}/mine")
+    settings.tokenizer.pop("weights")  # the stand-in's are made, not read
+    assert pretokenize.main([str(path), "--import", str(tmp_path / "t.jsonl"), "--check"]) == 0
+    assert "folder:///gone/train is not here: the tokens are taken without" in capsys.readouterr().out
+    call(settings, foreign=str(tmp_path / "t.jsonl"))
+    assert "24 pictures x 10 views, without a comparison" in capsys.readouterr().out
+    assert assemble.train(settings) == 0
+    with pytest.raises(UserError, match="no such folder"):
+        assemble.train(config(f"data.url=tokens://{tmp_path}/mine", "train.eval_every=1step"))
+    with pytest.raises(UserError, match="no such folder"):
+        pretokenize.main([str(path), "data.pictures=folder:///gone", "data.url=tokens://x", "--import",
+                          str(tmp_path / "t.jsonl"), "--check"])
