@@ -16,7 +16,7 @@ import numpy as np
 from numpy.lib import format as npy
 
 from core.errors import UserError
-from core.files import explain_os_errors
+from core.files import explain_os_errors, refuse_text
 
 _MAX_DEFLATED = 1100  # bytes that one byte of a zip file can stand for: 1032, and a little for short members
 Header = tuple[tuple[int, ...], bool, np.dtype, int]  # shape, Fortran order, type, bytes before the data
@@ -66,6 +66,7 @@ class NpzFile:
 
     def __init__(self, path: str | Path):
         self.path = Path(path)
+        refuse_text(self.path)
         with _naming_damage(self.path):
             self.zip = zipfile.ZipFile(self.path)
         self.names = [name.removesuffix(".npy") for name in self.zip.namelist() if name.endswith(".npy")]

@@ -53,7 +53,7 @@ def refuse_text(path: str | os.PathLike) -> None:
         raise UserError(f"{os.fspath(path)}: a Git-LFS pointer, not the file it stands for. Run git lfs pull in its "
                         "repository, or download the file itself.")
     if start.startswith((b"<!doctype", b"<html", b"<head", b"<?xml")):
-        raise UserError(f"{os.fspath(path)}: a web page, not a file of weights: the server answered the download with a "
+        raise UserError(f"{os.fspath(path)}: a web page, not a file of numbers: the server answered the download with a "
                         "page, of an error or a login. Delete it and download it again.")
 
 

@@ -64,10 +64,11 @@ class _Storage(NamedTuple):
 # ---------------------------------------------------------------------------------------------------------------------
 # Whole files
 # ---------------------------------------------------------------------------------------------------------------------
-def load_pickle(path: str | Path) -> dict[str, Any]:
-    """The dictionary in a file of torch.save (either format) or pickle.dump: tensors, plain values and `Inert` objects.
+def load_pickle(path: str | Path, kinds: tuple[type, ...] = (dict,)) -> Any:
+    """What a file of torch.save (either format) or pickle.dump holds, normally a dictionary: tensors, plain values and
+    `Inert` objects.
 
-    UserError for files that are damaged, claim more than they hold, or hold no dictionary.
+    UserError for files that are damaged, claim more than they hold, or hold something that is not of `kinds`.
     """
     path = Path(path)
     refuse_text(path)
@@ -81,7 +82,7 @@ def load_pickle(path: str | Path) -> dict[str, Any]:
     except Exception as error:  # garbage makes the reader fail in any way; whatever it is, the file is at fault
         raise UserError(f"{path}: not a whole PyTorch file ({type(error).__name__}: {str(error)[:80]}). "
                         "Delete it and copy or download it again.") from error
-    if not isinstance(content, dict):
+    if not isinstance(content, kinds):
         what = content.kind if isinstance(content, Inert) else type(content).__name__
         raise UserError(f"{path}: holds a {what}; a dictionary of tensors was expected.")
     return content

@@ -5,7 +5,8 @@
 | VIRTUAL_imagenet256_labeled.npz | arr_0 (10,000 pictures), mu, sigma, mu_s, sigma_s | ADM (guided-diffusion) |
 | adm_in256_stats.npz, val_fid_statistics_file_*.npz | mu, sigma | MAR, DeTok, RecTok |
 | *.npz of pytorch-fid | mu, sigma, any float dtype | pytorch-fid |
-| *.pt of torch-fidelity's cache | {mu, sigma} | torch-fidelity |
+| *-stat-fid-2048.pt of torch-fidelity's cache | {mu, sigma}, arrays or tensors | torch-fidelity |
+| *-features-2048.pt of the same | (N, 2048) features, whose moments are taken | torch-fidelity |
 | *.npz, *.safetensors | the same names, and count, network, preprocess, picture size, source | `save` below |
 
 Everything becomes float64. Files of others do not say how they were made; what is known about them stands in KNOWN.
@@ -15,6 +16,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -29,6 +31,7 @@ from core.arrays import NpzFile
 from core.errors import UserError
 from core.files import explain_os_errors, fsync_file, sha256_file, write_atomic
 from core.pickles import load_pickle
+from evaluation.moments import Moments
 from evaluation.pictures import ArrayPictures, check_pictures
 
 # Feature tap -> array names in a file: ADM's for FID's network, our own for the offline stand-in.
@@ -141,8 +144,7 @@ def load(path: str | Path) -> Statistics:
     elif path.suffix == ".safetensors":
         arrays, facts = held, _ = _read_safetensors(path)
     else:
-        arrays, facts = {k: _plain(v) for k, v in load_pickle(path).items()}, Facts()
-        held = arrays
+        arrays, facts = held, _ = _read_cache(path)
     facts = KNOWN.get(path.name, facts)
     if pictures is not None and facts.image_size is None:
         facts = replace(facts, image_size=pictures.size[0])
@@ -184,6 +186,21 @@ def _read_safetensors(path: Path) -> tuple[dict[str, Tensor], Facts]:
             return {name: file.get_tensor(name) for name in file.keys()}, _parse_facts(path, meta.get("facts", "{}"))
     except SafetensorError as error:
         raise UserError(f"{path}: not a whole .safetensors file ({error}). Copy or make it again.") from error
+
+
+def _read_cache(path: Path) -> tuple[dict[str, Any], Facts]:
+    """A .pt file: torch-fidelity's cached statistics, or its cached features. Its name tells the feature network."""
+    found = re.search(r"-(inception-v3-compat|vgg16|clip-[\w-]+?|dinov2-[\w-]+?)-(stat-fid|features)-", path.name)
+    network = found and {"inception-v3-compat": "inception"}.get(found[1], found[1])
+    facts = Facts(network=network, preprocess="tf1" if network == "inception" else None, made_by="torch-fidelity" if found else None)
+    content = load_pickle(path, (dict, Tensor))
+    if isinstance(content, dict):
+        return {k: _plain(v) for k, v in content.items()}, facts
+    if content.ndim != 2 or len(content) < 2 or not content.is_floating_point():
+        raise UserError(f"{path}: neither statistics (mu, sigma) nor features of pictures; it holds {content.dtype} "
+                        f"{tuple(content.shape)}.")
+    gathered = Moments.of(content)
+    return {"mu": gathered.mean, "sigma": gathered.covariance}, replace(facts, count=len(content))
 
 
 def _parse_facts(path: Path, text: str) -> Facts:
@@ -231,11 +248,17 @@ def _no_covariance(matrix: Tensor) -> str:
 # ---------------------------------------------------------------------------------------------------------------------
 # Writing
 # ---------------------------------------------------------------------------------------------------------------------
-def save(path: str | Path, statistics: Statistics, pictures: np.ndarray | None = None) -> None:
+DTYPES = {"torch-fidelity": ("float32", "float64"), "float32": ("float32",) * 2, "float64": ("float64",) * 2}
+
+
+def save(path: str | Path, statistics: Statistics, pictures: np.ndarray | None = None,
+         dtype: str = "torch-fidelity") -> None:
     """Write atomically, .npz (that ADM, pytorch-fid and RecTok read as well) or .safetensors by the suffix.
 
     Args:
         pictures: (n, H, W, 3) uint8 to keep as arr_0, for precision and recall; .npz only.
+        dtype: key of DTYPES, of means and covariances in an .npz. torch-fidelity, and with it RecTok's evaluation,
+            asserts means in float32 and covariances in float64; the others take any. .safetensors hold float64.
     """
     path = Path(path)
     named = {name: value for tap, pair in statistics.moments.items() for name, value in zip(MOMENTS[tap], pair)}
@@ -249,7 +272,7 @@ def save(path: str | Path, statistics: Statistics, pictures: np.ndarray | None =
         return
     if path.suffix != ".npz":
         raise UserError(f"{path}: choose a name that ends in .npz or .safetensors.")
-    arrays = {name: value.numpy() for name, value in named.items()}
+    arrays = {name: value.numpy().astype(DTYPES[dtype][value.ndim - 1]) for name, value in named.items()}
     arrays["facts"] = np.frombuffer(facts.encode(), dtype=np.uint8)
     if pictures is not None:
         check_pictures(pictures, str(path))

@@ -15,6 +15,8 @@ options:
                      Decides which split is read where URL has several: train, otherwise val
   --num N            the first N pictures
   --keep-pictures N  also keep N pictures, spread over the set, as arr_0: precision, recall and KID need them
+  --dtype NAME       of means and covariances in an .npz: torch-fidelity (default: float32 and float64, which that
+                     library and RecTok's evaluation assert), float32 or float64 (both alike)
   --network NAME     inception (default), lite0 (the offline stand-in), or a file of Inception weights
   --protocol NAME    whose input to the network (default adm; pytorch-fid resizes differently)
   --batch N, --workers N
@@ -43,6 +45,8 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     )
     parser.add_argument("--network", default="inception", help=argparse.SUPPRESS)
     parser.add_argument("--protocol", default="adm", help=argparse.SUPPRESS)
+    parser.add_argument("--dtype", choices=("torch-fidelity", "float32", "float64"), default="torch-fidelity",
+                        help=argparse.SUPPRESS)
     for name, default in (
         ("--size", None),
         ("--num", None),
@@ -104,7 +108,7 @@ def main(arguments: list[str]) -> int:
             chosen = [i * len(pictures) // count for i in range(count)]
             kept = np.concatenate([pictures.read(i, i + 1).permute(0, 2, 3, 1).numpy() for i in chosen])
             ArrayPictures(kept)
-        statistics.save(out, made, kept)
+        statistics.save(out, made, kept, options.dtype)
         for tap, (mean, _) in made.moments.items():
             if note := few_pictures(len(pictures), len(mean)):
                 print(f"note ({tap}): {note}")

@@ -9,10 +9,11 @@ import numpy as np
 import pytest
 import torch
 
-from core.dist import World
 from core.arrays import NpzFile, read_npy
+from core.dist import World
 from core.errors import UserError
 from evaluation import labels, protocols, statistics
+from evaluation.frechet import frechet_from_moments
 from evaluation.pictures import ArrayPictures, NpzPictures
 from evaluation.statistics import Facts, Statistics
 from evaluation.work import Work
@@ -141,7 +142,8 @@ def test_statistics_round_trip(tmp_path, name):
     read = statistics.load(tmp_path / name)
     assert read.facts == made.facts and read.pictures is None
     for tap, pair in made.moments.items():
-        assert all(torch.equal(a, b) for a, b in zip(pair, read.moments[tap]))
+        torch.testing.assert_close(read.moments[tap][0], pair[0], rtol=1e-7 if name.endswith("npz") else 0, atol=0)
+        assert torch.equal(read.moments[tap][1], pair[1])
     read.check(purpose="generation", network="inception", preprocess="tf1", image_size=32)
     for change, message in (
         ({"purpose": "reconstruction"}, "training set"),
@@ -179,6 +181,53 @@ def test_statistics_of_others(tmp_path):
     )
     with pytest.raises(UserError, match="reference for generation"):
         virtual.check(purpose="reconstruction", network="inception", preprocess="tf1", image_size=256)
+
+
+def test_statistics_that_originals_assert(tmp_path):
+    """torch-fidelity compares the types of both sides; its own come from float32 features."""
+    made = Statistics({"pool": moments()}, Facts(), "x")
+    for dtype, expected in (("torch-fidelity", "f8"), ("float32", "f4"), ("float64", "f8")):
+        statistics.save(tmp_path / f"{dtype}.npz", made, dtype=dtype)
+        with np.load(tmp_path / f"{dtype}.npz") as file:
+            assert file["mu"].dtype == ("f8" if dtype == "float64" else "f4") and file["sigma"].dtype == expected
+            held = {name: file[name] for name in ("mu", "sigma")}
+        if dtype == "torch-fidelity":
+            metric_fid = pytest.importorskip("torch_fidelity.metric_fid")
+            theirs = metric_fid.fid_features_to_statistics(torch.randn(40, 5))
+            value = metric_fid.fid_statistics_to_metric(theirs, held, verbose=False)["frechet_inception_distance"]
+            ours = frechet_from_moments(*(torch.from_numpy(theirs[k]) for k in ("mu", "sigma")), *moments())
+            assert value == pytest.approx(ours, rel=1e-5)
+
+
+def test_caches_of_torch_fidelity(tmp_path):
+    """Statistics, as arrays (written with numpy 1 and 2) or tensors, and features; the name tells the network."""
+    features = torch.randn(40, 5, generator=torch.Generator().manual_seed(3))
+    mean, covariance = features.numpy().mean(0), np.cov(features.numpy().T)
+    stem = "imagenet-inception-v3-compat"
+    torch.save({"mu": mean, "sigma": covariance}, tmp_path / f"{stem}-stat-fid-2048.pt")
+    torch.save({"mu": torch.from_numpy(mean), "sigma": torch.from_numpy(covariance)}, tmp_path / f"{stem}-stat-fid-64.pt",
+               _use_new_zipfile_serialization=False)
+    torch.save(features, tmp_path / f"{stem}-features-2048.pt")
+    torch.save(features, tmp_path / "x-dinov2-vit-s-14-features-dinov2.pt")
+    old = (tmp_path / f"{stem}-stat-fid-2048.pt").read_bytes()
+    assert b"numpy._core" in old or b"numpy.core" in old
+    for path in sorted(tmp_path.iterdir()):
+        read = statistics.load(path)
+        np.testing.assert_allclose(read.moments["pool"][0].numpy(), mean, rtol=1e-5, atol=1e-7)
+        np.testing.assert_allclose(read.moments["pool"][1].numpy(), covariance, rtol=1e-5, atol=1e-7)
+        assert read.facts.count == (40 if "features" in path.name else None)
+        check = dict(purpose="generation", preprocess="tf1", image_size=64)
+        if "dinov2" in path.name:
+            with pytest.raises(UserError, match='made with the feature network "dinov2-vit-s-14"'):
+                read.check(network="inception", **check)
+        else:
+            read.check(network="inception", **check)
+    torch.save(torch.arange(5), tmp_path / "x.pt")
+    with pytest.raises(UserError, match=r"nor features of pictures; it holds torch.int64 \(5,\)"):
+        statistics.load(tmp_path / "x.pt")
+    (tmp_path / "x.npz").write_text("version https://git-lfs.github.com/spec/v1")
+    with pytest.raises(UserError, match="git lfs pull"):
+        statistics.load(tmp_path / "x.npz")
 
 
 def test_statistics_that_are_none(tmp_path):

@@ -427,7 +427,8 @@ def test_tokenizer_command(tokenizer_run, tmp_path, small_net, capsys):
     }
     assert "By class" in (tmp_path / "a" / "report.html").read_text()
     # statistics of the originals, made beforehand, give the same rFID
-    assert make_reference.main([val, str(tmp_path / "val.npz"), "--size", "32", "--for", "reconstruction"]) == 0
+    reference = [val, str(tmp_path / "val.npz"), "--size", "32", "--for", "reconstruction", "--dtype", "float64"]
+    assert make_reference.main(reference) == 0
     assert evaluate.main([*common, f"eval.reference={tmp_path / 'val.npz'}", "--out", str(tmp_path / "b")]) == 0
     assert metrics(tmp_path / "b")["rfid_24"] == pytest.approx(metrics(tmp_path / "a")["rfid_24"], rel=1e-9)
     with pytest.raises(UserError, match="describes other pictures"):
