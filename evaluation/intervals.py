@@ -29,14 +29,26 @@ class Extrapolation:
     slope: float
 
 
+FEWEST = 20  # pictures of an extrapolation, whose smallest subset is a tenth
+
+
+def check_extras(replicates: int, infinity: bool, count: int) -> None:
+    """UserError where a bootstrap of `replicates` (0: none) or an extrapolation cannot be had of `count` pictures."""
+    if replicates < 0 or replicates == 1:
+        raise UserError(f"--bootstrap {replicates}: an interval needs at least 2 replicates; 50 are usual.")
+    if infinity and count < FEWEST:
+        raise UserError(f"--infinity: extrapolating to infinitely many pictures needs at least {FEWEST}, there are "
+                        f"{count}.")
+
+
 def at_infinity(measure: Measure, count: int, points: int = 15, seed: int = 0) -> Extrapolation:
     """The metric without its bias for finite N (Chong & Forsyth 2020): least squares on 1 / N.
 
     Measured on `points` random subsets, without replacement, of sizes evenly spaced from N / 10 to N. Removes the bias
     of the generated side only; the reference is as large as it is.
     """
-    if points < 3 or count < 10 * 2:
-        raise UserError(f"Extrapolating to infinitely many pictures needs at least 20 pictures and 3 points, got "
+    if points < 3 or count < FEWEST:
+        raise UserError(f"Extrapolating to infinitely many pictures needs at least {FEWEST} pictures and 3 points, got "
                         f"{count} and {points}.")
     rng = np.random.default_rng(seed)
     sizes = np.unique(np.linspace(count / 10, count, points).round().astype(int))

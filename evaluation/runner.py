@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from core.dist import World
+from core.errors import UserError
 from evaluation.features import FeatureNet
 from evaluation.image_metrics import PictureMetric
 from evaluation.pictures import Pictures
@@ -135,7 +136,15 @@ def evaluate_generation(
             protocol, net, features, reference, real, "generation", work.world.device, labels, replicates, infinity
         )
         scores, left_out = score(compared)
-    return Result(scores, left_out, dict(watch.seconds), features=features)
+    return Result(_some(scores, left_out, protocol), left_out, dict(watch.seconds), features=features)
+
+
+def _some(scores: list[Score], left_out: dict[str, str], protocol: Protocol) -> list[Score]:
+    """The scores; UserError when there are none."""
+    if not scores:
+        reasons = "; ".join(f"{name}: {reason}" for name, reason in left_out.items())
+        raise UserError(f"nothing of protocol {protocol.name} can be measured: {reasons}")
+    return scores
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -234,6 +243,9 @@ def evaluate_reconstruction(
             if perturbed := part("perturbed/"):
                 only_fid = replace(protocol, reconstruction=("fid",))
                 compared = Comparison(only_fid, net, perturbed, reference, real, "perturbed", **more)
-                feature_scores += [replace(s, note=" ".join((f"{noise}.", s.note)).strip()) for s in score(compared)[0]]
+                numbers, why = score(compared)
+                feature_scores += [replace(s, note=" ".join((f"{noise}.", s.note)).strip()) for s in numbers]
+                left_out |= {f"p{name}" if name == "fid" else name: reason for name, reason in why.items()}
         scores = feature_scores + scores
+    scores = _some(scores, left_out, protocol)
     return Result(scores, left_out, dict(watch.seconds), values, part("samples/"), part(SUM))

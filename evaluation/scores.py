@@ -6,8 +6,8 @@ recall, no class logits for an Inception Score) is left out and says why; the ot
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Callable
+from dataclasses import dataclass, field
+from typing import Callable, TypeVar
 
 import torch
 from torch import Tensor
@@ -25,6 +25,7 @@ from evaluation.naming import few_pictures, metric_name
 from evaluation.protocols import Protocol
 from evaluation.statistics import Statistics
 
+T = TypeVar("T")
 PREFIXES = {"generation": "", "reconstruction": "r", "perturbed": "p"}  # of metrics' names, by purpose
 # Features that a metric uses: FID's network has the first of each pair, the offline stand-in the second.
 DISTANCE_TAPS = ("pool", "block4")
@@ -70,6 +71,7 @@ class Comparison:
     replicates: int = 0
     infinity: bool = False
     manifold: list[Score] | None = None  # found by the first of precision and recall
+    left_out: dict[str, str] = field(default_factory=dict)  # what could not be had -> why
 
     def __post_init__(self):
         self.count = len(next(iter(self.samples.values())))
@@ -86,6 +88,14 @@ class Comparison:
     def score(self, base: str, value: float, variant: str = "", reference: str | None = None, **more) -> Score:
         against = self.against if reference is None else reference
         return Score(self.named(base, variant), float(value), self.count, self.protocol.name, against, **more)
+
+    def unless_impossible(self, name: str, compute: Callable[[], T]) -> T | None:
+        """What is beside a number must not cost the number."""
+        try:
+            return compute()
+        except UserError as reason:
+            self.left_out[name] = str(reason)
+            return None
 
     def pictures_of(self, tap: str) -> Tensor:
         """Features of real pictures, (M, D)."""
@@ -151,11 +161,19 @@ def _frechet(comparison: Comparison, *taps: str) -> list[Score]:
     def measure(rows: Tensor) -> float:
         return comparison.distance(tap, rows)
 
-    interval = (
-        bootstrap_normal(measure, value, comparison.count, comparison.replicates) if comparison.replicates else None
-    )
+    interval = _interval(comparison, name, lambda n: bootstrap_normal(measure, value, comparison.count, n))
     note = few_pictures(comparison.count, comparison.net.dims[tap])
     return [comparison.score(name, value, interval=interval, note=note), *_limit(comparison, name, measure)]
+
+
+def _interval(
+    comparison: Comparison, name: str, bootstrap: Callable[[int], tuple[float, float]]
+) -> tuple[float, float] | None:
+    """Of a metric, where one was asked for."""
+    if not comparison.replicates:
+        return None
+    label = f"interval of {comparison.named(name)}"
+    return comparison.unless_impossible(label, lambda: bootstrap(comparison.replicates))
 
 
 def _limit(
@@ -164,8 +182,9 @@ def _limit(
     """The metric at infinitely many pictures, where that was asked for."""
     if not comparison.infinity:
         return []
-    limit = at_infinity(measure, comparison.count)
-    return [
+    label = comparison.named(name, "infinity_from")
+    limit = comparison.unless_impossible(label, lambda: at_infinity(measure, comparison.count))
+    return [] if limit is None else [
         comparison.score(
             name,
             limit.value,
@@ -194,14 +213,16 @@ def inception_score(comparison: Comparison) -> list[Score]:
     if form is inception_score_adm and labels is not None:
         note = uneven_chunks(labels)
     mean, std = form(logits)
-    interval = None
-    if comparison.replicates:
-        interval = bootstrap_percentile(lambda rows: form(logits[rows])[0], len(logits), comparison.replicates)
     name = _not_inception(comparison, "is")
+
+    def measure(rows: Tensor) -> float:
+        return form(logits[rows])[0]
+
+    interval = _interval(comparison, name, lambda n: bootstrap_percentile(measure, len(logits), n))
     found = comparison.score(
         name, mean, IS_VARIANTS[comparison.protocol.inception_score], "", std=std or None, interval=interval, note=note
     )
-    return [found, *_limit(comparison, name, lambda rows: form(logits[rows])[0], "")]
+    return [found, *_limit(comparison, name, measure, "")]
 
 
 def kernel_distance(comparison: Comparison) -> list[Score]:
@@ -253,17 +274,12 @@ def score(comparison: Comparison) -> tuple[list[Score], dict[str, str]]:
     """(scores, metric -> why it was left out) of the protocol's feature metrics."""
     protocol = comparison.protocol
     wanted = protocol.generation if comparison.purpose == "generation" else protocol.reconstruction
-    scores, left_out = [], {}
+    scores = []
     for name in wanted:
         if name not in METRICS:  # compares pictures, not features
             continue
         try:
             scores += METRICS[name](comparison)
         except UserError as reason:
-            left_out[name] = str(reason)
-    if not scores and left_out:
-        raise UserError(
-            f"nothing of protocol {protocol.name} can be measured: "
-            + "; ".join(f"{name}: {reason}" for name, reason in left_out.items())
-        )
-    return scores, left_out
+            comparison.left_out[name] = str(reason)
+    return scores, comparison.left_out

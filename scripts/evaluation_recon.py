@@ -46,13 +46,13 @@ def check(options: argparse.Namespace, overrides: list[str]) -> None:
     if options.original:
         sides = [picture_sets.open_any(p, options.size) for p in (options.original, options.reconstructed)]
         picture_sets.same_pictures(*sides)
-        run.enough(min(settings.num_images or len(sides[0]), len(sides[0])), options.original)
+        run.enough(min(settings.num_images or len(sides[0]), len(sides[0])), options.original, options)
         return
     if options.perturb:
         Perturbation.parse(options.perturb)
     tokenizer_section(options.weights)
     source = picture_sets.open_source(options.url, "val")
-    run.enough(min(settings.num_images or len(source), len(source)), options.url)
+    run.enough(min(settings.num_images or len(source), len(source)), options.url, options)
 
 
 def tokenizer_section(target: str) -> dict[str, Any]:
@@ -88,9 +88,9 @@ def by_tokenizer(options: argparse.Namespace, overrides: list[str], world: World
     settings = run.eval_settings(overrides)
     protocol = protocols.get(settings.protocol, "reconstruction")
     source = picture_sets.open_source(options.url, "val")
+    count = run.enough(min(settings.num_images or len(source), len(source)), options.url, options)
     tokenizer, fingerprint = assemble.load_tokenizer({**tokenizer_section(options.weights), "use_ema": not options.raw})
     tokenizer.to(world.device)
-    count = run.enough(min(settings.num_images or len(source), len(source)), options.url)
     pictures = SourcePictures(source, tokenizer.image_size, options.workers, range(count), options.url)
     net = measure.feature_net(world.device, settings.network, protocol)
     against, reference = reference_for(settings, protocol, net, pictures, world)
@@ -135,7 +135,7 @@ def by_tokenizer(options: argparse.Namespace, overrides: list[str], world: World
     if result is None:
         return 0
     grid = folder / "work" / "reconstructions.png"
-    image_tools.save_png(measure.reconstruction_grid(tokenizer, source, world.device), grid)
+    image_tools.save_png(measure.reconstruction_grid(tokenizer, pictures, world.device), grid)
 
     rebuild = measure.rebuilder(tokenizer, pictures, protocol, settings.batch, world.device, bf16=bf16)
 
@@ -168,7 +168,7 @@ def by_folders(options: argparse.Namespace, overrides: list[str], world: World) 
         picture_sets.open_any(p, options.size, options.workers) for p in (options.original, options.reconstructed)
     )
     picture_sets.same_pictures(original, recon)
-    count = run.enough(min(settings.num_images or len(original), len(original)), options.original)
+    count = run.enough(min(settings.num_images or len(original), len(original)), options.original, options)
     net = measure.feature_net(world.device, settings.network, protocol)
     against, reference = reference_for(settings, protocol, net, original, world)
     job = {

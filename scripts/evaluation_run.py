@@ -26,6 +26,7 @@ from data.sources import open_source
 from evaluation import labels as label_protocols
 from evaluation import protocols, record, runner
 from evaluation.features import FeatureNet
+from evaluation.intervals import check_extras
 from evaluation.pictures import NpzPictures, Pictures
 from evaluation.protocols import Protocol
 from evaluation.reference import Reference
@@ -86,10 +87,10 @@ def check(options: argparse.Namespace, overrides: list[str], existing: bool) -> 
     if existing:
         settings = eval_settings(overrides)
         pictures = picture_sets.open_any(options.target)
-        enough(min(settings.num_images or len(pictures), len(pictures)), options.target)
+        enough(min(settings.num_images or len(pictures), len(pictures)), options.target, options)
     else:
         settings = finished.read_config(options.target, overrides)[0].eval
-        enough(settings.num_images or SAMPLES, "eval.num_images")
+        enough(settings.num_images or SAMPLES, "eval.num_images", options)
     chosen_protocol(settings, "generation")
     if settings.reference and measure.find_reference(settings.reference) is None:
         measure.choose_reference(settings.reference, protocols.get(settings.protocol), None, 0, "generation", True)
@@ -136,12 +137,13 @@ def progress_line(world: World, total: int, label: str) -> Iterator[Any]:
             line.close()
 
 
-def enough(count: int, name: str) -> int:
-    """`count`; UserError when there are too few pictures to measure anything."""
+def enough(count: int, name: str, options: argparse.Namespace) -> int:
+    """`count`; UserError when there are too few pictures to measure anything, or what the options add to it."""
     if count < 2:
         raise UserError(
             f"{name}: {count} picture cannot be measured. A Frechet distance needs at least 2, a published one 50,000."
         )
+    check_extras(options.bootstrap, options.infinity, count)
     return count
 
 
@@ -205,7 +207,7 @@ def existing_samples(options: argparse.Namespace, overrides: list[str], world: W
     settings = eval_settings(overrides)
     protocol = chosen_protocol(settings, "generation")
     pictures = picture_sets.open_any(options.target)
-    count = enough(min(settings.num_images or len(pictures), len(pictures)), options.target)
+    count = enough(min(settings.num_images or len(pictures), len(pictures)), options.target, options)
     size = pictures.size[0]
     net = measure.feature_net(world.device, settings.network, protocol)
     path = measure.choose_reference(settings.reference, protocol, net, size, "generation", True)

@@ -383,12 +383,11 @@ SHOWN = 24
 
 
 @torch.no_grad()
-def reconstruction_grid(tokenizer: nn.Module, source: DataSource, device: torch.device) -> Tensor:
-    """Pictures spread over `source`, twelve a row, below each row its reconstructions: (3, H, W) uint8."""
-    transform, count = Transform(image_size=tokenizer.image_size), min(SHOWN, len(source))
-    chosen = torch.stack([transform.apply_view(source[i * len(source) // count].image, 0) for i in range(count)]).to(
-        device
-    )
+def reconstruction_grid(tokenizer: nn.Module, pictures: Pictures, device: torch.device) -> Tensor:
+    """Pictures spread over a set, twelve a row, below each row its reconstructions: (3, H, W) uint8."""
+    count = min(SHOWN, len(pictures))
+    places = [i * len(pictures) // count for i in range(count)]
+    chosen = torch.cat([pictures.read(i, i + 1) for i in places]).to(device)
     rebuilt = to_uint8(tokenizer.decode(tokenizer.encode(to_model_range(chosen))).float(), "nearest")
     rows = [torch.cat(pair) for pair in zip(chosen.split(12), rebuilt.split(12))]
     return grid(torch.cat(rows), columns=12)

@@ -31,6 +31,7 @@ from generator.task import GeneratorTask
 import assemble
 import measure
 import streaming
+from picture_sets import SourcePictures
 
 SHOWN_PER_CLASS = 8
 SHOWN_STAGES = 8  # pictures whose stages are shown, as many unseen ones as samples
@@ -51,7 +52,7 @@ def make(plan: dict, configs: dict[str, RunConfig], smoke: bool, folder: Path, s
     classifier = fit(train_features.taps["penultimate"], train_features.labels, source.num_classes)
 
     rebuilt = measure.reconstruction(tokenizer, val, size, EvalConfig(), device, net)
-    pairs = measure.reconstruction_grid(tokenizer, val, device)
+    pairs = measure.reconstruction_grid(tokenizer, SourcePictures(val, tokenizer.image_size), device)
     image_tools.save_png(pairs, folder / "reconstructions.png")
 
     generator, _ = assemble.load_generator(str(folder / plan["generator"]), tokenizer)
