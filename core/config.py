@@ -368,6 +368,8 @@ class _Checker:
             checked = {}
             for name, arguments in given.items():
                 where = f"{path}.{name}"
+                if arguments is False:  # takes back what a base config names
+                    continue
                 if not isinstance(arguments or {}, dict):
                     self.wrong(where, f"expected a table of keys, got {arguments!r}.")
                 else:
@@ -531,10 +533,24 @@ def override(given: Callable[[], Any], overrides: list[str], registries: Mapping
         raise UserError(f"{' '.join(overrides)}: not valid YAML after the equals sign: "
                         f"{' '.join(str(error).split())}") from None
     try:
-        plain = OmegaConf.to_container(OmegaConf.merge(given(), changes), resolve=True)
+        base = OmegaConf.merge(given())  # a copy
+        _forget_arguments(base, changes, registries)
+        plain = OmegaConf.to_container(OmegaConf.merge(base, changes), resolve=True)
     except (OmegaConfBaseException, TypeError) as error:  # TypeError: a table where a list stands, or the reverse
         raise UserError(f"{source}: {str(error).splitlines()[0]}") from None
     return check(plain, registries, source=source)
+
+
+def _forget_arguments(base: Any, changes: Any, registries: Mapping[str, Registry]) -> None:
+    """Where overrides name another class for a section, arguments in `base` that are the former class's alone go."""
+    for kind, registry in registries.items():
+        former, new = (section[kind].get("name") if isinstance(section.get(kind), Mapping) else None
+                       for section in (base, changes))
+        if new not in registry.entries or former in (None, new):
+            continue
+        accepted = {*registry.signature(new), *RESERVED}
+        for key in [key for key in base[kind] if key not in accepted]:
+            del base[kind][key]
 
 
 def check(plain: dict[str, Any], registries: Mapping[str, Registry], source: str) -> RunConfig:

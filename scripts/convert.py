@@ -18,6 +18,7 @@ import argparse
 from collections import Counter
 from pathlib import Path
 
+import flags
 from core import cli
 
 
@@ -296,7 +297,7 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--weights", choices=("both", "ema", "raw"), default="both")
     parser.add_argument("--kind", choices=("tokenizer", "generator"), help="of a file that holds both")
     parser.add_argument("--force", action="store_true", help="replace a file that exists")
-    options = parser.parse_args(arguments)
+    options = flags.parse(parser, "convert", arguments)
 
     from core.errors import UserError
 

@@ -56,7 +56,7 @@ def parse(arguments: list[str]) -> tuple[argparse.Namespace, list[str]]:
     parser.add_argument("--precision", choices=("fp32", "bf16"), default="fp32", help=argparse.SUPPRESS)
     for flag in ("--raw", "--infinity", "--again", "--check"):
         parser.add_argument(flag, action="store_true", help=argparse.SUPPRESS)
-    options = flags.parse(parser, arguments)
+    options = flags.parse(parser, "evaluate", arguments)
     settings = [w for w in options.words if "=" in w and "://" not in w.split("=")[0]]
     positional = [w for w in options.words if w not in settings]
     for name, key in (("num", "eval.num_images"), ("batch", "eval.batch")):

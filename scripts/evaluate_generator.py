@@ -44,7 +44,7 @@ def parse(arguments: list[str]) -> tuple[argparse.Namespace, list[str]]:
     parser.add_argument("--bootstrap", type=int, default=0, help=argparse.SUPPRESS)
     for flag in ("--infinity", "--keep", "--again", "--check"):
         parser.add_argument(flag, action="store_true", help=argparse.SUPPRESS)
-    options = flags.parse(parser, arguments)
+    options = flags.parse(parser, "evaluate_generator", arguments)
     if options.num is not None:
         options.settings.append(f"eval.num_images={options.num}")
     return options, options.settings

@@ -1,89 +1,334 @@
-"""Words of the original programs -> our settings, one sentence each; the words themselves are in originals.py.
+"""Words of the original programs -> our settings and options, one sentence each; the words are in originals.toml.
 
-Flags are answered with what to write; which system's comes first follows from the config that was named (its folder,
-or the start of its name). Dotted keys of reAR are answered too. A YAML file of ImageFolder and its key names are translated.
+Options of theirs are answered with what to write; whose they are follows from what else was typed (a config, a run, a
+released file), else from the words themselves. Dotted keys of reAR are answered too. YAML files of ImageFolder, D-AR and
+reAR, and key names of ImageFolder, are translated: every key arrives in the run or is refused by name.
 """
 
 from __future__ import annotations
 
 import argparse
+import ast
 import difflib
+import functools
+import operator
+import os
 import re
+import tomllib
 from pathlib import Path
-from typing import Any, Iterable
+from typing import Any, Iterable, Sequence
 
 from core.errors import UserError
-from originals import IMAGEFOLDER_KEYS, REAR_KEYS, TABLES, VALUES
 
+Answer = str | dict[str, str]
+DATA: dict[str, Any] = tomllib.loads(Path(__file__).with_name("originals.toml").read_text(encoding="utf-8"))
+PROGRAMS: dict[str, dict[str, Any]] = DATA["programs"]
+SYSTEMS = [name for name, table in DATA.items() if "models" in table]
+FILES: dict[str, str] = DATA["files"]
+REAR_KEYS: dict[str, Answer] = DATA["rear"]["yaml"]
 REAR_GROUPS = {key.split(".")[0] for key in REAR_KEYS if "." in key}  # none of ours is called like these
-IMAGEFOLDER_BASE = "configs/imagefolder/ms_pq2_4096.yaml"
-NOTHING = "it follows from other settings or never had an effect"
-
-
-def settings_for(entry: str | dict[str, str], value: str) -> str | None:
-    """What to write for a word whose entry in a table is this; None where it is a sentence, or does not know the value."""
-    if isinstance(entry, dict):
-        return entry.get(value)
-    if " " in entry and "{" not in entry:
-        return None
-    template = entry if not entry or "=" in entry or " " in entry else f"{entry}={{0}}"
-    if "://" in value:  # an address says itself what it is
-        template = template.replace("folder://", "")
-    return template.format(Path(value).name if entry.startswith("name=") else value)
-
-
-def answer(shown: str, entry: str | dict[str, str], value: str) -> str:
-    """One sentence, without its full stop, about a word as it was typed."""
-    settings = settings_for(entry, value)
-    if settings:
-        return f"{shown} is written {settings}"
-    if isinstance(entry, dict):
-        return f"{shown}: {NOTHING if value in entry else 'known are ' + ', '.join(entry)}"
-    return f"{shown}: {entry or NOTHING}".rstrip(".")
+_PLACE = re.compile(r"\$\(((?:[^()]|\([^()]*\))*)\)|\$dir|\$base|\$")
+_OPERATORS = {ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul, ast.Div: operator.truediv}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Flags
+# Answers
 # ---------------------------------------------------------------------------------------------------------------------
-def table_for(arguments: Iterable[str]) -> dict[str, str]:
-    """Flags of the system that the arguments are about, then those of the others."""
-    words = [part for a in arguments if "=" not in a for part in (Path(a).parent.name, Path(a).stem)]
-    named = [system for system in TABLES if any(re.match(rf"(toy_)?{system}(_|$)", word) for word in words)]
-    merged: dict[str, str | dict[str, str]] = {}
-    for system in [*named, *TABLES]:
-        merged = {**TABLES[system], **merged}
+def shown_value(value: Any) -> str:
+    """As it is typed behind an equals sign."""
+    if isinstance(value, (list, tuple)):
+        return f"[{','.join(map(shown_value, value))}]"
+    if isinstance(value, bool):
+        return str(value).lower()
+    return f"{value:.10g}" if isinstance(value, float) else str(value)
+
+
+def _number(value: Any) -> Any:
+    """Text as a number, where it is one."""
+    if isinstance(value, (list, tuple)):
+        return [_number(item) for item in value]
+    for kind in (int, float):
+        try:
+            return kind(value) if isinstance(value, str) else value
+        except ValueError:
+            continue
+    return value
+
+
+def compute(expression: str, names: dict[str, Any]) -> Any:
+    """Value of an arithmetic expression over `names`, with list(x) and last(x); item by item for lists."""
+    def visit(node: ast.expr) -> Any:
+        if isinstance(node, ast.Constant):
+            return node.value
+        if isinstance(node, ast.Name):
+            return _number(names[node.id])
+        if isinstance(node, ast.Call):
+            (value,) = map(visit, node.args)
+            items = value if isinstance(value, list) else [value]
+            return items if node.func.id == "list" else items[-1]
+        left, right = visit(node.left), visit(node.right)
+        apply = _OPERATORS[type(node.op)]
+        if isinstance(left, list) or isinstance(right, list):
+            pairs = zip(*(x if isinstance(x, list) else [x] * len(left if isinstance(left, list) else right)
+                          for x in (left, right)))
+            return [apply(a, b) for a, b in pairs]
+        return apply(left, right)
+
+    return visit(ast.parse(expression, mode="eval").body)
+
+
+def fill(template: str, value: Any, names: dict[str, Any]) -> list[str]:
+    """The words of a template with the value in them; UserError for a value that is not the number it should be."""
+    path = Path(shown_value(value))
+
+    def place(match: re.Match) -> str:
+        if match[0] == "$dir":
+            return str(path.parent if path.name not in ("", "..") else path)
+        if match[0] == "$base":
+            return "" if path.name == ".." else path.name
+        if not match[1]:
+            return shown_value(value)
+        try:
+            return shown_value(compute(match[1], names))
+        except (TypeError, ZeroDivisionError):
+            raise UserError(f"{shown_value(value)} is not a number, and {match[1]} is computed from it") from None
+
+    if "://" in shown_value(value):  # an address says itself what it is
+        template = re.sub(r"\w+://(?=\$)", "", template)
+    words = [_PLACE.sub(place, word) for word in template.split(" ")]
+    return [word for word in words if word != "name="]  # "." is a place, but no name for a run
+
+
+def choose(entry: Answer, value: Any) -> str:
+    """The answer of an entry for a value."""
+    if not isinstance(entry, dict):
+        return entry
+    text = shown_value(value)
+    known = ": known are " + ", ".join(key for key in entry if key != "*")
+    return entry.get(text, entry.get(text.lower(), entry.get("*", known)))
+
+
+def is_sentence(answer: str) -> bool:
+    return answer.startswith((":", "~"))
+
+
+def pieces(answer: str) -> list[str]:
+    """What can be typed, of an answer or of the sentence in it."""
+    return re.findall(r"`([^`]*)`", answer) if is_sentence(answer) else [answer]
+
+
+def phrase(entry: Answer, value: Any, names: dict[str, Any]) -> str:
+    """The rest of a sentence that begins with the word as it was typed."""
+    answer = choose(entry, value)
+    if is_sentence(answer):
+        return f": {' '.join(fill(answer[2:], value, names)).replace('`', '')}"
+    return " is written " + " ".join(f'"{word}"' if " " in word else word for word in fill(answer, value, names))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Whose words, and about what
+# ---------------------------------------------------------------------------------------------------------------------
+@functools.cache
+def _released() -> dict[str, str]:
+    """Name of a released file -> its system."""
+    table = tomllib.loads(Path(__file__).with_name("released.toml").read_text(encoding="utf-8"))
+    return {name: system for system in SYSTEMS for name in table.get(system, {})}
+
+
+def _content(path: Path) -> dict[str, Any]:
+    """The keys of a YAML file on top of those of its bases; {} for anything else."""
+    import yaml
+
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, yaml.YAMLError, ValueError):
+        return {}
+    if not isinstance(content, dict):
+        return {}
+    base = content.get("base")
+    inherited = _content(path.parent / base) if isinstance(base, str) and path.parent / base != path else {}
+    merged = {**inherited, **content}
+    for key in ("tokenizer", "generator"):  # a name may come from the base
+        merged[key] = {**_table(inherited, key), **_table(content, key)}
     return merged
 
 
-def explain(arguments: list[str], only: Iterable[str] | None = None) -> str:
-    """What to write instead of each --flag (value) in `arguments` (of those in `only`), in one sentence per flag."""
-    table, answers = table_for(arguments), []
+def _table(content: dict, key: str) -> dict:
+    return content[key] if isinstance(content.get(key), dict) else {}
+
+
+def _config_of(word: str) -> dict[str, Any]:
+    """What a word that names a config or a run says; {} where it names neither."""
+    path = Path(FILES.get(word, word))
+    if path.is_dir():
+        return _content(path / "config.yaml")
+    return _content(path) if path.suffix in (".yaml", ".yml") and path.is_file() else {}
+
+
+def systems_of(words: Iterable[str]) -> list[str]:
+    """Systems that the words name: by configs and runs, names of released files, names of models in other words."""
+    found: dict[str, None] = {}
+    for word in words:
+        word = word.rpartition("=")[2]
+        config = _config_of(word)
+        names = [_table(config, key).get("name") for key in ("tokenizer", "generator")]
+        path = Path(FILES.get(word, word))
+        names += [_released().get(path.name)]
+        if not any(names):
+            names += [path.parent.name, *path.stem.split("__")]
+            if system := foreign_yaml(config):
+                names = [system]
+        for name in filter(None, names):
+            found |= {system: None for system in SYSTEMS for model in (system, *DATA[system]["models"])
+                      if re.match(rf"(toy_)?{model}(_|$)", name)}
+    return list(found)
+
+
+def tasks_of(words: Iterable[str], stage: str | None = None) -> list[str]:
+    """Which of "tokenizer" and "generator" a training command is about; both where that cannot be told."""
+    by_stage = {"tokenizer": "tokenizer", "decoder": "tokenizer", "diffusion": "generator", "var": "generator"}
+    told = [_config_of(word).get("task") for word in words] + [by_stage.get(stage)]
+    return [task for task in told if task in by_stage.values()][:1] or ["tokenizer", "generator"]
+
+
+def lookup(system: str, program: str, name: str) -> Answer | None:
+    """The entry of a word of a system's, for a program of ours."""
+    for part in (*PROGRAMS[program]["parts"], "common"):
+        if (entry := DATA[system].get(part, {}).get(name)) is not None:
+            return entry
+    return None
+
+
+def words_of(system: str) -> set[str]:
+    """All words of its command lines."""
+    parts = {part for program in PROGRAMS.values() for part in program["parts"]} | {"common"}
+    return {word for part in parts for word in DATA[system].get(part, {}) if "." not in word}
+
+
+def split_flags(arguments: Sequence[str], switches: set[str]) -> list[tuple[str, str, Any]]:
+    """(word as typed, name, value) of each --flag; several numbers are a list, no value is True."""
+    found = []
     for place, argument in enumerate(arguments):
-        if not argument.startswith("--") or (only is not None and argument not in only):
+        if not argument.startswith("--") or argument == "--":
             continue
         flag, given, value = argument[2:].partition("=")
-        following = arguments[place + 1] if place + 1 < len(arguments) else ""
-        if not given and following and not following.startswith("--") and "=" not in following:
-            value = following
-        name, shown = flag.replace("-", "_"), f"--{flag} {value}".rstrip()
-        if name in table:
-            entry = table[name]
-            mapped = value if isinstance(entry, dict) else VALUES.get(value, value or "true")
-            answers.append(answer(shown, entry, mapped))
-            continue
-        close = difflib.get_close_matches(name, table, n=1, cutoff=0.5)
-        hint = f' Did you mean "{close[0]}"?' if close else ""
-        answers.append(f"there is no option {shown}; settings are key=value.{hint}")
-    return "; ".join(text.rstrip(".") for text in answers) + ("" if answers[-1].endswith("?") else ".")
+        name = flag.replace("-", "_")
+        values = [value] if given else []
+        following = iter(arguments[place + 1:] if not given and name not in switches else [])
+        for word in following:
+            if word.startswith("--") or "=" in word or (values and not _numeric(values[-1], word)):
+                break
+            values.append(word)
+        typed = f"--{flag} {' '.join(values)}".rstrip()
+        found.append((typed, name, values[0] if len(values) == 1 else values or True))
+    return found
 
 
-def parse(parser: argparse.ArgumentParser, arguments: list[str]) -> argparse.Namespace:
-    """parser.parse_intermixed_args, where flags of the original programs are answered with ours."""
+def _numeric(*words: str) -> bool:
+    return all(isinstance(_number(word), (int, float)) for word in words)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Options
+# ---------------------------------------------------------------------------------------------------------------------
+def explain(arguments: Sequence[str], programs: Sequence[str] = ("tokenizer", "generator"),
+            only: Iterable[str] | None = None, options: Iterable[str] = ()) -> str:
+    """What to write instead of each --flag (of those in `only`, as typed up to an equals sign), in a sentence each.
+
+    Args:
+        programs: keys of PROGRAMS, what the command may be about.
+        options: the options that the program does have, for "did you mean".
+    """
+    named = systems_of(a for a in arguments if not a.startswith("--"))
+    flags = {a[2:].partition("=")[0].replace("-", "_") for a in arguments if a.startswith("--")}
+    candidates = named or _likeliest(flags, programs)
+    switches = {word for system in [*(candidates or SYSTEMS), "launch"] for word in DATA[system].get("switches", ())}
+    given = split_flags(arguments, switches)
+    wanted = None if only is None else {word[2:].partition("=")[0].replace("-", "_") for word in only}
+    values = {name: value for _, name, value in given}
+    return join(dict.fromkeys(_explain_one(typed, name, value, values, candidates, programs, options)
+                              for typed, name, value in given if wanted is None or name in wanted))
+
+
+def join(answers: Iterable[str]) -> str:
+    """Answers as one sentence."""
+    text = "; ".join(answers)
+    return text if text.endswith((".", "?")) else f"{text}."
+
+
+def _likeliest(flags: set[str], programs: Sequence[str]) -> list[str]:
+    """The systems that know most of these words."""
+    def known(system: str) -> tuple[int, int]:
+        here = sum(any(lookup(system, program, flag) is not None for program in programs) for flag in flags)
+        return here, len(flags & words_of(system))
+
+    best = max(map(known, SYSTEMS))
+    return [system for system in SYSTEMS if known(system) == best] if any(best) else []
+
+
+def _explain_one(typed: str, name: str, value: Any, values: dict[str, Any], candidates: list[str],
+                 programs: Sequence[str], options: Iterable[str]) -> str:
+    said: dict[str, list[str]] = {}  # what -> of which system, for which program
+    for system in candidates:
+        names = {**DATA[system].get("defaults", {}), **values}
+        for program in programs:
+            if (entry := lookup(system, program, name)) is not None:
+                text = phrase(entry, "true" if value is True else value, names)
+                said.setdefault(text, []).append((system, program))
+    if len(said) == 1:
+        return typed + next(iter(said))
+    if said:
+        return "; ".join(f"{typed} ({_whose(said, text)}){text}" for text in said)
+    if (entry := lookup("launch", programs[0], name)) is not None:
+        return typed + phrase(entry, value, {})
+    for system in candidates:
+        if name in words_of(system):
+            homes = [program for program in PROGRAMS if lookup(system, program, name) is not None]
+            rest = phrase(lookup(system, homes[0], name), "true" if value is True else value,
+                          {**DATA[system].get("defaults", {}), **values})
+            where = ", ".join(PROGRAMS[home]["title"] for home in homes)
+            return f"{typed} belongs to {where}" + (rest if rest.startswith(":") else f", where it{rest}")
+    if owners := [DATA[system]["title"] for system in SYSTEMS if name in words_of(system)]:
+        return f"{typed} is a word of {' and '.join(owners)}, not of {', '.join(DATA[s]['title'] for s in candidates)}"
+    close = difflib.get_close_matches("--" + name.replace("_", "-"), options, n=1, cutoff=0.6) or difflib.get_close_matches(
+        name, {word for system in candidates or SYSTEMS for word in words_of(system)}, n=1, cutoff=0.5)
+    hint = f' Did you mean "{close[0]}"?' if close else ""
+    return f"there is no option {typed}; settings are key=value.{hint}"
+
+
+def _whose(said: dict[str, list[tuple[str, str]]], text: str) -> str:
+    """What tells an answer from the others: its systems, and what it is for where one system has several answers."""
+    owners = {system: {other for other in said if any(s == system for s, _ in said[other])} for s in said for system, _ in said[s]}
+    names = []
+    for system, program in said[text]:
+        title = [DATA[system]["title"]] if len(owners) > 1 else []
+        names.append(" ".join([*title, *([PROGRAMS[program]["title"]] if len(owners[system]) > 1 else [])]))
+    return ", ".join(dict.fromkeys(names))
+
+
+def parse(parser: argparse.ArgumentParser, program: str, arguments: Sequence[str]) -> argparse.Namespace:
+    """parser.parse_intermixed_args, where words of the original programs are answered with ours.
+
+    Args:
+        program: a key of PROGRAMS.
+    """
     refuse(arguments)
-    options, unknown = parser.parse_known_intermixed_args(arguments)
-    if unknown:
-        raise UserError(explain(arguments, unknown))
-    return options
+    options = [word for action in parser._actions for word in action.option_strings]
+    foreign = [a for a in arguments if a.startswith("--") and a != "--" and a.partition("=")[0] not in options]
+    if foreign:
+        raise UserError(explain(arguments, [program], foreign, options))
+    refused = parser.error
+
+    def error(message: str) -> None:
+        """An option of ours with a value of theirs."""
+        named = [word for word in re.findall(r"argument .*?(--[\w-]+)", message)
+                 if any(lookup(s, program, word[2:].replace("-", "_")) is not None for s in SYSTEMS)]
+        if named:
+            raise UserError(explain(arguments, [program], named, options))
+        refused(message)
+
+    parser.error = error
+    return parser.parse_intermixed_args(arguments)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -91,77 +336,112 @@ def parse(parser: argparse.ArgumentParser, arguments: list[str]) -> argparse.Nam
 # ---------------------------------------------------------------------------------------------------------------------
 def refuse(words: Iterable[str]) -> None:
     """UserError with our words for theirs, all in one sentence, if there are any among `words`."""
-    answers = []
-    for key, equals, value in (word.partition("=") for word in words):
-        if not equals or key.startswith("--") or not (key in REAR_KEYS or key.split(".")[0] in REAR_GROUPS):
-            continue
-        answers.append(answer(key, REAR_KEYS[key], value) if key in REAR_KEYS else
-                       f"{key} is of the original and has no counterpart here")
+    given = [word.partition("=")[::2] for word in words if "=" in word and not word.startswith("--")]
+    names = {**DATA["rear"]["defaults"], **{key.split(".")[-1]: value for key, value in given}}
+    answers = [key + phrase(REAR_KEYS[key], value, names) if key in REAR_KEYS else
+               f"{key} is of the original and has no counterpart here"
+               for key, value in given if key in REAR_KEYS or key.split(".")[0] in REAR_GROUPS]
     if answers:
-        raise UserError("; ".join(answers) + ".")
+        raise UserError(join(answers))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Files and keys of ImageFolder
+# YAML files of the originals
 # ---------------------------------------------------------------------------------------------------------------------
-def translate_setting(key: str, value: Any) -> list[str]:
-    """Our settings for one of ImageFolder's; UserError where there is none."""
-    if key == "cloud_save_path":
-        folder = Path(str(value))
-        return [f"work_dir={folder.parent}", f"name={folder.name}"]
-    if key == "v_patch_nums" and not isinstance(value, str):
-        return [f"tokenizer.scales={list(value)}", f"tokenizer.latent_grid={list(value)[-1]}"]
-    entry = IMAGEFOLDER_KEYS[key]
-    settings = settings_for(entry, str(value).lower() if isinstance(value, bool) else str(value))
-    if isinstance(entry, dict):
-        if settings is None:
-            raise UserError(f"{key}: {value} is not supported; known: {', '.join(entry)}")
-        return settings.split()
-    if settings is None:
-        raise UserError(f"{key}: {value}: {entry}")
-    return [settings] if settings else []
+def flatten(content: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Dotted key -> value."""
+    flat: dict[str, Any] = {}
+    for key, value in content.items():
+        flat |= flatten(value, f"{prefix}{key}.") if isinstance(value, dict) and value else {f"{prefix}{key}": value}
+    return flat
 
 
-def _known(key: str) -> bool:
-    return key in IMAGEFOLDER_KEYS or key == "cloud_save_path"
+def foreign_yaml(content: dict[str, Any]) -> str | None:
+    """The system whose YAML file this is; None for one of ours."""
+    if not content or "task" in content or "base" in content:
+        return None
+    keys = flatten(content)
+    known = {system: sum(key in DATA[system]["yaml"] for key in keys) for system in DATA["yaml"]}
+    best = max(known, key=known.get)
+    return best if known[best] else None
 
 
 def translate(path: str, overrides: list[str]) -> tuple[str, list[str]]:
-    """(config, overrides) with the original's YAML file and key names replaced; ours pass unchanged."""
-    import yaml
-
+    """(config, overrides) with an original's YAML file and ImageFolder's key names replaced; ours pass unchanged."""
     from core.config import RunConfig
 
+    if not Path(path).is_file():
+        ours = next((ours for theirs, ours in FILES.items() if f"/{path}".endswith(f"/{theirs}")), None)
+        if ours:
+            raise UserError(f"there is no {path} here; what the original keeps in a file of that name is {ours}.")
+    content = _content(Path(path))
+    system = foreign_yaml(content)
     own = set(RunConfig.__dataclass_fields__) | {"base"}
-    given: list[tuple[str, Any]] = []
-    problems: list[str] = []
-    try:
-        content = yaml.safe_load(Path(path).read_text())
-    except (OSError, yaml.YAMLError, UnicodeDecodeError):
-        content = None  # the loader of configs says what is wrong with it
-    if isinstance(content, dict) and "task" not in content and "base" not in content and any(map(_known, content)):
-        factor = float(content.get("global_batch_size", 1024)) / 128
-        rates = {"lr": "train.optimizer.lr", "disc_lr": "train.discriminator.optimizer.lr"}
-        problems += [f"{key}: unknown here and in the original" for key in content if not _known(key)]
-        given = [(key, value) for key, value in content.items() if _known(key) and key not in rates and value is not None]
-        scaled = [f"{ours}={float(content[key]) * factor:g}" for key, ours in rates.items() if content.get(key) is not None]
-        path = IMAGEFOLDER_BASE
-    else:
-        scaled = []
-    translated = list(scaled)
-    mine = []
-    for override in overrides:
-        key, _, value = override.partition("=")
-        if "." not in key and key not in own and _known(key):
-            given.append((key, value))
+    keys = DATA["imagefolder"]["yaml"]
+    theirs = [o.partition("=")[::2] for o in overrides if o.partition("=")[0] in keys and o.partition("=")[0] not in own]
+    mine = [o for o in overrides if o.partition("=")[0] not in dict(theirs)]
+    if system is None and not theirs:
+        return path, overrides
+    given = flatten({k: v for k, v in content.items() if v != {}}) if system else {}
+    given |= dict(theirs)
+    settings = translate_keys(system or "imagefolder", given, mine, Path(path) if system else None)
+    return (DATA["yaml"][system]["base"] if system else path), settings + mine
+
+
+def translate_keys(system: str, given: dict[str, Any], mine: Sequence[str], path: Path | None) -> list[str]:
+    """Our settings for keys of an original's YAML file; UserError naming each that has none.
+
+    Args:
+        given: their keys and values; null stands for a key that is not there.
+        mine: the user's own settings, which excuse a key that is refused for want of them.
+        path: of a whole file, which means something by the keys that it lacks; None for single keys.
+    """
+    facts, table = DATA["yaml"][system], DATA[system]["yaml"]
+    given = {key: "none" if value is None and isinstance(table.get(key), dict) and "none" in table[key]
+             else value for key, value in given.items()}
+    given = {key: value for key, value in given.items() if value is not None}
+    if path:
+        given = {**facts["missing"], **given}
+    names = {**DATA[system]["defaults"], **{key.split(".")[-1]: value for key, value in given.items()}}
+    if system == "imagefolder" and len(compute("list(v_patch_nums)", {"v_patch_nums": [0, 0], **names})) == 1:
+        table = {**table, **DATA[system]["one_scale"]}
+    settings: list[str] = []
+    problems = [f"{key}: unknown here and in the original" for key in given if key not in table]
+    notes: list[str] = []
+    chosen_by_user = {word.partition("=")[0] for word in mine}
+    for key in (key for key in table if key in given):
+        answer, value = choose(table[key], given[key]), given[key]
+        expected = facts.get("equal", {}).get(key)
+        if expected and (wanted := _known(expected, names)) not in (None, _number(value)):
+            problems.append(f"{key}: {value} does not fit the other keys, by which it is {wanted}")
+        elif answer.startswith("~"):
+            notes.append(key)
+        elif answer.startswith(":"):
+            named = {word.partition("=")[0] for piece in pieces(answer) for word in piece.split() if "=" in word}
+            if not named & chosen_by_user:
+                problems.append(f"{key}: {shown_value(value)}{phrase(table[key], value, names)}")
         else:
-            mine.append(override)
-    for key, value in given:
-        try:
-            translated += translate_setting(key, value)
-        except UserError as error:
-            problems.append(str(error))
+            settings += fill(answer, value, names)
+    title = DATA[system]["title"]
     if problems:
-        raise UserError("settings of the original ImageFolder that must be said in another way:\n"
-                        + "\n".join(f"  - {problem}" for problem in problems))
-    return path, translated + mine
+        raise UserError(f"settings of the original {title} that must be said in another way, here or by changing "
+                        f"{facts['base']}:\n" + "\n".join(f"  - {problem}" for problem in problems))
+    if path and not any(word.startswith("name=") for word in settings):
+        settings.append(f"name={path.stem}")
+    if path and int(os.environ.get("RANK", 0)) == 0:
+        absent = [key for key in table if key not in given and not all(map(is_sentence, _answers(table[key])))]
+        print(f"{path} is a file of {title}: {facts['base']} with {' '.join(settings)}\n"
+              f"  nothing to set for: {', '.join(notes) or '-'}\n  not in it, so as in the recipe: {', '.join(absent) or '-'}")
+    return settings
+
+
+def _answers(entry: Answer) -> list[str]:
+    return list(entry.values()) if isinstance(entry, dict) else [entry]
+
+
+def _known(expression: str, names: dict[str, Any]) -> Any:
+    """Its value; None where a name in it is not given."""
+    try:
+        return compute(expression, names)
+    except KeyError:
+        return None

@@ -12,6 +12,7 @@ import _root  # noqa: F401
 import argparse
 from pathlib import Path
 
+import flags
 from core import cli
 
 
@@ -61,7 +62,7 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--from", dest="pickle", help="the official stats.pkl, or stats.pkl#KEY")
     parser.add_argument("--raw", action="store_true", help="of the raw weights instead of the averaged ones")
     parser.add_argument("--out", help="file to write")
-    options = parser.parse_args(arguments)
+    options = flags.parse(parser, "latent_stats", arguments)
 
     import assemble
     from core import dist

@@ -23,6 +23,7 @@ import argparse
 import os
 from pathlib import Path
 
+import flags
 from core import cli
 
 
@@ -51,7 +52,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--schedule", choices=("cosine", "constant"), default="cosine", help=argparse.SUPPRESS)
     for flag in ("--raw", "--check"):
         parser.add_argument(flag, action="store_true", help=argparse.SUPPRESS)
-    return parser.parse_args(arguments)
+    return flags.parse(parser, "linear_probe", arguments)
 
 
 def main(arguments: list[str]) -> int:

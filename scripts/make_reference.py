@@ -28,6 +28,7 @@ import argparse
 import os
 from pathlib import Path
 
+import flags
 from core import cli
 
 
@@ -56,7 +57,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     ):
         parser.add_argument(name, type=int, default=default, help=argparse.SUPPRESS)
     parser.add_argument("--check", action="store_true", help=argparse.SUPPRESS)
-    return parser.parse_args(arguments)
+    return flags.parse(parser, "make_reference", arguments)
 
 
 def main(arguments: list[str]) -> int:

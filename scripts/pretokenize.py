@@ -37,7 +37,7 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--precision", choices=("fp32", "bf16"), default="fp32", help="of the tokenizer")
     parser.add_argument("--verify", action="store_true", help="also read the whole store and compare its digests")
     parser.add_argument("--check", action="store_true", help="only look for mistakes")
-    options = flags.parse(parser, arguments)
+    options = flags.parse(parser, "pretokenize", arguments)
 
     import assemble
     from core import dist, hub

@@ -15,6 +15,7 @@ import argparse
 import re
 from pathlib import Path
 
+import flags
 from core import cli
 
 BATCH = 8
@@ -72,7 +73,7 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--gain", type=float, default=4.0, help="of the difference (default 4)")
     parser.add_argument("--stages", action="store_true", help="also what each part of the codes adds")
     parser.add_argument("--raw", action="store_true", help="raw weights instead of averaged ones")
-    options = parser.parse_args(arguments)
+    options = flags.parse(parser, "reconstruct", arguments)
 
     from core.errors import UserError
 

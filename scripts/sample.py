@@ -236,9 +236,9 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--layout-groups", type=int, default=1, help="how many of its stages (default 1)")
     parser.add_argument("--check", action="store_true", help="only look for mistakes")
     # "--preview" alone may stand before a config
-    arguments = [f"{a}=webp" if a == "--preview" and following not in ANIMATIONS else a
+    arguments = [f"{a}=webp" if a == "--preview" and following not in ANIMATIONS and not following.isdigit() else a
                  for a, following in zip(arguments, [*arguments[1:], ""])]
-    options = flags.parse(parser, arguments)
+    options = flags.parse(parser, "sample", arguments)
 
     from core.errors import UserError
 

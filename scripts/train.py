@@ -33,11 +33,13 @@ def main(arguments: list[str]) -> int:
     modes = {a for a in arguments if a in ("--check", "--dry-run")}
     words = [a for a in arguments if a not in modes]
     import flags
-
-    if any(a.startswith("--") for a in words):
-        raise UserError(flags.explain(words))
     import surface
 
+    if any(a.startswith("--") for a in words):
+        # the tokenizer script runs RecTok's recipe by default, but users of every system type it
+        recipes = [surface.STAGES[stage].config for stage in stages if stage != "tokenizer"]
+        named = words if any(w.endswith((".yaml", ".yml")) for w in words) else [*words, *recipes]
+        raise UserError(flags.explain(named, flags.tasks_of(named, *stages), options=("--check", "--dry-run", "--help")))
     flags.refuse(words)
     path, overrides = surface.resolve(stages[0], words) if stages else (words[0], words[1:])
     path, overrides = flags.translate(path, overrides)

@@ -11,7 +11,6 @@ import pytest
 from PIL import Image
 
 import flags
-import originals
 import reconstruct
 import sample
 import torture
@@ -139,8 +138,7 @@ def test_what_each_group_of_codes_adds(tokenizer, tmp_path, capsys):
 
 # -- flags ------------------------------------------------------------------------------------------------------------
 @pytest.mark.parametrize("words, answer", [
-    (["--vq-ckpt", "temp/tokenizer_v1.pt"], "--vq-ckpt temp/tokenizer_v1.pt is written "
-     "train.init_from=temp/tokenizer_v1.pt (to finetune it) or tokenizer.weights=temp/tokenizer_v1.pt"),
+    (["--vq-ckpt", "temp/tokenizer_v1.pt"], "--vq-ckpt temp/tokenizer_v1.pt is written train.init_from=temp/tokenizer_v1.pt."),
     (["--data-path", "wds://a-{00..03}.tar"], "is written data.url=wds://a-{00..03}.tar."),
     (["--data-path", "my/pictures"], "is written data.url=folder://my/pictures."),
     (["--global-batch-size=512"], "train.global_batch=512"),
@@ -154,32 +152,26 @@ def test_old_flags_are_translated(train_main, words, answer):
     assert code == 2 and answer in err and len(err.splitlines()) == 1, err
 
 
-def test_the_config_tells_whose_flags_are_meant():
-    for config, answer in (("configs/dar/ar_l.yaml", "generator.size=B"), ("configs/toy/dar_generator.yaml", "generator.size=B"),
-                           ("configs/rectok/ditdh_xl.yaml", "choose a config")):
-        flag = "--model" if "rectok" in config else "--gpt-model"
-        assert answer in flags.explain([config, flag, "B"])
-    assert "train.schedule.warmup=5step" in flags.explain(["configs/dar/tokenizer.yaml", "--warmup-steps", "5"])
-    assert "tokenizer.gamma=1" in flags.explain(["configs/dar/tokenizer.yaml", "--gamma", "1"])  # another system's
-
-
-def test_every_translated_flag_is_a_setting_of_ours():
-    import assemble
-
-    values = {"generator.size": "l", "train.precision": "bf16", "train.compile": "true", "tokenizer.weights": "x",
-              "train.init_from": "x", "work_dir": "x"}
-    given = {"tokenizer": [], "ar_l": []}
-    for ours in originals.DAR.values():
-        if ("{" not in ours and " " in ours) or "--" in ours or "(" in ours:
-            continue
-        written = (ours if "=" in ours or " " in ours else f"{ours}={{0}}").format(values.get(ours, "0.5"))
-        for setting in re.findall(r"[\w.]+=\S+", written):
-            kind = "ar_l" if setting.startswith(("generator", "sample", "tokenizer.weights")) else "tokenizer"
-            whole = re.search(r"(batch|top_k|size|seed|workers)=", setting) and not setting.startswith("generator.size")
-            given[kind].append(setting.replace("0.5", "64") if whole or setting.endswith("step") else setting)
-    assert len(given["tokenizer"]) > 20 and len(given["ar_l"]) >= 9
-    for kind, overrides in given.items():
-        assemble.load_config(f"configs/dar/{kind}.yaml", overrides)
+@pytest.mark.parametrize("words, programs, answer", [
+    (["configs/dar/ar_l.yaml", "--gpt-model", "GPT-B"], ["generator"], "is written generator.size=b."),
+    (["configs/toy/dar_generator.yaml", "--gpt-model", "GPT-B"], ["generator"], "is written generator.size=b."),
+    (["configs/mix/dar__far.yaml", "--gpt-model", "FAR-L"], ["generator"], "(FQGAN) is written generator.size=l"),
+    (["configs/rectok/ditdh_xl.yaml", "--model", "DiTDDT_s"], ["generator"], "is written configs/rectok/ditdh_s.yaml."),
+    (["configs/dar/tokenizer.yaml", "--warmup-steps", "5"], ["tokenizer"], "is written train.schedule.warmup=5step."),
+    (["configs/dar/tokenizer.yaml", "--gamma", "1"], ["tokenizer"], "--gamma 1 is a word of RecTok, not of D-AR."),
+    (["configs/dar/tokenizer.yaml", "--gpt-model", "GPT-B"], ["tokenizer"],
+     "belongs to training a generator, run_sample.sh, run_eval_generator.sh, where it is written generator.size=b."),
+    (["--cfg", "1.5"], ["sample"], "--cfg 1.5 (RecTok) is written sample.scale=1.5; --cfg 1.5 (ImageFolder) is written "
+     "sample.scale=2.5 sample.schedule=linear"),
+    (["imagenet-var-4096.pt", "--cfg", "3.25", "3.25"], ["sample"], "--cfg 3.25 3.25 is written sample.scale=[4.25,4.25] "),
+    (["work_dirs/x", "--cfg", "3"], ["sample"], "(RecTok)"),
+    (["--beta1", "0.8", "--beta2", "0.99", "--vq-model", "VQ-8"], ["tokenizer"], "train.optimizer.betas=[0.8,0.99]"),
+    (["--data-path", "my pictures", "--vq-model", "VQ-8"], ["tokenizer"], 'is written "data.url=folder://my pictures"; '),
+    (["--nproc_per_node=8", "--vq-model", "VQ-8"], ["tokenizer"], "--nproc_per_node 8: all visible GPUs are used; NPROC=N"),
+])
+def test_whose_words_are_meant(words, programs, answer):
+    """Systems are told by configs, released files and the words; where they cannot be told, the answer says both."""
+    assert answer in flags.explain(words, programs)
 
 
 def test_old_flags_of_sampling(generator, tmp_path):

@@ -4,15 +4,12 @@ from __future__ import annotations
 
 import importlib
 import json
-import re
 
 import numpy as np
 import pytest
 import torch
 
-import assemble
 import convert
-import originals
 import reconstruct
 from core.errors import UserError
 from tests.conftest import ROOT, _finished
@@ -30,7 +27,7 @@ PAIRS = {"fqgan": ("fqgan_tokenizer", "far"), "rear": ("vqgan_plus_tokenizer", "
     (["configs/fqgan/far_b_dual.yaml", "--gpt-model", "FAR-L"], "generator.size=l"),
     (["configs/fqgan/far_b_dual.yaml", "--temperature", "0.9"], "sample.temperature=0.9"),
     (["configs/rear/rear_b.yaml", "--cached_path", "x.jsonl"], "--out x.jsonl"),
-    (["config=configs/rear_l.yaml", "experiment.output_dir=temp/rear_l"], "experiment.output_dir is written name=rear_l"),
+    (["config=configs/rear_l.yaml", "experiment.output_dir=temp/rear_l"], "experiment.output_dir is written work_dir=temp name=rear_l"),
     (["configs/rear/rear_l.yaml", "training.max_train_steps=5"], "training.max_train_steps is written train.duration=5step."),
     (["configs/rear/rear_l.yaml", "model.generator.fnord=5"], "has no counterpart here."),
 ])
@@ -42,36 +39,6 @@ def test_old_words_are_translated(train_main, words, answer):
 def test_an_unknown_flag_is_answered_briefly(train_main):
     code, _, err = train_main(TOY["far"], "--zzzzz")
     assert code == 2 and err == "error: there is no option --zzzzz; settings are key=value.\n"
-
-
-@pytest.mark.parametrize("table, kinds", [
-    (originals.FQGAN, {"tokenizer": "fqgan/dual_ds16", "generator": "fqgan/far_b_dual"}),
-    (originals.REAR, {"tokenizer": "rear/vqgan_plus_tokenizer", "generator": "rear/rear_b"}),
-    (originals.REAR_KEYS, {"tokenizer": "rear/vqgan_plus_tokenizer", "generator": "rear/rear_b"}),
-])
-def test_every_translation_is_a_setting_of_ours(table, kinds):
-    values = {"generator.size": "l", "tokenizer.size": "vq8", "train.precision": "bf16", "train.compile": "true",
-              "work_dir": "x", "name": "x", "log.wandb": "false", "log.wandb_project": "x", "log.wandb_entity": "x", "tokenizer.weights": "x",
-              "discriminator.name": "patchgan", "data.crop_range": "1.05",
-              "objective.discriminator_loss": "vanilla", "objective.gan_loss": "non_saturating",
-              "train.activation_checkpointing": "true", "data.flip": "true", "generator.rear.noise": "mask",
-              "train.schedule.kind": "constant"}
-    given: dict[str, list[str]] = {"tokenizer": [], "generator": []}
-    for ours in table.values():
-        if ("{" not in ours and " " in ours) or "--" in ours or "(" in ours:
-            continue
-        template = ours if "=" in ours or " " in ours else f"{ours}={{0}}"
-        for setting in re.findall(r"[\w.]+=[^\s,]\S*", template.format(values.get(ours.split("=")[0], "0.5"))):
-            kind = "generator" if setting.startswith(("generator", "sample", "tokenizer.weights")) else "tokenizer"
-            whole = re.search(r"(batch|top_k|seed|workers|vocab|code_dim|image_size|short_side|size\.\w+|layer|projection)=",
-                              setting)
-            small = "1" if "layer" in setting else "64"
-            given[kind].append(setting.replace("0.5", small) if whole or setting.endswith("step") else setting)
-    assert sum(map(len, given.values())) >= 3
-    for kind, overrides in given.items():
-        if any(o.startswith("generator.size.") for o in overrides):  # parts of a size need a whole one
-            overrides = ["generator.size={width: 64, layers: 2, heads: 2, hidden: 64}", *overrides]
-        assemble.load_config(f"configs/{kinds[kind]}.yaml", overrides)
 
 
 # -- the whole path ---------------------------------------------------------------------------------------------------

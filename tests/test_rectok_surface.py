@@ -16,7 +16,6 @@ import pytest
 import torch
 from PIL import Image
 
-import originals
 import surface
 from core.errors import UserError
 from core.images import to_model_range
@@ -88,35 +87,6 @@ def test_words_become_arguments(work_dir):
 def test_old_flags_are_translated(train_main, flags, answer):
     code, _, err = train_main("--stage=tokenizer", *flags)
     assert code == 2 and answer in err and len(err.splitlines()) == 1
-
-
-def test_every_translated_flag_is_a_setting_of_ours():
-    """The key behind each flag exists in the published configs or in the schema."""
-    import assemble
-
-    targets = {"tokenizer": "configs/rectok/tokenizer.yaml", "generator": "configs/rectok/ditdh_xl.yaml"}
-    values = {"train.ema=[{0}]": "0.9", "train.schedule.kind": "cosine", "objective.semantic_target": "all",
-              "objective.semantic_loss": "l1", "tokenizer.semantic.input": "clean",
-              "tokenizer.semantic.decoder": "transformer",
-              "tokenizer.noise_schedule": "uniform", "tokenizer.mask_ratio_type": "fix", "teachers.{0}={{}}": "dinov2",
-              "tokenizer.encoder": "base", "tokenizer.decoder": "base", "tokenizer.semantic.size": "tiny",
-              "tokenizer.weights": "x", "sample.guide": "x", "tokenizer.latent_stats": "x", "train.init_from": "x",
-              "sample.steps": "2", "data.moments": "x", "log.wandb_entity": "x", "log.wandb_project": "x", "name": "x",
-              "work_dir": "x"}
-    booleans = ("tokenizer.qk_norm", "tokenizer.train_decoder_only", "train.activation_checkpointing", "tokenizer.use_ema",
-                "generator.qk_norm", "log.wandb")
-    settings = [ours for ours in originals.RECTOK.values() if " " not in ours or "{" in ours]
-    assert len(settings) > 50
-    overrides = {"tokenizer": [], "generator": []}
-    for ours in settings:
-        value = "true" if ours in booleans else values.get(ours, "1")
-        override = (ours if "=" in ours else f"{ours}={{0}}").format(value)
-        on_generator = override.startswith(("generator", "tokenizer.weights", "tokenizer.use_ema",
-                                            "tokenizer.latent_stats"))
-        overrides["generator" if on_generator else "tokenizer"].append(override)
-    exclusive = ("train.optimizer.lr=1", "sample.guidance=auto", "train.optimizer.betas")
-    for kind, given in overrides.items():
-        assemble.load_config(targets[kind], [o for o in given if not o.startswith(exclusive)])
 
 
 # -- teachers ---------------------------------------------------------------------------------------------------------

@@ -132,9 +132,8 @@ def _inspect(state: State) -> dict[str, Any]:
     except KeyError as error:
         raise UserError(f"these are not the weights of an ImageFolder tokenizer: {error.args[0]} is missing") from error
     phis = layer_count(state, "quantizer.quantizes.0.phis.")
-    if phis == 0:
-        settings["quantizer"] = "plain"
-    elif "quantizer.quantizes.0.embedding.weight" not in state:
+    settings["quantizer"] = "residual" if phis else "plain"
+    if phis and "quantizer.quantizes.0.embedding.weight" not in state:
         settings["quantizer"] = "binary"
     if phis not in (0, 4):
         settings["shared_phi"] = 0 if phis == hits.shape[0] and phis > 1 else phis

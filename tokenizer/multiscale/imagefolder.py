@@ -83,13 +83,14 @@ class ImageFolder(nn.Module):
         vocab, code_dim: codes per branch and their width C.
         latent_width: width of all branches together, in place of code_dim.
         quantizer: "residual" (the published one), "plain" (unit vectors, one scale, no phi: VP2, XQGAN-*, RobustTok)
-            or "binary" (sign patterns, vocab = 2^code_dim: MSBR10P2).
+            or "binary" (sign patterns, vocab = 2^code_dim: MSBR10P2). "auto": plain for one scale, residual for several.
         cosine: nearest code by angle, else by Euclidean distance. Residual quantiser only.
         shared_phi: phi convolutions per branch; 0: one per scale.
         commitment: "mean" over scales, the convention of the seed release, or "sum", that of XQ-GAN, S times as much.
         codebook_drop: probability that a picture keeps only its first scales in training, a number drawn evenly from
-            start_drop to S. parity: the official code takes the first share of each rank's batch; drawing each
-            picture makes the result independent of the number of ranks.
+            start_drop to S; such pictures are left out of the contrast term, which is all that it means for one scale.
+            parity: the official code takes the first share of each rank's batch; drawing each picture makes the result
+            independent of the number of ranks.
         semantic: {branches, scale, normalise}, see Semantic; the teacher comes from the config's `teachers`.
         enc_tuning, dec_tuning: "full" trains the trunk, "lora" adapters of the MLPs and the last norm, "frozen"
             nothing of it. Latent tokens, levels, heads, codebooks train in all three.
@@ -115,7 +116,7 @@ class ImageFolder(nn.Module):
         vocab: int = 4096,
         code_dim: int = 32,
         latent_width: int | None = None,
-        quantizer: str = "residual",
+        quantizer: str = "auto",
         cosine: bool = True,
         shared_phi: int = 4,
         commitment: str = "mean",
@@ -132,6 +133,8 @@ class ImageFolder(nn.Module):
         super().__init__()
         scales = tuple(scales)
         code_dim = _checked(image_size, patch_size, latent_grid, scales, branches, code_dim, latent_width, start_drop)
+        if quantizer == "auto":
+            quantizer = "plain" if len(scales) == 1 else "residual"
         for setting, value, choices in (("quantizer", quantizer, ("residual", "plain", "binary")),
                                         ("commitment", commitment, ("mean", "sum")),
                                         ("enc_tuning", enc_tuning, TUNING), ("dec_tuning", dec_tuning, TUNING)):
@@ -201,25 +204,27 @@ class ImageFolder(nn.Module):
         return self.decoder(tokens, draws)
 
     # -- training -------------------------------------------------------------------------------------------------------
-    def _draw_kept(self, draws) -> Tensor | None:
-        """How many scales each picture keeps, (B,); None without quantiser dropout."""
+    def _draw_kept(self, draws) -> tuple[Tensor | None, Tensor | None]:
+        """(how many scales each picture keeps, which pictures keep all of them), (B,) each; None without dropout."""
         total = len(self.quantizer.scales)
-        if not self.codebook_drop or total == 1:
-            return None
+        if not self.codebook_drop:
+            return None, None
+        whole = draws.uniform("quantizer dropout") >= self.codebook_drop
+        if total == 1:
+            return None, whole
         count = self.start_drop + (draws.uniform("scales kept") * (total - self.start_drop + 1)).long()
-        return torch.where(draws.uniform("quantizer dropout") < self.codebook_drop, count, total)
+        return torch.where(whole, total, count), whole
 
     def forward(self, images: Tensor, draws, features: dict[str, Tensor] | None = None,
                 progress: Progress | None = None) -> Recon:
         """`features`: teacher name -> (B, N, D'), needed when there is a `semantic` teacher."""
-        kept = self._draw_kept(draws)
+        kept, whole = self._draw_kept(draws)
         found: Quantized = self.quantizer(self.features(images, draws.fork("encoder")), kept, update_usage=self.training)
         scales = len(self.quantizer.scales)
         terms = {"codebook": found.codebook_loss,
                  "commitment": found.commitment_sum / (scales if self.commitment == "mean" else 1)}
         if self.semantic is not None:
-            counted = None if kept is None else draws.uniform("quantizer dropout") >= self.codebook_drop
-            terms["contrast"] = self._contrast(found.features, features, counted, progress)
+            terms["contrast"] = self._contrast(found.features, features, whole, progress)
         usage = self.quantizer.usage(group_size() * len(images))  # (K, S), in percent
         logs = {f"usage/branch{branch}": share for branch, share in enumerate(usage.mean(1))}
         return Recon(self.decode_features(found.features, draws.fork("decoder")), terms, logs=logs,
