@@ -49,7 +49,7 @@ def scales(guidance: Guidance, steps: int, branches: int = 1) -> Tensor:
 def guide_logits(conditional: Tensor, unconditional: Tensor, scale: Tensor) -> Tensor:
     """unconditional + scale (conditional - unconditional), fp32; `scale` broadcasts against (B, V)."""
     conditional, unconditional = conditional.float(), unconditional.float()
-    return unconditional + scale * (conditional - unconditional)
+    return torch.addcmul(unconditional, scale, conditional - unconditional)
 
 
 def in_interval(t: Tensor, guidance: Guidance) -> Tensor:

@@ -70,8 +70,9 @@ def choose(probabilities: Tensor, noise: Tensor) -> Tensor:
     """
     if noise.ndim == probabilities.ndim:
         return (probabilities / noise).argmax(-1)
-    cumulated = probabilities.double().cumsum(-1)
-    return (cumulated < noise.double()[:, None] * cumulated[:, -1:]).sum(-1).clamp_max(probabilities.shape[-1] - 1)
+    cumulated = probabilities.cumsum(-1, dtype=torch.float64)
+    wanted = noise.double()[:, None] * cumulated[:, -1:]
+    return torch.searchsorted(cumulated, wanted)[:, 0].clamp_max(probabilities.shape[-1] - 1)
 
 
 class CodeSampler:
@@ -91,11 +92,22 @@ class CodeSampler:
         if guidance.kind != "cfg":
             raise UserError(f'sample.guidance: codes are guided by "cfg" only, not by "{guidance.kind}".')
         self.guided = guidance.active
-        self.scales = scales(guidance, length, branches).to(device)  # (T, K)
+        self.scales = scales(guidance, length, branches).to(device, non_blocking=True)  # (T, K)
         self.noise = draws.categorical("codes", (length, branches))  # (B, T, K) or (B, T, K, V)
         self.temperature = per_branch(temperature, branches, "temperature")
         self.top_k, self.top_p = per_branch(top_k, branches, "top_k"), per_branch(top_p, branches, "top_p")
         self.trace = trace
+
+    def settings(self) -> tuple:
+        """What a recording of a step depends on, beside the numbers that `refill` replaces."""
+        return (self.guided, tuple(self.temperature), tuple(self.top_k), tuple(self.top_p), self.noise.shape,
+                self.noise.dtype, self.trace is None)
+
+    def refill(self, other: "CodeSampler") -> None:
+        """Scales, noise and trace of another one with the same settings, at the addresses of this one."""
+        self.scales.copy_(other.scales)
+        self.noise.copy_(other.noise)
+        self.trace = other.trace
 
     def double(self, x: Tensor) -> Tensor:
         """The same rows for the conditional and the unconditional half."""

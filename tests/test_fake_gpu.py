@@ -13,10 +13,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from core.nn import cuda_graph
 from core.rng import Draws
 from core.specs import Guidance, Progress
-from generator.ar import decode, rar
+from generator.ar import decode
 from generator.ar.far import FAR
 from generator.ar.rar import RAR
-from generator.var import var
 from tests import test_var
 
 WAITING = ("_local_scalar_dense", "nonzero", "unique", "is_nonzero", "equal.default")
@@ -67,18 +66,18 @@ def test_a_captured_step_stays_on_the_device(monkeypatch, model, filters):
         def replay(self):
             pass
 
-    def capture(step):
+    def capture(step, warm_up, pool):
         with Watch() as watch:
             step()
         captured.append(watch)
         return Graph(), None
 
     monkeypatch.setattr(decode, "capture", capture)
-    monkeypatch.setattr(rar, "distinct", lambda labels, _: (labels[:2], torch.zeros_like(labels)))
+    monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: None)
     labels = torch.zeros(3, dtype=torch.int64, device="cuda")
     codes = model.sample(labels, Draws(0, labels), Guidance(2.0), **filters)
     assert codes.shape == (3, 81, branches(model)) and codes.device.type == "cuda"
-    assert len(captured) == 2 and all(watch.seen > 50 and not watch.wrong for watch in captured), captured[0].wrong
+    assert len(captured) == 4 and all(watch.seen > 50 and not watch.wrong for watch in captured), captured[0].wrong
 
 
 def test_a_recorded_scale_stays_on_the_device(monkeypatch):
@@ -96,7 +95,6 @@ def test_a_recorded_scale_stays_on_the_device(monkeypatch):
         return Graph(), result
 
     monkeypatch.setattr(cuda_graph, "capture", capture)
-    monkeypatch.setattr(var, "addresses", lambda module: ())
     monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: None)
     model, tokenizer = test_var.var(), test_var.tokenizer()
     torch.__future__.set_overwrite_module_params_on_conversion(True)

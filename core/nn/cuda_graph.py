@@ -72,8 +72,8 @@ class Replayed:
 
 
 def addresses(module: nn.Module) -> tuple[int, ...]:
-    """Where the weights lie: recordings of a module hold as long as these are the same."""
-    return tuple(weight.data_ptr() for weight in module.parameters())
+    """Where the weights lie: recordings of a module hold as long as these are the same and somebody keeps them there."""
+    return tuple(weight.untyped_storage()._cdata for weight in module.parameters())
 
 
 class Kept:
@@ -88,9 +88,12 @@ class Kept:
 
     def get(self, key: Hashable, make: Callable[[], Any]) -> Any:
         if key != self.key:
-            self.key = self.value = None  # what it held is free before the next is made
+            self.clear()  # what it held is free before the next is made
             self.key, self.value = key, make()
         return self.value
+
+    def clear(self) -> None:
+        self.key = self.value = None
 
     def __deepcopy__(self, memo: dict) -> "Kept":
         return Kept()

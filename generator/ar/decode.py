@@ -1,17 +1,14 @@
-"""The loop of step-by-step sampling, with one CUDA graph per step where there is a GPU."""
+"""The loop of step-by-step sampling, with CUDA graphs where there is a GPU."""
 
 from __future__ import annotations
 
 import functools
-from typing import Callable
+from typing import Any, Callable
 
 import torch
-from torch import Tensor
 
 from core.nn.cuda_graph import capture
 from core.nn.kvcache import KVCache
-
-STRIDE = 64  # positions by which the attended prefix grows when steps are captured: one graph for each
 
 
 def uncompiled(sample: Callable) -> Callable:
@@ -25,29 +22,34 @@ def uncompiled(sample: Callable) -> Callable:
     return run
 
 
-def decode(step: Callable[[Tensor], None], start: int, stop: int, cache: KVCache, lead: int = 0,
-           after: Callable[[int], None] | None = None) -> None:
-    """step(t) for t = start ... stop - 1, with the cache at position t + lead. Nothing here waits for the device.
+class Recordings:
+    """The CUDA graphs of one step function, one for each span of its cache, kept as long as what they read is kept."""
+
+    def __init__(self, step: Callable[[], None], cache: KVCache):
+        self.step, self.cache, self.graphs = step, cache, {}
+        self.recordable = cache.static and cache.position.device.type == "cuda"
+        self.pool = torch.cuda.graph_pool_handle() if self.recordable else None  # they never run at the same time
+
+    def __call__(self, place: int) -> None:
+        self.cache.seek(place)
+        if not self.recordable:
+            return self.step()
+        span = self.cache.span(place + 1)
+        if span in self.graphs:
+            return self.graphs[span].replay()
+        self.step()  # libraries choose their kernels and allocate what they keep: nothing is run for that alone
+        self.graphs[span] = capture(self.step, 0, self.pool)[0]
+
+
+def decode(step: Callable[[int], Any], start: int, stop: int, after: Callable[[int], None] | None = None) -> None:
+    """step(t) for t = start ... stop - 1. Nothing here waits for the device.
 
     Args:
-        step: gets t as a (1,) int64 tensor on the device. With a static cache on a GPU it is captured: it must find
-            everything in fixed tensors, change nothing it reads for the same t (so running it twice does what running
-            it once does), and draw from noise that was made before.
-        cache: static or not, see core.nn.kvcache.
-        lead: positions before that of code 0.
-        after: called after every step with the number of positions that are done.
+        step: Recordings of a function that finds everything in fixed tensors, changes nothing that it reads for the same
+            t (so running it twice does what running it once does), and draws from noise that was made before.
+        after: called after every step with the number of places that are done.
     """
-    device = cache.position.device
-    t, graph, cache.span = torch.zeros(1, dtype=torch.int64, device=device), None, 0
     for index in range(start, stop):
-        t.fill_(index)
-        cache.seek(index + lead)
-        if cache.static and index + lead + 1 > cache.span:
-            cache.span = min(cache.length, -(-(index + lead + 1) // STRIDE) * STRIDE)
-            graph = capture(functools.partial(step, t))[0] if device.type == "cuda" else None
-        if graph is not None:
-            graph.replay()
-        else:
-            step(t)
+        step(index)
         if after is not None:
             after(index + 1)

@@ -20,15 +20,17 @@ from core import sizes
 from core.errors import UserError
 from core.nn.dropout import dropout
 from core.nn.embed import LabelEmbedding
-from core.nn.kvcache import KVCache, activation_dtype
+from core.nn.kvcache import KVCache
 from core.nn.norms import RMSNorm
+from core.nn.precision import no_autocast
 from core.nn.rope import Rope, axial_rope, line_rope, with_class_row
 from core.rng import derive
 from core.specs import Codes, Guidance, LatentSpec, Loss, Progress
 from generator.ar import rear as rear_module
-from generator.ar.decode import decode, uncompiled
-from generator.ar.llama import ffn_width, init_weights, make_blocks, run_blocks
+from generator.ar.decode import Recordings, decode, uncompiled
+from generator.ar.llama import decode_blocks, ffn_width, init_weights, make_blocks, normed, run_blocks
 from generator.ar.rear import CodeAlignment, annealed, perturb
+from generator.engine import Sampled, Weights, turning
 from generator.sampling import CodeSampler
 
 
@@ -47,7 +49,7 @@ class Size:
 SIZES = {"b": Size(1024, 24, 16, 3), "l": Size(1280, 36, 20, 4)}
 
 
-class FAR(nn.Module):
+class FAR(Sampled):
     """core.specs.Generator of Codes, K per position.
 
     Args:
@@ -230,50 +232,24 @@ class FAR(nn.Module):
         if not 0 <= shared <= length:
             raise UserError(f"{shared} shared positions in a sequence of {length}: give 0 to {length}.")
 
-        def settle(t: Tensor, k: int, chosen: Tensor) -> Tensor:
-            """What becomes of the codes (B,) drawn for codebook k of position t."""
-            if shared:
-                chosen = torch.where(t < shared, chosen[:1], chosen)
-            if forced is not None:
-                given = forced[:, :, k].index_select(1, t.clamp_max(forced.shape[1] - 1))[:, 0]
-                chosen = torch.where(t < forced.shape[1], given, chosen)
-            return chosen
-
         if not cached:
             for index in range(length):
                 t = torch.full((1,), index, device=device)
                 states = self.trunk(sampler.double(codes[:, :index]), both)[:, -1:]  # (2B, 1, D)
                 for k in range(self.branches):
                     known = [self._module("tok_embeddings", j)(sampler.double(codes[:, index, j]))[:, None] for j in range(k)]
-                    codes[:, index, k] = settle(t, k, sampler(self.logits(self.head(states, known)[:, 0, k], k), t, k))
+                    codes[:, index, k] = settle(t, sampler(self.logits(self.head(states, known)[:, 0, k], k), t, k), k, shared, forced)
                 if on_codes:
                     on_codes(codes[:, : index + 1])
             return codes
         static = device.type == "cuda" if static is None else static
-        s, dtype = self.size, activation_dtype(self.norm.weight)
-        shape = {"batch": len(both), "heads": s["kv_heads"], "head_dim": s["width"] // s["heads"], "device": device,
-                 "dtype": dtype}
-        cache = KVCache(s["layers"], length=length, static=static, **shape)
-        head_cache = KVCache(s["head_layers"], length=self.branches, **shape)
-        start = self.cls_embedding(both)[:, None]  # (2B, 1, D)
-
-        def step(t: Tensor) -> None:
-            known = self._aggregate(self._embed(codes.index_select(1, (t - 1).clamp_min(0))))  # of the place before
-            x = torch.where(t == 0, start, sampler.double(known))  # (2B, 1, D)
-            layers = cache.open(1)
-            x = run_blocks(self.layers, x, cache.rope((self.rope_cos, self.rope_sin)), layers)
-            chosen: list[Tensor] = []
-            for k in range(self.branches):
-                head_cache.seek(k)
-                layers = head_cache.open(1)
-                x = self.norm(run_blocks(self.ar_head, x, head_cache.rope((self.rope_cos, self.rope_sin)), layers))
-                chosen.append(settle(t, k, sampler(self.logits(x[:, 0], k), t, k)))  # (B,)
-                if k + 1 < self.branches:
-                    x = sampler.double(self._module("tok_embeddings", k)(chosen[-1]))[:, None]
-            codes.index_copy_(1, t, torch.stack(chosen, -1)[:, None])
-
-        decode(step, 0, length, cache, after=on_codes and (lambda done: on_codes(codes[:, :done])))
-        return codes
+        weights = self.weights(self.norm.weight)
+        key = (sampler.settings(), length, shared, None if forced is None else forced.shape, static, device)
+        with no_autocast(labels):
+            decoding = self.kept(weights, key, lambda: Decoding(self, weights, sampler, length, shared, forced, static))
+            decoding.begin(both, sampler, forced)
+            decode(decoding.step, 0, length, on_codes and (lambda done: on_codes(decoding.codes[:, 1 : done + 1])))
+            return decoding.codes[:, 1:].clone()
 
     def _forced(self, prefix: Tensor | None, length: int, device: torch.device) -> Tensor | None:
         if prefix is None or prefix.shape[1] == 0:
@@ -282,3 +258,71 @@ class FAR(nn.Module):
             raise UserError(f"a prefix of shape {list(prefix.shape)} cannot begin sequences of {length} positions with "
                             f"{self.branches} codebook(s): give (B or 1, up to {length}, {self.branches}).")
         return prefix.to(device)
+
+
+def settle(t: Tensor, chosen: Tensor, k: int, shared: int, forced: Tensor | None) -> Tensor:
+    """What becomes of the codes (B,) drawn for codebook k of position t; `shared` and `forced` as in FAR.sample."""
+    if shared:
+        chosen = torch.where(t < shared, chosen[:1], chosen)
+    if forced is not None:
+        given = forced[:, :, k].index_select(1, t.clamp_max(forced.shape[1] - 1))[:, 0]
+        chosen = torch.where(t < forced.shape[1], given, chosen)
+    return chosen
+
+
+class Decoding:
+    """What FAR keeps between calls of `sample` with as many samples and the same settings.
+
+    Args:
+        weights: the network's, in the precision of the products. The stream has it too, as in the bf16 weights that the
+            published figures were sampled with.
+        sampler: whose tensors are refilled by `begin`; the rest as in FAR.sample.
+    """
+
+    def __init__(self, model: FAR, weights: Weights, sampler: CodeSampler, length: int, shared: int,
+                 forced: Tensor | None, static: bool):
+        self.sampler, self.shared, self.branches, self.dtype = sampler, shared, model.branches, weights.dtype
+        self.forced = None if forced is None else forced.clone()
+        part = {name: weights.copy(getattr(model, name)) for name in ("layers", "ar_head", "norm", "aggregation_layer")}
+        self.layers, self.head, self.norm, self.aggregate = part.values()
+        self.tables = [model._module("tok_embeddings", k).weight for k in range(self.branches)]
+        self.outputs = [weights.copy(model._module("output", k)) for k in range(self.branches)]
+        self.classes = model.cls_embedding
+        self.rope = turning(model.rope_cos, model.rope_sin)  # (rows, 2, d)
+        device, samples = sampler.noise.device, sampler.noise.shape[0]
+        self.streams = 2 if sampler.guided else 1
+        shape = {"batch": samples * self.streams, "heads": model.size["kv_heads"],
+                 "head_dim": model.size["width"] // model.size["heads"], "device": device, "dtype": weights.dtype}
+        self.cache = KVCache(len(self.layers), length=length, static=static, **shape)
+        self.head_cache = KVCache(len(self.head), length=self.branches, **shape)
+        # column t + 1 holds position t
+        self.codes = torch.zeros(samples, length + 1, self.branches, dtype=torch.int64, device=device)
+        self.start = torch.zeros(self.streams, samples, model.size["width"], dtype=weights.dtype, device=device)
+        self.step = Recordings(self._step, self.cache)
+
+    def begin(self, labels: Tensor, sampler: CodeSampler, forced: Tensor | None) -> None:
+        """The batch that the steps are about; labels (2B,) or (B,)."""
+        self.start.copy_(self.classes(labels).view_as(self.start))
+        if sampler is not self.sampler:
+            self.sampler.refill(sampler)
+        if forced is not None:
+            self.forced.copy_(forced)
+
+    def _embed(self, codes: Tensor, k: int) -> Tensor:
+        return F.embedding(codes, self.tables[k]).to(self.dtype)
+
+    def _step(self) -> None:
+        t = self.cache.position
+        known = self.codes.index_select(1, t)[:, 0]  # (B, K), of the place before
+        known = self.aggregate(torch.cat([self._embed(known[:, k], k) for k in range(self.branches)], dim=-1))  # (B, D)
+        x = torch.where(t == 0, self.start, known).flatten(0, 1)  # (2B, D)
+        x = decode_blocks(self.layers, x, self.rope.index_select(0, t)[0], self.cache.open())
+        chosen: list[Tensor] = []
+        for k in range(self.branches):
+            self.head_cache.start = k  # known here: nothing on the device has to be told
+            x = decode_blocks(self.head, x, self.rope[k], self.head_cache.open())
+            logits = self.outputs[k](normed(x, self.norm)).float()
+            chosen.append(settle(t, self.sampler(logits, t, k), k, self.shared, self.forced))  # (B,)
+            if k + 1 < self.branches:
+                x = self._embed(chosen[-1], k).repeat(self.streams, 1)
+        self.codes.index_copy_(1, t + 1, torch.stack(chosen, -1)[:, None])

@@ -5,7 +5,7 @@ FAR stacks them twice (over positions, then over the codebooks of one position),
 
 from __future__ import annotations
 
-import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from core.nn.attention import Attention
@@ -15,6 +15,7 @@ from core.nn.mlp import SwiGLU
 from core.nn.norms import RMSNorm
 from core.nn.rope import Rope
 from core.rng import derive
+from generator.engine import add_product, attend, turn
 
 
 def ffn_width(width: int, multiple_of: int = 256, multiplier: float | None = None) -> int:
@@ -77,6 +78,27 @@ def run_blocks(blocks: nn.ModuleList, x: Tensor, rope: Rope, layers: list[LayerC
         if taps is not None and index in taps:
             taps[index] = x
     return x
+
+
+def decode_blocks(blocks: list[Block], x: Tensor, row: Tensor, layers: list[LayerCache]) -> Tensor:
+    """One new position through all blocks, in few kernels: x (R, D) in the precision of the products.
+
+    Args:
+        row: (2, d) of core.nn.rope's table, see generator.engine.turning.
+    """
+    for block, layer in zip(blocks, layers):
+        attention, feed_forward = block.attention, block.feed_forward
+        heads = attention.qkv(normed(x, block.attention_norm)).unflatten(-1, (-1, attention.head_dim))
+        turn(heads[:, : attention.heads + attention.kv_heads], row)
+        x = add_product(x, attend(heads, layer, attention.scale), attention.proj)
+        gate, value = feed_forward.w12(normed(x, block.ffn_norm)).chunk(2, dim=-1)
+        x = add_product(x, F.silu(gate).mul_(value), feed_forward.w3)
+    return x
+
+
+def normed(x: Tensor, norm: RMSNorm) -> Tensor:
+    """RMSNorm in the type of x; fp32 inside."""
+    return F.rms_norm(x, norm.weight.shape, norm.weight, norm.eps)
 
 
 def init_weights(network: nn.Module) -> None:

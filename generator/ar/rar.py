@@ -12,6 +12,7 @@ Shape letters: B batch, N codes, S slots, V codebook size, D width.
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 
 import torch
@@ -22,14 +23,16 @@ from core import sizes
 from core.errors import UserError
 from core.nn.attention import Attention
 from core.nn.dropout import dropout
-from core.nn.kvcache import KVCache, LayerCache, activation_dtype
+from core.nn.kvcache import KVCache, LayerCache
 from core.nn.mlp import MLP
 from core.nn.norms import modulate
+from core.nn.precision import no_autocast
 from core.rng import derive
 from core.specs import Codes, Guidance, LatentSpec, Loss, Progress
 from generator.ar import rear as rear_module
-from generator.ar.decode import decode, uncompiled
+from generator.ar.decode import Recordings, decode, uncompiled
 from generator.ar.rear import CodeAlignment, annealed, perturb
+from generator.engine import Sampled, Weights, attend, modulated
 from generator.sampling import CodeSampler
 
 EXTRA_POSITIONS, EXTRA_SLOTS = 1024, 100  # rows that the official tables have beyond the codes
@@ -85,7 +88,7 @@ class FinalNorm(nn.Module):
         return modulate(F.layer_norm(x, x.shape[-1:], eps=1e-6), shift, scale)
 
 
-class RAR(nn.Module):
+class RAR(Sampled):
     """core.specs.Generator of one code per position.
 
     Args:
@@ -272,38 +275,25 @@ class RAR(nn.Module):
                 codes[:, index] = sampler(logits, torch.full((1,), index, device=device))
             return codes[..., None]
         static = device.type == "cuda" if static is None else static
-        dtype = activation_dtype(self.lm_head.weight)
-        cache = KVCache(len(self.blocks), len(both), self.size.heads, length + 1, self.size.width // self.size.heads,
-                        device=device, dtype=dtype, static=static)
-        ahead = Modulations(self, *distinct(both, self.num_classes))  # adaptive norms depend on class and slot alone
-
-        def finish(x: Tensor, t: Tensor, layers: list[LayerCache]) -> None:
-            """Code t from the inputs (2B, n, D) of the last n slots."""
-            for index, block in enumerate(self.blocks):
-                x = block(x, modulation=ahead(index, t, x.shape[1]), cache=layers[index])
-            x = self.adaln_before_head(x[:, -1:], modulation=ahead(len(self.blocks), t, 1))
-            codes.index_copy_(1, t, sampler(self.lm_head(x[:, 0]).float(), t)[:, None])
-
-        def step(t: Tensor) -> None:
-            known = codes.index_select(1, t - 1)  # (B, 1)
-            x = self.embeddings(sampler.double(known)) + self.pos_embed.index_select(1, t + 1)
-            finish(x + self.target_aware_pos_embed.index_select(1, t + 2), t, cache.open(1))
-
-        for first in range(0, length, ahead.codes):
-            last = min(first + ahead.codes, length)
-            ahead.fill(first, last)
-            if first == 0:  # the learned token and the class go in together
-                cache.seek(0)
-                cache.span = 2
-                x, _ = self.slots(codes[:, :0].repeat(len(both) // len(codes), 1), both)
-                finish(x, torch.zeros(1, dtype=torch.int64, device=device), cache.open(2))
-            decode(step, max(first, 1), last, cache, lead=1)
-        return codes[..., None]
+        weights = self.weights(self.lm_head.weight)
+        classes, rows = distinct(labels, self.num_classes)  # adaptive norms depend on class and slot alone
+        if sampler.guided:
+            rows = torch.cat((rows, torch.full_like(rows, len(classes))))
+            classes = torch.cat((classes, classes.new_full((1,), self.num_classes)))
+        with no_autocast(labels):
+            decoding = self.kept(weights, (sampler.settings(), len(classes), static, device),
+                                 lambda: Decoding(self, weights, sampler, len(classes), static))
+            decoding.run(both, classes, rows, sampler)
+            return decoding.slots[: len(labels), 2:, None].clone()
 
 
 def distinct(labels: Tensor, num_classes: int) -> tuple[Tensor, Tensor]:
-    """(U,) different labels, and which of them each one is. Waits for the device, once per call of `sample`."""
-    if labels.is_meta:  # in estimates: as if all were different
+    """(U,) different labels, and which of them each one is.
+
+    On a CPU, where looking at labels costs nothing; elsewhere all count as different, so that U depends on the size of
+    the batch alone and nothing waits for the device.
+    """
+    if labels.device.type != "cpu":
         return labels, torch.arange(len(labels), device=labels.device)
     classes, rows = labels.unique(return_inverse=True)
     if int(classes[0]) < 0 or int(classes[-1]) > num_classes:
@@ -311,36 +301,133 @@ def distinct(labels: Tensor, num_classes: int) -> tuple[Tensor, Tensor]:
     return classes, rows
 
 
-class Modulations:
-    """Shifts, scales and gates of all blocks for a range of slots, computed ahead: large matrix products instead of one
-    small one per step, once per class instead of once per sample.
+class Decoding:
+    """What RAR keeps between calls of `sample` with as many samples and the same settings.
+
+    The stream is fp32 (that of the embeddings), as under autocast; what products read is in their precision.
 
     Args:
-        classes: (U,) distinct labels.
-        rows: (2B,) which of them each row of the batch has.
+        weights: the network's, in the precision of the products.
+        sampler: whose tensors are refilled by `run`.
+        classes: U, how many different ones a batch has.
     """
 
-    def __init__(self, model: RAR, classes: Tensor, rows: Tensor):
-        self.model, self.rows = model, rows
-        self.layers = [block.adaLN_modulation for block in model.blocks] + [model.adaln_before_head.adaLN_modulation]
-        self.condition = model.embeddings(model.condition_ids(classes))[:, None]  # (U, 1, D)
-        dtype = activation_dtype(model.lm_head.weight)
-        width = sum(layer[1].out_features for layer in self.layers)
-        per_slot = len(classes) * width * torch.empty((), dtype=dtype).element_size()
-        self.codes = max(1, min(model.length, MODULATION_BYTES // per_slot))
-        # Slot t + 1 belongs to code t; slot 0 is only met together with slot 1. So row j holds slot first + j.
-        self.tables = [torch.empty(len(classes), self.codes + 1, layer[1].out_features, dtype=dtype, device=rows.device)
-                       for layer in self.layers]
-        self.first = torch.zeros(1, dtype=torch.int64, device=rows.device)
+    def __init__(self, model: RAR, weights: Weights, sampler: CodeSampler, classes: int, static: bool):
+        self.sampler = sampler
+        self.blocks, self.lm_head = weights.copy(model.blocks), weights.copy(model.lm_head)
+        self.first_class, self.length = model.vocab + 1, model.length
+        device, rows = sampler.noise.device, sampler.noise.shape[0] * (2 if sampler.guided else 1)
+        # The learned token is one more row of the table.
+        self.embeddings = weights.derive(lambda: torch.cat((model.embeddings.weight, model.cls_token[0])))
+        self.positions = weights.derive(lambda: self._positions(model))
+        self.affine = [weights.derive(functools.partial(self._affine, block.attn)) for block in model.blocks]
+        self.ahead = Modulations(model, weights, classes, rows)
+        size = model.size
+        self.cache = KVCache(size.layers, rows, size.heads, model.length + 1, size.width // size.heads, device=device,
+                             dtype=weights.dtype, static=static)
+        # What lies in slot 0, slot 1 and so on, as rows of `embeddings`; code p is in slot p + 2.
+        self.slots = torch.zeros(rows, model.length + 2, dtype=torch.int64, device=device)
+        self.step = Recordings(self._step, self.cache)
+
+    @staticmethod
+    def _positions(model: RAR) -> Tensor:
+        """(N + 1, D): what is added to the input of every slot that predicts or comes before."""
+        target = F.pad(model.target_aware_pos_embed[0, 2 : 2 + model.length], (0, 0, 1, 0))
+        return model.pos_embed[0, : model.length + 1] + target
+
+    @staticmethod
+    def _affine(attention: Attention) -> Tensor:
+        """(2, 2 heads, d): weight and bias of the norms of queries and keys."""
+        pairs = [torch.stack((norm.weight, norm.bias)) for norm in (attention.q_norm, attention.k_norm)]
+        return torch.stack(pairs, dim=1).repeat_interleave(attention.heads, dim=1)
+
+    def run(self, labels: Tensor, classes: Tensor, rows: Tensor, sampler: CodeSampler) -> None:
+        """A whole batch: labels (2B,) or (B,), and their `distinct` classes."""
+        if sampler is not self.sampler:
+            self.sampler.refill(sampler)
+        self.slots[:, 0] = len(self.embeddings) - 1
+        self.slots[:, 1] = labels + self.first_class
+        self.ahead.begin(F.embedding(classes + self.first_class, self.embeddings), rows)
+        for first in range(0, self.length + 1, self.ahead.capacity):
+            last = min(first + self.ahead.capacity, self.length + 1)
+            self.ahead.fill(first, last)
+            if first == 0:  # the learned token predicts nothing
+                self.cache.seek(0)
+                self._advance()
+            decode(self.step, max(first, 1), last)
+
+    def _advance(self) -> tuple[Tensor, Tensor]:
+        """The slot at the cache's position through all blocks: (2B, D), and the modulation (2B, 6 D) of the head."""
+        slot = self.cache.position
+        known = self.slots.index_select(1, slot)[:, 0]  # (2B,)
+        x = F.embedding(known, self.embeddings) + self.positions.index_select(0, slot)
+        modulations = self.ahead(slot)  # (layers + 1, 2B, 6 D)
+        for block, affine, layer, modulation in zip(self.blocks, self.affine, self.cache.open(), modulations):
+            x = decode_block(block, x, affine, layer, modulation)
+        return x, modulations[-1]
+
+    def _step(self) -> None:
+        x, modulation = self._advance()
+        factor, shift = modulation.chunk(6, dim=-1)[:2]
+        logits = self.lm_head(modulated(F.layer_norm(x, x.shape[-1:], eps=1e-6), shift, factor)).float()
+        slot = self.cache.position
+        chosen = self.sampler(logits, slot - 1)
+        self.slots.index_copy_(1, slot + 1, self.sampler.double(chosen)[:, None])
+
+
+def decode_block(block: Block, x: Tensor, affine: Tensor, layer: LayerCache, modulation: Tensor) -> Tensor:
+    """One new slot through a block, in few kernels: x (R, D) fp32; `modulation` (R, 6 D) with 1 added to the scales."""
+    shift1, factor1, gate1, shift2, factor2, gate2 = modulation.chunk(6, dim=-1)
+    attention = block.attn
+    heads = attention.qkv(modulated(block.norm1(x), shift1, factor1)).unflatten(-1, (-1, attention.head_dim))
+    # One norm of queries, keys and values, which is not used for the values: it saves two kernels.
+    turned = F.layer_norm(heads, heads.shape[-1:], eps=attention.q_norm.eps)[:, : 2 * attention.heads]
+    torch.addcmul(affine[1], turned, affine[0], out=heads[:, : 2 * attention.heads])
+    x = torch.addcmul(x, gate1, attention.proj(attend(heads, layer, attention.scale)))
+    return torch.addcmul(x, gate2, block.mlp(modulated(block.norm2(x), shift2, factor2)))
+
+
+class Modulations:
+    """Shifts, scales and gates of all blocks for a range of slots, computed ahead: large matrix products instead of one
+    small one per step, once per class instead of once per sample. The tables stay where they are: what reads them can be
+    recorded.
+
+    Args:
+        classes: U, how many different labels there are.
+        rows: 2B, of the batch.
+    """
+
+    def __init__(self, model: RAR, weights: Weights, classes: int, rows: int):
+        self.layers = [weights.copy(block.adaLN_modulation[1]) for block in model.blocks]
+        self.last = weights.copy(model.adaln_before_head.adaLN_modulation[1])
+        self.steps, width, device = model.timesteps_embeddings, model.size.width, model.lm_head.weight.device
+        per_slot = classes * 6 * width * (len(self.layers) + 1) * weights.dtype.itemsize
+        self.capacity = max(1, min(model.length + 1, MODULATION_BYTES // per_slot))  # slots
+        self.classes, self.dtype = classes, weights.dtype
+        self.tables = torch.empty(len(self.layers) + 1, self.capacity * classes, 6 * width, dtype=weights.dtype, device=device)
+        self.rows = torch.zeros(rows, dtype=torch.int64, device=device)
+        self.places = torch.zeros(model.length + 1, rows, dtype=torch.int64, device=device)  # in a table, of every slot
+        self.slots = torch.arange(model.length + 1, device=device)[:, None]
+        self.plus_one = torch.zeros(6, width, device=device)
+        self.plus_one[1::3] = 1  # shift, scale, gate, twice
+
+    def begin(self, embedded: Tensor, rows: Tensor) -> None:
+        """The batch's classes, (U, D) embedded, and which of them (2B,) each row has."""
+        self.condition = embedded
+        self.rows.copy_(rows)
 
     def fill(self, first: int, last: int) -> None:
-        """Slots first ... last, for codes first ... last - 1."""
-        self.first.fill_(first)
-        condition = self.condition + self.model.timesteps_embeddings[:, first : last + 1]  # (U, n, D)
+        """Slots first ... last - 1."""
+        count = (last - first) * self.classes
+        torch.add(self.rows, self.slots - first, alpha=self.classes, out=self.places)
+        x = self.steps[0, first:last, None] + self.condition  # (n, U, D)
+        x = F.silu(x).flatten(0, 1).to(self.dtype)
         for table, layer in zip(self.tables, self.layers):
-            table[:, : last + 1 - first] = layer(condition)
+            torch.add(layer(x), self.plus_one.flatten(), out=table[:count])
+        # parity: scale first here, shift first in the blocks
+        width = self.last.in_features
+        torch.add(self.last(x), self.plus_one[:2].flip(0).flatten(), out=self.tables[-1, :count, : 2 * width])
 
-    def __call__(self, layer: int, t: Tensor, count: int) -> Tensor:
-        """(2B, count, ...) of one layer, for the `count` slots up to the one that predicts code t (a (1,) tensor)."""
-        places = t + 1 - self.first + torch.arange(1 - count, 1, device=t.device)
-        return self.tables[layer].index_select(1, places).index_select(0, self.rows)
+    def __call__(self, slot: Tensor) -> Tensor:
+        """(layers + 1, 2B, 6 D): of every block, and of the head in the first 2 D of the last; `slot` (1,) int64."""
+        return self.tables.index_select(1, self.places.index_select(0, slot)[0])

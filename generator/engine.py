@@ -1,0 +1,144 @@
+"""What all samplers of codes share: weights in the precision of the products, and state that outlives a call.
+
+Under autocast every product casts its weights anew. That costs little when thousands of tokens share them and more than
+the product itself when a step has one token per sample. So sampling works on copies of the modules whose matrices were
+cast once (`Weights`), outside of autocast, and keeps them with its caches and CUDA graphs from call to call (`Sampled`).
+In full precision nothing is copied.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Callable, Hashable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from core.nn.cuda_graph import Kept, addresses
+from core.nn.kvcache import LayerCache, activation_dtype
+from core.nn.norms import RMSNorm
+
+CAST = (nn.Linear, RMSNorm)  # modules that take and give the precision of the products
+
+
+def _version(tensor: Tensor) -> int:
+    return 0 if tensor.is_inference() else tensor._version
+
+
+class Weights:
+    """Modules of `model` with their matrices in `dtype`.
+
+    Args:
+        model: whose parameters are followed by `refresh`.
+        dtype: of the products.
+    """
+
+    def __init__(self, model: nn.Module, dtype: torch.dtype):
+        self.dtype = dtype
+        self._followed = list(model.parameters())
+        self._storages = [p.untyped_storage() for p in self._followed]  # kept, so that no other gets their address
+        self._casts: list[tuple[Tensor, Tensor]] = []
+        self._derived: list[tuple[Tensor, Callable[[], Tensor]]] = []
+        self._versions = self._now()
+
+    def _now(self) -> list[int]:
+        return [_version(p) for p in self._followed]
+
+    def cast(self, weight: Tensor) -> Tensor:
+        """`weight` in `dtype`; itself where it has it already."""
+        if weight.dtype == self.dtype:
+            return weight
+        made = weight.detach().to(self.dtype)
+        self._casts.append((weight, made))
+        return made
+
+    def derive(self, function: Callable[[], Tensor]) -> Tensor:
+        """function(), computed again in the same place when weights have changed."""
+        made = function()
+        self._derived.append((made, function))
+        return made
+
+    def copy(self, module: nn.Module) -> nn.Module:
+        """A copy that shares all parameters with `module` but those that are cast, without what wraps its forward."""
+        made = module.__class__.__new__(module.__class__)
+        made.__dict__.update(module.__dict__)
+        made.__dict__.pop("forward", None)
+        made.__dict__["_compiled_call_impl"] = None
+        made.__dict__["_modules"] = {name: child and self.copy(child) for name, child in module._modules.items()}
+        if isinstance(module, CAST):
+            made.__dict__["_parameters"] = {
+                name: p if p is None else self.cast(p) for name, p in module._parameters.items()}
+        return made
+
+    def refresh(self) -> None:
+        """Follow parameters that were changed in place: by an optimiser, by loading."""
+        now = self._now()
+        if now != self._versions:
+            for weight, made in self._casts:
+                made.copy_(weight)
+            for made, function in self._derived:
+                made.copy_(function())
+            self._versions = now
+
+
+class Sampled(nn.Module):
+    """A generator that keeps what sampling needs from call to call, until it is trained or its weights are replaced."""
+
+    def __init__(self):
+        super().__init__()
+        self._weights, self._state = Kept(), Kept()
+
+    def train(self, mode: bool = True):
+        if mode:  # gives the memory back
+            self._weights.clear(), self._state.clear()
+        return super().train(mode)
+
+    def weights(self, like: Tensor) -> Weights:
+        """In the precision that a product with the parameter `like` has here."""
+        dtype = activation_dtype(like)
+        made = self._weights.get((dtype, addresses(self)), lambda: Weights(self, dtype))
+        made.refresh()
+        return made
+
+    def kept(self, weights: Weights, key: Hashable, make: Callable[[], Any]) -> Any:
+        """make(), or what it gave when it was last called with these weights and this key."""
+        return self._state.get((id(weights), key), make)
+
+
+# -- a step in few kernels: one position, rows (R, D) of samples and their unguided twins ----------------------------------
+def add_product(x: Tensor, h: Tensor, linear: nn.Linear) -> Tensor:
+    """x + linear(h), in one kernel where there is no bias."""
+    return torch.addmm(x, h, linear.weight.t()) if linear.bias is None and x.dtype == h.dtype else x + linear(h)
+
+
+def modulated(x: Tensor, shift: Tensor, factor: Tensor) -> Tensor:
+    """x factor + shift, rounded to the type of `shift` as it is stored."""
+    return torch.addcmul(shift, x, factor, out=torch.empty_like(x, dtype=shift.dtype))
+
+
+def turning(cos: Tensor, sin: Tensor) -> Tensor:
+    """A rotary table as `turn` wants it, (length, 2, d): the signs of the swapped pairs go with the sines."""
+    return torch.stack((cos, torch.stack((-sin[:, ::2], sin[:, 1::2]), -1).flatten(1)), dim=1)
+
+
+def turn(x: Tensor, row: Tensor) -> None:
+    """Rotate the channel pairs of x (R, heads, d) in place; `row` (2, d) of `turning`. As core.nn.rope.apply_rope."""
+    swapped = x.unflatten(-1, (-1, 2)).flip(-1).flatten(-2)
+    torch.addcmul(swapped * row[1], x, row[0], out=x)
+
+
+def attend(heads: Tensor, layer: LayerCache, scale: float | None = None) -> Tensor:
+    """Store one new position and attend from it: (R, heads + 2 kv_heads, d) queries, keys, values -> (R, heads d)."""
+    cache = layer.cache
+    k, v = layer.update(heads[:, -2 * cache.heads :, None])  # (R, kv_heads, span, d)
+    q = heads[:, : -2 * cache.heads].unflatten(1, (cache.heads, -1))  # the queries of a group become positions
+    return fused_attention(q, k, v, cache.mask, scale).flatten(1)
+
+
+def fused_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, scale: float | None = None) -> Tensor:
+    """Attention over (R, heads, n, d); `mask` (n or 1, m) additive. On a GPU by name: the general entry lays masks out
+    anew for every layer."""
+    if q.device.type != "cuda" or torch.version.hip or q.shape[-1] % 8:
+        return F.scaled_dot_product_attention(q, k, v, mask, scale=scale)
+    bias = None if mask is None else mask.expand(*q.shape[:3], -1)
+    return torch.ops.aten._scaled_dot_product_efficient_attention(q, k, v, bias, False, scale=scale)[0]
