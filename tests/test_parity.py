@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 import torch
 from safetensors.torch import save_file
 
 from tests import parity
 from tests.parity.__main__ import main
+from tests.parity.fields import Fields, notes, only, reads
 
 parity.discover()
 FILES = parity.find([parity.fixture_folder()])
@@ -55,6 +58,52 @@ def test_every_recorded_output_must_agree(tmp_path, echo):
     assert not parity.run(path).passed
     del echo["ids"]
     assert "!! ids not computed" in str(parity.run(path))
+
+
+KNOWN = reads("ModelArgs.dim ModelArgs.heads lr.*.rate options.top_k") | only(**{"ModelArgs.dropout": [0.0, None]}) | notes(
+    "where it comes from", "note extra.**")
+
+
+@pytest.mark.parametrize("config, options, looked_at, says", [
+    ({"ModelArgs": {"dim": 3, "heads": 2}}, {}, "dim heads", ""),
+    ({"ModelArgs": {"dim": 3, "heads": 2}}, {}, "dim", "given but not looked at: ModelArgs.heads"),
+    ({"ModelArgs": {"dim": 3, "dropout": None}, "note": "x", "extra": {"a": {"b": 1}}}, {}, "dim", ""),
+    ({"ModelArgs": {"dim": 3, "dropout": 0.1}}, {}, "dim", 'field "ModelArgs.dropout" is 0.1; this kind serves 0.0 or None only'),
+    ({"ModelArgs": {"dim": 3, "width": 2}}, {}, "dim", 'unknown field "ModelArgs.width" (it is 2); known: ModelArgs.dim'),
+    ({"lr": {"a": {"rate": 1}, "b": {"rate": 2}}}, {}, "", "given but not looked at: lr.a.rate, lr.b.rate"),
+    ({}, {"top_k": 5}, "", "given but not looked at: options.top_k"),
+    ({}, {"top_p": 5}, "", 'unknown field "options.top_p"'),
+])
+def test_every_field_is_known_and_looked_at(tmp_path, monkeypatch, config, options, looked_at, says):
+    def function(case):
+        for name in looked_at.split():
+            case.config["ModelArgs"][name]
+        return {"a": torch.zeros(1)}
+
+    monkeypatch.setitem(parity.KINDS, ("toy", "echo"), function)
+    monkeypatch.setitem(parity.FIELDS, ("toy", "echo"), KNOWN)
+    path = write(tmp_path / "f.safetensors", {"a": torch.zeros(1)}, system="toy", kind="echo",
+                 config=json.dumps(config), options=json.dumps(options))
+    outcome = parity.run(path)
+    assert outcome.passed == (not says) and says in outcome.failure
+
+
+def test_fields_are_read_where_they_are_used():
+    fields = Fields({"a": 1, "deep": {"b": 2, "c": {"d": 3}}, "list": [1, 2]})
+    assert "a" in fields and fields.get("missing", 5) == 5 and not fields.seen
+    assert fields["deep"]["c"]["d"] == 3 and fields.get("list") == [1, 2]
+    assert fields.seen == {"deep.c.d", "list"}
+    changed = fields["deep"].replaced(b=9)
+    assert changed["b"] == 9 and fields["deep"]["b"] == 2 and "deep.b" in fields.seen
+    assert {**fields["deep"]["c"]} == {"d": 3} and Fields({"x": {"y": 1}})["x"].plain() == {"y": 1}
+
+
+def test_kinds_describe_what_they_understand(capsys):
+    assert main(["--describe", "gpt_generate"]) == 0
+    assert "dar/gpt_generate: dim, n_layer" in (text := capsys.readouterr().out) and "options.cfg_scale" in text
+    assert main(["--describe"]) == 0
+    assert len(capsys.readouterr().out.splitlines()) == len(parity.KINDS)
+    assert main(["--describe", "nothing"]) == 1 and "rear/gen" in capsys.readouterr().out
 
 
 def test_stated_tolerance_is_used(tmp_path, echo):

@@ -3,12 +3,14 @@
 A fixture is a safetensors file with `weights/`, `inputs/` and `outputs/`, and metadata naming its `system` and `kind`.
 For each kind there is one function that recomputes the outputs:
 
-    @kind("rectok", "ddt_forward")
+    @kind("rectok", "ddt_forward", reads("args.img_size ..."))
     def ddt_forward(case: Case) -> dict[str, Tensor]:
         return {"velocity": ...}
 
-Every recorded output must be returned and agree; what is returned beyond that is ignored. The functions live in the
-other modules of this package, which `discover` imports. `python -m tests.parity` is the command line (`__main__.py`).
+Every recorded output must be returned and agree; what is returned beyond that is ignored. Every setting that a fixture
+names must be known to its kind and, unless the kind says that it plays no part, be read (`fields.py`). The functions live
+in the other modules of this package, which `discover` imports. `python -m tests.parity` is the command line
+(`__main__.py`).
 """
 
 from __future__ import annotations
@@ -25,6 +27,9 @@ from typing import Any, Callable
 import torch
 from safetensors import safe_open
 from torch import Tensor
+
+from tests.parity.fields import FieldError, Fields, Known
+from tests.parity.recipe import recipe_weights
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 
@@ -60,11 +65,12 @@ class Tolerance:
 
 @dataclass
 class Case:
-    """One fixture."""
+    """One fixture. `options` are the arguments of the recorded call, where they are kept apart from the config."""
 
     path: Path
     meta: dict[str, str]
-    config: dict[str, Any]
+    config: Fields
+    options: Fields
     weights: dict[str, Tensor] = field(default_factory=dict)
     inputs: dict[str, Tensor] = field(default_factory=dict)
     outputs: dict[str, Tensor] = field(default_factory=dict)
@@ -73,11 +79,19 @@ class Case:
     def load(cls, path: Path) -> "Case":
         with safe_open(str(path), framework="pt") as file:
             meta = file.metadata() or {}
-            case = cls(Path(path), meta, json.loads(meta.get("config") or "{}"))
+            given = {"config": json.loads(meta.get("config") or "{}"), "options": json.loads(meta.get("options") or "{}")}
+            case = cls(Path(path), meta, Fields(given["config"]), Fields(given["options"], path="options."))
             for key in file.keys():
                 section, name = key.split("/", 1)
                 getattr(case, section)[name] = file.get_tensor(key)
+        if shapes := meta.get("weight_shapes"):  # weights by formula, see recipe.py and record.py
+            case.weights |= recipe_weights(json.loads(shapes), int(meta.get("weight_salt", 0)))
         return case
+
+    def given(self) -> dict[str, Any]:
+        """Every setting by its path."""
+        options = {"options": self.options.values_} if self.options else {}
+        return {**self.config.values_, **options}
 
     @property
     def system(self) -> str:
@@ -102,19 +116,21 @@ def read_meta(path: Path) -> dict[str, str]:
 
 
 KINDS: dict[tuple[str, str], Callable[[Case], dict[str, Tensor]]] = {}
+FIELDS: dict[tuple[str, str], Known] = {}
 JUDGES: dict[tuple[str, str], Callable[[Case, str], Tolerance]] = {}
 
 
-def kind(system: str, name: str, judge: Callable[[Case, str], Tolerance] | None = None):
+def kind(system: str, name: str, fields: Known = Known(), judge: Callable[[Case, str], Tolerance] | None = None):
     """Decorator: this function recomputes the outputs of fixtures of this system and kind.
 
+    fields: what it knows of the settings in a fixture's metadata.
     judge: the tolerance of an output by name, for fixtures whose words `Tolerance.parse` cannot read.
     """
 
     def register(function: Callable[[Case], dict[str, Tensor]]):
         if (system, name) in KINDS:
             raise ValueError(f"kind {system}/{name} is registered twice")
-        KINDS[system, name] = function
+        KINDS[system, name], FIELDS[system, name] = function, fields
         if judge:
             JUDGES[system, name] = judge
         return function
@@ -196,7 +212,11 @@ def run(path: Path) -> Outcome:
         function = KINDS.get((case.system, case.kind))
         if function is None:
             return Outcome(path, title, failure=f'unknown kind "{case.kind}" of system "{case.system}"')
+        fields = FIELDS.get((case.system, case.kind), Known())
+        fields.check(case.given())
         computed = function(case)
+        if unread := fields.unread(case.given(), case.config.seen | case.options.seen):
+            raise FieldError(f"given but not looked at: {', '.join(unread)}")
         judge = JUDGES.get((case.system, case.kind), lambda case, name: case.tolerance)
         comparisons = [compare(name, computed.get(name), ref, judge(case, name)) for name, ref in case.outputs.items()]
         stated = "per output" if (case.system, case.kind) in JUDGES else f"{case.tolerance.relative:g}"

@@ -3,6 +3,7 @@
     python -m tests.parity                                  all of ../shared/parity (or $TESSERA_PARITY)
     python -m tests.parity ../shared/parity/rectok          one folder, or files
     python -m tests.parity --known                          only files of a kind that some module handles
+    python -m tests.parity --describe [KIND]                the settings that a kind (all kinds) understands
 
 Exits with 0 only if there was something to run and everything passed; an unknown kind is a failure.
 """
@@ -15,7 +16,17 @@ from pathlib import Path
 
 import torch
 
-from tests.parity import discover, find, fixture_folder, run
+from tests.parity import FIELDS, discover, find, fixture_folder, run
+
+
+def describe(name: str) -> int:
+    """Print what every kind of this name ("" for all; "rear/gen" for that of one system) understands."""
+    wanted = [kind for kind in sorted(FIELDS) if name in ("", kind[1], "/".join(kind))]
+    for system, kind in wanted:
+        print(f"{system}/{kind}: " + (", ".join(FIELDS[system, kind].describe()) or "no settings"))
+    if not wanted:
+        print(f'no kind "{name}"; there are {", ".join("/".join(kind) for kind in sorted(FIELDS))}')
+    return 0 if wanted else 1
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -23,7 +34,11 @@ def main(arguments: list[str] | None = None) -> int:
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("paths", nargs="*", type=Path, help="fixtures or folders of them")
     parser.add_argument("--known", action="store_true", help="skip kinds that no module handles")
+    parser.add_argument("--describe", nargs="?", const="", metavar="KIND", help="print known settings; run nothing")
     options = parser.parse_args(arguments)
+    if options.describe is not None:
+        discover()
+        return describe(options.describe)
 
     torch.set_num_threads(1)  # fixtures were recorded on one thread
     discover()

@@ -13,10 +13,12 @@ from torch import Tensor
 from core.images import to_model_range, to_uint8
 from data.transforms import Transform, adm_resize, random_crop
 from tests.parity import Case, kind
-from tests.parity.fqgan_tokenizer import SURE, build_tokenizer
+from tests.parity.fields import FieldError, notes, reads
+from tests.parity.fqgan_tokenizer import SURE, TOKENIZER, build_tokenizer
 from tokenizer.adapters.fqgan import ADAPTER
 
 SCALE = (0.8, 1.0)
+VERSIONS = notes("what recorded it", "pillow torchvision")
 
 
 def picture(pixels: Tensor) -> Image.Image:
@@ -53,9 +55,11 @@ def random(image: Image.Image, size: int, draws: Tensor) -> Tensor:
     return hwc(random_crop(image, size, numbers(image, size, draws), SCALE))
 
 
-@kind("fqgan", "preprocess")
+@kind("fqgan", "preprocess", VERSIONS | reads("image_size crop_range ten_crop_source_size"))
 def fqgan_preprocess(case: Case) -> dict[str, Tensor]:
     size, image = case.config["image_size"], picture(case.inputs["image_uint8"])
+    if case.config.get("ten_crop_source_size", int(size * case.config["crop_range"])) != int(size * case.config["crop_range"]):
+        raise FieldError("ten crops come from a picture of int(image_size crop_range)")
     crop = center(image, size)
     return {"center_crop": hwc(crop), "center_crop_tensor": to_model_range(crop),
             "random_crop": random(image, size, case.inputs["random_crop_draws"]),
@@ -63,7 +67,7 @@ def fqgan_preprocess(case: Case) -> dict[str, Tensor]:
             "to_uint8": to_uint8(case.inputs["values"], "plus128")}
 
 
-@kind("fqgan", "extract_codes")
+@kind("fqgan", "extract_codes", TOKENIZER | reads("crop_range"))
 @torch.no_grad()
 def fqgan_extract_codes(case: Case) -> dict[str, Tensor]:
     """From a picture to the codes of its ten crops, as they are stored."""
@@ -80,7 +84,7 @@ def fqgan_extract_codes(case: Case) -> dict[str, Tensor]:
     return result
 
 
-@kind("dar", "image_ops")
+@kind("dar", "image_ops", VERSIONS | notes("the draws name them", "sizes").below("options"))
 def dar_image_ops(case: Case) -> dict[str, Tensor]:
     floats = case.inputs["float_img"]
     result = {"to_uint8_sample": to_uint8(floats, "plus128"), "to_uint8_gt": to_uint8(floats).permute(0, 2, 3, 1)}
@@ -92,7 +96,7 @@ def dar_image_ops(case: Case) -> dict[str, Tensor]:
     return result
 
 
-@kind("rear", "pre")
+@kind("rear", "pre", VERSIONS | reads("img_size"))
 def rear_preprocess(case: Case) -> dict[str, Tensor]:
     size, result = case.config["img_size"], {}
     plain = Transform(size, crop="resize_center")

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -13,7 +11,8 @@ from core.nn.embed import sinusoidal
 from core.rng import RecordedDraws
 from core.specs import Progress
 from tests.parity import Case, kind
-from tests.parity.dar_models import FEATURES, build_core, build_tokenizer
+from tests.parity.dar_models import CORE, FEATURES, SMALL, TOKENIZER, build_core, build_tokenizer
+from tests.parity.fields import FieldError, notes, reads
 from tokenizer.losses.objective import Objective
 from tokenizer.vq.quantizer import VectorQuantizer
 
@@ -23,12 +22,22 @@ def channels_first(vectors: Tensor) -> Tensor:
     return vectors.transpose(1, 2)[:, :, None]
 
 
+def painted_size(tokenizer, options, noise: Tensor) -> tuple[int, int]:
+    """(H, W) that is painted where `options` ask for a size: at least the sampling resolution."""
+    least = tokenizer.sampling_size
+    drawn = zip(("height", "width"), noise.shape[-2:])
+    size = tuple(max(least, options.get(name, side)) for name, side in drawn)
+    if size != tuple(noise.shape[-2:]):
+        raise FieldError(f"height and width make a picture of {size}, but the noise is {tuple(noise.shape[-2:])}")
+    return size
+
+
 def images_uint8(images: Tensor) -> Tensor:
     """(B, 3, H, W) -> (B, H, W, 3) as the official script writes them."""
     return to_uint8(images, "plus128").permute(0, 2, 3, 1)
 
 
-@kind("dar", "tok_encode")
+@kind("dar", "tok_encode", TOKENIZER | notes("of decoding", "model.sampling_resolution model.output_resolution"))
 def tok_encode(case: Case) -> dict[str, Tensor]:
     images = case.inputs["image"]
     tokenizer = build_tokenizer(case.config, case.weights, images.shape[-1]).eval()
@@ -48,11 +57,11 @@ def tok_encode(case: Case) -> dict[str, Tensor]:
     return {**seen, "z_before_quant": channels_first(z), "quantized": channels_first(vectors), "cond": condition}
 
 
-@kind("dar", "tok_decode")
+@kind("dar", "tok_decode", TOKENIZER | reads("height width clip_steps euler").below("options"))
 def tok_decode(case: Case) -> dict[str, Tensor]:
-    options, codes, noise = json.loads(case.meta["options"]), case.inputs["code"], case.inputs["noise"]
-    size = tuple(noise.shape[-2:])
-    tokenizer = build_tokenizer(case.config, case.weights, max(size)).eval()
+    options, codes, noise = case.options, case.inputs["code"], case.inputs["noise"]
+    tokenizer = build_tokenizer(case.config, case.weights, max(noise.shape[-2:])).eval()
+    size = painted_size(tokenizer, options, noise)
     draws = RecordedDraws({"noise": noise})
     vectors = tokenizer.embed(codes[..., None])[:, :, 0]
     result = {"codebook_entry": channels_first(vectors)}
@@ -76,22 +85,22 @@ def tok_decode(case: Case) -> dict[str, Tensor]:
     return result
 
 
-@kind("dar", "tok_recon")
+@kind("dar", "tok_recon", TOKENIZER | reads("steps height width").below("options"))
 def tok_recon(case: Case) -> dict[str, Tensor]:
-    images, steps = case.inputs["image"], json.loads(case.meta["options"])["steps"]
+    images, steps = case.inputs["image"], case.options["steps"]
     tokenizer = build_tokenizer(case.config, case.weights, images.shape[-1]).eval()
     draws = RecordedDraws({"noise": case.inputs["noise"]})
     with torch.no_grad():
         codes = tokenizer.encode(images)
-        size = tuple(case.inputs["noise"].shape[-2:])
+        size = painted_size(tokenizer, case.options, case.inputs["noise"])
         rebuilt = {count: tokenizer.decode(codes, draws, steps=count, size=size) for count in steps}
     return {"code": codes[..., 0], "uint8": images_uint8(rebuilt[steps[0]]),
             **{f"recon_steps{count}": image for count, image in rebuilt.items()}}
 
 
-@kind("dar", "tok_train")
+@kind("dar", "tok_train", TOKENIZER | reads("perceptual_weight dino_weight grad_keys").below("options"))
 def tok_train(case: Case) -> dict[str, Tensor]:
-    options, images = json.loads(case.meta["options"]), case.inputs["image"]
+    options, images = case.options, case.inputs["image"]
     tokenizer = build_tokenizer(case.config, case.weights, images.shape[-1]).train()
     draws = RecordedDraws({"time": case.inputs["t_uniform"], "noise": case.inputs["noise"]})
     recon = tokenizer(images, draws)
@@ -136,11 +145,13 @@ def dead_code_rate(codes: Tensor) -> Tensor:
     return (codes.float().std(0) < 1e-5).float().mean()
 
 
-@kind("dar", "quantizer")
+@kind("dar", "quantizer", reads("n_e e_dim beta entropy_loss_ratio l2_norm show_usage") | reads("with_entropy").below("options"))
 def quantizer(case: Case) -> dict[str, Tensor]:
     config, inputs = case.config, case.inputs
     ratio = config.get("entropy_loss_ratio", 0.0)
-    ours = VectorQuantizer(config["n_e"], config["e_dim"], entropy=bool(ratio), usage_window=65536)
+    if not case.options.get("with_entropy", True):
+        ratio = 0.0
+    ours = VectorQuantizer(config["n_e"], config["e_dim"], normalise=config.get("l2_norm", True), entropy=bool(ratio), usage_window=65536)
     ours.load_state_dict({"embedding.weight": case.weights["embedding.weight"],
                           "codebook_used": case.weights.get("codebook_used", torch.zeros(65536))})
     z = inputs["z"][:, :, 0].transpose(1, 2).clone().requires_grad_(True)  # (B, N, D)
@@ -166,7 +177,7 @@ def quantizer(case: Case) -> dict[str, Tensor]:
     }
 
 
-@kind("dar", "diff_core")
+@kind("dar", "diff_core", CORE.below("core") | SMALL.below("fixture_only"))
 def diff_core(case: Case) -> dict[str, Tensor]:
     inputs, config = case.inputs, case.config
     core = build_core(config["core"], config.get("fixture_only", {}), case.weights, inputs["xt"].shape[-1]).train()

@@ -14,6 +14,10 @@ from evaluation.kid import kid, squared_mmd
 from evaluation.manifold import manifold_radii, precision_recall
 from evaluation.moments import Moments
 from tests.parity import Case, Tolerance, kind
+from tests.parity.fields import notes, only, reads
+
+
+SIZES = notes("told by the arrays", "n_a n_b dim") | only(input_cast="float32")
 
 
 def scalar(value: float) -> Tensor:
@@ -35,7 +39,7 @@ def frechet_tolerance(case: Case, name: str) -> Tolerance:
     return Tolerance(0.0, max(2e-6 * abs(float(case.outputs[name])), 1e-5))
 
 
-@kind("evaluation", "frechet", frechet_tolerance)
+@kind("evaluation", "frechet", SIZES, frechet_tolerance)
 def frechet(case: Case) -> dict[str, Tensor]:
     a, b = case.inputs["features_a"].float(), case.inputs["features_b"].float()
     first, second = Moments.of(a), Moments.of(b)
@@ -48,7 +52,7 @@ def frechet(case: Case) -> dict[str, Tensor]:
     return result | {"mu_a": first.mean.float(), "sigma_a": first.covariance}
 
 
-@kind("evaluation", "frechet_cached", lambda case, name: Tolerance(1e-8, 0.0))
+@kind("evaluation", "frechet_cached", SIZES, lambda case, name: Tolerance(1e-8, 0.0))
 def frechet_cached(case: Case) -> dict[str, Tensor]:
     distance = scalar(frechet_from_moments(*(case.inputs[name] for name in ("mu1", "sigma1", "mu2", "sigma2"))))
     return {name: distance for name in case.outputs}
@@ -57,7 +61,7 @@ def frechet_cached(case: Case) -> dict[str, Tensor]:
 # ---------------------------------------------------------------------------------------------------------------------
 # Scores
 # ---------------------------------------------------------------------------------------------------------------------
-@kind("evaluation", "inception_score", lambda case, name: Tolerance(1e-5, 1e-9))
+@kind("evaluation", "inception_score", reads("adm_split_size rng_seed") | notes("too small to matter", "rear_eps"), lambda case, name: Tolerance(1e-5, 1e-9))
 def score(case: Case) -> dict[str, Tensor]:
     features, weight, bias = (case.inputs[name] for name in ("features", "fc_weight", "fc_bias"))
     unbiased = features @ weight.T
@@ -75,7 +79,7 @@ def score(case: Case) -> dict[str, Tensor]:
     return result
 
 
-@kind("evaluation", "kid", lambda case, name: Tolerance(1e-9 if name.endswith("f64") else 1e-4, 0.0))
+@kind("evaluation", "kid", reads("rng_seed") | notes("a formula in words", "kernel"), lambda case, name: Tolerance(1e-9 if name.endswith("f64") else 1e-4, 0.0))
 def kernel_distance(case: Case) -> dict[str, Tensor]:
     a, b = case.inputs["features_a"], case.inputs["features_b"]
     result: dict[str, Tensor] = {}
@@ -101,7 +105,7 @@ def prc_tolerance(case: Case, name: str) -> Tolerance:
     return Tolerance(0.0, 1e-12 if name.endswith("_f64") else 1e-7)  # torch-fidelity's are float32
 
 
-@kind("evaluation", "prc", prc_tolerance)
+@kind("evaluation", "prc", reads("k row_batch_size") | SIZES, prc_tolerance)
 def prc(case: Case) -> dict[str, Tensor]:
     real, generated = case.inputs["features_ref"].float(), case.inputs["features_gen"].float()
     k, block = case.config["k"], case.config["row_batch_size"]
@@ -117,7 +121,7 @@ def prc(case: Case) -> dict[str, Tensor]:
 # ---------------------------------------------------------------------------------------------------------------------
 # Codes
 # ---------------------------------------------------------------------------------------------------------------------
-@kind("evaluation", "codebook_usage", lambda case, name: Tolerance(1e-9, 0.0))
+@kind("evaluation", "codebook_usage", reads("codebook_size rolling_window"), lambda case, name: Tolerance(1e-9, 0.0))
 def codebook_usage(case: Case) -> dict[str, Tensor]:
     indices, vocab = case.inputs["indices"], case.config["codebook_size"]
     usage, rolling, by_step = CodebookUsage(vocab), RollingUsage(vocab, case.config["rolling_window"]), []

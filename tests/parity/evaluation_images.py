@@ -13,6 +13,10 @@ from data.transforms import center_crop, to_tensor
 from evaluation.image_metrics import psnr, ssim
 from evaluation.inception import DIMS, Inception, InceptionV3, resize_tf1
 from tests.parity import Case, Tolerance, kind
+from tests.parity.fields import Known, notes, only, reads
+
+WORDS = notes("a formula in words", "recipe keys lin_file_md5 normalise") | notes("what recorded it",
+                                                                              "pillow skimage torchmetrics")
 
 
 def rows_last(images: Tensor) -> Tensor:
@@ -48,7 +52,7 @@ def inception_recipe(seed: int) -> dict[str, Tensor]:
     return weights
 
 
-@kind("evaluation", "inception", lambda case, name: Tolerance(1e-9 if name.startswith("check/") else 1e-4, 0.0))
+@kind("evaluation", "inception", reads("seed") | WORDS, lambda case, name: Tolerance(1e-9 if name.startswith("check/") else 1e-4, 0.0))
 def inception(case: Case) -> dict[str, Tensor]:
     weights = inception_recipe(case.config["seed"])
     net = Inception(weights, taps=tuple(DIMS))
@@ -74,7 +78,7 @@ def lpips_from_recipe(case: Case) -> LPIPS:
     return net
 
 
-@kind("evaluation", "lpips", lambda case, name: Tolerance(1e-9 if name.startswith("check/") else 1e-4, 0.0))
+@kind("evaluation", "lpips", reads("seed") | WORDS, lambda case, name: Tolerance(1e-9 if name.startswith("check/") else 1e-4, 0.0))
 def lpips(case: Case) -> dict[str, Tensor]:
     net = lpips_from_recipe(case)
     a, b = to_unit_range(case.inputs["a_pm1"]), to_unit_range(case.inputs["b_pm1"])
@@ -91,7 +95,7 @@ def lpips(case: Case) -> dict[str, Tensor]:
 # ---------------------------------------------------------------------------------------------------------------------
 # Pixels
 # ---------------------------------------------------------------------------------------------------------------------
-@kind("evaluation", "resize", lambda case, name: Tolerance(1e-6 if name.endswith(("sum", "sumsq")) else 0.0, 2e-6))
+@kind("evaluation", "resize", only(align_corners=False, half_pixel_centers=False) | WORDS, lambda case, name: Tolerance(1e-6 if name.endswith(("sum", "sumsq")) else 0.0, 2e-6))
 def resize(case: Case) -> dict[str, Tensor]:
     result: dict[str, Tensor] = {}
     for name, image in case.inputs.items():
@@ -109,7 +113,7 @@ def exactly(case: Case, name: str) -> Tolerance:
     return Tolerance(0.0, 0.0, off_by_one=0.0)
 
 
-@kind("evaluation", "uint8", exactly)
+@kind("evaluation", "uint8", Known(), exactly)
 def uint8(case: Case) -> dict[str, Tensor]:
     y = (case.inputs["levels"].float() / 255.0 - 0.5) / 0.5
     truncated = to_uint8(y, "truncate")
@@ -121,7 +125,7 @@ def image_tolerance(case: Case, name: str) -> Tolerance:
     return Tolerance(0.0, 1e-4 if "psnr" in name else 1e-5, off_by_one=0.0)
 
 
-@kind("evaluation", "image_metrics", image_tolerance)
+@kind("evaluation", "image_metrics", WORDS, image_tolerance)
 def image_metrics(case: Case) -> dict[str, Tensor]:
     image, recon = case.inputs["image_pm1"], case.inputs["recon_pm1"]
     truncated, plus128 = rows_last(to_uint8(recon, "truncate")), rows_last(to_uint8(recon, "plus128"))
@@ -139,7 +143,7 @@ def image_metrics(case: Case) -> dict[str, Tensor]:
     return result | {"torchmetrics_ssim_gauss11": ssim(original, floats, "ssim_torchmetrics").float()}
 
 
-@kind("evaluation", "center_crop", lambda case, name: Tolerance(0.0, 0.0, off_by_one=1e-2))
+@kind("evaluation", "center_crop", WORDS, lambda case, name: Tolerance(0.0, 0.0, off_by_one=1e-2))
 def centre_crop(case: Case) -> dict[str, Tensor]:
     """Exact with the Pillow that recorded it; other builds may differ by a level."""
     result = {}

@@ -15,15 +15,21 @@ from generator.ar.far import FAR
 from generator.ar.llama import ffn_width
 from generator.sampling import probabilities
 from tests.parity import Case, kind
+from tests.parity.dar_generator import GPT_FIELDS, nucleus
+from tests.parity.fields import FieldError, notes, only, reads
 from tests.parity.recipe import recipe_weights
 
 ADAPTER = ADAPTERS["far"]
+MODEL = reads("variant") | (GPT_FIELDS | reads("ar_n_layer")).below("ModelArgs")
+BRANCHES = {"dual": 2, "triple": 3}
 
 
 def build(case: Case) -> FAR:
     """From the official constructor arguments, with the fixture's weights."""
     args = case.config["ModelArgs"]
     branches = len([name for name in case.weights if re.fullmatch(r"output_\d+\.weight", name)])
+    if BRANCHES.get(case.config.get("variant"), branches) != branches:
+        raise FieldError(f"variant {case.config['variant']} with weights of {branches} codebooks")
     side = round(args["block_size"] ** 0.5)
     model = FAR(
         size={"width": args["dim"], "layers": args["n_layer"], "heads": args["n_head"], "head_layers": args["ar_n_layer"],
@@ -46,7 +52,7 @@ def gradients(model: torch.nn.Module) -> dict[str, Tensor]:
     return {f"grad/{name}": value for name, value in to_theirs({n: p.grad for n, p in model.named_parameters()}).items()}
 
 
-@kind("fqgan", "far_train")
+@kind("fqgan", "far_train", MODEL)
 def far_train(case: Case) -> dict[str, Tensor]:
     model = build(case).train()
     codes, labels = codes_of(case, model.branches), case.inputs["labels"]
@@ -65,7 +71,8 @@ def far_train(case: Case) -> dict[str, Tensor]:
     return result
 
 
-@kind("fqgan", "far_sample")
+@kind("fqgan", "far_sample", MODEL | (reads("steps cfg_scale temperature top_k top_p")
+                                       | notes("the official code ignores it", "cfg_interval")).below("sampling"))
 def far_sample(case: Case) -> dict[str, Tensor]:
     """Sampled as the user does, with the cache; recorded exponential noise, or arg-max where there is none."""
     model, sampling = build(case).eval(), case.config["sampling"]
@@ -75,27 +82,29 @@ def far_sample(case: Case) -> dict[str, Tensor]:
         noise = case.inputs["exp_noise"].permute(2, 0, 1, 3)  # (B, T, K, V)
     else:
         noise = torch.full((batch, sampling["steps"], model.branches), 0.5)
-    scale = tuple(max(s, 1.0) for s in sampling["cfg_scale"])  # the official code samples unguided up to 1
-    codes = model.sample(case.inputs["labels"], RecordedDraws({"codes": noise}), Guidance(scale),
-                         temperature=sampling["temperature"], top_k=sampling["top_k"], top_p=sampling["top_p"],
+    codes = model.sample(case.inputs["labels"], RecordedDraws({"codes": noise}), Guidance(tuple(sampling["cfg_scale"])),
+                         temperature=sampling["temperature"], top_k=sampling["top_k"],
+                         top_p=[nucleus(p) for p in sampling["top_p"]],
                          length=sampling["steps"], trace=trace)
     guided = torch.stack([logits for logits, _ in trace]).view(sampling["steps"], model.branches, batch, -1)
     return {"guided_logits": guided, **{f"tokens_{k + 1}": codes[..., k] for k in range(model.branches)}}
 
 
-@kind("fqgan", "sampling_filters")
+@kind("fqgan", "sampling_filters", reads("cases"))
 def sampling_filters(case: Case) -> dict[str, Tensor]:
     logits = case.inputs["logits"][:, -1]
-    return {f"probs_{i}": probabilities(logits, settings["temperature"], settings["top_k"], settings["top_p"])
+    return {f"probs_{i}": probabilities(logits, settings["temperature"], settings["top_k"], nucleus(settings["top_p"]))
             for i, settings in enumerate(case.config["cases"])}
 
 
-@kind("fqgan", "full_far")
+@kind("fqgan", "full_far", reads("model variant vocab_size block_size num_classes") | only(cls_token_num=1))
 def full_far(case: Case) -> dict[str, Tensor]:
     """The published size with weights made by formula."""
     size = case.config["model"].removeprefix("FAR-").lower()
     length = case.config["block_size"]
     side, branches = round(length**0.5), sum(name.startswith("idx_") for name in case.inputs)
+    if BRANCHES[case.config["variant"]] != branches:
+        raise FieldError(f"variant {case.config['variant']} with codes of {branches} codebooks")
     with torch.device("meta"):
         model = FAR(size=size, branches=branches, vocab=case.config["vocab_size"], length=length,
                     grid=[side, side], num_classes=case.config["num_classes"])

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from tests.parity import Case, kind
+from tests.parity.fields import reads
 from tokenizer.vq.quantizer import LookupFreeQuantizer, Quantized, VectorQuantizer
 
 
@@ -18,12 +19,13 @@ def to_maps(tokens: Tensor) -> Tensor:
     return tokens.movedim(-1, 1)
 
 
-@kind("fqgan", "quantizer_train")
+@kind("fqgan", "quantizer_train", reads("n_e e_dim beta entropy_loss_ratio l2_norm show_usage"))
 def quantizer_train(case: Case) -> dict[str, Tensor]:
     config = case.config
     quantizer = VectorQuantizer(config["n_e"], config["e_dim"], normalise=config["l2_norm"], entropy=True,
-                                usage_window=len(case.weights.get("codebook_used", ())))
-    quantizer.load_state_dict(case.weights)
+                                usage_window=len(case.weights.get("codebook_used", ())) * config.get("show_usage", True))
+    tables = ("embedding.weight", *["codebook_used"] * bool(quantizer.usage_window))
+    quantizer.load_state_dict({name: case.weights[name] for name in tables})
     z = case.inputs["z"].clone().requires_grad_()
     found = quantizer(to_tokens(z))
     quant = to_maps(found.values)
@@ -39,6 +41,9 @@ def quantizer_train(case: Case) -> dict[str, Tensor]:
         "indices": found.codes.flatten(), "quant": quant, "entry": to_maps(quantizer.embed(found.codes)),
         "grad_z": z.grad, "grad_embedding": quantizer.embedding.weight.grad,
     }
+
+
+ENTROPY = reads("commitment_cost entropy_loss_weight entropy_loss_temperature entropy_gamma")
 
 
 def rear_entropy(config: dict) -> dict:
@@ -65,7 +70,7 @@ def rear_result(config: dict, found: Quantized, training: bool) -> tuple[Tensor,
     return loss, {f"result/{name}": value.detach().reshape(1) for name, value in result.items()}
 
 
-@kind("rear", "lfq")
+@kind("rear", "lfq", reads("token_bits") | ENTROPY)
 def lfq(case: Case) -> dict[str, Tensor]:
     quantizer = LookupFreeQuantizer(case.config["token_bits"], **rear_entropy(case.config))
     quantizer.load_state_dict(case.weights)

@@ -13,6 +13,7 @@ from core.nn.lpips import LPIPS
 from core.specs import Progress
 from evaluation.image_metrics import psnr, ssim
 from tests.parity import Case, kind
+from tests.parity.fields import NOTE, FieldError, notes, only, reads
 from tests.parity.fqgan_quantizer import to_maps
 from tests.parity.recipe import recipe_weights
 from tests.parity.rectok import gradients
@@ -27,6 +28,22 @@ from tokenizer.vq.fqgan import FQGAN, branch_names
 SURE = 1e-4  # index margin from which on an index must agree
 TEACHERS = {"dual": {"clip": "sem"}, "triple": {"dinov2_class": "sem_mid", "clip": "sem_high"}}  # teacher -> sub-codebook
 FEATURES = {"sem": "", "sem_mid": "_mid", "sem_high": "_high"}  # sub-codebook -> ending of recorded names
+MODEL = (reads("codebook_size codebook_embed_dim codebook_l2_norm encoder_ch_mult decoder_ch_mult z_channels"
+               " with_clip_supervision")
+         | only(dropout_p=0.0)
+         | reads("codebook_show_usage")
+         | notes("of training", "commit_loss_beta entropy_loss_ratio"
+                                " with_disentanglement disentanglement_ratio"))
+CONSTANTS = NOTE | reads("image_size grid ch num_res_blocks groupnorm_groups adapter_width adapter_layers adapter_heads"
+                         " feat_head_width feat_head_layers feat_head_heads")
+TOKENIZER = reads("variant") | MODEL.below("ModelArgs") | CONSTANTS.below("scaled_down_constants")
+EVALUATED = TOKENIZER | reads("ModelArgs.with_disentanglement ModelArgs.disentanglement_ratio")
+LOSS = (reads("disc_start disc_weight disc_dim disc_num_layers disc_type disc_loss gen_adv_loss image_size semantic_weight"
+              " reconstruction_loss rec_loss reconstruction_weight perceptual_weight disc_adaptive_weight"
+              " with_clip_supervision class_")
+        | only(disc_in_channels=3) | notes("the official code ignores it", "codebook_weight"))
+TRAINED = (EVALUATED | reads("ModelArgs.commit_loss_beta ModelArgs.entropy_loss_ratio global_step")
+           | LOSS.below("loss"))
 
 
 def build_tokenizer(case: Case) -> FQGAN:
@@ -35,6 +52,8 @@ def build_tokenizer(case: Case) -> FQGAN:
     small = config.get("scaled_down_constants", {})
     branches = {"dual": 2, "triple": 3}[config["variant"]]
     size = {"VQ-16": "vq16", "VQ-8": "vq8"}.get(config.get("vq_model"), args.get("encoder_ch_mult", "vq16"))
+    if args.get("with_clip_supervision") is False and any(n.startswith("feat_pred_head") for n in case.weights):
+        raise FieldError("feature heads without supervision by CLIP")
     settings: dict[str, Any] = {
         "image_size": small.get("image_size", 256), "branches": branches, "size": size,
         "decoder_mult": args.get("decoder_ch_mult"), "channels": small.get("ch", 128),
@@ -42,7 +61,7 @@ def build_tokenizer(case: Case) -> FQGAN:
         "z_channels": args.get("z_channels", 256), "vocab": args["codebook_size"], "code_dim": args["codebook_embed_dim"],
         "adapter_layers": small.get("adapter_layers", 6), "adapter_heads": small.get("adapter_heads", 8),
         "normalise": args.get("codebook_l2_norm", True),
-    }
+    } | ({} if args.get("codebook_show_usage", True) else {"usage_window": 0})
     if args.get("with_clip_supervision"):
         widths = small.get("feat_head_width", 1024 if branches == 2 else [384, 768])
         widths = widths if isinstance(widths, list) else [widths]
@@ -54,6 +73,11 @@ def build_tokenizer(case: Case) -> FQGAN:
     weights = {n: t for n, t in case.weights.items() if not n.startswith("discriminator.")}
     weights = weights or recipe_weights({n: t.shape for n, t in ADAPTER.to_official(tokenizer).items()})
     ADAPTER.load(tokenizer, {name: tensor.float() for name, tensor in weights.items()})
+    # The official constants that follow from others.
+    given = {"adapter_width": small.get("adapter_width"), "grid": small.get("grid")}
+    found = {"adapter_width": tokenizer.heads["vis"].adapter.positional_embedding.shape[1], "grid": tokenizer.spec.grid[0]}
+    if wrong := [name for name, value in given.items() if value not in (None, found[name])]:
+        raise FieldError(f"{wrong[0]} is {given[wrong[0]]} where the other sizes make it {found[wrong[0]]}")
     return tokenizer
 
 
@@ -76,16 +100,17 @@ def disentanglement(case: Case) -> float:
 
 def build_discriminator(case: Case) -> PatchGAN | StyleGANDiscriminator:
     loss = case.config["loss"]
+    side = loss.get("image_size", 256)
     if loss.get("disc_type", "patchgan") == "stylegan":
-        network = StyleGANDiscriminator(loss["image_size"])
+        network = StyleGANDiscriminator(side)
     else:
-        network = PatchGAN(loss["disc_dim"])
+        network = PatchGAN(loss["disc_dim"], n_layers=loss.get("disc_num_layers", 3))
     weights = below(case.weights, "discriminator.")
     network.load_state_dict({n: t.float() if t.is_floating_point() else t for n, t in weights.items()})
     return network
 
 
-@kind("fqgan", "tok_eval")
+@kind("fqgan", "tok_eval", EVALUATED)
 @torch.no_grad()
 def tok_eval(case: Case) -> dict[str, Tensor]:
     tokenizer, images = build_tokenizer(case).eval(), case.inputs["image"]
@@ -109,26 +134,51 @@ def tok_eval(case: Case) -> dict[str, Tensor]:
     return out
 
 
+def build_objective(case: Case, teachers: int) -> Objective:
+    """The official loss; its perceptual part is a recorded constant, which `tok_train` adds.
+
+    Seen by a network: the last layer's gradients of what is reconstructed and of what the discriminator thinks, where
+    the official adaptive weight is asked for.
+    """
+    loss, args = case.config["loss"], case.config["ModelArgs"]
+    if not loss.get("with_clip_supervision", bool(teachers)) and teachers:
+        raise FieldError("loss.with_clip_supervision is false, but the tokenizer predicts features")
+    if "class_" in loss and case.config["variant"] not in loss["class_"]:
+        raise FieldError(f"loss.class_ {loss['class_']} is not that of {case.config['variant']} codebooks")
+    kind_of_error = loss.get("reconstruction_loss", loss.get("rec_loss", "l2"))
+    semantic = loss.get("semantic_weight", 0.5) * teachers
+    return Objective(
+        weights={"reconstruction": loss.get("reconstruction_weight", 1.0), "codebook": 1.0,
+                 "commitment": args["commit_loss_beta"], "entropy": args["entropy_loss_ratio"],
+                 "disentangle": disentanglement(case), "semantic": semantic, "gan": loss["disc_weight"],
+                 "discriminator": loss["disc_weight"]},
+        pixels="signed", semantic_loss="infonce", gan_start=f"{loss['disc_start']}step",
+        gan_loss=loss.get("gen_adv_loss", "hinge").replace("-", "_"),
+        discriminator_loss="hinge" if loss.get("disc_loss", "hinge") == "hinge" else "vanilla",
+        reconstruction={"l2": "mse", "l1": "l1"}[kind_of_error], adaptive_weight=loss.get("disc_adaptive_weight", False))
+
+
+def adaptive_weight(objective: Objective, logs: dict[str, Tensor]) -> Tensor:
+    """Without the constant weight that ours includes; 1 where it is off."""
+    if not objective.adaptive_weight or not objective.weights["gan"]:
+        return torch.ones(())
+    return logs["gan_weight"] / objective.weights["gan"]
+
+
 def _teacher_pixels(images: Tensor, *statistics: tuple[float, ...]) -> Tensor:
     """Every 16th pixel of what a teacher with this mean and std (default: ImageNet's) sees."""
     return Frozen(*statistics).normalise(nearest_pixels(images, 224))[:, :, ::16, ::16]
 
 
-@kind("fqgan", "tok_train")
+@kind("fqgan", "tok_train", TRAINED)
 def tok_train(case: Case) -> dict[str, Tensor]:
     config, images = case.config, case.inputs["image"]
     loss, args = config["loss"], config["ModelArgs"]
     tokenizer = build_tokenizer(case).train()
     names, teachers = tokenizer.names, tokenizer.semantic.get("branches", {})
+    objective = build_objective(case, len(teachers))
+    perceptual = loss.get("perceptual_weight", 1.0)
     beta, ratio, disentangle = args["commit_loss_beta"], args["entropy_loss_ratio"], disentanglement(case)
-    objective = Objective(
-        weights={"codebook": 1.0, "commitment": beta, "entropy": ratio, "disentangle": disentangle,
-                 "semantic": loss["semantic_weight"] * len(teachers), "gan": loss["disc_weight"],
-                 "discriminator": loss["disc_weight"]},
-        pixels="signed", semantic_loss="infonce", gan_start=f"{loss['disc_start']}step",
-        gan_loss=loss.get("gen_adv_loss", "hinge").replace("-", "_"),
-        discriminator_loss="hinge" if loss.get("disc_loss", "hinge") == "hinge" else "vanilla",
-        reconstruction={"l2": "mse"}.get(loss.get("rec_loss", "l2"), "l1"))
     discriminator = build_discriminator(case)
     progress = Progress(0, 1, 1, config["global_step"])  # the step that the official loss is told
     recorded = {"clip": case.inputs.get("teacher_clip_tokens"), "dinov2_class": case.inputs.get("teacher_dino_tokens")}
@@ -147,8 +197,9 @@ def tok_train(case: Case) -> dict[str, Tensor]:
     logs = result.logs
     out = {
         "recon": recon.images, "rec_loss": logs["reconstruction"], "adv_loss_g": logs["gan"],
+        **dict.fromkeys(("disc_adaptive_weight", "adaptive_weight", "d_weight"), adaptive_weight(objective, logs)),
         "disentangle_loss": disentangle * logs["disentangle"],
-        "loss_generator": result.total + case.inputs["perceptual_loss"].mean(), "loss_discriminator": step.total,
+        "loss_generator": result.total + perceptual * case.inputs["perceptual_loss"].mean(), "loss_discriminator": step.total,
         "grad_norm_disc_before_clip": norm,
         "teacher_pixels_every_16th": _teacher_pixels(images, CLIP_MEAN, CLIP_STD),
         "dino_pixels_every_16th": _teacher_pixels(images),
@@ -157,8 +208,9 @@ def tok_train(case: Case) -> dict[str, Tensor]:
     out |= {f"disc_after/{name}": buffer for name, buffer in discriminator.named_buffers()}
     for name in names:
         out |= {f"vq_loss_{name}": logs[f"codebook/{name}"], f"commit_loss_{name}": beta * logs[f"commitment/{name}"],
-                f"entropy_loss_{name}": ratio * logs[f"entropy/{name}"], f"usage_{name}": logs[f"usage/{name}"],
-                f"codebook_used_tail/quantize_{name}": tokenizer.quantizers[name].codebook_used[-256:]}
+                f"entropy_loss_{name}": ratio * logs[f"entropy/{name}"], f"usage_{name}": logs.get(f"usage/{name}", torch.zeros(()))}
+        if tokenizer.quantizers[name].usage_window:
+            out[f"codebook_used_tail/quantize_{name}"] = tokenizer.quantizers[name].codebook_used[-256:]
     for teacher, branch in teachers.items():
         ending = FEATURES[branch]
         out[f"feat_pred{ending}"] = recon.details["features"][teacher]
@@ -170,7 +222,7 @@ def tok_train(case: Case) -> dict[str, Tensor]:
     return out
 
 
-@kind("fqgan", "full_tok")
+@kind("fqgan", "full_tok", reads("vq_model variant codebook_size codebook_embed_dim with_clip_supervision"))
 @torch.no_grad()
 def full_tok(case: Case) -> dict[str, Tensor]:
     tokenizer, images = build_tokenizer(case).eval(), to_model_range(case.inputs["image_uint8"])
@@ -190,7 +242,7 @@ def full_tok(case: Case) -> dict[str, Tensor]:
     return out
 
 
-@kind("fqgan", "discriminator")
+@kind("fqgan", "discriminator", reads("image_size"))
 @torch.no_grad()
 def discriminator(case: Case) -> dict[str, Tensor]:
     network = StyleGANDiscriminator(case.config["image_size"])
@@ -227,7 +279,7 @@ def lpips(case: Case) -> dict[str, Tensor]:
     return {"lpips": distance.view(-1, 1, 1, 1), "relu1_2_mean": taps[0].mean(), "relu5_3_mean": taps[-1].mean()}
 
 
-@kind("fqgan", "image_metrics")
+@kind("fqgan", "image_metrics", notes("what recorded it", "skimage"))
 def image_metrics(case: Case) -> dict[str, Tensor]:
     original, recon = to_unit_range(case.inputs["image"]), to_uint8(case.inputs["decoded"], "plus128")
     as_file = recon.float() / 255.0

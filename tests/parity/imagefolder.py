@@ -10,13 +10,24 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from core.rng import RecordedDraws
+from core.specs import Progress
 from tests.parity import Case, kind
+from tests.parity.fields import NOTE, FieldError, notes, only, reads
 from tests.parity.rectok_models import below
 from tokenizer.adapters.imagefolder import ADAPTER
 from tokenizer.multiscale.imagefolder import ImageFolder
 from tokenizer.multiscale.quantizer import MultiScaleQuantizer
 from tokenizer.multiscale.teacher import DINOv2ClassTeacher
 
+MODEL = (reads("codebook_size codebook_embed_dim v_patch_nums semantic_guide num_latent_tokens encoder_model decoder_model"
+               " product_quant codebook_drop start_drop share_quant_resi clip_norm sem_loss_scale sem_loss_weight")
+         | only(enc_type="dinov2", dec_type="dinov2", detail_guide=["none", None], abs_pos_embed=True, dropout_p=0.0,
+                norm_type=["none", None])
+         | notes("builds an unused layer only", "half_sem")
+         | notes("the official multi-scale quantiser does not take them", "codebook_l2_norm codebook_show_usage"
+                 " commit_loss_beta entropy_loss_ratio"))
+TINY = reads("img_size patch_size embed_dim depth num_heads") | only(drop_path_rate=0.0)
+TOKENIZER = (NOTE | only(factory="VQ_models['VQ-16']") | MODEL.below("model_args") | TINY.below("tiny_overrides"))
 SIZES = {"small": (384, 12, 6), "base": (768, 12, 12), "large": (1024, 24, 16)}
 
 
@@ -30,17 +41,20 @@ def build_tokenizer(config: dict[str, Any], weights: dict[str, Tensor], **settin
     """Ours for a fixture's {model_args, tiny_overrides}; every weight of the fixture must find its place."""
     args, tiny = config["model_args"], config.get("tiny_overrides", {})
     branches, scales = args.get("product_quant", 1), args["v_patch_nums"]
+    if args.get("num_latent_tokens", scales[-1] ** 2) != scales[-1] ** 2:
+        raise FieldError(f"num_latent_tokens {args['num_latent_tokens']} is not the last scale, squared")
     tokenizer = ImageFolder(
         image_size=tiny.get("img_size", 256), patch_size=tiny.get("patch_size", 16),
         encoder=trunk_size(args["encoder_model"], tiny), decoder=trunk_size(args["decoder_model"], tiny),
         latent_grid=scales[-1], scales=scales, branches=branches, vocab=args["codebook_size"],
         code_dim=args["codebook_embed_dim"], quantizer="plain" if len(scales) == 1 else "residual",
         shared_phi=args.get("share_quant_resi", 4), commitment="sum",
-        codebook_drop=args.get("codebook_drop", 0.0) if branches > 1 else 0.0,
+        codebook_drop=args.get("codebook_drop", 0.0),
         start_drop=min(args.get("start_drop", 1), len(scales)),
         semantic={"teachers": {"dinov2_patch16": tiny.get("embed_dim", 768)}, "scale": args.get("sem_loss_scale", 1.0),
                   "normalise": args.get("clip_norm", False)} if args.get("semantic_guide") == "dinov2" else None,
         drop_path=0.0, **settings)
+    args.get("sem_loss_weight")  # read where there are losses
     ADAPTER.load(tokenizer, weights)
     return tokenizer
 
@@ -64,6 +78,8 @@ def official_gradients(model: ImageFolder) -> dict[str, Tensor]:
 # -- the quantiser ----------------------------------------------------------------------------------------------------
 def build_quantizer(case: Case) -> MultiScaleQuantizer:
     config = case.config
+    if config.get("num_latent_tokens", config["v_patch_nums"][-1] ** 2) != config["v_patch_nums"][-1] ** 2:
+        raise FieldError(f"num_latent_tokens {config['num_latent_tokens']} is not the last scale, squared")
     quantizer = MultiScaleQuantizer(
         config["vocab_size"], config["Cvae"], tuple(config["v_patch_nums"]), 1, shared_phi=config["share_quant_resi"],
         phi_ratio=abs(config.get("quant_resi", 0.5)), cosine=config["using_znorm"])
@@ -73,7 +89,8 @@ def build_quantizer(case: Case) -> MultiScaleQuantizer:
     return quantizer
 
 
-@kind("imagefolder", "quantizer")
+@kind("imagefolder", "quantizer", reads("vocab_size Cvae using_znorm beta v_patch_nums share_quant_resi quant_resi"
+                                        " num_latent_tokens codebook_drop"))
 def quantizer(case: Case) -> dict[str, Tensor]:
     config, inputs = case.config, case.inputs
     scales, beta = config["v_patch_nums"], config.get("beta", 0.25)
@@ -104,7 +121,7 @@ def quantizer(case: Case) -> dict[str, Tensor]:
 
 
 # -- the tokenizer ------------------------------------------------------------------------------------------------------
-@kind("imagefolder", "tok_eval")
+@kind("imagefolder", "tok_eval", TOKENIZER)
 @torch.no_grad()
 def tok_eval(case: Case) -> dict[str, Tensor]:
     images = case.inputs["image"]
@@ -132,7 +149,8 @@ def tok_eval(case: Case) -> dict[str, Tensor]:
     return out
 
 
-@kind("imagefolder", "tok_lora_eval")
+@kind("imagefolder", "tok_lora_eval", TOKENIZER | reads("enc_tuning_method dec_tuning_method lora.r lora.alpha trainable")
+      | only(**{"lora.dropout": 0.0, "lora.fully_trained_copy": [["norm"]]}) | notes("r, alpha and the names of the weights tell", "lora.target lora.scaling"))
 @torch.no_grad()
 def tok_lora_eval(case: Case) -> dict[str, Tensor]:
     """With adapters, and with adapters merged into the weights."""
@@ -158,20 +176,26 @@ def tok_lora_eval(case: Case) -> dict[str, Tensor]:
     return out
 
 
-@kind("imagefolder", "tok_train")
+@kind("imagefolder", "tok_train", TOKENIZER | reads("epoch alpha_beta_delta"))
 def tok_train(case: Case) -> dict[str, Tensor]:
     args, images = case.config["model_args"], case.inputs["image"]
     tokenizer = build_tokenizer(case.config, case.weights).train()
+    if any(case.config.get("alpha_beta_delta", [0.0])[:2]):
+        raise FieldError("latent perturbation (RobustTok's training) is not part of this tokenizer")
     scales, start, batch = len(args["v_patch_nums"]), tokenizer.start_drop, len(images)
-    draws = {}
-    if "n_scales_kept" in case.inputs:
-        first = (torch.arange(batch) >= int(batch * tokenizer.codebook_drop)).float()  # theirs drops the first ones
+    # Theirs drops the first ones, and with one branch nobody loses a scale but the contrast still leaves them out.
+    first = (torch.arange(batch) >= int(batch * tokenizer.codebook_drop)).float()
+    kept = torch.full((batch,), scales)
+    if tokenizer.branches > 1 and "n_scales_kept" in case.inputs:
         kept = case.inputs["n_scales_kept"]
-        draws = {"scales kept": (kept - start + 0.5) / (scales - start + 1), "quantizer dropout": first}
-    features = {"dinov2_patch16": build_teacher(case.config, below(case.weights, "semantic_model."))(images)}
-    recon = tokenizer(images, RecordedDraws(draws), features)
+    draws = {"scales kept": (kept - start + 0.5) / (scales - start + 1), "quantizer dropout": first}
+    features = None
+    if tokenizer.semantic is not None:
+        features = {"dinov2_patch16": build_teacher(case.config, below(case.weights, "semantic_model."))(images)}
+    epoch = case.config.get("epoch", 0)
+    recon = tokenizer(images, RecordedDraws(draws), features, Progress(epoch, 1000, 1, 0))
     codebook, commitment = recon.terms["codebook"], 0.25 * recon.terms["commitment"]
-    semantic = args.get("sem_loss_weight", 0.1) * recon.terms["contrast"]
+    semantic = args.get("sem_loss_weight", 0.1) * recon.terms.get("contrast", torch.zeros(()))
     mse = F.mse_loss(recon.images, images)
     total = mse + codebook + commitment + semantic
     total.backward()

@@ -13,6 +13,7 @@ from core.nn.probe import LinearProbe
 from core.rng import RecordedDraws
 from core.specs import Progress, Recon
 from tests.parity import Case, kind
+from tests.parity.fields import NOTE, FieldError, notes, only, reads
 from tests.parity.rectok_models import below
 from tokenizer.losses import diffaug
 from tokenizer.losses.dino_discriminator import DinoDiscriminator
@@ -20,14 +21,21 @@ from tokenizer.losses.discriminators import PatchGAN
 from tokenizer.losses.objective import Objective
 
 
-@kind("imagefolder", "diffaug")
+DINO = NOTE | reads("depth key_depths num_heads") | notes("the weights tell", "ks")
+LOSS = (reads("disc_type disc_weight disc_loss gen_loss lecam_loss_weight disc_adaptive_weight global_step disc_start"
+              " fade_blur_schedule codebook_loss sem_loss reconstruction_weight perceptual_weight reconstruction_loss aug_prob")
+        | only(disc_in_channels=3) | notes("the official code ignores it", "codebook_weight")
+        | notes("the weights tell", "disc_dim disc_num_layers image_size"))
+
+
+@kind("imagefolder", "diffaug", reads("prob cutout blur_schedules.*"))
 @torch.no_grad()
 def diff_augment(case: Case) -> dict[str, Tensor]:
     config, inputs = case.config, case.inputs
     numbers = inputs["draw_7_B_1_1"].flatten(1)  # (7, B)
     return {f"augmented_{name}": diffaug.augment(inputs["image"], inputs["switch_draw_3"].tolist(), numbers,
                                                  probability=config["prob"], cutout=config["cutout"], blur_amount=amount)
-            for name, amount in config["blur_schedules"].items()}
+            for name, amount in config["blur_schedules"].plain().items()}
 
 
 def build_dino(config: dict[str, Any], weights: dict[str, Tensor]) -> DinoDiscriminator:
@@ -44,7 +52,7 @@ def build_dino(config: dict[str, Any], weights: dict[str, Tensor]) -> DinoDiscri
     return discriminator
 
 
-@kind("imagefolder", "dino_disc")
+@kind("imagefolder", "dino_disc", DINO)
 def dino_disc(case: Case) -> dict[str, Tensor]:
     images = case.inputs["image"]
     discriminator = build_dino(case.config, case.weights).eval()
@@ -76,9 +84,30 @@ class _GanDraws(RecordedDraws):
         return RecordedDraws(draws)
 
 
-@kind("imagefolder", "vqloss")
+def build_objective(case: Case, widths: list[int], start: int) -> Objective:
+    config = case.config
+    dino = config["disc_type"] == "dinodisc"
+    kinds = {"hinge": "hinge", "vanilla": "vanilla", "non-saturating": "vanilla"}  # the last is cross-entropy there
+    probability, blur = config.get("aug_prob", 1.0), config.get("fade_blur_schedule", 0.0)
+    objective = Objective(
+        weights={"reconstruction": config.get("reconstruction_weight", 1.0), "perceptual": config.get("perceptual_weight", 1.0),
+                 "gan": config["disc_weight"], "discriminator": config["disc_weight"], "codebook": 1.0,
+                 "commitment": 1.0, "entropy": 1.0, "contrast": 1.0},
+        perceptual={"lpips": {"weight": 1.0, "pretrained": False, "widths": widths}}, pixels="signed",
+        reconstruction={"l2": "mse", "l1": "l1"}[config.get("reconstruction_loss", "l2")],
+        gan_start=f"{start}step", gan_loss=config["gen_loss"].replace("-", "_"),
+        discriminator_loss=kinds[config["disc_loss"]], adaptive_weight=config["disc_adaptive_weight"],
+        augment={"probability": probability} if dino else None, lecam=config["lecam_loss_weight"] or 0.0)
+    if dino:
+        objective.augment.blur_amount = lambda since_start, progress: blur
+    return objective
+
+
+@kind("imagefolder", "vqloss", DINO | LOSS)
 def vqloss(case: Case) -> dict[str, Tensor]:
     config, inputs = case.config, case.inputs
+    if config["disc_type"] not in ("dinodisc", "patchgan"):
+        raise FieldError(f"disc_type {config['disc_type']} has no recording: dinodisc or patchgan")
     dino = config["disc_type"] == "dinodisc"
     weights = below(case.weights, "discriminator.")
     if dino:
@@ -94,17 +123,7 @@ def vqloss(case: Case) -> dict[str, Tensor]:
             for stage in range(1, 6)}
     widths = [len(lpips[f"net.slice{stage}.{index}.weight"]) for stage, index in last.items()]
     vq, commit, entropy = config["codebook_loss"]
-    objective = Objective(
-        weights={"reconstruction": config.get("reconstruction_weight", 1.0), "perceptual": config.get("perceptual_weight", 1.0),
-                 "gan": config["disc_weight"], "discriminator": config["disc_weight"], "codebook": 1.0,
-                 "commitment": 1.0, "entropy": 1.0, "contrast": 1.0},
-        perceptual={"lpips": {"weight": 1.0, "pretrained": False, "widths": widths}}, pixels="signed",
-        reconstruction={"l2": "mse", "l1": "l1"}[config.get("reconstruction_loss", "l2")],
-        gan_start=f"{config['disc_start']}step", gan_loss=config["gen_loss"].replace("-", "_"),
-        discriminator_loss=config["disc_loss"], adaptive_weight=config["disc_adaptive_weight"],
-        augment={"probability": config.get("aug_prob", 1.0)} if dino else None, lecam=config["lecam_loss_weight"] or 0.0)
-    if dino:
-        objective.augment.blur_amount = lambda since_start, progress: config["fade_blur_schedule"]
+    objective = build_objective(case, widths, config["disc_start"])
     network = objective.perceptual.parts["lpips"]
     state = {re.sub(r"net\.slice\d\.", "backbone.", key): tensor for key, tensor in lpips.items()}
     state = {re.sub(r"lin(\d)\.model\.1\.", r"heads.\1.", key): tensor for key, tensor in state.items()}
@@ -143,7 +162,7 @@ def vqloss(case: Case) -> dict[str, Tensor]:
     return out
 
 
-@kind("imagefolder", "linear_probe")
+@kind("imagefolder", "linear_probe", reads("in_dim out_dim"))
 def linear_probe(case: Case) -> dict[str, Tensor]:
     probe = LinearProbe(case.config["in_dim"], case.config["out_dim"])
     probe.load_state_dict(case.weights)

@@ -10,20 +10,30 @@ from torch import Tensor
 from core.config import Duration, OptimizerConfig, ScheduleConfig
 from core.images import to_unit_range
 from core.rng import RecordedDraws
-from core.specs import Guidance
+from core.specs import Guidance, Progress
 from core.train.guards import StepGuard
 from core.train.optim import Schedule, make_adamw, weight_decay_at
 from generator.adapters.var import ADAPTER
 from generator.sampling import per_branch, probabilities
-from generator.var.var import VAR
+from generator.var.var import VAR, Progressive
 from tests.parity import Case, kind
-from tests.parity.imagefolder import build_tokenizer
+from tests.parity.fields import NOTE, FieldError, notes, only, reads
+from tests.parity.imagefolder import TOKENIZER, build_tokenizer
 from tests.parity.rectok_models import below
 from tokenizer.multiscale.imagefolder import ImageFolder
+
+NETWORK = (
+    reads("num_classes depth embed_dim num_heads mlp_ratio attn_l2_norm patch_nums cond_drop_rate shared_aln")
+    | only(drop_path_rate=0.0, drop_rate=0.0, attn_drop_rate=0.0, norm_eps=1e-6, tau=4, cos_attn=True)
+    | notes("ways to compute the same", "flash_if_available fused_if_available")).below("var")
+PAIR = NOTE | TOKENIZER.below("tokenizer") | NETWORK
+CODES = reads("product_quant codebook_size codebook_embed_dim v_patch_nums").below("tokenizer.model_args")
 
 
 def build_var(case: Case) -> VAR:
     args, tokenizer = case.config["var"], case.config["tokenizer"]["model_args"]
+    if list(args["patch_nums"]) != list(tokenizer["v_patch_nums"]):
+        raise FieldError("patch_nums of VAR are not the scales of its tokenizer")
     model = VAR(
         depth=args["depth"], width=args.get("embed_dim", 64 * args["depth"]), heads=args.get("num_heads", args["depth"]),
         mlp_ratio=args.get("mlp_ratio", 4.0), scales=args["patch_nums"], branches=tokenizer.get("product_quant", 1),
@@ -35,8 +45,9 @@ def build_var(case: Case) -> VAR:
 
 
 def build_pair(case: Case) -> tuple[VAR, ImageFolder]:
-    config = {**case.config["tokenizer"]}
-    config["model_args"] = {**config["model_args"], "semantic_guide": "none"}  # the frozen teacher is left out
+    config = case.config["tokenizer"]
+    config["model_args"].get("semantic_guide")  # the frozen teacher is left out of the weights
+    config = config.replaced(model_args={**config["model_args"].values_, "semantic_guide": "none"})
     tokenizer = build_tokenizer(config, below(case.weights, "tokenizer/")).eval()
     model = build_var(case)
     model.bind(tokenizer)
@@ -48,7 +59,9 @@ def flat(logits: Tensor) -> Tensor:
     return logits.flatten(2)
 
 
-@kind("imagefolder", "var_train_step")
+@kind("imagefolder", "var_train_step", PAIR | reads(
+    "label_smooth prog_si optimizer.AdamW_betas optimizer.lr optimizer.weight_decay_D_group optimizer.grad_clip optimizer.eps")
+    | only(**{"optimizer.weight_decay_ND_group": 0.0}) | notes("words", "nd_group"))
 def var_train_step(case: Case) -> dict[str, Tensor]:
     model, tokenizer = build_pair(case)
     labels, settings = case.inputs["label"], case.config["optimizer"]
@@ -62,7 +75,10 @@ def var_train_step(case: Case) -> dict[str, Tensor]:
         out[f"target_indices_branch{branch}"] = codes[..., branch]
 
     model.train().label_smoothing = case.config.get("label_smooth", 0.0)
-    loss = model(codes, labels, RecordedDraws({"label_drop": case.inputs["label_drop_uniform_train"]}))
+    if (finest := case.config.get("prog_si", -1)) >= 0:  # the first stage of a progressive training
+        model.progressive = Progressive(until=1.0, first=finest)
+    loss = model(codes, labels, RecordedDraws({"label_drop": case.inputs["label_drop_uniform_train"]}),
+                 Progress(0, 1000, 1, 0))
     loss.total.backward()
     optimizer = make_adamw(model, OptimizerConfig(betas=settings["AdamW_betas"], eps=settings["eps"],
                                                   weight_decay=settings["weight_decay_D_group"]))
@@ -78,7 +94,7 @@ def var_train_step(case: Case) -> dict[str, Tensor]:
     return out | {f"after_step/{name}": value for name, value in ADAPTER.to_official(model).items()}
 
 
-@kind("imagefolder", "var_progressive")
+@kind("imagefolder", "var_progressive", NOTE | NETWORK | CODES | notes("logits know nothing else of it", "tokenizer.**"))
 @torch.no_grad()
 def var_progressive(case: Case) -> dict[str, Tensor]:
     model, out = build_var(case), {}
@@ -91,7 +107,7 @@ def var_progressive(case: Case) -> dict[str, Tensor]:
     return out
 
 
-@kind("imagefolder", "var_sample")
+@kind("imagefolder", "var_sample", PAIR | reads("cfg top_k top_p"))
 @torch.no_grad()
 def var_sample(case: Case) -> dict[str, Tensor]:
     model, tokenizer = build_pair(case)
@@ -100,13 +116,12 @@ def var_sample(case: Case) -> dict[str, Tensor]:
     def setting(name: str) -> list[Any]:
         return per_branch(case.config[name], model.branches, name)
 
-    top_p = [p or 1.0 for p in setting("top_p")]  # theirs: 0 is off
     guidance = Guidance(tuple(1.0 + t for t in setting("cfg")), schedule="linear")
     seen: list[Tensor] = []
 
     def pick(scale: int, logits: Tensor) -> Tensor:
         start, end = (0, *model.ends)[scale], model.ends[scale]
-        parts = zip(branches, setting("top_k"), top_p)
+        parts = zip(branches, setting("top_k"), setting("top_p"))
         found = torch.stack([probabilities(logits[:, :, k], 1.0, top_k, p) for k, top_k, p in parts], dim=2)
         seen.append(found)
         if "drawn_indices_branch0" in case.inputs:
@@ -137,7 +152,7 @@ def official_schedule(name: str, config: dict[str, Any]) -> Schedule:
                                 total_images=config["max_iters"])
 
 
-@kind("imagefolder", "var_lr")
+@kind("imagefolder", "var_lr", reads("peak_lr wd wd_end warmup_iters max_iters wp0 wpe"))
 def var_lr(case: Case) -> dict[str, Tensor]:
     """Our order of operations differs from theirs by rounding in double precision; anything more would be an error."""
     config, out = case.config, {}

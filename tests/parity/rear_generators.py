@@ -16,20 +16,37 @@ from generator.ar.rar import RAR
 from generator.ar.rear import annealed, perturb
 from generator.guidance import scales
 from tests.parity import Case, kind
+from tests.parity.fields import FieldError, notes, only, reads
+from tests.parity.rear_tokenizers import MASKGIT, build_maskgit
 from tests.parity.rectok_models import below
 from tokenizer.adapters import ADAPTERS as TOKENIZER_ADAPTERS
-from tokenizer.vq.maskgit import MaskGITVQGAN
 
 ADAPTER = ADAPTERS["rar"]
+NETWORK = (
+    reads("vq_model.codebook_size vq_model.num_latent_tokens class_label_dropout")
+    | (reads("hidden_size num_hidden_layers num_attention_heads intermediate_size dropout attn_drop image_seq_len"
+             " condition_num_classes perturb_mode transition_alignment transition_alignment_weight encode_align decode_align"
+             " encode_align_layer_idx decode_align_layer_idx projection_dim z_dim")
+       | notes("ways to compute the same", "use_checkpoint kv_cache")
+       | notes("given to the call", "randomize_temperature guidance_scale guidance_scale_pow class_label_dropout")
+       | notes("the call is told where the annealing stands", "randomness_anneal_start randomness_anneal_end")
+       ).below("generator"))
+TRAINED = NETWORK | reads("random_ratio")
+SAMPLED = NETWORK | notes("of training", "random_ratio") | (
+    reads("guidance_scale randomize_temperature guidance_scale_pow") | notes("computes the same", "kv_cache")).below("sampling")
 
 
 def build(case: Case, weights: dict[str, Tensor] | None = None) -> RAR:
     """From the official constructor arguments; the annealing runs over the whole of what `progress` says."""
     args, vq = case.config["generator"], case.config["vq_model"]
     layers, rear = args["num_hidden_layers"], None
+    if vq.get("num_latent_tokens", args["image_seq_len"]) != args["image_seq_len"]:
+        raise FieldError(f"sequences of {args['image_seq_len']} for pictures of {vq['num_latent_tokens']} codes")
+    given = {name: args.get(name) for name in ("encode_align", "decode_align", "encode_align_layer_idx", "projection_dim",
+                                               "decode_align_layer_idx", "transition_alignment_weight", "z_dim")}
     if "perturb_mode" in args:
         aligned = args.get("transition_alignment", False)
-        index = {part: args[f"{part}_align_layer_idx"] if aligned and args.get(f"{part}_align", True) else None
+        index = {part: given[f"{part}_align_layer_idx"] if aligned and given[f"{part}_align"] in (None, True) else None
                  for part in ("encode", "decode")}
         if index["encode"] == index["decode"]:  # the official code then silently skips the decode head
             index["decode"] = None
@@ -37,7 +54,7 @@ def build(case: Case, weights: dict[str, Tensor] | None = None) -> RAR:
         rear = {f"{part}_layer": None if layer is None else min(layer, layers - 1) for part, layer in index.items()}
         mode = args["perturb_mode"]
         rear |= {"noise": mode if mode in ("switch", "mask") else "none", "anneal": [0.0, 1.0],
-                 "weight": args.get("transition_alignment_weight", 1.0), "projection": args["projection_dim"]}
+                 "weight": args.get("transition_alignment_weight", 1.0), "projection": args.get("projection_dim", 2048)}
     model = RAR(
         size={"width": args["hidden_size"], "layers": layers, "heads": args["num_attention_heads"],
               "hidden": args["intermediate_size"]},
@@ -101,15 +118,18 @@ def training(case: Case, loss: Loss, model: RAR, progress: Progress) -> dict[str
     return result
 
 
-@kind("rear", "rear_train")
-@kind("rear", "rar_train")
+@kind("rear", "rear_train", TRAINED)
+@kind("rear", "rar_train", TRAINED)
 def train_forward(case: Case) -> dict[str, Tensor]:
     model, progress = build(case).train(), ratio(case.config["random_ratio"])
     loss = model(case.inputs["tokens"][..., None], case.inputs["class_id"], recorded(case.inputs, model.vocab), progress)
     return training(case, loss, model, progress)
 
 
-@kind("rear", "rear_steps")
+@kind("rear", "rear_steps", NETWORK | reads("steps anneal_end max_grad_norm optimizer.learning_rate optimizer.beta1"
+                                       " optimizer.beta2 optimizer.weight_decay lr_scheduler.max_train_steps"
+                                       " lr_scheduler.warmup_steps lr_scheduler.end_lr")
+      | only(**{"optimizer.eps": 1e-8, "lr_scheduler.name": "cosine"}) | notes("annealed by the step", "random_ratio"))
 def rear_steps(case: Case) -> dict[str, Tensor]:
     """Steps as the trainer takes them: groups, clipping, schedule, annealed noise."""
     config, model = case.config, build(case).train()
@@ -133,7 +153,7 @@ def rear_steps(case: Case) -> dict[str, Tensor]:
     return {**{name: torch.stack(values) for name, values in result.items()}, **official(model, model.state_dict(), "after")}
 
 
-@kind("rear", "gen")
+@kind("rear", "gen", SAMPLED)
 def generate(case: Case, weights: dict[str, Tensor] | None = None) -> dict[str, Tensor]:
     """Sampled as the user does, with the cache; without recorded numbers the likeliest codes."""
     model, sampling, labels = build(case, weights).eval(), case.config["sampling"], case.inputs["class_id"]
@@ -154,7 +174,7 @@ def schedule(recipe: dict) -> Schedule:
                                 total_images=recipe["total"])
 
 
-@kind("rear", "sched")
+@kind("rear", "sched", reads("anneal.* lr.*.name lr.*.total lr.*.warmup lr.*.base_lr lr.*.end_lr cfg.*.n cfg.*.scale cfg.*.pow"))
 def schedules(case: Case) -> dict[str, Tensor]:
     steps, result = case.inputs["steps"].tolist(), {}
     for name, (start, end) in case.config["anneal"].items():
@@ -171,13 +191,11 @@ def schedules(case: Case) -> dict[str, Tensor]:
     return result | {"ema_decay": torch.tensor(decays, dtype=torch.float64)}
 
 
-@kind("rear", "e2e")
+@kind("rear", "e2e", SAMPLED | MASKGIT.below("tokenizer"))
 def end_to_end(case: Case) -> dict[str, Tensor]:
     """From labels to pixels, with the weights of both networks."""
-    config = case.config["tokenizer"]
-    tokenizer = MaskGITVQGAN(image_size=config["resolution"], channels=config["hidden_channels"],
-                             channel_mult=config["channel_mult"], res_blocks=config["num_res_blocks"],
-                             vocab=config["num_embeddings"], code_dim=config["z_channels"])
+    tokenizer = build_maskgit(case.config["tokenizer"])
+    case.config["tokenizer"].get("commitment_cost")  # of training
     TOKENIZER_ADAPTERS["maskgit_vqgan"].load(tokenizer, below(case.weights, "tokenizer."))
     sampled = generate(case, below(case.weights, "generator."))
     with torch.no_grad():

@@ -13,8 +13,8 @@ from torch import Tensor
 CONSTANT = ("shift", "scale", "f")  # last parts of names whose fixed values belong to the architecture
 
 
-def recipe_weights(shapes: Mapping[str, Iterable[int]]) -> dict[str, Tensor]:
-    """Official name -> fp32 tensor, a function of name and shape alone; constants are left out."""
+def recipe_weights(shapes: Mapping[str, Iterable[int]], salt: int = 0) -> dict[str, Tensor]:
+    """Official name -> fp32 tensor, a function of name and shape (and salt) alone; constants are left out."""
     weights = {}
     for name, shape in shapes.items():
         shape, last = tuple(shape), name.rsplit(".", 1)[-1]
@@ -23,7 +23,7 @@ def recipe_weights(shapes: Mapping[str, Iterable[int]]) -> dict[str, Tensor]:
         if last in ("codebook_used", "num_batches_tracked"):
             weights[name] = torch.zeros(shape)
             continue
-        noise = np.random.RandomState(zlib.crc32(name.encode())).standard_normal(shape)
+        noise = np.random.RandomState(zlib.crc32(name.encode(), salt)).standard_normal(shape)
         if last == "running_var":
             value = 1 + 0.1 * np.abs(noise)
         elif len(shape) >= 2:

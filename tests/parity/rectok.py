@@ -13,8 +13,9 @@ from generator.dit import transport
 from generator.dit.dit_dh import DiTDH
 from generator.dit.ode import euler
 from tests.parity import Case, kind
-from tests.parity.rectok_losses import build_teacher
-from tests.parity.rectok_models import below, build_generator, build_tokenizer, teacher_names
+from tests.parity.fields import notes, reads
+from tests.parity.rectok_losses import TEACHER, build_teacher
+from tests.parity.rectok_models import GENERATOR, TOKENIZER, below, build_generator, build_tokenizer, teacher_names
 from tokenizer.continuous.rectok import Posterior, RecTok
 from tokenizer.continuous.stats import StatsAccumulator
 from tokenizer.losses.objective import Objective
@@ -41,7 +42,7 @@ def rope_table(transformer: nn.Module) -> Tensor:
     return torch.cat((transformer.rope_cos, transformer.rope_sin), dim=-1)[None]  # (1, N, 2d)
 
 
-@kind("rectok", "tok_eval")
+@kind("rectok", "tok_eval", TOKENIZER)
 @torch.no_grad()
 def tok_eval(case: Case) -> dict[str, Tensor]:
     tokenizer, draws, images = build_tokenizer(case).eval(), replay(case, TOKENIZER_DRAWS), case.inputs["x"]
@@ -78,7 +79,8 @@ def tok_eval(case: Case) -> dict[str, Tensor]:
     return out
 
 
-@kind("rectok", "tok_train")
+@kind("rectok", "tok_train", TOKENIZER | TEACHER | reads("kl_weight sem_weight sem_loss_type")
+      | notes("the outputs tell", "grads"))
 def tok_train(case: Case) -> dict[str, Tensor]:
     args, images = case.config["args"], case.inputs["x"]
     tokenizer = build_tokenizer(case).train()
@@ -104,18 +106,26 @@ def tok_train(case: Case) -> dict[str, Tensor]:
         "sem_input": details["semantic_input"],
         **gradients(tokenizer),
     }
-    for index, teacher in enumerate(features):
-        out[f"sem_feature_{index}"] = features[teacher]
-        out[f"pred_sem_feature_{index}"] = recon.predictions[teacher]
     if features:
         out["sem_loss"] = loss.logs["semantic"]
     if details["kept"] is not None:
         out["ids_keep"], out["ids_restore"] = details["kept"], details["restore"]
         out["ids_masked"] = details["restore"].argsort(dim=1)[:, details["kept"].shape[1] :]
+    only_masked = args.get("sem_target", "rec+align") == "reconstruction" and "ids_masked" in out
+
+    def compared(tokens: Tensor) -> Tensor:
+        """(B, N, D) as the official loss gets them: where it looks at masked tokens alone they are gathered before."""
+        if not only_masked:
+            return tokens
+        return tokens.gather(1, out["ids_masked"][..., None].expand(-1, -1, tokens.shape[-1]))
+
+    for index, teacher in enumerate(features):
+        out[f"sem_feature_{index}"] = compared(features[teacher])
+        out[f"pred_sem_feature_{index}"] = compared(recon.predictions[teacher])
     return out
 
 
-@kind("rectok", "stats")
+@kind("rectok", "stats", TOKENIZER)
 @torch.no_grad()
 def stats(case: Case) -> dict[str, Tensor]:
     tokenizer: RecTok = build_tokenizer(case).eval()
@@ -148,7 +158,7 @@ def pair_of_generators(case: Case) -> tuple[DiTDH, DiTDH | None]:
     return build_generator(case.config["args"], own).eval(), guide
 
 
-@kind("rectok", "ddt_forward")
+@kind("rectok", "ddt_forward", GENERATOR | reads("cfg_scale cfg_interval"))
 @torch.no_grad()
 def ddt_forward(case: Case) -> dict[str, Tensor]:
     model, guide = pair_of_generators(case)
@@ -175,7 +185,7 @@ def ddt_forward(case: Case) -> dict[str, Tensor]:
     return out
 
 
-@kind("rectok", "ddt_train")
+@kind("rectok", "ddt_train", GENERATOR | notes("the outputs tell", "grads"))
 def ddt_train(case: Case) -> dict[str, Tensor]:
     model, _ = pair_of_generators(case)
     model.train()
@@ -189,7 +199,7 @@ def ddt_train(case: Case) -> dict[str, Tensor]:
     return {"loss": loss, "loss_per_sample": per_sample, "t": t, "xt": xt, "ut": ut, "pred": pred, **gradients(model)}
 
 
-@kind("rectok", "ddt_sample")
+@kind("rectok", "ddt_sample", GENERATOR | reads("cfg_list autoguidance_list cfg_interval"))
 @torch.no_grad()
 def ddt_sample(case: Case) -> dict[str, Tensor]:
     model, guide = pair_of_generators(case)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import re
 
 import torch
@@ -11,11 +10,23 @@ from torch import Tensor
 from core.images import to_uint8
 from core.specs import Progress, Recon
 from tests.parity import Case, kind
-from tests.parity.rectok_models import below, build_tokenizer
+from tests.parity.fields import FieldError, notes, only, reads
+from tests.parity.rectok_models import TOKENIZER, below, build_tokenizer
 from tokenizer.continuous.rectok import Posterior
 from tokenizer.losses.discriminators import PatchGAN
 from tokenizer.losses.objective import Objective
 from tokenizer.teachers import DINOv3Teacher
+
+
+BACKBONE = "hidden_size intermediate_size num_hidden_layers num_attention_heads patch_size num_register_tokens rope_theta"
+TEACHER = (reads("processor_size") | (reads(BACKBONE + " image_size")
+           | only(layer_norm_eps=1e-5, hidden_act="gelu", num_channels=3, use_gated_mlp=False, mlp_bias=True, query_bias=True,
+                  key_bias=False, value_bias=True, proj_bias=True, attention_dropout=0.0, drop_path_rate=0.0)
+           | notes("only in train mode, or before training", "layerscale_value initializer_range pos_embed_shift"
+                   " pos_embed_jitter pos_embed_rescale")).below("dinov3")).below("teacher")
+LOSS = reads("lpips_widths convnext_blocks convnext_classes disc_ndf epochs") | reads(
+    "reconstruction_weight perceptual_weight perceptual_loss sem_weight sem_loss_type sem_target kl_weight"
+    " discriminator_weight discriminator_start_epoch").below("args")
 
 
 def official_parts(text: str) -> dict[str, float]:
@@ -33,6 +44,9 @@ def build_objective(case: Case) -> Objective:
         "convnext_s": {"blocks": config.get("convnext_blocks"), "classes": config.get("convnext_classes", 1000)},
     }
     parts = official_parts(args.get("perceptual_loss", "lpips-convnext_s-1.0-0.1"))
+    # The recorded features are those that the official loss is given: of the masked tokens, if it looks at those alone.
+    if args.get("sem_target", "rec+align") not in ("rec+align", "reconstruction"):
+        raise FieldError(f"sem_target {args['sem_target']}: rec+align or reconstruction")
     objective = Objective(
         weights={
             "reconstruction": args.get("reconstruction_weight", 1.0),
@@ -43,7 +57,6 @@ def build_objective(case: Case) -> Objective:
         },
         perceptual={name: {"weight": weight, "pretrained": False, **settings[name]} for name, weight in parts.items()},
         semantic_loss=args.get("sem_loss_type", "cosine"),
-        semantic_target={"rec+align": "all", "reconstruction": "masked"}[args.get("sem_target", "rec+align")],
         gan_start_epoch=args.get("discriminator_start_epoch", 0),
         log_variance=case.weights["logvar"].item(),
     )
@@ -61,9 +74,19 @@ def build_objective(case: Case) -> Objective:
     return objective
 
 
-@kind("rectok", "loss")
+def masked_features(case: Case) -> dict[str, Tensor]:
+    """The inputs, with features of masked tokens where the fixture has those of all and says which are masked."""
+    inputs, places = dict(case.inputs), case.inputs.get("ids_masked")
+    if case.config["args"].get("sem_target", "rec+align") == "reconstruction" and places is not None:
+        for name in ("sem", "pred_sem"):
+            if inputs[name].shape[1] != places.shape[1]:
+                inputs[name] = inputs[name].gather(1, places[..., None].expand(-1, -1, inputs[name].shape[-1]))
+    return inputs
+
+
+@kind("rectok", "loss", LOSS)
 def loss(case: Case) -> dict[str, Tensor]:
-    objective, inputs = build_objective(case), case.inputs
+    objective, inputs = build_objective(case), masked_features(case)
     blocks = sum(1 for name in below(case.weights, "discriminator.main.") if name.endswith("running_mean"))
     discriminator = PatchGAN(case.config["disc_ndf"], n_layers=blocks)
     discriminator.load_state_dict(below(case.weights, "discriminator."))
@@ -88,12 +111,13 @@ def loss(case: Case) -> dict[str, Tensor]:
         result = objective.generator_loss(images, recon, {"dinov3": inputs["sem"]}, discriminator, progress)
         result.total.backward()
         logs, active = result.logs, objective.gan_active(progress)
+        reconstruction = weights["reconstruction"] * logs["reconstruction"]  # theirs is reported so, and PSNR taken from it
         out |= {
             f"ep{epoch}/gen/{name}": value
             for name, value in {
-                "reconstruction_loss": logs["reconstruction"],
+                "reconstruction_loss": reconstruction,
                 "perceptual_loss": weights["perceptual"] * logs["perceptual"],
-                "psnr": -10 * torch.log10(logs["reconstruction"]),  # theirs is of the whole batch, ours per picture
+                "psnr": -10 * torch.log10(reconstruction),  # theirs is of the whole batch, ours per picture
                 "sem_loss": weights["semantic"] * logs["semantic"],
                 "kl_loss": weights["kl"] * logs["kl"],
                 "gan_loss": logs["gan"],
@@ -129,14 +153,13 @@ def loss(case: Case) -> dict[str, Tensor]:
 def build_teacher(case: Case) -> DINOv3Teacher:
     """The teacher of a fixture, with its weights."""
     config = case.config["teacher"]
-    accepted = inspect.signature(DINOv3Teacher).parameters  # what else a configuration of transformers says is default
-    sizes = {name: value for name, value in config["dinov3"].items() if name in accepted}
-    teacher = DINOv3Teacher(pretrained=False, processor_size=config["processor_size"], **sizes)
+    sizes = {name: value for name, value in config["dinov3"].items() if name in (*BACKBONE.split(), "image_size")}
+    teacher = DINOv3Teacher(pretrained=False, processor_size=config.get("processor_size", 224), **sizes)
     teacher.load_weights(below(case.weights, "sem_foundation_models.dinov3."))
     return teacher
 
 
-@kind("rectok", "teacher")
+@kind("rectok", "teacher", TOKENIZER | TEACHER)
 def teacher(case: Case) -> dict[str, Tensor]:
     teacher, images = build_teacher(case), case.inputs["x"]
     decoder = build_tokenizer(case).sem_decoders["dinov3"]

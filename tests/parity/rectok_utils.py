@@ -18,14 +18,19 @@ from evaluation.moments import Moments
 from evaluation.inception_score import inception_score
 from evaluation.image_metrics import psnr
 from tests.parity import Case, kind
+from tests.parity.fields import reads
 
 IMAGES_PER_EPOCH = 1_281_167 - 1_281_167 % 1000  # any size in which fractions of an epoch are whole pictures
 
 
 def schedule(recipe: dict) -> Schedule:
     """The official settings as ours."""
-    if recipe["ditdh_sched"]:  # constant, then a decay between two epochs; its warm-up is only the wait before it
-        ours = ScheduleConfig("linear", Duration("0ep"), recipe["min_lr"], Duration(f"{recipe['warmup_start_epoch']}ep"),
+    shape = recipe.get("ditdh_sched", False)
+    for name in ("lr_sched", "warmup_epochs", "warmup_start_epoch", "warmup_end_epoch"):
+        recipe.get(name)  # one or the other pair counts
+    if shape and shape != "none":  # constant, then a decay between two epochs; its warm-up is only the wait before it
+        shape = recipe["lr_sched"] if shape is True else shape
+        ours = ScheduleConfig(shape, Duration("0ep"), recipe["min_lr"], Duration(f"{recipe['warmup_start_epoch']}ep"),
                               Duration(f"{recipe['warmup_end_epoch']}ep"))
     else:
         ours = ScheduleConfig(recipe["lr_sched"], Duration(f"{recipe['warmup_epochs']}ep"), recipe["min_lr"])
@@ -44,7 +49,9 @@ def average(first: Tensor, weights: Tensor, decay: float) -> Tensor:
     return ema.state(decay)["weight"]
 
 
-@kind("rectok", "utils")
+@kind("rectok", "utils", reads(
+    "img_size ranks ema_decay new_len lr.*.ditdh_sched lr.*.lr lr.*.min_lr lr.*.warmup_epochs lr.*.epochs lr.*.lr_sched"
+    " lr.*.warmup_start_epoch lr.*.warmup_end_epoch"))
 def utils(case: Case) -> dict[str, Tensor]:
     inputs, config = case.inputs, case.config
     result: dict[str, Tensor] = {}
