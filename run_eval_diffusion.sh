@@ -10,6 +10,12 @@ set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")"
 usage() { sed -n '2,9s/^# \{0,1\}//p' "${BASH_SOURCE[0]}"; exit "${1:-2}"; }
 case "${1:-}" in -h | --help) usage 0 ;; esac
+for word in "$@"; do
+    case "$word" in *[![:space:]]*) ;; *)
+        echo "error: a word of this command is blank: \"\\\" continues a line only as its very last character, without a comment behind it." >&2
+        exit 2 ;;
+    esac
+done
 [ $# -ge 2 ] || usage >&2
 
 tokenizer="$1" generator="$2"

@@ -246,8 +246,9 @@ def explain(arguments: Sequence[str], programs: Sequence[str] = ("tokenizer", "g
     given = split_flags(arguments, switches)
     wanted = None if only is None else {word[2:].partition("=")[0].replace("-", "_") for word in only}
     values = {name: value for _, name, value in given}
-    return join(dict.fromkeys(_explain_one(typed, name, value, values, candidates, programs, options)
-                              for typed, name, value in given if wanted is None or name in wanted))
+    said = [_explain_one(typed, name, value, values, candidates, programs, options)
+            for typed, name, value in given if wanted is None or name in wanted]
+    return join(dict.fromkeys([*key_answers(arguments, programs), *said]))
 
 
 def join(answers: Iterable[str]) -> str:
@@ -312,11 +313,15 @@ def parse(parser: argparse.ArgumentParser, program: str, arguments: Sequence[str
     Args:
         program: a key of PROGRAMS.
     """
-    refuse(arguments)
-    options = [word for action in parser._actions for word in action.option_strings]
-    foreign = [a for a in arguments if a.startswith("--") and a != "--" and a.partition("=")[0] not in options]
+    options = {word: action for action in parser._actions for word in action.option_strings}
+    foreign = [a for a, following in zip(arguments, [*arguments[1:], ""])
+               if a.startswith("--") and a != "--" and _foreign(a, following, options)]
     if foreign:
         raise UserError(explain(arguments, [program], foreign, options))
+    refuse(arguments, [program])
+    arrays = [word for word in arguments if word.endswith(".npz") and "=" not in word]
+    if "pair" in PROGRAMS[program] and arrays == list(arguments) and len(arrays) == 2:
+        raise UserError(PROGRAMS[program]["pair"].replace("$1", arrays[0]).replace("$2", arrays[1]) + ".")
     refused = parser.error
 
     def error(message: str) -> None:
@@ -331,17 +336,35 @@ def parse(parser: argparse.ArgumentParser, program: str, arguments: Sequence[str
     return parser.parse_intermixed_args(arguments)
 
 
+def _foreign(word: str, following: str, options: dict[str, argparse.Action]) -> bool:
+    """Whether this is no option of ours, or one with a number behind it that takes none."""
+    name, given, value = word.partition("=")
+    if name not in options:
+        return True
+    value = value if given else following
+    return bool(options[name].choices) and _numeric(value) and value not in options[name].choices
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Keys of reAR and RAR
 # ---------------------------------------------------------------------------------------------------------------------
-def refuse(words: Iterable[str]) -> None:
-    """UserError with our words for theirs, all in one sentence, if there are any among `words`."""
+def key_answers(words: Iterable[str], programs: Sequence[str]) -> list[str]:
+    """What to write for reAR's key=value words, an answer each."""
     given = [word.partition("=")[::2] for word in words if "=" in word and not word.startswith("--")]
     names = {**DATA["rear"]["defaults"], **{key.split(".")[-1]: value for key, value in given}}
-    answers = [key + phrase(REAR_KEYS[key], value, names) if key in REAR_KEYS else
-               f"{key} is of the original and has no counterpart here"
-               for key, value in given if key in REAR_KEYS or key.split(".")[0] in REAR_GROUPS]
-    if answers:
+    answers = []
+    for key, value in given:
+        entry = next(filter(None, (lookup("rear", program, key) for program in programs)), REAR_KEYS.get(key))
+        if entry is not None:
+            answers.append(key + phrase(entry, value, names))
+        elif key.split(".")[0] in REAR_GROUPS:
+            answers.append(f"{key} is of the original and has no counterpart here")
+    return answers
+
+
+def refuse(words: Sequence[str], programs: Sequence[str] = ("generator",)) -> None:
+    """UserError with our words for theirs, all in one sentence, if there are reAR's keys among `words`."""
+    if answers := key_answers(words, programs):
         raise UserError(join(answers))
 
 
@@ -401,10 +424,11 @@ def translate_keys(system: str, given: dict[str, Any], mine: Sequence[str], path
              else value for key, value in given.items()}
     given = {key: value for key, value in given.items() if value is not None}
     if path:
-        given = {**facts["missing"], **given}
+        given = {**facts.get("missing", {}), **given}
     names = {**DATA[system]["defaults"], **{key.split(".")[-1]: value for key, value in given.items()}}
-    if system == "imagefolder" and len(compute("list(v_patch_nums)", {"v_patch_nums": [0, 0], **names})) == 1:
-        table = {**table, **DATA[system]["one_scale"]}
+    for part, key in facts.get("variants", {}).items():
+        if key in names and len(compute(f"list({key})", names)) == 1:
+            table = {**table, **DATA[system][part]}
     settings: list[str] = []
     problems = [f"{key}: unknown here and in the original" for key in given if key not in table]
     notes: list[str] = []

@@ -107,6 +107,21 @@ def test_one_scale_gives_an_ordinary_sequence():
     torch.testing.assert_close(tokenizer.embed(codes).norm(dim=-1), torch.ones(2, 9, 2))
 
 
+def test_with_one_scale_dropped_pictures_leave_the_contrast_alone():
+    tokenizer = build(scales=[3], codebook_drop=0.5, drop_path=0.0, semantic={"teachers": {"t": 32}}).train()
+    images, draws = pictures(8), Draws(0, torch.arange(8))
+    whole = draws.uniform("quantizer dropout") >= 0.5
+    assert 1 < whole.sum() < 7 and tokenizer.quantizer.phi_weights() == []
+
+    def contrast(changed):
+        features = torch.randn(8, 1, 32, generator=torch.Generator().manual_seed(3))
+        features[changed] += 1.0
+        return tokenizer(images, draws, {"t": features}).terms["contrast"].item()
+
+    plain = contrast(torch.zeros(8, dtype=torch.bool))
+    assert contrast(~whole) == plain and contrast(whole) != plain
+
+
 def test_flattened_codes_suit_other_generators():
     spec = build().spec
     assert spec.flatten().length == 14 and spec.flatten().branches == 2
