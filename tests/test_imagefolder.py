@@ -384,7 +384,7 @@ def test_the_best_checkpoint_is_kept(run_toy):
     ({"quantizer": "binary", "vocab": 15}, "2\\^4 = 16 codes, not 15"),
     ({"pixel_channels": -1}, "pixel_channels is -1: 0 paints patches as published"),
     ({"start_drop": 4}, "there are 3 scales: use 1 to 3"),
-    ({"pretrained": True}, "has no DINOv2 weights: use one of small, base, large, giant, or pretrained: false"),
+    ({"pretrained": True}, "is no published DINOv2: use one of small, base, large, giant, name a file"),
     ({"encoder": "vit_base_patch14_reg4_dinov2.lvd142m"}, "register tokens are not supported"),
 ])
 def test_mistakes_are_told_in_words(settings, words):

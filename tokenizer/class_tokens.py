@@ -60,7 +60,7 @@ def timm_from_transformers(weights: dict[str, Tensor]) -> dict[str, Tensor]:
     return renamed
 
 
-def _backbone(name: str, model: str, weights: str | None, pretrained: bool) -> nn.Module:
+def _backbone(name: str, model: str, weights: str | None, pretrained: bool, size: dict | None) -> nn.Module:
     path = None
     if weights and pretrained:
         own = Path(weights) if Path(weights).is_file() else find_local_file(weights)
@@ -68,13 +68,13 @@ def _backbone(name: str, model: str, weights: str | None, pretrained: bool) -> n
     if path is not None:
         loaded = hub.load_tensors(path)
         if is_transformers_file(loaded):
-            backbone = create_timm(name, model, None, False)
+            backbone = create_timm(name, model, None, False, size)
             state = timm_from_transformers(loaded)
             if problems := describe_differences(state, backbone.state_dict()):
                 raise UserError(f'teacher "{name}": {path} is not a file of {model}: {"; ".join(problems)}')
             backbone.load_state_dict(state)
             return backbone
-    return create_timm(name, model, str(path) if path else weights, pretrained)
+    return create_timm(name, model, str(path) if path else weights, pretrained, size)
 
 
 def nearest_pixels(images: Tensor, size: int) -> Tensor:
@@ -95,13 +95,14 @@ class ClassToken(Teacher):
         normed: take the token after the final norm; CLIP's teachers in FQGAN come before it.
         weights: a file (see above), its name below pretrained_models/, or hf://owner/repo/file; None downloads timm's.
         pretrained: False leaves random weights, for tests.
+        size: {width, layers, heads} of `weights` that are smaller than the model's name says.
     """
 
     grid = 1
 
     def __init__(self, name: str, model: str, image_size: int, normed: bool, weights: str | None = None,
-                 pretrained: bool = True):
-        backbone = _backbone(name, model, weights, pretrained)
+                 pretrained: bool = True, size: dict | None = None):
+        backbone = _backbone(name, model, weights, pretrained, size)
         super().__init__(backbone.pretrained_cfg["mean"], backbone.pretrained_cfg["std"])
         if backbone.num_prefix_tokens == 0:
             raise UserError(f'teacher "{name}": {model} has no class token')
@@ -130,12 +131,12 @@ class ClassToken(Teacher):
 
 
 def clip(weights: str | None = None, pretrained: bool = True,
-         model: str = "vit_large_patch14_clip_quickgelu_224.openai") -> ClassToken:
+         model: str = "vit_large_patch14_clip_quickgelu_224.openai", size: dict | None = None) -> ClassToken:
     """OpenAI's CLIP. FQGAN: ViT-L/14 (the default) for dual, vit_base_patch16_clip_quickgelu_224.openai for triple."""
-    return ClassToken("clip", model, 224, False, weights, pretrained)
+    return ClassToken("clip", model, 224, False, weights, pretrained, size)
 
 
 def dinov2_class(weights: str | None = None, pretrained: bool = True,
-                 model: str = "vit_small_patch14_dinov2.lvd142m") -> ClassToken:
+                 model: str = "vit_small_patch14_dinov2.lvd142m", size: dict | None = None) -> ClassToken:
     """DINOv2 at 224 x 224, after its final norm. FQGAN triple: ViT-S/14 (the default)."""
-    return ClassToken("dinov2_class", model, 224, True, weights, pretrained)
+    return ClassToken("dinov2_class", model, 224, True, weights, pretrained, size)

@@ -23,6 +23,7 @@ from core.errors import UserError
 from core.images import to_uint8, to_unit_range
 from core.nn.frozen import Frozen
 from core.nn.offline import efficientnet_lite0_input, find_local_file, load_efficientnet_lite0
+from core.nn.vit import ViTSize, timm_shape
 from core.registry import Registry
 from core.state_dicts import describe_differences
 
@@ -299,7 +300,8 @@ class DINOv3Teacher(Teacher):
 # ---------------------------------------------------------------------------------------------------------------------
 # Teachers from libraries
 # ---------------------------------------------------------------------------------------------------------------------
-def create_timm(name: str, model: str, weights: str | None, pretrained: bool, **settings: Any) -> nn.Module:
+def create_timm(name: str, model: str, weights: str | None, pretrained: bool, size: dict | None = None,
+                **settings: Any) -> nn.Module:
     """A backbone of timm without its head. UserError that says what to do where its weights cannot be had."""
     import timm  # takes seconds: only when used
 
@@ -308,9 +310,10 @@ def create_timm(name: str, model: str, weights: str | None, pretrained: bool, **
         if found is None:
             raise UserError(f'teacher "{name}": there is no file {weights}, nor one below pretrained_models/.')
         weights = str(found)
+    shape = timm_shape(ViTSize.parse(size, f"teachers.{name}.size", {})) if size else {}
     try:
         return timm.create_model(model, pretrained=pretrained, pretrained_cfg_overlay={"file": weights} if weights else {},
-                                 num_classes=0, **settings)
+                                 num_classes=0, **settings, **shape)
     except (OSError, RuntimeError) as error:
         raise UserError(
             f'could not get the weights of teacher "{name}" ({error}). Set its `weights` to a file of timm\'s'
@@ -327,15 +330,16 @@ class TimmTeacher(Teacher):
         grid: tokens per side.
         weights: a file; None downloads timm's.
         pretrained: False leaves random weights, for tests.
+        size: {width, layers, heads} of `weights` that are smaller than the model's name says.
         direct: resize pictures to grid * patch pixels at once, True for bilinear with antialiasing, "bicubic" for D-AR's
             bicubic without. parity: RecTok's chain (False) is timm's evaluation transform (bicubic, for siglip the
             centre 90 % of the picture) and then that size, bilinear.
     """
 
     def __init__(self, name: str, model: str, grid: int, weights: str | None = None, pretrained: bool = True,
-                 direct: bool | Literal["bicubic"] = False):
+                 direct: bool | Literal["bicubic"] = False, size: dict | None = None):
         patch = 14 if "patch14" in model else 16
-        backbone = create_timm(name, model, weights, pretrained, img_size=grid * patch)
+        backbone = create_timm(name, model, weights, pretrained, size, img_size=grid * patch)
         known = backbone.pretrained_cfg
         super().__init__(known["mean"], known["std"])
         self.name, self.grid, self.size, self.dim, self.direct = name, grid, grid * patch, backbone.num_features, direct
@@ -362,13 +366,13 @@ class TimmTeacher(Teacher):
 
 
 def dinov2(grid: int = 16, weights: str | None = None, pretrained: bool = True, direct: bool | Literal["bicubic"] = False,
-           model: str = "vit_large_patch14_dinov2.lvd142m") -> TimmTeacher:
-    return TimmTeacher("dinov2", model, grid, weights, pretrained, direct)
+           model: str = "vit_large_patch14_dinov2.lvd142m", size: dict | None = None) -> TimmTeacher:
+    return TimmTeacher("dinov2", model, grid, weights, pretrained, direct, size)
 
 
 def siglip(grid: int = 16, weights: str | None = None, pretrained: bool = True, direct: bool = False,
-           model: str = "vit_large_patch16_siglip_256") -> TimmTeacher:
-    return TimmTeacher("siglip", model, grid, weights, pretrained, direct)
+           model: str = "vit_large_patch16_siglip_256", size: dict | None = None) -> TimmTeacher:
+    return TimmTeacher("siglip", model, grid, weights, pretrained, direct, size)
 
 
 class EfficientNetTeacher(Teacher):

@@ -183,23 +183,33 @@ class VisionTransformer(nn.Module):
         return self.encode(self.embed(self.patch_embed(images)))
 
 
-def dinov2_weights(name: str, image_size: int, patch_size: int, file: str | None = None) -> dict[str, Tensor]:
+def timm_shape(size: ViTSize) -> dict[str, int]:
+    """What timm.create_model takes to build a vision transformer of another size than its name says."""
+    return {"embed_dim": size.width, "depth": size.layers, "num_heads": size.heads}
+
+
+def dinov2_weights(size: ViTSize, image_size: int, patch_size: int, file: str | None = None) -> dict[str, Tensor]:
     """Meta's DINOv2 for this picture and patch size, with the names of VisionTransformer.
 
     timm resizes the positions (bicubic, antialiased) and the patch kernel (pseudo-inverse resampling).
 
     Args:
-        name: key of VIT_SIZES.
+        size: of the file; only those in VIT_SIZES can be downloaded.
         file: timm's file; None downloads it.
     """
     import timm  # takes seconds: only when used
     from safetensors import SafetensorError
 
-    model = f"vit_{name}_patch14_dinov2.lvd142m"
+    name = next((name for name, known in VIT_SIZES.items() if known == size), None)
+    if name is None and not file:
+        raise UserError(f"{size} is no published DINOv2: use one of {', '.join(VIT_SIZES)}, name a file of weights of that "
+                        "size, or start from random weights with pretrained: false")
+    model = f"vit_{name or 'base'}_patch14_dinov2.lvd142m"
+    shape = {} if name else timm_shape(size)
     overlay: dict[str, Any] = {"file": file} if file else {}
     try:
         network = timm.create_model(model, pretrained=True, pretrained_cfg_overlay=overlay, img_size=image_size,
-                                    patch_size=patch_size, num_classes=0)
+                                    patch_size=patch_size, num_classes=0, **shape)
     except (OSError, RuntimeError, SafetensorError) as error:
         raise UserError(f"could not get the weights of DINOv2 ({error}). Download timm/{model} (model.safetensors) from "
                         "huggingface.co and name the file (`weights` of the teacher, `pretrained` of the tokenizer), "

@@ -21,7 +21,7 @@ from core.dist import group_size
 from core.errors import UserError, nearest
 from core.nn.lora import TunedLayerNorm, adapt
 from core.nn.precision import no_autocast
-from core.nn.vit import VIT_SIZES, ViTSize, VisionTransformer, dinov2_weights
+from core.nn.vit import ViTSize, VisionTransformer, dinov2_weights
 from core.specs import Codes, MultiScale, Progress, Recon
 from tokenizer.losses.contrastive import info_nce
 from tokenizer.multiscale.quantizer import MultiScaleQuantizer, Quantized
@@ -173,7 +173,7 @@ class ImageFolder(nn.Module):
             for part, size in sizes.items():
                 trunk = self.get_submodule(part).model
                 if pretrained:
-                    _load_trunk(trunk, size, part, image_size, patch_size, pretrained)
+                    _load_trunk(trunk, size, image_size, patch_size, pretrained)
                 else:
                     trunk.start_from_nothing()
         for part, method in self.tuning.items():
@@ -317,12 +317,8 @@ def _checked(image_size: int, patch_size: int, latent_grid: int, scales: tuple[i
     return latent_width // branches
 
 
-def _load_trunk(trunk: VisionTransformer, size: ViTSize, part: str, image_size: int, patch_size: int,
-                pretrained: bool | str) -> None:
-    names = [name for name, known in VIT_SIZES.items() if known == size]
-    if not names:
-        raise UserError(f"{part} {size} has no DINOv2 weights: use one of {', '.join(VIT_SIZES)}, or pretrained: false")
-    state = dinov2_weights(names[0], image_size, patch_size, pretrained if isinstance(pretrained, str) else None)
+def _load_trunk(trunk: VisionTransformer, size: ViTSize, image_size: int, patch_size: int, pretrained: bool | str) -> None:
+    state = dinov2_weights(size, image_size, patch_size, pretrained if isinstance(pretrained, str) else None)
     if not hasattr(trunk, "patch_embed"):
         state = {name: value for name, value in state.items() if not name.startswith("patch_embed.")}
     trunk.load_state_dict(state)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from core.images import to_unit_range
-from core.nn.vit import VIT_SIZES, ViTSize, VisionTransformer, dinov2_weights
+from core.nn.vit import ViTSize, VisionTransformer, dinov2_weights
 from tokenizer.teachers import Teacher
 
 
@@ -28,8 +28,7 @@ class DINOv2ClassTeacher(Teacher):
         self.grid, self.dim = image_size // patch_size, size.width
         self.backbone = VisionTransformer(size, self.grid, patch_size)
         if pretrained:
-            names = {known: name for name, known in VIT_SIZES.items()}
-            self.backbone.load_state_dict(dinov2_weights(names[size], image_size, patch_size, weights))
+            self.backbone.load_state_dict(dinov2_weights(size, image_size, patch_size, weights))
         self.freeze()
 
     def features(self, images: Tensor, draws=None) -> Tensor:
