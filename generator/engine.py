@@ -37,8 +37,9 @@ class Weights:
         self.dtype = dtype
         self._followed = list(model.parameters())
         self._storages = [p.untyped_storage() for p in self._followed]  # kept, so that no other gets their address
-        self._casts: list[tuple[Tensor, Tensor]] = []
-        self._derived: list[tuple[Tensor, Callable[[], Tensor]]] = []
+        self._casts: dict[int, tuple[Tensor, Tensor]] = {}  # by the identity of what was cast
+        self._copies: dict[int, tuple[nn.Module, nn.Module]] = {}
+        self._derived: dict[str, tuple[Tensor, Callable[[], Tensor]]] = {}
         self._versions = self._now()
 
     def _now(self) -> list[int]:
@@ -48,18 +49,23 @@ class Weights:
         """`weight` in `dtype`; itself where it has it already."""
         if weight.dtype == self.dtype:
             return weight
-        made = weight.detach().to(self.dtype)
-        self._casts.append((weight, made))
-        return made
+        if id(weight) not in self._casts:
+            self._casts[id(weight)] = weight, weight.detach().to(self.dtype)
+        return self._casts[id(weight)][1]
 
-    def derive(self, function: Callable[[], Tensor]) -> Tensor:
-        """function(), computed again in the same place when weights have changed."""
-        made = function()
-        self._derived.append((made, function))
-        return made
+    def derive(self, name: str, function: Callable[[], Tensor]) -> Tensor:
+        """function(), computed once, and again in the same place when weights have changed."""
+        if name not in self._derived:
+            self._derived[name] = function(), function
+        return self._derived[name][0]
 
     def copy(self, module: nn.Module) -> nn.Module:
         """A copy that shares all parameters with `module` but those that are cast, without what wraps its forward."""
+        if id(module) not in self._copies:
+            self._copies[id(module)] = module, self._copy(module)
+        return self._copies[id(module)][1]
+
+    def _copy(self, module: nn.Module) -> nn.Module:
         made = module.__class__.__new__(module.__class__)
         made.__dict__.update(module.__dict__)
         made.__dict__.pop("forward", None)
@@ -74,9 +80,9 @@ class Weights:
         """Follow parameters that were changed in place: by an optimiser, by loading."""
         now = self._now()
         if now != self._versions:
-            for weight, made in self._casts:
+            for weight, made in self._casts.values():
                 made.copy_(weight)
-            for made, function in self._derived:
+            for made, function in self._derived.values():
                 made.copy_(function())
             self._versions = now
 

@@ -49,7 +49,7 @@ class Replayed:
         pool: see `capture`.
     """
 
-    WARM_UP = 2
+    WARM_UP = 1
 
     def __init__(self, function: Callable[..., Any], pool: Any = None):
         self.function, self.pool, self.graph = function, pool, None

@@ -318,9 +318,10 @@ class Decoding:
         self.first_class, self.length = model.vocab + 1, model.length
         device, rows = sampler.noise.device, sampler.noise.shape[0] * (2 if sampler.guided else 1)
         # The learned token is one more row of the table.
-        self.embeddings = weights.derive(lambda: torch.cat((model.embeddings.weight, model.cls_token[0])))
-        self.positions = weights.derive(lambda: self._positions(model))
-        self.affine = [weights.derive(functools.partial(self._affine, block.attn)) for block in model.blocks]
+        self.embeddings = weights.derive("embeddings", lambda: torch.cat((model.embeddings.weight, model.cls_token[0])))
+        self.positions = weights.derive("positions", lambda: self._positions(model))
+        self.affine = [weights.derive(f"affine {index}", functools.partial(self._affine, block.attn))
+                       for index, block in enumerate(model.blocks)]
         self.ahead = Modulations(model, weights, classes, rows)
         size = model.size
         self.cache = KVCache(size.layers, rows, size.heads, model.length + 1, size.width // size.heads, device=device,

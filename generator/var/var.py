@@ -23,17 +23,20 @@ from torch import Tensor, nn
 from core.errors import UserError, nearest
 from core.nn.attention import Attention
 from core.nn.blockcausal import prepare
-from core.nn.cuda_graph import Kept, Replayed, addresses, cuda_graphs_work
+from core.nn.cuda_graph import Replayed, cuda_graphs_work
 from core.nn.embed import LabelEmbedding
-from core.nn.kvcache import KVCache, LayerCache, activation_dtype
+from core.nn.kvcache import KVCache, LayerCache
 from core.nn.mlp import MLP
 from core.nn.norms import modulate
 from core.nn.precision import no_autocast
 from core.nn.vit import drop_path
 from core.specs import Guidance, LatentSpec, Loss, MultiScale, Progress, ScaleOps
 from generator.ar.decode import uncompiled
+from generator.engine import Sampled, Weights, fused_attention, modulated
 from generator.guidance import guide_logits, scales as guidance_scales
 from generator.sampling import choose, per_branch, probabilities
+
+RECORDED_BATCH = 64  # from here on the kernels take longer than their launch, and recordings only cost memory
 
 
 @dataclass(frozen=True)
@@ -108,18 +111,16 @@ class Block(nn.Module):
         """(B, 1, 6, D) of the class embedding (B, D), or of what the shared layer made of it (B, 1, 6, D)."""
         return condition + self.ada_gss if hasattr(self, "ada_gss") else self.ada_lin(condition)
 
-    def forward(self, x: Tensor, condition: Tensor, blocks: Any = None,
-                cache: LayerCache | None = None, drops: Tensor | None = None, modulated: bool = False) -> Tensor:
-        """x (B, N, D). `modulated`: `condition` is what `modulation` gave already. `drops` (B, 2) uniform, or None."""
-        six = condition if modulated else self.modulation(condition)
-        gamma1, gamma2, scale1, scale2, shift1, shift2 = six.unbind(2)  # (B, 1, D) each
+    def forward(self, x: Tensor, condition: Tensor, blocks: Any = None, drops: Tensor | None = None) -> Tensor:
+        """x (B, N, D). `drops` (B, 2) uniform, or None."""
+        gamma1, gamma2, scale1, scale2, shift1, shift2 = self.modulation(condition).unbind(2)  # (B, 1, D) each
         first, second = (None, None) if drops is None else drops.unbind(1)
-        h = self.attn(modulate(self.norm(x), shift1, scale1), cache=cache, blocks=blocks)
+        h = self.attn(modulate(self.norm(x), shift1, scale1), blocks=blocks)
         x = x + drop_path(gamma1 * h, first, self.drop)
         return x + drop_path(gamma2 * self.ffn(modulate(self.norm(x), shift2, scale2)), second, self.drop)
 
 
-class VAR(nn.Module):
+class VAR(Sampled):
     """core.specs.Generator of multi-scale codes. The defaults are the published recipe but for `depth`: 17 is released.
 
     Args:
@@ -185,7 +186,6 @@ class VAR(nn.Module):
         self.head_norm = nn.LayerNorm(width, eps=1e-6, elementwise_affine=False)
         self.head_ada_lin = AdaLN(width, 2)  # scale, shift
         self.head = nn.Linear(width, branches * vocab)
-        self._recorded = Kept()  # Passes that are CUDA graphs
         self._ops: tuple[ScaleOps, ...] = ()  # in a tuple, since a tokenizer in an attribute would become a submodule
         self._init_weights(gamma_init, adaln_init, head_init)
 
@@ -300,7 +300,7 @@ class VAR(nn.Module):
     @uncompiled
     @torch.no_grad()
     def generate(self, labels: Tensor, guidance: Guidance, pick: Callable[[int, Tensor], Tensor],
-                 cuda_graph: bool = False) -> tuple[Tensor, Any]:
+                 cuda_graph: bool | None = None) -> tuple[Tensor, Any]:
         """Scale by scale with cached keys and values.
 
         Args:
@@ -310,31 +310,34 @@ class VAR(nn.Module):
         Returns:
             codes (B, L, K), and the tokenizer's state after the last scale.
         """
-        batch, device, weight = len(labels), labels.device, self.word_embed.weight
-        guidance = guidance.mixing()
-        table = guidance_scales(guidance, len(self.scales), self.branches).to(device)  # (S, K)
-        if cuda_graph and cuda_graphs_work(device):
-            key = (batch, guidance.active, activation_dtype(weight), device, addresses(self))
-            passes = self._recorded.get(key, lambda: Passes(
-                self, batch, guidance.active, device, functools.partial(Replayed, pool=torch.cuda.graph_pool_handle())))
-        else:
-            passes = Passes(self, batch, guidance.active, device)
-        passes.begin(labels)
-        inputs = weight.new_zeros(batch, 0, self.branches * self.code_dim, dtype=torch.float32)
-        codes, state = [], None
-        for scale, run in enumerate(passes.scales):
-            codes.append(pick(scale, run(inputs, table[scale])))
-            state, inputs = self.ops.next_scale(state, codes[-1], scale)
-        return torch.cat(codes, dim=1), state
+        batch, device = len(labels), labels.device
+        table = guidance_scales(guidance, len(self.scales), self.branches).to(device, non_blocking=True)  # (S, K)
+        if cuda_graph is None:
+            cuda_graph = device.type == "cuda" and batch <= RECORDED_BATCH
+        recorded, weights = cuda_graph and cuda_graphs_work(device), self.weights(self.word_embed.weight)
+        with no_autocast(labels):
+            if recorded:
+                passes = self.kept(weights, (batch, guidance.active, device), lambda: Passes(
+                    self, weights, batch, guidance.active, device,
+                    functools.partial(Replayed, pool=torch.cuda.graph_pool_handle())))
+            else:
+                passes = Passes(self, weights, batch, guidance.active, device)
+            passes.begin(labels)
+            inputs = labels.new_zeros(batch, 0, self.branches * self.code_dim, dtype=torch.float32)
+            codes, state = [], None
+            for scale, run in enumerate(passes.scales):
+                codes.append(pick(scale, run(inputs, table[scale])))
+                state, inputs = self.ops.next_scale(state, codes[-1], scale)
+            return torch.cat(codes, dim=1), state
 
     def sample(self, labels: Tensor, draws, guidance: Guidance = Guidance(), temperature: float | list[float] = 1.0,
-               top_k: int | list[int] = 0, top_p: float | list[float] = 1.0, cuda_graph: bool = False) -> Tensor:
+               top_k: int | list[int] = 0, top_p: float | list[float] = 1.0, cuda_graph: bool | None = None) -> Tensor:
         """Codes (B, L, K).
 
         Args:
-            temperature, top_k, top_p: one number, or one per branch; top_k 0 and top_p 0 (or 1) keep all codes.
+            temperature, top_k, top_p: one number, or one per branch.
             cuda_graph: record the pass of every scale once and replay it, also in later calls with as many labels;
-                it spares small batches the launch of its kernels.
+                it spares small batches the launch of their kernels. None: on a GPU, up to RECORDED_BATCH labels.
 
         parity: the published guidance grows linearly from nothing at the first scale; in its own count cfg = 3.25 at
         the last. Here that is scale 4.25, schedule "linear", start 1.
@@ -346,10 +349,12 @@ class VAR(nn.Module):
         noise = draws.categorical("codes", (self.ends[-1], self.branches))  # (B, L, K)
 
         def pick(scale: int, logits: Tensor) -> Tensor:
-            start, end = (0, *self.ends)[scale], self.ends[scale]
-            found = [choose(probabilities(logits[:, :, k], *setting).flatten(0, 1), noise[:, start:end, k].flatten())
+            numbers = noise[:, slice((0, *self.ends)[scale], self.ends[scale])]  # (B, p p, K)
+            if len(set(settings)) == 1:  # all branches at once
+                return choose(probabilities(logits, *settings[0]).flatten(0, 2), numbers.flatten()).view_as(numbers)
+            found = [choose(probabilities(logits[:, :, k], *setting).flatten(0, 1), numbers[:, :, k].flatten())
                      for k, setting in enumerate(settings)]
-            return torch.stack(found, dim=-1).view(len(labels), end - start, self.branches)
+            return torch.stack(found, dim=-1).view_as(numbers)
 
         return self.generate(labels, guidance, pick, cuda_graph)[0]
 
@@ -357,44 +362,103 @@ class VAR(nn.Module):
 class Passes:
     """The network's share of sampling one batch after another: `begin` with its labels, then `scales[s]` in order.
 
-    Everything that a pass reads beside its arguments lies where it lay the last time, if `wrap` sees to that for the
-    results of what it wraps; so a recorded pass serves every batch of this size.
+    Everything that a pass reads beside its arguments lies where it lay the last time; so a recorded pass serves every
+    batch of this size. The stream is in the precision of the products, as the published sampler's.
 
     Args:
+        weights: the network's, in the precision of the products.
         guided: pairs every row with one of no class.
         wrap: of the functions of tensors alone, for instance core.nn.cuda_graph.Replayed.
     """
 
-    def __init__(self, model: VAR, batch: int, guided: bool, device: torch.device,
-                 wrap: Callable[[Callable], Callable] = lambda function: function):
-        self.model, self.guided = model, guided
-        self.cache = KVCache(model.depth, batch * (1 + guided), model.heads, model.ends[-1], model.width // model.heads,
-                             device=device, dtype=activation_dtype(model.word_embed.weight))
-        self._of_classes = wrap(self.of_classes)
-        self.scales = [wrap(functools.partial(self.one_scale, start, end))
+    def __init__(self, model: VAR, weights: Weights, batch: int, guided: bool, device: torch.device,
+                 wrap: Callable[[Callable], Callable] | None = None):
+        self.model, self.guided, self.dtype = model, guided, weights.dtype
+        self.streams = 1 + guided
+        rows, width = batch * self.streams, model.width
+        self.blocks, self.head = weights.copy(model.blocks), weights.copy(model.head)
+        self.shared, self.head_ada_lin = weights.copy(model.shared_ada_lin), weights.copy(model.head_ada_lin)
+        self.heads = [Heads(block.attn, weights, index) for index, block in enumerate(model.blocks)]
+        self.places = weights.derive("places", self._places)
+        self.cache = KVCache(model.depth, rows, model.heads, model.ends[-1], width // model.heads, device=device,
+                             dtype=weights.dtype)
+        self.condition = torch.zeros(rows, width, device=device)
+        # gamma, gamma, 1 + scale, 1 + scale, shift, shift of every block
+        self.modulations = torch.zeros(model.depth, rows, 1, 6, width, device=device, dtype=weights.dtype)
+        self.last = torch.zeros(rows, 1, 2, width, device=device, dtype=weights.dtype)
+        self.plus_one = torch.zeros(6, 1, device=device)
+        self.plus_one[2:4] = 1
+        wrap = wrap or (lambda function: function)
+        self.begin = wrap(self._begin)
+        self.scales = [wrap(functools.partial(self._scale, start, end))
                        for start, end in zip((0, *model.ends), model.ends)]
 
-    def of_classes(self, labels: Tensor) -> tuple[Tensor, list[Tensor], Tensor]:
-        """What depends on the class alone, and is computed once, not once per scale: its embedding, the modulation of
-        every block and that of the head."""
+    def _places(self) -> Tensor:
+        """(L, D): level and position of every token, and what only the first scale has."""
         model = self.model
+        return F.pad(model.pos_start[0], (0, 0, 0, model.ends[-1] - model.ends[0])) + (
+            model.lvl_embed(model.lvl_1L[0]) + model.pos_1LC[0])
+
+    def _begin(self, labels: Tensor) -> Tensor:
+        """The batch (B,) that the passes are about: what depends on the class alone is computed once, not once per scale:
+        its embedding, the modulation of every block and that of the head."""
         if self.guided:
-            labels = torch.cat((labels, model.class_emb.null(labels)))
-        condition = model.class_emb(labels)
-        shared = model.shared_ada_lin(condition)
-        return condition, [block.modulation(shared) for block in model.blocks], model.head_ada_lin(condition)
+            labels = torch.cat((labels, self.model.class_emb.null(labels)))
+        self.condition.copy_(self.model.class_emb(labels))
+        condition = self.condition.to(self.dtype)
+        shared = self.shared(condition)
+        for block, six in zip(self.blocks, self.modulations):
+            torch.add(block.modulation(shared), self.plus_one, out=six)
+        torch.add(self.head_ada_lin(condition), self.plus_one[2:6:2], out=self.last)  # scale, shift
+        return self.condition
 
-    def begin(self, labels: Tensor) -> None:
-        """The batch that the passes are about, (B,)."""
-        self.condition, self.modulations, self.head = self._of_classes(labels)
-
-    def one_scale(self, start: int, end: int, inputs: Tensor, scale: Tensor) -> Tensor:
+    def _scale(self, start: int, end: int, inputs: Tensor, scale: Tensor) -> Tensor:
         """Guided logits (B, end - start, K, V) of the positions of one scale from its inputs (B, n, K C); guidance
         `scale` (K,)."""
-        x = self.model.embed(torch.cat((inputs, inputs)) if self.guided else inputs, self.condition, start)
+        model, rows = self.model, len(self.condition)
+        if start == 0:
+            x = self.condition.view(self.streams, -1, 1, model.width)
+        else:  # the same in both streams; in fp32
+            x = model.word_embed(inputs).expand(self.streams, -1, -1, -1)
+        made = torch.empty(self.streams, rows // self.streams, end - start, model.width, dtype=self.dtype, device=x.device)
+        x = torch.add(x, self.places[start:end], out=made).flatten(0, 1)
         self.cache.seek(start)
         layers = self.cache.open(end - start, causal=False)
-        for block, modulation, layer in zip(self.model.blocks, self.modulations, layers):
-            x = block(x, modulation, cache=layer, modulated=True)
-        logits = self.model.classify(x, self.head)
+        for block, heads, six, layer in zip(self.blocks, self.heads, self.modulations, layers):
+            gamma1, gamma2, factor1, factor2, shift1, shift2 = six.unbind(2)
+            h = heads(modulated(F.layer_norm(x, x.shape[-1:], eps=block.norm.eps), shift1, factor1), layer)
+            x = torch.addcmul(x, gamma1, block.attn.proj(h))
+            h = block.ffn(modulated(F.layer_norm(x, x.shape[-1:], eps=block.norm.eps), shift2, factor2))
+            x = torch.addcmul(x, gamma2, h)
+        factor, shift = self.last.unbind(2)
+        logits = self.head(modulated(model.head_norm(x.float()), shift, factor))
+        logits = logits.float().unflatten(-1, (model.branches, model.vocab))
         return guide_logits(*logits.chunk(2), scale[:, None]) if self.guided else logits
+
+
+class Heads:
+    """Attention of one block up to its last product, in few kernels; as core.nn.attention with "l2" or "none"."""
+
+    def __init__(self, attention: Attention, weights: Weights, index: int):
+        self.qkv, self.scale, self.count = weights.copy(attention.qkv), attention.scale, attention.heads
+        self.dim, self.normed = attention.head_dim, attention.qk_norm == "l2"
+        self.bias = weights.derive(f"bias {index}", lambda: torch.cat(
+            (attention.q_bias, torch.zeros_like(attention.v_bias), attention.v_bias)).to(weights.dtype))
+        self.factor = weights.derive(f"factor {index}", lambda: self._factor(attention)) if self.normed else None
+
+    @staticmethod
+    def _factor(attention: Attention) -> Tensor:
+        """(2 heads, 1): from a root mean square of 1 to unit length, and the temperature of the queries."""
+        temperature = attention.scale_mul.float().clamp_max(math.log(100.0)).exp().flatten()
+        return torch.cat((temperature, torch.ones_like(temperature)))[:, None] * attention.head_dim**-0.5
+
+    def __call__(self, x: Tensor, layer: LayerCache) -> Tensor:
+        """(R, n, D) of the new positions -> (R, n, D)."""
+        heads = F.linear(x, self.qkv.weight, self.bias).unflatten(-1, (-1, self.dim))  # (R, n, 3 heads, d)
+        if self.normed:  # the values with them, unused: it saves a copy
+            turned = heads[:, :, : 2 * self.count]
+            unit = F.rms_norm(heads, (self.dim,), eps=1e-24)[:, :, : 2 * self.count]
+            torch.mul(unit, self.factor, out=turned)
+        q, new = heads.transpose(1, 2).split((self.count, 2 * self.count), dim=1)
+        k, v = layer.update(new)
+        return fused_attention(q, k, v, scale=self.scale).transpose(1, 2).flatten(2)
