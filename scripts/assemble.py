@@ -15,6 +15,7 @@ from typing import Any, Callable
 import torch
 from torch import Tensor, nn
 
+import flags
 from core import config as config_module
 from core import dist, hub
 from core import weights as weight_files
@@ -56,7 +57,8 @@ ADAPTERS = {"tokenizer": TOKENIZER_ADAPTERS, "generator": GENERATOR_ADAPTERS}
 
 
 def load_config(path: str, overrides: list[str]) -> RunConfig:
-    return config_module.load(path, overrides, REGISTRIES)
+    """A checked config from a YAML file of ours, or one of an original's that flags.py can translate."""
+    return config_module.load(*flags.translate(path, overrides), REGISTRIES)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

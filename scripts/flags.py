@@ -28,6 +28,8 @@ FILES: dict[str, str] = DATA["files"]
 REAR_KEYS: dict[str, Answer] = DATA["rear"]["yaml"]
 REAR_GROUPS = {key.split(".")[0] for key in REAR_KEYS if "." in key}  # none of ours is called like these
 _PLACE = re.compile(r"\$\(((?:[^()]|\([^()]*\))*)\)|\$dir|\$base|\$")
+_FUNCTIONS = {"list": lambda x: x if isinstance(x, list) else [x], "last": lambda x: x[-1] if isinstance(x, list) else x,
+              "abs": abs, "negative": lambda x: x < 0}
 _OPERATORS = {ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul, ast.Div: operator.truediv}
 
 
@@ -56,7 +58,7 @@ def _number(value: Any) -> Any:
 
 
 def compute(expression: str, names: dict[str, Any]) -> Any:
-    """Value of an arithmetic expression over `names`, with list(x) and last(x); item by item for lists."""
+    """Value of an arithmetic expression over `names`, with _FUNCTIONS; item by item for lists."""
     def visit(node: ast.expr) -> Any:
         if isinstance(node, ast.Constant):
             return node.value
@@ -64,8 +66,7 @@ def compute(expression: str, names: dict[str, Any]) -> Any:
             return _number(names[node.id])
         if isinstance(node, ast.Call):
             (value,) = map(visit, node.args)
-            items = value if isinstance(value, list) else [value]
-            return items if node.func.id == "list" else items[-1]
+            return _FUNCTIONS[node.func.id](value)
         left, right = visit(node.left), visit(node.right)
         apply = _OPERATORS[type(node.op)]
         if isinstance(left, list) or isinstance(right, list):

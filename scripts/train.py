@@ -42,7 +42,6 @@ def main(arguments: list[str]) -> int:
         raise UserError(flags.explain(named, flags.tasks_of(named, *stages), options=("--check", "--dry-run", "--help")))
     flags.refuse(words)
     path, overrides = surface.resolve(stages[0], words) if stages else (words[0], words[1:])
-    path, overrides = flags.translate(path, overrides)
     import assemble
 
     config = assemble.load_config(path, overrides)

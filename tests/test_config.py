@@ -100,6 +100,16 @@ def test_odd_overrides(override):
     assert problem(TOY_TOKENIZER, override)
 
 
+def test_overrides_take_back_what_a_config_names():
+    """A teacher by false, and the arguments of a class by the name of another one."""
+    published = str(ROOT / "configs" / "fqgan" / "dual_ds16.yaml")
+    config = assemble.load_config(published, ["discriminator.name=stylegan", "teachers.clip=false", "teachers.dinov2={}"])
+    assert config.discriminator == {"name": "stylegan"} and list(config.teachers) == ["dinov2"]
+    assert assemble.load_config(published, []).discriminator == {"name": "patchgan", "init": "normal"}
+    with pytest.raises(UserError, match='discriminator "stylegan" has no such setting'):
+        assemble.load_config(published, ["discriminator.name=stylegan", "discriminator.init=normal"])
+
+
 def test_missing_keys_are_named(tmp_path):
     path = tmp_path / "empty.yaml"
     path.write_text("name: x\n")

@@ -167,6 +167,8 @@ def test_old_flags_are_translated(train_main, words, answer):
     (["work_dirs/x", "--cfg", "3"], ["sample"], "(RecTok)"),
     (["--beta1", "0.8", "--beta2", "0.99", "--vq-model", "VQ-8"], ["tokenizer"], "train.optimizer.betas=[0.8,0.99]"),
     (["--data-path", "my pictures", "--vq-model", "VQ-8"], ["tokenizer"], 'is written "data.url=folder://my pictures"; '),
+    (["configs/dar/tokenizer.yaml", "--perceptual-weight", "-0.5"], ["tokenizer"],
+     "objective.weights.perceptual=0.5 tokenizer.perceptual_by_time=true."),  # its sign says how
     (["--nproc_per_node=8", "--vq-model", "VQ-8"], ["tokenizer"], "--nproc_per_node 8: all visible GPUs are used; NPROC=N"),
 ])
 def test_whose_words_are_meant(words, programs, answer):

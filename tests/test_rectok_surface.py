@@ -271,10 +271,10 @@ def test_official_moments_train_like_the_pictures(build_trainer, moment_folder, 
     assert losses[0] == pytest.approx(losses[1], rel=1e-4)
 
     np.savez(moment_folder / "n0" / "0.JPEG.npz", moments=np.zeros((4, 8)), moments_flip=np.zeros((4, 8)))
-    with pytest.raises(UserError, match=r"0.JPEG.npz: moments has shape \[4, 8\].*\[4, 16\]"):
+    with pytest.raises(UserError, match=r"0.JPEG.npz: moments is float64 \[4, 8\].*\[4, 16\]"):
         build_trainer(*toy, f"data.moments={moment_folder}")
     (moment_folder / "n0" / "0.JPEG.npz").unlink()
-    with pytest.raises(UserError, match="0.JPEG.npz cannot be read"):
+    with pytest.raises(UserError, match="0.JPEG.npz: no such file"):
         build_trainer(*toy, f"data.moments={moment_folder}")
 
 
