@@ -105,6 +105,28 @@ def require_labels(source: object) -> None:
         raise UserError(f"{missing} Label all of them or none: only a tokenizer trains without.")
 
 
+def require_order(source: object, purpose: str) -> None:
+    """UserError for a stream, whose picture number i is another one each time and on each process."""
+    if hasattr(source, "inexact"):
+        raise UserError(f"{source.name}: streamed pictures have no fixed order, so {purpose}. Copy them to a disk, and name "
+                        "the folder or the shards.")
+
+
+def remarks(source: object) -> list[str]:
+    """What a training of a generator should tell about the classes of its pictures, where they look like a mistake."""
+    names, labels = source.class_names, getattr(source, "labels", None)
+    if names == ["unlabelled"]:
+        return ["the pictures have no labels: all of them are one class"]
+    if labels is None:
+        return []
+    empty = np.flatnonzero(np.bincount(labels, minlength=len(names)) == 0)
+    if not len(empty):
+        return []
+    asked = "; are the labels counted from 1?" if empty.tolist() == [0] else ""
+    shown = ", ".join(names[i] for i in empty[:5]) + (" ..." if len(empty) > 5 else "")
+    return [f"{len(empty)} of {len(names)} classes have no picture ({shown}){asked}"]
+
+
 class ListedSource:
     """A data source whose samples are listed up front; subclasses implement `read`.
 

@@ -26,6 +26,7 @@ from torch import Tensor
 from core.errors import UserError
 from core.files import fsync_file, require_space, write_json
 from core.specs import DataSource
+from data.base import require_order
 from data.loader import listed_batches, part
 from data.transforms import Transform
 
@@ -361,9 +362,7 @@ def build(path: str | Path, source: DataSource, transform: Transform, producer: 
     if path.exists():
         return FeatureCache(path, source, transform, fingerprint)
     transform.view_of((0, 0))  # refuses transforms without views
-    if hasattr(source, "inexact"):
-        raise UserError("streamed pictures have no fixed order, so nothing can be stored of them. "
-                        "Copy the data to a disk, or turn caches off.")
+    require_order(source, "nothing can be stored of them (data.cache_latents, data.cache_features, tokens)")
     views, storage = transform.views, storage or {}
     batch = next(size for size in range(min(batch, chunk), 0, -1) if chunk % size == 0)
     builder = Builder(path, len(source), views, source.fingerprint(), transform.describe(), fingerprint, facts, rank,

@@ -156,12 +156,14 @@ def open_datasets(path: str, split: str | None, options: dict[str, str]) -> Data
         raise UserError(f"datasets://{path}, split {split}: no pictures.")
     labels = None
     if label:
-        values = np.asarray(dataset.with_format(None)[label][:])
-        if values.dtype.kind in "US":
+        cells = list(dataset.with_format(None)[label][:])  # may be lists, or missing
+        kinds = {type(cell) for cell in cells}
+        values = np.array(cells) if kinds in ({int}, {str}) else None
+        if kinds == {str}:
             words, values = np.unique(values, return_inverse=True)
             names = names or words.tolist()
-        if values.dtype.kind not in "iu" or values.min() < 0:
-            raise UserError(f"datasets://{path}: column {label} holds labels that are missing or no class numbers. "
-                            "Set ?label=NAME, or ?label=none.")
+        if values is None or values.min() < 0:
+            raise UserError(f"datasets://{path}: column {label} holds labels that are missing, several for a picture, or "
+                            "no class numbers. Set ?label=NAME, or ?label=none.")
         labels = values
     return HuggingFaceSource(dataset, column, keys, labels, names if label else None)

@@ -260,6 +260,8 @@ def listed_batches(source: DataSource, transform: Transform, batches: Iterable[S
         views: of every picture, in a row; None: the one that the transform draws.
     """
     _check_policy(on_corrupt)
+    if hasattr(source, "start_at"):  # a stream gives each process other pictures
+        workers = 0
     order = ([(int(i), int(i), view) for i in indices for view in views] for indices in batches)
     for result, _ in _run(_Reader(source, transform, 0, on_corrupt), order, workers, pin, prefetch, start_method):
         yield result

@@ -1,6 +1,7 @@
 """Where pictures come from: `open_source(url)` picks a `DataSource` by the scheme of the URL.
 
-    folder://PATH               one folder per class (ImageNet layout), sorted; PATH/<split> if there is such a folder
+    folder://PATH               one folder per class (ImageNet layout), sorted; PATH/<split> if there is such a folder;
+                                without class folders the pictures in it, which then have no labels
     list://FILE.txt?root=DIR    lines `relative/path.JPEG label`, the label optional; root defaults to the file's folder
     wds://PATTERN.tar           WebDataset shards, with {0000..0012}, {a,b}, *, or a folder of them (see data/wds.py)
     wds://https://HOST/PATTERN.tar?samples=N     streamed, also wds://hf://datasets/ORG/REPO/*.tar (see data/stream.py)
@@ -9,7 +10,7 @@
     embedded://photos256        214 photographs at 256 px in 5 classes (train 169, val 45), part of this repository
     synthetic://?size=64&classes=4&count=256     coloured shapes, for tests
     tokens://DIR                no pictures but what a tokenizer made of them (data/tokens.py)
-    PATH                        a folder, a .txt list or a .tar
+    PATH                        a folder (of pictures or of .tar shards), a .txt list or a .tar
 
 Every scheme accepts `?split=NAME` (same as the argument), and folder, list and wds accept `?classes=FILE` with class
 names, one per line. "{split}" in a URL is replaced by the split.
@@ -36,7 +37,7 @@ from data.stream import open_remote_shards
 from data.tokens import open_tokens
 from data.wds import ShardSource, expand_braces, find_shards
 
-EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm")
+EXTENSIONS = (".jpg", ".jpeg", ".jfif", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm")
 SPLITS = ("train", "val", "test")
 EMBEDDED = Path(__file__).parent / "embedded"
 
@@ -59,7 +60,9 @@ def _guess_scheme(path: str) -> str:
     """The scheme of a plain path."""
     if path.endswith(".txt"):
         return "list"
-    return "wds" if path.endswith(".tar") else "folder"
+    folder = Path(path).expanduser()
+    shards = path.endswith(".tar") or folder.is_dir() and any(folder.glob("*.tar")) and not has_pictures(folder)
+    return "wds" if shards else "folder"
 
 
 def open_source(url: str, split: str | None = None) -> DataSource:
@@ -106,13 +109,44 @@ def _class_names(options: dict[str, str]) -> list[str] | None:
 # ---------------------------------------------------------------------------------------------------------------------
 def _subfolders(folder: Path) -> list[str]:
     try:
-        return sorted(e.name for e in os.scandir(folder) if e.is_dir() and not e.name.startswith("."))
+        return sorted(e.name for e in os.scandir(folder)
+                      if e.is_dir() and not e.name.startswith(".") and e.name != "__MACOSX")  # of zip archives
     except OSError as error:
         raise UserError(f"{folder} cannot be listed: {error.strerror}. Check its permissions.") from error
 
 
+def has_pictures(folder: str | Path) -> bool:
+    """Whether there is a picture anywhere in a folder."""
+    return any(f.suffix.lower() in EXTENSIONS for f in Path(folder).rglob("*"))
+
+
+def natural(name: str) -> list:
+    """A key that sorts 2.png before 10.png, and the same whether or not numbers are filled up with zeros."""
+    return [(0, int(word), "") if word.isdigit() else (1, 0, word) for word in re.split(r"([0-9]+)", name)]
+
+
+def loose_pictures(folder: str | Path) -> FileSource | None:
+    """The pictures that lie directly in a folder, without labels, by name with numbers as numbers; None without any.
+
+    Sizes are part of the fingerprint: other samples often get the same names as those before. Of a folder that
+    run_sample.sh wrote (it has sample.json) only the samples count, not the sheets and films of them.
+    """
+    sampled = (Path(folder) / "sample.json").is_file()
+    with os.scandir(folder) as entries:
+        found = sorted(
+            ((entry.name, entry.stat().st_size) for entry in entries
+             if entry.name.lower().endswith(EXTENSIONS) and not entry.name.startswith(".") and entry.is_file()
+             and (not sampled or re.fullmatch(r"[0-9]+_[0-9]+\.png", entry.name))),
+            key=lambda pair: natural(pair[0]))
+    if not found:
+        return None
+    names, sizes = zip(*found)
+    return FileSource(Path(folder), PackedStrings([os.fsencode(n) for n in names]), None, sizes=np.array(sizes))
+
+
 def open_folder(path: str, split: str | None, options: dict[str, str]) -> DataSource:
-    """One folder per class; class numbers follow the sorted folder names, or the order of the `classes` file."""
+    """One folder per class, class numbers following the sorted folder names or the order of the `classes` file; or a
+    folder of pictures, which have no labels."""
     root = Path(path).expanduser()
     if not root.is_dir():
         raise UserError(f"folder://{path}: there is no such folder. Give the folder that holds one folder per class.")
@@ -133,10 +167,9 @@ def open_folder(path: str, split: str | None, options: dict[str, str]) -> DataSo
             keys += [os.fsencode(os.path.relpath(os.path.join(folder, f), root)) for f in kept]
             labels += [numbers[name]] * len(kept)
     if not keys:
-        loose = any(f.lower().endswith(EXTENSIONS) for f in os.listdir(root))
-        hint = ("The pictures lie directly in it: move them into one folder per class, or use list://."
-                if loose else f"Expected class folders with {', '.join(EXTENSIONS)} files.")
-        raise UserError(f"{root}: no pictures in class folders. {hint}")
+        if loose := loose_pictures(root):
+            return loose
+        raise UserError(f"{root} holds no pictures. Expected {', '.join(EXTENSIONS)} files in it, or in one folder per class.")
     return FileSource(root, PackedStrings(keys), np.array(labels), names)
 
 

@@ -24,7 +24,7 @@ from core.errors import UserError
 from core.rng import permutation, uniform_scalar
 from core.specs import Sample
 from data.base import MAX_CLASSES, decode_rgb, read_class_names
-from data.wds import LABELS, PICTURES, expand_braces, parse_label, split_name
+from data.wds import LABELS, choose_picture, expand_braces, is_picture, parse_label, split_name
 
 BUFFER = 1000  # pictures that a process shuffles, still compressed
 ATTEMPTS = 4  # to read a shard
@@ -198,33 +198,36 @@ class RemoteShards(StreamSource):
                 time.sleep(2.0**attempt - 0.9)
 
     def _members(self, url: str) -> Iterator[Record]:
-        labelled = self.num_classes > 1
-        current: str | None = None
-        picture, label = None, None
+        key: str | None = None
+        pictures: list[tuple[str, bytes]] = []
+        labels: dict[str, tuple[bytes, str]] = {}  # extension -> (content, where); a .json counts where there is no .cls
 
-        def finished() -> Record:
-            if picture is None:
-                raise UserError(f"{url}: {current} has a label but no picture. Pack the shard again.")
-            if labelled and label is None:
-                raise UserError(f"{url}: {current} has no .cls member. Label all pictures, or leave out num_classes.")
-            return picture, label if labelled else 0, f"{url}: {current}"
+        def finished() -> Iterator[Record]:
+            where, label = f"{url}: {key}", 0
+            if not pictures and labels.keys() - {"json"}:
+                raise UserError(f"{where} has a label but no picture. Pack the shard again.")
+            if pictures and self.num_classes > 1:
+                told = sorted(labels, key=lambda extension: extension == "json")
+                label = parse_label(*labels[told[0]]) if told else None
+                if label is None:
+                    raise UserError(f"{where} has no label (.cls or .json). Label all pictures, or leave out num_classes.")
+            if pictures:
+                yield choose_picture(pictures, url), label, where
 
         with open_url(url) as file, tarfile.open(fileobj=file, mode="r|") as tar:
             for member in tar:
-                key, extension = split_name(member.name)
-                if not member.isreg() or extension not in (*PICTURES, *LABELS):
+                this, extension = split_name(member.name)
+                if not member.isreg() or not (is_picture(extension) or extension in LABELS):
                     continue
-                if key != current and current is not None:
-                    yield finished()
-                if key != current:
-                    current, picture, label = key, None, None
+                if this != key:
+                    yield from finished()
+                    key, pictures, labels = this, [], {}
                 data = tar.extractfile(member).read()
-                if extension in PICTURES:
-                    picture = data
+                if is_picture(extension):
+                    pictures.append((member.name, data))
                 else:
-                    label = parse_label(data, f"{url}: {member.name}")
-        if current is not None:
-            yield finished()
+                    labels[extension] = data, f"{url}: {member.name}"
+        yield from finished()
 
 
 def open_remote_shards(pattern: str, options: dict[str, str]) -> RemoteShards:

@@ -4,8 +4,9 @@ Every shard is indexed once: where each picture starts, how long it is, its key 
 `<shard>.index.npz` next to the shard, or in the cache folder when that place is read-only, and is made again when size
 or modification time of the shard differ. Pictures are then read by offset, so order and resume do not depend on shards.
 
-Members: `<key>.<jpg|jpeg|png|webp>` with `<key>.<cls|cls.txt>` (ASCII class index); the key ends at the first dot of
-the file name, as WebDataset defines it. Other members are ignored. Where labels are missing, even for some pictures only,
+Members: `<key>.<jpg|jpeg|png|webp>` with `<key>.cls` (ASCII class index; also cls.txt, label.txt, class_id.txt) else a
+`<key>.json` with the index under one of LABEL_KEYS; the key ends at the first dot of the file name, as WebDataset defines
+it, and may have a name before the extension (`<key>.image.png`). Other members are ignored. Where labels are missing, even for some pictures only,
 there are none; `unlabelled` then names the first such picture, for what needs labels (data.base.require_labels).
 Shards behind http://, https:// and hf:// are streamed instead (data/stream.py).
 """
@@ -14,6 +15,7 @@ from __future__ import annotations
 
 import glob
 import hashlib
+import json
 import os
 import re
 import tarfile
@@ -22,15 +24,19 @@ import zipfile
 from collections import OrderedDict
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 
 from core.errors import UserError
 from data.base import MAX_CLASSES, ListedSource, PackedStrings
 
+T = TypeVar("T")
 PICTURES = ("jpg", "jpeg", "png", "webp")
-LABELS = ("cls", "cls.txt")
-INDEX_VERSION = 2
+LABELS = ("cls", "cls.txt", "label.txt", "class_id.txt", "class.txt", "json")
+LABEL_KEYS = ("label", "cls", "class", "class_id", "class_index")  # of a .json, the first that is there
+MAX_JSON = 1 << 20  # bytes
+INDEX_VERSION = 3
 MAX_SHARDS = 100_000
 MAX_OPEN_SHARDS = 64  # below the usual limit of 1024 descriptors, with room for several sources
 
@@ -95,22 +101,49 @@ def split_name(member: str) -> tuple[str, str]:
     """(key, extension in lower case) of a member's name."""
     folder, name = os.path.split(member)
     stem, _, extension = name.partition(".")
-    return os.path.join(folder, stem), extension.lower()
+    extension = extension.lower()
+    last = extension.rpartition(".")[2]
+    return os.path.join(folder, stem), last if last in ("cls", "json") else extension
 
 
-def parse_label(data: bytes, where: str) -> int:
-    """The class index in a .cls member."""
+def is_picture(extension: str) -> bool:
+    """Also of "image.png"."""
+    return extension.rpartition(".")[2] in PICTURES
+
+
+def choose_picture(found: list[tuple[str, T]], where: str) -> T:
+    """Of the (member's name, content) that one key has: the one without a name before its extension, else the only one."""
+    plain = [pair for pair in found if split_name(pair[0])[1] in PICTURES]
+    chosen = plain or found
+    if len(chosen) > 1:
+        raise UserError(f"{where}: two pictures have one key, {chosen[0][0]} and {chosen[1][0]}. Keys, which end at the "
+                        "first dot, must be unique within a shard.")
+    return chosen[0][1]
+
+
+def parse_label(data: bytes, where: str) -> int | None:
+    """The class index in a label's member; None for a .json without one."""
     text = data.strip()
+    if where.lower().endswith(".json"):
+        try:
+            content = json.loads(data)
+        except (ValueError, RecursionError) as error:
+            raise UserError(f"{where} is no JSON ({error}). Pack the shard again.") from None
+        given = [content[key] for key in LABEL_KEYS if key in content] if isinstance(content, dict) else []
+        if not given or given[0] is None:
+            return None
+        text = str(given[0]).encode() if type(given[0]) in (int, str) else data
     if not re.fullmatch(rb"[0-9]{1,9}", text) or int(text) >= MAX_CLASSES:
-        raise UserError(f"{where} holds {data[:20]!r}; "
+        raise UserError(f"{where} holds {text[:60]!r}; "
                         f"expected a class index from 0 to {MAX_CLASSES - 1} in ASCII digits.")
     return int(text)
 
 
 def scan_shard(path: Path) -> ShardIndex:
     """Read all headers of a shard."""
-    pictures: dict[str, tuple[int, int]] = {}
+    found: dict[str, list[tuple[str, tuple[int, int]]]] = {}  # key -> its pictures
     labels: dict[str, int] = {}
+    told: dict[str, tuple[bytes, str]] = {}  # what a .json says counts where there is no .cls
     size = path.stat().st_size
     try:
         with tarfile.open(path, "r:") as tar:
@@ -121,16 +154,21 @@ def scan_shard(path: Path) -> ShardIndex:
                 if member.offset_data + member.size > size:
                     raise tarfile.ReadError("unexpected end of data")
                 key, extension = split_name(member.name)
-                if extension in PICTURES:
-                    if key in pictures:
-                        raise UserError(f"{path}: two pictures have the key {key}. Keys must be unique within a shard.")
-                    pictures[key] = (member.offset_data, member.size)
+                if is_picture(extension):
+                    found.setdefault(key, []).append((member.name, (member.offset_data, member.size)))
                 elif extension in LABELS:
-                    data = tar.extractfile(member).read(64)
-                    labels[key] = parse_label(data, f"{path}: {member.name}")
+                    data = tar.extractfile(member).read(MAX_JSON if extension == "json" else 64)
+                    if extension == "json":
+                        told[key] = data, member.name
+                    else:
+                        labels[key] = parse_label(data, f"{path}: {member.name}")
     except (tarfile.TarError, EOFError, OSError) as error:
         raise UserError(f"{path} cannot be read as an uncompressed tar file ({error}). "
                         "Copy or pack it again.") from error
+    pictures = {key: choose_picture(members, str(path)) for key, members in found.items()}
+    for key, (data, name) in told.items():
+        if key not in labels and (label := parse_label(data, f"{path}: {name}")) is not None:
+            labels[key] = label
     for key in labels:
         if key not in pictures:
             raise UserError(f"{path}: {key} has a label but no picture (.{', .'.join(PICTURES)}). Pack the shard again.")
@@ -222,7 +260,7 @@ class ShardSource(ListedSource):
         if 0 < len(missing) < len(labels):
             first = int(missing[0])
             shard = shards[int(np.searchsorted(np.cumsum([len(i.labels) for i in indices]), first, side="right"))]
-            self.unlabelled = (f"{names}: {len(missing)} of {len(labels)} pictures have no .cls member, the first is "
+            self.unlabelled = (f"{names}: {len(missing)} of {len(labels)} pictures have no label (.cls or .json), the first is "
                                f"{keys[first].decode('utf-8', 'replace')} in {shard}.")
             class_names = None
         sizes = np.concatenate([i.sizes for i in indices])

@@ -171,6 +171,7 @@ def evaluate_reconstruction(
     *,
     batch: int,
     reference: Statistics | None = None,
+    writers: tuple = (),
     progress: Callable[[int], None] | None = None,
     noise: str = "",
     replicates: int = 0,
@@ -182,6 +183,7 @@ def evaluate_reconstruction(
         rebuild: indices -> pairs, batch by batch.
         net: for rFID; None measures pictures only.
         per_picture: what compares an original with its reconstruction.
+        writers: each is handed (first index, reconstructions) before their chunk counts as done.
         reference: moments of the originals; None: they go through the network too.
         replicates, infinity: as above, of rFID.
         noise: what the codes of Rebuilt.perturbed went through, for the record of pFID.
@@ -191,7 +193,7 @@ def evaluate_reconstruction(
     def compute(indices: range) -> Chunk:
         parts: dict[str, list[Tensor]] = defaultdict(list)
         sums: Chunk = {}
-        pairs = rebuild(indices)
+        pairs, first = rebuild(indices), indices.start
         while True:
             with watch("pictures"):
                 pair = next(pairs, None)
@@ -213,6 +215,12 @@ def evaluate_reconstruction(
                     parts[f"picture/{metric.name}"].append(metric.function(original, compared).double().cpu())
             for name, counts in pair.sums.items():
                 sums[SUM + name] = sums[SUM + name] + counts if SUM + name in sums else counts
+            with watch("writing"):
+                for writer in writers:
+                    writer.write(first, pair.recon)
+            first += len(pair.recon)
+        for writer in writers:
+            writer.flush()
         return {**{name: torch.cat(values) for name, values in parts.items()}, **sums}
 
     work.run(compute, progress)

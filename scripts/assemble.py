@@ -31,7 +31,7 @@ from core.train.log import ProgressLine
 from core.train.run import RunFolder
 from core.train.trainer import PREVIEW_IMAGES, Trainer
 from data import tokens
-from data.base import require_labels
+from data.base import remarks, require_labels
 from data.cache import FeatureCache
 from data.cache import build as build_cache
 from data.loader import Loader, read_or_replace, split
@@ -504,6 +504,8 @@ def _train(config: RunConfig, world: dist.World) -> int:
             f"{world.device.type}, in {trainer.accumulation} part(s) each; ready after "
             f"{time.perf_counter() - started:.1f} s")
     run.log(f"data {config.data.url}: {getattr(source, 'inexact', 'order and resume are exact')}")
+    for remark in remarks(source) if config.task == "generator" else ():
+        run.log(remark)
     if hint := hint_for_small_sets(config, len(source)):
         run.log(hint)
     code = trainer.fit()

@@ -13,6 +13,8 @@ Writes metrics.json, report.html and PNGs to --out. A killed job goes on where i
 options:
   --num N            the first N pictures
   --out FOLDER       default work_dirs/eval/<name>-<facts>
+  --write npz|png    keep the reconstructions too: reconstructions.npz (arr_0, as ADM's evaluator reads it) or
+                     reconstructions/000000.png ...
   --precision P      of matrix products, bf16 or fp32 (default)
   --perturb A,B,D    also pFID, of codes disturbed so: in a share B of the pictures each code is replaced with
                      probability A by one of its D nearest, itself among them (say 0.5,0.1,50)
@@ -54,6 +56,7 @@ def parse(arguments: list[str]) -> tuple[argparse.Namespace, list[str]]:
     ):
         parser.add_argument(name, type=kind, default=default, help=argparse.SUPPRESS)
     parser.add_argument("--precision", choices=("fp32", "bf16"), default="fp32", help=argparse.SUPPRESS)
+    parser.add_argument("--write", choices=("npz", "png"), default=None, help=argparse.SUPPRESS)
     for flag in ("--raw", "--infinity", "--again", "--check"):
         parser.add_argument(flag, action="store_true", help=argparse.SUPPRESS)
     options = flags.parse(parser, "evaluate", arguments)
@@ -66,6 +69,8 @@ def parse(arguments: list[str]) -> tuple[argparse.Namespace, list[str]]:
         parser.error("--original and --reconstructed go together")
     if len(positional) != 0 if options.original else not 1 <= len(positional) <= 2:
         parser.error("give WEIGHTS and perhaps a URL, or --original and --reconstructed")
+    if options.original and options.write:
+        parser.error("--write keeps what a tokenizer makes; --reconstructed names pictures that are there")
     if options.original and options.perturb:
         parser.error("--perturb disturbs the codes of a tokenizer; pictures alone have none")
     options.weights, options.url = (positional + [None, None])[:2]

@@ -66,7 +66,7 @@ def tokenizer_section(target: str) -> dict[str, Any]:
 
 def asked_for(options: argparse.Namespace) -> dict[str, Any]:
     """Facts of a job that it has only where they were asked for."""
-    return {name: getattr(options, name) for name in ("bootstrap", "infinity") if getattr(options, name)}
+    return {name: getattr(options, name) for name in ("bootstrap", "infinity", "write") if getattr(options, name)}
 
 
 def reference_for(
@@ -131,6 +131,9 @@ def by_tokenizer(options: argparse.Namespace, overrides: list[str], world: World
             replicates=options.bootstrap,
             infinity=options.infinity,
             perturb=perturb,
+            open_writer=lambda work: run.open_writer(
+                options.write, "reconstructions", folder, work, tokenizer.image_size, options.again
+            ),
         )
     if result is None:
         return 0

@@ -22,7 +22,7 @@ from core.files import read_json
 from core.rng import hash64
 from core.specs import DataSource
 from core.train.log import ProgressLine
-from data.sources import open_source
+from data.sources import has_pictures, open_source
 from evaluation import labels as label_protocols
 from evaluation import protocols, record, runner
 from evaluation.features import FeatureNet
@@ -57,7 +57,7 @@ def holds_pictures(target: str) -> bool:
         )
     if not path.is_dir() or (path / "checkpoints").is_dir() or (path / "manifest.json").is_file():
         return False
-    return picture_sets.has_pictures(path)
+    return has_pictures(path)
 
 
 def eval_settings(overrides: list[str]) -> EvalConfig:
@@ -161,15 +161,16 @@ class Shown:
         """Written at once."""
 
 
-def open_writer(kind: str | None, folder: Path, work: Work, size: int, again: bool):
-    """The writer of --write, or None; finished chunks without their pictures are done again. Collective."""
+def open_writer(kind: str | None, name: str, folder: Path, work: Work, size: int, again: bool):
+    """The writer of --write into <folder>/<name>, or None; finished chunks without their pictures are done again.
+    Collective."""
     if kind is None:
         return None
-    final, world = folder / ("samples" if kind == "png" else "samples.npz"), work.world
+    final, world = folder / (name if kind == "png" else f"{name}.npz"), work.world
 
     def make():
         if kind == "png":
-            return PngWriter(final, unfinished=work.folder / "samples")
+            return PngWriter(final, unfinished=work.folder / name)
         return NpzWriter(final, work.count, (size, size), work.folder)
 
     def make_first() -> None:
@@ -250,7 +251,7 @@ def generated_samples(options: argparse.Namespace, overrides: list[str], world: 
     kind = settings.labels or protocol.labels
     val = open_source(config.data.val_url, "val") if kind == "val" and config.data.val_url else None
     labels = label_protocols.make(
-        kind, count, made.num_classes, config.seed, measure.source_labels(val) if val else None
+        kind, count, made.num_classes, config.seed, measure.val_labels(val, made.num_classes) if val else None
     )
     rounding = settings.rounding or protocol.rounding
     net = measure.feature_net(world.device, settings.network, protocol)
@@ -343,7 +344,7 @@ def _measure_samples(
     real = real_features(path, protocol, net, world, settings.batch, moments_known)
     job = {k: v for k, v in context["job"].items() if k not in ("bootstrap", "infinity", "reference")}
     with Work(count, world, folder / "work", job) as work:
-        writer = open_writer(options.write, folder, work, size, options.again)
+        writer = open_writer(options.write, "samples", folder, work, size, options.again)
         with progress_line(world, count, "samples") as progress, writer or contextlib.nullcontext():
             result = runner.evaluate_generation(
                 produce,

@@ -71,6 +71,12 @@ def main(arguments: list[str]) -> int:
             f"{options.url}: a probe needs at least 2 classes, the same in train and val; found {train.num_classes} "
             f"and {val.num_classes}."
         )
+    if train.class_names != val.class_names:
+        first = next(i for i, (a, b) in enumerate(zip(train.class_names, val.class_names)) if a != b)
+        raise UserError(
+            f"{options.url}: class {first} is {train.class_names[first]} in train and {val.class_names[first]} in val. "
+            "Name the classes of both with ?classes=FILE."
+        )
     if train.fingerprint() == val.fingerprint():
         raise UserError(
             f"{options.url} gives the same pictures for training and testing. Name a folder with train/ and val/, or "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Callable, Iterator
@@ -16,7 +17,7 @@ from core.images import grid, to_model_range, to_uint8, to_unit_range
 from core.nn.offline import find_local_file
 from core.rng import Draws, hash64, permutation
 from core.specs import Codes, DataSource, MultiScale
-from data.base import require_labels
+from data.base import require_labels, require_order
 from data.loader import ordered_batches
 from data.transforms import Transform
 from evaluation import labels as label_protocols
@@ -317,25 +318,35 @@ def reconstruction_result(
     perturb: Perturbation | None = None,
     replicates: int = 0,
     infinity: bool = False,
+    open_writer: Callable[[Work], Any] | None = None,
 ) -> runner.Result | None:
-    """Everything that `protocol` measures on reconstructions of `pictures`; on the main rank. Collective."""
+    """Everything that `protocol` measures on reconstructions of `pictures`; on the main rank. Collective.
+
+    Args:
+        open_writer: makes what the reconstructions are also written with; called once the chunks are known.
+    """
     metrics, left_out = per_picture(protocol, world.device) if metrics is None else (metrics, {})
     rebuild = rebuilder(tokenizer, pictures, protocol, batch, world.device, seed, bf16, perturb)
     with Work(len(pictures), world, folder, job) as work:
+        writer = open_writer(work) if open_writer else None
         runner.expect(work, pictures)
-        result = runner.evaluate_reconstruction(
-            rebuild,
-            work,
-            net,
-            protocol,
-            metrics,
-            batch=batch,
-            reference=reference,
-            progress=progress,
-            noise=str(perturb),
-            replicates=replicates,
-            infinity=infinity,
-        )
+        with writer or contextlib.nullcontext():
+            result = runner.evaluate_reconstruction(
+                rebuild,
+                work,
+                net,
+                protocol,
+                metrics,
+                batch=batch,
+                reference=reference,
+                writers=(writer,) if writer else (),
+                progress=progress,
+                noise=str(perturb),
+                replicates=replicates,
+                infinity=infinity,
+            )
+        if writer:
+            world.on_main(writer.finish)
     if result is not None:
         result.left_out |= left_out
         if usage := result.sums.get("codes") is not None and code_usage(tokenizer):
@@ -498,6 +509,16 @@ def source_labels(source: DataSource) -> list[int]:
     return [int(x) for x in listed] if listed is not None else [source[i].label for i in range(len(source))]
 
 
+def val_labels(val: DataSource, num_classes: int) -> list[int]:
+    """Labels of the validation pictures as the classes to ask a generator for."""
+    if val.num_classes != num_classes:
+        raise UserError(
+            f"labels of data.val_url: its pictures have {val.num_classes} classes and the generator knows {num_classes}, "
+            "so their numbers may mean others. Name all classes with ?classes=FILE, or set eval.labels=balanced."
+        )
+    return source_labels(val)
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # While training
 # ---------------------------------------------------------------------------------------------------------------------
@@ -517,6 +538,10 @@ class Online:
         self.metrics = offline_metrics(self.protocol, world.device)
         self.reference: Statistics | None = None  # on the main rank
         self.has_reference = bool(self.settings.reference)
+        if self.purpose == "reconstruction":
+            require_order(val, "reconstructions of them cannot be measured (train.eval_every)")
+        elif not self.has_reference:
+            require_order(train, "they are no reference: give eval.reference=FILE")
         if self.has_reference:
             path = choose_reference(self.settings.reference, self.protocol, self.net, image_size, self.purpose, True)
             self.reference = load_reference(path, self.net, self.purpose, image_size, world)
@@ -543,7 +568,7 @@ class Online:
         settings, seed = self.settings, self.config.seed
         kind = settings.labels or self.protocol.labels
         labels = label_protocols.make(
-            kind, settings.num_images or 512, task.num_classes, seed, source_labels(self.val) if kind == "val" else None
+            kind, settings.num_images or 512, task.num_classes, seed, val_labels(self.val, task.num_classes) if kind == "val" else None
         )
         produce = producer(
             lambda part, draws: task.sample(network, part, draws),

@@ -2,21 +2,19 @@
 
 from __future__ import annotations
 
-import os
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Iterator, Sequence
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from core.errors import UserError
 from core.rng import hash64
 from core.specs import DataSource
-from data.base import FileSource, PackedStrings, UnreadablePicture
+from data.base import UnreadablePicture, require_order
 from data.loader import listed_batches
-from data.sources import EXTENSIONS, open_source
+from data.sources import loose_pictures, open_source
 from data.transforms import Transform, to_tensor
 from evaluation.pictures import NpzPictures, Pictures
 
@@ -40,6 +38,7 @@ class SourcePictures:
         rows: Sequence[int] | None = None,
         name: str = "pictures",
     ):
+        require_order(source, "no number measured on them could be had again")
         self.source, self.transform, self.workers, self.name = source, Transform(image_size=image_size), workers, name
         self.rows = range(len(source)) if rows is None else rows
         self.size = (image_size, image_size)
@@ -80,6 +79,7 @@ class FolderPictures:
     """Pictures as they are: all of one size. Grey, CMYK, 16-bit and transparent ones become RGB (data/base.py)."""
 
     def __init__(self, source: DataSource, name: str):
+        require_order(source, "no number measured on them could be had again")
         self.source, self.name = source, name
         self.pool = ThreadPoolExecutor(THREADS)
         self.size = tuple(self._read(0).shape[1:])
@@ -113,28 +113,6 @@ class FolderPictures:
         return self.source.fingerprint()
 
 
-def loose_pictures(folder: str | Path) -> FileSource | None:
-    """The pictures that lie directly in a folder, by name; None when there are none.
-
-    Sizes are part of the fingerprint: other samples often get the same names as those before.
-    """
-    with os.scandir(folder) as entries:
-        found = sorted(
-            (entry.name, entry.stat().st_size)
-            for entry in entries
-            if entry.name.lower().endswith(EXTENSIONS) and not entry.name.startswith(".") and entry.is_file()
-        )
-    if not found:
-        return None
-    names, sizes = zip(*found)
-    return FileSource(Path(folder), PackedStrings([os.fsencode(n) for n in names]), None, sizes=np.array(sizes))
-
-
-def has_pictures(folder: str | Path) -> bool:
-    """Whether there is a picture anywhere in a folder."""
-    return any(f.suffix.lower() in EXTENSIONS for f in Path(folder).rglob("*"))
-
-
 def open_any(reference: str, size: int | None = None, workers: int = 0, split: str = "val") -> Pictures:
     """Pictures to evaluate.
 
@@ -156,16 +134,13 @@ def open_any(reference: str, size: int | None = None, workers: int = 0, split: s
             f"{reference}: no such file or folder. Give an .npz, a folder of pictures or a URL such as "
             "folder://data/imagenet/val."
         )
-    source = None
-    if "://" not in reference and path.is_dir():
-        if not has_pictures(path):
-            raise UserError(
-                f"{reference} holds no pictures. Expected {', '.join(EXTENSIONS)} files in it, or in one folder per "
-                "class."
-            )
-        source = loose_pictures(path)
-    if source is None:
-        source = open_source(reference, split)
+    if path.is_file() and path.suffix not in (".tar", ".txt"):
+        raise UserError(
+            f"{reference}: pictures are read from an .npz (np.savez(OUT, arr_0=pictures)), a folder, a .tar or a .txt list."
+        )
+    # samples may have folders beside them (previews); a data URL goes by its class folders
+    loose = loose_pictures(path) if path.is_dir() else None
+    source = loose or open_source(reference, split)
     return FolderPictures(source, reference) if size is None else SourcePictures(source, size, workers, name=reference)
 
 

@@ -37,13 +37,18 @@ def parse_labels(text: str, num_classes: int, names: list[str]) -> list[int]:
     """Class numbers of "207, 10-19, tree frog"; UserError for one that does not exist."""
     from core.errors import UserError, nearest
 
-    by_name = {name.casefold(): i for i, name in enumerate(names)}
+    by_name: dict[str, list[int]] = {}
+    for i, name in enumerate(names):
+        by_name.setdefault(name.casefold(), []).append(i)
     labels: list[int] = []
     for word in (w.strip() for w in text.split(",")):
-        if word.casefold() in by_name:
-            labels.append(by_name[word.casefold()])
-            continue
         match = re.fullmatch(r"(\d+)(?:\s*(?:-|\.\.)\s*(\d+))?", word)
+        found = by_name.get(word.casefold(), [])
+        if match is None and len(found) > 1:  # ImageNet has two cranes
+            raise UserError(f'--labels: "{word}" is the name of classes {" and ".join(map(str, found))}; give the number.')
+        if match is None and found:
+            labels += found
+            continue
         if match is None:
             hint = nearest(word, names) if names else " Names need data.url of the pictures it was trained on."
             raise UserError(f'--labels: "{word}" is neither a class number, a range such as 10-19 nor a class name.'
@@ -53,6 +58,9 @@ def parse_labels(text: str, num_classes: int, names: list[str]) -> list[int]:
             raise UserError(f"--labels {word}: the generator knows classes 0 to {num_classes - 1}, the smaller number "
                             "first.")
         labels += range(first, last + 1)
+        if found and found != [first]:  # folders 0 ... 11 are sorted as words: 0, 1, 10, 11, 2
+            print(f"--labels {word}: class number {first}, called {names[first]}; the class that is called {word} has "
+                  f"number {found[0]}")
     return labels
 
 

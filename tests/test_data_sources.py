@@ -1,6 +1,7 @@
 """Every kind of source, damaged and unusual pictures, shard indices, and the sentences users get."""
 
 import io
+import json
 import os
 import re
 import tarfile
@@ -12,7 +13,7 @@ from PIL import Image
 
 import assemble
 from core.errors import UserError
-from data.base import UnreadablePicture, decode_rgb, require_labels
+from data.base import remarks, UnreadablePicture, decode_rgb, require_labels
 from data.sources import open_source
 from data.wds import expand_braces
 from tests.conftest import TOY_GENERATOR, TOY_TOKENIZER
@@ -91,6 +92,37 @@ def test_folder_splits_and_classes(folder):
         open_source(f"folder://{folder.parent}", split="val")
 
 
+def test_flat_folders(tmp_path):
+    """Pictures without class folders have no labels; numbers in names count as numbers; sheets of samples do not count."""
+    for i in (1, 2, 10):
+        (tmp_path / f"{i}.png").write_bytes(png())
+        (tmp_path / f"{i}.jfif").write_bytes(png())
+    (tmp_path / "__MACOSX").mkdir()
+    (tmp_path / "__MACOSX" / "._1.png").write_bytes(b"")
+    for url in (f"folder://{tmp_path}", str(tmp_path)):
+        source = open_source(url, "val")
+        assert [source[i].key for i in range(6)] == ["1.jfif", "1.png", "2.jfif", "2.png", "10.jfif", "10.png"]
+        assert source.class_names == ["unlabelled"] and remarks(source) == [
+            "the pictures have no labels: all of them are one class"]
+    before = source.fingerprint()
+    (tmp_path / "2.png").write_bytes(png() + b" ")
+    assert open_source(str(tmp_path)).fingerprint() != before
+    for name in ("000000_7.png", "000001_12.png", "000001_12_stages.png", "000001_12.webp", "grid.png"):
+        (tmp_path / name).write_bytes(png())
+    assert len(open_source(str(tmp_path))) == 11
+    (tmp_path / "sample.json").write_text("{}")
+    assert [k.decode() for k in open_source(str(tmp_path)).packed_keys] == ["000000_7.png", "000001_12.png"]
+
+
+def test_remarks_about_classes(tmp_path):
+    for label, names in ((1, "1 of 3 classes have no picture (0); are the labels counted from 1?"),
+                         (0, "1 of 3 classes have no picture (1)")):
+        (tmp_path / "l.txt").write_text(f"a.png {label}\na.png 2\n")
+        (tmp_path / "a.png").write_bytes(png())
+        assert remarks(open_source(f"list://{tmp_path}/l.txt")) == [names]
+    assert remarks(open_source("synthetic://")) == []
+
+
 def test_list(folder):
     file = folder.parent / "train.txt"
     file.write_bytes("\ufeffb_cat/0 x.JPEG 3\r\n\r\na dög/1 x.JPEG\t0".encode())
@@ -132,7 +164,7 @@ def test_missing_file_is_an_unreadable_picture(folder):
 
 @pytest.mark.parametrize("url, message", [
     ("fodler://x", 'unknown data source "fodler://".*folder'), ("folder://{tmp}/none", "no such folder"),
-    ("folder://{tmp}/empty", "no pictures"), ("folder://{tmp}/flat", "one folder per class"),
+    ("folder://{tmp}/empty", "holds no pictures. Expected .* in it, or in one folder per class"),
     ("folder://", "nothing after"),
     ("list://{tmp}/none.txt", "no such file"), ("wds://{tmp}/none-{{00..01}}.tar", "no shard called"),
     ("wds://{tmp}/{{9..1}}.tar", "upwards"), ("wds://{tmp}/{{0..999999999}}.tar", "at most"),
@@ -142,9 +174,8 @@ def test_missing_file_is_an_unreadable_picture(folder):
     ("folder://{tmp}/ok?classes={tmp}/none", "cannot be read"), ("folder://{tmp}/ok?classes={tmp}/l.txt", "is empty"),
 ])
 def test_mistakes(tmp_path, url, message):
-    for name in ("empty", "flat", "ok/a"):
+    for name in ("empty", "ok/a"):
         (tmp_path / name).mkdir(parents=True)
-    (tmp_path / "flat" / "x.png").write_bytes(png())
     (tmp_path / "l.txt").write_text("")
     with pytest.raises(UserError, match=message):
         open_source(url.format(tmp=tmp_path))
@@ -201,9 +232,32 @@ def test_shard_index_elsewhere(tmp_path, monkeypatch, cache_works):
     assert places[1].exists() == cache_works
 
 
+@pytest.mark.parametrize("members, labels", [
+    ({"a.png": 0, "a.json": {"label": 2}, "b.png": 0, "b.json": {"caption": "x", "cls": "1"}}, [2, 1]),
+    ({"a.png": 0, "a.json": {"label": "tench"}, "a.cls": 3, "b.cls": 1, "b.json": {"label": 2}, "b.png": 0}, [3, 1]),
+    ({"a.jpg": 0, "a.json": {"caption": "x"}, "b.png": 0, "b.json": {"label": None}, "meta.json": {"n": 2}}, None),
+    ({"a.image.png": 0, "a.label.cls": 1, "b.JPEG": 0, "b.CLS": 2}, [1, 2]), ({"a.png": 0, "a.class_id.txt": 1}, [1]),
+])
+def test_labels_of_shards(tmp_path, members, labels):
+    """Of a .json where there is no .cls; a .json without one, or of no picture, means nothing."""
+    def content(name, value):
+        text = value if isinstance(value, dict) else str(value)
+        return png() if name.lower().endswith(("png", "jpg", "jpeg")) else (
+            json.dumps(text) if isinstance(text, dict) else text).encode()
+
+    write_tar(tmp_path / "s.tar", {name: content(name, value) for name, value in members.items()})
+    for _ in range(2):  # scanned, then from the index
+        source = open_source(str(tmp_path) if labels else f"{tmp_path}/s.tar")
+        assert [source[i].label for i in range(len(source))] == (labels or [0, 0])
+        assert (source.class_names == ["unlabelled"]) == (labels is None)
+
+
 @pytest.mark.parametrize("members, message", [
     ({"a.txt": b"x"}, "no pictures"), ({"a.cls": b"1"}, "a has a label but no picture"),
     ({"a.png": b"x", "a.jpg": b"y", "a.cls": b"0"}, "unique"), ({"a.png": b"x", "a.cls": b"cat"}, "ASCII digits"),
+    ({"a.png": b"x", "a.json": b'{"label": true}'}, "ASCII digits"), ({"a.png": b"x", "a.json": b"{"}, "no JSON"),
+    ({"a.png": b"x", "a.json": b'{"label": [0, 1]}'}, "ASCII digits"), ({"n0.1.png": b"x", "n0.2.png": b"y"}, "first dot"),
+    ({"a.png": b"x", "a.json": b'{"label": "tench"}'}, "b'tench'"), ({"a.json": b'{"label": 1}'}, "no picture"),
     ({"a.png": b"x", "a.cls": b"-1"}, "ASCII digits"), ({"a.png": b"x", "a.cls": b"9" * 9}, "ASCII digits"),
 ])
 def test_bad_shards(tmp_path, members, message):
@@ -218,7 +272,7 @@ def test_a_picture_without_its_label(tmp_path, task):
     write_tar(tmp_path / "s0.tar", {"a.png": png(), "a.cls": b"1"})
     write_tar(tmp_path / "s1.tar", {"b.png": png(), "b.cls": b"2", "c/d.png": png()})
     config = assemble.load_config(task, [f"data.url=wds://{tmp_path}/s{{0..1}}.tar"])
-    message = f"1 of 3 pictures have no .cls member, the first is c/d in {tmp_path}/s1.tar. Label all of them"
+    message = f"1 of 3 pictures have no label (.cls or .json), the first is c/d in {tmp_path}/s1.tar. Label all of them"
     if config.task == "tokenizer":
         source = assemble.open_train(config)
         assert len(source) == 3 and source.class_names == ["unlabelled"] and {source[i].label for i in range(3)} == {0}

@@ -17,6 +17,7 @@ from data.loader import Loader
 from data.sources import open_source
 from data.stream import RemoteShards
 from data.transforms import Transform
+from picture_sets import SourcePictures, open_any
 from tests.conftest import TOY_TOKENIZER
 from tests.test_data_sources import png, write_tar
 
@@ -204,9 +205,11 @@ def test_one_pass_of_a_stream_is_whole(web, monkeypatch):
 
 
 @pytest.mark.parametrize("members, message", [
-    ({"a.jpg": png(), "b.jpg": png(), "b.cls": b"0"}, "x.tar: a has no .cls member"),
+    ({"a.jpg": png(), "b.jpg": png(), "b.cls": b"0"}, "x.tar: a has no label"),
     ({"a.cls": b"1", "b.jpg": png(), "b.cls": b"0"}, "x.tar: a has a label but no picture"),
     ({"a.jpg": png(), "a.cls": b"7"}, "x.tar: a has label 7, 3 classes are known"),
+    ({"a.seg.png": b"", "a.jpg": png(), "a.json": b'{"label": 7}'}, "x.tar: a has label 7, 3 classes are known"),
+    ({"a.0.jpg": png(), "a.1.jpg": png(), "a.cls": b"0"}, "two pictures have one key, a.0.jpg and a.1.jpg"),
     ({"a.jpg": png(), "a.cls": b"x"}, "x.tar: a.cls holds b'x'"),
     ({"a.txt": b"words"}, "no pictures in its shards")])
 def test_bad_remote_shards(web, tmp_path, members, message, monkeypatch):
@@ -230,6 +233,10 @@ def test_mistakes_of_streams(web, tmp_path, monkeypatch):
 
     with pytest.raises(UserError, match="streamed pictures have no fixed order"):
         build(tmp_path / "c", open_source(f"wds://{web[0]}/s-00.tar?samples=3"), PLAIN, lambda x: {"x": x}, "f")
+    with pytest.raises(UserError, match="no number measured on them could be had again"):
+        SourcePictures(open_source(f"wds://{web[0]}/s-00.tar?samples=3"), 32)
+    with pytest.raises(UserError, match="no number measured on them could be had again"):
+        open_any(f"wds://{web[0]}/s-00.tar?samples=3")
 
 
 def test_training_from_a_stream_says_that_it_is_not_exact(web, tmp_path, capsys, monkeypatch):

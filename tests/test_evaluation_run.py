@@ -135,26 +135,6 @@ def summed(world: World):
     return measure.make_statistics(pictures, SmallInception(), world, 8)
 
 
-@pytest.mark.parametrize("workers", [0, 1, 3])
-def test_pictures_read_ahead_are_the_ones_asked_for(workers, monkeypatch):
-    """Pieces of unequal lengths, one out of order: the same pictures and moments, whoever decodes them."""
-    source = SyntheticSource(size=12, count=61)
-    rows = [i * 7 % 61 for i in range(50)]
-    pictures = SourcePictures(source, 8, workers, rows)
-    ranges = [range(0, 9), range(9, 11), range(30, 39), range(11, 30), range(39, 40), range(40, 50)]
-    pictures.expect(ranges)
-    for wanted in [*ranges[:3], range(2, 5), *ranges[3:], range(0, 50)]:
-        images, labels = pictures.labelled(wanted.start, wanted.stop)
-        assert labels.tolist() == [rows[i] % 4 for i in wanted]
-        assert all(torch.equal(a, pictures.transform.apply_view(source[rows[i]].image, 0))
-                   for a, i in zip(images, wanted, strict=True))
-    monkeypatch.setattr(measure, "READ", 7)  # 50 = 7 x 7 + 1
-    made = measure.make_statistics(pictures, SmallInception(), ONE, 4)
-    whole = Moments.of(SmallInception()(pictures.read(0, 50))["pool"])
-    assert made.facts.count == 50
-    torch.testing.assert_close(made.moments["pool"], (whole.mean, whole.covariance))
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 # Ranks
 # ---------------------------------------------------------------------------------------------------------------------
@@ -288,45 +268,6 @@ def test_pfid_is_measured_beside_rfid(tmp_path):
     assert note.startswith("alpha 0.9, beta 0.3, delta 4.")
     again = measured(Perturbation(0.9, 0.3, 4), batch=50)
     assert again.values()["pfid_50"] == pytest.approx(mild.values()["pfid_50"], rel=1e-4)
-
-
-def test_extras_that_cannot_be_had_cost_no_number(monkeypatch):
-    """They are left out with their reason; what was measured stays what it is."""
-    features = SmallInception()(measure.producer(sample, torch.arange(40) % 10, 1, 8, CPU)(range(40)))
-    plain, _ = scores.score(scores.Comparison(protocols.get("torch-fidelity"), SmallInception(), features, real()))
-    asked = scores.Comparison(
-        protocols.get("torch-fidelity"), SmallInception(), features, real(), replicates=1, infinity=True
-    )
-    found, left_out = scores.score(asked)
-    # subsets of 4 to 9 pictures are too small for ten splits; one replicate has no spread
-    assert [s.name for s in found] == ["fid_40", "fid_infinity_from_40", "is_torch_fidelity_40"]
-    assert [s.value for s in plain] == [found[0].value, found[2].value] and found[0].interval is None
-    assert {"interval of fid_40", "interval of is_40", "is_infinity_from_40"} <= set(left_out)
-    assert "at least 10 pictures, got 4" in left_out["is_infinity_from_40"]
-
-
-@pytest.mark.parametrize("words, message", [
-    (["--bootstrap", "1"], "--bootstrap 1: an interval needs at least 2 replicates"),
-    (["--bootstrap", "-3"], "--bootstrap -3"),
-    (["--infinity", "--num", "12"], "--infinity: .* needs at least 20, there are 12"),
-])
-def test_extras_that_mean_nothing_are_refused_before_anything_is_measured(tmp_path, monkeypatch, words, message):
-    def never(*_, **__):
-        raise AssertionError("measured")
-
-    monkeypatch.setattr(measure, "feature_net", never)
-    monkeypatch.setattr(assemble, "load_tokenizer", never)
-    np.savez(tmp_path / "s.npz", arr_0=np.zeros((24, 16, 16, 3), np.uint8))
-    for command, target in (
-        (evaluate_generator, [str(tmp_path / "s.npz")]),
-        (evaluate, [str(tmp_path / "no_weights"), "synthetic://?size=32&count=24"]),
-        (evaluate, ["--original", str(tmp_path / "s.npz"), "--reconstructed", str(tmp_path / "s.npz")]),
-    ):
-        if command is evaluate_generator and "--num" in words:
-            target.append("eval.num_images=12")
-        with pytest.raises(UserError, match=message):
-            command.main([*target, *words, "--out", str(tmp_path / "o")])
-    assert not (tmp_path / "o").exists()
 
 
 def test_d_ar_rounds_its_originals():

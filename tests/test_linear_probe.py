@@ -6,6 +6,7 @@ import json
 
 import pytest
 import torch
+from PIL import Image
 
 import known_answer
 import linear_probe
@@ -86,6 +87,11 @@ def test_command(tokenizer_run, tmp_path, monkeypatch, capsys):
             linear_probe.main([*command, *words])
     with pytest.raises(UserError, match="at least 2 classes"):
         linear_probe.main([str(tokenizer_run), "synthetic://?size=32&classes=1&count=9", "--check"])
+    for name in ("train/a", "train/b", "val/a", "val/c"):
+        (tmp_path / name).mkdir(parents=True)
+        Image.new("RGB", (32, 32)).save(tmp_path / name / "x.png")
+    with pytest.raises(UserError, match="class 1 is b in train and c in val"):
+        linear_probe.main([str(tokenizer_run), f"folder://{tmp_path}", "--check"])
 
 
 def test_known_answers_are_compared_within_their_limits():
