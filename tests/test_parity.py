@@ -1,4 +1,8 @@
-"""Every recorded fixture of a known kind, as a test; and the runner, which must not pass what it cannot check."""
+"""Every recorded fixture of a known kind, as a test; and the runner, which must not pass what it cannot check.
+
+The small set in tests/parity/fixtures always runs; all recordings run where they are at hand ($TESSERA_PARITY, or
+../shared/parity).
+"""
 
 from __future__ import annotations
 
@@ -13,21 +17,46 @@ from tests.parity.__main__ import main
 from tests.parity.fields import Fields, notes, only, reads
 
 parity.discover()
-FILES = parity.find([parity.fixture_folder()])
+SMALL = parity.find([parity.EMBEDDED])
+FILES = parity.find(parity.default_folders())
 
 
-def known(path) -> bool:
+def kind_of(path) -> tuple[str, str]:
     meta = parity.read_meta(path)
-    return (meta.get("system"), meta.get("kind")) in parity.KINDS
+    return meta.get("system"), meta.get("kind")
 
 
-@pytest.mark.parametrize("path", [f for f in FILES if known(f)] or [None],
-                         ids=lambda path: f"{path.parent.name}-{path.stem}" if path else "none")
+@pytest.mark.parametrize("path", [f for f in FILES if kind_of(f) in parity.KINDS],
+                         ids=lambda path: f"{'small-' if path in SMALL else ''}{path.parent.name}-{path.stem}")
 def test_fixture(path):
-    if path is None:
-        pytest.skip(f"no parity fixtures in {parity.fixture_folder()} (set TESSERA_PARITY)")
     outcome = parity.run(path)
     assert outcome.passed, str(outcome)
+
+
+def test_all_recordings_are_at_hand():
+    if not parity.fixture_folder().is_dir():
+        pytest.skip(f"no recordings in {parity.fixture_folder()} (set TESSERA_PARITY): only the small set was run")
+    assert {kind_of(path) for path in parity.find([parity.fixture_folder()])} <= set(parity.KINDS)
+
+
+def test_the_small_set_has_every_system_and_kind():
+    """And stays small; each file says whether it is official, cut from an official one, or our own."""
+    missing = set(parity.KINDS) - {kind_of(path) for path in SMALL} - {("evaluation", "image_metrics")}
+    assert not missing, f"tests/parity/fixtures has no file of {sorted(missing)}"
+    sizes = {path: path.stat().st_size for path in SMALL}
+    assert max(sizes.values()) < 1e6 and sum(sizes.values()) < 15e6
+    made = {path: parity.read_meta(path).get("made", "official").split(":")[0] for path in SMALL}
+    assert set(made.values()) == {"official", "cut", "own"}
+    for system in ("rectok", "fqgan", "rear", "dar", "imagefolder"):  # not our word alone
+        assert sum(made[p] != "own" for p in SMALL if kind_of(p)[0] == system) >= 4
+
+
+def test_a_file_by_formula_holds_no_weights_but_those_it_states():
+    path = parity.EMBEDDED / "dar" / "gpt_unguided.safetensors"
+    case = parity.Case.load(path)
+    shapes = json.loads(case.meta["weight_shapes"])
+    assert {name: list(value.shape) for name, value in case.weights.items()} == shapes
+    assert path.stat().st_size < 20_000 and case.options["cfg_scale"] == "1.0"
 
 
 def write(path, outputs, **meta):

@@ -29,9 +29,10 @@ from safetensors import safe_open
 from torch import Tensor
 
 from tests.parity.fields import FieldError, Fields, Known
-from tests.parity.recipe import recipe_weights
+from tests.parity.recipe import recipe_inputs, recipe_weights
 
 REPOSITORY = Path(__file__).resolve().parents[2]
+EMBEDDED = Path(__file__).resolve().parent / "fixtures"  # the small set that travels with the code, see record.py
 
 
 @dataclass
@@ -86,6 +87,7 @@ class Case:
                 getattr(case, section)[name] = file.get_tensor(key)
         if shapes := meta.get("weight_shapes"):  # weights by formula, see recipe.py and record.py
             case.weights |= recipe_weights(json.loads(shapes), int(meta.get("weight_salt", 0)))
+        case.inputs |= recipe_inputs(json.loads(meta.get("input_shapes") or "{}"))
         return case
 
     def given(self) -> dict[str, Any]:
@@ -141,7 +143,7 @@ def kind(system: str, name: str, fields: Known = Known(), judge: Callable[[Case,
 def discover() -> None:
     """Import every module of this package, so that their kinds are registered."""
     for module in pkgutil.iter_modules(__path__):
-        if module.name != "__main__":
+        if module.name not in ("__main__", "record"):
             importlib.import_module(f"{__name__}.{module.name}")
 
 
@@ -228,6 +230,11 @@ def run(path: Path) -> Outcome:
 def fixture_folder() -> Path:
     """Where fixtures lie: $TESSERA_PARITY, or `shared/parity` next to the repository."""
     return Path(os.environ.get("TESSERA_PARITY") or REPOSITORY.parent / "shared" / "parity")
+
+
+def default_folders() -> list[Path]:
+    """The set that travels with the code, and all recordings where they are at hand."""
+    return [EMBEDDED, *([fixture_folder()] if fixture_folder().is_dir() else [])]
 
 
 def find(paths: list[Path]) -> list[Path]:

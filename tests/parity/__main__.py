@@ -1,6 +1,7 @@
 """Run fixtures and print one line per file: every recorded output with its error, worst first.
 
-    python -m tests.parity                                  all of ../shared/parity (or $TESSERA_PARITY)
+    python -m tests.parity                                  the small set beside this file, and all of ../shared/parity
+                                                            (or $TESSERA_PARITY) where there is such a folder
     python -m tests.parity ../shared/parity/rectok          one folder, or files
     python -m tests.parity --known                          only files of a kind that some module handles
     python -m tests.parity --describe [KIND]                the settings that a kind (all kinds) understands
@@ -16,7 +17,7 @@ from pathlib import Path
 
 import torch
 
-from tests.parity import FIELDS, discover, find, fixture_folder, run
+from tests.parity import FIELDS, default_folders, discover, find, run
 
 
 def describe(name: str) -> int:
@@ -42,9 +43,10 @@ def main(arguments: list[str] | None = None) -> int:
 
     torch.set_num_threads(1)  # fixtures were recorded on one thread
     discover()
-    files = find(options.paths or [fixture_folder()])
+    folders = options.paths or default_folders()
+    files = find(folders)
     if not files:
-        print("no fixtures found in " + ", ".join(map(str, options.paths or [fixture_folder()])))
+        print("no fixtures found in " + ", ".join(map(str, folders)))
         return 1
     outcomes = []
     for path in files:

@@ -16,7 +16,7 @@ from core.train.optim import Schedule, make_adamw, weight_decay_at
 from generator.adapters.var import ADAPTER
 from generator.sampling import per_branch, probabilities
 from generator.var.var import VAR, Progressive
-from tests.parity import Case, kind
+from tests.parity import Case, Tolerance, kind
 from tests.parity.fields import NOTE, FieldError, notes, only, reads
 from tests.parity.imagefolder import TOKENIZER, build_tokenizer
 from tests.parity.rectok_models import below
@@ -59,7 +59,12 @@ def flat(logits: Tensor) -> Tensor:
     return logits.flatten(2)
 
 
-@kind("imagefolder", "var_train_step", PAIR | reads(
+def step_tolerance(case: Case, name: str) -> Tolerance:
+    """A step moves untouched classes by 2e-6, through the weight decay alone: that must be seen."""
+    return Tolerance(0.0, 1e-6) if name.startswith("after_step/") else case.tolerance
+
+
+@kind("imagefolder", "var_train_step", judge=step_tolerance, fields=PAIR | reads(
     "label_smooth prog_si optimizer.AdamW_betas optimizer.lr optimizer.weight_decay_D_group optimizer.grad_clip optimizer.eps")
     | only(**{"optimizer.weight_decay_ND_group": 0.0}) | notes("words", "nd_group"))
 def var_train_step(case: Case) -> dict[str, Tensor]:

@@ -1,4 +1,4 @@
-"""Weights made by the formula of the fixtures that are too large to store any."""
+"""Weights, and large inputs, made by formula where fixtures are too large to store them."""
 
 from __future__ import annotations
 
@@ -32,3 +32,13 @@ def recipe_weights(shapes: Mapping[str, Iterable[int]], salt: int = 0) -> dict[s
             value = 1 + 0.1 * noise if name.endswith("weight") else 0.05 * noise
         weights[name] = torch.from_numpy(np.asarray(value, dtype=np.float32))
     return weights
+
+
+def recipe_inputs(shapes: Mapping[str, list]) -> dict[str, Tensor]:
+    """Name -> fp32 tensor from [shape, low, high]: uniform between the two, or normal where they are null."""
+    found = {}
+    for name, (shape, low, high) in shapes.items():
+        draws = np.random.RandomState(zlib.crc32(f"input {name}".encode()))
+        values = draws.standard_normal(shape) if low is None else draws.uniform(low, high, shape)
+        found[name] = torch.from_numpy(np.asarray(values, dtype=np.float32))
+    return found
