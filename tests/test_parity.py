@@ -18,7 +18,10 @@ from tests.parity.fields import Fields, notes, only, reads
 
 parity.discover()
 SMALL = parity.find([parity.EMBEDDED])
-FILES = parity.find(parity.default_folders())
+SAME = {(path.parent.name, path.name) for path in SMALL if "made" not in parity.read_meta(path)}  # official, unchanged
+FILES = [path for path in parity.find(parity.default_folders())
+         if path in SMALL or (path.parent.name, path.name) not in SAME]
+LONG = {"full_far_b_dual_recipe"}  # 417 M parameters: 3 GB, and a minute on a busy machine
 
 
 def kind_of(path) -> tuple[str, str]:
@@ -26,7 +29,8 @@ def kind_of(path) -> tuple[str, str]:
     return meta.get("system"), meta.get("kind")
 
 
-@pytest.mark.parametrize("path", [f for f in FILES if kind_of(f) in parity.KINDS],
+@pytest.mark.parametrize("path", [pytest.param(f, marks=[pytest.mark.slow] * (f.stem in LONG)) for f in FILES
+                                  if kind_of(f) in parity.KINDS],
                          ids=lambda path: f"{'small-' if path in SMALL else ''}{path.parent.name}-{path.stem}")
 def test_fixture(path):
     outcome = parity.run(path)
