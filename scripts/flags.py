@@ -320,6 +320,7 @@ def parse(parser: argparse.ArgumentParser, program: str, arguments: Sequence[str
     if foreign:
         raise UserError(explain(arguments, [program], foreign, options))
     refuse(arguments, [program])
+    check_files(arguments)
     arrays = [word for word in arguments if word.endswith(".npz") and "=" not in word]
     if "pair" in PROGRAMS[program] and arrays == list(arguments) and len(arrays) == 2:
         raise UserError(PROGRAMS[program]["pair"].replace("$1", arrays[0]).replace("$2", arrays[1]) + ".")
@@ -390,14 +391,20 @@ def foreign_yaml(content: dict[str, Any]) -> str | None:
     return best if known[best] else None
 
 
+def check_files(words: Iterable[str]) -> None:
+    """UserError for a file that is not here but that a README of the originals names, with our name for it."""
+    for word in (word.rpartition("=")[2] for word in words):
+        ours = next((ours for theirs, ours in FILES.items() if f"/{word}".endswith(f"/{theirs}")), None)
+        if ours and "://" not in word and not any((Path(place) / word).exists() for place in ("", "pretrained_models")):
+            place = f"what bash run_download.sh {ours} fetches" if ours in _released() else ours
+            raise UserError(f"there is no {word} here; what the original keeps in a file of that name is {place}.")
+
+
 def translate(path: str, overrides: list[str]) -> tuple[str, list[str]]:
     """(config, overrides) with an original's YAML file and ImageFolder's key names replaced; ours pass unchanged."""
     from core.config import RunConfig
 
-    if not Path(path).is_file():
-        ours = next((ours for theirs, ours in FILES.items() if f"/{path}".endswith(f"/{theirs}")), None)
-        if ours:
-            raise UserError(f"there is no {path} here; what the original keeps in a file of that name is {ours}.")
+    check_files([path, *overrides])
     content = _content(Path(path))
     system = foreign_yaml(content)
     own = set(RunConfig.__dataclass_fields__) | {"base"}

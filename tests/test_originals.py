@@ -166,6 +166,11 @@ def test_every_answer_is_accepted(system, part, word, value, answer):
                 check_typed(typed, system if system != "launch" else "rectok", program)
 
 
+def test_files_are_ours():
+    for theirs, ours in flags.FILES.items():
+        assert (ROOT / ours).is_file() or ours in flags._released(), (theirs, ours)
+
+
 def shown(system: str, key: str):
     """Any value that a setting can have: the one of the recipe."""
     for name in RECIPES[system]:
@@ -203,6 +208,10 @@ COMMANDS = [
     ("sample", "--nnodes=1 --nproc_per_node=8 --rdzv-endpoint=localhost:19999 config=configs/training/generator/rear_l.yaml "
      "experiment.output_dir=rear_l experiment.generator_checkpoint=path/to/checkpoint",
      ["experiment.output_dir is written --out rear_l", "run_sample.sh path/to/checkpoint", "NPROC=N"]),
+    ("sample", "ckpt/rear_l.safetensors --tokenizer ckpt/maskgitvq.bin --labels 207 --out samples",
+     ["there is no ckpt/rear_l.safetensors here", "bash run_download.sh reAR-L.safetensors fetches."]),
+    ("pretokenize", "configs/rear/rear_b.yaml --import dataset/pretokenized/maskgitvq.jsonl --out codes",
+     ["bash run_download.sh maskgitvq.jsonl fetches."]),
     ("evaluate_generator", "VIRTUAL_imagenet256_labeled.npz rear_l.npz",
      ["run_eval_generator.sh rear_l.npz eval.reference=VIRTUAL_imagenet256_labeled.npz"]),
     # D-AR; the last is what sample_dar.sh does
@@ -232,6 +241,9 @@ COMMANDS = [
 ]
 
 
+OURS = ("--stage", "--seed", "--tokenizer", "--labels", "--out", "--import")
+
+
 @pytest.mark.parametrize("program, words, answers", COMMANDS, ids=[f"{i}-{c[0]}" for i, c in enumerate(COMMANDS)])
 def test_commands_of_the_readmes_are_answered(program, words, answers):
     """Every word of theirs in one sentence, and nothing of another system's."""
@@ -240,7 +252,7 @@ def test_commands_of_the_readmes_are_answered(program, words, answers):
     said = str(refused.value)
     assert "\n" not in said and all(answer in said for answer in answers), said
     for word in re.findall(r"--[\w-]+", words):
-        assert word in said or word in ("--stage", "--seed"), (word, said)
+        assert word in said or word in OURS, (word, said)
     assert "is a word of" not in said and "there is no option" not in said
 
 
