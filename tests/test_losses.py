@@ -376,3 +376,20 @@ def test_efficientnet_teacher_sees_content():
     assert features.isfinite().all() and same > other and features.std() > 0.05
     assert math.isclose(TEACHERS.build({"name": "efficientnet_lite0", "input_size": 64}, grid=2)(x).mean().item(),
                         features.mean().item(), rel_tol=0.3)
+
+
+def test_a_batch_that_is_not_finite_leaves_lecams_means_alone():
+    """The trainer skips such a step; the means must be those of a run that never saw it."""
+    net = DISCRIMINATORS.build({"name": "blur", "channels": 8, "stages": 2, "groups": 4}, image_size=32)
+    real, fake = pictures(seed=1), pictures(seed=2)
+    broken = torch.full_like(fake, math.nan)
+
+    def run(*batches):
+        loss = Objective(weights={"gan": 0.1}, lecam=0.5, gan_start="0step")
+        draws = Draws(0, torch.arange(len(real)))
+        return [loss.discriminator_loss(real, b, net, at(1), draws).total.item() for b in batches], loss.lecam_means
+
+    losses, means = run(fake, broken, fake)
+    plain, wanted = run(fake, fake)
+    assert math.isnan(losses[1]) and [losses[0], losses[2]] == plain
+    assert torch.equal(means, wanted) and means.isfinite().all() and (means != 0).all()

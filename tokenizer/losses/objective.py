@@ -215,9 +215,11 @@ class Objective(nn.Module):
 
     def _lecam(self, real: Tensor, fake: Tensor, decay: float = 0.999) -> Tensor:
         """Squared distance of real logits above the mean of false ones, and of false ones below that of real ones. The
-        running means begin at 0 and take this batch in first."""
+        running means begin at 0 and take this batch in first, unless it is not finite: such a step is skipped, and must
+        not stay in the means of all that follow."""
         batch = mean_over_ranks(torch.stack((real.detach().mean(), fake.detach().mean())))
-        self.lecam_means.copy_(torch.lerp(self.lecam_means, batch.float(), 1 - decay))
+        taken_in = torch.lerp(self.lecam_means, batch.float(), 1 - decay)
+        self.lecam_means.copy_(torch.where(batch.isfinite().all(), taken_in, self.lecam_means))
         mean_real, mean_fake = self.lecam_means.clone().unbind()
         return F.relu(real - mean_fake).square().mean() + F.relu(mean_real - fake).square().mean()
 
