@@ -51,7 +51,8 @@ def train_main(monkeypatch, capfd):
     return call
 
 
-def _finished(factory, config: str, *overrides: str) -> Path:
+def finished_run(factory, config: str, *overrides: str) -> Path:
+    """The folder of a training on the CPU, made by the programs' own code."""
     import assemble
 
     folder = factory.mktemp("runs")
@@ -66,12 +67,12 @@ def _tokenizer_run(tmp_path_factory) -> Path:
     import torch
 
     torch.set_num_threads(1)
-    return _finished(tmp_path_factory, TOY_TOKENIZER)
+    return finished_run(tmp_path_factory, TOY_TOKENIZER)
 
 
 @pytest.fixture(scope="session")
 def _generator_run(tmp_path_factory, _tokenizer_run) -> Path:
-    return _finished(tmp_path_factory, TOY_GENERATOR, f"tokenizer.weights={_tokenizer_run}")
+    return finished_run(tmp_path_factory, TOY_GENERATOR, f"tokenizer.weights={_tokenizer_run}")
 
 
 @pytest.fixture

@@ -23,7 +23,7 @@ from tokenizer.losses.contrastive import info_nce
 from tokenizer.losses.discriminators import PatchGAN, StyleGANDiscriminator
 from tokenizer.losses.objective import Objective
 from tokenizer.class_tokens import nearest_pixels
-from tokenizer.vq.fqgan import FQGAN, branch_names
+from tokenizer.vq.fqgan import FQGAN
 
 SURE = 1e-4  # index margin from which on an index must agree
 TEACHERS = {"dual": {"clip": "sem"}, "triple": {"dinov2_class": "sem_mid", "clip": "sem_high"}}  # teacher -> sub-codebook

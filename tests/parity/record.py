@@ -17,7 +17,6 @@ import copy
 import json
 import math
 import sys
-from pathlib import Path
 from typing import Any
 
 import torch
