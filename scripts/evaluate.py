@@ -6,7 +6,7 @@
     bash run_eval_tokenizer.sh --original ORIGINALS --reconstructed RECONSTRUCTIONS        folders or .npz files
 
 WEIGHTS: run folder, checkpoint, released file, hf://owner/repo/file or a config; URL: pictures, default
-folder://data/imagenet/val. rFID, PSNR, SSIM, LPIPS and codebook use, as eval.protocol=NAME defines them (default adm).
+folder://data/imagenet/val, or a folder of pictures, or an .npz with arr_0 of the tokenizer's size. rFID, PSNR, SSIM, LPIPS and codebook use, as eval.protocol=NAME defines them (default adm).
 The reference of rFID is the cropped originals themselves, or eval.reference=FILE with their statistics.
 Writes metrics.json, report.html and PNGs to --out. A killed job goes on where it stopped.
 

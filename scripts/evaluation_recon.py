@@ -30,7 +30,6 @@ import assemble
 import evaluation_run as run
 import measure
 import picture_sets
-from picture_sets import SourcePictures
 
 BEST_AND_WORST = 6
 CLASSES_SHOWN = 30
@@ -50,9 +49,15 @@ def check(options: argparse.Namespace, overrides: list[str]) -> None:
         return
     if options.perturb:
         Perturbation.parse(options.perturb)
+    originals(options, settings, None)
     tokenizer_section(options.weights)
-    source = picture_sets.open_source(options.url, "val")
-    run.enough(min(settings.num_images or len(source), len(source)), options.url, options)
+
+
+def originals(options: argparse.Namespace, settings: EvalConfig, size: int | None) -> Pictures:
+    """The pictures to reconstruct, cropped to `size`: a data URL, a folder, or an .npz of pictures of that size."""
+    pictures = picture_sets.open_any(options.url, size, options.workers)
+    run.enough(min(settings.num_images or len(pictures), len(pictures)), options.url, options)
+    return picture_sets.first(pictures, settings.num_images)
 
 
 def tokenizer_section(target: str) -> dict[str, Any]:
@@ -87,11 +92,11 @@ def by_tokenizer(options: argparse.Namespace, overrides: list[str], world: World
     """Reconstruct and measure."""
     settings = run.eval_settings(overrides)
     protocol = protocols.get(settings.protocol, "reconstruction")
-    source = picture_sets.open_source(options.url, "val")
-    count = run.enough(min(settings.num_images or len(source), len(source)), options.url, options)
+    check(options, overrides)  # before a network is loaded
     tokenizer, fingerprint = assemble.load_tokenizer({**tokenizer_section(options.weights), "use_ema": not options.raw})
     tokenizer.to(world.device)
-    pictures = SourcePictures(source, tokenizer.image_size, options.workers, range(count), options.url)
+    pictures = originals(options, settings, tokenizer.image_size)
+    count = len(pictures)
     net = measure.feature_net(world.device, settings.network, protocol)
     against, reference = reference_for(settings, protocol, net, pictures, world)
     bf16 = options.precision == "bf16"
@@ -146,8 +151,8 @@ def by_tokenizer(options: argparse.Namespace, overrides: list[str], world: World
         found = next(rebuild(range(index, index + 1)))
         return found.original[0], found.recon[0]
 
-    labels = torch.tensor(measure.source_labels(source)[:count])
-    tables = per_class(result, labels, source.class_names)
+    source = getattr(pictures, "source", None)  # of an .npz there is none
+    tables = per_class(result, torch.tensor(measure.source_labels(source)[:count]), source.class_names) if source else []
     return finish(
         folder,
         f"Reconstructions by {options.weights}",

@@ -80,8 +80,7 @@ def main(arguments: list[str]) -> int:
     pictures = picture_sets.open_any(
         options.url, options.size, options.workers, "train" if options.purpose == "generation" else "val"
     )
-    if options.num:
-        pictures = picture_sets.First(pictures, options.num)
+    pictures = picture_sets.first(pictures, options.num)
     if len(pictures) < 2:
         raise UserError(f"{options.url} holds {len(pictures)} picture; a covariance needs at least 2.")
     if options.check:

@@ -215,7 +215,7 @@ def codebooks_of(tokenizer: nn.Module, device: torch.device) -> Tensor:
 
 def rebuilder(
     tokenizer: nn.Module,
-    pictures: SourcePictures,
+    pictures: Pictures,
     protocol: Protocol,
     batch: int,
     device: torch.device,
@@ -302,7 +302,7 @@ def alone(device: torch.device) -> World:
 
 def reconstruction_result(
     tokenizer: nn.Module,
-    pictures: SourcePictures,
+    pictures: Pictures,
     protocol: Protocol,
     net: FeatureNet | None,
     world: World,

@@ -158,16 +158,17 @@ def same_pictures(first: Pictures, second: Pictures) -> None:
         )
 
 
+def first(pictures: Pictures, count: int | None) -> Pictures:
+    """The first `count` pictures of a set; all of them where that is 0, None or no fewer."""
+    return pictures if not count or count >= len(pictures) else First(pictures, count)
+
+
 class First:
     """The first `count` pictures of a set."""
 
     def __init__(self, pictures: Pictures, count: int):
-        self.pictures, self.count, self.name, self.size = (
-            pictures,
-            min(count, len(pictures)),
-            pictures.name,
-            pictures.size,
-        )
+        self.pictures, self.count, self.name, self.size = pictures, count, pictures.name, pictures.size
+        self.source = getattr(pictures, "source", None)
 
     def __len__(self) -> int:
         return self.count

@@ -96,6 +96,15 @@ def test_written_reconstructions_and_flat_folders(tokenizer_run, tmp_path, small
     assert kept.shape == (18, 32, 32, 3) and kept.dtype == np.uint8
     assert np.array_equal(kept, np.stack([np.asarray(Image.open(p)) for p in written]))
     measured = metrics(tmp_path / "npz")
+    arrays = np.stack([np.asarray(source[i].image) for i in range(18)])
+    np.savez(tmp_path / "val.npz", arr_0=arrays)
+    assert evaluate.main([common[0], str(tmp_path / "val.npz"), "eval.batch=5", "--out", str(tmp_path / "array")]) == 0
+    assert metrics(tmp_path / "array") == measured
+    # a reference of the first pictures is one for the first pictures
+    part = ["--num", "7", "--workers", "0"]
+    assert make_reference.main([common[1], str(tmp_path / "7.npz"), "--size", "32", *part]) == 0
+    assert evaluate.main([*common[:2], f"eval.reference={tmp_path / '7.npz'}", *part, "--out", str(tmp_path / "7")]) == 0
+    assert "rfid_7" in metrics(tmp_path / "7")
     for recon in (tmp_path / "npz" / "reconstructions.npz", tmp_path / "png" / "reconstructions"):
         words = ["--original", str(tmp_path / "flat"), "--reconstructed", str(recon), "--out", str(tmp_path / recon.suffix / "o")]
         assert evaluate.main(words) == 0
@@ -107,7 +116,7 @@ def test_written_reconstructions_and_flat_folders(tokenizer_run, tmp_path, small
     assert "18 pictures of 32 px" in capsys.readouterr().out
     values = [statistics.load(tmp_path / f"{name}.npz").moments["pool"] for name in ("flat", "reconstructions")]
     taken = [Moments.of(SmallInception()(torch.from_numpy(a).permute(0, 3, 1, 2))["pool"]) for a in (
-        np.stack([np.asarray(source[i].image) for i in range(18)]), kept)]
+        arrays, kept)]
     for (mean, covariance), wanted in zip(values, taken):
         torch.testing.assert_close(mean, wanted.mean, rtol=1e-6, atol=1e-6)
         torch.testing.assert_close(covariance, wanted.covariance)
