@@ -102,13 +102,18 @@ class Sampled(nn.Module):
     def weights(self, like: Tensor) -> Weights:
         """In the precision that a product with the parameter `like` has here."""
         dtype = activation_dtype(like)
-        made = self._weights.get((dtype, addresses(self)), lambda: Weights(self, dtype))
+
+        def make() -> Weights:
+            self._state.clear()  # it reads the weights of before
+            return Weights(self, dtype)
+
+        made = self._weights.get((dtype, addresses(self)), make)
         made.refresh()
         return made
 
-    def kept(self, weights: Weights, key: Hashable, make: Callable[[], Any]) -> Any:
-        """make(), or what it gave when it was last called with these weights and this key."""
-        return self._state.get((id(weights), key), make)
+    def kept(self, key: Hashable, make: Callable[[], Any]) -> Any:
+        """make(), or what it gave when it was last called with this key and the present `weights`."""
+        return self._state.get(key, make)
 
 
 # -- a step in few kernels: one position, rows (R, D) of samples and their unguided twins ----------------------------------

@@ -27,12 +27,14 @@ class Recordings:
 
     def __init__(self, step: Callable[[], None], cache: KVCache):
         self.step, self.cache, self.graphs = step, cache, {}
-        self.recordable = cache.static and cache.position.device.type == "cuda"
-        self.pool = torch.cuda.graph_pool_handle() if self.recordable else None  # they never run at the same time
+        self.pool = torch.cuda.graph_pool_handle() if self.records() else None  # they never run at the same time
+
+    def records(self) -> bool:
+        return self.cache.static and self.cache.position.device.type == "cuda"
 
     def __call__(self, place: int) -> None:
         self.cache.seek(place)
-        if not self.recordable:
+        if not self.records():
             return self.step()
         span = self.cache.span(place + 1)
         if span in self.graphs:

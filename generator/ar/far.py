@@ -246,7 +246,7 @@ class FAR(Sampled):
         weights = self.weights(self.norm.weight)
         key = (sampler.settings(), length, shared, None if forced is None else forced.shape, static, device)
         with no_autocast(labels):
-            decoding = self.kept(weights, key, lambda: Decoding(self, weights, sampler, length, shared, forced, static))
+            decoding = self.kept(key, lambda: Decoding(self, weights, sampler, length, shared, forced, static))
             decoding.begin(both, sampler, forced)
             decode(decoding.step, 0, length, on_codes and (lambda done: on_codes(decoding.codes[:, 1 : done + 1])))
             return decoding.codes[:, 1:].clone()

@@ -281,7 +281,7 @@ class RAR(Sampled):
             rows = torch.cat((rows, torch.full_like(rows, len(classes))))
             classes = torch.cat((classes, classes.new_full((1,), self.num_classes)))
         with no_autocast(labels):
-            decoding = self.kept(weights, (sampler.settings(), len(classes), static, device),
+            decoding = self.kept((sampler.settings(), len(classes), static, device),
                                  lambda: Decoding(self, weights, sampler, len(classes), static))
             decoding.run(both, classes, rows, sampler)
             return decoding.slots[: len(labels), 2:, None].clone()

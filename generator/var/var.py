@@ -317,7 +317,7 @@ class VAR(Sampled):
         recorded, weights = cuda_graph and cuda_graphs_work(device), self.weights(self.word_embed.weight)
         with no_autocast(labels):
             if recorded:
-                passes = self.kept(weights, (batch, guidance.active, device), lambda: Passes(
+                passes = self.kept((batch, guidance.active, device), lambda: Passes(
                     self, weights, batch, guidance.active, device,
                     functools.partial(Replayed, pool=torch.cuda.graph_pool_handle())))
             else:

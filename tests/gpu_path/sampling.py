@@ -1,0 +1,132 @@
+"""Published generators of codes, sampled on a fake GPU: what a call asks of it."""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass
+from typing import Callable
+
+import torch
+from torch import nn
+from torch._subclasses.fake_tensor import unset_fake_temporarily
+
+from core.nn.kvcache import KVCache
+from core.rng import Draws
+from core.specs import Guidance
+from generator.ar.far import FAR
+from generator.ar.gpt import GPT
+from generator.ar.rar import RAR
+from generator.var.var import VAR
+from tests.gpu_path.fake import Count, build, gpu
+from tokenizer.multiscale.imagefolder import ImageFolder
+
+SCALES = [1, 1, 2, 3, 3, 4, 5, 6, 8, 11]
+
+
+def _var() -> VAR:
+    """Narrow: it looks at numbers when it is made, and no count depends on the width."""
+    trunk = {"width": 64, "layers": 1, "heads": 1}
+    with unset_fake_temporarily(), torch.device("cpu"):
+        tokenizer = ImageFolder(image_size=256, patch_size=16, encoder=trunk, decoder=trunk, latent_grid=11,
+                                scales=SCALES, branches=2, vocab=4096, code_dim=32, pretrained=False)
+        model = VAR(depth=17, width=128, heads=2, scales=SCALES, vocab=4096)
+    model.to("cuda").bind(tokenizer.to("cuda").eval().requires_grad_(False))
+    return model
+
+
+@dataclass(frozen=True)
+class System:
+    """A generator with its published way of sampling.
+
+    Attributes:
+        step: ceiling of kernels in one decode step; of VAR, in one call.
+        recordings: ceiling in the first call.
+    """
+
+    make: Callable[[], nn.Module]
+    guidance: Guidance
+    options: dict
+    step: int
+    recordings: int = 4
+
+
+SYSTEMS = {
+    "RAR-B": System(lambda: RAR(size="b", vocab=1024), Guidance(15.0, schedule="cosine", power=2.5), {}, 400),
+    "FAR-B": System(lambda: FAR(size="b", grid=[16, 16], branches=2), Guidance(2.0), {}, 550),
+    "D-AR-L": System(lambda: GPT(size="l"), Guidance(8.0, schedule="linear", start=1.2), {}, 400),
+    "VAR-d17": System(_var, Guidance(4.25, schedule="linear", start=1.0), {"top_k": 750, "top_p": 0.95}, 3200, 11),
+}
+
+
+@dataclass
+class Report:
+    """What two equal calls of `sample` ask of a GPU.
+
+    Attributes:
+        kernels: of one recorded step, the dearest; of VAR, of a whole call without recordings.
+        recordings: in the first and the second call.
+        casts: of weights, in all recordings.
+        waits: of the host, in the second call.
+        launched: kernels that the second call starts one by one, beside its replays.
+        bytes, ideal: moved by all steps of a call; and if every matrix and every filled place of the cache were read once.
+    """
+
+    kernels: int
+    recordings: tuple[int, int]
+    casts: int
+    waits: dict
+    launched: int
+    bytes: int
+    ideal: int
+
+
+def _ideal(model: nn.Module, cache: KVCache, steps: int, head_caches: int = 0) -> int:
+    """Matrices of blocks and heads once per step, and what the cache holds by then."""
+    used = [m for name, m in model.named_modules() if isinstance(m, nn.Linear) and "adaLN_modulation" not in name]
+    matrices = sum(p.numel() for m in used for p in m.parameters())
+    repeated = sum(p.numel() for p in getattr(model, "ar_head", nn.Module()).parameters()) * head_caches
+    place = cache.memory.numel() // cache.length
+    return (steps * (matrices + repeated) + place * steps * (steps + 1) // 2) * cache.memory.element_size()
+
+
+@functools.lru_cache(None)
+def measure(name: str, batch: int = 64, precision: str = "bf16") -> Report:
+    """See Report."""
+    system, model = SYSTEMS[name], None
+    with gpu(lambda: list(model.parameters())) as graphs:
+        model = build(system.make)
+        labels = torch.zeros(batch, dtype=torch.int64, device="cuda")
+
+        def call(**more) -> Count:
+            with torch.no_grad(), torch.autocast("cuda", torch.bfloat16, enabled=precision == "bf16"):
+                with Count(list(model.parameters())) as count:
+                    model.sample(labels, Draws(0, labels), system.guidance, **system.options, **more)
+            return count
+
+        call()
+        first = len(graphs)
+        before = [graph.replays for graph in graphs]
+        second = call()
+        recordings = first, len(graphs) - first
+        casts = sum(graph.count.casts for graph in graphs)
+        if isinstance(model, VAR):
+            kernels = call(cuda_graph=False).total
+            return Report(kernels, recordings, casts, dict(second.waits), second.total, 0, 0)
+        steps = [graph.replays - done for graph, done in zip(graphs, before)]
+        state = model._state.value
+        moved = sum(graph.count.bytes * times for graph, times in zip(graphs, steps))
+        ideal = _ideal(model, state.cache, sum(steps), getattr(state, "branches", 1) - 1)
+        return Report(max(graph.count.total for graph in graphs), recordings, casts, dict(second.waits), second.total,
+                      moved, ideal)
+
+
+def table() -> str:
+    """Every system, one line each."""
+    lines = ["| system | kernels per step | recordings, first and second call | casts of weights | host waits | launched singly "
+             "in the second call | bytes, of ideal |", "|---|---|---|---|---|---|---|"]
+    for name in SYSTEMS:
+        r = measure(name)
+        share = f"{r.bytes / r.ideal:.2f}" if r.ideal else ""
+        lines.append(f"| {name} | {r.kernels} | {r.recordings[0]}, {r.recordings[1]} | {r.casts} | {sum(r.waits.values())} | "
+                     f"{r.launched} | {share} |")
+    return "\n".join(lines)
