@@ -311,6 +311,7 @@ class VAR(Sampled):
             codes (B, L, K), and the tokenizer's state after the last scale.
         """
         batch, device = len(labels), labels.device
+        guidance = guidance.mixing()
         table = guidance_scales(guidance, len(self.scales), self.branches).to(device, non_blocking=True)  # (S, K)
         if cuda_graph is None:
             cuda_graph = device.type == "cuda" and batch <= RECORDED_BATCH
