@@ -5,7 +5,8 @@
     name.safetensors                   a file in pretrained_models/
     path/to/file, work_dirs/my_run     a file, or the newest good checkpoint of a run
 
-Downloads are kept under pretrained_models/ in readable places, so that a machine without network can be fed by hand.
+Downloads are kept under pretrained_models/ in readable places, so that a machine without network can be fed by hand; what
+other programs have left in the hub's own cache is used from there.
 Loading never runs code from a file. Which keys a file holds is the business of the adapters.
 """
 
@@ -25,12 +26,14 @@ from torch import Tensor
 from core.errors import UserError, nearest
 from core.files import explain_os_errors, fsync_file, fsync_folder, human_bytes, refuse_text, require_space, sha256_file
 from core.pickles import load_pickle
+from core.released import in_hub_cache, put
 from core.train.checkpoint import MANIFEST, CheckpointStore, find_damage, read_tensors
 
 # reference -> sha256 of the released file; checked on every use.
 KNOWN_SHA256: dict[str, str] = {}
 WEIGHTS = (".safetensors", ".pt", ".pth", ".ckpt", ".bin", ".tar")  # how files of weights end
 _PIECE = 1 << 20
+_PATIENCE = 15  # seconds without any answer
 
 
 def is_offline() -> bool:
@@ -39,13 +42,15 @@ def is_offline() -> bool:
     return any(value.lower() in ("1", "true", "yes", "on") for value in values)
 
 
-def resolve(reference: str, *, sha256: str | None = None, cache: str | os.PathLike = "pretrained_models") -> Path:
+def resolve(reference: str, *, sha256: str | None = None, cache: str | os.PathLike = "pretrained_models",
+            to: Path | None = None) -> Path:
     """The file (or checkpoint folder) that `reference` stands for, downloaded first if need be.
 
     Args:
         reference: one of the forms in this file's docstring.
-        sha256: what the file must hash to. None: what KNOWN_SHA256 says, if anything.
+        sha256: what the file must hash to, or how that begins. None: what KNOWN_SHA256 says, if anything.
         cache: where downloads go and bare names are looked up.
+        to: where this download goes instead.
     """
     sha256 = sha256 or KNOWN_SHA256.get(reference)
     cache = Path(cache)
@@ -53,9 +58,9 @@ def resolve(reference: str, *, sha256: str | None = None, cache: str | os.PathLi
     if not separator:
         path = _local(reference, cache)
     elif scheme == "hf":
-        return _from_hugging_face(reference, rest, sha256, cache)
+        return _from_hugging_face(reference, rest, sha256, cache, to)
     elif scheme == "https" or (scheme == "http" and sha256):
-        return _from_web(reference, sha256, cache)
+        return _from_web(reference, sha256, cache, to)
     elif scheme == "http":
         raise UserError(f"{reference}: http:// can be altered on the way. Use https://, or give the file's sha256.")
     else:
@@ -71,7 +76,7 @@ def _check(path: Path, sha256: str | None) -> None:
         return
     with explain_os_errors(path):
         actual = sha256_file(path)
-    if actual != sha256.lower():
+    if not actual.startswith(sha256.lower()):
         raise UserError(
             f"{path}: not the expected file (sha256 {actual[:16]}..., expected {sha256.lower()[:16]}...; "
             f"{human_bytes(path.stat().st_size)}). It is damaged, cut short or another version: "
@@ -140,56 +145,98 @@ def _require_online(reference: str, url: str, target: Path) -> None:
         )
 
 
-def _from_hugging_face(reference: str, rest: str, sha256: str | None, cache: Path) -> Path:
+def _from_hugging_face(reference: str, rest: str, sha256: str | None, cache: Path, to: Path | None) -> Path:
     parts = rest.split("/")
     if len(parts) < 3 or any(part in ("", ".", "..") for part in parts):
         raise UserError(f'"{reference}" should read hf://owner/repository/path/of/file.')
     owner, (name, _, revision), filename = parts[0], parts[1].partition("@"), "/".join(parts[2:])
     repository, revision = f"{owner}/{name}", revision or "main"
     folder = cache / owner / parts[1]
-    target = folder / filename
+    target = to or folder / filename
     if not target.exists():
-        url = f"https://huggingface.co/{repository}/resolve/{revision}/{filename}"
-        _require_online(reference, url, target)
-        try:
-            from huggingface_hub import hf_hub_download
-            from huggingface_hub.errors import EntryNotFoundError
-        except ImportError as error:
-            raise UserError(f"{reference} needs a library: pip install huggingface_hub") from error
-        try:
-            with explain_os_errors(target):
-                hf_hub_download(repository, filename, revision=revision, local_dir=folder)
-        except UserError:
-            raise
-        except EntryNotFoundError as error:
-            hint = _near_remote(repository, revision, filename)
-            raise UserError(f"{repository} has no file {filename}.{hint}") from error
-        except Exception as error:  # any of the library's, of its HTTP client's or of the network
-            reason = (str(error).strip().splitlines() or ["no reason given"])[0]
-            raise UserError(
-                f"{reference} could not be downloaded ({type(error).__name__}: {reason}). "
-                f"Check the name and the network, or download {url} by hand and copy it to {target}."
-            ) from error
+        if cached := in_hub_cache(repository, filename, revision):
+            if to:
+                put(cached, to)
+            else:
+                target = cached
+        else:
+            _ask_hugging_face(reference, repository, revision, filename, folder, target)
     _check(target, sha256)
     return target
 
 
-def _near_remote(repository: str, revision: str, filename: str) -> str:
+def _ask_hugging_face(reference: str, repository: str, revision: str, filename: str, folder: Path, target: Path) -> None:
+    """Download into `target` through `folder`; UserError in one sentence, at once, where that cannot be."""
+    endpoint = os.environ.get("HF_ENDPOINT", "https://huggingface.co").rstrip("/")
+    url = f"{endpoint}/{repository}/resolve/{revision}/{filename}"
+    _require_online(reference, url, target)
+    try:
+        import huggingface_hub
+    except ImportError as error:
+        raise UserError(f"{reference} needs a library: pip install huggingface_hub") from error
+    try:
+        # Asked first, because the download itself tries again and again where there is no network.
+        huggingface_hub.get_hf_file_metadata(url, timeout=_PATIENCE)
+        with explain_os_errors(target):
+            huggingface_hub.hf_hub_download(repository, filename, revision=revision, local_dir=folder, endpoint=endpoint)
+    except UserError:
+        raise
+    except Exception as error:  # any of the library's, of its HTTP client's or of the network
+        hint = _near_remote(repository, revision, filename, endpoint) if _status(error)[1] == "EntryNotFound" else ""
+        raise UserError(f"{reference} could not be downloaded: {_reason(error, repository, revision, filename)}{hint or ','} "
+                        f"or download {url} by hand and copy it to {target}.") from error
+    if target != folder / filename:
+        put(folder / filename, target)
+
+
+def _status(error: BaseException) -> tuple[int | None, str]:
+    """(HTTP status, the hub's own word for it) behind an error; (None, "") where there was no answer."""
+    response = getattr(error, "response", None)
+    code = getattr(error, "code", None) if response is None else response.status_code
+    headers = getattr(response, "headers", None) or {}
+    return (code if isinstance(code, int) else None), headers.get("X-Error-Code", "")
+
+
+def _reason(error: BaseException, repository: str = "", revision: str = "", filename: str = "") -> str:
+    """Why a download failed and what helps, as a sentence without its full stop."""
+    code, word = _status(error)
+    page = f"https://huggingface.co/{repository}"
+    if word == "GatedRepo":
+        return (f"its licence must be accepted first ({code}): log in at {page} and accept it, then run `hf auth login` (or set "
+                "HF_TOKEN) and the same command again")
+    if word == "EntryNotFound":
+        return f"{repository} has no file {filename}"
+    if word == "RevisionNotFound":
+        return f"{repository} has no revision {revision}"
+    if code in (401, 403) and repository:
+        return (f"there is no public repository {repository}, or it does not let you in ({code}): check the name, log in with "
+                f"`hf auth login` and, where {page} shows a licence, accept it")
+    if code == 404:
+        return f"there is no such {'repository' if repository else 'file'} (404): check the address"
+    if code == 429:
+        return "too many requests came from here (429): log in with `hf auth login`, or wait a while"
+    if code is not None:
+        return f"the server answered {code}: try again later"
+    said = (str(error).strip().splitlines() or ["no reason given"])[0]
+    return f"no answer, is there a network? ({type(error).__name__}: {said}) Check it"
+
+
+def _near_remote(repository: str, revision: str, filename: str, endpoint: str) -> str:
     """A hint from the repository's list of files; empty when that cannot be had, for the hint is not the point."""
     from huggingface_hub import HfApi
 
     try:
-        return nearest(filename, HfApi().list_repo_files(repository, revision=revision))
+        return f".{nearest(filename, HfApi(endpoint=endpoint).list_repo_files(repository, revision=revision))} Take that,"
     except Exception:
         return ""
 
 
-def _from_web(url: str, sha256: str | None, cache: Path) -> Path:
+def _from_web(url: str, sha256: str | None, cache: Path, to: Path | None) -> Path:
     parsed = urllib.parse.urlparse(url)
     parts = [parsed.netloc, *urllib.parse.unquote(parsed.path).strip("/").split("/")]
     if len(parts) < 2 or any(part in ("", ".", "..") for part in parts):
         raise UserError(f'"{url}" does not name a file.')
-    target = cache.joinpath(*parts)
+    target = to or cache.joinpath(*parts)
     if not target.exists():
         _require_online(url, url, target)
         _download(url, sha256, target)
@@ -207,7 +254,7 @@ def _download(url: str, sha256: str | None, target: Path) -> None:
     try:
         try:
             # An URLError is an OSError too: only what happens to our file is explained as such.
-            with urllib.request.urlopen(url, timeout=60) as response, open(part, "wb") as file:
+            with urllib.request.urlopen(url, timeout=_PATIENCE) as response, open(part, "wb") as file:
                 expected = response.headers.get("Content-Length")
                 require_space(target.parent, int(expected or 0))
                 while piece := response.read(_PIECE):
@@ -217,12 +264,11 @@ def _download(url: str, sha256: str | None, target: Path) -> None:
                     received += len(piece)
         except OSError as error:
             raise UserError(
-                f"{url} could not be downloaded ({error}). Check the address and the network, "
-                f"or download it by hand and copy it to {target}."
+                f"{url} could not be downloaded: {_reason(error)}, or download it by hand and copy it to {target}."
             ) from error
         if expected is not None and received != int(expected):
             raise UserError(f"{url}: the connection broke after {received} of {expected} bytes. Try again.")
-        if sha256 is not None and digest.hexdigest() != sha256.lower():
+        if sha256 is not None and not digest.hexdigest().startswith(sha256.lower()):
             raise UserError(
                 f"{url}: not the expected file (sha256 {digest.hexdigest()[:16]}..., "
                 f"expected {sha256.lower()[:16]}...). It was changed at its source; nothing was kept."

@@ -1,4 +1,4 @@
-"""What a launcher told this process: which rank it is. Only the standard library: it is read before torch.
+"""What a launcher told this process: which rank it is, and from accelerate how to train. Only the standard library.
 
 run_*.sh, torchrun and `accelerate launch` say it in the environment. An empty variable is one that is not set.
 """
@@ -46,6 +46,54 @@ def ranks() -> Ranks:
     reason = f"{' and '.join(missing)} not set" if missing else "not a rank among that many"
     raise UserError(f"{shown} in the environment, but {reason}: leftovers of another launcher? For one process: unset "
                     "RANK WORLD_SIZE LOCAL_RANK. For several, let run_*.sh, torchrun or accelerate launch start them.")
+
+
+# What accelerate's config can ask for that is not done here: variable, values that ask for nothing, what to use instead.
+_NOT_TAKEN = (
+    ("ACCELERATE_USE_DEEPSPEED", ("false",), "DeepSpeed: use FSDP (distributed_type: FSDP, or train.parallel=fsdp)"),
+    ("ACCELERATE_USE_MEGATRON_LM", ("false",), "Megatron-LM: use FSDP (distributed_type: FSDP, or train.parallel=fsdp)"),
+    ("ACCELERATE_USE_PARALLELISM_CONFIG", ("false",), "tensor, context and sequence parallelism: use FSDP alone"),
+    ("FSDP_OFFLOAD_PARAMS", ("false",), "FSDP's offloading to the CPU (fsdp_offload_params): use more GPUs, or "
+                                        "train.activation_checkpointing=true"),
+    ("ACCELERATE_DYNAMO_BACKEND", ("no", "inductor"), "this dynamo_backend: inductor is the one (train.compile=true)"),
+)
+_PRECISIONS = {"no": "fp32", "fp32": "fp32", "bf16": "bf16"}
+_SHARDINGS = {"1": "fsdp", "FULL_SHARD": "fsdp", "3": "ddp", "NO_SHARD": "ddp"}  # of FSDP's first version; the second has one
+
+
+def asked_by_accelerate() -> list[str]:
+    """Settings that the config of `accelerate launch` amounts to, as key=value; UserError for what it cannot have here.
+
+    Nothing where run_*.sh start the ranks, through whichever launcher: there the command line is all that counts.
+    """
+    if not _value("ACCELERATE_MIXED_PRECISION") or os.environ.get("TESSERA_EXIT_FILE"):
+        return []
+
+    def is_set(name: str) -> bool:
+        return _value(name).lower() in ("true", "1", "yes")
+
+    for variable, nothing, advice in _NOT_TAKEN:
+        if _value(variable) and _value(variable).lower() not in nothing:
+            raise UserError(f"accelerate's config asks for what is not taken from it, {advice}.")
+    precision = _value("ACCELERATE_MIXED_PRECISION")
+    if precision not in _PRECISIONS:
+        raise UserError(f"accelerate's config asks for mixed_precision {precision}, which is not taken: use bf16, or no.")
+    if _value("MASTER_ADDR") and not _value("WORLD_SIZE"):
+        raise UserError("accelerate was asked for several processes, but starts only one this way (CPUs without mpirun): use "
+                        "--multi_gpu with train.device=cpu, or NPROC=2 bash run_train_tokenizer.sh CONFIG.")
+    settings = [f"train.precision={_PRECISIONS[precision]}"]
+    if is_set("ACCELERATE_USE_FSDP"):
+        sharding = "FULL_SHARD" if _value("FSDP_VERSION") == "2" else _value("FSDP_SHARDING_STRATEGY") or "FULL_SHARD"
+        if sharding not in _SHARDINGS:
+            raise UserError(f"accelerate's config asks for fsdp_sharding_strategy {sharding}, which is not taken: use FULL_SHARD.")
+        settings.append(f"train.parallel={_SHARDINGS[sharding]}")
+        if is_set("FSDP_ACTIVATION_CHECKPOINTING"):
+            settings.append("train.activation_checkpointing=true")
+    if _value("ACCELERATE_DYNAMO_BACKEND").lower() == "inductor":
+        settings.append("train.compile=true")
+    if is_set("ACCELERATE_USE_CPU"):
+        settings.append("train.device=cpu")
+    return settings
 
 
 def _value(name: str) -> str:

@@ -22,13 +22,12 @@ from torch import Tensor, nn
 
 from core.errors import UserError, nearest
 from core.files import sha256_file
-from core.hub import is_offline, resolve
-from core.nn.offline import find_local_file
+from core.hub import resolve
 from core.pickles import load_pickle
+from core.released import helper
 from evaluation.features import FeatureNet
 
 WEIGHTS_FILE = "weights-inception-2015-12-05-6726825d.pth"
-_ALIASES = (WEIGHTS_FILE, "pt_inception-2015-12-05-6726825d.pth")  # pytorch-fid's name for the same bytes
 WEIGHTS_SHA256 = "6726825d"  # first digits
 SIZE, SPATIAL_CHANNELS = 299, 7
 DIMS = {"pool": 2048, "spatial": 17 * 17 * SPATIAL_CHANNELS, "logits": 1008, "64": 64, "192": 192, "768": 768}
@@ -256,8 +255,8 @@ class Inception(FeatureNet):
     """FID's network.
 
     Args:
-        weights: a file (.pth or .safetensors), an hf:// or https:// address, or a state dict. None: WEIGHTS_FILE in
-            pretrained_models/, else torch's cache, else torch-fidelity's library downloads it.
+        weights: a file (.pth or .safetensors), an hf:// or https:// address, or a state dict. None: the published
+            file, see core/nn/helpers.toml.
         taps: which features to return; see this file's docstring.
         preprocess: "tf1", or "pytorch_fid" for that package's resize and scale, which give other numbers.
         dtype: torch.float64 runs the network itself in double precision (reAR's evaluator); resizing stays float32.
@@ -327,35 +326,11 @@ def load_inception_weights(weights: str | Path | Mapping[str, Tensor] | None) ->
         path = resolve(str(weights))
         tensors = load_file(path) if path.suffix == ".safetensors" else load_pickle(path)
         return tensors, sha256_file(path)
-    for name in _ALIASES:
-        if path := find_local_file(name):
-            digest = sha256_file(path)
-            if not digest.startswith(WEIGHTS_SHA256):
-                raise UserError(
-                    f"{path} is not the published file: its sha256 is {digest[:8]}..., expected {WEIGHTS_SHA256}... "
-                    "It is damaged or another network; delete it and get it again, or name a file of your own by path."
-                )
-            return load_pickle(path), digest
-    return _downloaded(), WEIGHTS_SHA256
-
-
-def _downloaded() -> dict[str, Tensor]:
-    """Through torch-fidelity, which knows the address; kept in torch's cache."""
-    advice = (
-        f"Put {WEIGHTS_FILE} (sha256 {WEIGHTS_SHA256}...) into pretrained_models/, or give its path. "
-        "It is a release file of github.com/toshas/torch-fidelity (v0.2.0)."
-    )
-    try:
-        from torch_fidelity import feature_extractor_inceptionv3 as library
-    except ImportError as error:
-        raise UserError(f"FID's network is not on this machine. {advice} Or: pip install torch-fidelity") from error
-    cached = Path(torch.hub.get_dir()) / "checkpoints" / WEIGHTS_FILE
-    if is_offline() and not cached.exists():
-        raise UserError(f"FID's network is not on this machine and downloads are switched off. {advice}")
-    try:
-        return library.load_state_dict_from_url(
-            library.URL_INCEPTION_V3, map_location="cpu", progress=False, check_hash=True, weights_only=True
+    path = helper(WEIGHTS_FILE).get()
+    digest = sha256_file(path)
+    if not digest.startswith(WEIGHTS_SHA256):
+        raise UserError(
+            f"{path} is not the published file: its sha256 is {digest[:8]}..., expected {WEIGHTS_SHA256}... "
+            "It is damaged or another network; delete it and get it again, or name a file of your own by path."
         )
-    except Exception as error:  # of the network, of the file system, or a wrong hash
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise UserError(f"FID's network could not be downloaded ({reason}). {advice}") from error
+    return load_pickle(path), digest

@@ -300,13 +300,19 @@ def looked_at(config: RunConfig) -> DataSource | None:
 
 
 def check_inputs(config: RunConfig) -> None:
-    """Everything that can be wrong outside the config file, found without loading a network."""
+    """Everything that can be wrong outside the config file, found without loading a network and told together."""
+    import needs
+
     dist.pick_device(config.train.device)
-    open_train(config)
-    looked_at(config)
-    for reference in (config.tokenizer.get("weights"), config.train.init_from, config.sample.guide):
-        if reference:
-            hub.resolve(reference)
+    missing = needs.lacking(config)
+    try:
+        open_train(config)
+        looked_at(config)
+    except UserError as error:
+        if not missing:
+            raise
+        missing.append(f"data: {error}")
+    needs.refuse(config, missing)
 
 
 def compute_once(config: RunConfig, label: str, network: nn.Module, world: dist.World, log: Callable[[str], None],

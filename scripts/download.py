@@ -4,63 +4,32 @@
   download.py --list                     every known file, with its size and whether it is here
   download.py rectok                     what the README of that system needs
   download.py rectok --all               optional files too
+  download.py auxiliary                  teachers, perceptual losses, Inception: networks of others that recipes look through
   download.py ditdhxl_epoch_0599.pth     one file
 
 Weights go to pretrained_models/, statistics to data/fid_stats/, tokens to data/tokens/. Files that are here are kept.
-Without network, copy files there by hand: names and addresses are in --list and scripts/released.toml.
+Without network, copy files there by hand: names and addresses are in --list, scripts/released.toml
+and core/nn/helpers.toml. offline_models.zip is unpacked into offline_models/.
 """
 
 import _root  # noqa: F401
 import argparse
 import os
 import shutil
-import tomllib
-from dataclasses import dataclass
+import stat
+import zipfile
+import zlib
 from pathlib import Path
 
-from core import cli
+from core import cli, released
+from core.released import Released
 
 TABLE = Path(__file__).with_name("released.toml")
 
 
-@dataclass(frozen=True)
-class Released:
-    """One file that its authors offer."""
-
-    system: str
-    name: str
-    about: str
-    repo: str | None = None
-    url: str | None = None
-    path: str | None = None
-    to: str = "pretrained_models"
-    bytes: int | None = None
-    at_least: int = 0
-    default: bool = True
-
-    @property
-    def reference(self) -> str:
-        """What core.hub.resolve fetches."""
-        return self.url or f"hf://{self.repo}/{self.path or self.name}"
-
-    @property
-    def place(self) -> Path:
-        return Path(self.to) / self.name
-
-    def size_problem(self, size: int) -> str | None:
-        """A sentence when a file of `size` bytes cannot be this one."""
-        from core.files import human_bytes
-
-        if self.bytes is not None and size != self.bytes:
-            return f"has {size:,} bytes instead of {self.bytes:,}"
-        if size < self.at_least:
-            return f"has only {human_bytes(size)}; at least {human_bytes(self.at_least)} were expected"
-        return None
-
-
 def table() -> list[Released]:
-    systems = tomllib.loads(TABLE.read_text(encoding="utf-8"))
-    return [Released(system, name, **entry) for system, files in systems.items() for name, entry in files.items()]
+    """Everything that can be fetched: the systems' own files, then the networks that they look through."""
+    return released.read(TABLE) + list(released.helpers())
 
 
 def choose(words: list[str], everything: bool) -> list[Released]:
@@ -69,7 +38,8 @@ def choose(words: list[str], everything: bool) -> list[Released]:
 
     known, chosen = table(), []
     for word in words:
-        of_system = [f for f in known if f.system == word.lower()]
+        word = word.lower() if word.lower() in {f.system for f in known} else word
+        of_system = [f for f in known if f.system == word or f.system == "auxiliary" and word == "evaluation" in f.systems]
         if of_system:
             chosen += [f for f in of_system if f.default or everything]
         elif by_name := [f for f in known if word in (f.name, f.reference)]:
@@ -84,29 +54,60 @@ def choose(words: list[str], everything: bool) -> list[Released]:
 
 def fetch(file: Released) -> str:
     """Download unless it is here; returns what happened. UserError when it cannot be had or is not whole."""
-    from core import hub
     from core.errors import UserError
-    from core.files import explain_os_errors, human_bytes
+    from core.files import human_bytes
 
-    if file.place.is_file():
-        if problem := file.size_problem(file.place.stat().st_size):
-            raise UserError(f"{file.place} {problem}: it is damaged, cut short or another version. Delete it and run again.")
-        return f"here     {file.place}"
-    source = hub.resolve(file.reference)
-    if problem := file.size_problem(source.stat().st_size):
-        raise UserError(f"{source} {problem}: it is damaged, cut short or another version. Delete it and run again.")
-    with explain_os_errors(file.place):
-        file.place.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            os.link(source, file.place)  # one copy on disk, two names
-        except OSError:  # other disks, or a file system without links
-            temporary = file.place.with_name(f".{file.place.name}.{os.getpid()}.tmp")
+    if file.unpack and Path(file.unpack).is_dir():
+        return f"here     {file.unpack}/"
+    if here := file.found():
+        if problem := file.size_problem(here.stat().st_size):
+            raise UserError(f"{here} {problem}: it is damaged, cut short or another version. Delete it and run again.")
+        if here != file.place and not file.systems:  # helpers are found wherever they are, other files by place
+            released.put(here, file.place)
+        said = f"here     {here}"
+    else:
+        said = f"fetched  {file.fetch()} ({human_bytes(file.place.stat().st_size)})"
+    if file.unpack:
+        said += f"\nunpacked {file.unpack}/ ({unpack(file.place, Path(file.unpack))} files)"
+        file.place.unlink()
+    return said
+
+
+def unpack(archive: Path, folder: Path) -> int:
+    """Put the files of a zip below `folder`, which appears whole, and count them. Names that lead elsewhere are refused.
+
+    An archive whose files all lie in a folder of that name, and one without it, give the same.
+    """
+    from core.errors import UserError
+    from core.files import explain_os_errors, require_space
+
+    try:
+        with zipfile.ZipFile(archive) as source, explain_os_errors(folder):
+            files = [entry for entry in source.infolist() if not entry.is_dir() and not _is_litter(entry.filename)]
+            for entry in files:
+                is_link = stat.S_ISLNK(entry.external_attr >> 16)
+                parts = entry.filename.replace("\\", "/").split("/")
+                if is_link or ".." in parts or parts[0] in ("", "~") or ":" in parts[0]:
+                    raise UserError(f"{archive}: {entry.filename} would be written outside of {folder}; nothing was unpacked.")
+            require_space(folder.parent, sum(entry.file_size for entry in files))
+            prefix = f"{folder.name}/" if all(e.filename.startswith(f"{folder.name}/") for e in files) else ""
+            temporary = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
             try:
-                shutil.copyfile(source, temporary)
-                os.replace(temporary, file.place)
+                for entry in files:
+                    place = temporary / entry.filename.removeprefix(prefix)
+                    place.parent.mkdir(parents=True, exist_ok=True)
+                    with source.open(entry) as packed, open(place, "wb") as file:  # checks the CRC at the end
+                        shutil.copyfileobj(packed, file)
+                os.rename(temporary, folder)
             finally:
-                temporary.unlink(missing_ok=True)
-    return f"fetched  {file.place} ({human_bytes(source.stat().st_size)})"
+                shutil.rmtree(temporary, ignore_errors=True)
+    except (zipfile.BadZipFile, zlib.error, EOFError) as error:
+        raise UserError(f"{archive}: not a whole zip archive ({error}). Delete it and run again.") from error
+    return len(files)
+
+
+def _is_litter(name: str) -> bool:
+    return name.startswith("__MACOSX/") or name.endswith(".DS_Store")
 
 
 def listing(files: list[Released]) -> str:
@@ -115,8 +116,9 @@ def listing(files: list[Released]) -> str:
     lines = []
     for file in files:
         size = human_bytes(file.bytes) if file.bytes else f"> {human_bytes(file.at_least)}"
-        state = "here" if file.place.is_file() else ("" if file.default else "optional")
-        lines.append(f"{file.system:<12} {str(file.place):<60} {size:>12}  {state:<8}  {file.about}  [{file.reference}]")
+        state = "here" if file.found() else ("" if file.default else "optional")
+        about = file.about + (f"; {file.licence}" if file.licence else "")
+        lines.append(f"{file.system:<12} {str(file.place):<60} {size:>12}  {state:<8}  {about}  [{file.reference}]")
     return "\n".join(lines)
 
 
@@ -139,7 +141,7 @@ def main(arguments: list[str]) -> int:
     files = choose(options.what, options.all)
     if options.dry_run:
         for file in files:
-            print(f"{'here' if file.place.is_file() else 'would fetch':<12} {file.reference} -> {file.place}")
+            print(f"{'here' if file.found() else 'would fetch':<12} {file.reference} -> {file.place}")
         return 0
     failures = []
     for file in files:

@@ -14,7 +14,7 @@ from core.config import EvalConfig, RunConfig
 from core.dist import World
 from core.errors import UserError
 from core.images import grid, to_model_range, to_uint8, to_unit_range
-from core.nn.offline import find_local_file
+from core.released import helper
 from core.rng import Draws, hash64, permutation
 from core.specs import Codes, DataSource, MultiScale
 from data.base import require_labels, require_order
@@ -66,16 +66,12 @@ def feature_net(
 
 def inception_is_here() -> bool:
     """Whether FID's network can be loaded without a download."""
-    return _is_here(WEIGHTS_FILE)
+    return helper(WEIGHTS_FILE).found() is not None
 
 
 def vgg_is_here() -> bool:
     """The same for LPIPS."""
-    return _is_here("vgg16-397923af.pth")
-
-
-def _is_here(name: str) -> bool:
-    return find_local_file(name) is not None or (Path(torch.hub.get_dir()) / "checkpoints" / name).is_file()
+    return helper("vgg16-397923af.pth").found() is not None
 
 
 def find_reference(name: str | None) -> Path | None:

@@ -8,7 +8,7 @@ Config -> task -> Trainer. This file only puts the pieces together; the loop is 
 
 import _root  # noqa: F401
 
-from core import cli
+from core import cli, launch
 from core.errors import UserError
 
 USAGE = """usage: train.py CONFIG [key=value ...] [--check] [--dry-run] [--help]
@@ -16,7 +16,7 @@ USAGE = """usage: train.py CONFIG [key=value ...] [--check] [--dry-run] [--help]
   train.py configs/rectok/tokenizer.yaml                          start, or continue where it stopped
   train.py configs/rectok/tokenizer.yaml train.global_batch=256   any setting can be overridden
   train.py configs/rectok/ditdh_xl.yaml --dry-run                 parameters, FLOPs and memory, then stop
-  train.py configs/rectok/ditdh_xl.yaml --check                   only look for mistakes in the config
+  train.py configs/rectok/ditdh_xl.yaml --check                   look for mistakes and for missing files, then stop
 
 Exit codes: 0 done, 2 a mistake you can fix, 75 stopped on request or by time limit (run the same again to continue).
 """
@@ -42,19 +42,27 @@ def main(arguments: list[str]) -> int:
         raise UserError(flags.explain(named, flags.tasks_of(named, *stages), options=("--check", "--dry-run", "--help")))
     flags.refuse(words)
     path, overrides = surface.resolve(stages[0], words) if stages else (words[0], words[1:])
+    given = {o.partition("=")[0] for o in overrides}
+    asked = [setting for setting in launch.asked_by_accelerate() if setting.partition("=")[0] not in given]
+    if asked and launch.speaks():
+        print(f"accelerate's config sets {' '.join(asked)}; the same key behind CONFIG overrules it.")
     import assemble
 
-    config = assemble.load_config(path, overrides)
+    config = assemble.load_config(path, asked + overrides)
     if "--check" in modes:
         import estimate
+        import needs
 
         assemble.check_inputs(config)
         estimate.check_networks(config)
+        print(needs.report(config))
         return 0
     if "--dry-run" in modes:
         import estimate
+        import needs
 
         print(estimate.describe(config))
+        print(needs.report(config))
         return 0
     return assemble.train(config)
 

@@ -90,21 +90,3 @@ def test_export_says_what_its_layout_does_not(runs, tmp_path, capsys):
         assert ", averaged weights." in said and "lecam_means" in said
     assert convert.main(["--describe", str(tmp_path / "out.bin")]) == 1
     assert "read from \n" not in capsys.readouterr().out
-
-
-@pytest.mark.parametrize("make", ["lpips", "dino"])
-def test_offline_nothing_is_downloaded(make, monkeypatch, tmp_path):
-    from core.nn import lpips
-    from tokenizer.losses import dino_discriminator
-
-    def forbidden(*_, **__):
-        raise AssertionError("a download")
-
-    monkeypatch.setenv("TESSERA_OFFLINE", "1")
-    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
-    monkeypatch.setattr(torch.hub, "load_state_dict_from_url", forbidden)
-    monkeypatch.setattr("torchvision.models._api.load_state_dict_from_url", forbidden)
-    for module in (lpips, dino_discriminator):
-        monkeypatch.setattr(module, "find_local_file", lambda name: None)
-    with pytest.raises(UserError, match="downloads are switched off.*pretrained_models"):
-        lpips._vgg16_weights(5) if make == "lpips" else dino_discriminator._backbone_weights(None)

@@ -116,34 +116,6 @@ def test_malformed_addresses(reference):
         hub.resolve(reference)
 
 
-def test_hugging_face_errors_are_explained(tmp_path, monkeypatch):
-    import huggingface_hub
-    from huggingface_hub.errors import EntryNotFoundError
-
-    def fails(error):
-        def download(*_, **__):
-            raise error
-
-        monkeypatch.setattr(huggingface_hub, "hf_hub_download", download)
-
-    missing = EntryNotFoundError.__new__(EntryNotFoundError)
-    fails(missing)
-    monkeypatch.setattr(huggingface_hub.HfApi, "list_repo_files", lambda self, *_, **__: ["model.pt", "README.md"])
-    with pytest.raises(UserError, match='o/r has no file modell.pt. Did you mean "model.pt"'):
-        hub.resolve("hf://o/r@v1/modell.pt")
-    fails(ConnectionError("no route\nmore"))
-    with pytest.raises(UserError, match=r"ConnectionError: no route\). .*huggingface.co/o/r/resolve/v1/m.pt"):
-        hub.resolve("hf://o/r@v1/m.pt")
-
-    def download(repository, filename, revision, local_dir):
-        (local_dir / filename).parent.mkdir(parents=True)
-        (local_dir / filename).write_text(f"{repository} {revision}")
-
-    monkeypatch.setattr(huggingface_hub, "hf_hub_download", download)
-    assert hub.resolve("hf://o/r@v1/m.pt").read_text() == "o/r v1"
-    assert hub.resolve("hf://o/r@v1/m.pt") == hub.Path("pretrained_models/o/r@v1/m.pt")
-
-
 class Handler(http.server.BaseHTTPRequestHandler):
     body = bytes(range(256)) * 9000
 

@@ -75,6 +75,87 @@ def test_asked_to_stop(tmp_path, launcher):
     assert f"stopped at step {step} " in (folder / "log.txt").read_text()
 
 
+def launched_by(module: str, *words: object) -> subprocess.CompletedProcess:
+    """scripts/train.py under a launcher itself, without run_*.sh."""
+    done = subprocess.run([sys.executable, "-m", module, *map(str, words)], cwd=ROOT, text=True, capture_output=True, timeout=600,
+                          env={**os.environ, "OMP_NUM_THREADS": "1"})
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done
+
+
+def test_torchrun_itself(tmp_path):
+    done = launched_by("torch.distributed.run", "--nproc-per-node", 2, "--standalone", "scripts/train.py",
+                       *toy(tmp_path, "train.duration=1step"))
+    assert done.stdout.count("1 steps of 8 on 2 x cpu") == 1
+
+
+def test_accelerate_itself(tmp_path, tokenizer_run):
+    """Processes, precision and sharding are those of its config; what stands behind CONFIG wins."""
+    (tmp_path / "accelerate.yaml").write_text("""
+compute_environment: LOCAL_MACHINE
+distributed_type: FSDP
+fsdp_config: {fsdp_sharding_strategy: FULL_SHARD, fsdp_offload_params: false, fsdp_auto_wrap_policy: NO_WRAP}
+machine_rank: 0
+main_process_port: 0
+mixed_precision: bf16
+num_machines: 1
+num_processes: 2
+""")
+    done = launched_by("accelerate.commands.launch", "--config_file", tmp_path / "accelerate.yaml", "scripts/train.py", TOY_GENERATOR,
+                       f"work_dir={tmp_path}", f"data.cache_dir={tmp_path}/cache", f"tokenizer.weights={tokenizer_run}",
+                       "train.device=cpu", "train.duration=1step", "train.preview_every=never")
+    assert done.stdout.count("accelerate's config sets train.precision=bf16 train.parallel=fsdp") == 1
+    assert "1 steps of 8 on 2 x cpu" in done.stdout
+    config = (tmp_path / "toy_rectok_generator" / "config.yaml").read_text()
+    assert "precision: bf16" in config and "parallel: fsdp" in config
+
+
+ACCELERATE = {"ACCELERATE_MIXED_PRECISION": "no", "ACCELERATE_DYNAMO_BACKEND": "NO"}
+FSDP = {**ACCELERATE, "ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "1", "FSDP_SHARDING_STRATEGY": "FULL_SHARD",
+        "FSDP_OFFLOAD_PARAMS": "false", "FSDP_ACTIVATION_CHECKPOINTING": "false"}
+
+
+@pytest.mark.parametrize(("environment", "settings"), [
+    ({}, []), (ACCELERATE, ["train.precision=fp32"]),
+    ({**ACCELERATE, "TESSERA_EXIT_FILE": "x"}, []),  # LAUNCHER=accelerate of run_*.sh
+    ({**ACCELERATE, "ACCELERATE_MIXED_PRECISION": "bf16", "ACCELERATE_USE_CPU": "True"},
+     ["train.precision=bf16", "train.device=cpu"]),
+    ({**ACCELERATE, "ACCELERATE_DYNAMO_BACKEND": "INDUCTOR"}, ["train.precision=fp32", "train.compile=true"]),
+    (FSDP, ["train.precision=fp32", "train.parallel=fsdp"]),
+    ({**FSDP, "FSDP_SHARDING_STRATEGY": "1"}, ["train.precision=fp32", "train.parallel=fsdp"]),
+    ({**FSDP, "FSDP_SHARDING_STRATEGY": "NO_SHARD"}, ["train.precision=fp32", "train.parallel=ddp"]),
+    ({**FSDP, "FSDP_VERSION": "2", "FSDP_SHARDING_STRATEGY": "None", "FSDP_ACTIVATION_CHECKPOINTING": "true"},
+     ["train.precision=fp32", "train.parallel=fsdp", "train.activation_checkpointing=true"]),
+])
+def test_what_accelerate_asks_for(environment, settings, monkeypatch):
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    assert launch.asked_by_accelerate() == settings
+
+
+@pytest.mark.parametrize(("environment", "sentence"), [
+    ({"ACCELERATE_MIXED_PRECISION": "fp16"}, "mixed_precision fp16, which is not taken: use bf16"),
+    ({"ACCELERATE_MIXED_PRECISION": "fp8"}, "mixed_precision fp8, which is not taken"),
+    ({"ACCELERATE_USE_DEEPSPEED": "true"}, "DeepSpeed: use FSDP"), ({"ACCELERATE_USE_MEGATRON_LM": "true"}, "Megatron-LM"),
+    ({"ACCELERATE_DYNAMO_BACKEND": "ONNXRT"}, "dynamo_backend: inductor is the one"),
+    ({**FSDP, "FSDP_OFFLOAD_PARAMS": "true"}, "fsdp_offload_params"),
+    ({**FSDP, "FSDP_SHARDING_STRATEGY": "HYBRID_SHARD"}, "fsdp_sharding_strategy HYBRID_SHARD, which is not taken"),
+    ({"ACCELERATE_USE_CPU": "True", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}, "starts only one this way"),
+])
+def test_what_is_not_taken_from_accelerate(environment, sentence, monkeypatch, train_main):
+    for name, value in {**ACCELERATE, **environment}.items():
+        monkeypatch.setenv(name, value)
+    code, _, err = train_main(TOY_TOKENIZER, "--check")
+    assert code == 2 and sentence in err and err.count("\n") == 1
+
+
+def test_the_command_line_overrules_accelerate(monkeypatch, train_main, tmp_path):
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
+    code, out, _ = train_main(*toy(tmp_path, "train.precision=fp32", "train.duration=1step"))
+    assert code == 0 and "accelerate" not in out
+    assert "precision: fp32" in (tmp_path / "toy_rectok_tokenizer" / "config.yaml").read_text()
+
+
 def test_weights_in_parts(tmp_path):
     """FSDP2 on two ranks, with accumulation and previews, goes on on one rank as if nothing had been in parts."""
     common = [f"work_dir={tmp_path}", f"data.cache_dir={tmp_path}/cache", "train.device=cpu"]

@@ -10,11 +10,11 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch.nn import functional as F
 
-import core.nn.lpips as lpips_module
 from core import cli
 from core.errors import UserError
 from core.nn import offline
 from core.nn.lpips import LPIPS
+from core.released import Released
 from core.rng import Draws
 from core.specs import Progress, Recon
 from tokenizer.losses import DISCRIMINATORS
@@ -262,14 +262,9 @@ def test_perceptual_is_a_weighted_mean_and_stays_frozen():
 
 
 def test_missing_downloads_say_what_to_do(monkeypatch):
-    from torchvision.models import VGG16_Weights
-
-    def no_network(*args, **kwargs):
-        raise OSError("no route to host")
-
-    monkeypatch.setattr(lpips_module, "find_local_file", lambda name: None)
-    monkeypatch.setattr(VGG16_Weights, "get_state_dict", no_network)
-    with pytest.raises(UserError, match="vgg16-397923af.pth.*pretrained_models/.*lpips_squeeze"):
+    monkeypatch.setattr(Released, "found", lambda self: None)
+    monkeypatch.setenv("TESSERA_OFFLINE", "1")
+    with pytest.raises(UserError, match="vgg16-397923af.pth.*switched off.*copy it to pretrained_models/.*lpips_squeeze"):
         LPIPS("vgg16")
 
 
@@ -304,7 +299,7 @@ def test_teacher_train_mode_moves_positions_by_the_draws():
 
 
 def test_missing_teacher_weights_say_where_to_get_them(monkeypatch):
-    monkeypatch.setattr("tokenizer.teachers.find_local_file", lambda name: None)
+    monkeypatch.setattr(Released, "found", lambda self: None)
     monkeypatch.setenv("TESSERA_OFFLINE", "1")
     for settings in ({}, {"weights": "nowhere.safetensors"}):
         with pytest.raises(UserError, match="hf download.*efficientnet_lite0"):

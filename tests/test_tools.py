@@ -15,6 +15,7 @@ from core import hub
 from core.devices import Peak, floor_seconds, peak_of
 from core.errors import UserError
 from tests.conftest import ROOT, TOY_GENERATOR, TOY_TOKENIZER
+from tests.fake_hub import serving
 
 
 @pytest.fixture
@@ -30,22 +31,13 @@ def run(capsys):
 @pytest.fixture
 def remote(monkeypatch, tmp_path):
     """Stands in for the hub: remote["owner/repo/file"] = bytes."""
-    import huggingface_hub
-
     monkeypatch.chdir(tmp_path)
     for variable in ("TESSERA_OFFLINE", "HF_HUB_OFFLINE"):
         monkeypatch.delenv(variable, raising=False)
-    files: dict[str, bytes] = {}
-
-    def fetch(repository, filename, revision, local_dir):
-        if f"{repository}/{filename}" not in files:
-            raise ConnectionError("no route")
-        place = local_dir / filename
-        place.parent.mkdir(parents=True, exist_ok=True)
-        place.write_bytes(files[f"{repository}/{filename}"])
-
-    monkeypatch.setattr(huggingface_hub, "hf_hub_download", fetch)
-    return files
+    monkeypatch.setenv("HF_HOME", str(tmp_path / "hub"))
+    with serving() as fake:
+        monkeypatch.setenv("HF_ENDPOINT", fake.address)
+        yield fake.files
 
 
 @pytest.fixture
@@ -60,7 +52,7 @@ def small(monkeypatch):
 def test_every_released_file_is_in_the_table():
     files = download.table()
     assert len({f.name for f in files}) == len(files)
-    assert {"rectok", "fqgan", "rear", "dar", "imagefolder", "evaluation"} == {f.system for f in files}
+    assert {"rectok", "fqgan", "rear", "dar", "imagefolder", "evaluation", "auxiliary"} == {f.system for f in files}
     for file in files:
         assert bool(file.repo) != bool(file.url) and file.to in ("pretrained_models", "data/fid_stats", "data/tokens")
         assert file.bytes or file.at_least > 0
@@ -102,7 +94,7 @@ def test_what_cannot_be_fetched_is_explained(remote, run, monkeypatch, capsys):
     with pytest.raises(UserError):
         download.main(["RecTok.pth"])
     said = capsys.readouterr().out
-    assert "downloads are switched off" in said and "huggingface.co/QingyuShi/RecTok/resolve/main/RecTok.pth" in said
+    assert "downloads are switched off" in said and "/QingyuShi/RecTok/resolve/main/RecTok.pth and copy it to pretrained_models/RecTok.pth" in said
 
 
 # -- reconstructions ----------------------------------------------------------------------------------------------------

@@ -17,9 +17,9 @@ from core import hub
 from core.errors import UserError
 from core.images import to_unit_range
 from core.nn.embed import resize_positions
-from core.nn.offline import find_local_file
+from core.released import find_local_file, needs
 from core.state_dicts import describe_differences
-from tokenizer.teachers import Teacher, create_timm
+from tokenizer.teachers import Teacher, create_timm, timm_helper
 
 # Names of the transformers library -> timm's, for both families; q, k and v are joined afterwards.
 _RENAMED = (
@@ -130,12 +130,14 @@ class ClassToken(Teacher):
         return self.backbone.forward_features(self.pixels(images))[:, :1]
 
 
+@needs(timm_helper)
 def clip(weights: str | None = None, pretrained: bool = True,
          model: str = "vit_large_patch14_clip_quickgelu_224.openai", size: dict | None = None) -> ClassToken:
     """OpenAI's CLIP. FQGAN: ViT-L/14 (the default) for dual, vit_base_patch16_clip_quickgelu_224.openai for triple."""
     return ClassToken("clip", model, 224, False, weights, pretrained, size)
 
 
+@needs(timm_helper)
 def dinov2_class(weights: str | None = None, pretrained: bool = True,
                  model: str = "vit_small_patch14_dinov2.lvd142m", size: dict | None = None) -> ClassToken:
     """DINOv2 at 224 x 224, after its final norm. FQGAN triple: ViT-S/14 (the default)."""

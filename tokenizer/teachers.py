@@ -22,9 +22,10 @@ from core import hub
 from core.errors import UserError
 from core.images import to_uint8, to_unit_range
 from core.nn.frozen import Frozen
-from core.nn.offline import efficientnet_lite0_input, find_local_file, load_efficientnet_lite0
+from core.nn.offline import efficientnet_lite0_input, load_efficientnet_lite0
 from core.nn.vit import ViTSize, timm_shape
 from core.registry import Registry
+from core.released import Released, find_local_file, helper, needs, timm_file
 from core.state_dicts import describe_differences
 
 TEACHERS = Registry(
@@ -204,13 +205,14 @@ def dinov3_from_timm(weights: dict[str, Tensor]) -> dict[str, Tensor]:
     return ours
 
 
+@needs("dinov3-vitl16-pretrain-lvd1689m/model.safetensors")
 class DINOv3Teacher(Teacher):
     """DINOv3 ViT-L/16 patch features.
 
     Args:
         image_size: what the backbone sees; the grid is image_size / patch_size.
-        weights: file or folder of the published layout (transformers) or of timm's, or hf://owner/repo/file. None looks
-            for DEFAULT_WEIGHTS below pretrained_models/ and offline_models/, then downloads it: it needs a licence.
+        weights: file or folder of the published layout (transformers) or of timm's, or hf://owner/repo/file. None: the
+            published one, see core/nn/helpers.toml; it needs a licence.
         pretrained: False leaves random weights, for tests.
         processor_size: pictures are first shrunk to this size. parity: the official chain is 256 -> 224 -> 256, a blur.
         direct: skip that detour.
@@ -220,7 +222,7 @@ class DINOv3Teacher(Teacher):
     """
 
     REPOSITORY = "facebook/dinov3-vitl16-pretrain-lvd1689m"
-    DEFAULT_WEIGHTS = "dinov3-vitl16-pretrain-lvd1689m/model.safetensors"
+    HELPER = "dinov3-vitl16-pretrain-lvd1689m/model.safetensors"
     name = "dinov3"
 
     def __init__(
@@ -250,19 +252,16 @@ class DINOv3Teacher(Teacher):
         self.freeze()
 
     def _read(self, weights: str | None) -> dict[str, Tensor]:
-        found = weights or find_local_file(self.DEFAULT_WEIGHTS)
         try:
-            if found is None:
-                found = hub.resolve(f"hf://{self.REPOSITORY}/model.safetensors")
-            elif Path(found).is_dir():
+            found = weights or helper(self.HELPER).get()
+            if Path(found).is_dir():
                 found = Path(found) / "model.safetensors"
             return hub.load_tensors(hub.resolve(str(found)))
         except UserError as error:
             raise UserError(
-                f"no DINOv3 weights at {weights or 'pretrained_models/' + self.DEFAULT_WEIGHTS} ({error}). Accept the licence"
-                f" at https://huggingface.co/{self.REPOSITORY}, then: hf download {self.REPOSITORY} model.safetensors"
-                " --local-dir pretrained_models/dinov3-vitl16-pretrain-lvd1689m. Without a network use teacher"
-                " efficientnet_lite0."
+                f"teacher dinov3: {error} By hand: accept the licence at https://huggingface.co/{self.REPOSITORY}, then: "
+                f"hf download {self.REPOSITORY} model.safetensors --local-dir pretrained_models/dinov3-vitl16-pretrain-lvd1689m."
+                " Without a network use teacher efficientnet_lite0."
             ) from None
 
     def load_weights(self, weights: dict[str, Tensor]) -> None:
@@ -305,20 +304,28 @@ def create_timm(name: str, model: str, weights: str | None, pretrained: bool, si
     """A backbone of timm without its head. UserError that says what to do where its weights cannot be had."""
     import timm  # takes seconds: only when used
 
-    if weights and not Path(weights).is_file():
-        found = hub.resolve(weights) if "://" in weights else find_local_file(weights)
-        if found is None:
-            raise UserError(f'teacher "{name}": there is no file {weights}, nor one below pretrained_models/.')
-        weights = str(found)
     shape = timm_shape(ViTSize.parse(size, f"teachers.{name}.size", {})) if size else {}
+    overlay: dict[str, Any] = {}
     try:
-        return timm.create_model(model, pretrained=pretrained, pretrained_cfg_overlay={"file": weights} if weights else {},
-                                 num_classes=0, **settings, **shape)
-    except (OSError, RuntimeError) as error:
+        if weights and not Path(weights).is_file():
+            found = hub.resolve(weights) if "://" in weights else find_local_file(weights)
+            if found is None:
+                raise UserError(f"there is no file {weights}, nor one below pretrained_models/.")
+            weights = str(found)
+        if pretrained:
+            overlay["file"] = weights or str(timm_file(model).get())
+        return timm.create_model(model, pretrained=pretrained, pretrained_cfg_overlay=overlay, num_classes=0, **settings,
+                                 **shape)
+    except (OSError, RuntimeError, UserError) as error:
         raise UserError(
-            f'could not get the weights of teacher "{name}" ({error}). Set its `weights` to a file of timm\'s'
+            f'could not get the weights of teacher "{name}": {error} Or set its `weights` to a file of timm\'s'
             f" {model}, or use teacher efficientnet_lite0, which needs no download."
         ) from None
+
+
+def timm_helper(settings: dict[str, Any]) -> list[Released]:
+    """What a teacher with a setting `model`, timm's name of a network, will load."""
+    return [timm_file(settings["model"])]
 
 
 class TimmTeacher(Teacher):
@@ -365,11 +372,13 @@ class TimmTeacher(Teacher):
         return self.backbone.forward_features(self.pixels(images))[:, self.backbone.num_prefix_tokens :]  # (B, N, D)
 
 
+@needs(timm_helper)
 def dinov2(grid: int = 16, weights: str | None = None, pretrained: bool = True, direct: bool | Literal["bicubic"] = False,
            model: str = "vit_large_patch14_dinov2.lvd142m", size: dict | None = None) -> TimmTeacher:
     return TimmTeacher("dinov2", model, grid, weights, pretrained, direct, size)
 
 
+@needs(timm_helper)
 def siglip(grid: int = 16, weights: str | None = None, pretrained: bool = True, direct: bool = False,
            model: str = "vit_large_patch16_siglip_256", size: dict | None = None) -> TimmTeacher:
     return TimmTeacher("siglip", model, grid, weights, pretrained, direct, size)

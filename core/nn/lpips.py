@@ -12,15 +12,14 @@ B batch, C channels, H x W pixels.
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import torch
 from torch import Tensor, nn
 
 from core.errors import UserError, nearest
 from core.nn.frozen import Frozen
-from core.nn.offline import SQUEEZENET_MEAN, find_local_file, find_package_file, forbid_offline, load_squeezenet
+from core.nn.offline import SQUEEZENET_MEAN, find_package_file, load_squeezenet
 from core.pickles import load_pickle
+from core.released import find_local_file, helper, needs
 
 VGG_WIDTHS = (64, 128, 256, 512, 512)
 _CONVS_PER_STAGE = (2, 2, 3, 3, 3)
@@ -30,10 +29,11 @@ _PIXELS = {  # mean and std of pixels in [-1, 1]
     "vgg16": ((-0.030, -0.088, -0.188), (0.458, 0.448, 0.450)),
     "squeeze": (tuple(mean / 127.5 - 1 for mean in SQUEEZENET_MEAN), (1 / 127.5,) * 3),
 }
-_HEADS = {
-    "vgg.pth": "a78928a0af1e5f0fcb1f3b9e8f8c3a2a5a3de244d830ad5c1feddc79b8432868",
-    "squeeze.pth": "4a5350f23600cb79923ce65bb07cbf57dca461329894153e05a1346bd531cf76",
-}
+_SQUEEZE_HEADS = (
+    "lpips==0.1.4",
+    "lpips/weights/v0.1/squeeze.pth",
+    "4a5350f23600cb79923ce65bb07cbf57dca461329894153e05a1346bd531cf76",
+)
 
 
 class LPIPS(Frozen):
@@ -60,7 +60,7 @@ class LPIPS(Frozen):
         if pretrained:
             if backbone == "vgg16":
                 self.backbone.load_state_dict(_vgg16_weights(len(self.backbone)))
-            heads = _head_weights("vgg.pth" if backbone == "vgg16" else "squeeze.pth")
+            heads = _head_weights(backbone)
             self.heads.load_state_dict({f"{i}.weight": heads[f"lin{i}.model.1.weight"] for i in range(len(self.taps))})
         self.freeze()
 
@@ -85,6 +85,7 @@ class LPIPS(Frozen):
         return distance
 
 
+@needs("vgg16-397923af.pth", "vgg.pth")
 def lpips_vgg(widths: tuple[int, ...] = VGG_WIDTHS, pretrained: bool = True) -> LPIPS:
     return LPIPS("vgg16", tuple(widths), pretrained)
 
@@ -119,31 +120,23 @@ def _squeezenet(pretrained: bool) -> nn.Module:
 
 def _vgg16_weights(layers: int) -> dict[str, Tensor]:
     """The first `layers` of torchvision's VGG16, as keys of `_vgg16`."""
-    from torchvision.models import VGG16_Weights
-
-    advice = "For training without it, perceptual: {lpips_squeeze: 1.0} needs no download."
-    weights = torchvision_weights(VGG16_Weights.IMAGENET1K_V1, advice)
+    weights = helper_weights("vgg16-397923af.pth", "For training without it, perceptual: {lpips_squeeze: 1.0} needs no download.")
     weights = {k.removeprefix("features."): v for k, v in weights.items() if k.startswith("features.")}
     return {k: v for k, v in weights.items() if int(k.split(".")[0]) < layers}
 
 
-def _head_weights(name: str) -> dict[str, Tensor]:
-    path = find_local_file(name) or find_package_file("lpips==0.1.4", f"lpips/weights/v0.1/{name}", _HEADS[name])
+def _head_weights(backbone: str) -> dict[str, Tensor]:
+    squeeze = find_local_file("squeeze.pth") or find_package_file(*_SQUEEZE_HEADS) if backbone == "squeeze" else None
+    path = squeeze or helper("vgg.pth").get()
     heads = load_pickle(path)
     if "lin0.model.1.weight" not in heads:
         raise UserError(f"{path} is not LPIPS's linear layers. Remove it and: pip install --no-deps lpips==0.1.4")
     return heads
 
 
-def torchvision_weights(weights, advice: str) -> dict[str, Tensor]:
-    """State dict of a torchvision weights enum: from pretrained_models/, else torch's cache, else the network."""
-    name = Path(weights.url).name
+def helper_weights(name: str, advice: str) -> dict[str, Tensor]:
+    """The tensors of a network of core/nn/helpers.toml; `advice` says how to do without it."""
     try:
-        if local := find_local_file(name):
-            return load_pickle(local)
-        forbid_offline(weights.url)
-        return weights.get_state_dict(progress=False, check_hash=True, map_location="cpu", weights_only=True)
-    except (OSError, RuntimeError) as error:  # URLError is an OSError, a wrong hash a RuntimeError
-        raise UserError(
-            f"could not get {name} ({error}). Download {weights.url} and put it into pretrained_models/. {advice}"
-        ) from None
+        return load_pickle(helper(name).get())
+    except UserError as error:
+        raise UserError(f"{error} {advice}") from error

@@ -52,27 +52,6 @@ def find_package_file(requirement: str, path: str, sha256: str) -> Path:
     return file
 
 
-def find_local_file(name: str) -> Path | None:
-    """`name` below pretrained_models/ or anywhere in offline_models/ (RecTok's archive of third-party weights), if there.
-
-    Both are looked for in the working directory and in this repository.
-    """
-    for root in (Path.cwd(), Path(__file__).resolve().parents[2]):
-        if (file := root / "pretrained_models" / name).is_file():
-            return file
-        if file := next((root / "offline_models").rglob(name), None):
-            return file
-    return None
-
-
-def forbid_offline(url: str) -> None:
-    """OSError where torch.hub would have to download `url` and TESSERA_OFFLINE or HF_HUB_OFFLINE is set."""
-    from core.hub import is_offline
-
-    if is_offline() and not (Path(torch.hub.get_dir()) / "checkpoints" / Path(url).name).is_file():
-        raise OSError("downloads are switched off")
-
-
 def load_efficientnet_lite0() -> nn.Module:
     """timm's tf_efficientnet_lite0 with ImageNet weights (top-1 of the TensorFlow release), eval mode, frozen.
 

@@ -9,7 +9,7 @@ B batch, N = grid^2 patches, T tokens, D width.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Mapping
+from typing import Any, Callable, Mapping
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +18,7 @@ from core.errors import UserError
 from core.nn.attention import Attention
 from core.nn.embed import resize_positions, sincos_2d
 from core.nn.mlp import MLP, SwiGLU
+from core.released import Released, timm_file
 from core.sizes import pick
 
 
@@ -188,6 +189,21 @@ def timm_shape(size: ViTSize) -> dict[str, int]:
     return {"embed_dim": size.width, "depth": size.layers, "num_heads": size.heads}
 
 
+def dinov2_model(name: str) -> str:
+    """timm's name of the DINOv2 with the sizes VIT_SIZES[name]."""
+    return f"vit_{name}_patch14_dinov2.lvd142m"
+
+
+def dinov2_files(*keys: str) -> Callable[[dict[str, Any]], list[Released]]:
+    """For core.released.needs: the weights of DINOv2 for the sizes that a constructor has under these settings."""
+
+    def files(settings: dict[str, Any]) -> list[Released]:
+        sizes = {ViTSize.parse(settings[key], key) for key in keys}
+        return [timm_file(dinov2_model(name)) for name, known in VIT_SIZES.items() if known in sizes]
+
+    return files
+
+
 def dinov2_weights(size: ViTSize, image_size: int, patch_size: int, file: str | None = None) -> dict[str, Tensor]:
     """Meta's DINOv2 for this picture and patch size, with the names of VisionTransformer.
 
@@ -195,7 +211,7 @@ def dinov2_weights(size: ViTSize, image_size: int, patch_size: int, file: str | 
 
     Args:
         size: of the file; only those in VIT_SIZES can be downloaded.
-        file: timm's file; None downloads it.
+        file: timm's file; None: the published one, see core/nn/helpers.toml.
     """
     import timm  # takes seconds: only when used
     from safetensors import SafetensorError
@@ -204,16 +220,16 @@ def dinov2_weights(size: ViTSize, image_size: int, patch_size: int, file: str | 
     if name is None and not file:
         raise UserError(f"{size} is no published DINOv2: use one of {', '.join(VIT_SIZES)}, name a file of weights of that "
                         "size, or start from random weights with pretrained: false")
-    model = f"vit_{name or 'base'}_patch14_dinov2.lvd142m"
+    model = dinov2_model(name or "base")
     shape = {} if name else timm_shape(size)
-    overlay: dict[str, Any] = {"file": file} if file else {}
     try:
+        overlay = {"file": file or str(timm_file(model).get())}
         network = timm.create_model(model, pretrained=True, pretrained_cfg_overlay=overlay, img_size=image_size,
                                     patch_size=patch_size, num_classes=0, **shape)
-    except (OSError, RuntimeError, SafetensorError) as error:
-        raise UserError(f"could not get the weights of DINOv2 ({error}). Download timm/{model} (model.safetensors) from "
-                        "huggingface.co and name the file (`weights` of the teacher, `pretrained` of the tokenizer), "
-                        "or set pretrained: false to start from random weights.") from None
+    except (OSError, RuntimeError, SafetensorError, UserError) as error:
+        raise UserError(f"could not get the weights of DINOv2: {error} Or name a file of timm's {model} (`weights` of the "
+                        "teacher, `pretrained` of the tokenizer), or set pretrained: false to start from random "
+                        "weights.") from None
     return rename_gated(network.state_dict())
 
 

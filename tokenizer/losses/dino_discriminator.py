@@ -17,14 +17,14 @@ from torch.nn import functional as F
 from core.errors import UserError
 from core.images import to_unit_range
 from core.nn.frozen import Frozen
-from core.nn.offline import find_local_file, forbid_offline
+from core.nn.lpips import helper_weights
 from core.nn.vit import ViTSize, VisionTransformer
 from core.pickles import load_pickle
+from core.released import needs
 
 DINO_SMALL = ViTSize(384, 12, 6)
 INPUT = 224  # pixels that the backbone sees
 _WEIGHTS = "dino_deitsmall16_pretrain.pth"
-_URL = f"https://dl.fbaipublicfiles.com/dino/dino_deitsmall16_pretrain/{_WEIGHTS}"
 
 
 class DinoFeatures(Frozen):
@@ -130,6 +130,7 @@ def _layer(width: int, kernel: int) -> nn.Sequential:
     return nn.Sequential(conv, LocalBatchNorm(width), nn.LeakyReLU(0.2))
 
 
+@needs(_WEIGHTS)
 class DinoDiscriminator(nn.Module):
     """(B, 3, H, W) pictures in [-1, 1] -> (B, M N) logits.
 
@@ -138,7 +139,7 @@ class DinoDiscriminator(nn.Module):
         depths: after which blocks features are read, besides those before the first.
         kernel: of the second convolution of each head.
         pretrained: load the backbone; False for tests, or when weights are loaded otherwise.
-        weights: file of the backbone; None: dino_deitsmall16_pretrain.pth from pretrained_models/ or its home.
+        weights: file of the backbone; None: the published one, see core/nn/helpers.toml.
         crop_probability: how often pictures larger than 224 are cropped together, in place of being shrunk.
     """
 
@@ -184,16 +185,10 @@ class DinoDiscriminator(nn.Module):
 
 
 def _backbone_weights(weights: str | None) -> dict[str, Tensor]:
-    path = weights or find_local_file(_WEIGHTS)
-    try:
-        if path is None:
-            forbid_offline(_URL)
-            state = torch.hub.load_state_dict_from_url(_URL, map_location="cpu", weights_only=True)
-        else:
-            state = load_pickle(path)
-    except (OSError, RuntimeError) as error:
-        raise UserError(f"could not get the backbone of the DINO discriminator ({error}). Download {_URL} and put it into "
-                        "pretrained_models/, or set discriminator: {name: patchgan}.") from None
+    if weights:
+        state = load_pickle(weights)
+    else:
+        state = helper_weights(_WEIGHTS, "Or set discriminator: {name: patchgan}.")
     state = {name: value for name, value in state.items() if not name.startswith(("norm.", "head."))}
     # parity: the official discriminator zeroes the bias of the keys, which changes no attention weight.
     for name in state:

@@ -26,14 +26,16 @@ from core.dist import mean_over_ranks
 from core.errors import UserError, nearest
 from core.images import to_unit_range
 from core.nn.precision import no_autocast
+from core.released import needs
 from core.specs import Loss, Progress, Recon
 from tokenizer.losses.contrastive import info_nce
 from tokenizer.losses.diffaug import DiffAugment
-from tokenizer.losses.perceptual import Perceptual
+from tokenizer.losses.perceptual import Perceptual, helpers_of
 
 _TERMS = ("reconstruction", "perceptual", "semantic", "gan", "discriminator")  # the others are the tokenizer's
 
 
+@needs(helpers_of)
 class Objective(nn.Module):
     """Losses of the tokenizer and of its discriminator. Has no trained parameters.
 

@@ -15,7 +15,8 @@ from torch.nn import functional as F
 
 from core.errors import UserError
 from core.nn.frozen import Frozen
-from core.nn.lpips import torchvision_weights
+from core.nn.lpips import helper_weights
+from core.released import Released, needed, needs
 from tokenizer.losses import PERCEPTUAL
 
 
@@ -39,6 +40,7 @@ class ClassifierLogits(Frozen):
         return F.mse_loss(self.logits(recon), target)
 
 
+@needs("convnext_small-0c510722.pth")
 class ConvNeXtLogits(ClassifierLogits):
     """ConvNeXt-Small (RecTok).
 
@@ -50,16 +52,17 @@ class ConvNeXtLogits(ClassifierLogits):
 
     def __init__(self, blocks: list[tuple] | None = None, classes: int = 1000, pretrained: bool = True):
         super().__init__()
-        from torchvision.models.convnext import CNBlockConfig, ConvNeXt, ConvNeXt_Small_Weights
+        from torchvision.models.convnext import CNBlockConfig, ConvNeXt
 
         blocks = blocks or [(96, 192, 3), (192, 384, 3), (384, 768, 27), (768, None, 3)]
         self.network = ConvNeXt([CNBlockConfig(*block) for block in blocks], num_classes=classes)
         if pretrained:
             advice = "Or leave convnext_s out of the perceptual parts."
-            self.network.load_state_dict(torchvision_weights(ConvNeXt_Small_Weights.IMAGENET1K_V1, advice))
+            self.network.load_state_dict(helper_weights("convnext_small-0c510722.pth", advice))
         self.freeze()
 
 
+@needs("resnet50-0676ba61.pth")
 class ResNetLogits(ClassifierLogits):
     """ResNet-50 (VQGAN+ of MaskBit).
 
@@ -70,13 +73,20 @@ class ResNetLogits(ClassifierLogits):
 
     def __init__(self, layers: list[int] = (3, 4, 6, 3), classes: int = 1000, pretrained: bool = True):
         super().__init__()
-        from torchvision.models.resnet import Bottleneck, ResNet, ResNet50_Weights
+        from torchvision.models.resnet import Bottleneck, ResNet
 
         self.network = ResNet(Bottleneck, list(layers), num_classes=classes)
         if pretrained:
             advice = "Or use perceptual: {lpips_squeeze: 1.0}, which needs no download."
-            self.network.load_state_dict(torchvision_weights(ResNet50_Weights.IMAGENET1K_V1, advice))
+            self.network.load_state_dict(helper_weights("resnet50-0676ba61.pth", advice))
         self.freeze()
+
+
+def helpers_of(settings: dict[str, Any]) -> list[Released]:
+    """What the parts of an objective's `perceptual` will load."""
+    used = (settings.get("weights") or {}).get("perceptual") and settings.get("perceptual") or {}
+    parts = {name: part if isinstance(part, dict) else {} for name, part in used.items()}
+    return [file for name, part in parts.items() for file in needed(PERCEPTUAL.get(name), part)]
 
 
 class Perceptual(nn.Module):

@@ -21,7 +21,8 @@ from core.dist import group_size
 from core.errors import UserError, nearest
 from core.nn.lora import TunedLayerNorm, adapt
 from core.nn.precision import no_autocast
-from core.nn.vit import ViTSize, VisionTransformer, dinov2_weights
+from core.nn.vit import ViTSize, VisionTransformer, dinov2_files, dinov2_weights
+from core.released import needs
 from core.specs import Codes, MultiScale, Progress, Recon
 from tokenizer.losses.contrastive import info_nce
 from tokenizer.multiscale.quantizer import MultiScaleQuantizer, Quantized
@@ -70,6 +71,7 @@ class Semantic:
         return 100.0 if progress.epoch >= 200 else self.scale + (100.0 - self.scale) * progress.epoch / 200
 
 
+@needs(dinov2_files("encoder", "decoder"))
 class ImageFolder(nn.Module):
     """core.specs.Tokenizer with multi-scale codes. The defaults are the published imagenet-4096.
 

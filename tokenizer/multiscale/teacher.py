@@ -5,17 +5,19 @@ from __future__ import annotations
 from torch import Tensor
 
 from core.images import to_unit_range
-from core.nn.vit import ViTSize, VisionTransformer, dinov2_weights
+from core.nn.vit import ViTSize, VisionTransformer, dinov2_files, dinov2_weights
+from core.released import needs
 from tokenizer.teachers import Teacher
 
 
+@needs(dinov2_files("model"))
 class DINOv2ClassTeacher(Teacher):
     """Class token after the final norm, one feature per picture: (B, 1, D).
 
     Args:
         image_size, patch_size: of the network; positions and patch kernel are resized to them. Pictures have that size.
         model: a name in core.nn.vit.VIT_SIZES, or {width, layers, heads}.
-        weights: timm's file; None downloads it.
+        weights: timm's file; None: the published one.
         pretrained: False leaves random weights, for tests.
     """
 

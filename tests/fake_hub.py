@@ -1,0 +1,67 @@
+"""A model hub on this machine: real HTTP, so that the client library's own behaviour is part of the test."""
+
+from __future__ import annotations
+
+import http.server
+import json
+import threading
+from contextlib import contextmanager
+from typing import Iterator
+
+
+class FakeHub:
+    """files["owner/repo/path"] = bytes, or (status, the hub's word for it); `asked` lists (method, path) of requests for files."""
+
+    def __init__(self) -> None:
+        self.files: dict[str, bytes | tuple[int, str]] = {}
+        self.asked: list[tuple[str, str]] = []
+        self.address = ""
+
+    def answer(self, request: http.server.BaseHTTPRequestHandler) -> None:
+        where = request.path.lstrip("/").split("?")[0]
+        if where.startswith("api/models/"):
+            owner, name = where.split("/")[2:4]
+            body = json.dumps([{"type": "file", "path": f.removeprefix(f"{owner}/{name}/"), "size": 1, "oid": "0" * 40}
+                               for f, content in self.files.items() if isinstance(content, bytes)]).encode()
+            return self._send(request, 200, body, {"Content-Type": "application/json"})
+        if "/resolve/" not in where:  # what else the library may want to know
+            return self._send(request, 404, b"", {})
+        self.asked.append((request.command, request.path))
+        owner, name, _, _, path = where.split("/", 4)
+        found = self.files.get(f"{owner}/{name}/{path}", (404, "EntryNotFound"))
+        if isinstance(found, tuple):
+            return self._send(request, found[0], b"", {"X-Error-Code": found[1], "X-Error-Message": "no"})
+        self._send(request, 200, found, {"ETag": f'"{"a" * 40}"', "X-Repo-Commit": "c" * 40})
+
+    def _send(self, request: http.server.BaseHTTPRequestHandler, status: int, body: bytes, headers: dict[str, str]) -> None:
+        request.send_response(status)
+        for name, value in {"Content-Length": str(len(body)), **headers}.items():
+            request.send_header(name, value)
+        request.end_headers()
+        if request.command != "HEAD":
+            request.wfile.write(body)
+
+
+@contextmanager
+def serving() -> Iterator[FakeHub]:
+    fake = FakeHub()
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def do_GET(self):
+            fake.answer(self)
+
+        do_HEAD = do_GET
+
+        def log_message(self, *_):
+            pass
+
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
+    thread.start()
+    fake.address = f"http://127.0.0.1:{server.server_port}"
+    try:
+        yield fake
+    finally:
+        server.shutdown()
+        thread.join()
+        server.server_close()
