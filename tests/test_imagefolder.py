@@ -423,8 +423,10 @@ v_patch_nums: [1, 2, 4]
     assert (tokenizer["vocab"], tokenizer["branches"], tokenizer["codebook_drop"], tokenizer["scales"]) == (8192, 3, 0.2, [1, 2, 4])
     assert tokenizer["enc_tuning"] == "lora" and tokenizer["semantic"] is None and not config.teachers
     assert config.train.optimizer.lr == pytest.approx(1.2e-4) and config.discriminator["name"] == "patchgan"
+    theirs.write_text("codebook_size: 4096\ncodebook_embed_dim: 12\nlfq: true\n")
+    assert assemble.load_config(str(theirs), []).tokenizer["quantizer"] == "binary"
     theirs.write_text("codebook_size: 4096\ndisc_type: samdisc\nlfq: true\n")
-    with pytest.raises(UserError, match=r"disc_type: samdisc is not supported.*\n.*quantizer=binary"):
+    with pytest.raises(UserError, match="disc_type: samdisc: it is not supported; known are dinodisc, patchgan, stylegan"):
         flags.translate(str(theirs), [])
 
 
