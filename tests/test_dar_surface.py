@@ -15,7 +15,7 @@ import reconstruct
 import sample
 import torture
 from core.errors import UserError
-from tests.conftest import ROOT, _finished
+from tests.conftest import ROOT, finished_run
 from tests.test_rectok_surface import shell
 
 TOKENIZER, GENERATOR = (str(ROOT / "configs" / "toy" / f"dar_{kind}.yaml") for kind in ("tokenizer", "generator"))
@@ -24,13 +24,13 @@ TOKENIZER, GENERATOR = (str(ROOT / "configs" / "toy" / f"dar_{kind}.yaml") for k
 @pytest.fixture(scope="module")
 def tokenizer(tmp_path_factory):
     """A run of the toy tokenizer; do not change it."""
-    return _finished(tmp_path_factory, TOKENIZER)
+    return finished_run(tmp_path_factory, TOKENIZER)
 
 
 @pytest.fixture(scope="module")
 def generator(tmp_path_factory, tokenizer):
     """A run of the toy generator; do not change it."""
-    return _finished(tmp_path_factory, GENERATOR, f"tokenizer.weights={tokenizer}")
+    return finished_run(tmp_path_factory, GENERATOR, f"tokenizer.weights={tokenizer}")
 
 
 @pytest.fixture

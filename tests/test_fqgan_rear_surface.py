@@ -12,7 +12,7 @@ import torch
 import convert
 import reconstruct
 from core.errors import UserError
-from tests.conftest import ROOT, _finished
+from tests.conftest import ROOT, finished_run
 
 TOY = {name: str(ROOT / "configs" / "toy" / f"{name}.yaml")
        for name in ("fqgan_tokenizer", "far", "vqgan_plus_tokenizer", "rear")}
@@ -46,7 +46,7 @@ def test_an_unknown_flag_is_answered_briefly(train_main):
 def runs(request, tmp_path_factory):
     """(system, run of its toy tokenizer, configuration of its generator); do not change the run."""
     tokenizer, generator = PAIRS[request.param]
-    return request.param, _finished(tmp_path_factory, TOY[tokenizer]), TOY[generator]
+    return request.param, finished_run(tmp_path_factory, TOY[tokenizer]), TOY[generator]
 
 
 @pytest.mark.slow

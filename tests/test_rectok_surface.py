@@ -299,7 +299,7 @@ def test_out_of_memory_names_the_setting_that_helps(train_main, tmp_path, monkey
 
 # -- what does not fit ------------------------------------------------------------------------------------------------
 @pytest.mark.parametrize("what, message", [
-    ("teacher", "no DINOv3 weights.*hf download"), ("system", "tokenizer"), ("channels", "does not fit the latents")])
+    ("teacher", "teachers.dinov3.weights=nowhere.*no such file"), ("system", "tokenizer"), ("channels", "does not fit the latents")])
 def test_mistakes_of_this_system_in_one_sentence(train_main, tmp_path, monkeypatch, generator_run, tokenizer_run, what,
                                                  message):
     monkeypatch.setenv("TESSERA_OFFLINE", "1")
