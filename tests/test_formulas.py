@@ -106,6 +106,69 @@ def test_windows_of_any_number_of_steps(groups, length, window, steps):
         assert tokenizer.window_start(i, steps) == min(int(np.floor(g * length + 1e-9)), length - window)
 
 
+def dar(**settings) -> DAR:
+    tokenizer = DAR(**{"image_size": 32, "patch_size": 8, "encoder_width": 32, "encoder_layers": 1, "condition_width": 32,
+                       "condition_layers": 1, "length": 16, "groups": 4, "steps": 4, "vocab": 16, "head_dim": 16,
+                       "decoder": {"width": 32, "depth": 1, "patch_size": 4, "data_std": 0.5, "time_shift": 3.0}, **settings})
+    for p in tokenizer.parameters():  # gates and heads start at zero
+        torch.nn.init.normal_(p, std=0.1)
+    return tokenizer
+
+
+def test_flow_of_any_scale_and_shift():
+    """t = u / (u + s (1 - u)); x_t = t d x + (1 - t) n; loss mean((v - (d x - n))^2) / d^2; picture (x_t + (1 - t) v) / d;
+    a perceptual loss by time weighs 2 t."""
+    tokenizer = dar(perceptual_by_time=True)
+    x, u, n = torch.rand(3, 3, 32, 32) * 2 - 1, torch.tensor([0.1, 0.5, 0.9]), torch.randn(3, 3, 32, 32)
+    recon = tokenizer(x, RecordedDraws({"time": u, "noise": n, "usage": torch.rand(3, 16)}))
+    t = u / (u + 3 * (1 - u))
+    torch.testing.assert_close(recon.details["t"], t)
+    torch.testing.assert_close(recon.perceptual_weights, 2 * t)
+    t, v = t.view(-1, 1, 1, 1), recon.details["velocity"]
+    assert v.abs().mean() > 1e-3
+    torch.testing.assert_close(recon.terms["flow"], (v - (0.5 * x - n)).square().mean() / 0.25)
+    torch.testing.assert_close(recon.images, (t * 0.5 * x + (1 - t) * n + (1 - t) * v) / 0.5)
+
+
+def test_continuous_tokens_are_unit_vectors():
+    """vq_enable false: no code terms; query_low_rank false: full-width query table and no layer behind it."""
+    tokenizer = dar(quantize=False, low_rank_queries=False)
+    assert tokenizer.query_embedding.weight.shape[1] == 32 and not any("query_linear" in n for n, _ in tokenizer.named_parameters())
+    x = torch.rand(2, 3, 32, 32)
+    recon = tokenizer(x, RecordedDraws({"time": torch.tensor([0.2, 0.6]), "noise": torch.randn(2, 3, 32, 32)}))
+    assert set(recon.terms) == {"flow"}
+    unit = tokenizer._project(x)
+    unit = unit / unit.norm(dim=-1, keepdim=True)
+    start = torch.tensor([4, 8])  # floor(0.2 4 + 0.5) = 1, floor(0.6 4 + 0.5) = 2, times N / G = 4
+    window = torch.stack([c[s:s + 4] for c, s in zip(tokenizer.conditions(unit), start)])
+    torch.testing.assert_close(recon.details["window"], window, atol=1e-5, rtol=1e-4)
+
+
+def test_output_size_is_a_bicubic_resize():
+    codes, draws = torch.randint(0, 16, (1, 16, 1)), RecordedDraws({"noise": torch.randn(1, 3, 32, 32)})
+    tokenizer = dar().eval()
+    whole = tokenizer.decode(codes, draws)
+    tokenizer.output_size = 24
+    expected = F.interpolate(whole, size=(24, 24), mode="bicubic", align_corners=False, antialias=False)
+    torch.testing.assert_close(tokenizer.decode(codes, draws), expected)
+
+
+# -- discriminators ---------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("kind, real, false", [
+    ("hinge", lambda x: np.maximum(0, 1 - x), lambda x: np.maximum(0, 1 + x)),
+    ("vanilla", lambda x: np.log1p(np.exp(-x)), lambda x: np.log1p(np.exp(x)))])
+@pytest.mark.parametrize("mine, generator", [("hinge", lambda x: -x), ("non_saturating", lambda x: np.log1p(np.exp(-x)))])
+def test_adversarial_losses(kind, real, false, mine, generator):
+    """D: half of both means; G: -D or softplus(-D)."""
+    x, y = torch.randn(4, 3, 2, 2), torch.randn(4, 3, 2, 2)
+    objective = Objective({"gan": 2.0, "reconstruction": 0.0}, pixels="signed", gan_loss=mine, discriminator_loss=kind)
+    judged = [Judge()(p).numpy() for p in (x, y)]
+    loss = objective.discriminator_loss(x, y, Judge(), Progress(1, 10, 10, 1)).total
+    assert loss.item() == pytest.approx(0.5 * (real(judged[0]).mean() + false(judged[1]).mean()), rel=1e-5)
+    loss = objective.generator_loss(x, Recon(y, {}), {}, Judge(), Progress(1, 10, 10, 1)).total
+    assert loss.item() == pytest.approx(2.0 * generator(judged[1]).mean(), rel=1e-4, abs=1e-6)
+
+
 # -- ImageFolder ------------------------------------------------------------------------------------------------------
 @pytest.mark.parametrize("size", [30, 51, 64])
 def test_cutout_of_even_and_odd_sides(size):

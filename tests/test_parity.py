@@ -7,6 +7,7 @@ The small set in tests/parity/fixtures always runs; all recordings run where the
 from __future__ import annotations
 
 import json
+import re
 
 import pytest
 import torch
@@ -53,6 +54,14 @@ def test_the_small_set_has_every_system_and_kind():
     assert set(made.values()) == {"official", "cut", "own"}
     for system in ("rectok", "fqgan", "rear", "dar", "imagefolder"):  # not our word alone
         assert sum(made[p] != "own" for p in SMALL if kind_of(p)[0] == system) >= 4
+
+
+def test_the_table_of_options_names_tests_that_exist():
+    table = (parity.EMBEDDED.parent / "README.md").read_text()
+    named = set(re.findall(r"`(test_\w+)`", table))
+    assert len(named) > 15 and not {name for name in named if not (parity.REPOSITORY / "tests" / f"{name}.py").is_file()}
+    small = set(re.findall(r"own `(\w+)`", table))
+    assert small and small <= {path.stem for path in SMALL if parity.read_meta(path).get("made", "").startswith("own")}
 
 
 def test_a_file_by_formula_holds_no_weights_but_those_it_states():
