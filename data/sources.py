@@ -149,7 +149,8 @@ def open_folder(path: str, split: str | None, options: dict[str, str]) -> DataSo
     folder of pictures, which have no labels."""
     root = Path(path).expanduser()
     if not root.is_dir():
-        raise UserError(f"folder://{path}: there is no such folder. Give the folder that holds one folder per class.")
+        found = "this is a file" if root.is_file() else "there is no such folder"
+        raise UserError(f"folder://{path}: {found}. Give the folder that holds one folder per class, or the pictures.")
     inside = _subfolders(root)
     if split is not None and split in inside:
         root, inside = root / split, _subfolders(root / split)

@@ -22,7 +22,7 @@ from core.files import read_json
 from core.rng import hash64
 from core.specs import DataSource
 from core.train.log import ProgressLine
-from data.sources import has_pictures, open_source
+from data.sources import SCHEMES, has_pictures, open_source
 from evaluation import labels as label_protocols
 from evaluation import protocols, record, runner
 from evaluation.features import FeatureNet
@@ -47,9 +47,9 @@ SHOWN = 40
 # What was asked for
 # ---------------------------------------------------------------------------------------------------------------------
 def holds_pictures(target: str) -> bool:
-    """Whether `target` is a file or folder of samples rather than a generator."""
+    """Whether `target` names samples (a file, a folder or a data URL) rather than a generator."""
     path = Path(target)
-    if target.endswith(".npz"):
+    if target.endswith((".npz", ".npy", ".tar")) or target.partition("://")[0] in SCHEMES:
         return True
     if path.is_dir() and not any(path.iterdir()):
         raise UserError(

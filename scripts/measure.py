@@ -98,8 +98,13 @@ def check_reference(
         purpose=purpose, network=network_of(net), preprocess=preprocess_of(net), image_size=image_size, source=source
     )
     fitting = [tap for tap in reference.moments if tap in net.dims]
-    for tap in fitting or reference.moments:
-        reference.moment(tap, net.dims.get(tap, 0))  # refuses other widths
+    if reference.moments and not fitting:
+        raise UserError(
+            f"{reference.name} holds moments of {', '.join(reference.moments)} features and the network {net.name} makes "
+            f"{', '.join(net.dims)}: it was made with another feature network."
+        )
+    for tap in fitting:
+        reference.moment(tap, net.dims[tap])  # refuses other widths
 
 
 def real_features(config: RunConfig, source: DataSource, image_size: int, net: FeatureNet) -> Reference:

@@ -100,6 +100,14 @@ def test_written_reconstructions_and_flat_folders(tokenizer_run, tmp_path, small
     np.savez(tmp_path / "val.npz", arr_0=arrays)
     assert evaluate.main([common[0], str(tmp_path / "val.npz"), "eval.batch=5", "--out", str(tmp_path / "array")]) == 0
     assert metrics(tmp_path / "array") == measured
+    # samples may be named by a data URL
+    for target in (common[1], str(tmp_path / "flat")):
+        words = [target, f"eval.reference={tmp_path / 'flat.npz'}", "--out", str(tmp_path / f"g{len(target)}")]
+        if not (tmp_path / "flat.npz").is_file():
+            assert make_reference.main([common[1], str(tmp_path / "flat.npz"), "--workers", "0"]) == 0
+        assert evaluate_generator.main(words) == 0
+        assert abs(metrics(tmp_path / f"g{len(target)}")["fid_18"]) < 1e-5
+    (tmp_path / "flat.npz").unlink()
     # a reference of the first pictures is one for the first pictures
     part = ["--num", "7", "--workers", "0"]
     assert make_reference.main([common[1], str(tmp_path / "7.npz"), "--size", "32", *part]) == 0
