@@ -161,6 +161,7 @@ def test_old_flags_are_translated(train_main, words, answer):
     (["configs/dar/tokenizer.yaml", "--gamma", "1"], ["tokenizer"], "--gamma 1 is a word of RecTok, not of D-AR."),
     (["configs/dar/tokenizer.yaml", "--gpt-model", "GPT-B"], ["tokenizer"],
      "belongs to training a generator, run_sample.sh, run_eval_generator.sh, where it is written generator.size=b."),
+    (["configs/rectok/ditdh_xl.yaml", "--load_tokenizer_from", "...", "--cfg", "2"], ["generator"], "tokenizer.weights=...; --cfg"),
     (["--cfg", "1.5"], ["sample"], "--cfg 1.5 (RecTok) is written sample.scale=1.5; --cfg 1.5 (ImageFolder) is written "
      "sample.scale=2.5 sample.schedule=linear"),
     (["imagenet-var-4096.pt", "--cfg", "3.25", "3.25"], ["sample"], "--cfg 3.25 3.25 is written sample.scale=[4.25,4.25] "),
