@@ -127,14 +127,14 @@ def pick_device(wanted: str) -> torch.device:
         if visible not in ("", "-1") and (count := len([g for g in _ask_nvidia("-L") if g.startswith("GPU ")])):
             driver = (*_ask_nvidia("--query-gpu=driver_version", "--format=csv,noheader"), "unknown")[0]
             built = f"built for CUDA {torch.version.cuda}" if torch.version.cuda else "built without CUDA"
-            raise UserError(f"nvidia-smi lists {count} GPU(s) (driver {driver}), but torch {torch.__version__}, {built}, cannot "
-                            "use them. Install the torch build for this driver (pytorch.org), or update the driver; to compute "
-                            "on the CPU all the same: CUDA_VISIBLE_DEVICES= in front of the command.")
+            raise UserError(f"nvidia-smi lists {count} GPU(s) (driver {driver}), but torch {torch.__version__}, {built}, "
+                            "cannot use them. Install the torch build for this driver (pytorch.org), or update the driver; "
+                            "to compute on the CPU all the same: CUDA_VISIBLE_DEVICES= in front of the command.")
         return torch.device("cpu")
     local, count = launch.ranks().local, torch.cuda.device_count()
     if local >= count:
-        raise UserError(f"process {local} of this machine finds no GPU: torch sees {count}, and every process needs its own. "
-                        f"Start at most {count} (NPROC={count}), or show more GPUs in CUDA_VISIBLE_DEVICES.")
+        raise UserError(f"process {local} of this machine finds no GPU: torch sees {count}, and every process needs its "
+                        f"own. Start at most {count} (NPROC={count}), or show more GPUs in CUDA_VISIBLE_DEVICES.")
     return torch.device("cuda", local)
 
 
@@ -170,8 +170,8 @@ def start(device: str = "auto", timeout_minutes: float = 15.0) -> World:
             dist.init_process_group(backend, timeout=timedelta(minutes=timeout_minutes))
         except dist.DistError as error:  # a busy port, a wrong address, ranks that never come
             reason = (str(error).strip().splitlines() or ["no reason given"])[0]
-            raise UserError(f"{told.size} ranks could not meet at {os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']} "
-                            f"({reason}). Choose a free MASTER_PORT, see that MASTER_ADDR is the first machine, and that "
+            place = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
+            raise UserError(f"{told.size} ranks could not meet at {place} ({reason}). Choose a free MASTER_PORT, see that MASTER_ADDR is the first machine, and that "
                             "all ranks were started.") from error
     return World(told.rank, told.size, told.local, chosen)
 

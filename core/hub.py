@@ -5,8 +5,8 @@
     name.safetensors                   a file in pretrained_models/
     path/to/file, work_dirs/my_run     a file, or the newest good checkpoint of a run
 
-Downloads are kept under pretrained_models/ in readable places, so that a machine without network can be fed by hand; what
-other programs have left in the hub's own cache is used from there.
+Downloads are kept under pretrained_models/ in readable places, so that a machine without network can be fed by hand;
+what other programs have left in the hub's own cache is used from there.
 Loading never runs code from a file. Which keys a file holds is the business of the adapters.
 """
 
@@ -165,7 +165,8 @@ def _from_hugging_face(reference: str, rest: str, sha256: str | None, cache: Pat
     return target
 
 
-def _ask_hugging_face(reference: str, repository: str, revision: str, filename: str, folder: Path, target: Path) -> None:
+def _ask_hugging_face(reference: str, repository: str, revision: str, filename: str, folder: Path,
+                      target: Path) -> None:
     """Download into `target` through `folder`; UserError in one sentence, at once, where that cannot be."""
     endpoint = os.environ.get("HF_ENDPOINT", "https://huggingface.co").rstrip("/")
     url = f"{endpoint}/{repository}/resolve/{revision}/{filename}"
@@ -178,13 +179,14 @@ def _ask_hugging_face(reference: str, repository: str, revision: str, filename: 
         # Asked first, because the download itself tries again and again where there is no network.
         huggingface_hub.get_hf_file_metadata(url, timeout=_PATIENCE)
         with explain_os_errors(target):
-            huggingface_hub.hf_hub_download(repository, filename, revision=revision, local_dir=folder, endpoint=endpoint)
+            huggingface_hub.hf_hub_download(repository, filename, revision=revision, local_dir=folder,
+                                            endpoint=endpoint)
     except UserError:
         raise
     except Exception as error:  # any of the library's, of its HTTP client's or of the network
         hint = _near_remote(repository, revision, filename, endpoint) if _status(error)[1] == "EntryNotFound" else ""
-        raise UserError(f"{reference} could not be downloaded: {_reason(error, repository, revision, filename)}{hint or ','} "
-                        f"or download {url} by hand and copy it to {target}.") from error
+        reason = _reason(error, repository, revision, filename)
+        raise UserError(f"{reference} could not be downloaded: {reason}{hint or ','} or download {url} by hand and copy it to {target}.") from error
     if target != folder / filename:
         put(folder / filename, target)
 
@@ -202,15 +204,15 @@ def _reason(error: BaseException, repository: str = "", revision: str = "", file
     code, word = _status(error)
     page = f"https://huggingface.co/{repository}"
     if word == "GatedRepo":
-        return (f"its licence must be accepted first ({code}): log in at {page} and accept it, then run `hf auth login` (or set "
-                "HF_TOKEN) and the same command again")
+        return (f"its licence must be accepted first ({code}): log in at {page} and accept it, then run `hf auth login` "
+                "(or set HF_TOKEN) and the same command again")
     if word == "EntryNotFound":
         return f"{repository} has no file {filename}"
     if word == "RevisionNotFound":
         return f"{repository} has no revision {revision}"
     if code in (401, 403) and repository:
-        return (f"there is no public repository {repository}, or it does not let you in ({code}): check the name, log in with "
-                f"`hf auth login` and, where {page} shows a licence, accept it")
+        return (f"there is no public repository {repository}, or it does not let you in ({code}): check the name, log in "
+                f"with `hf auth login` and, where {page} shows a licence, accept it")
     if code == 404:
         return f"there is no such {'repository' if repository else 'file'} (404): check the address"
     if code == 429:
@@ -226,7 +228,8 @@ def _near_remote(repository: str, revision: str, filename: str, endpoint: str) -
     from huggingface_hub import HfApi
 
     try:
-        return f".{nearest(filename, HfApi(endpoint=endpoint).list_repo_files(repository, revision=revision))} Take that,"
+        files = HfApi(endpoint=endpoint).list_repo_files(repository, revision=revision)
+        return f".{nearest(filename, files)} Take that,"
     except Exception:
         return ""
 

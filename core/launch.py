@@ -58,7 +58,7 @@ _NOT_TAKEN = (
     ("ACCELERATE_DYNAMO_BACKEND", ("no", "inductor"), "this dynamo_backend: inductor is the one (train.compile=true)"),
 )
 _PRECISIONS = {"no": "fp32", "fp32": "fp32", "bf16": "bf16"}
-_SHARDINGS = {"1": "fsdp", "FULL_SHARD": "fsdp", "3": "ddp", "NO_SHARD": "ddp"}  # of FSDP's first version; the second has one
+_SHARDINGS = {"1": "fsdp", "FULL_SHARD": "fsdp", "3": "ddp", "NO_SHARD": "ddp"}  # of FSDP 1; FSDP 2 has but one
 
 
 def asked_by_accelerate() -> list[str]:
@@ -77,15 +77,16 @@ def asked_by_accelerate() -> list[str]:
             raise UserError(f"accelerate's config asks for what is not taken from it, {advice}.")
     precision = _value("ACCELERATE_MIXED_PRECISION")
     if precision not in _PRECISIONS:
-        raise UserError(f"accelerate's config asks for mixed_precision {precision}, which is not taken: use bf16, or no.")
+        raise UserError(f"accelerate's config asks for mixed_precision {precision}, which is not taken: use bf16 or no.")
     if _value("MASTER_ADDR") and not _value("WORLD_SIZE"):
-        raise UserError("accelerate was asked for several processes, but starts only one this way (CPUs without mpirun): use "
-                        "--multi_gpu with train.device=cpu, or NPROC=2 bash run_train_tokenizer.sh CONFIG.")
+        raise UserError("accelerate was asked for several processes, but starts only one this way (CPUs without mpirun): "
+                        "use --multi_gpu with train.device=cpu, or NPROC=2 bash run_train_tokenizer.sh CONFIG.")
     settings = [f"train.precision={_PRECISIONS[precision]}"]
     if is_set("ACCELERATE_USE_FSDP"):
         sharding = "FULL_SHARD" if _value("FSDP_VERSION") == "2" else _value("FSDP_SHARDING_STRATEGY") or "FULL_SHARD"
         if sharding not in _SHARDINGS:
-            raise UserError(f"accelerate's config asks for fsdp_sharding_strategy {sharding}, which is not taken: use FULL_SHARD.")
+            raise UserError(f"accelerate's config asks for fsdp_sharding_strategy {sharding}, which is not taken: use "
+                            "FULL_SHARD.")
         settings.append(f"train.parallel={_SHARDINGS[sharding]}")
         if is_set("FSDP_ACTIVATION_CHECKPOINTING"):
             settings.append("train.activation_checkpointing=true")

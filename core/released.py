@@ -1,4 +1,4 @@
-"""Files that others publish, as data: where each comes from, where it goes, and where on this machine it may lie already.
+"""Files that others publish, as data: where each comes from, where it goes, where on this machine it may lie already.
 
     released.helper("vgg16-397923af.pth").get()      the file's path, after a download if need be
     @needs("vgg16-397923af.pth")                     on a constructor: what it will ask for, for --check
@@ -76,7 +76,7 @@ class Released:
             return self.place
         names = [self.name, *self.also]
         if self.repo:
-            names.append(f"{self.repo.split('/')[-1]}/{self.path or self.name}")  # as `hf download --local-dir` is often called
+            names.append(f"{self.repo.split('/')[-1]}/{self.path or self.name}")  # hf download --local-dir, as it is often used
         for name in names:
             if file := find_local_file(name):
                 return file
@@ -87,7 +87,7 @@ class Released:
         return in_hub_cache(self.repo, self.path or self.name)
 
     def get(self) -> Path:
-        """The file: from pretrained_models/ or offline_models/, its package, the caches of torch and the hub, or fetched.
+        """The file: from pretrained_models/, offline_models/, its package, the caches of torch and the hub, or fetched.
 
         UserError in one sentence where it cannot be had: why, and the command or the place.
         """
@@ -97,8 +97,8 @@ class Released:
             return self.fetch()
         except UserError as error:
             licence = f" {self.licence}." if self.gated and "licence" not in str(error) else ""
-            raise UserError(f"{self.about} ({self.name}) is not here: {error}{licence} With a network, {self.command} fetches "
-                            "it.") from error
+            raise UserError(f"{self.about} ({self.name}) is not here: {error}{licence} With a network, {self.command} "
+                            "fetches it.") from error
 
 
     def fetch(self) -> Path:
@@ -145,14 +145,15 @@ def timm_file(model: str) -> Released:
     if known is None or not known.hf_hub_id:
         raise UserError(f"timm has no published weights of a model called {model}. Name a file of weights.")
     file = known.hf_hub_filename or "model.safetensors"
-    return Released("auxiliary", f"{known.hf_hub_id}/{file}", f"{model} of timm", repo=known.hf_hub_id, path=file, model=model)
+    return Released("auxiliary", f"{known.hf_hub_id}/{file}", f"{model} of timm", repo=known.hf_hub_id, path=file,
+                    model=model)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Where files lie
 # ---------------------------------------------------------------------------------------------------------------------
 def find_local_file(name: str) -> Path | None:
-    """`name` below pretrained_models/ or anywhere in offline_models/ (RecTok's archive of third-party weights), if there.
+    """`name` below pretrained_models/ or anywhere in offline_models/ (RecTok's archive of others' weights), if there.
 
     Both are looked for in the working directory and in this repository; `name` may be a pattern.
     """

@@ -4,7 +4,7 @@
   download.py --list                     every known file, with its size and whether it is here
   download.py rectok                     what the README of that system needs
   download.py rectok --all               optional files too
-  download.py auxiliary                  teachers, perceptual losses, Inception: networks of others that recipes look through
+  download.py auxiliary                  teachers, perceptual losses, Inception: what recipes look through
   download.py ditdhxl_epoch_0599.pth     one file
 
 Weights go to pretrained_models/, statistics to data/fid_stats/, tokens to data/tokens/. Files that are here are kept.
@@ -39,7 +39,7 @@ def choose(words: list[str], everything: bool) -> list[Released]:
     known, chosen = table(), []
     for word in words:
         word = word.lower() if word.lower() in {f.system for f in known} else word
-        of_system = [f for f in known if f.system == word or f.system == "auxiliary" and word == "evaluation" in f.systems]
+        of_system = [f for f in known if f.system == word or (f.system == "auxiliary" and word == "evaluation" in f.systems)]
         if of_system:
             chosen += [f for f in of_system if f.default or everything]
         elif by_name := [f for f in known if word in (f.name, f.reference)]:
@@ -88,7 +88,8 @@ def unpack(archive: Path, folder: Path) -> int:
                 is_link = stat.S_ISLNK(entry.external_attr >> 16)
                 parts = entry.filename.replace("\\", "/").split("/")
                 if is_link or ".." in parts or parts[0] in ("", "~") or ":" in parts[0]:
-                    raise UserError(f"{archive}: {entry.filename} would be written outside of {folder}; nothing was unpacked.")
+                    raise UserError(f"{archive}: {entry.filename} would be written outside of {folder}; nothing was "
+                                    "unpacked.")
             require_space(folder.parent, sum(entry.file_size for entry in files))
             prefix = f"{folder.name}/" if all(e.filename.startswith(f"{folder.name}/") for e in files) else ""
             temporary = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")

@@ -1,4 +1,4 @@
-"""What a config needs from elsewhere: weights and helper networks that are missing on this machine, before a GPU is touched.
+"""What a config needs from elsewhere: weights and helper networks that are missing here, before a GPU is touched.
 
     lacking(config)    what training would fail for, each as a sentence with the command that fetches it
     later(config)      what only the documented evaluation will ask for
@@ -51,8 +51,9 @@ def lacking(config: RunConfig) -> list[str]:
         if file.found() is None:
             licence = f" ({file.licence})" if file.gated else ""
             lines.append(f"{file.about}, {file.place}: fetch it with {file.command}{licence}")
-    if config.train.eval_every != "never" and config.eval.reference and measure.find_reference(config.eval.reference) is None:
-        lines.append(f"eval.reference={config.eval.reference}: {_how_to_get(config.eval.reference)}")
+    reference = config.eval.reference if config.train.eval_every != "never" else None
+    if reference and measure.find_reference(reference) is None:
+        lines.append(f"eval.reference={reference}: {_how_to_get(reference)}")
     return lines
 
 
@@ -73,7 +74,8 @@ def later(config: RunConfig) -> list[str]:
     lines = []
     inception = helper(WEIGHTS_FILE)
     if inception.found() is None and config.eval.network in ("auto", "inception"):
-        lines.append(f"{inception.about} ({inception.command}); until it is here, evaluation uses a stand-in and calls nothing FID")
+        lines.append(f"{inception.about} ({inception.command}); until it is here, evaluation uses a stand-in and calls "
+                     "nothing FID")
     reference = protocol.reference if purpose == "generation" else protocol.reconstruction_reference
     if reference and measure.find_reference(reference) is None:
         lines.append(f"reference statistics {reference} of protocol {protocol.name}: {_how_to_get(reference)}")
@@ -85,7 +87,8 @@ def refuse(config: RunConfig, lines: list[str]) -> None:
     if len(lines) == 1:
         raise UserError(f"missing: {lines[0]}")
     if lines:
-        raise UserError(f"{config.name} needs {len(lines)} things that are missing:\n" + "\n".join(f"  - {x}" for x in lines))
+        raise UserError(f"{config.name} needs {len(lines)} things that are missing:\n"
+                        + "\n".join(f"  - {line}" for line in lines))
 
 
 def report(config: RunConfig) -> str:
@@ -96,4 +99,5 @@ def report(config: RunConfig) -> str:
 
 def _how_to_get(reference: str) -> str:
     known = next((f for f in download.table() if f.name == Path(reference).name), None)
-    return known.command if known else "docs/evaluation.md says where to get it; run_make_reference.sh makes one from pictures"
+    return known.command if known else ("docs/evaluation.md says where to get it; run_make_reference.sh makes one from "
+                                        "pictures")

@@ -10,7 +10,10 @@ from typing import Iterator
 
 
 class FakeHub:
-    """files["owner/repo/path"] = bytes, or (status, the hub's word for it); `asked` lists (method, path) of requests for files."""
+    """files["owner/repo/path"] = bytes, or (status, the hub's word for it).
+
+    `asked` lists (method, path) of the requests for files.
+    """
 
     def __init__(self) -> None:
         self.files: dict[str, bytes | tuple[int, str]] = {}
@@ -33,7 +36,8 @@ class FakeHub:
             return self._send(request, found[0], b"", {"X-Error-Code": found[1], "X-Error-Message": "no"})
         self._send(request, 200, found, {"ETag": f'"{"a" * 40}"', "X-Repo-Commit": "c" * 40})
 
-    def _send(self, request: http.server.BaseHTTPRequestHandler, status: int, body: bytes, headers: dict[str, str]) -> None:
+    def _send(self, request: http.server.BaseHTTPRequestHandler, status: int, body: bytes,
+              headers: dict[str, str]) -> None:
         request.send_response(status)
         for name, value in {"Content-Length": str(len(body)), **headers}.items():
             request.send_header(name, value)

@@ -77,8 +77,8 @@ def test_asked_to_stop(tmp_path, launcher):
 
 def launched_by(module: str, *words: object) -> subprocess.CompletedProcess:
     """scripts/train.py under a launcher itself, without run_*.sh."""
-    done = subprocess.run([sys.executable, "-m", module, *map(str, words)], cwd=ROOT, text=True, capture_output=True, timeout=600,
-                          env={**os.environ, "OMP_NUM_THREADS": "1"})
+    done = subprocess.run([sys.executable, "-m", module, *map(str, words)], cwd=ROOT, text=True, capture_output=True,
+                          timeout=600, env={**os.environ, "OMP_NUM_THREADS": "1"})
     assert done.returncode == 0, done.stderr[-3000:]
     return done
 
@@ -101,8 +101,8 @@ mixed_precision: bf16
 num_machines: 1
 num_processes: 2
 """)
-    done = launched_by("accelerate.commands.launch", "--config_file", tmp_path / "accelerate.yaml", "scripts/train.py", TOY_GENERATOR,
-                       f"work_dir={tmp_path}", f"data.cache_dir={tmp_path}/cache", f"tokenizer.weights={tokenizer_run}",
+    done = launched_by("accelerate.commands.launch", "--config_file", tmp_path / "accelerate.yaml", "scripts/train.py",
+                       TOY_GENERATOR, f"work_dir={tmp_path}", f"data.cache_dir={tmp_path}/cache", f"tokenizer.weights={tokenizer_run}",
                        "train.device=cpu", "train.duration=1step", "train.preview_every=never")
     assert done.stdout.count("accelerate's config sets train.precision=bf16 train.parallel=fsdp") == 1
     assert "1 steps of 8 on 2 x cpu" in done.stdout

@@ -120,7 +120,8 @@ def _squeezenet(pretrained: bool) -> nn.Module:
 
 def _vgg16_weights(layers: int) -> dict[str, Tensor]:
     """The first `layers` of torchvision's VGG16, as keys of `_vgg16`."""
-    weights = helper_weights("vgg16-397923af.pth", "For training without it, perceptual: {lpips_squeeze: 1.0} needs no download.")
+    advice = "For training without it, perceptual: {lpips_squeeze: 1.0} needs no download."
+    weights = helper_weights("vgg16-397923af.pth", advice)
     weights = {k.removeprefix("features."): v for k, v in weights.items() if k.startswith("features.")}
     return {k: v for k, v in weights.items() if int(k.split(".")[0]) < layers}
 
