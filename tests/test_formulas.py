@@ -16,6 +16,7 @@ from core.config import Duration, OptimizerConfig, ScheduleConfig
 from core.rng import RecordedDraws
 from core.specs import Progress, Recon
 from core.train.optim import Schedule
+from tokenizer.adapters import ADAPTERS
 from tokenizer.losses import diffaug
 from tokenizer.losses.objective import Objective
 from tokenizer.multiscale.imagefolder import ImageFolder, Semantic
@@ -137,6 +138,9 @@ def test_continuous_tokens_are_unit_vectors():
     x = torch.rand(2, 3, 32, 32)
     recon = tokenizer(x, RecordedDraws({"time": torch.tensor([0.2, 0.6]), "noise": torch.randn(2, 3, 32, 32)}))
     assert set(recon.terms) == {"flow"}
+    official = ADAPTERS["dar"].to_official(tokenizer)
+    assert not any(name.startswith("quantize.") for name in official)  # a file of it holds no codebook
+    ADAPTERS["dar"].load(dar(quantize=False, low_rank_queries=False), official)
     unit = tokenizer._project(x)
     unit = unit / unit.norm(dim=-1, keepdim=True)
     start = torch.tensor([4, 8])  # floor(0.2 4 + 0.5) = 1, floor(0.6 4 + 0.5) = 2, times N / G = 4

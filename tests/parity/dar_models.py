@@ -53,7 +53,8 @@ def build_tokenizer(config: dict[str, Any], weights: dict[str, Tensor], image_si
         output_size=model.get("output_resolution", 0),
         semantic={"teachers": {FEATURES: extra.get("repa_out_dim", 768)}} if has_features else None,
         usage_sample=0, head_dim=extra.get("head_dim", 64), rope_theta=model.get("rope_base_len", 10000))
-    weights = dict(weights)
+    weights = {name: value for name, value in weights.items()
+               if model.get("vq_enable", True) or not name.startswith("quantize.")}
     if "quantize.codebook_used" not in weights and model.get("vq_enable", True):
         weights["quantize.codebook_used"] = torch.zeros(65536)  # the fixtures leave these zeros out
     ADAPTERS["dar"].load(tokenizer, weights)

@@ -62,12 +62,14 @@ def build_tokenizer(case: Case) -> FQGAN:
         "adapter_layers": small.get("adapter_layers", 6), "adapter_heads": small.get("adapter_heads", 8),
         "normalise": args.get("codebook_l2_norm", True),
     } | ({} if args.get("codebook_show_usage", True) else {"usage_window": 0})
+    heads = {name: small.get(f"feat_head_{name}", default) for name, default in (("layers", 3), ("heads", 8))}
+    small.get("feat_head_width")
     if args.get("with_clip_supervision"):
         widths = small.get("feat_head_width", 1024 if branches == 2 else [384, 768])
         widths = widths if isinstance(widths, list) else [widths]
         teachers = TEACHERS[config["variant"]]
         settings["semantic"] = {"teachers": dict(zip(teachers, widths, strict=True)), "branches": teachers,
-                                "layers": small.get("feat_head_layers", 3), "heads": small.get("feat_head_heads", 8)}
+                                **heads}
     with torch.device("meta"):
         tokenizer = FQGAN(**settings)
     weights = {n: t for n, t in case.weights.items() if not n.startswith("discriminator.")}
@@ -95,7 +97,8 @@ def sure(case: Case, name: str, codes: Tensor) -> Tensor:
 def disentanglement(case: Case) -> float:
     """The weight of that term."""
     args = case.config["ModelArgs"]
-    return args.get("disentanglement_ratio", 0.1) if args.get("with_disentanglement", True) else 0.0
+    ratio = args.get("disentanglement_ratio", 0.1)
+    return ratio if args.get("with_disentanglement", True) else 0.0
 
 
 def build_discriminator(case: Case) -> PatchGAN | StyleGANDiscriminator:
@@ -134,7 +137,7 @@ def tok_eval(case: Case) -> dict[str, Tensor]:
     return out
 
 
-def build_objective(case: Case, teachers: int) -> Objective:
+def build_objective(case: Case, teachers: int, start: int | None = None) -> Objective:
     """The official loss; its perceptual part is a recorded constant, which `tok_train` adds.
 
     Seen by a network: the last layer's gradients of what is reconstructed and of what the discriminator thinks, where
@@ -152,7 +155,7 @@ def build_objective(case: Case, teachers: int) -> Objective:
                  "commitment": args["commit_loss_beta"], "entropy": args["entropy_loss_ratio"],
                  "disentangle": disentanglement(case), "semantic": semantic, "gan": loss["disc_weight"],
                  "discriminator": loss["disc_weight"]},
-        pixels="signed", semantic_loss="infonce", gan_start=f"{loss['disc_start']}step",
+        pixels="signed", semantic_loss="infonce", gan_start=f"{loss['disc_start'] if start is None else start}step",
         gan_loss=loss.get("gen_adv_loss", "hinge").replace("-", "_"),
         discriminator_loss="hinge" if loss.get("disc_loss", "hinge") == "hinge" else "vanilla",
         reconstruction={"l2": "mse", "l1": "l1"}[kind_of_error], adaptive_weight=loss.get("disc_adaptive_weight", False))
@@ -185,7 +188,11 @@ def tok_train(case: Case) -> dict[str, Tensor]:
     features = {teacher: recorded[teacher][:, :1] for teacher in teachers}
 
     recon = tokenizer(images, None)
+    reported = None
+    if not objective.gan_active(progress):  # the official loss asks the discriminator all the same, and counts it 0 times
+        reported = build_objective(case, len(teachers), start=0).generator_loss(images, recon, features, discriminator, progress)
     result = objective.generator_loss(images, recon, features, discriminator, progress)
+    reported = reported or result
     result.total.backward()
     fake = recon.images.detach()
     step = objective.discriminator_loss(images, fake, discriminator, progress)
@@ -196,8 +203,8 @@ def tok_train(case: Case) -> dict[str, Tensor]:
 
     logs = result.logs
     out = {
-        "recon": recon.images, "rec_loss": logs["reconstruction"], "adv_loss_g": logs["gan"],
-        **dict.fromkeys(("disc_adaptive_weight", "adaptive_weight", "d_weight"), adaptive_weight(objective, logs)),
+        "recon": recon.images, "rec_loss": logs["reconstruction"], "adv_loss_g": reported.logs["gan"],
+        **dict.fromkeys(("disc_adaptive_weight", "adaptive_weight", "d_weight"), adaptive_weight(objective, reported.logs)),
         "disentangle_loss": disentangle * logs["disentangle"],
         "loss_generator": result.total + perceptual * case.inputs["perceptual_loss"].mean(), "loss_discriminator": step.total,
         "grad_norm_disc_before_clip": norm,

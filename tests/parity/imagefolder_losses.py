@@ -136,18 +136,22 @@ def vqloss(case: Case) -> dict[str, Tensor]:
     recon = F.conv2d(inputs["last_feature"], last_layer[..., None, None])
     terms = {"codebook": vq, "commitment": commit, "entropy": entropy, "contrast": config["sem_loss"]}
     recorded = _GanDraws(inputs)
-    found = objective.generator_loss(
-        images, Recon(recon, {name: torch.tensor(float(value)) for name, value in terms.items()}, last_layer=last_layer), {},
-        discriminator, progress, recorded)
+    painted = Recon(recon, {name: torch.tensor(float(value)) for name, value in terms.items()}, last_layer=last_layer)
+    reported = None
+    if not objective.gan_active(progress):  # the official loss asks the discriminator all the same, and counts it 0 times
+        opened = build_objective(case, widths, 0)
+        opened.perceptual = objective.perceptual
+        reported = opened.generator_loss(images, painted, {}, discriminator, progress, recorded)
+    found = objective.generator_loss(images, painted, {}, discriminator, progress, recorded)
     found.total.backward()
     discriminator.zero_grad()
     judged = objective.discriminator_loss(images, recon, discriminator, progress, recorded)
     judged.total.backward()
-    logs = found.logs
+    logs, weighed = found.logs, (reported or found).logs["gan_weight"] / (config["disc_weight"] or 1.0)
     with torch.no_grad():
         per_image = network((images + 1) / 2, (recon + 1) / 2).view(-1, 1, 1, 1)
     out = {"generator_loss": found.total, "discriminator_loss": judged.total, "grad_last_layer": last_layer.grad,
-           "adaptive_weight": logs["gan_weight"] / config["disc_weight"], "lpips": logs["perceptual"],
+           "adaptive_weight": weighed, "lpips": logs["perceptual"],
            "lpips_per_image": per_image, "mse": logs["reconstruction"], "reconstruction": recon,
            **{f"grad_disc/{name}": p.grad for name, p in discriminator.named_parameters()}}
     if objective.lecam:

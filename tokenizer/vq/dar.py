@@ -133,7 +133,7 @@ class DAR(nn.Module):
         self.encoder_layers = nn.ModuleList(
             Block(encoder_width, encoder_width // head_dim, gate=gate_init) for _ in range(encoder_layers))
         self.quant_in_conv = nn.Conv2d(encoder_width, code_dim, 1, bias=False)
-        self.quantize = VectorQuantizer(vocab, code_dim, entropy=entropy, usage_window=usage_window)
+        self.quantize = VectorQuantizer(vocab, code_dim, entropy=entropy, usage_window=usage_window) if quantize else None
         self.term_names = (*(self.quantize.term_names if quantize else ()), "flow")
         self.quant_out_conv = nn.Conv2d(code_dim, condition_width, 1, bias=False)
         self.decoder_embedding = nn.Embedding(MAX_POSITIONS, condition_width)
