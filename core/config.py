@@ -516,22 +516,24 @@ def load(path: str | Path, overrides: list[str], registries: Mapping[str, Regist
     return override(lambda: _read_yaml(Path(path)), overrides, registries, source=str(path))
 
 
-def override(given: Callable[[], Any], overrides: list[str], registries: Mapping[str, Registry], source: str) -> RunConfig:
-    """A checked RunConfig from what `given` returns (plain data or an OmegaConf table) and overrides.
+def read_overrides(overrides: list[str]) -> dict[str, Any]:
+    """["a.b=1"] -> {"a": {"b": 1}}."""
+    from omegaconf import OmegaConf
 
-    `source` names it in messages.
-    """
+    if malformed := [o for o in overrides if "=" not in o or o.startswith("-")]:
+        raise UserError(f"overrides look like train.global_batch=256, not {' '.join(malformed)}")
+    try:
+        return OmegaConf.to_container(OmegaConf.from_dotlist(overrides))
+    except Exception as error:  # values are YAML, whose parser has many exception types
+        raise UserError(f"{' '.join(overrides)}: no YAML after the equals sign: {' '.join(str(error).split())}") from None
+
+
+def override(given: Callable[[], Any], overrides: list[str], registries: Mapping[str, Registry], source: str) -> RunConfig:
+    """A checked RunConfig from what `given` returns (plain data or an OmegaConf table) and overrides. `source`: its name."""
     from omegaconf import OmegaConf
     from omegaconf.errors import OmegaConfBaseException
 
-    malformed = [o for o in overrides if "=" not in o or o.startswith("-")]
-    if malformed:
-        raise UserError(f"overrides look like train.global_batch=256, not {' '.join(malformed)}")
-    try:
-        changes = OmegaConf.from_dotlist(overrides)
-    except Exception as error:  # values are YAML, whose parser has many exception types
-        raise UserError(f"{' '.join(overrides)}: not valid YAML after the equals sign: "
-                        f"{' '.join(str(error).split())}") from None
+    changes = read_overrides(overrides)
     try:
         base = OmegaConf.merge(given())  # a copy
         _forget_arguments(base, changes, registries)
@@ -557,8 +559,7 @@ def check(plain: dict[str, Any], registries: Mapping[str, Registry], source: str
     """A RunConfig from plain data. `source` names where it came from in the message."""
     checker = _Checker(registries)
     config = checker.section("", plain, RunConfig)
-    problems = checker.problems or _cross_checks(config)
-    if problems:
+    if problems := checker.problems or _cross_checks(config):
         count = "a mistake" if len(problems) == 1 else f"{len(problems)} mistakes"
         raise UserError(f"{source} has {count}:\n" + "\n".join(f"  - {p}" for p in problems))
     return config
@@ -594,6 +595,6 @@ def help_text(schema: type = RunConfig, prefix: str = "") -> str:
             lines.append(help_text(hints[spec.name], f"{prefix}{spec.name}."))
             continue
         default = spec.default if spec.default_factory is dataclasses.MISSING else spec.default_factory()
-        shown = "required" if spec.metadata.get("required") else default
-        lines.append(f"  {prefix + spec.name:<34} {spec.metadata.get('help', '')} [{shown}]")
+        default = "required" if spec.metadata.get("required") else default
+        lines.append(f"  {prefix + spec.name:<34} {spec.metadata.get('help', '')} [{default}]")
     return "\n".join(lines)

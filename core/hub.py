@@ -4,6 +4,7 @@
     https://host/file.safetensors      any file on the web
     name.safetensors                   a file in pretrained_models/
     path/to/file, work_dirs/my_run     a file, or the newest good checkpoint of a run
+    path/to/checkpoint-5000            a folder of accelerate, save_pretrained or FSDP: the weight file in it, see FOLDERS
 
 Downloads are kept under pretrained_models/ in readable places, so that a machine without network can be fed by hand;
 what other programs have left in the hub's own cache is used from there.
@@ -12,8 +13,11 @@ Loading never runs code from a file. Which keys a file holds is the business of 
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import os
+import re
+import sys
 import urllib.error
 import urllib.parse
 import urllib.request
@@ -24,7 +28,8 @@ import torch
 from torch import Tensor
 
 from core.errors import UserError, nearest
-from core.files import explain_os_errors, fsync_file, fsync_folder, human_bytes, refuse_text, require_space, sha256_file
+from core.files import explain_os_errors, fsync_file, fsync_folder, human_bytes, read_json, refuse_text
+from core.files import require_space, sha256_file
 from core.pickles import load_pickle
 from core.released import in_hub_cache, put
 from core.train.checkpoint import MANIFEST, CheckpointStore, find_damage, read_tensors
@@ -34,6 +39,16 @@ KNOWN_SHA256: dict[str, str] = {}
 WEIGHTS = (".safetensors", ".pt", ".pth", ".ckpt", ".bin", ".tar")  # how files of weights end
 _PIECE = 1 << 20
 _PATIENCE = 15  # seconds without any answer
+
+# Which file stands for a folder of another program's: the first of these that is there. Averaged weights come before raw
+# ones, as everywhere; a finished model before the checkpoints on the way to it; safetensors before pickles of the same.
+FOLDERS = (
+    "ema_model", "unwrapped_model",  # of the trainers of RAR and reAR, in checkpoint-N/ (accelerate)
+    "model.safetensors", "diffusion_pytorch_model.safetensors", "pytorch_model.safetensors", "model.safetensors.index.json",
+    "pytorch_model.bin", "diffusion_pytorch_model.bin", "pytorch_model.bin.index.json", "consolidated.pth",
+)
+_STATE_OF_TRAINING = re.compile(  # how files begin that hold anything but weights
+    r"(optim|sched|sampler|scaler|random_states|rng_state|training_args|dl_state|grad)", re.IGNORECASE)
 
 
 def is_offline() -> bool:
@@ -114,9 +129,38 @@ def _newest_checkpoint(path: Path) -> Path:
         return path.resolve() if path.is_symlink() else path
     folder = path / "checkpoints" if (path / "checkpoints").is_dir() else path
     checkpoint = CheckpointStore(folder).latest(clean=False)  # the run may be alive: only look
-    if checkpoint is None:
+    if checkpoint is not None:
+        return checkpoint.path
+    found = _weights_of_others(path)
+    if found is None:
         raise UserError(f"{path} is a folder without checkpoints{_instead(path)}")
-    return checkpoint.path
+    return found
+
+
+def _weights_of_others(folder: Path) -> Path | None:
+    """The weight file that stands for a folder which another program wrote; None where no rule names one."""
+    for name in FOLDERS:
+        place = folder / name
+        if place.is_dir() and (inside := _weights_of_others(place)):
+            return inside
+        if place.is_file():
+            return _taken(folder, place, f"{name} comes first in the order of core.hub.FOLDERS")
+    files = [f for f in sorted(folder.iterdir())
+             if f.suffix in WEIGHTS and f.is_file() and not _STATE_OF_TRAINING.match(f.name)]
+    if len(files) == 1:
+        return _taken(folder, files[0], "the only file of weights in it")
+    numbered = [(int(match[1]), f) for f in folder.iterdir() if (match := re.fullmatch(r"checkpoint-(\d+)", f.name))]
+    for _, place in sorted(numbered, reverse=True) if not files else ():
+        if place.is_dir() and (inside := _weights_of_others(place)):
+            return inside
+    return None
+
+
+@functools.cache  # one line, however often a program asks
+def _taken(folder: Path, file: Path, why: str) -> Path:
+    if os.environ.get("RANK", "0") == "0":
+        print(f"{folder}: taking {file.relative_to(folder)}, {why}", file=sys.stderr, flush=True)
+    return file
 
 
 def _instead(folder: Path) -> str:
@@ -291,15 +335,40 @@ def load_tensors(path: str | os.PathLike) -> dict[str, Any]:
     """The contents of a weight file, mapped from disk: name -> tensor, or nested as a .pt file has it.
 
     .safetensors by its suffix, everything else as torch.save writes it. No code of a file is ever run: objects beside
-    the tensors are `core.pickles.Inert`.
+    the tensors are `core.pickles.Inert`. The config.json of save_pretrained beside a file comes along as "config".
     """
     path = Path(path)
     if path.is_dir():
         raise UserError(f"{path} is a folder; name one weight file in it.")
-    if path.suffix == ".safetensors":
+    if path.name.endswith(".index.json"):
+        loaded = _shards(path)
+    elif path.suffix == ".safetensors":
         refuse_text(path)
-        return read_tensors(path)
-    return load_pickle(path)
+        loaded = read_tensors(path)
+    else:
+        loaded = load_pickle(path)
+    settings = path.with_name("config.json")
+    if path.name in FOLDERS and settings.is_file() and "config" not in loaded:
+        told = read_json(settings)
+        loaded = {**loaded, **({"config": told} if isinstance(told, dict) else {})}
+    return loaded
+
+
+def _shards(index: Path) -> dict[str, Any]:
+    """All tensors of the files that an index of the transformers library names."""
+    told = read_json(index)
+    names = told.get("weight_map") if isinstance(told, dict) else None
+    if not isinstance(names, dict) or not all(isinstance(n, str) and Path(n).name == n for n in names.values()):
+        raise UserError(f"{index}: not an index of weight files; it should hold a table weight_map.")
+    missing = sorted({n for n in names.values() if not index.with_name(n).is_file()})
+    if missing:
+        raise UserError(f"{index}: {', '.join(missing)} {'is' if len(missing) == 1 else 'are'} missing beside it.")
+    loaded: dict[str, Any] = {}
+    for name in sorted(set(names.values())):
+        loaded |= load_tensors(index.with_name(name))
+    if lost := [name for name in names if name not in loaded]:
+        raise UserError(f"{index}: {len(lost)} tensors are in none of its files: {', '.join(lost[:5])}.")
+    return loaded
 
 
 def fingerprint(state: dict[str, Tensor]) -> str:

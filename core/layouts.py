@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from core.errors import UserError
-from core.state_dicts import Adapter, State, describe_differences
+from core.state_dicts import Adapter, Facts, State, describe_differences, merged
 
 MAX_HYPOTHESES = 24  # models built to find the tensor at fault; each takes a fraction of a second
 
@@ -29,6 +29,7 @@ class Comparison:
     ignored: dict[str, str] = field(default_factory=dict)  # tensor -> why it is no part of our model
     unused: list[str] = field(default_factory=list)  # tensors that our model has no place for by design (optional)
     model: nn.Module | None = None  # on the meta device
+    questions: str = ""  # about facts that are in no tensor; stand-ins took their place
     wrong: dict[str, tuple] = field(default_factory=dict)  # tensor -> (its shape, the shape it should have), None: absent
 
 
@@ -82,11 +83,14 @@ def compare(adapter: Adapter, loaded: Mapping[str, Any], exact: bool = False, pa
         settings: constructor arguments that overrule what the shapes say.
     """
     state = to_meta(adapter.open(loaded, use_ema=False))
-    result = _fit(adapter, state, settings, exact)
+    facts = Facts(loaded, settings)
+    result = _fit(adapter, state, facts, exact)
+    questions = facts.questions()
     if result.differences:
-        result = _find_fault(adapter, state, settings, result, exact) or result
+        result = _find_fault(adapter, state, facts, result, exact) or result
     elif parameters is not None and (surplus := _parameters(result.model) - parameters):
-        result.differences = _find_free_size(adapter, state, settings, parameters, surplus)
+        result.differences = _find_free_size(adapter, state, facts, parameters, surplus)
+    result.questions = questions
     return result
 
 
@@ -94,11 +98,11 @@ def _parameters(model: nn.Module) -> int:
     return sum(p.numel() for p in model.parameters())
 
 
-def _find_free_size(adapter: Adapter, state: State, settings: dict[str, Any], parameters: int, surplus: int) -> list[str]:
+def _find_free_size(adapter: Adapter, state: State, facts: Facts, parameters: int, surplus: int) -> list[str]:
     """The tensor that, given another shape, makes the model the recorded size; nothing where there is none: the count
     was then taken otherwise, and proves nothing."""
     watched = _Watched(state)
-    adapter.inspect(watched)
+    adapter.inspect(watched, facts)
     for name in watched.read:
         shape = list(state[name].shape)
         for place, size in enumerate(shape):
@@ -107,16 +111,16 @@ def _find_free_size(adapter: Adapter, state: State, settings: dict[str, Any], pa
                 continue
             other = [*shape[:place], size - surplus // each, *shape[place + 1 :]]
             changed = {**state, name: torch.empty(other, dtype=state[name].dtype, device="meta")}
-            fitted = _fit(adapter, changed, settings, True)
+            fitted = _fit(adapter, changed, facts, True)
             if not fitted.differences and _parameters(fitted.model) == parameters:
                 return [f"{name} is {shape}, {parameters:,} parameters ask for {other}"]
     return []
 
 
-def _fit(adapter: Adapter, state: State, settings: dict[str, Any], exact: bool) -> Comparison:
+def _fit(adapter: Adapter, state: State, facts: Facts, exact: bool) -> Comparison:
     watched = _Watched(state)
     try:
-        described = adapter.inspect(watched) | settings
+        described = merged(adapter.inspect(watched, facts), facts.given)
     except KeyError as error:
         return Comparison(differences=[f"{error.args[0]} is missing"])
     except UserError as error:
@@ -124,7 +128,7 @@ def _fit(adapter: Adapter, state: State, settings: dict[str, Any], exact: bool) 
         return Comparison(differences=[f"{error}{last}"])
     try:
         model = build_on_meta(adapter.build, described)
-    except (UserError, ValueError, RuntimeError) as error:
+    except (UserError, ValueError, RuntimeError, ZeroDivisionError) as error:
         single = [n for n in watched.read if not any(part.isdigit() for part in n.split("."))] or watched.read
         where = ", ".join(f"{n} {list(state[n].shape)}" for n in single[:16])
         return Comparison(described, [f"no model can be built from these shapes ({error})"
@@ -174,17 +178,18 @@ def _left_out(adapter: Adapter, name: str, tensor: torch.Tensor) -> bool:
 # ---------------------------------------------------------------------------------------------------------------------
 # Which tensor is at fault, when the sizes were read from it
 # ---------------------------------------------------------------------------------------------------------------------
-def _find_fault(adapter: Adapter, state: State, settings: dict[str, Any], result: Comparison,
+def _find_fault(adapter: Adapter, state: State, facts: Facts, result: Comparison,
                 exact: bool) -> Comparison | None:
     """One tensor of a wrong shape spoils many others when a size is read from it. Look for a tensor that, given another
     shape, leaves fewer differences than there are; None where there is no such tensor."""
-    if result.model is not None and not any(theirs and mine and len(theirs) == len(mine) for theirs, mine in result.wrong.values()):
+    if result.model is not None and not any(theirs and mine and len(theirs) == len(mine)
+                                            for theirs, mine in result.wrong.values()):
         return None  # names alone differ
     best, fewest = None, len(result.wrong) or len(state)
     limit = MAX_HYPOTHESES if len(result.wrong) != 1 else 3
-    for name, shape in islice(_hypotheses(adapter, state, result.wrong), limit):
+    for name, shape in islice(_hypotheses(adapter, state, facts, result.wrong), limit):
         changed = {**state, name: torch.empty(shape, dtype=state[name].dtype, device="meta")}
-        other = _fit(adapter, changed, settings, exact)
+        other = _fit(adapter, changed, facts, exact)
         if other.model is None or other.settings == result.settings:
             continue
         left = len(other.wrong)
@@ -199,7 +204,7 @@ def _find_fault(adapter: Adapter, state: State, settings: dict[str, Any], result
     return best
 
 
-def _hypotheses(adapter: Adapter, state: State, wrong: Mapping[str, Any]) -> Iterator[tuple[str, list[int]]]:
+def _hypotheses(adapter: Adapter, state: State, facts: Facts, wrong: Mapping[str, Any]) -> Iterator[tuple[str, list[int]]]:
     """(tensor, other shape) that change what the adapter reads, the likeliest first.
 
     The numbers to try come from the tensors that differ: where the model has 258 and the file 256, a size of 129 may
@@ -207,7 +212,7 @@ def _hypotheses(adapter: Adapter, state: State, wrong: Mapping[str, Any]) -> Ite
     """
     watched = _Watched(state)
     try:
-        before = adapter.inspect(watched)
+        before = adapter.inspect(watched, facts)
     except UserError:
         before = None
     except KeyError:
@@ -227,7 +232,7 @@ def _hypotheses(adapter: Adapter, state: State, wrong: Mapping[str, Any]) -> Ite
                     continue
                 seen.add((name, *other))
                 try:
-                    after = adapter.inspect({**state, name: torch.empty(other, device="meta")})
+                    after = adapter.inspect({**state, name: torch.empty(other, device="meta")}, facts)
                 except (UserError, KeyError):
                     continue
                 if after != before:

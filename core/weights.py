@@ -85,8 +85,12 @@ def read(path: str | os.PathLike) -> WeightFile | None:
     try:
         about = json.loads(about)
         content = WeightFile(about["kind"], about["settings"], {}, provenance=about["provenance"])
-    except (ValueError, KeyError, TypeError) as error:
-        raise UserError(f'{path}: its header entry "{KEY}" is not what Tessera writes ({error}).') from error
+        if content.kind not in ("tokenizer", "generator") or not isinstance(content.settings.get("name"), str) \
+                or not isinstance(content.provenance, dict):
+            raise ValueError("kind, settings with a name, and provenance were expected")
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(f'{path}: its header entry "{KEY}" is not what Tessera writes ({error}). Make the file again with '
+                        "convert.py.") from error
     for name, tensor in read_tensors(path).items():
         prefix = next((p for p in (RAW, CONSTANTS) if name.startswith(p)), "")
         {RAW: content.raw, CONSTANTS: content.constants, "": content.weights}[prefix][name.removeprefix(prefix)] = tensor

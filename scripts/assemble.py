@@ -25,7 +25,7 @@ from core.images import to_model_range
 from core.registry import Registry
 from core.rng import hash64
 from core.specs import Codes, Continuous, DataSource, Guidance, LatentSpec, MultiScale
-from core.state_dicts import describe_differences, recognise
+from core.state_dicts import describe_differences, merged, recognise, unusable
 from core.train.checkpoint import Checkpoint
 from core.train.log import ProgressLine
 from core.train.run import RunFolder
@@ -78,18 +78,19 @@ class Weights:
         network.load_state_dict(self.read(network, averaged))
 
 
-def read_weights(kind: str, reference: str) -> Weights:
+def read_weights(kind: str, reference: str, given: dict[str, Any] | None = None) -> Weights:
     """Find the weights of a tokenizer or generator.
 
     Args:
         kind: "tokenizer" or "generator".
         reference: run folder, checkpoint folder, file, file name in pretrained_models/, or hf://owner/repo/file.
+        given: settings that the user states; they answer what a released file does not tell (numbers of heads).
     """
     path = hub.resolve(reference)
     if path.is_dir():
         return _from_checkpoint(kind, Checkpoint(path))
     ours = weight_files.read(path)
-    return _from_file(kind, path) if ours is None else _from_ours(kind, path, ours)
+    return _from_file(kind, path, given) if ours is None else _from_ours(kind, path, ours)
 
 
 def _from_checkpoint(kind: str, checkpoint: Checkpoint) -> Weights:
@@ -125,12 +126,14 @@ def _reader(kind: str, settings: dict[str, Any], path: Path, tensors: Callable[[
         state = adapter.fit(tensors(averaged), network) if adapter else tensors(averaged)
         if problems := describe_differences(state, network.state_dict()):
             raise UserError(f"{path} does not fit {type(network).__name__}: {'; '.join(problems)}")
+        if problem := unusable(state, network.state_dict()):
+            raise UserError(f"{path}: {problem}")
         return state
 
     return read
 
 
-def _from_file(kind: str, path: Path) -> Weights:
+def _from_file(kind: str, path: Path, given: dict[str, Any] | None) -> Weights:
     """A released file, read by the adapter that recognises it."""
     loaded = hub.load_tensors(path)
     name = recognise(ADAPTERS[kind], loaded)
@@ -147,7 +150,7 @@ def _from_file(kind: str, path: Path) -> Weights:
         except UserError as error:
             raise UserError(f"{path}: {error}") from None
 
-    settings = {"name": name, **told(adapter.describe, loaded)}
+    settings = {"name": name, **told(adapter.describe, loaded, given)}
     return Weights(settings, path, {}, {}, lambda network, averaged: told(adapter.convert, network, loaded, averaged))
 
 
@@ -158,7 +161,7 @@ def _build(kind: str, component: dict[str, Any], weights: Weights | None, **defa
         known = weights.settings
         if settings.get("name", known["name"]) != known["name"]:
             raise UserError(f'{weights.path} holds the {kind} "{known["name"]}", not "{settings["name"]}".')
-        settings = {**known, **settings}
+        settings = merged(known, settings)
         if "pretrained" in REGISTRIES[kind].signature(settings["name"]):
             settings["pretrained"] = False  # what it would start from is about to be replaced
     network = REGISTRIES[kind].build(settings, **defaults)
@@ -174,7 +177,7 @@ def _build(kind: str, component: dict[str, Any], weights: Weights | None, **defa
 
 def load_tokenizer(component: dict[str, Any]) -> tuple[nn.Module, str]:
     """The tokenizer of a config section, frozen, and the fingerprint of its weights."""
-    weights = read_weights("tokenizer", component["weights"]) if component.get("weights") else None
+    weights = read_weights("tokenizer", component["weights"], component) if component.get("weights") else None
     tokenizer = view(_build("tokenizer", component, weights), component.get("view")).eval().requires_grad_(False)
     fingerprint = hub.fingerprint(tokenizer.state_dict())
     if place := statistics_file(component):
@@ -192,10 +195,12 @@ def statistics_file(component: dict[str, Any]) -> str | None:
 
 
 def load_generator(reference: str, tokenizer: nn.Module | None = None,
-                   use_ema: bool = True) -> tuple[nn.Module, Weights]:
-    """A finished generator, frozen. Its latent statistics go to `tokenizer`, whose latents it must have learnt."""
-    weights = read_weights("generator", reference)
+                   use_ema: bool = True, given: dict[str, Any] | None = None) -> tuple[nn.Module, Weights]:
+    """A finished generator, frozen. Its latent statistics go to `tokenizer`, whose latents it must have learnt.
+
+    `given`: see `read_weights`; the tokenizer's sizes answer too."""
     sizes = tokenizer.spec.sizes() if tokenizer is not None else {}  # of codes: released files do not tell all of them
+    weights = read_weights("generator", reference, {**sizes, **(given or {})})
     generator = _build("generator", {"use_ema": use_ema}, weights, **sizes).eval().requires_grad_(False)
     if tokenizer is not None:
         pair(generator, tokenizer)
@@ -383,7 +388,7 @@ def _initialise(config: RunConfig, kind: str, network: nn.Module) -> dict[str, T
     """Load train.init_from, if given: raw weights into the network; returns the averaged ones for the EMA."""
     if not config.train.init_from:
         return None
-    start = read_weights(kind, config.train.init_from)
+    start = read_weights(kind, config.train.init_from, getattr(config, kind))
     start.load(network, averaged=False)
     return start.read(network, True)
 

@@ -71,7 +71,7 @@ def settings_of(section: dict) -> dict:
     if "name" in section:
         return settings
     try:
-        return {**assemble.read_weights("tokenizer", section["weights"]).settings, **settings}
+        return {**assemble.read_weights("tokenizer", section["weights"], section).settings, **settings}
     except UserError as error:
         raise UserError(f"{error} The benchmark only needs the tokenizer's sizes: --tokenizer-config CONFIG, or "
                         "tokenizer.name=... and its settings.") from None

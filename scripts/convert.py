@@ -7,6 +7,7 @@
   convert.py work_dirs/my_run my_run.safetensors        the newest checkpoint of a run -> the same
   convert.py work_dirs/my_run mine.pth --to official    a run or file -> the layout that the official code loads
   convert.py RecTok.safetensors again.pth --to official
+  convert.py my_far.pt my_far.safetensors --set size.heads=16    what the file itself does not say, once for all
 
 FILE and the input are run folders, checkpoints, files, names in pretrained_models/ or hf://owner/repo/file. Averaged
 (EMA) and raw weights are both kept where the target has room for both; --weights ema or raw keeps one.
@@ -148,6 +149,7 @@ def describe_released(path: Path) -> bool:
     from core.files import human_bytes
     from core.layouts import compare
     from core.pickles import tensors_in
+    from core.state_dicts import unusable
 
     loaded = hub.load_tensors(path)
     found = found_in(loaded)
@@ -165,19 +167,23 @@ def describe_released(path: Path) -> bool:
         dtypes = Counter(str(t.dtype).removeprefix("torch.") for t in (raw or averaged).values())
         size = human_bytes(sum(t.nbytes for t in (raw or averaged).values()))
         inside = {id(t) for state in (raw, averaged) for t in state.values()}
-        others = [str(key) for key, value in loaded.items() if not any(id(t) in inside for t in tensors_in(value))]
+        others = [key for key, value in loaded.items() if not any(id(t) in inside for t in tensors_in(value))]
         print(f'{path}: {adapter.title} ({kind} "{name}")')
         kinds = ", ".join(f"{n} x {d}" for d, n in dtypes.items())
         lines = [f"settings  {settings}", f"holds {sets}, {kinds}, {size} a set"]
         if result.model is not None:
             lines.append(parameter_count(result.model))
         if others and len(others) < 20:
-            lines.append(f"unused  beside the weights: {', '.join(others)}")
-        lines += unused_lines(result, 0)
-        lines += [f"does not fit: {difference}" for difference in result.differences] or [
+            lines.append(f"unused  beside the weights: {', '.join(map(str, others))}")
+        beside = {id(t) for key in others for t in tensors_in(loaded[key])}
+        lines += unused_lines(result, sum(id(t) not in inside | beside for t in tensors_in(loaded)))
+        broken = [text for state in (raw, averaged) if (text := unusable(adapter.without_ignored(state)))]
+        lines += [f"does not fit: {difference}" for difference in result.differences + broken] or [
             "every tensor of our model is there"]
+        if result.questions:
+            lines.append(f"not in the file: {result.questions}")
         print("\n".join(f"  {line}" for line in lines))
-        good &= not result.differences
+        good &= not result.differences and not broken
     return good
 
 
@@ -192,13 +198,14 @@ def unrecorded(adapter, settings: dict, official: dict, accepted: dict) -> list[
         official: exported tensors.
         accepted: parameters of the model's constructor.
     """
-    from core.errors import UserError
+    from core.state_dicts import Facts, entry
 
-    try:
-        told = adapter.inspect(official)
-    except UserError as error:
-        return [str(error)]
+    facts = Facts()
+    told = adapter.inspect(official, facts)
     lost = []
+    for question, _ in facts.open:
+        key = question.partition(".")[2]
+        lost.append(f"{key} {plain(entry(settings, key))}" if entry(settings, key) is not None else key)
     for key, value in settings.items():
         if isinstance(value, dict) and isinstance(told.get(key), dict):
             lost += [f"{key}.{part} {item}" for part, item in value.items()
@@ -208,82 +215,136 @@ def unrecorded(adapter, settings: dict, official: dict, accepted: dict) -> list[
     return lost
 
 
-def convert(source: str, target: str, to: str, keep: str, kind: str | None, overwrite: bool) -> str:
-    """Write `target`; returns a sentence about it."""
-    import assemble
-    import torch
+def sets_in(path: Path) -> dict[str, tuple[bool, ...]]:
+    """Kind of network -> which sets of its weights are there: averaged ones (True), raw ones (False)."""
     from core import hub
     from core import weights as weight_files
-    from core.errors import UserError
     from core.train.checkpoint import Checkpoint
 
-    path, out = hub.resolve(source), Path(target)
-    if out.exists() and not overwrite:
-        raise UserError(f"{out} exists already. Choose another name, or say --force to replace it.")
-    if out.suffix not in ((".safetensors",) if to == "tessera" else (".safetensors", ".pth", ".pt", ".bin")):
-        wanted = "our files end in .safetensors; say --to official for the layout of the official code." \
-            if to == "tessera" else "official files end in .pth, .pt, .bin or .safetensors."
-        raise UserError(f"{out}: {wanted}")
     if path.is_dir():
         state = Checkpoint(path).state
-        kinds, sets = [state["primary"]], (True, False) if state["ema"] else (False,)
-    elif ours := weight_files.read(path):
-        kinds, sets = [ours.kind], (True, False) if ours.raw else (True,)
-    else:
-        found = {k: a.parts(hub.load_tensors(path)) for k, _, a in found_in(hub.load_tensors(path))}
-        kinds = list(found)
-        if not kinds:
-            raise UserError(f"{path}: no tokenizer or generator that is known; see convert.py --describe {source}")
-        raw, averaged = found[kind] if kind in found else found[kinds[0]]
-        sets = ((True,) if averaged else ()) + ((False,) if raw else ())
-    if kind is None and len(kinds) > 1:
+        return {state["primary"]: (True, False) if state["ema"] else (False,)}
+    if ours := weight_files.read(path):
+        return {ours.kind: (True, False) if ours.raw else (True,)}
+    loaded, held = hub.load_tensors(path), {}
+    for kind, _, adapter in found_in(loaded):
+        raw, averaged = adapter.parts(loaded)
+        held[kind] = ((True,) if averaged else ()) + ((False,) if raw else ())
+    return held
+
+
+def choose(path: Path, source: str, kind: str | None, keep: str) -> tuple[str, tuple[bool, ...]]:
+    """(kind, sets) that are asked for; UserError for what is not there."""
+    from core.errors import UserError
+
+    held = sets_in(path)
+    if not held:
+        raise UserError(f"{path}: no tokenizer or generator that is known; see convert.py --describe {source}")
+    if kind is None and len(held) > 1:
         raise UserError(f"{path} holds a tokenizer and a generator: say which one with --kind tokenizer or --kind "
                         "generator.")
-    if kind is not None and kind not in kinds:
-        raise UserError(f"{path} holds a {kinds[0]}, not a {kind}.")
-    kind = kind or kinds[0]
-    if keep != "both":
-        if keep == "ema" and True not in sets:
-            raise UserError(f"{path} holds no averaged (EMA) weights; use --weights raw.")
-        if keep == "raw" and False not in sets:
-            raise UserError(f"{path} holds averaged (EMA) weights only; use --weights ema.")
-        sets = (keep == "ema",)
-    weights = assemble.read_weights(kind, str(path))
-    network = assemble.REGISTRIES[kind].build(weights.settings)
-    adapter = assemble.ADAPTERS[kind].get(weights.settings["name"])
-    if adapter is None and to == "official":
-        raise UserError(f'{path}: there is no official layout of the {kind} "{weights.settings["name"]}"; leave out '
-                        "--to official.")
-    official: dict[bool, dict] = {}
+    if kind is not None and kind not in held:
+        raise UserError(f"{path} holds a {next(iter(held))}, not a {kind}.")
+    kind = kind or next(iter(held))
+    sets = held[kind]
+    if keep == "ema" and True not in sets:
+        raise UserError(f"{path} holds no averaged (EMA) weights; use --weights raw.")
+    if keep == "raw" and False not in sets:
+        raise UserError(f"{path} holds averaged (EMA) weights only; use --weights ema.")
+    return kind, sets if keep == "both" else (keep == "ema",)
+
+
+def official_tokenizer(reference: str, given: dict) -> dict:
+    """The averaged weights of a tokenizer under official names, for a generator's file that holds one too."""
+    import assemble
+    from core import weights as weight_files
+
+    weights = assemble.read_weights("tokenizer", reference, given)
+    network = assemble.REGISTRIES["tokenizer"].build(weights.settings)
+    weights.load(network)
+    return weight_files.own(assemble.ADAPTERS["tokenizer"][weights.settings["name"]].to_official(network))
+
+
+def write_official(out: Path, adapter, official: dict[bool, dict], overwrite: bool, tokenizer: dict | None) -> None:
+    """Write what the official program reads.
+
+    Args:
+        official: averaged (True), raw (False) or both, under official names.
+        tokenizer: of a generator whose file holds that too.
+    """
+    import torch
+    from core import weights as weight_files
+    from core.errors import UserError
+
+    if out.suffix != ".safetensors":
+        packed = adapter.pack(official.get(False) or {}, official.get(True))
+        if tokenizer is not None:
+            packed["trainer"]["vae_local"] = tokenizer
+        weight_files.replace_with(out, lambda place: torch.save(packed, place), overwrite)
+        return
+    if len(official) > 1 and adapter.container is not None and adapter.container[1]:
+        raise UserError(f"{out}: a safetensors file has room for one set of weights; say --weights ema or raw.")
+    from safetensors.torch import save_file
+
+    bare = official.get(True) or official[False]
+    weight_files.replace_with(out, lambda place: save_file(bare, place), overwrite)
+
+
+def export_notes(adapter, weights, official: dict, accepted: dict, tokenizer: dict | None) -> str:
+    """What a user of the official program has to know of an exported file, as sentences with a space in front."""
+    note = f" Constants ({', '.join(weights.constants)}) have no place in official files." if weights.constants else ""
+    if lost := unrecorded(adapter, weights.settings, official, accepted):
+        note += f" What such a file does not say: {', '.join(lost)}."
+    for pattern, reason in adapter.ignored.items():
+        if "teacher" in reason:
+            note += f" Not in it: {pattern}, {reason}."
+    if adapter.container and adapter.container[0] == "trainer.var_wo_ddp" and tokenizer is None:
+        note += " The official program reads its tokenizer from trainer.vae_local where no other file is named: add it " \
+                "with --tokenizer FILE."
+    return note
+
+
+def convert(source: str, target: str, options: argparse.Namespace) -> str:
+    """Write `target`; returns a sentence about it."""
+    import assemble
+    from core import hub
+    from core import weights as weight_files
+    from core.config import read_overrides
+    from core.errors import UserError
+    from core.state_dicts import merged
+
+    path, out, ours = hub.resolve(source), Path(target), options.to == "tessera"
+    if out.exists() and not options.force:
+        raise UserError(f"{out} exists already. Choose another name, or say --force to replace it.")
+    if out.suffix not in ((".safetensors",) if ours else (".safetensors", ".pth", ".pt", ".bin")):
+        wanted = "our files end in .safetensors; say --to official for the layout of the official code." \
+            if ours else "official files end in .pth, .pt, .bin or .safetensors."
+        raise UserError(f"{out}: {wanted}")
+    kind, sets = choose(path, source, options.kind, options.weights)
+    given = read_overrides([word.removeprefix(f"{kind}.") for word in options.set])
+    weights = assemble.read_weights(kind, str(path), given)
+    network = assemble.REGISTRIES[kind].build(merged(weights.settings, given))
+    adapter = assemble.ADAPTERS[kind][weights.settings["name"]]
+    found: dict[bool, dict] = {}
     for averaged in sets:
         weights.load(network, averaged)
-        official[averaged] = weight_files.own(network.state_dict() if to == "tessera" else adapter.to_official(network))
+        found[averaged] = weight_files.own(network.state_dict() if ours else adapter.to_official(network))
     names = " and ".join({True: "averaged", False: "raw"}[averaged] for averaged in sets)
-    if to == "tessera":
+    if ours:
         provenance = {**weights.provenance, "converted_from": path.name, "holds": names}
-        content = weight_files.WeightFile(kind, weights.settings, official[sets[0]],
-                                          official[False] if len(sets) > 1 else {}, weights.constants, provenance)
-        weight_files.save(out, content, overwrite)
+        content = weight_files.WeightFile(kind, merged(weights.settings, given), found[sets[0]],
+                                          found[False] if len(sets) > 1 else {}, weights.constants, provenance)
+        weight_files.save(out, content, options.force)
         return f"written to {out}: {kind} \"{weights.settings['name']}\", {names} weights"
-    packed = adapter.pack(official.get(False) or {}, official.get(True))
-    packed = {key: value for key, value in packed.items() if len(value)}
-    if out.suffix == ".safetensors":
-        if any(isinstance(value, dict) for value in packed.values()):
-            if len(packed) > 1:
-                raise UserError(f"{out}: a safetensors file has room for one set of weights; say --weights ema or raw.")
-            packed = next(iter(packed.values()))
-        from safetensors.torch import save_file
-
-        weight_files.replace_with(out, lambda place: save_file(packed, place), overwrite)
-    else:
-        weight_files.replace_with(out, lambda place: torch.save(packed, place), overwrite)
-    if adapter.container is None and len(sets) > 1:
+    tokenizer = official_tokenizer(options.tokenizer, {}) if options.tokenizer else None
+    if tokenizer is not None and (adapter.container or ("",))[0].partition(".")[0] != "trainer":
+        raise UserError(f"--tokenizer: official files of {adapter.title} hold no tokenizer.")
+    write_official(out, adapter, found, options.force, tokenizer)
+    if len(sets) > 1 and (adapter.container is None or adapter.container[1] is None):
         names = "averaged"
-    note = f" Constants ({', '.join(weights.constants)}) have no place in official files." if weights.constants else ""
-    if lost := unrecorded(adapter, weights.settings, official[sets[0]],
-                          assemble.REGISTRIES[kind].signature(weights.settings["name"])):
-        note += f" What such a file does not say: {', '.join(lost)}."
-    return f"written to {out}: {adapter.title} in the official layout, {names} weights.{note}"
+    accepted = assemble.REGISTRIES[kind].signature(weights.settings["name"])
+    return (f"written to {out}: {adapter.title} in the official layout, {names} weights."
+            + export_notes(adapter, weights, found[sets[0]], accepted, tokenizer))
 
 
 def main(arguments: list[str]) -> int:
@@ -296,6 +357,9 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--to", choices=("tessera", "official"), default="tessera")
     parser.add_argument("--weights", choices=("both", "ema", "raw"), default="both")
     parser.add_argument("--kind", choices=("tokenizer", "generator"), help="of a file that holds both")
+    parser.add_argument("--set", nargs="+", default=[], metavar="KEY=VALUE",
+                        help="what the file does not say, size.heads=16 and the like")
+    parser.add_argument("--tokenizer", help="to be held by an official file of VAR beside the generator")
     parser.add_argument("--force", action="store_true", help="replace a file that exists")
     options = flags.parse(parser, "convert", arguments)
 
@@ -313,7 +377,7 @@ def main(arguments: list[str]) -> int:
     if len(options.paths) != 2:
         raise UserError("give IN and OUT, or --describe FILE ..., or --check-layout LAYOUT.json ...; see convert.py "
                         "--help")
-    print(convert(*options.paths, options.to, options.weights, options.kind, options.force))
+    print(convert(*options.paths, options))
     return 0
 
 

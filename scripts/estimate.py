@@ -27,7 +27,7 @@ def _tokenizer(config: RunConfig) -> nn.Module:
     settings = {k: v for k, v in section.items() if k not in RESERVED - {"name"}}
     if section.get("weights"):
         try:
-            settings = {**assemble.read_weights("tokenizer", section["weights"]).settings, **settings}
+            settings = {**assemble.read_weights("tokenizer", section["weights"], section).settings, **settings}
         except UserError:
             if "name" not in section:  # else the constructor's defaults say what the published weights are
                 raise
@@ -55,9 +55,9 @@ def _generator(config: RunConfig, tokenizer: nn.Module) -> nn.Module:
 def check_networks(config: RunConfig) -> None:
     """UserError where weights are of another network, or generator and tokenizer do not fit. Nothing is computed."""
     if config.tokenizer.get("weights"):
-        assemble.read_weights("tokenizer", config.tokenizer["weights"])
+        assemble.read_weights("tokenizer", config.tokenizer["weights"], config.tokenizer)
     if config.train.init_from:
-        assemble.read_weights(config.task, config.train.init_from)
+        assemble.read_weights(config.task, config.train.init_from, getattr(config, config.task))
     if config.task == "generator":
         _generator(config, _tokenizer(config))
 

@@ -102,7 +102,8 @@ def _released(target: str, path: Path, overrides: list[str]) -> dict[str, Any]:
             f"{target} is a file of generator weights. Say which tokenizer decodes its latents: "
             "tokenizer.weights=pretrained_models/FILE"
         )
-    settings = assemble.read_weights("generator", str(path)).settings
+    given = config_module.read_overrides([o for o in overrides if o.startswith("generator.")]).get("generator")
+    settings = assemble.read_weights("generator", str(path), given).settings
     return {
         "name": path.stem,
         "task": "generator",
@@ -129,14 +130,14 @@ def open_generator(target: str, overrides: list[str], world: World, log: Callabl
         "tokenizer": config.tokenizer["weights"],
         "tokenizer_fingerprint": tokenizer_print,
     }
-    if not assemble.read_weights("generator", reference).constants and not getattr(
+    if not assemble.read_weights("generator", reference, config.generator).constants and not getattr(
         tokenizer, "latent_stats_known", True
     ):
         # parity: no released generator carries the statistics of its latents
         source = open_source(config.data.url, config.data.split)
         assemble.latent_statistics(config, tokenizer, tokenizer_print, source, world, log)
         facts["latent_statistics"] = f"measured on {config.data.url}"
-    generator, weights = assemble.load_generator(reference, tokenizer, use_ema)
+    generator, weights = assemble.load_generator(reference, tokenizer, use_ema, config.generator)
     facts["weights_fingerprint"] = hub.fingerprint(generator.state_dict())
     guide = None
     if config.sample.guidance == "auto" and config.sample.guide:

@@ -246,7 +246,7 @@ def test_nothing_is_overwritten_or_half_written(released, tmp_path, run, monkeyp
 def test_describe(released, tokenizer_run, tmp_path, run):
     code, out = run("--describe", released)
     assert code == 0 and 'the DiT^DH generator (generator "dit_dh")' in out and "channels 8" in out
-    assert "raw weights and averaged (EMA) weights" in out and "a RoPE table" in out and "optimizer, epoch" in out
+    assert "raw weights and averaged (EMA) weights" in out and "a rotary table" in out and "optimizer, epoch" in out
     assert f"{sum(p.numel() for p in dit().parameters()):,} parameters" in out
 
     code, out = run("--describe", tokenizer_run)

@@ -138,7 +138,7 @@ def test_official_file_and_back():
     ADAPTERS["dar"].load(again, {name: value.clone() for name, value in official.items()})
     for name, value in tokenizer.state_dict().items():
         assert torch.equal(value, again.state_dict()[name]), name
-    settings = ADAPTERS["dar"].describe(official)
+    settings = ADAPTERS["dar"].describe(official, {"length": 16, "groups": 4})
     assert settings["vocab"] == 32 and settings["decoder"]["depth"] == 2 and settings["head_dim"] == 16
 
 

@@ -87,12 +87,66 @@ def test_run_and_checkpoint_folders(tmp_path):
     for made, advice in (
         ("deep/er/b.pth", r"; name one file in it: deep/er/b.pth\.$"),  # only folders in it
         ("run_1/checkpoints/x", r"; name one run in it: run_1\.$"),
-        ("a.pt", r"; name one file in it: a.pt\.$"),
+        ("two/b.pt", r"; name one run in it: run_1\.$"),
     ):
         (plain / made).parent.mkdir(parents=True, exist_ok=True)
         (plain / made).touch()
         with pytest.raises(UserError, match=f"without checkpoints{advice}"):
             hub.resolve("plain")
+
+
+# Files of a folder, the one that stands for it.
+FOLDERS = {
+    "accelerate": (["model.safetensors", "optimizer.bin", "scheduler.bin", "random_states_0.pkl"], "model.safetensors"),
+    "unwrapped": (["model.safetensors", "unwrapped_model/pytorch_model.bin"], "unwrapped_model/pytorch_model.bin"),
+    "averaged": (["unwrapped_model/pytorch_model.bin", "ema_model/pytorch_model.bin"], "ema_model/pytorch_model.bin"),
+    "newest": (["checkpoint-900/pytorch_model.bin", "checkpoint-1000/pytorch_model.bin"],
+               "checkpoint-1000/pytorch_model.bin"),
+    "finished": (["checkpoint-900/pytorch_model.bin", "pytorch_model.bin"], "pytorch_model.bin"),
+    "both formats": (["pytorch_model.bin", "model.safetensors", "config.json"], "model.safetensors"),
+    "fsdp": (["consolidated.pth", "optimizer.00000-of-00002.pth", "optimizer.00001-of-00002.pth"], "consolidated.pth"),
+    "sharded": (["model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors", "model.safetensors.index.json"],
+                "model.safetensors.index.json"),
+    "alone": (["any_name.pt", "optimizer.pt", "log.txt"], "any_name.pt"),
+}
+
+
+@pytest.mark.parametrize("kind", FOLDERS)
+def test_folders_of_other_programs(tmp_path, capsys, kind):
+    hub._taken.cache_clear()
+    names, wanted = FOLDERS[kind]
+    for name in names:
+        (tmp_path / "f" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "f" / name).touch()
+    for _ in range(2):
+        assert hub.resolve("f") == hub.Path("f") / wanted
+    assert capsys.readouterr().err.count("taking") == 1  # said once
+    (tmp_path / "g").mkdir()
+    for name in ("a.pt", "b.pth"):
+        (tmp_path / "g" / name).touch()
+    with pytest.raises(UserError, match="name one file in it: a.pt, b.pth"):
+        hub.resolve("g")
+
+
+def test_shards_and_settings_beside_them(tmp_path):
+    parts = {"a": {"x": torch.ones(2)}, "b": {"y": torch.zeros(3)}}
+    for name, state in parts.items():
+        save_file(state, tmp_path / f"{name}.safetensors")
+    index = tmp_path / "model.safetensors.index.json"
+    index.write_text(json.dumps({"weight_map": {"x": "a.safetensors", "y": "b.safetensors"}}))
+    (tmp_path / "config.json").write_text(json.dumps({"model": {"use_l2_norm": True}}))
+    loaded = hub.load_tensors(index)
+    assert loaded["x"].sum() == 2 and len(loaded["y"]) == 3 and loaded["config"] == {"model": {"use_l2_norm": True}}
+    index.write_text(json.dumps({"weight_map": {"x": "a.safetensors", "z": "b.safetensors"}}))
+    with pytest.raises(UserError, match="1 tensors are in none of its files: z"):
+        hub.load_tensors(index)
+    (tmp_path / "b.safetensors").unlink()
+    with pytest.raises(UserError, match="b.safetensors is missing beside it"):
+        hub.load_tensors(index)
+    for crafted in ({"weight_map": {"x": "../a.safetensors"}}, {"weight_map": 1}, []):
+        index.write_text(json.dumps(crafted))
+        with pytest.raises(UserError, match="not an index"):
+            hub.load_tensors(index)
 
 
 @pytest.mark.parametrize("variable", ["TESSERA_OFFLINE", "HF_HUB_OFFLINE"])

@@ -8,8 +8,7 @@ from typing import Any
 
 from torch import nn
 
-from core.errors import UserError
-from core.state_dicts import Adapter, State, layer_count
+from core.state_dicts import Adapter, Facts, State, layer_count
 from generator.dit.dit_dh import SIZES, DiTDH, Size
 
 # Their RoPE tables are saved in "model" and absent from "model_ema"; ours are rebuilt, so they never need to be read.
@@ -21,7 +20,7 @@ def _restore(model: nn.Module) -> State:
     return {**model.state_dict(), **{theirs: getattr(model, ours) for theirs, ours in _ROPE.items()}}
 
 
-def _size(state: State) -> str | dict[str, int]:
+def _size(state: State, facts: Facts) -> str | dict[str, int]:
     """The number of heads follows from the RoPE tables, or from the table of sizes."""
     widths = [state[f"blocks.{i}.norm1.weight"].shape[0] for i in range(layer_count(state, "blocks."))]
     head_width = state["x_embedder.proj.weight"].shape[0]
@@ -34,16 +33,14 @@ def _size(state: State) -> str | dict[str, int]:
         if all(getattr(size, key) == value for key, value in shape.items()):
             return name
     for part, table in (("trunk", "enc_feat_rope.freqs_cos"), ("head", "dec_feat_rope.freqs_cos")):
-        if table not in state:
-            raise UserError(f"the number of attention heads does not follow from these weights, for {table} is missing; give "
-                            f"generator.size as {shape} with trunk_heads and head_heads")
-        shape[f"{part}_heads"] = shape[f"{part}_width"] // state[table].shape[1]
+        shape[f"{part}_heads"] = shape[f"{part}_width"] // state[table].shape[1] if table in state else facts.ask(
+            f"generator.size.{part}_heads", f"the number of attention heads of the {part}", 1)
     return dataclasses.asdict(Size(**shape))
 
 
-def _inspect(state: State) -> dict[str, Any]:
+def _inspect(state: State, facts: Facts) -> dict[str, Any]:
     settings = {
-        "size": _size(state),
+        "size": _size(state, facts),
         "channels": state["x_embedder.proj.weight"].shape[1],
         "grid": math.isqrt(state["pos_embed"].shape[1]),
         "num_classes": state["y_embedder.embedding_table.weight"].shape[0] - 1,
@@ -61,6 +58,5 @@ ADAPTER = Adapter(
     fit=lambda state, model: state,
     restore=_restore,
     markers=("x_embedder.proj.*", "s_embedder.proj.*", "blocks.*.adaLN_modulation.1.*", "final_layer.norm_final.*"),
-    ignored={name: "a RoPE table, which is rebuilt" for name in _ROPE},
     raw_only=tuple(_ROPE),
 )

@@ -2,32 +2,22 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
 from typing import Any
 
-from core.state_dicts import Adapter, State, layer_count
-from generator.adapters.llama import TRAINING_ONLY, to_ours, to_theirs
-from generator.ar.far import Size
+from core.state_dicts import Adapter, Facts, State
+from generator.adapters.llama import TRAINING_ONLY, decoder_size, to_ours, to_theirs
 from generator.ar.gpt import GPT, SIZES
-from generator.ar.llama import ffn_width
 
 # FAR numbers its codebooks; here there is one.
 _NAMES = {"tok_embeddings.weight": "tok_embeddings_1.weight", "output.weight": "output_1.weight"}
 _BACK = {ours: theirs for theirs, ours in _NAMES.items()}
 
 
-def _inspect(state: State) -> dict[str, Any]:
-    """The length is in no tensor: it follows the tokenizer. Heads have 64 channels unless a published size says else."""
+def _inspect(state: State, facts: Facts) -> dict[str, Any]:
+    """The length is in no tensor: it follows the tokenizer."""
     vocab, width = state["tok_embeddings.weight"].shape
-    layers, hidden = layer_count(state, "layers."), state["layers.0.feed_forward.w1.weight"].shape[0]
-    settings = {"vocab": vocab, "num_classes": state["cls_embedding.embedding_table.weight"].shape[0] - 1}
-    rows = state["layers.0.attention.wqkv.weight"].shape[0]
-    for name, size in SIZES.items():
-        if (size.width, size.layers, ffn_width(size.width), 3 * size.width) == (width, layers, hidden, rows):
-            return {"size": name, **settings}
-    heads = max(1, width // 64)
-    size = Size(width, layers, heads, 0, hidden, (rows - width) // 2 * heads // width)
-    return {"size": asdict(size), **settings}
+    return {"size": decoder_size(state, width, facts, SIZES), "vocab": vocab,
+            "num_classes": state["cls_embedding.embedding_table.weight"].shape[0] - 1}
 
 
 def official_names(state: State) -> State:

@@ -6,7 +6,7 @@ from dataclasses import asdict
 from typing import Any
 
 from core.errors import UserError
-from core.state_dicts import Adapter, State, layer_count
+from core.state_dicts import Adapter, Facts, State, layer_count
 from generator.ar.rar import EXTRA_POSITIONS, EXTRA_SLOTS, RAR, SIZES, Size
 
 _HEADS = {"encode_align_mlp.": "alignment.encode.", "decode_align_mlp.": "alignment.decode."}
@@ -19,7 +19,7 @@ def _renamed(state: State, names: dict[str, str]) -> State:
     return {rename(name): value for name, value in state.items()}
 
 
-def _inspect(state: State) -> dict[str, Any]:
+def _inspect(state: State, facts: Facts) -> dict[str, Any]:
     vocab, width = state["lm_head.weight"].shape
     length, slots = state["pos_embed"].shape[1] - EXTRA_POSITIONS, state["timesteps_embeddings"].shape[1] - EXTRA_SLOTS
     size = Size(width, layer_count(state, "blocks."), width // state["blocks.0.attn.q_norm.weight"].shape[0],

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from core.errors import UserError
-from core.state_dicts import Adapter, State, layer_count
+from core.state_dicts import Adapter, Facts, State, layer_count
 from generator.var.var import VAR
 
 _RELEASED = (1, 1, 2, 3, 3, 4, 5, 6, 8, 11)
@@ -48,32 +48,48 @@ def _restore(model: VAR) -> State:
     return {**state, "attn_bias_for_masking": mask[None, None], "lvl_1L": model.lvl_1L}
 
 
-def _scales(state: State) -> list[int]:
-    """From the table of levels, else the released ones."""
+def _scales(state: State, facts: Facts) -> list[int]:
+    """From the table of levels, the released ones by their sizes, else from what the trainer stored."""
     count, length = state["lvl_embed.weight"].shape[0], state["pos_1LC"].shape[1]
     if "lvl_1L" in state and not state["lvl_1L"].is_meta:
         return [math.isqrt(n) for n in state["lvl_1L"][0].bincount(minlength=count).tolist()]
     if (count, length) == (len(_RELEASED), sum(p * p for p in _RELEASED)):
         return list(_RELEASED)
-    raise UserError(f"the {count} scales of this generator do not follow from its weights; give them as generator.scales")
+    said = facts.said("patch_nums") or facts.said("pn")
+    said = [int(p) for p in said.split("_")] if isinstance(said, str) else said
+    if said and (len(said), sum(p * p for p in said)) != (count, length):
+        said = None  # of other weights
+    stand_in = [1] * (count - 1) + [math.isqrt(max(1, length - count + 1))]
+    return list(facts.ask("generator.scales", f"the {count} scales", stand_in, said))
 
 
-def _inspect(state: State) -> dict[str, Any]:
+def _branches(state: State, facts: Facts) -> dict[str, int]:
+    """Two branches of 32-wide codes in everything that was released; else from the tokenizer in the file."""
+    inputs, outputs = state["word_embed.weight"].shape[1], state["head.weight"].shape[0]
+    codes = facts.loaded.get("trainer", {}).get("vae_local", {}) if isinstance(facts.loaded.get("trainer"), dict) else {}
+    if "quant_conv.weight" in codes:
+        said = inputs // len(codes["quant_conv.weight"])
+    elif inputs == 64 and outputs in (8192, 16384, 32768):
+        said = 2
+    else:
+        said = facts.said("product_quant")
+    branches = facts.ask("generator.branches", "the number of branches of the tokenizer", 1, said)
+    return {"branches": branches, "code_dim": inputs // branches, "vocab": outputs // branches}
+
+
+def _inspect(state: State, facts: Facts) -> dict[str, Any]:
     try:
         width = state["word_embed.weight"].shape[0]
         depth = layer_count(state, "blocks.")
         l2_norm = "blocks.0.attn.scale_mul_1H11" in state
-        heads = state["blocks.0.attn.scale_mul_1H11"].shape[1] if l2_norm else width // 64
+        heads = state["blocks.0.attn.scale_mul_1H11"].shape[1] if l2_norm else depth if width == 64 * depth else \
+            facts.ask("generator.heads", "the number of attention heads", 1)
         settings = {
-            "depth": depth, "width": width, "heads": heads, "scales": _scales(state),
+            "depth": depth, "width": width, "heads": heads, "scales": _scales(state, facts),
             "mlp_ratio": state["blocks.0.ffn.fc1.weight"].shape[0] / width,
-            "num_classes": state["class_emb.weight"].shape[0] - 1}
-        inputs, outputs = state["word_embed.weight"].shape[1], state["head.weight"].shape[0]
+            "num_classes": state["class_emb.weight"].shape[0] - 1, **_branches(state, facts)}
     except KeyError as error:
         raise UserError(f"these are not the weights of a VAR generator: {error.args[0]} is missing") from error
-    # Neither the number of branches nor the width of a code is in the file; all released ones have 32-wide codes.
-    code_dim = 32 if inputs % 32 == 0 else inputs
-    settings |= {"branches": inputs // code_dim, "code_dim": code_dim, "vocab": outputs // (inputs // code_dim)}
     if not l2_norm:
         settings["l2_norm"] = False
     if any(re.match(r"shared_ada_lin\.", name) for name in state):
@@ -91,5 +107,5 @@ ADAPTER = Adapter(
     markers=("pos_1LC", "lvl_embed.*", "word_embed.*", "head_nm.ada_lin.*", "blocks.*.attn.mat_qkv.*"),
     ignored=_REBUILT,
     raw=("trainer.var_wo_ddp", "model", "module", "state_dict"),
-    container=("model", "ema"),
+    container=("trainer.var_wo_ddp", None),
 )

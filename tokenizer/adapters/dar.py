@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from core.state_dicts import Adapter, State, layer_count
+from core.state_dicts import Adapter, Facts, State, layer_count
 from tokenizer.vq.dar import DAR
 
 _FUSED = {"attention": ("qkv", ("q", "k", "v")), "cross_attn": ("kv", ("k", "v"))}
@@ -49,7 +49,33 @@ def _restore(model: nn.Module) -> State:
     return state
 
 
-def _inspect(state: State) -> dict[str, Any]:
+# (width of the encoder, width of the conditions, codes, numbers in a code) of the released tokenizer, whose number of
+# queries and groups our defaults are. Their tables have 1024 rows in every file, so no tensor tells.
+_RELEASED = (768, 768, 16384, 8)
+# What the trainer's config calls the settings that are in no tensor.
+_SAID = {"window": "queries_per_step", "steps": "num_denoising_steps", "output_size": "output_resolution",
+         "rope_theta": "rope_base_len", "image_size": "sampling_resolution"}
+# And those of its diffusion decoder, with the official defaults where there is a config that leaves them out.
+_SAID_OF_DECODER = {"time_shift": ("time_shift", 1.0), "data_std": ("data_std", 1.0), "feature_layer": ("repa_layer", 8),
+                    "rope_theta": ("rope_base_len", 10000.0)}
+
+
+def _sequence(state: State, facts: Facts) -> dict[str, Any]:
+    """What the file says of its queries, else the released numbers for the released sizes."""
+    sizes = (len(state["patchify.weight"]), state["decoder_embedding.weight"].shape[1],
+             len(state.get("quantize.embedding.weight", ())), len(state["quant_in_conv.weight"]))
+    released = (256, 8) if sizes == _RELEASED else (None, None)
+    settings = {key: facts.said(word) for key, word in _SAID.items() if facts.said(word) is not None}
+    for key, word, what, stand_in, known in (("length", "num_all_queries", "the number of queries", 256, released[0]),
+                                             ("groups", "num_query_groups", "the number of their groups", 8, released[1])):
+        said = facts.said(word)
+        settings[key] = facts.ask(f"tokenizer.{key}", what, stand_in, known if said is None else said)
+    if settings.get("window") == settings["length"] // settings["groups"]:
+        del settings["window"]
+    return settings
+
+
+def _inspect(state: State, facts: Facts) -> dict[str, Any]:
     net = "diff_decoder.net."
     encoder_width, _, patch_size, _ = state["patchify.weight"].shape
     condition_width = state["decoder_embedding.weight"].shape[1]
@@ -60,8 +86,13 @@ def _inspect(state: State) -> dict[str, Any]:
         decoder["own_time"] = False
     if net + "linear_out.linear.weight" in state:
         decoder["modulated_output"] = True
+    if facts.said("num_all_queries") is not None:
+        for key, (word, default) in _SAID_OF_DECODER.items():
+            said = facts.said(f"diff_decoder.{word}")
+            decoder[key] = default if said is None else said
     settings = {
-        "patch_size": patch_size, "encoder_width": encoder_width, "encoder_layers": layer_count(state, "encoder_layers."),
+        **_sequence(state, facts), "patch_size": patch_size, "encoder_width": encoder_width,
+        "encoder_layers": layer_count(state, "encoder_layers."),
         "condition_width": condition_width, "condition_layers": layer_count(state, "decoder_layers."),
         "code_dim": state["quant_in_conv.weight"].shape[0], "decoder": decoder,
         "head_dim": state[net + "blocks.0.attention.q_norm.weight"].shape[0],

@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from core.errors import UserError
 from core.nn.embed import resize_positions
 from core.nn.transformer import rename_block
-from core.state_dicts import Adapter, State, layer_count
+from core.state_dicts import Adapter, Facts, State, layer_count
+from tokenizer.adapters.maskgit import ask_groups
 from tokenizer.vq.fqgan import FQGAN
 
 # Sub-codebook -> official adapter, official feature head, and what we call the teacher that it learnt from.
@@ -119,7 +120,10 @@ def _ring(found: Tensor, window: int) -> Tensor:
     return torch.cat((found.new_zeros(max(0, window - len(found))), found[-window:]))
 
 
-def _inspect(state: State) -> dict[str, Any]:
+_PUBLISHED_WIDTH = 512  # of the adapters, which have 8 heads then; predictors of any width have 8 too
+
+
+def _inspect(state: State, facts: Facts) -> dict[str, Any]:
     names = _variant(state)
     state = _rename(state)
     levels = layer_count(state, "encoder.conv_blocks.")
@@ -136,6 +140,10 @@ def _inspect(state: State) -> dict[str, Any]:
         "z_channels": state["post_quant_conv.weight"].shape[0], "vocab": vocab, "code_dim": dim,
         "adapter_layers": layer_count(state, f"heads.{names[0]}.adapter.transformer."),
     }
+    width = channels * settings["size"][-1]
+    if width != _PUBLISHED_WIDTH:
+        settings["adapter_heads"] = facts.ask("tokenizer.adapter_heads", "the number of heads of the adapters", 1)
+    settings |= ask_groups(channels, facts)
     if (decoder_mult := mult("decoder")[::-1]) != settings["size"]:
         settings["decoder_mult"] = decoder_mult
     if f"quantizers.{names[0]}.codebook_used" in state:

@@ -11,11 +11,11 @@ from torch import nn
 
 from core.errors import UserError
 from core.nn.vit import VIT_SIZES, rename_gated
-from core.state_dicts import Adapter, State, layer_count
+from core.state_dicts import Adapter, Facts, State, layer_count
 from tokenizer.multiscale.imagefolder import RELEASED_SCALES, ImageFolder
 
 _TRUNKS = ("encoder.model.", "decoder.model.")
-_IGNORED = {"semantic_model.*": "the frozen teacher", "detail_model.*": "a teacher that the official code cannot build",
+_IGNORED = {"semantic_model.*": "the frozen teacher, without which the official programs want --semantic_guide none",
             "*.lvl1LC": "a table of levels, which is rebuilt", "sem_linear.*": "built and never used by the official code",
             "*.scaler": "1 / sqrt(bits), which is rebuilt"}
 
@@ -104,20 +104,19 @@ def _restore(model: ImageFolder) -> State:
     return {**state, "encoder.lvl1LC": model.encoder.lvl1LC, "decoder.lvl1LC": model.decoder.lvl1LC}
 
 
-def _trunk(state: State, prefix: str) -> str | dict[str, int]:
-    """Heads follow from the width of the DINOv2 models, 64 channels each; others must name them."""
+def _trunk(state: State, prefix: str, facts: Facts) -> str | dict[str, int]:
+    """The official code takes DINOv2 models alone, whose heads have 64 channels each; others must name them."""
     width = state[prefix + "cls_token"].shape[-1]
     layers = layer_count(state, prefix + "blocks.")
     for name, size in VIT_SIZES.items():
         if (size.width, size.layers) == (width, layers):
             return name
-    if width % 64:
-        raise UserError(f"{prefix.rstrip('.')}: the number of attention heads does not follow from these weights; "
-                        f"give it as {{width: {width}, layers: {layers}, heads: ...}}")
-    return {"width": width, "layers": layers, "heads": width // 64}
+    part = prefix.partition(".")[0]
+    return {"width": width, "layers": layers, "heads": facts.ask(
+        f"tokenizer.{part}.heads", f"the number of attention heads of the {part}", 1, width // 64 if width % 64 == 0 else None)}
 
 
-def _inspect(state: State) -> dict[str, Any]:
+def _inspect(state: State, facts: Facts) -> dict[str, Any]:
     state = _rename(state)
     try:
         branches = layer_count(state, "quantizer.quantizes.")
@@ -126,8 +125,8 @@ def _inspect(state: State) -> dict[str, Any]:
         patch = state["encoder.model.patch_embed.proj.weight"].shape[-1]
         hits = state["quantizer.quantizes.0.ema_vocab_hit_SV"]
         settings: dict[str, Any] = {
-            "image_size": grid * patch, "patch_size": patch, "encoder": _trunk(state, "encoder.model."),
-            "decoder": _trunk(state, "decoder.model."), "latent_grid": math.isqrt(latents), "branches": branches,
+            "image_size": grid * patch, "patch_size": patch, "encoder": _trunk(state, "encoder.model.", facts),
+            "decoder": _trunk(state, "decoder.model.", facts), "latent_grid": math.isqrt(latents), "branches": branches,
             "vocab": hits.shape[1], "code_dim": state["quant_conv.weight"].shape[0]}
     except KeyError as error:
         raise UserError(f"these are not the weights of an ImageFolder tokenizer: {error.args[0]} is missing") from error
@@ -137,7 +136,7 @@ def _inspect(state: State) -> dict[str, Any]:
         settings["quantizer"] = "binary"
     if phis not in (0, 4):
         settings["shared_phi"] = 0 if phis == hits.shape[0] and phis > 1 else phis
-    settings["scales"] = _scales(hits.shape[0], settings["latent_grid"])
+    settings["scales"] = _scales(hits.shape[0], settings["latent_grid"], facts)
     for part in ("encoder", "decoder"):
         adapter = f"{part}.model.blocks.0.mlp.fc1.lora_A"
         if adapter in state:
@@ -146,13 +145,15 @@ def _inspect(state: State) -> dict[str, Any]:
     return settings
 
 
-def _scales(count: int, side: int) -> list[int]:
-    """The scales are not in the file; the released ones are known by their number and their end."""
+def _scales(count: int, side: int, facts: Facts) -> list[int]:
+    """In no tensor: the released ones are known by their number and their end, others by what the trainer stored."""
     if count == 1:
         return [side]
     if (count, side) == (len(RELEASED_SCALES), RELEASED_SCALES[-1]):
         return list(RELEASED_SCALES)
-    raise UserError(f"the {count} scales of this tokenizer do not follow from its weights; give them as tokenizer.scales")
+    said = facts.said("v_patch_nums")
+    said = said if isinstance(said, list) and len(said) == count and said[-1] == side else None
+    return list(facts.ask("tokenizer.scales", f"the {count} scales", [side] * count, said))
 
 
 ADAPTER = Adapter(

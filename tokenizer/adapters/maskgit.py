@@ -8,7 +8,7 @@ from typing import Any
 from torch import nn
 
 from core.errors import UserError
-from core.state_dicts import Adapter, State, layer_count
+from core.state_dicts import Adapter, Facts, State, layer_count
 from tokenizer.vq.maskgit import MaskGITVQGAN, VQGANPlus
 
 USAGE = "quantizer.codebook_used"  # ours; the published models have none
@@ -51,9 +51,15 @@ def _maskgit_restore(model: nn.Module) -> State:
             for name, value in model.state_dict().items() if name != USAGE}
 
 
-def _maskgit_inspect(state: State) -> dict[str, Any]:
+def _maskgit_inspect(state: State, facts: Facts) -> dict[str, Any]:
     vocab, dim = state["quantize.embedding.weight"].shape
-    return {**halves(_maskgit_rename(state)), "vocab": vocab, "code_dim": dim}
+    settings = halves(_maskgit_rename(state))
+    return {**settings, **ask_groups(settings["channels"], facts), "vocab": vocab, "code_dim": dim}
+
+
+def ask_groups(channels: int, facts: Facts, key: str = "groups") -> dict[str, int]:
+    """Every official norm has 32 groups; only a width that this does not divide has others, and no tensor tells them."""
+    return {} if channels % 32 == 0 else {key: facts.ask(f"tokenizer.{key}", "the number of groups of the norms", 1)}
 
 
 def halves(state: State, encoder: str = "encoder.", decoder: str = "decoder.") -> dict[str, Any]:
@@ -87,6 +93,7 @@ MASKGIT = Adapter(
 # VQGAN+
 # ---------------------------------------------------------------------------------------------------------------------
 # Published -> ours; its decoder is numbered from coarse to fine, like ours.
+_PLUS_RELEASED = (4096, 64)  # codes and their width, which are no unit vectors
 _PLUS = (("encoder.down.{}.res_blocks", "encoder.levels.{}.res"),
          ("encoder.down.{}.down_conv", "encoder.levels.{}.resize.conv"),
          ("decoder.up.{}.res_blocks", "decoder.levels.{}.res"),
@@ -112,9 +119,10 @@ def _plus_restore(model: nn.Module) -> State:
     return {_plus_name(name, back=True): value for name, value in model.state_dict().items() if name != USAGE}
 
 
-def _plus_inspect(state: State) -> dict[str, Any]:
+def _plus_inspect(state: State, facts: Facts) -> dict[str, Any]:
     state = _plus_rename(state)
     settings = halves(state)
+    settings |= ask_groups(settings["channels"], facts)
     decoder_blocks, settings["res_blocks"] = settings["res_blocks"], layer_count(state, "encoder.levels.0.res.")
     if decoder_blocks != settings["res_blocks"]:
         settings["decoder_res_blocks"] = decoder_blocks
@@ -124,7 +132,9 @@ def _plus_inspect(state: State) -> dict[str, Any]:
         settings |= {"quantizer": "lookup_free", "code_dim": len(state["quantizer.bits_to_indices"])}
     elif "quantizer.embedding.weight" in state:
         vocab, dim = state["quantizer.embedding.weight"].shape
-        settings |= {"vocab": vocab, "code_dim": dim}
+        settings |= {"vocab": vocab, "code_dim": dim, "normalise": bool(facts.ask(
+            "tokenizer.normalise", "whether codes are unit vectors", False,
+            False if (vocab, dim) == _PLUS_RELEASED else facts.said("use_l2_norm")))}
     else:
         raise UserError("these are not the weights of VQGAN+: quantize.embedding.weight is missing")
     return settings

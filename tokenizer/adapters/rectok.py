@@ -8,9 +8,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from core.errors import UserError
 from core.nn.embed import resize_positions
-from core.state_dicts import Adapter, State, layer_count
+from core.state_dicts import Adapter, Facts, State, layer_count
 from tokenizer.continuous.rectok import SIZES, RecTok, Size
 
 
@@ -26,25 +25,24 @@ def _fit(state: State, model: nn.Module) -> State:
             for name, value in state.items()}
 
 
-def _size(state: State, prefix: str) -> str | dict[str, int]:
+def _size(state: State, prefix: str, facts: Facts, key: str) -> str | dict[str, int]:
+    """The official table has one number of heads for each width; another width has to say its own."""
     width = state[prefix + "positional_embedding"].shape[-1]
     layers = layer_count(state, prefix + "transformer.")
     for name, size in SIZES.items():
         if (size.width, size.layers) == (width, layers):
             return name
     known = {size.width: size.heads for size in SIZES.values()}
-    if width not in known:
-        raise UserError(f"{prefix.rstrip('.')}: the number of attention heads does not follow from these weights; "
-                        f"give it as {{width: {width}, layers: {layers}, heads: ...}}")
-    return dataclasses.asdict(Size(width, layers, known[width]))
+    what = f"the number of attention heads of {prefix.rstrip('.')}"
+    return dataclasses.asdict(Size(width, layers, known.get(width) or facts.ask(f"tokenizer.{key}.heads", what, 1)))
 
 
-def _inspect(state: State) -> dict[str, Any]:
+def _inspect(state: State, facts: Facts) -> dict[str, Any]:
     patch_size = state["encoder.patch_embed.0.weight"].shape[-1]
     length = state["encoder.positional_embedding"].shape[1]
     channels = state["decoder.decoder_embed.weight"].shape[1]
     settings = {"image_size": math.isqrt(length) * patch_size, "patch_size": patch_size, "channels": channels,
-                "encoder": _size(state, "encoder."), "decoder": _size(state, "decoder.")}
+                "encoder": _size(state, "encoder.", facts, "encoder"), "decoder": _size(state, "decoder.", facts, "decoder")}
     if any(".attn.q_norm." in name for name in state):
         settings["qk_norm"] = True
     teachers = sorted({name.split(".")[1] for name in state if name.startswith("sem_decoders.")})
@@ -58,7 +56,7 @@ def _inspect(state: State) -> dict[str, Any]:
         if mlp:
             settings["mask_ratio"] = 0.0
         else:
-            semantic["size"] = _size(state, first)
+            semantic["size"] = _size(state, first, facts, "semantic.size")
     return settings
 
 
@@ -71,5 +69,4 @@ ADAPTER = Adapter(
     restore=lambda model: model.state_dict(),
     markers=("encoder.patch_embed.0.*", "encoder.latent_head.*", "decoder.decoder_embed.*", "decoder.conv_out.*"),
     aliases={"aux_": "sem_"},  # old files call the semantic decoders auxiliary
-    ignored={"sem_foundation_models.*": "the frozen teacher, not part of the tokenizer"},
 )

@@ -7,10 +7,9 @@ from typing import Any
 
 from torch import nn
 
-from core.errors import UserError
 from core.nn.transformer import rename_block
-from core.state_dicts import Adapter, State, layer_count
-from tokenizer.adapters.maskgit import USAGE, halves, maskgit_name, published_maskgit_name
+from core.state_dicts import Adapter, Facts, State, layer_count
+from tokenizer.adapters.maskgit import USAGE, ask_groups, halves, maskgit_name, published_maskgit_name
 from tokenizer.vq.titok import SIZES, TiTok
 
 _PIXEL = "pixel_"  # pixel_decoder.* is a MaskGIT decoder with a prefix
@@ -46,15 +45,19 @@ def _restore(model: nn.Module) -> State:
     return restored
 
 
-def _size(state: State, half: str) -> str | dict[str, int]:
+# (legacy, codes, their width) of the released models -> whether their codes are unit vectors, a switch of its own.
+_UNIT_VECTORS = {(True, 4096, 12): True, (False, 8192, 64): False}
+
+
+def _size(state: State, half: str, facts: Facts) -> str | dict[str, int]:
+    """The official table has one number of heads for each width; another width has to say its own."""
     width, layers = state[f"{half}.positional_embedding"].shape[1], layer_count(state, f"{half}.transformer.")
     for name, size in SIZES.items():
         if (size.width, size.layers) == (width, layers):
             return name
-    if width % 64:
-        raise UserError(f"{half}: the number of attention heads does not follow from these weights; "
-                        f"give it as {{width: {width}, layers: {layers}, heads: ...}}")
-    return {"width": width, "layers": layers, "heads": width // 64}
+    known = {size.width: size.heads for size in SIZES.values()}
+    return {"width": width, "layers": layers, "heads": known.get(width) or facts.ask(
+        f"tokenizer.{half}.heads", f"the number of attention heads of the {half}", 1)}
 
 
 def pixel_halves(state: State) -> dict[str, Any]:
@@ -62,20 +65,30 @@ def pixel_halves(state: State) -> dict[str, Any]:
     return halves(_rename(state), "none.", "pixel_decoder.")
 
 
-def _inspect(state: State) -> dict[str, Any]:
+def _inspect(state: State, facts: Facts) -> dict[str, Any]:
     state = _rename(state)
     patch_size = state["encoder.patch_embed.weight"].shape[-1]
     vocab, dim = state["quantizer.embedding.weight"].shape
+    seen, painted = (math.isqrt(state[f"{half}.positional_embedding"].shape[0] - 1) for half in ("encoder", "decoder"))
+    legacy = "decoder.ffn.2.weight" in state
+    known = _UNIT_VECTORS.get((legacy, vocab, dim))
+    said = facts.said("use_l2_norm")
     settings = {
-        "image_size": math.isqrt(state["encoder.positional_embedding"].shape[0] - 1) * patch_size,
-        "patch_size": patch_size, "encoder": _size(state, "encoder"), "decoder": _size(state, "decoder"),
+        "image_size": seen * patch_size, "patch_size": patch_size,
+        "encoder": _size(state, "encoder", facts), "decoder": _size(state, "decoder", facts),
         "latents": state["latent_tokens"].shape[0], "vocab": vocab, "code_dim": dim,
+        "normalise": bool(facts.ask("tokenizer.normalise", "whether codes are unit vectors (use_l2_norm)", False,
+                                    known if said is None else said)),
     }
-    if "decoder.ffn.2.weight" in state:  # the released legacy models are the ones with unit vectors
-        settings |= {"legacy": True, "normalise": True, "proxy": False}
+    if painted != seen:
+        settings["decoder_patch_size"] = seen * patch_size // max(1, painted)
+    if legacy:
+        settings |= {"legacy": True, "proxy": False}
         if "pixel_codebook.weight" in state:
             proxy = state["pixel_codebook.weight"].shape
-            settings["proxy"] = {**halves(state, "none.", "pixel_decoder."), "vocab": proxy[0], "code_dim": proxy[1]}
+            painter = halves(state, "none.", "pixel_decoder.")
+            painter |= {k.rpartition(".")[2]: v for k, v in ask_groups(painter["channels"], facts, "proxy.groups").items()}
+            settings["proxy"] = {**painter, "vocab": proxy[0], "code_dim": proxy[1]}
     return settings
 
 
