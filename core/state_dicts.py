@@ -98,8 +98,8 @@ class Facts:
         whats = " and ".join(dict.fromkeys(what for _, what in self.open))
         keys = " ".join(f"{key}=..." for key, _ in self.open)
         tell = " ".join(f"{key.partition('.')[2]}=..." for key, _ in self.open)
-        return (f"{whats} {'do' if ' and ' in whats else 'does'} not follow from these weights; give {keys} (or once for "
-                f"all: python scripts/convert.py FILE NEW.safetensors --set {tell})")
+        return (f"these weights do not tell {whats}; give {keys} (or once for all: python scripts/convert.py FILE "
+                f"NEW.safetensors --set {tell})")
 
 
 def merged(known: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:

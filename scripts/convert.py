@@ -140,7 +140,7 @@ def describe(reference: str) -> bool:
         except assemble.UserError as error:
             good = False
             lines.append(f"does not fit: {error}")
-    print("\n".join(f"  {line}" for line in lines))
+    print("\n".join(f"  {line}" for line in dict.fromkeys(lines)))
     return good
 
 

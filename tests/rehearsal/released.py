@@ -65,11 +65,13 @@ FILES: dict[str, Callable[[Path], Path]] = {
     "fqgan_triple_ds8.pt": _llamagen(lambda: make(_fqgan(layouts.FQGAN_TRIPLE, MULT[1:], 1024))),
     "maskgit-vqgan-imagenet-f16-256.bin": _bare(lambda: layouts.maskgit(32, MULT, 1, 64, 32), 2),
     "vqgan_plus_12bit.bin": _bare(lambda: layouts.maskgit(32, MULT, 1, 64, 16, plus=True), 3),
-    "tokenizer_titok_s128.safetensors": _bare(lambda: layouts.titok(64, 1, vocab=64, channels=32, mult=MULT, proxy=64, proxy_dim=32)),
+    "tokenizer_titok_s128.safetensors": _bare(lambda: layouts.titok(64, 1, channels=32, mult=MULT, proxy=64, proxy_dim=32)),
     **{name: _bare(rar, seed) for seed, name in enumerate(("rar_b.bin", "rar_l.bin", "rar_xl.bin", "rar_xxl.bin"))},
     **{name: _bare(lambda: rar(True), seed) for seed, name in
        enumerate(("reAR-S.safetensors", "reAR-B.safetensors", "reAR-L.safetensors"))},
-    "D-AR-tokenizer_v1.pt": lambda path: containers.bare(dar(), path),
+    # The released sizes tell 256 queries in 8 groups; smaller ones have the trainer's config do so.
+    "D-AR-tokenizer_v1.pt": lambda path: containers.dar_trainer(dar(), path, 256, 8, {"diff_decoder": {
+        "data_std": 0.6, "time_shift": 2}}),
     "D-AR-L-360K.pt": lambda path: containers.compiled_generator(make(layouts.gpt(64, 2, 64), 5), path),
     "D-AR-XL-360K.pt": _bare(lambda: layouts.gpt(64, 3, 64), 6),
     **{f"imagenet-{vocab}.pt": _llamagen(lambda vocab=vocab: imagefolder(vocab)) for vocab in (4096, 8192, 16384)},

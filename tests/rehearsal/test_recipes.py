@@ -8,9 +8,7 @@ from tests.rehearsal.recipes import GENERATORS, SYSTEMS, TOKENIZERS, Recipe, pub
 
 RECIPES = {recipe.name: recipe for recipe in published()}
 RED: dict[str, str] = {}  # recipe -> why it does not start today
-RED_CHAINS: dict[str, str] = {
-    "imagefolder/var_d17": "an exported VAR does not say that it has two branches, and cannot be sampled from",
-}
+RED_CHAINS: dict[str, str] = {}
 
 
 def marked(names, red):

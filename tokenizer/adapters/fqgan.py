@@ -120,9 +120,6 @@ def _ring(found: Tensor, window: int) -> Tensor:
     return torch.cat((found.new_zeros(max(0, window - len(found))), found[-window:]))
 
 
-_PUBLISHED_WIDTH = 512  # of the adapters, which have 8 heads then; predictors of any width have 8 too
-
-
 def _inspect(state: State, facts: Facts) -> dict[str, Any]:
     names = _variant(state)
     state = _rename(state)
@@ -140,10 +137,7 @@ def _inspect(state: State, facts: Facts) -> dict[str, Any]:
         "z_channels": state["post_quant_conv.weight"].shape[0], "vocab": vocab, "code_dim": dim,
         "adapter_layers": layer_count(state, f"heads.{names[0]}.adapter.transformer."),
     }
-    width = channels * settings["size"][-1]
-    if width != _PUBLISHED_WIDTH:
-        settings["adapter_heads"] = facts.ask("tokenizer.adapter_heads", "the number of heads of the adapters", 1)
-    settings |= ask_groups(channels, facts)
+    settings |= ask_groups(channels, facts)  # the official classes have 8 heads whatever the width, as ours by default
     if (decoder_mult := mult("decoder")[::-1]) != settings["size"]:
         settings["decoder_mult"] = decoder_mult
     if f"quantizers.{names[0]}.codebook_used" in state:

@@ -137,6 +137,8 @@ def _inspect(state: State, facts: Facts) -> dict[str, Any]:
     if phis not in (0, 4):
         settings["shared_phi"] = 0 if phis == hits.shape[0] and phis > 1 else phis
     settings["scales"] = _scales(hits.shape[0], settings["latent_grid"], facts)
+    if 1 < len(settings["scales"]) < 3:
+        settings["start_drop"] = 1  # of training; the default asks for more scales
     for part in ("encoder", "decoder"):
         adapter = f"{part}.model.blocks.0.mlp.fc1.lora_A"
         if adapter in state:

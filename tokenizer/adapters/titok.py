@@ -50,14 +50,13 @@ _UNIT_VECTORS = {(True, 4096, 12): True, (False, 8192, 64): False}
 
 
 def _size(state: State, half: str, facts: Facts) -> str | dict[str, int]:
-    """The official table has one number of heads for each width; another width has to say its own."""
+    """All three official sizes have 64 channels per head; other widths have to say how many heads they have."""
     width, layers = state[f"{half}.positional_embedding"].shape[1], layer_count(state, f"{half}.transformer.")
     for name, size in SIZES.items():
         if (size.width, size.layers) == (width, layers):
             return name
-    known = {size.width: size.heads for size in SIZES.values()}
-    return {"width": width, "layers": layers, "heads": known.get(width) or facts.ask(
-        f"tokenizer.{half}.heads", f"the number of attention heads of the {half}", 1)}
+    return {"width": width, "layers": layers, "heads": facts.ask(
+        f"tokenizer.{half}.heads", f"the number of attention heads of the {half}", 1, width // 64 if width % 64 == 0 else None)}
 
 
 def pixel_halves(state: State) -> dict[str, Any]:

@@ -1,0 +1,238 @@
+"""Official files of every system: what their trainers store is read and asked for, and exports are what the original
+programs read. Those readers are stated here again from the specs (section on checkpoints), in a line or two each."""
+
+from __future__ import annotations
+
+import argparse
+
+import pytest
+import torch
+
+import assemble
+import convert
+from core import weights as weight_files
+from core.errors import UserError
+from core.state_dicts import NEVER_WEIGHTS, matching
+
+VIT = {"width": 64, "layers": 1, "heads": 1}
+TINY = {"width": 192, "layers": 1, "heads": 4}
+RECTOK = {"image_size": 32, "channels": 8, "encoder": TINY, "decoder": TINY}
+CONV = {"image_size": 32, "channels": 32, "channel_mult": [1, 1], "res_blocks": 1, "vocab": 20, "code_dim": 8}
+SCALES = [1, 2]
+DECODER = {"width": 32, "layers": 1, "heads": 2, "hidden": 32}
+CODES = {"length": 4, "vocab": 20, "num_classes": 3}
+# name -> kind of network, name of its class, settings.
+MODELS = {
+    "rectok": ("tokenizer", "rectok", {**RECTOK, "semantic": {"teachers": {"dinov3": 12}, "size": TINY}}),
+    "rectok mlp": ("tokenizer", "rectok", {**RECTOK, "mask_ratio": 0.0,
+                                           "semantic": {"teachers": {"dinov3": 12, "siglip": 8}, "decoder": "mlp"}}),
+    "dit_dh": ("generator", "dit_dh", {"size": {"trunk_width": 48, "trunk_depth": 1, "trunk_heads": 4, "head_width": 64,
+                                                "head_depth": 2, "head_heads": 2}, "channels": 8, "grid": 2, "num_classes": 3}),
+    "fqgan": ("tokenizer", "fqgan", {"image_size": 32, "size": [1, 1], "channels": 32, "res_blocks": 1, "z_channels": 8,
+                                     "vocab": 20, "code_dim": 4, "adapter_layers": 1, "usage_window": 16}),
+    "far": ("generator", "far", {"size": {**DECODER, "head_layers": 1}, "branches": 2, "grid": [2, 2], **CODES}),
+    "maskgit_vqgan": ("tokenizer", "maskgit_vqgan", CONV),
+    "vqgan_plus": ("tokenizer", "vqgan_plus", CONV),
+    "titok": ("tokenizer", "titok", {"image_size": 32, "decoder_patch_size": 8, "encoder": VIT, "decoder": VIT, "latents": 5,
+                                     "vocab": 20, "code_dim": 4, "normalise": True}),
+    "rar": ("generator", "rar", {"size": DECODER, **CODES}),
+    "rear": ("generator", "rar", {"size": DECODER, "rear": {"projection": 8, "decode_layer": 0}, "code_dim": 6, **CODES}),
+    "dar": ("tokenizer", "dar", {"image_size": 32, "patch_size": 8, "encoder_width": 32, "encoder_layers": 1, "groups": 4,
+                                 "condition_width": 32, "condition_layers": 1, "length": 16, "steps": 4, "vocab": 32,
+                                 "head_dim": 16, "usage_window": 64, "decoder": {"width": 32, "depth": 1, "patch_size": 4}}),
+    "gpt": ("generator", "gpt", {"size": DECODER, **CODES}),
+    "imagefolder": ("tokenizer", "imagefolder", {"image_size": 32, "encoder": VIT, "decoder": VIT, "latent_grid": 2,
+                                                 "scales": SCALES, "vocab": 20, "code_dim": 6, "start_drop": 1}),
+    "var": ("generator", "var", {"depth": 2, "width": 32, "heads": 2, "scales": SCALES, "vocab": 20, "code_dim": 6,
+                                 "num_classes": 3}),
+}
+
+
+def first(*keys):
+    """The entry of a file under the first of `keys` that is there, else the file itself as a state dict."""
+    return lambda file: next((file[key] for key in keys if key in file), file)
+
+
+def only(*keys):
+    return lambda file: next(file[key] for key in keys if key in file)
+
+
+def entry(*path):
+    def read(file):
+        for key in path:
+            file = file[key]
+        return file
+    return read
+
+
+# How the original programs open a file: (what they look for, whether those are averaged weights where there are two sets).
+LLAMAGEN = [(only("model", "module", "state_dict"), False)]
+READERS = {
+    "rectok": [(first("model_ema", "model"), True), (first("model"), False)],
+    "fqgan": [(only("ema", "model", "state_dict"), True), (entry("model"), False)],
+    "far": [(only("ema", "model"), True), *LLAMAGEN],
+    "bare": [(lambda file: file, True)],
+    "dar": [(first("ema", "model"), True), (first("model"), True)],
+    "gpt": [(first("model", "module", "state_dict"), True)],
+    "imagefolder": [(only("ema", "model", "state_dict"), True)],
+    "var": [(entry("trainer", "var_wo_ddp"), True)],
+}
+READS = {"rectok mlp": "rectok", "dit_dh": "rectok", "maskgit_vqgan": "bare", "vqgan_plus": "bare", "titok": "bare",
+         "rar": "bare", "rear": "bare"}
+
+
+def build(name: str, seed: int):
+    kind, cls, settings = MODELS[name]
+    torch.manual_seed(seed)
+    network = assemble.REGISTRIES[kind].build({"name": cls, **settings})
+    for value in network.state_dict().values():
+        if value.is_floating_point():
+            value.copy_(torch.randn(value.shape))
+    return network
+
+
+def adapter_of(name: str):
+    return assemble.ADAPTERS[MODELS[name][0]][MODELS[name][1]]
+
+
+def official(name: str, seed: int = 1) -> dict[str, torch.Tensor]:
+    return {n: t.detach().clone() for n, t in adapter_of(name).to_official(build(name, seed)).items()}
+
+
+def same(a: dict, b: dict) -> bool:
+    return a.keys() == b.keys() and all(torch.equal(a[n], b[n]) for n in a)
+
+
+@pytest.mark.parametrize("keep", ["both", "ema", "raw"])
+@pytest.mark.parametrize("name", MODELS)
+def test_exports_are_what_the_original_programs_read(name, keep, tmp_path, capsys):
+    kind, cls, settings = MODELS[name]
+    states = {averaged: build(name, 2 - averaged).state_dict() for averaged in (True, False)}
+    weight_files.save(tmp_path / "ours.safetensors", weight_files.WeightFile(
+        kind, {"name": cls, **settings}, states[True], raw=states[False]))
+    assert convert.main([str(tmp_path / "ours.safetensors"), str(tmp_path / "out.pth"), "--to", "official",
+                         "--weights", keep]) == 0
+    said = capsys.readouterr().out
+    file = torch.load(tmp_path / "out.pth", weights_only=True)  # as torch's own default reads it
+    raw_only = adapter_of(name).raw_only
+    for read, averaged in READERS[READS.get(name, name)]:
+        wanted = official(name, {"both": 1 if averaged else 2, "ema": 1, "raw": 2}[keep])
+        found = read(file)
+        if found.keys() != wanted.keys():  # EMA dictionaries have no buffers
+            wanted = {n: t for n, t in wanted.items() if n not in raw_only}
+        assert same(found, wanted), (name, keep)
+    assert ("--semantic_guide none" in said) == (name == "imagefolder")
+    assert ("--tokenizer FILE" in said) == (name == "var")
+
+
+def test_an_exported_var_can_hold_its_tokenizer(tmp_path):
+    for name in ("imagefolder", "var"):
+        kind, cls, settings = MODELS[name]
+        weight_files.save(tmp_path / f"{name}.safetensors",
+                          weight_files.WeightFile(kind, {"name": cls, **settings}, build(name, 1).state_dict()))
+    out = tmp_path / "out.pth"
+    assert convert.main([str(tmp_path / "var.safetensors"), str(out), "--to", "official", "--tokenizer",
+                         str(tmp_path / "imagefolder.safetensors")]) == 0
+    trainer = torch.load(out, weights_only=True)["trainer"]
+    assert same(trainer["vae_local"], official("imagefolder")) and same(trainer["var_wo_ddp"], official("var"))
+    # And back: the tokenizer in the file tells how many branches there are.
+    assert assemble.read_weights("generator", str(out)).settings["branches"] == 2
+    with pytest.raises(UserError, match="hold no tokenizer"):
+        convert.main([str(tmp_path / "imagefolder.safetensors"), str(tmp_path / "x.pth"), "--to", "official",
+                      "--tokenizer", str(tmp_path / "imagefolder.safetensors")])
+
+
+# What has to be said of a file whose sizes nobody published, and where else it may be said: name -> (settings, stored).
+ASKED = {
+    "far": ({"size": {"heads": 2}}, {}), "gpt": ({"size": {"heads": 2}}, {}),
+    "dar": ({"length": 16, "groups": 4}, {"config": {"model": {"num_all_queries": 16, "num_query_groups": 4}}}),
+    "titok": ({"normalise": True}, {"config": {"model": {"vq_model": {"use_l2_norm": True}}}}),
+    "vqgan_plus": ({"normalise": False}, {"config": {"use_l2_norm": False}}),
+    "imagefolder": ({"scales": SCALES}, {"args": argparse.Namespace(v_patch_nums=SCALES)}),
+    "var": ({"branches": 2}, {"args": {"product_quant": 2}}),
+}
+
+
+def holds(settings: dict, given: dict) -> bool:
+    return all(holds(settings[k], v) if isinstance(v, dict) else settings[k] == v for k, v in given.items())
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_what_no_tensor_tells_is_asked_for(name, tmp_path, capsys):
+    """Wrong facts fit every shape, so they are never guessed: they come from the file, from the user, or not at all."""
+    kind, cls, settings = MODELS[name]
+    state, path = official(name), tmp_path / "theirs.pt"
+    given, stored = ASKED.get(name, ({}, {}))
+    torch.save({"model": state}, path)
+    if not given:
+        told = assemble.read_weights(kind, str(path)).settings
+        assert all(told[key] == value for key, value in settings.items() if key in told and not isinstance(value, dict))
+        return
+    keys = [f"{key}.{part}" if isinstance(value, dict) else key for key, value in given.items()
+            for part in (value if isinstance(value, dict) else [None])]
+    with pytest.raises(UserError, match="these weights do not tell .*; give " + ".*".join(f"{kind}.{k}=" for k in keys)):
+        assemble.read_weights(kind, str(path))
+    assert convert.main(["--describe", str(path)]) == 0 and "not in the file: " in capsys.readouterr().out
+    weights = assemble.read_weights(kind, str(path), given)
+    assert holds(weights.settings, given)
+    weights.load(assemble.REGISTRIES[kind].build({**weights.settings, **settings}))
+    if stored:
+        torch.save({"model": state, **stored}, path)
+        assert holds(assemble.read_weights(kind, str(path)).settings, given)
+    words = [f"{k}={[*given.values()][0][k.partition('.')[2]] if '.' in k else given[k]}".replace(" ", "") for k in keys]
+    torch.save({"model": state}, path)
+    assert convert.main([str(path), str(tmp_path / "ours.safetensors"), "--set", *words]) == 0
+    assert holds(weight_files.read(tmp_path / "ours.safetensors").settings, given)
+
+
+# Names as wrappers leave them.
+WRAPPED = {
+    "ddp": lambda n: f"module.{n}", "compiled": lambda n: f"_orig_mod.{n}", "both": lambda n: f"module._orig_mod.{n}",
+    "of a class": lambda n: f"model.{n}", "all": lambda n: f"module.model._orig_mod.{n}",
+    "fsdp": lambda n: "_fsdp_wrapped_module." + n.replace(".", "._fsdp_wrapped_module.", 1),
+}
+LEFT_BEHIND = {
+    "freqs_cis": torch.zeros(3, 2), "causal_mask": torch.full((2, 2), -torch.inf), "n_averaged": torch.tensor(3),
+    "layers.0.attention.kv_cache.k_cache": torch.full((1, 1, 4, 8), torch.nan), "blocks.0.attn.cached_k": torch.zeros(2),
+    "sem_foundation_models.dinov3.embeddings.cls_token": torch.zeros(1, 1, 4), "semantic_model.cls_token": torch.zeros(2),
+    "teacher.weight": torch.zeros(2),
+}
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_wrappers_caches_and_teachers_do_not_matter(name):
+    adapter, state, model = adapter_of(name), official(name), build(name, 9)
+    wanted = build(name, 1).state_dict()
+    for rename in WRAPPED.values():
+        for extra in ({}, LEFT_BEHIND):
+            adapter.load(model, {"model": {rename(n): t for n, t in {**state, **extra}.items()}})
+            counters = {n for n in wanted if n.endswith((".updates", ".scaling", "codebook_used"))}
+            assert all(torch.equal(wanted[n], t) for n, t in model.state_dict().items() if n not in counters)
+    # A class around the network has other things beside it.
+    around = {**{f"model.{n}": t for n, t in state.items()}, "loss.weight": torch.zeros(2)}
+    adapter.load(model, around)
+    for n in model.state_dict():  # nothing of ours is taken for one of those
+        assert matching(n, NEVER_WEIGHTS) is None
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_tensors_that_are_no_weights_are_named(name, tmp_path):
+    adapter, state, model = adapter_of(name), official(name), build(name, 9)
+    ignored = adapter.ignored_in(state)
+    victim = max((n for n in state if n not in ignored and state[n].is_floating_point() and "used" not in n), key=len)
+    for change, what in ((lambda t: torch.full_like(t, torch.nan), "NaN or infinite"), (lambda t: t / 0, "NaN or infinite"),
+                         (lambda t: t.long(), "int64|floating-point"), (lambda t: t.to(torch.complex64), "complex64")):
+        with pytest.raises(UserError, match=what):
+            adapter.load(model, {**state, victim: change(state[victim])})
+
+
+@pytest.mark.parametrize("settings", [[1], "x", {}, {"name": 3}, None])
+def test_headers_of_our_files_that_say_nothing(tmp_path, settings):
+    import json
+
+    from safetensors.torch import save_file
+
+    about = {"kind": "tokenizer", "settings": settings, "provenance": {}}
+    save_file({"a": torch.zeros(1)}, tmp_path / "x.safetensors", {weight_files.KEY: json.dumps(about)})
+    with pytest.raises(UserError, match='header entry "tessera" is not what Tessera writes'):
+        weight_files.read(tmp_path / "x.safetensors")
