@@ -102,8 +102,10 @@ def _released(target: str, path: Path, overrides: list[str]) -> dict[str, Any]:
             f"{target} is a file of generator weights. Say which tokenizer decodes its latents: "
             "tokenizer.weights=pretrained_models/FILE"
         )
-    given = config_module.read_overrides([o for o in overrides if o.startswith("generator.")]).get("generator")
-    settings = assemble.read_weights("generator", str(path), given).settings
+    given = config_module.read_overrides([o for o in overrides if o.startswith(("generator.", "tokenizer."))])
+    codes = assemble.read_weights("tokenizer", given["tokenizer"]["weights"], given["tokenizer"]).settings
+    known = {key: codes[key] for key in ("branches", "scales") if key in codes}  # no VAR tells them itself
+    settings = assemble.read_weights("generator", str(path), {**known, **given.get("generator", {})}).settings
     return {
         "name": path.stem,
         "task": "generator",

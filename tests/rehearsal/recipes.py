@@ -46,6 +46,9 @@ GENERATORS = {
     "rar": ["generator.size={width: 64, layers: 2, heads: 2, hidden: 256}"],
     "var": ["generator.depth=2"],
 }
+# What an exported file of such a size does not say, as convert.py --set is told it; published sizes need none of it.
+UNTOLD = {"far": "size.heads=1", "gpt": "size.heads=1", "dar": "length=256 groups=8", "vqgan_plus": "normalise=false",
+          "rectok": "encoder.heads=2 decoder.heads=2", "imagefolder": "encoder.heads=2 decoder.heads=2"}
 TEACHERS = {
     "dinov3": ["teachers.dinov3.hidden_size=32", "teachers.dinov3.intermediate_size=128", "teachers.dinov3.num_hidden_layers=1",
                "teachers.dinov3.num_attention_heads=2"],
@@ -130,6 +133,11 @@ class Recipe:
         weights = [str(self.config["tokenizer"].get("weights") or ""), str(self.config["train"].get("init_from") or "")]
         named = [*self.words] if self.words else [Path(w).name for w in weights if w.startswith("work_dirs/")]
         return [name for name in named if name in RUNS]
+
+    @property
+    def network(self) -> str:
+        """The class of what is trained."""
+        return self.config[self.config["task"]]["name"]
 
     @property
     def run(self) -> str:

@@ -12,7 +12,7 @@ from PIL import Image
 
 from tests.rehearsal.frozen import INCEPTION
 from tests.rehearsal.house import Done, House
-from tests.rehearsal.recipes import RUNS, Recipe
+from tests.rehearsal.recipes import RUNS, Recipe, UNTOLD
 
 NETWORK = f"eval.network=pretrained_models/{INCEPTION}"
 SHORT = ["train.duration=2step", "train.eval_every=never"]
@@ -97,6 +97,9 @@ class Rehearsal:
         official = recipe.is_generator or recipe.config["tokenizer"]["name"] != "fsq"  # which is ours alone
         file, to = (f"out/{name}.pth", "--to official") if official else (f"out/{name}.safetensors", "")
         self.run(recipe, "export", f"python scripts/convert.py work_dirs/{name} {file} {to}", direct=direct)
+        if official and recipe.network in UNTOLD:
+            told, file = file, f"out/{name}.safetensors"
+            self.run(recipe, "explain", f"python scripts/convert.py {told} {file} --set {UNTOLD[recipe.network]}", direct=direct)
         again = show(recipe, "reload", file, f"out/{name}_again", direct)
         assert first.keys() == again.keys() and first
         for key in first:
