@@ -7,11 +7,15 @@
 set -euo pipefail
 case "${1:-}" in -h | --help) sed -n '2,/^set /{/^set /d;s/^# \{0,1\}//p}' "${BASH_SOURCE[0]}"; exit 0 ;; esac
 cd "$(dirname "${BASH_SOURCE[0]}")"
-words=() which="all but the slow ones"
+words=() which="all but the slow ones" chosen=
 for word in "$@"; do
-    if [ "$word" = --all ]; then words+=(-m "") which="all of them"; else words+=("$word"); fi # pytest.ini leaves slow ones out
+    # pytest.ini leaves slow ones out
+    if [ "$word" = --all ]; then words+=(-m "") which="all of them"; else words+=("$word") chosen=yes; fi
 done
 source scripts/environment.sh
+if [ -z "$chosen" ] && "$PYTHON" -c 'import xdist' 2>/dev/null; then # a process per core, each test with one thread
+    words+=(-n logical --dist worksteal)
+fi
 echo "tests: $which${*:+ (run_tests.sh $*)}, $("$PYTHON" --version), $(getconf _NPROCESSORS_ONLN) CPU cores"
 SECONDS=0 code=0
 "$PYTHON" -m pytest ${words[@]+"${words[@]}"} || code=$?

@@ -20,6 +20,29 @@ ROOT = Path(__file__).resolve().parent.parent
 TOY_TOKENIZER, TOY_GENERATOR = (str(ROOT / "configs" / "toy" / f"rectok_{kind}.yaml") for kind in ("tokenizer", "generator"))
 
 
+_TABLES = pytest.StashKey[dict]()
+
+
+def print_at_the_end(config: pytest.Config, title: str, table: str) -> None:
+    """Show a table below the results of all tests, also one that a worker of pytest-xdist made."""
+    if hasattr(config, "workeroutput"):
+        config.workeroutput.setdefault("tables", []).append((title, table))
+    else:
+        config.stash.setdefault(_TABLES, {}).setdefault(title, []).append(table)
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node, error):
+    for title, table in getattr(node, "workeroutput", {}).get("tables", ()):
+        print_at_the_end(node.config, title, table)
+
+
+def pytest_terminal_summary(terminalreporter, config):
+    for title, tables in config.stash.get(_TABLES, {}).items():
+        terminalreporter.section(title)
+        terminalreporter.write_line("\n".join(tables))
+
+
 @pytest.fixture(autouse=True)
 def one_thread():
     """Sums in the same order everywhere."""

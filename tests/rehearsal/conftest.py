@@ -1,10 +1,10 @@
-"""One house for all rehearsals of a session; its table is printed at the end."""
+"""One house for all rehearsals of a process; its table is printed at the end (tests/conftest.py)."""
 
 from __future__ import annotations
 
 import pytest
 
-_TABLE = pytest.StashKey[str]()
+from tests.conftest import print_at_the_end
 
 
 @pytest.fixture(scope="session")
@@ -16,10 +16,4 @@ def rehearsal(tmp_path_factory, request):
     made = Rehearsal(house)
     yield made
     house.close()
-    request.config.stash[_TABLE] = made.table()
-
-
-def pytest_terminal_summary(terminalreporter, config):
-    if table := config.stash.get(_TABLE, None):
-        terminalreporter.section("rehearsals")
-        terminalreporter.write_line(table)
+    print_at_the_end(request.config, "rehearsals", made.table())
