@@ -71,7 +71,8 @@ def gpt_train(case: Case) -> dict[str, Tensor]:
             **{f"grad/{name}": gradients[name] for name in case.options["grad_keys"]}}
 
 
-@kind("dar", "gpt_generate", GPT_FIELDS | (reads("max_new_tokens cfg_scale cfg_interval prefix_tokens temperature top_k top_p")
+@kind("dar", "gpt_generate", GPT_FIELDS
+      | (reads("max_new_tokens cfg_scale cfg_interval prefix_tokens temperature top_k top_p")
                                           | only(sample_logits=False)).below("options"))
 def gpt_generate(case: Case) -> dict[str, Tensor]:
     """Arg-max decoding: temperature and filters cannot change it, but must be accepted."""

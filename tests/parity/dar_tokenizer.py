@@ -145,7 +145,8 @@ def dead_code_rate(codes: Tensor) -> Tensor:
     return (codes.float().std(0) < 1e-5).float().mean()
 
 
-@kind("dar", "quantizer", reads("n_e e_dim beta entropy_loss_ratio l2_norm show_usage") | reads("with_entropy").below("options"))
+@kind("dar", "quantizer", reads("n_e e_dim beta entropy_loss_ratio l2_norm show_usage")
+      | reads("with_entropy").below("options"))
 def quantizer(case: Case) -> dict[str, Tensor]:
     config, inputs = case.config, case.inputs
     ratio = config.get("entropy_loss_ratio", 0.0)

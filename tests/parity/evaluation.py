@@ -61,7 +61,8 @@ def frechet_cached(case: Case) -> dict[str, Tensor]:
 # ---------------------------------------------------------------------------------------------------------------------
 # Scores
 # ---------------------------------------------------------------------------------------------------------------------
-@kind("evaluation", "inception_score", reads("adm_split_size rng_seed") | notes("too small to matter", "rear_eps"), lambda case, name: Tolerance(1e-5, 1e-9))
+@kind("evaluation", "inception_score", reads("adm_split_size rng_seed") | notes("too small to matter", "rear_eps"),
+      lambda case, name: Tolerance(1e-5, 1e-9))
 def score(case: Case) -> dict[str, Tensor]:
     features, weight, bias = (case.inputs[name] for name in ("features", "fc_weight", "fc_bias"))
     unbiased = features @ weight.T
@@ -79,7 +80,8 @@ def score(case: Case) -> dict[str, Tensor]:
     return result
 
 
-@kind("evaluation", "kid", reads("rng_seed") | notes("a formula in words", "kernel"), lambda case, name: Tolerance(1e-9 if name.endswith("f64") else 1e-4, 0.0))
+@kind("evaluation", "kid", reads("rng_seed") | notes("a formula in words", "kernel"),
+      lambda case, name: Tolerance(1e-9 if name.endswith("f64") else 1e-4, 0.0))
 def kernel_distance(case: Case) -> dict[str, Tensor]:
     a, b = case.inputs["features_a"], case.inputs["features_b"]
     result: dict[str, Tensor] = {}

@@ -52,7 +52,8 @@ def inception_recipe(seed: int) -> dict[str, Tensor]:
     return weights
 
 
-@kind("evaluation", "inception", reads("seed") | WORDS, lambda case, name: Tolerance(1e-9 if name.startswith("check/") else 1e-4, 0.0))
+@kind("evaluation", "inception", reads("seed") | WORDS,
+      lambda case, name: Tolerance(1e-9 if name.startswith("check/") else 1e-4, 0.0))
 def inception(case: Case) -> dict[str, Tensor]:
     weights = inception_recipe(case.config["seed"])
     net = Inception(weights, taps=tuple(DIMS))
@@ -78,7 +79,8 @@ def lpips_from_recipe(case: Case) -> LPIPS:
     return net
 
 
-@kind("evaluation", "lpips", reads("seed") | WORDS, lambda case, name: Tolerance(1e-9 if name.startswith("check/") else 1e-4, 0.0))
+@kind("evaluation", "lpips", reads("seed") | WORDS,
+      lambda case, name: Tolerance(1e-9 if name.startswith("check/") else 1e-4, 0.0))
 def lpips(case: Case) -> dict[str, Tensor]:
     net = lpips_from_recipe(case)
     a, b = to_unit_range(case.inputs["a_pm1"]), to_unit_range(case.inputs["b_pm1"])
@@ -95,7 +97,8 @@ def lpips(case: Case) -> dict[str, Tensor]:
 # ---------------------------------------------------------------------------------------------------------------------
 # Pixels
 # ---------------------------------------------------------------------------------------------------------------------
-@kind("evaluation", "resize", only(align_corners=False, half_pixel_centers=False) | WORDS, lambda case, name: Tolerance(1e-6 if name.endswith(("sum", "sumsq")) else 0.0, 2e-6))
+@kind("evaluation", "resize", only(align_corners=False, half_pixel_centers=False) | WORDS,
+      lambda case, name: Tolerance(1e-6 if name.endswith(("sum", "sumsq")) else 0.0, 2e-6))
 def resize(case: Case) -> dict[str, Tensor]:
     result: dict[str, Tensor] = {}
     for name, image in case.inputs.items():

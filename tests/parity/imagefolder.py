@@ -149,7 +149,8 @@ def tok_eval(case: Case) -> dict[str, Tensor]:
     return out
 
 
-@kind("imagefolder", "tok_lora_eval", TOKENIZER | reads("enc_tuning_method dec_tuning_method lora.r lora.alpha trainable")
+@kind("imagefolder", "tok_lora_eval", TOKENIZER
+      | reads("enc_tuning_method dec_tuning_method lora.r lora.alpha trainable")
       | only(**{"lora.dropout": 0.0, "lora.fully_trained_copy": [["norm"]]}) | notes("r, alpha and the names of the weights tell", "lora.target lora.scaling"))
 @torch.no_grad()
 def tok_lora_eval(case: Case) -> dict[str, Tensor]:

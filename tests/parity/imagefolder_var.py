@@ -99,7 +99,8 @@ def var_train_step(case: Case) -> dict[str, Tensor]:
     return out | {f"after_step/{name}": value for name, value in ADAPTER.to_official(model).items()}
 
 
-@kind("imagefolder", "var_progressive", NOTE | NETWORK | CODES | notes("logits know nothing else of it", "tokenizer.**"))
+@kind("imagefolder", "var_progressive", NOTE | NETWORK | CODES | notes("logits know nothing else of it",
+      "tokenizer.**"))
 @torch.no_grad()
 def var_progressive(case: Case) -> dict[str, Tensor]:
     model, out = build_var(case), {}

@@ -174,7 +174,8 @@ def schedule(recipe: dict) -> Schedule:
                                 total_images=recipe["total"])
 
 
-@kind("rear", "sched", reads("anneal.* lr.*.name lr.*.total lr.*.warmup lr.*.base_lr lr.*.end_lr cfg.*.n cfg.*.scale cfg.*.pow"))
+@kind("rear", "sched",
+      reads("anneal.* lr.*.name lr.*.total lr.*.warmup lr.*.base_lr lr.*.end_lr cfg.*.n cfg.*.scale cfg.*.pow"))
 def schedules(case: Case) -> dict[str, Tensor]:
     steps, result = case.inputs["steps"].tolist(), {}
     for name, (start, end) in case.config["anneal"].items():

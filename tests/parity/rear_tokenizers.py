@@ -75,7 +75,8 @@ def maskgit(case: Case) -> dict[str, Tensor]:
             "grad_codebook": quantizer.embedding.weight.grad}
 
 
-@kind("rear", "vqplus", CONV | ENTROPY | reads("quantizer_type codebook_size token_size num_res_blocks_decoder sample_with_conv"
+@kind("rear", "vqplus", CONV | ENTROPY
+      | reads("quantizer_type codebook_size token_size num_res_blocks_decoder sample_with_conv"
                                             " use_l2_norm use_l2_normalisation train_mode"))
 @torch.no_grad()
 def vqplus(case: Case) -> dict[str, Tensor]:
@@ -120,7 +121,8 @@ def titok_size(case: Case, name: str) -> str | dict[str, int]:
     return {"width": int(width), "layers": int(layers), "heads": int(heads)}
 
 
-@kind("rear", "titok", (reads("codebook_size token_size use_l2_norm commitment_cost vit_enc_model_size vit_dec_model_size"
+@kind("rear", "titok",
+      (reads("codebook_size token_size use_l2_norm commitment_cost vit_enc_model_size vit_dec_model_size"
                             " vit_enc_patch_size vit_dec_patch_size num_latent_tokens is_legacy finetune_decoder")
                          | only(quantize_mode="vq", model_type="titok")).below("model.vq_model") | reads("dataset.preprocessing.crop_size"))
 @torch.no_grad()
