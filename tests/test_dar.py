@@ -172,3 +172,11 @@ def test_codes_are_reported_as_they_come():
     model, seen = language_model(), []
     codes = model.sample(torch.tensor([0, 1]), draws(2), on_codes=lambda c: seen.append(c.clone()))
     assert [c.shape[1] for c in seen] == list(range(1, 17)) and all(torch.equal(c, codes[:, : c.shape[1]]) for c in seen)
+
+
+def test_codes_are_reported_in_the_precision_of_the_caller():
+    """The decoder that takes them runs under the same autocast as without a generator."""
+    seen: list[bool] = []
+    with torch.autocast("cpu", torch.bfloat16):
+        language_model().sample(torch.tensor([0, 1]), draws(2), on_codes=lambda _: seen.append(torch.is_autocast_enabled("cpu")))
+    assert len(seen) == 16 and all(seen)

@@ -9,6 +9,7 @@ import torch
 
 from core.nn.cuda_graph import capture
 from core.nn.kvcache import KVCache
+from core.nn.precision import no_autocast
 
 
 def uncompiled(sample: Callable) -> Callable:
@@ -34,13 +35,13 @@ class Recordings:
 
     def __call__(self, place: int) -> None:
         self.cache.seek(place)
-        if not self.records():
-            return self.step()
         span = self.cache.span(place + 1)
         if span in self.graphs:
             return self.graphs[span].replay()
-        self.step()  # libraries choose their kernels and allocate what they keep: nothing is run for that alone
-        self.graphs[span] = capture(self.step, 0, self.pool)[0]
+        with no_autocast(self.cache.position):  # around the step alone: what `after` does follows the caller's
+            self.step()  # libraries choose their kernels and allocate what they keep: nothing is run for that alone
+            if self.records():
+                self.graphs[span] = capture(self.step, 0, self.pool)[0]
 
 
 def decode(step: Callable[[int], Any], start: int, stop: int, after: Callable[[int], None] | None = None) -> None:

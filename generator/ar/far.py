@@ -22,7 +22,6 @@ from core.nn.dropout import dropout
 from core.nn.embed import LabelEmbedding
 from core.nn.kvcache import KVCache
 from core.nn.norms import RMSNorm
-from core.nn.precision import no_autocast
 from core.nn.rope import Rope, axial_rope, line_rope, with_class_row
 from core.rng import derive
 from core.specs import Codes, Guidance, LatentSpec, Loss, Progress
@@ -245,11 +244,10 @@ class FAR(Sampled):
         static = device.type == "cuda" if static is None else static
         weights = self.weights(self.norm.weight)
         key = (sampler.settings(), length, shared, None if forced is None else forced.shape, static, device)
-        with no_autocast(labels):
-            decoding = self.kept(key, lambda: Decoding(self, weights, sampler, length, shared, forced, static))
-            decoding.begin(both, sampler, forced)
-            decode(decoding.step, 0, length, on_codes and (lambda done: on_codes(decoding.codes[:, 1 : done + 1])))
-            return decoding.codes[:, 1:].clone()
+        decoding = self.kept(key, lambda: Decoding(self, weights, sampler, length, shared, forced, static))
+        decoding.begin(both, sampler, forced)
+        decode(decoding.step, 0, length, on_codes and (lambda done: on_codes(decoding.codes[:, 1 : done + 1])))
+        return decoding.codes[:, 1:].clone()
 
     def _forced(self, prefix: Tensor | None, length: int, device: torch.device) -> Tensor | None:
         if prefix is None or prefix.shape[1] == 0:
