@@ -1,50 +1,128 @@
-"""What a configuration costs, before anything runs: parameters, tokens, FLOPs and memory, on the meta device.
+"""What a training step costs, before anything runs: FLOPs and bytes, from tensors that have no data.
 
-FLOPs are counted by torch's own counter over one forward pass (2 per multiply-add); a training step is taken as three
-forwards. Activation memory is the size of what autograd would keep for backward, in the dtypes of the pass measured.
+A step is run forward and backward on fake tensors: they have a shape, a type and a place, so every operation happens in
+the precision it would have (autocast included) and attention by the kernel that would do it, but nothing is computed.
+Bytes that are alive are counted as they come and go. Kernels that a compiler fuses keep less: the peak is of the code as
+it is written.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Callable
+import weakref
+from dataclasses import dataclass, field
+from typing import Any, Callable
 
 import torch
-from torch import nn
-from torch.utils.flop_counter import FlopCounterMode
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sdpa_flop_count
+
+
+def _fused_attention(query, key, value, *_, **__) -> int:
+    return sdpa_flop_count(query.shape, key.shape, value.shape)
+
+
+def _fused_attention_backward(grad, query, key, value, *_, **__) -> int:
+    return sdpa_backward_flop_count(grad.shape, query.shape, key.shape, value.shape)
+
+
+_ATTENTION = {torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _fused_attention,
+              torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: _fused_attention_backward}
 
 
 @dataclass
-class Cost:
-    """Of one network."""
+class Step:
+    """Of one pass over a micro-batch, all networks together."""
 
-    name: str
-    parameters: int
-    trainable: int
-    forward_flops: float  # per image
-    activation_bytes: float  # per image, fp32
-
-    def training_bytes(self, micro_batch: int, num_ema: int, half: bool) -> float:
-        """Weights, gradients, two Adam moments and EMAs in fp32, plus activations (halved under bf16)."""
-        fixed = 4 * self.parameters + 4 * self.trainable * (3 + num_ema)
-        return fixed + self.activation_bytes * micro_batch * (0.5 if half else 1.0)
+    flops: float = 0.0  # forward and backward
+    forward: dict[str, float] = field(default_factory=dict)  # FLOPs of one forward pass of each trained network
+    peak: int = 0  # most bytes alive at once, weights, gradients and optimiser state not counted
 
 
-def measure(name: str, network: nn.Module, forward: Callable[[nn.Module], object], images: int = 1) -> Cost:
-    """Cost of `forward(network)` over `images` images. The network may live on the meta device."""
-    kept: dict[int, int] = {}
+class _Meter(TorchDispatchMode):
+    """Counts FLOPs and living bytes of the operations inside it. Storages in `known` are not counted."""
 
-    def keep(tensor: torch.Tensor) -> torch.Tensor:
-        if not isinstance(tensor, nn.Parameter):
-            kept[id(tensor.untyped_storage())] = tensor.untyped_storage().nbytes()
-        return tensor
+    def __init__(self, known: set[int]):
+        super().__init__()
+        self.flops, self.now, self.peak = 0.0, 0, 0
+        self._alive = dict.fromkeys(known)
 
-    with FlopCounterMode(display=False) as counter, torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
-        result = forward(network)  # keeps the graph, and with it the storages counted above, alive until here
-    del result
-    parameters = sum(p.numel() for p in network.parameters())
-    trainable = sum(p.numel() for p in network.parameters() if p.requires_grad)
-    return Cost(name, parameters, trainable, counter.get_total_flops() / images, sum(kept.values()) / images)
+    def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        result = operation(*args, **kwargs)
+        packet = operation._overloadpacket
+        if packet in _ATTENTION:
+            self.flops += _ATTENTION[packet](*args, **kwargs)
+        elif packet in flop_registry:
+            self.flops += flop_registry[packet](*args, **kwargs, out_val=result)
+        for tensor in tree_leaves(result):
+            if isinstance(tensor, Tensor):
+                self._see(tensor.untyped_storage())
+        return result
+
+    def _see(self, storage: torch.UntypedStorage) -> None:
+        key = storage._cdata
+        if key in self._alive:
+            return
+        size = storage.nbytes()
+        self._alive[key] = weakref.finalize(storage, self._gone, key, size)
+        self._alive[key].atexit = False
+        self.now += size
+        self.peak = max(self.peak, self.now)
+
+    def _gone(self, key: int, size: int) -> None:
+        del self._alive[key]
+        self.now -= size
+
+
+class Rehearsal:
+    """Networks of the meta device, made to compute on fake tensors.
+
+    Args:
+        trained: name -> network. They get gradients at once, as between the micro-batches of a step.
+        frozen: networks that take part beside them.
+        half: matrix products in bfloat16.
+    """
+
+    def __init__(self, trained: dict[str, nn.Module], frozen: list[nn.Module], half: bool):
+        self.trained, self.half = trained, half
+        self.mode = FakeTensorMode(allow_non_fake_inputs=True)
+        with self.mode:
+            for network in [*trained.values(), *frozen]:
+                network.to_empty(device="cpu")
+            for network in trained.values():
+                for parameter in network.parameters():
+                    parameter.grad = torch.empty_like(parameter) if parameter.requires_grad else None
+        held = [t for n in [*trained.values(), *frozen] for t in [*n.parameters(), *n.buffers()]]
+        held += [t.grad for t in held if t.grad is not None]
+        self.known = {t.untyped_storage()._cdata for t in held}
+
+    def step(self, phases: Callable[[dict[str, Any]], Any]) -> Step:
+        """Run `phases(networks)`, an iterator of core.specs.Phase as core.specs.Task.phases gives it, to its end."""
+        found = Step()
+
+        def watched(name: str) -> Callable[..., Any]:
+            def call(*args: Any, **kwargs: Any) -> Any:
+                before = meter.flops
+                result = self.trained[name](*args, **kwargs)
+                found.forward.setdefault(name, meter.flops - before)
+                return result
+
+            return call
+
+        with self.mode, _Meter(self.known) as meter:
+            running = phases({name: watched(name) for name in self.trained})
+            while True:
+                with torch.autocast("cpu", torch.bfloat16, enabled=self.half):
+                    phase = next(running, None)
+                if phase is None:
+                    break
+                phase.loss.total.backward()
+                del phase
+        found.flops, found.peak = meter.flops, meter.peak
+        return found
 
 
 def number(value: float) -> str:

@@ -14,7 +14,7 @@ import inspect
 import os
 import shutil
 import tomllib
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Callable, Iterable
 
@@ -46,6 +46,10 @@ class Released:
     licence: str = ""
     gated: bool = False
     unpack: str | None = None
+    recipe: str | None = None
+    settings: tuple[str, ...] = ()
+    published: str = ""
+    network: dict[str, Any] = field(default_factory=dict, hash=False, compare=False)
 
     @property
     def reference(self) -> str:
@@ -115,7 +119,7 @@ class Released:
 def read(path: Path, system: str | None = None) -> list[Released]:
     """The table of a TOML file: of one system, or of one per section."""
     content = tomllib.loads(path.read_text(encoding="utf-8"))
-    lists = ("also", "package", "systems")
+    lists = ("also", "package", "systems", "settings")
 
     def entry(system: str, name: str, fields: dict[str, Any]) -> Released:
         fields = {{"for": "systems"}.get(key, key): value for key, value in fields.items()}

@@ -39,6 +39,7 @@ from data.moments import MomentFiles
 from data.sources import open_source
 from data.tokens import TokenStore
 from data.transforms import Transform
+from evaluation import protocols
 from evaluation.environment import environment
 from generator import GENERATORS
 from generator.adapters import ADAPTERS as GENERATOR_ADAPTERS
@@ -297,11 +298,28 @@ def open_val(config: RunConfig) -> DataSource | None:
     return None
 
 
-def looked_at(config: RunConfig) -> DataSource | None:
-    """open_val of a training that looks at these pictures; one that does not needs none of them on its disk."""
-    data = config.data
-    needed = config.task == "tokenizer" or config.train.eval_every != "never" or data.stats_split == "val"
-    return open_val(config) if needed else None
+def needed_val(config: RunConfig) -> DataSource | None:
+    """open_val where the run uses those pictures for more than previews; else None, whether they are here or not.
+
+    Raises UserError with what they are for where they are needed and missing.
+    """
+    uses, tokens_alone = [], config.data.url.startswith("tokens://") and not config.data.pictures
+    labels = config.eval.labels or protocols.get(config.eval.protocol, "generation").labels
+    if config.train.eval_every != "never" and (config.task == "tokenizer" or labels == "val" or tokens_alone):
+        uses.append("train.eval_every")
+    if config.task == "generator" and config.data.stats_split == "val":
+        uses.append("data.stats_split")
+    if not uses:
+        return None
+    advice = f"It is there for {' and '.join(uses)}: give data.val_url=URL" + \
+        (", or train.eval_every=never." if uses == ["train.eval_every"] else ".")
+    try:
+        val = open_val(config)
+    except UserError as error:
+        raise UserError(f"data.val_url={config.data.val_url} cannot be opened ({str(error).rstrip('.')}). {advice}") from None
+    if val is None:
+        raise UserError(f"there are no validation pictures. {advice}")
+    return val
 
 
 def check_inputs(config: RunConfig) -> None:
@@ -312,7 +330,7 @@ def check_inputs(config: RunConfig) -> None:
     missing = needs.lacking(config)
     try:
         open_train(config)
-        looked_at(config)
+        needed_val(config)
     except UserError as error:
         if not missing:
             raise
@@ -406,12 +424,20 @@ def _tokenizer_task(config: RunConfig, source: DataSource, val: DataSource | Non
                                              image_size=tokenizer.image_size)
     objective.check_terms(tokenizer.term_names, bool(teachers), discriminator is not None)
     initial_ema = _initialise(config, "tokenizer", tokenizer)
-    shown = val or source
+    shown = val or _shown(config) or source
     count = min(PREVIEW_IMAGES, len(shown))
     centre = Transform(image_size=tokenizer.image_size)
     pictures = [read_or_replace(shown, i * len(shown) // count, config.data.on_corrupt)[0].image for i in range(count)]
     preview = torch.stack([centre.apply_view(picture, 0) for picture in pictures])
     return TokenizerTask(tokenizer, objective, discriminator, teachers, preview), initial_ema
+
+
+def _shown(config: RunConfig) -> DataSource | None:
+    """Validation pictures for previews, where there are any on this machine."""
+    try:
+        return open_val(config)
+    except UserError:
+        return None
 
 
 def _generator_task(config: RunConfig, source: DataSource, world: dist.World, log: Callable[[str], None]):
@@ -432,8 +458,6 @@ def _generator_task(config: RunConfig, source: DataSource, world: dist.World, lo
         source.check_tokenizer(spec, tokenizer_print, tokenizer.image_size)
     if isinstance(spec, Continuous) and not statistics_file(config.tokenizer):
         pictures = source if config.data.stats_split == "train" else open_val(config)
-        if pictures is None:
-            raise UserError("data.stats_split is val but there is no such data: give data.val_url.")
         latent_statistics(config, tokenizer, tokenizer_print, pictures, world, log)
     guide = load_generator(config.sample.guide)[0] if config.sample.guide and config.sample.guidance == "auto" else None
     if guide is not None:
@@ -478,7 +502,7 @@ def _train(config: RunConfig, world: dist.World) -> int:
         if world.is_main:
             print(message, flush=True)
 
-    source, val = open_train(config), looked_at(config)
+    source, val = open_train(config), needed_val(config)
     features = stored = None
     pictures = source
     if isinstance(source, TokenStore):
@@ -555,8 +579,6 @@ def _online_evaluation(config: RunConfig, pictures: DataSource | None, val: Data
     """What the trainer calls every train.eval_every, on all ranks."""
     if config.train.eval_every == "never":
         return None
-    if val is None:
-        raise UserError("train.eval_every is set but there is nothing to evaluate on: give data.val_url.")
     import measure
 
     return measure.Online(config, pictures or val, val, image_size, world)

@@ -58,77 +58,6 @@ class Work:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Networks without weights
-# ---------------------------------------------------------------------------------------------------------------------
-def settings_of(section: dict) -> dict:
-    """Constructor arguments of a component, read from its weights where the section has no name."""
-    from core.config import RESERVED
-
-    import assemble
-    from core.errors import UserError
-
-    settings = {k: v for k, v in section.items() if k not in RESERVED - {"name"}}
-    if "name" in section:
-        return settings
-    try:
-        return {**assemble.read_weights("tokenizer", section["weights"], section).settings, **settings}
-    except UserError as error:
-        raise UserError(f"{error} The benchmark only needs the tokenizer's sizes: --tokenizer-config CONFIG, or "
-                        "tokenizer.name=... and its settings.") from None
-
-
-def make_task(config, guide_config, device):
-    """The config's task with random weights on `device`, which may be meta."""
-    import torch
-
-    import assemble
-    from core.specs import Guidance
-    from generator.task import GeneratorTask
-    from tokenizer.task import TokenizerTask
-
-    tokenizer_settings = settings_of(config.tokenizer)
-    torch.manual_seed(0)
-    with torch.device("meta") if device.type == "meta" else contextlib.nullcontext():
-        teachers = {}
-        if config.task == "tokenizer":
-            teachers = assemble.semantic_widths(config, tokenizer_settings, pretrained=False)
-        tokenizer = assemble.TOKENIZERS.build(tokenizer_settings)
-        if config.task == "tokenizer":
-            discriminator = config.discriminator and assemble.DISCRIMINATORS.build(
-                config.discriminator, sync=False, image_size=tokenizer.image_size, pretrained=False)
-            objective = dict(config.objective)
-            if objective.get("perceptual"):  # the networks behind perceptual losses too start from random weights
-                objective["perceptual"] = {
-                    name: {**(part if isinstance(part, dict) else {"weight": part}), "pretrained": False}
-                    for name, part in objective["perceptual"].items()}
-            task = TokenizerTask(tokenizer, assemble.OBJECTIVES.build(objective), discriminator, teachers)
-        else:
-            generators = []
-            for c in (config, guide_config):
-                if c is not None:
-                    made = assemble.GENERATORS.build(c.generator, **tokenizer.spec.sizes(), num_classes=1000)
-                    assemble.pair(made, tokenizer)
-                    generators.append(made)
-            guide = generators[1].eval().requires_grad_(False) if guide_config else None
-            guidance = assemble.make_guidance(config.sample, guide)
-            if guidance.kind == "auto" and guide is None:
-                guidance = Guidance()
-            task = GeneratorTask(generators[0], tokenizer, getattr(generators[0], "num_classes", 1000), guidance,
-                                 assemble.sample_options(config.sample, generators[0]))
-    for network in networks_of(task):
-        network.to(device)
-    if config.task == "generator":
-        tokenizer.eval().requires_grad_(False)
-    return task
-
-
-def networks_of(task) -> list:
-    """All that take part, once each."""
-    every = [*task.networks().values(), *task.frozen().values(), task.tokenizer]
-    return [*{id(network): network for network in every}.values()]
-
-
-# ---------------------------------------------------------------------------------------------------------------------
 # One call of each kind
 # ---------------------------------------------------------------------------------------------------------------------
 def draws_for(batch: int, device, step: int = 0):
@@ -246,12 +175,13 @@ def count(config, guide_config, what: str, batch: int, stored: bool = False) -> 
     """FLOPs and bytes of one call; a reason where the networks cannot run without data."""
     import torch
 
+    import blank
     from core.nn.kvcache import KVCache
     from core.specs import Progress
 
     device = torch.device("meta")
     try:
-        task = make_task(config, guide_config, device)
+        task = blank.make_task(config, guide_config, device)
         data = make_batch(task, batch, device, stored)
         call = None if what == "train" else make_call(task, what, batch, device, stored)
         half = 2 if config.train.precision == "bf16" else 4
@@ -266,7 +196,7 @@ def count(config, guide_config, what: str, batch: int, stored: bool = False) -> 
 
         KVCache.update = watched
         try:
-            with make_counter(networks_of(task)) as counter:
+            with make_counter(blank.networks_of(task)) as counter:
                 if what == "train":
                     for phase in task.phases(task.networks(), data, draws_for(batch, device),
                                              Progress(IMAGENET, 2 * IMAGENET, IMAGENET, 1)):
@@ -337,6 +267,7 @@ def measure(config, guide_config, what: str, label: str, batch: int, compiled: b
 
     import torch
 
+    import blank
     from core.devices import floor_seconds, peak_of
     from core.estimate import number
     from core.files import human_bytes
@@ -346,10 +277,10 @@ def measure(config, guide_config, what: str, label: str, batch: int, compiled: b
     half = config.train.precision == "bf16"
     stored = stores(config, what)
     shares: list[float] = []  # of the first preview, of every call
-    task = make_task(copy.deepcopy(config), guide_config, device)
+    task = blank.make_task(copy.deepcopy(config), guide_config, device)
     if compiled and what != "train":
         torch._dynamo.reset()
-        for network in networks_of(task):
+        for network in blank.networks_of(task):
             compile_blocks(network)
     if what == "train":
         config.train.compile = compiled
@@ -425,12 +356,13 @@ def whole_numbers(text: str, option: str) -> list[int]:
 def read_config(path: str, overrides: list[str], tokenizer_config: str | None):
     """The config, with the tokenizer of another where one is named: tokenizer.* then changes that one."""
     import assemble
+    import blank
 
     if not tokenizer_config:
         return assemble.load_config(path, overrides)
     for_tokenizer = [o for o in overrides if o.startswith("tokenizer.")]
     config = assemble.load_config(path, [o for o in overrides if o not in for_tokenizer])
-    config.tokenizer = settings_of(assemble.load_config(tokenizer_config, for_tokenizer).tokenizer)
+    config.tokenizer = blank.layout(assemble.load_config(tokenizer_config, for_tokenizer).tokenizer)[0]
     return config
 
 
@@ -439,10 +371,11 @@ def check_words(config, wanted: list[str], steps: list[int]) -> None:
     import torch
 
     import assemble
+    import blank
     import streaming
     from core.errors import UserError
 
-    tokenizer = settings_of(config.tokenizer)["name"]
+    tokenizer = blank.layout(config.tokenizer)[0]["name"]
     if steps and "steps" not in assemble.TOKENIZERS.signature(tokenizer):
         raise UserError(f"--decode-steps: {tokenizer} decodes in one pass; leave the option out")
     if config.task == "tokenizer":
@@ -451,7 +384,7 @@ def check_words(config, wanted: list[str], steps: list[int]) -> None:
     if "uncached" in wanted and "cached" not in inspect.signature(assemble.GENERATORS.get(name).sample).parameters:
         raise UserError(f"--what uncached: {name} samples in one way only; leave the word out")
     if "stream" in wanted:
-        task = make_task(config, None, torch.device("meta"))
+        task = blank.make_task(config, None, torch.device("meta"))
         streaming.check(task.generator, task.tokenizer)
 
 
@@ -459,13 +392,15 @@ def variants(config, wanted: list[str], steps: list[int]):
     """(word, its name in the table, config) of everything to measure."""
     import copy
 
+    import blank
+
     for word in wanted:
         if word != "decode" or not steps:
             yield word, word, config
             continue
         for count_ in steps:
             changed = copy.deepcopy(config)
-            changed.tokenizer = {**settings_of(config.tokenizer), "steps": count_}
+            changed.tokenizer = {**blank.layout(config.tokenizer)[0], "steps": count_}
             yield word, f"decode ({count_} steps)", changed
 
 

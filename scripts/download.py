@@ -32,6 +32,12 @@ def table() -> list[Released]:
     return released.read(TABLE) + list(released.helpers())
 
 
+def find(reference: str | Path) -> Released | None:
+    """The released file that a path, a file name or an address names, told by its name; it need not be here."""
+    name = str(reference).rstrip("/")
+    return next((f for f in table() if name == f.reference or Path(name).name == f.name), None)
+
+
 def choose(words: list[str], everything: bool) -> list[Released]:
     """Table entries for systems, file names and hf:// references; UserError for a word that is none of them."""
     from core.errors import UserError, nearest

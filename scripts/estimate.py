@@ -1,55 +1,144 @@
-"""What a run will cost: --dry-run of scripts/train.py. Networks are built on the meta device; no weights, no GPU."""
+"""What a run will cost: --dry-run of scripts/train.py. No weights, no data, no GPU: networks and tensors have sizes only.
+
+FLOPs are counted by torch over one training step with all that takes part (frozen tokenizer, teachers, loss networks,
+backward). Memory is that of one GPU: weights, gradients, AdamW, averages, frozen networks, and the most that is alive
+while a micro-batch goes forward and backward, by core.estimate.
+"""
 
 from __future__ import annotations
 
 import contextlib
-import warnings
-from typing import Any
+import dataclasses
+from dataclasses import dataclass
+from typing import Any, Iterator
 
 import torch
 from torch import nn
 
-from core.config import RESERVED, RunConfig
+from core.config import RunConfig
 from core.errors import UserError
-from core.estimate import Cost, measure, number
-from core.files import human_bytes
+from core.estimate import Rehearsal, Step, number
+from core.images import to_model_range
 from core.rng import Draws
-from core.train.parallel import accumulation
+from core.specs import Batch, Phase, Progress
+from core.train import parallel
 
 import assemble
+import blank
 
-PROBE = 2  # images in the forward pass that is measured
-
-
-def _tokenizer(config: RunConfig) -> nn.Module:
-    """The tokenizer of a config on the meta device; one that is only known by its weights lends their settings."""
-    section = config.tokenizer
-    settings = {k: v for k, v in section.items() if k not in RESERVED - {"name"}}
-    if section.get("weights"):
-        try:
-            settings = {**assemble.read_weights("tokenizer", section["weights"], section).settings, **settings}
-        except UserError:
-            if "name" not in section:  # else the constructor's defaults say what the published weights are
-                raise
-    with torch.device("meta"), warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message=".*copying from a non-meta parameter")  # weights are not wanted here
-        assemble.semantic_widths(config, settings, pretrained=False)
-        tokenizer = assemble.TOKENIZERS.build(settings)
-    tokenizer = assemble.view(tokenizer, section.get("view"))
-    return tokenizer.to("meta")  # tables are made on the CPU whatever the context says
+GPUS, GPU_GB = 8, 80.0  # what the recipes are written for, where no GPU is found
+TFLOPS = {"bf16": 400.0, "fp32": 200.0}  # assumed per GPU: 40 % of an H100's peak (fp32: convolutions in TF32)
+LIBRARIES = 1.5e9  # bytes of the CUDA context, cuDNN, cuBLAS and NCCL
+IMAGENET = 1_281_167
+STAGE = 0.6  # of the run that is looked at: discriminators have begun, orders are still being permuted
 
 
-def _generator(config: RunConfig, tokenizer: nn.Module) -> nn.Module:
-    """The generator of a config on the meta device; UserError where it does not fit the tokenizer."""
-    defaults: dict[str, Any] = {}
-    with contextlib.suppress(UserError):  # without the data the constructor's default stands
-        defaults["num_classes"] = assemble.open_train(config).num_classes
-    assemble.check_kind(config.generator["name"], tokenizer.spec)
-    defaults |= tokenizer.spec.sizes()
-    with torch.device("meta"):
-        generator = assemble.GENERATORS.build(config.generator, **defaults).to("meta")
-    assemble.pair(generator, tokenizer)
-    return generator
+@dataclass
+class Cost:
+    """Of one trained network."""
+
+    name: str
+    parameters: int
+    trainable: int
+    forward_flops: float  # per image
+
+
+@dataclass
+class Memory:
+    """Of one GPU, in bytes."""
+
+    state: float  # weights, gradients, AdamW's moments and averages
+    frozen: float
+    peak: float  # of a micro-batch
+
+    @property
+    def total(self) -> float:
+        return self.state + self.frozen + self.peak + LIBRARIES
+
+
+class Plan:
+    """A run looked at before it starts.
+
+    Args:
+        gpus: that share the global batch.
+    """
+
+    def __init__(self, config: RunConfig, gpus: int = GPUS):
+        self.config, self.gpus = config, gpus
+        if config.train.global_batch % gpus:
+            raise UserError(f"train.global_batch={config.train.global_batch} cannot be shared by {gpus} GPUs evenly; "
+                            "give --gpus N.")
+        self.per_gpu = config.train.global_batch // gpus
+        self.micro = self.per_gpu // parallel.accumulation(self.per_gpu, config.train.micro_batch)
+        meta = torch.device("meta")
+        self.task = blank.make_task(config, None, meta, _num_classes(config))
+        self.tokenizer = self.task.tokenizer
+        trained, frozen = self.task.networks(), [n for n in self.task.frozen().values()]
+        if config.train.activation_checkpointing:
+            for network in trained.values():
+                parallel.checkpoint_activations(network)
+        for network in frozen:
+            network.eval().requires_grad_(False)
+        for network in trained.values():
+            network.train()
+        self.rehearsal = Rehearsal(trained, frozen, config.train.precision == "bf16")
+        self.state = sum(self._state(name, network) for name, network in trained.items())
+        self.frozen = 4.0 * sum(t.numel() for n in frozen for t in [*n.parameters(), *n.buffers()])
+        self.step = self._step(self.micro)
+        self.costs = [Cost(name, _count(network.parameters()), _count(p for p in network.parameters() if p.requires_grad),
+                           self.step.forward[name] / self.micro) for name, network in trained.items()]
+
+    def _state(self, name: str, network: nn.Module) -> float:
+        """Weights and averages in fp32, gradients and two moments of what is trained; shared out by FSDP."""
+        averages = len(self.config.train.ema) if name == self.task.primary else 0
+        trained = _count(p for p in network.parameters() if p.requires_grad)
+        size = 4.0 * (_count(network.parameters()) * (1 + averages) + 3 * trained)
+        return size / self.gpus if self.config.train.parallel == "fsdp" else size
+
+    def _step(self, micro: int) -> Step:
+        with self.rehearsal.mode:
+            batch = self._batch(micro)
+        return self.rehearsal.step(lambda networks: self._phases(networks, batch))
+
+    def _batch(self, micro: int) -> Batch:
+        """Pictures of nothing, or what is stored of them where the run has it stored."""
+        data, size = self.config.data, self.tokenizer.image_size
+        zeros, places = torch.zeros(micro, dtype=torch.int64), torch.arange(micro)
+        images = torch.zeros(micro, 3, size, size, dtype=torch.uint8)
+        if self.config.task == "generator" and (data.url.startswith("tokens://") or data.cache_latents or data.moments):
+            with torch.no_grad():
+                return Batch(zeros, places, stored=self.tokenizer.precompute(to_model_range(images)))
+        return Batch(zeros, places, images=images)
+
+    def _phases(self, networks: dict[str, Any], batch: Batch) -> Iterator[Phase]:
+        train = self.config.train
+        total = train.duration.images(IMAGENET, train.global_batch) or train.global_batch
+        step = max(1, round(STAGE * total / train.global_batch))
+        progress = Progress(step * train.global_batch, total, IMAGENET, step)
+        return self.task.phases(networks, batch, Draws(0, batch.positions), progress)
+
+    @property
+    def memory(self) -> Memory:
+        return Memory(self.state, self.frozen, self.step.peak)
+
+    def fitting(self, gpu_bytes: float) -> int | None:
+        """The largest equal part of a GPU's pictures that fits; None where not even one picture does."""
+        parts = [n for n in range(1, self.per_gpu + 1) if self.per_gpu % n == 0]
+        base = self.memory.total - self.step.peak
+        other = self._step(max(1, self.micro // 2) if self.micro > 1 else 2)
+        at = max(1, self.micro // 2) if self.micro > 1 else 2
+        each = (self.step.peak - other.peak) / (self.micro - at)  # bytes per picture
+        return max((n for n in parts if base + self.step.peak + (n - self.micro) * each <= gpu_bytes), default=None)
+
+
+def _count(tensors: Any) -> int:
+    return sum(t.numel() for t in tensors)
+
+
+def _num_classes(config: RunConfig) -> int:
+    with contextlib.suppress(UserError):  # without the data: ImageNet's
+        return assemble.open_train(config).num_classes
+    return blank.IMAGENET_CLASSES
 
 
 def check_networks(config: RunConfig) -> None:
@@ -59,57 +148,73 @@ def check_networks(config: RunConfig) -> None:
     if config.train.init_from:
         assemble.read_weights(config.task, config.train.init_from, getattr(config, config.task))
     if config.task == "generator":
-        _generator(config, _tokenizer(config))
+        with torch.device("meta"):
+            blank.generator_of(config, blank.tokenizer_of(config).to("meta"), _num_classes(config))
 
 
 def costs(config: RunConfig) -> tuple[nn.Module, list[Cost]]:
-    """The tokenizer and the cost of every trained network, measured in one forward pass each."""
-    tokenizer = _tokenizer(config)
-    images = torch.zeros(PROBE, 3, tokenizer.image_size, tokenizer.image_size, device="meta")
-    draws = Draws(0, torch.zeros(PROBE, dtype=torch.int64, device="meta"))
-    if config.task == "tokenizer":
-        more = ()
-        if getattr(tokenizer, "reads_features", False):
-            widths = tokenizer.semantic.teachers if tokenizer.semantic else {}
-            more = ({name: torch.zeros(PROBE, 1, width, device="meta") for name, width in widths.items()},)
-        found = [measure("tokenizer", tokenizer, lambda net: net(images, draws, *more), PROBE)]
-        if config.discriminator:
-            with torch.device("meta"):
-                discriminator = assemble.DISCRIMINATORS.build(
-                    config.discriminator, image_size=tokenizer.image_size, pretrained=False).to("meta")
-            found.append(measure("discriminator", discriminator, lambda net: net(images), PROBE))
-        return tokenizer, found
-    generator = _generator(config, tokenizer)
-    latents = tokenizer.encode(images)
-    labels = torch.zeros(PROBE, dtype=torch.int64, device="meta")
-    return tokenizer, [measure("generator", generator, lambda net: net(latents, labels, draws), PROBE)]
+    """The tokenizer and the cost of every trained network, by a step on one picture."""
+    alone = dataclasses.replace(config, train=dataclasses.replace(config.train, global_batch=1, micro_batch=1))
+    plan = Plan(alone, gpus=1)
+    return plan.tokenizer, plan.costs
 
 
-def describe(config: RunConfig) -> str:
-    """A table for the terminal."""
-    tokenizer, found = costs(config)
-    train = config.train
-    micro = train.global_batch // accumulation(train.global_batch, train.micro_batch)
-    half = train.precision == "bf16"
-    lines = [f"latents        {tokenizer.spec}",
-             f"global batch   {train.global_batch} pictures, {micro} per rank and pass if one rank has them all"]
-    for cost in found:
-        ema = len(train.ema) if cost.name == config.task else 0
-        lines += [
-            f"{cost.name}",
-            f"  parameters   {cost.parameters:,} ({cost.trainable:,} trained)",
-            f"  forward      {number(cost.forward_flops)}FLOPs per image; a training step about "
-            f"{number(3 * cost.forward_flops)}FLOPs per image, {number(3 * cost.forward_flops * train.global_batch)}FLOPs in all",
-            f"  memory       about {human_bytes(int(cost.training_bytes(micro, ema, half)))} for {micro} pictures in "
-            f"{train.precision}: weights, gradients, AdamW, {ema} EMA and {human_bytes(int(cost.activation_bytes))} of fp32 "
-            "activations per picture",
-        ]
+def describe(config: RunConfig, gpus: int | None = None, gpu_gb: float | None = None, tflops: float | None = None) -> str:
+    """A table for the terminal.
+
+    Args:
+        gpus: that share the global batch; None: those found here, else 8.
+        gpu_gb: memory of each in 10^9 bytes; None: that of the first one here, else 80.
+        tflops: FLOPs per second of each in 10^12 that the hours are computed with; None: TFLOPS.
+    """
+    here = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    gpus = gpus or here or GPUS
+    gpu_gb = gpu_gb or (torch.cuda.get_device_properties(0).total_memory / 1e9 if here else GPU_GB)
+    plan, train = Plan(config, gpus), config.train
+    memory, parts = plan.memory, plan.per_gpu // plan.micro
+    lines = [f"latents        {plan.tokenizer.spec}"]
+    if config.task == "generator" and (note := blank.layout(config.tokenizer)[1]):
+        lines.append(f"               {note}")
+    for cost in plan.costs:
+        lines += [f"{cost.name}",
+                  f"  parameters   {cost.parameters:,} ({cost.trainable:,} trained)",
+                  f"  forward      {number(cost.forward_flops)}FLOPs per image"]
+    each = plan.step.flops / plan.micro
+    lines += [
+        f"step           {number(each)}FLOPs per image with backward and frozen networks, "
+        f"{number(each * train.global_batch)}FLOPs for {train.global_batch} images",
+        f"batch          {train.global_batch} images on {gpus} GPU(s): {plan.per_gpu} each, {plan.micro} at a time in "
+        f"{parts} part(s)",
+        f"memory         {_gb(memory.total)} of {gpu_gb:.0f} GB per GPU: {_gb(memory.state)} weights, gradients, AdamW and "
+        f"{len(train.ema)} average(s), {_gb(memory.frozen)} frozen networks, {_gb(memory.peak)} for {plan.micro} images in "
+        f"{train.precision}, {_gb(LIBRARIES)} CUDA libraries (what the compiler saves is not counted)",
+        f"               {_verdict(plan, gpu_gb)}",
+        _length(config, each, gpus, tflops or TFLOPS[train.precision]),
+    ]
+    return "\n".join(lines)
+
+
+def _gb(size: float) -> str:
+    return f"{size / 1e9:.1f} GB"
+
+
+def _verdict(plan: Plan, gpu_gb: float) -> str:
+    fitting = plan.fitting(gpu_gb * 1e9)
+    state = "fits" if plan.memory.total <= gpu_gb * 1e9 else "does not fit"
+    if fitting is None:
+        return f"{state}; not even one image at a time would. Try train.activation_checkpointing=true" + \
+            (" or train.parallel=fsdp" if plan.config.task == "generator" else "")
+    return f"{state}; the most that fits is train.micro_batch={fitting}"
+
+
+def _length(config: RunConfig, each: float, gpus: int, tflops: float) -> str:
+    train, assumed = config.train, ""
     try:
         per_epoch = len(assemble.open_train(config))
-        total = train.duration.images(per_epoch, train.global_batch)
-        work = 3 * sum(c.forward_flops for c in found) * total
-        lines.append(f"run            {total:,} images, {total // train.global_batch:,} steps, {number(work)}FLOPs without frozen "
-                     "networks")
-    except UserError as error:
-        lines.append(f"run            length unknown: {error}")
-    return "\n".join(lines)
+    except UserError:
+        per_epoch, assumed = IMAGENET, f", if the data are ImageNet's {IMAGENET:,} pictures (they are not here)"
+    total = train.duration.images(per_epoch, train.global_batch)
+    hours = each * total / (gpus * tflops * 1e12) / 3600
+    return (f"run            {total:,} images, {total // train.global_batch:,} steps, {number(each * total)}FLOPs{assumed}\n"
+            f"               about {hours:.3g} hours on {gpus} GPU(s) at {tflops:g} TFLOP/s each, which is assumed (--tflops) "
+            "and not measured")

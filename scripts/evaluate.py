@@ -1,13 +1,15 @@
 #!/usr/bin/env python3
 """Measure how well a tokenizer reconstructs, or compare two sets of pictures.
 
-    bash run_eval_tokenizer.sh pretrained_models/RecTok_decft.pth eval.protocol=rectok
+    bash run_eval_tokenizer.sh pretrained_models/RecTok_decft.pth
     bash run_eval_tokenizer.sh work_dirs/MY_RUN folder://data/imagenet/val --num 5000
     bash run_eval_tokenizer.sh --original ORIGINALS --reconstructed RECONSTRUCTIONS        folders or .npz files
 
 WEIGHTS: run folder, checkpoint, released file, hf://owner/repo/file or a config; URL: pictures, default
-folder://data/imagenet/val, or a folder of pictures, or an .npz with arr_0 of the tokenizer's size. rFID, PSNR, SSIM, LPIPS and codebook use, as eval.protocol=NAME defines them (default adm).
-The reference of rFID is the cropped originals themselves, or eval.reference=FILE with their statistics.
+folder://data/imagenet/val, or a folder of pictures, or an .npz with arr_0 of the tokenizer's size. rFID, PSNR, SSIM, LPIPS
+and codebook use, as eval.protocol=NAME defines them: by default the protocol of the tokenizer's authors, or that of the
+run's config. The reference of rFID is the cropped originals themselves, a file that the protocol names, or
+eval.reference=FILE with their statistics.
 Writes metrics.json, report.html and PNGs to --out. A killed job goes on where it stopped.
 
 options:

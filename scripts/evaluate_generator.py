@@ -2,8 +2,9 @@
 """Sample from a generator and measure the samples, or measure samples that exist.
 
     bash run_eval_generator.sh work_dirs/MY_RUN [key=value ...]
-    bash run_eval_generator.sh configs/rectok/ditdh_xl.yaml sample.scale=1.3 eval.protocol=rectok
-    bash run_eval_generator.sh pretrained_models/FILE.pth tokenizer.weights=pretrained_models/FILE.pth
+    bash run_eval_generator.sh reAR-L.safetensors             a released file, as its number was published
+    bash run_eval_generator.sh configs/rectok/ditdh_xl.yaml --weights FILE sample.scale=1.3
+    bash run_eval_generator.sh FILE.pth --tokenizer FILE.pth eval.protocol=rectok
     bash run_eval_generator.sh samples.npz eval.reference=data/fid_stats/VIRTUAL_imagenet256_labeled.npz
     bash run_eval_generator.sh folder/of/pngs eval.protocol=torch-fidelity eval.reference=...
 
@@ -11,7 +12,13 @@ No picture touches the disk unless --write asks for it. Picture i depends on (se
 of GPUs, the batch size and interruptions change nothing: the same command goes on where it was killed. Writes
 metrics.json, report.html and samples.png to --out.
 
+A released file in pretrained_models/ is known by its name: its tokenizer, guidance and protocol are those of its published
+number (scripts/released.toml), unless settings say otherwise. A config stands for the run it trained, or for the file
+that was released for it.
+
 options:
+  --weights FILE    weights of the generator, where no config is named first; or other weights for it
+  --tokenizer FILE  the tokenizer that decodes its latents
   --num N           pictures (default eval.num_images, else 50000; all of existing samples)
   --out FOLDER      default work_dirs/eval/<name>-<facts>
   --write npz|png   keep the samples too: samples.npz (arr_0, as ADM's evaluator reads it) or samples/000000.png ...
@@ -36,18 +43,22 @@ def parse(arguments: list[str]) -> tuple[argparse.Namespace, list[str]]:
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("target")
+    parser.add_argument("target", nargs="?")
     parser.add_argument("settings", nargs="*")
     parser.add_argument("--num", type=int, default=None, help=argparse.SUPPRESS)
+    parser.add_argument("--weights", default=None, help=argparse.SUPPRESS)
+    parser.add_argument("--tokenizer", default=None, help=argparse.SUPPRESS)
     parser.add_argument("--out", default=None, help=argparse.SUPPRESS)
     parser.add_argument("--write", choices=("npz", "png"), default=None, help=argparse.SUPPRESS)
     parser.add_argument("--bootstrap", type=int, default=0, help=argparse.SUPPRESS)
     for flag in ("--infinity", "--keep", "--again", "--check"):
         parser.add_argument(flag, action="store_true", help=argparse.SUPPRESS)
     options = flags.parse(parser, "evaluate_generator", arguments)
-    if options.num is not None:
-        options.settings.append(f"eval.num_images={options.num}")
-    return options, options.settings
+    options.target, settings = flags.target_of(options.target, options.weights, options.settings)
+    for key, value in (("tokenizer.weights", options.tokenizer), ("eval.num_images", options.num)):
+        if value is not None:
+            settings.append(f"{key}={value}")
+    return options, settings
 
 
 def main(arguments: list[str]) -> int:

@@ -41,6 +41,7 @@ import picture_sets
 
 SAMPLES = 50_000  # what published numbers are measured on
 SHOWN = 40
+IMAGENET_CLASSES, IMAGENET_VAL_EACH = 1000, 50
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -241,6 +242,33 @@ def existing_samples(options: argparse.Namespace, overrides: list[str], world: W
     )
 
 
+def validation_labels(config: RunConfig, num_classes: int) -> list[int] | None:
+    """Of data.val_url. ImageNet's are known without its pictures, 50 of each class in the order of folders."""
+    try:
+        return measure.val_labels(open_source(config.data.val_url, "val"), num_classes) if config.data.val_url else None
+    except UserError:
+        if num_classes != IMAGENET_CLASSES or not config.data.val_url.rstrip("/").endswith("imagenet/val"):
+            raise
+        return [i // IMAGENET_VAL_EACH for i in range(IMAGENET_CLASSES * IMAGENET_VAL_EACH)]
+
+
+def _training_pictures(config: RunConfig, stand_in: bool) -> DataSource:
+    """What samples are compared with where there is no reference file."""
+    problem = f"the run trained on stored tokens ({config.data.url})"
+    try:
+        train = assemble.open_pictures(config)
+    except UserError as error:
+        train, problem = None, str(error).rstrip(".")
+    if train is None:
+        advice = " For FID as published fetch its network and its reference: bash run_download.sh evaluation." if stand_in \
+            else ""
+        raise UserError(
+            f"nothing to compare with: {problem}. Name the training pictures, data.pictures=folder://... (or data.url), or "
+            f"give eval.reference=FILE (run_make_reference.sh makes one).{advice}"
+        )
+    return train
+
+
 def generated_samples(options: argparse.Namespace, overrides: list[str], world: World) -> int:
     """Sample and measure."""
     say = print if world.is_main else (lambda *_: None)
@@ -249,23 +277,16 @@ def generated_samples(options: argparse.Namespace, overrides: list[str], world: 
     protocol = chosen_protocol(settings, "generation")
     count = settings.num_images or SAMPLES
     kind = settings.labels or protocol.labels
-    val = open_source(config.data.val_url, "val") if kind == "val" and config.data.val_url else None
-    labels = label_protocols.make(
-        kind, count, made.num_classes, config.seed, measure.val_labels(val, made.num_classes) if val else None
-    )
+    val = validation_labels(config, made.num_classes) if kind == "val" else None
+    labels = label_protocols.make(kind, count, made.num_classes, config.seed, val)
     rounding = settings.rounding or protocol.rounding
     net = measure.feature_net(world.device, settings.network, protocol)
-    published = made.num_classes == 1000
+    published = made.num_classes == IMAGENET_CLASSES
     path = measure.choose_reference(settings.reference, protocol, net, made.image_size, "generation", published)
     if path is not None:
         reference = measure.load_reference(path, net, "generation", made.image_size, world)
     else:
-        train = assemble.open_pictures(config)
-        if train is None:
-            raise UserError(
-                f"nothing to compare with: the run trained on stored tokens ({config.data.url}). Name their pictures, "
-                "data.pictures=folder://..., or give eval.reference=FILE (run_make_reference.sh makes one)."
-            )
+        train = _training_pictures(config, published and net.name == "lite0")
         say(f"reference: statistics of the training pictures ({config.data.pictures or config.data.url})")
         reference = measure.training_statistics(config, train, made.image_size, net, world)
     sampling = {

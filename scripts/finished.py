@@ -1,16 +1,18 @@
 """A finished generator with everything it needs to sample: tokenizer, latent statistics, guidance, sampling options.
 
     open_generator("work_dirs/my_run", ["sample.scale=1.5"])
-    open_generator("pretrained_models/ditdhxl_epoch_0599.pth", ["tokenizer.weights=pretrained_models/RecTok_decft.pth"])
-    open_generator("configs/rectok/ditdh_xl.yaml", [])                    the run that this config trained
+    open_generator("reAR-L.safetensors", [])                              a released file, as its number was published
+    open_generator("configs/rear/rear_l.yaml", [])                        the run that this config trained
+    open_generator("my_file.pt", ["tokenizer.weights=pretrained_models/RecTok_decft.pth"])
 
-Overrides are keys of the config. A run brings its own; for a released file tokenizer.weights is needed, and sample.*,
-eval.*, seed, data.* start from their defaults.
+Overrides are keys of the config, and win. A run brings its own config. A released file, told by its name, has the recipe
+and the settings that scripts/released.toml lists; for other files tokenizer.weights is needed, and sample.*, eval.*,
+seed, data.* start from their defaults. A config whose run is not there stands for the released file that belongs to it.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Callable
 
@@ -19,16 +21,20 @@ from torch import Tensor, nn
 
 from core import config as config_module
 from core import hub
-from core.config import RunConfig
+from core.config import RunConfig, SampleConfig
 from core.dist import World
 from core.errors import UserError
 from core.rng import Draws
+from core.specs import DataSource
 from core.train.checkpoint import Checkpoint
 from data.sources import open_source
 from generator.task import GeneratorTask
 
 import assemble
+import download
 import streaming
+
+ROOT = Path(__file__).resolve().parent.parent
 
 
 @dataclass
@@ -67,20 +73,23 @@ class Finished:
                                     self.task.sample_options, show)
 
 
-def read_config(target: str, overrides: list[str]) -> tuple[RunConfig, str]:
+Log = Callable[[str], None]
+
+
+def read_config(target: str, overrides: list[str], log: Log = lambda _: None) -> tuple[RunConfig, str]:
     """(config, reference of the generator's weights). No network is loaded.
 
     Args:
         target: a config file, a run folder, a checkpoint, a released file, or hf://owner/repository/file.
         overrides: config keys; `generator.weights=` names other weights than the target's own.
+        log: is told what was chosen for the user.
     """
     if target.endswith((".yaml", ".yml")):
         config = assemble.load_config(target, overrides)
-        weights = (config.generator or {}).get("weights") or str(config.run_dir)
+        weights = (config.generator or {}).get("weights") or _run_of(target, config, overrides, log)
     else:
-        path = hub.resolve(target)
-        given = Checkpoint(path).state["config"] if path.is_dir() else _released(target, path, overrides)
-        config = config_module.override(lambda: given, overrides, assemble.REGISTRIES, source=target)
+        path = _require(target)
+        config = _config_of(target, path, overrides, log)
         weights = (config.generator or {}).get("weights") or str(path)
     if config.task != "generator":
         raise UserError(
@@ -89,18 +98,76 @@ def read_config(target: str, overrides: list[str]) -> tuple[RunConfig, str]:
         )
     if not config.tokenizer.get("weights"):
         raise UserError(f"{target}: say which tokenizer decodes its latents: tokenizer.weights=work_dirs/RUN")
-    for reference in (weights, config.tokenizer["weights"], config.sample.guide):
+    for reference in (weights, config.tokenizer["weights"], guide_of(config)):
         if reference:
-            hub.resolve(reference)
+            _require(reference)
     return config, weights
 
 
-def _released(target: str, path: Path, overrides: list[str]) -> dict[str, Any]:
-    """The smallest config around a released file; what training would need is filled in and never used."""
+def guide_of(config: RunConfig) -> str | None:
+    """The weaker model of autoguidance, where sampling uses one."""
+    sample = config.sample
+    return sample.guide if sample.guidance == "auto" and assemble.make_guidance(sample).active else None
+
+
+def _require(reference: str) -> Path:
+    """core.hub.resolve, which here also says how to fetch a released file."""
+    try:
+        return hub.resolve(reference)
+    except UserError as error:
+        file = None if "://" in reference else download.find(reference)
+        raise UserError(f"{reference} is not here. Fetch it: bash run_download.sh {file.name}" if file else str(error)
+                        ) from None
+
+
+def _run_of(target: str, config: RunConfig, overrides: list[str], log: Log) -> str:
+    """The run of a config, or, where it was never trained, the newest released file of that recipe that is here."""
+    if config.run_dir.exists() or any(o.startswith(("name=", "work_dir=")) for o in overrides):
+        return str(config.run_dir)
+    released = [f for f in download.table() if f.recipe and (ROOT / f.recipe).resolve() == Path(target).resolve()
+                and config.task == "generator"]
+    here = [f for f in released if f.place.is_file()]
+    if here:
+        log(f"there is no run {config.run_dir}: using {here[-1].place}, released for this config")
+        return str(here[-1].place)
+    advice = f"fetch released weights (bash run_download.sh {released[-1].name}), " if released else ""
+    raise UserError(f"there is no run {config.run_dir} yet. Train it, {advice}or give --weights FILE_OR_RUN.")
+
+
+def _config_of(target: str, path: Path, overrides: list[str], log: Log) -> RunConfig:
+    """The config that belongs to a checkpoint or a file of generator weights."""
+    if path.is_dir():
+        given = Checkpoint(path).state["config"]
+        return config_module.override(lambda: given, overrides, assemble.REGISTRIES, source=target)
+    file = download.find(path)
+    if file is None or not file.recipe:
+        given = _unknown(target, path, overrides)
+        return config_module.override(lambda: given, overrides, assemble.REGISTRIES, source=target)
+    config = assemble.load_config(str(ROOT / file.recipe), [f"name={path.stem}", *file.settings, *overrides])
+    config.tokenizer["weights"] = _beside(config.tokenizer.get("weights"), path)
+    config.sample.guide = _beside(config.sample.guide, path)
+    if config.task == "generator":
+        plain, sample = asdict(SampleConfig()), asdict(config.sample)
+        log(f"{path.name} as {file.recipe} says: tokenizer {config.tokenizer.get('weights')}, protocol "
+            f"{config.eval.protocol}, " + ", ".join(f"{k} {v}" for k, v in sample.items() if v != plain[k])
+            + (f". Published: {file.published}." if file.published else "."))
+    return config
+
+
+def _beside(reference: str | None, path: Path) -> str | None:
+    """`reference`, or the file of that name in the folder of `path` where there is no such file otherwise."""
+    if not reference or "://" in reference or Path(reference).exists():
+        return reference
+    beside = path.parent / Path(reference).name
+    return str(beside) if beside.is_file() else reference
+
+
+def _unknown(target: str, path: Path, overrides: list[str]) -> dict[str, Any]:
+    """The smallest config around a file; what training would need is filled in and never used."""
     if not any(o.startswith("tokenizer.weights=") for o in overrides):
         raise UserError(
-            f"{target} is a file of generator weights. Say which tokenizer decodes its latents: "
-            "tokenizer.weights=pretrained_models/FILE"
+            f"{target} is a file of generator weights, and no released one by its name. Say which tokenizer decodes its "
+            "latents: tokenizer.weights=pretrained_models/FILE"
         )
     given = config_module.read_overrides([o for o in overrides if o.startswith(("generator.", "tokenizer."))])
     codes = assemble.read_weights("tokenizer", given["tokenizer"]["weights"], given["tokenizer"]).settings
@@ -121,9 +188,20 @@ def _released(target: str, path: Path, overrides: list[str]) -> dict[str, Any]:
     }
 
 
-def open_generator(target: str, overrides: list[str], world: World, log: Callable[[str], None] = print) -> Finished:
+def _pictures_for_statistics(config: RunConfig, reference: str) -> DataSource:
+    try:
+        return open_source(config.data.url, config.data.split)
+    except UserError as error:
+        raise UserError(
+            f"{reference} comes without the statistics of the latents it models, and the pictures to measure them on are "
+            f"not here ({error}) Measure them once on any pictures like ImageNet's: python scripts/latent_stats.py "
+            f"{config.tokenizer['weights']} folder://data/imagenet/val --split val, or give data.url=URL."
+        ) from None
+
+
+def open_generator(target: str, overrides: list[str], world: World, log: Log = print) -> Finished:
     """Load it, on the world's device. Collective where latent statistics have to be measured first."""
-    config, reference = read_config(target, overrides)
+    config, reference = read_config(target, overrides, log)
     tokenizer, tokenizer_print = assemble.load_tokenizer(config.tokenizer)
     use_ema = config.generator.get("use_ema", True)
     facts = {
@@ -136,16 +214,16 @@ def open_generator(target: str, overrides: list[str], world: World, log: Callabl
         tokenizer, "latent_stats_known", True
     ):
         # parity: no released generator carries the statistics of its latents
-        source = open_source(config.data.url, config.data.split)
+        source = _pictures_for_statistics(config, reference)
         assemble.latent_statistics(config, tokenizer, tokenizer_print, source, world, log)
         facts["latent_statistics"] = f"measured on {config.data.url}"
     generator, weights = assemble.load_generator(reference, tokenizer, use_ema, config.generator)
     facts["weights_fingerprint"] = hub.fingerprint(generator.state_dict())
     guide = None
-    if config.sample.guidance == "auto" and config.sample.guide:
-        guide = assemble.load_generator(config.sample.guide)[0]
+    if named := guide_of(config):
+        guide = assemble.load_generator(named)[0]
         assemble.pair(guide, tokenizer)
-        facts |= {"guide": config.sample.guide, "guide_fingerprint": hub.fingerprint(guide.state_dict())}
+        facts |= {"guide": named, "guide_fingerprint": hub.fingerprint(guide.state_dict())}
         guide.to(world.device)
     num_classes = weights.settings.get("num_classes") or open_source(config.data.url, config.data.split).num_classes
     task = GeneratorTask(

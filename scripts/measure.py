@@ -474,12 +474,12 @@ def choose_reference(
                 "docs/evaluation.md says where to get it; run_make_reference.sh makes one from pictures."
             )
         return path
-    name = protocol.reference if purpose == "generation" else protocol.reconstruction_reference
+    names = protocol.reference if purpose == "generation" else protocol.reconstruction_reference
+    name = next((n for n in names if statistics.KNOWN[n].image_size == image_size), None)
     if name is None or network_of(net) != "inception" or preprocess_of(net) != "tf1":
         return None
-    known = statistics.KNOWN.get(name)
-    if known is not None and known.image_size != image_size:
-        return None
+    if purpose == "generation" and not published:
+        return None  # other pictures than the file's
     path = find_reference(name)
     if path is None and published:
         raise UserError(
@@ -538,14 +538,26 @@ class Online:
         self.net = feature_net(world.device, self.settings.network, self.protocol)
         self.metrics = offline_metrics(self.protocol, world.device)
         self.reference: Statistics | None = None  # on the main rank
-        self.has_reference = bool(self.settings.reference)
+        path = self._reference_file(train)
+        self.has_reference = path is not None
         if self.purpose == "reconstruction":
             require_order(val, "reconstructions of them cannot be measured (train.eval_every)")
         elif not self.has_reference:
             require_order(train, "they are no reference: give eval.reference=FILE")
-        if self.has_reference:
-            path = choose_reference(self.settings.reference, self.protocol, self.net, image_size, self.purpose, True)
+        if path is not None:
             self.reference = load_reference(path, self.net, self.purpose, image_size, world)
+
+    def _reference_file(self, train: DataSource) -> Path | None:
+        """What was asked for; for samples of ImageNet's classes else the protocol's own file, where it is here."""
+        given, published = self.settings.reference, self.purpose == "generation" and train.num_classes == 1000
+        if not (given or published):
+            return None
+        try:
+            return choose_reference(given, self.protocol, self.net, self.image_size, self.purpose, published)
+        except UserError:
+            if given:
+                raise
+            return None  # statistics of the training pictures are made instead
 
     def __call__(self, task, network: nn.Module) -> dict[str, float]:
         if self.purpose == "reconstruction":

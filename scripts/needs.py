@@ -76,7 +76,9 @@ def later(config: RunConfig) -> list[str]:
     if inception.found() is None and config.eval.network in ("auto", "inception"):
         lines.append(f"{inception.about} ({inception.command}); until it is here, evaluation uses a stand-in and calls "
                      "nothing FID")
-    reference = protocol.reference if purpose == "generation" else protocol.reconstruction_reference
+    size = config.tokenizer.get("image_size") or 256
+    names = protocol.reference if purpose == "generation" else protocol.reconstruction_reference
+    reference = next((n for n in names if measure.statistics.KNOWN[n].image_size == size), None)
     if reference and measure.find_reference(reference) is None:
         lines.append(f"reference statistics {reference} of protocol {protocol.name}: {_how_to_get(reference)}")
     return lines

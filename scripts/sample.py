@@ -3,8 +3,8 @@
 
   sample.py configs/rectok/ditdh_xl.yaml --labels 207,360 --out samples       the run that this config trained
   sample.py work_dirs/my_run --labels 0-9 --num 100 --scale 1.5               a run folder or a checkpoint
-  sample.py ditdhxl_epoch_0599.pth --tokenizer RecTok_decft.pth --labels 207,"tree frog" --scale 1.29 \\
-    --guide ditdhs_epoch_0029.pth
+  sample.py reAR-L.safetensors --labels 207,"tree frog"                       a released file, guided as published
+  sample.py FILE.pth --tokenizer RecTok_decft.pth --labels 207 --scale 1.29 --guide ditdhs_epoch_0029.pth
 
 LABELS: numbers, ranges (10-19) and names of classes, separated by commas; picture i shows label i modulo their count.
 Writes DIR/<index>_<label>.png, grid.png (one column per label) and sample.json. Picture i depends on (seed, label, i)
@@ -250,20 +250,12 @@ def main(arguments: list[str]) -> int:
 
     from core.errors import UserError
 
-    overrides = list(options.overrides)
-    target = options.generator
-    if target is not None and "=" in target and not Path(target).exists():
-        overrides, target = [target, *overrides], None
+    target, overrides = flags.target_of(options.generator, options.weights, options.overrides)
     short = {"sample.scale": options.scale, "sample.guide": options.guide, "sample.steps": options.steps,
-             "tokenizer.weights": options.tokenizer, "seed": options.seed,
-             "generator.weights": options.weights if target else None}
+             "tokenizer.weights": options.tokenizer, "seed": options.seed}
     if options.guide:
         short["sample.guidance"] = "auto"
     overrides += [f"{key}={value}" for key, value in short.items() if value is not None]
-    target = target or options.weights
-    if target is None:
-        raise UserError("name a generator: a config, a run folder, a checkpoint or a released file; see sample.py "
-                        "--help")
     if (options.num is not None and options.num < 1) or options.batch < 1:
         raise UserError(f"--num {options.num} and --batch {options.batch}: give 1 or more")
     if options.npz and not options.npz.endswith(".npz"):

@@ -15,11 +15,35 @@ USAGE = """usage: train.py CONFIG [key=value ...] [--check] [--dry-run] [--help]
 
   train.py configs/rectok/tokenizer.yaml                          start, or continue where it stopped
   train.py configs/rectok/tokenizer.yaml train.global_batch=256   any setting can be overridden
-  train.py configs/rectok/ditdh_xl.yaml --dry-run                 parameters, FLOPs and memory, then stop
+  train.py configs/rectok/ditdh_xl.yaml --dry-run                 parameters, FLOPs, memory and hours, then stop; needs no
+                                                                  weights, data or GPU. With --gpus N (those here, else
+                                                                  8), --gpu-gb 80 and --tflops 400 (each, assumed)
   train.py configs/rectok/ditdh_xl.yaml --check                   look for mistakes and for missing files, then stop
 
 Exit codes: 0 done, 2 a mistake you can fix, 75 stopped on request or by time limit (run the same again to continue).
 """
+
+
+HARDWARE = {"--gpus": (int, "a whole number"), "--gpu-gb": (float, "a number"), "--tflops": (float, "a number")}
+
+
+def take_hardware(words: list[str]) -> tuple[dict[str, float], list[str]]:
+    """(keyword arguments of estimate.describe, the other words)."""
+    found, rest, waiting = {}, [], iter(words)
+    for word in waiting:
+        option, equals, value = word.partition("=")
+        if option not in HARDWARE:
+            rest.append(word)
+            continue
+        kind, expected = HARDWARE[option]
+        value = value if equals else next(waiting, "")
+        try:
+            found[option[2:].replace("-", "_")] = kind(value)
+        except ValueError:
+            raise UserError(f'{option}: {expected} follows, not "{value}".') from None
+        if kind(value) <= 0:
+            raise UserError(f"{option}: {expected} above 0 follows, not {value}.")
+    return found, rest
 
 
 def main(arguments: list[str]) -> int:
@@ -31,7 +55,7 @@ def main(arguments: list[str]) -> int:
         print(USAGE + "\nSettings [default]:\n" + help_text())
         return 0 if arguments else 2
     modes = {a for a in arguments if a in ("--check", "--dry-run")}
-    words = [a for a in arguments if a not in modes]
+    hardware, words = take_hardware([a for a in arguments if a not in modes])
     import flags
     import surface
 
@@ -61,7 +85,7 @@ def main(arguments: list[str]) -> int:
         import estimate
         import needs
 
-        print(estimate.describe(config))
+        print(estimate.describe(config, **hardware))
         print(needs.report(config))
         return 0
     return assemble.train(config)

@@ -38,3 +38,32 @@ def test_rear_recipes_start_from_a_tokenizer_file(recipe, maskgit_file, build_tr
     assert trainer.task.tokenizer.image_size == 256 and trainer.task.tokenizer.spec.length == 256
     if recipe.endswith("rear_b.yaml"):
         assert trainer.fit() == 0
+
+
+def test_tokens_alone_are_enough(maskgit_file, build_trainer, tmp_path):
+    """The recommended way of reAR's README: stored codes, and nothing of ImageNet on disk."""
+    import assemble
+    import pretokenize
+
+    made = tmp_path / "tokens"
+    common = [f"tokenizer.weights={maskgit_file}", "data.workers=0", "data.crop=center", "train.precision=fp32"]
+    assert pretokenize.main(["configs/rear/rar_b.yaml", "--out", str(made), *common, "train.device=cpu",
+                             "data.url=synthetic://?size=256&classes=4&count=4"]) == 0
+    trainer = build_trainer("configs/rear/rar_b.yaml", *common, f"data.url=tokens://{made}", "train.global_batch=2",
+                            "generator.size={width: 16, layers: 1, heads: 2, hidden: 16}", "train.duration=1step",
+                            "train.compile=false")
+    assert trainer.config.data.val_url == "folder://data/imagenet/val"  # as the recipe has it, and not there
+    assert trainer.fit() == 0
+    with pytest.raises(assemble.UserError, match=r"It is there for train.eval_every: give data.val_url=URL"):
+        assemble.check_inputs(assemble.load_config("configs/rear/rar_b.yaml", [
+            *common, f"data.url=tokens://{made}", "train.eval_every=1step", "train.device=cpu"]))
+
+
+def test_previews_do_without_validation_pictures(build_trainer):
+    """A tokenizer that is not evaluated shows training pictures; one that is says what is missing."""
+    from core.errors import UserError
+
+    words = ["configs/toy/rectok_tokenizer.yaml", "data.val_url=folder://not/here"]
+    assert build_trainer(*words).task.preview_images is not None
+    with pytest.raises(UserError, match=r"folder://not/here cannot be opened.*or train.eval_every=never"):
+        build_trainer(*words, "train.eval_every=1step")

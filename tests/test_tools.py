@@ -9,6 +9,7 @@ import torch
 from PIL import Image
 
 import benchmark
+import blank
 import download
 import reconstruct
 from core import hub
@@ -167,7 +168,7 @@ def test_the_cache_is_measured_against_none(run, tmp_path, generator, tokenizer)
 
 def test_benchmark_prints_no_table_before_a_mistake(capsys, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(UserError, match="only needs the tokenizer's sizes: --tokenizer-config"):
+    with pytest.raises(UserError, match="Only the tokenizer.s sizes are needed here.*--tokenizer-config"):
         benchmark.main([TOY_GENERATOR, "--what", "sample", "--device", "cpu"])
     assert capsys.readouterr().out == ""
 
@@ -206,7 +207,7 @@ def counted(config, what: str, batch: int = 3):
 def test_bytes_of_dar_by_hand():
     """Every step reads all weights, one row of a table, and the keys and values so far; every decoder step its network."""
     config = benchmark.read_config(DAR, [], DAR_TOKENIZER)
-    task = benchmark.make_task(config, None, torch.device("meta"))
+    task = blank.make_task(config, None, torch.device("meta"))
     codes, width, rows = 16, 32, 6  # a guided batch of 3
     steps = numbers(task.generator, ("embedding",)) * codes
     tables = 3 * width * codes + rows * width
@@ -223,7 +224,7 @@ def test_bytes_of_dar_by_hand():
 def test_bytes_of_var_by_hand():
     """Every scale reads all weights but those that depend on the class alone, and the tokenizer's codes and phis."""
     config = benchmark.read_config(VAR, [], VAR_TOKENIZER)
-    task = benchmark.make_task(config, None, torch.device("meta"))
+    task = blank.make_task(config, None, torch.device("meta"))
     model, width, rows, ends = task.generator, 32, 6, (1, 5, 14)
     once = ("ada_lin", "emb.", "pos_")
     weights = 3 * numbers(model, (*once, "lvl_embed")) + numbers(model.blocks, ("attn", "ffn")) + numbers(model.head_ada_lin)
