@@ -53,6 +53,7 @@ def layout(section: dict[str, Any]) -> tuple[dict[str, Any], str | None]:
 def tokenizer_of(config: RunConfig) -> nn.Module:
     """The tokenizer that a generator's config models, seen as it sees it, on the current default device."""
     tokenizer = assemble.TOKENIZERS.build(layout(config.tokenizer)[0])
+    tokenizer.to(torch.get_default_device())  # tables are made on the CPU whatever the context says, and views compute
     return assemble.view(tokenizer, config.tokenizer.get("view"))
 
 

@@ -469,17 +469,14 @@ def choose_reference(
     """
     if given:
         if (path := find_reference(given)) is None:
-            raise UserError(
-                f"eval.reference: there is no {given}, neither as a path nor in {' or '.join(FOLDERS)}. "
-                "docs/evaluation.md says where to get it; run_make_reference.sh makes one from pictures."
-            )
+            raise UserError(f"eval.reference: there is no {given}, neither as a path nor in {' or '.join(FOLDERS)}. "
+                            "docs/evaluation.md says where to get it; run_make_reference.sh makes one from pictures.")
         return path
     names = protocol.reference if purpose == "generation" else protocol.reconstruction_reference
     name = next((n for n in names if statistics.KNOWN[n].image_size == image_size), None)
-    if name is None or network_of(net) != "inception" or preprocess_of(net) != "tf1":
+    other_pictures = purpose == "generation" and not published
+    if name is None or other_pictures or network_of(net) != "inception" or preprocess_of(net) != "tf1":
         return None
-    if purpose == "generation" and not published:
-        return None  # other pictures than the file's
     path = find_reference(name)
     if path is None and published:
         raise UserError(
@@ -538,14 +535,13 @@ class Online:
         self.net = feature_net(world.device, self.settings.network, self.protocol)
         self.metrics = offline_metrics(self.protocol, world.device)
         self.reference: Statistics | None = None  # on the main rank
-        path = self._reference_file(train)
-        self.has_reference = path is not None
-        if self.purpose == "reconstruction":
-            require_order(val, "reconstructions of them cannot be measured (train.eval_every)")
-        elif not self.has_reference:
-            require_order(train, "they are no reference: give eval.reference=FILE")
+        self.has_reference = (path := self._reference_file(train)) is not None
         if path is not None:
             self.reference = load_reference(path, self.net, self.purpose, image_size, world)
+        if self.purpose == "reconstruction":
+            require_order(val, "reconstructions of them cannot be measured (train.eval_every)")
+        elif path is None:
+            require_order(train, "they are no reference: give eval.reference=FILE")
 
     def _reference_file(self, train: DataSource) -> Path | None:
         """What was asked for; for samples of ImageNet's classes else the protocol's own file, where it is here."""
