@@ -8,6 +8,7 @@ import importlib
 import re
 
 import pytest
+import torch
 from omegaconf import OmegaConf
 
 import assemble
@@ -344,11 +345,14 @@ DAR_V1 = """model: {encoder_patch_size: 16, num_encoder_layers: 8, num_decoder_l
 """
 
 
+META = torch.device("meta")
+
+
 def test_a_file_of_dar_is_its_tokenizer(tmp_path):
     """The published one builds the tensors of the recipe; others arrive, and what does not fit is named."""
-    import estimate
+    import blank
 
-    shapes = [{name: value.shape for name, value in estimate._tokenizer(config).state_dict().items()}
+    shapes = [{name: value.shape for name, value in blank.make_task(config, None, META).tokenizer.state_dict().items()}
               for config in (translated(tmp_path, DAR_V1), assemble.load_config("configs/dar/tokenizer.yaml", []))]
     assert shapes[0] == shapes[1]
     other = translated(tmp_path, DAR_V1.replace("num_query_groups: 8", "num_query_groups: 16").replace("data_std: 0.6, ", ""))
