@@ -212,7 +212,8 @@ def _length(config: RunConfig, each: float, gpus: int, tflops: float) -> str:
     try:
         per_epoch = len(assemble.open_train(config))
     except UserError:
-        per_epoch, assumed = IMAGENET, f", if the data are ImageNet's {IMAGENET:,} pictures (they are not here)"
+        per_epoch = IMAGENET
+        assumed = f", if the data are ImageNet's {IMAGENET:,} pictures (not here: {config.data.url})"
     total = train.duration.images(per_epoch, train.global_batch)
     hours = each * total / (gpus * tflops * 1e12) / 3600
     return (f"run            {total:,} images, {total // train.global_batch:,} steps, {number(each * total)}FLOPs{assumed}\n"

@@ -47,7 +47,7 @@ def site(tmp_path, monkeypatch) -> Path:
     """A working folder whose pretrained_models/ holds a (hollow) file under every released name."""
     for file in download.table():
         if file.to == "pretrained_models":
-            (tmp_path / file.place).parent.mkdir(exist_ok=True)
+            (tmp_path / file.place).parent.mkdir(parents=True, exist_ok=True)
             (tmp_path / file.place).touch()
     monkeypatch.chdir(tmp_path)
     return tmp_path
