@@ -20,7 +20,8 @@ from core.nn.offline import efficientnet_lite0_input, load_efficientnet_lite0
 
 @contextmanager
 def full_precision() -> Iterator[None]:
-    """No TF32 inside: cuDNN convolutions use it by default, which moves features by about 1e-3."""
+    """No TF32 and no autocast inside: cuDNN convolutions use TF32 by default, which moves features by about 1e-3; online
+    evaluation runs within a training's autocast, which knows nothing of the half-precision distances of ADM."""
     # torch 2.9 gave every kind of operation its own setting and refuses to mix it with the older one
     if getattr(torch.backends.cudnn, "conv", None) is not None:
         holders, name, exact = (torch.backends.cudnn.conv, torch.backends.cuda.matmul), "fp32_precision", "ieee"
@@ -30,7 +31,8 @@ def full_precision() -> Iterator[None]:
     try:
         for holder in holders:
             setattr(holder, name, exact)
-        yield
+        with torch.autocast("cpu", enabled=False), torch.autocast("cuda", enabled=False):
+            yield
     finally:
         for holder, value in zip(holders, before):
             setattr(holder, name, value)
@@ -62,7 +64,7 @@ class FeatureNet(nn.Module):
                 f"Feature networks take (B, 3, H, W) uint8 pictures, got {tuple(images.shape)} {images.dtype}. "
                 "Convert floats with core.images.to_uint8 first, so that the rounding is chosen knowingly."
             )
-        with torch.autocast(images.device.type, enabled=False), full_precision():
+        with full_precision():
             return self.taps(images.float())
 
 

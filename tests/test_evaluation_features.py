@@ -378,3 +378,11 @@ def test_two_ranks_give_the_numbers_of_one(tmp_path):
         assert found == pytest.approx(numbers(whole), rel=1e-9)
         torch.testing.assert_close(covariance, Moments.of(X).covariance, rtol=1e-9, atol=1e-9)
         torch.testing.assert_close(rows, whole["psnr"].rows)
+
+
+@pytest.mark.parametrize("mode", ["exact", "adm_fp16"])
+def test_precision_and_recall_within_a_trainings_autocast(mode):
+    real, generated = normal(40, 64), normal(30, 64) + 0.1
+    alone = precision_recall(real=real, generated=generated, mode=mode)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert precision_recall(real=real, generated=generated, mode=mode) == alone

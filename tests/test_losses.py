@@ -388,3 +388,11 @@ def test_a_batch_that_is_not_finite_leaves_lecams_means_alone():
     plain, wanted = run(fake, fake)
     assert math.isnan(losses[1]) and [losses[0], losses[2]] == plain
     assert torch.equal(means, wanted) and means.isfinite().all() and (means != 0).all()
+
+
+def test_a_file_of_another_network_is_named(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "pretrained_models").mkdir()
+    torch.save({"features.0.weight": torch.zeros(4, 3, 3, 3)}, "pretrained_models/vgg16-397923af.pth")
+    with pytest.raises(UserError, match="vgg16-397923af.pth does not fit"):
+        LPIPS()

@@ -20,6 +20,7 @@ from core.nn.frozen import Frozen
 from core.nn.offline import SQUEEZENET_MEAN, find_package_file, load_squeezenet
 from core.pickles import load_pickle
 from core.released import find_local_file, helper, needs
+from core.state_dicts import describe_differences
 
 VGG_WIDTHS = (64, 128, 256, 512, 512)
 _CONVS_PER_STAGE = (2, 2, 3, 3, 3)
@@ -59,9 +60,10 @@ class LPIPS(Frozen):
         self.heads = nn.ModuleList(nn.Conv2d(width, 1, 1, bias=False) for width in self.taps.values())
         if pretrained:
             if backbone == "vgg16":
-                self.backbone.load_state_dict(_vgg16_weights(len(self.backbone)))
+                load_exactly(self.backbone, _vgg16_weights(len(self.backbone)), "vgg16-397923af.pth")
             heads = _head_weights(backbone)
-            self.heads.load_state_dict({f"{i}.weight": heads[f"lin{i}.model.1.weight"] for i in range(len(self.taps))})
+            heads = {f"{i}.weight": heads[f"lin{i}.model.1.weight"] for i in range(len(self.taps))}
+            load_exactly(self.heads, heads, "LPIPS's linear layers")
         self.freeze()
 
     def features(self, images: Tensor) -> list[Tensor]:
@@ -133,6 +135,14 @@ def _head_weights(backbone: str) -> dict[str, Tensor]:
     if "lin0.model.1.weight" not in heads:
         raise UserError(f"{path} is not LPIPS's linear layers. Remove it and: pip install --no-deps lpips==0.1.4")
     return heads
+
+
+def load_exactly(network: nn.Module, state: dict[str, Tensor], name: str) -> None:
+    """Fill a frozen network; UserError where the file called `name` is of another one."""
+    if problems := describe_differences(state, network.state_dict()):
+        raise UserError(f"{name} does not fit the network that it is read for: {'; '.join(problems)}. Get the file again, or "
+                        "say how large its network is.")
+    network.load_state_dict(state)
 
 
 def helper_weights(name: str, advice: str) -> dict[str, Tensor]:

@@ -56,12 +56,13 @@ class House:
         self._server: subprocess.Popen | None = None
         self._socket = Path(tempfile.mkdtemp(prefix="tessera_rehearsal_")) / "server"  # paths of sockets are short
 
-    def close(self) -> None:
+    def close(self, keep: bool = False) -> None:
         if self._server is not None:
             self._server.kill()
             self._server.wait()
         shutil.rmtree(self._socket.parent, ignore_errors=True)
-        shutil.rmtree(self.folder, ignore_errors=True)  # hundreds of megabytes
+        if not keep:
+            shutil.rmtree(self.folder, ignore_errors=True)  # hundreds of megabytes
 
     def _environment(self, direct: bool) -> dict[str, str]:
         kept = {k: v for k, v in os.environ.items() if not k.startswith(("PYTEST", "TESSERA", "COV_"))}

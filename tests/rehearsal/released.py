@@ -37,7 +37,8 @@ def rar(alignment: bool = False) -> layouts.Shapes:
 
 
 def _rectok(semantic: bool) -> dict:
-    shapes = layouts.rectok(64, 1, CHANNELS, semantic={"dinov3": 32} if semantic else None)
+    shapes = layouts.rectok(192, 3, CHANNELS,  # the published size "tiny": heads follow from no weight
+                             semantic={"dinov3": 32} if semantic else None)
     return make(shapes, 1)
 
 

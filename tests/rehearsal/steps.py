@@ -33,22 +33,27 @@ class Rehearsal:
     def __init__(self, house: House):
         self.house = house
         self.rows: list[Row] = []
+        self._printed = 0
         self._made: dict[str, bool] = {}
 
-    def run(self, recipe: Recipe, step: str, command: str, *codes: int, direct: bool = False) -> Done:
+    def run(self, recipe: str, step: str, command: str, *codes: int, direct: bool = False) -> Done:
         """One command as a row of the table; AssertionError unless it ends with one of `codes` (0)."""
         done = self.house.run(command, direct)
         good = done.code in (codes or (0,)) and "Traceback" not in done.output
         lines = [line for line in done.output.strip().splitlines() if line.strip()]
         result = "ok" if good else f"exit {done.code}: {lines[-1] if lines else ''}"
-        self.rows.append(Row(recipe.name, step, command, result, done.seconds))
+        self.rows.append(Row(recipe, step, command, result, done.seconds))
         return done.expect(*codes)
 
     def table(self) -> str:
-        lines = [f"{'recipe':32} {'step':12} {'s':>5}  result"]
-        for row in self.rows:
-            lines.append(f"{row.recipe:32} {row.step:12} {row.seconds:5.1f}  {row.result[:100]}   {_short(row.command)}")
-        return "\n".join(lines)
+        """Of everything that was run."""
+        self._printed = 0
+        return "\n".join([f"{'recipe':30} {'step':12} {'s':>5}  result", *self.lines()])
+
+    def lines(self) -> list[str]:
+        """The rows since the last call."""
+        new, self._printed = self.rows[self._printed:], len(self.rows)
+        return [f"{row.recipe:30} {row.step:12} {row.seconds:5.1f}  {row.result[:300]}   {_short(row.command)}" for row in new]
 
     # -----------------------------------------------------------------------------------------------------------------
     # Steps
@@ -63,7 +68,7 @@ class Rehearsal:
         recipe = Recipe(name)
         for other in recipe.needs if command is None else [shlex.split(command)[2]]:
             self.need(other)
-        self.run(recipe, "start", recipe.training(*SHORT, command=command))
+        self.run(recipe.name, "start", recipe.training(*SHORT, command=command))
         self._made[run] = True
 
     def start(self, recipe: Recipe) -> None:
@@ -73,22 +78,22 @@ class Rehearsal:
             return
         for run in recipe.needs:
             self.need(run)
-        self.run(recipe, "start", recipe.training(*SHORT))
+        self.run(recipe.name, "start", recipe.training(*SHORT))
         assert [line["step"] for line in self.metrics(recipe.run)] == [1, 2]
 
     def chain(self, recipe: Recipe, direct: bool = False) -> None:
         """Train, stop, resume, then sample or reconstruct, evaluate, export and reload."""
         for run in recipe.needs:
             self.need(run)
-        name = f"chain_{recipe.path.stem}"
+        name = "chain_" + recipe.name.replace("/", "_")
         more = [f"name={name}", "train.duration=4step", "train.preview_every=4step", *self._few_steps(recipe)]
         if recipe.config["train"].get("eval_every"):
             more += ["train.eval_every=4step", "eval.num_images=4", "eval.batch=4", NETWORK]
         command = recipe.training(*more)
-        self.run(recipe, "train, stop", f"{command} train.time_limit_minutes=0.0001", 75, direct=direct)
+        self.run(recipe.name, "train, stop", f"{command} train.time_limit_minutes=0.0001", 75, direct=direct)
         before = [line["step"] for line in self.metrics(name)]
         assert before and before[-1] < 4, before
-        self.run(recipe, "resume", command, direct=direct)
+        self.run(recipe.name, "resume", command, direct=direct)
         assert [line["step"] for line in self.metrics(name) if "loss" in line or "ce" in line or len(line) > 2][-1] == 4
         assert list((self.house.folder / "work_dirs" / name / "samples").iterdir()), "no preview was written"
         show = self._sample if recipe.is_generator else self._reconstruct
@@ -96,10 +101,10 @@ class Rehearsal:
         self._evaluate(recipe, name, direct)
         official = recipe.is_generator or recipe.config["tokenizer"]["name"] != "fsq"  # which is ours alone
         file, to = (f"out/{name}.pth", "--to official") if official else (f"out/{name}.safetensors", "")
-        self.run(recipe, "export", f"python scripts/convert.py work_dirs/{name} {file} {to}", direct=direct)
+        self.run(recipe.name, "export", f"python scripts/convert.py work_dirs/{name} {file} {to}", direct=direct)
         if official and recipe.network in UNTOLD:
             told, file = file, f"out/{name}.safetensors"
-            self.run(recipe, "explain", f"python scripts/convert.py {told} {file} --set {UNTOLD[recipe.network]}", direct=direct)
+            self.run(recipe.name, "explain", f"python scripts/convert.py {told} {file} --set {UNTOLD[recipe.network]}", direct=direct)
         again = show(recipe, "reload", file, f"out/{name}_again", direct)
         assert first.keys() == again.keys() and first
         for key in first:
@@ -121,20 +126,23 @@ class Rehearsal:
         words = f"--tokenizer {self._tokenizer(recipe)}" if weights.endswith((".pth", ".safetensors")) else ""
         sample = [f"sample.{k}={json.dumps(v) if not isinstance(v, str) else v}" for k, v in
                   (recipe.config.get("sample") or {}).items()] if words else []
-        settings = shlex.join([*sample, *self._few_steps(recipe)])
-        self.run(recipe, step, f"bash run_sample.sh {weights} {words} --labels 0-3 --num 4 --seed 3 --out {out} train.precision=fp32 {settings}", direct=direct)
+        view = [f"tokenizer.view={v}"] if words and (v := recipe.config["tokenizer"].get("view")) else []
+        settings = shlex.join([*view, *sample, *self._few_steps(recipe)])
+        # seed and precision are in no official file
+        self.run(recipe.name, step, f"bash run_sample.sh {weights} {words} --labels 0-3 --num 4 --seed 3 --out {out} "
+                 f"train.precision=fp32 {settings}", direct=direct)
         return self._pictures(out)
 
     def _reconstruct(self, recipe: Recipe, step: str, weights: str, out: str, direct: bool) -> dict[str, numpy.ndarray]:
         size = [s.replace("tokenizer.image_size=", "--size ") for s in recipe.sizes if s.startswith("tokenizer.image_size")]
-        self.run(recipe, step, f"python scripts/reconstruct.py --weights {weights} --url folder://data/imagenet/val --num 4 "
+        self.run(recipe.name, step, f"python scripts/reconstruct.py --weights {weights} --url folder://data/imagenet/val --num 4 "
                  f"--out {out} {' '.join(size)}", direct=direct)
         return self._pictures(out)
 
     def _evaluate(self, recipe: Recipe, name: str, direct: bool) -> None:
         program = "run_eval_generator.sh" if recipe.is_generator else "run_eval_tokenizer.sh"
         steps = " ".join(self._few_steps(recipe))
-        self.run(recipe, "evaluate", f"bash {program} work_dirs/{name} --num 8 --out out/eval_{name} {NETWORK} {steps}", direct=direct)
+        self.run(recipe.name, "evaluate", f"bash {program} work_dirs/{name} --num 8 --out out/eval_{name} {NETWORK} {steps}", direct=direct)
         text = (self.house.folder / "out" / f"eval_{name}" / "metrics.json").read_text()
         assert json.loads(text)["metrics"], text
         wanted = (recipe.config.get("eval") or {}).get("protocol")

@@ -15,7 +15,7 @@ from torch.nn import functional as F
 
 from core.errors import UserError
 from core.nn.frozen import Frozen
-from core.nn.lpips import helper_weights
+from core.nn.lpips import helper_weights, load_exactly
 from core.released import Released, needed, needs
 from tokenizer.losses import PERCEPTUAL
 
@@ -58,7 +58,7 @@ class ConvNeXtLogits(ClassifierLogits):
         self.network = ConvNeXt([CNBlockConfig(*block) for block in blocks], num_classes=classes)
         if pretrained:
             advice = "Or leave convnext_s out of the perceptual parts."
-            self.network.load_state_dict(helper_weights("convnext_small-0c510722.pth", advice))
+            load_exactly(self.network, helper_weights("convnext_small-0c510722.pth", advice), "convnext_small-0c510722.pth")
         self.freeze()
 
 
@@ -78,7 +78,7 @@ class ResNetLogits(ClassifierLogits):
         self.network = ResNet(Bottleneck, list(layers), num_classes=classes)
         if pretrained:
             advice = "Or use perceptual: {lpips_squeeze: 1.0}, which needs no download."
-            self.network.load_state_dict(helper_weights("resnet50-0676ba61.pth", advice))
+            load_exactly(self.network, helper_weights("resnet50-0676ba61.pth", advice), "resnet50-0676ba61.pth")
         self.freeze()
 
 

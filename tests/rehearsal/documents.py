@@ -1,0 +1,93 @@
+"""The commands of README.md and docs/*.md, and how each is run with tiny files.
+
+Commands are run as they are written, in a house that has what they name (`FURNITURE`), with an option that stops before
+the hours begin: RULES says which, and a command that no rule knows fails the test.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+DOCUMENTS = ["README.md", *sorted(f"docs/{p.name}" for p in (ROOT / "docs").glob("*.md"))]
+PLACEHOLDERS = {  # words in capitals stand for something of the reader's
+    "CONFIG": "configs/fqgan/far_b_dual.yaml", "folder://...": "folder://data/imagenet/train", "MY_TOKENIZER_RUN": "imagenet-4096.pt",
+    "TOKENIZER": "pretrained_models/RecTok_decft.pth", "GENERATOR": "pretrained_models/ditdhxl_epoch_0599.pth",
+    "AUTOGUIDANCE": "pretrained_models/ditdhs_epoch_0029.pth", "CODE_PATH": "codes", "FOLDER": "data/tokens/imagenet",
+    "DIR": "data/tokens/imagenet", "layouts/*.json": "layouts/vqgan.json",
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Command:
+    """One logical line of a bash block."""
+
+    document: str
+    text: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Rule:
+    """How commands that match `pattern` (from their start) are run; `reason` where they are only asked for help."""
+
+    pattern: str
+    append: str
+    reason: str = ""
+    slow: bool = False
+
+
+RULES = [
+    Rule(r".*--dry-run|.*--list", ""),
+    Rule(r"bash run_train_\w+\.sh configs/toy/", "train.duration=2step", "toys run for real"),
+    Rule(r"bash run_(train_\w+|decoder_finetune_tokenizer|finetune_decoder)\.sh", "--check"),
+    Rule(r"bash run_(sample|pretokenize|eval_\w+|linear_probe|make_reference)\.sh", "--check"),
+    Rule(r"bash run_download\.sh", "--dry-run"),
+    Rule(r"bash run_quickstart\.sh", "--help", "ten minutes; tests/test_quickstart.py runs the five with --smoke"),
+    Rule(r"bash run_tests\.sh", "--help", "these are the tests"),
+    Rule(r"python scripts/(convert|reconstruct|latent_stats)\.py", ""),
+    Rule(r"(OMP_NUM_THREADS=1 )?python scripts/benchmark\.py", "tiny", slow=True),
+    Rule(r"python scripts/known_answer\.py", "--help", "needs OpenAI's own 2 GB of samples, statistics and FID's own network"),
+    Rule(r"python scripts/benchmark_evaluation\.py", "--help", "compares speeds; tests/test_benchmark_evaluation.py runs it small"),
+    Rule(r"python scripts/torture\.py", "--help", "kills for minutes; tests/test_resume.py runs it small"),
+    Rule(r"python -m tests\.(parity|rehearsal)", "--help", "tests themselves"),
+    Rule(r"accelerate launch", "", "tests/test_launch.py"),
+]
+
+
+def rule(command: Command) -> Rule | None:
+    return next((r for r in RULES if re.match(r.pattern, command.text)), None)
+
+
+def blocks(document: str, language: str) -> list[str]:
+    text = (ROOT / document).read_text(encoding="utf-8")
+    return re.findall(rf"```{language}\n(.*?)```", text, flags=re.S)
+
+
+def commands() -> list[Command]:
+    """Logical lines of all bash blocks and of indented commands, each text once."""
+    found: dict[str, Command] = {}
+    for document in DOCUMENTS:
+        text = (ROOT / document).read_text(encoding="utf-8")
+        indented = "\n".join(re.findall(r"^    ((?:bash|python|accelerate) .*)$", text, flags=re.M))
+        for block in [*blocks(document, "bash"), indented]:
+            names: dict[str, str] = {}
+            for line in re.sub(r" *\\\n\s*", " ", block).splitlines():
+                line = re.sub(r"(^|\s+)#.*", "", line).strip()
+                if given := re.fullmatch(r"(\w+)=(\".*\"|\S+)", line):
+                    names[given[1]] = given[2].strip('"')
+                    continue
+                for name, value in names.items():
+                    line = line.replace(f"${name}", value)
+                line = re.sub(r" +", " ", line)
+                if line:
+                    found.setdefault(line, Command(document, line))
+    return list(found.values())
+
+
+def placed(text: str) -> str:
+    """A command with the reader's own words filled in."""
+    for word, stands_for in PLACEHOLDERS.items():
+        text = re.sub(rf"(?<!\w){re.escape(word)}(?!\w)", stands_for, text)
+    return text
