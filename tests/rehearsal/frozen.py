@@ -151,9 +151,10 @@ def write_all(folder: Path) -> None:
 
     files = {
         "dinov3-vitl16-pretrain-lvd1689m/model.safetensors": make(dinov3(width, layers), 1),
-        "vit_base_patch14_dinov2.lvd142m/model.safetensors": vit(14, 37, 2),
-        "vit_small_patch14_dinov2.lvd142m/model.safetensors": vit(14, 37, 3),
-        "vit_base_patch16_clip_quickgelu_224.openai/model.safetensors": vit(16, 14, 4, layer_scale=False, pre_norm=True),
+        "timm/vit_base_patch14_dinov2.lvd142m/model.safetensors": vit(14, 37, 2),
+        "timm/vit_small_patch14_dinov2.lvd142m/model.safetensors": vit(14, 37, 3),
+        "timm/vit_base_patch16_clip_224.openai/model.safetensors": vit(16, 14, 4, layer_scale=False, pre_norm=True),
+        "timm/vit_large_patch14_clip_224.openai/model.safetensors": vit(14, 16, 5, layer_scale=False, pre_norm=True),
         "clip-vit-large-patch14/model.safetensors": make(clip_transformers(width, layers, text=16), 5),
         "dino_deitsmall16_pretrain.pth": vit(16, 14, 6, layer_scale=False),
         "vgg16-397923af.pth": make(vgg16(VGG_WIDTHS), 7),

@@ -37,7 +37,7 @@ TOKENIZERS = {
             "tokenizer.condition_layers=1", "tokenizer.vocab=64", "tokenizer.decoder={width: 64, depth: 2, feature_layer: 1}",
             "tokenizer.usage_window=512"],
     "imagefolder": [f"tokenizer.encoder={_vit}", f"tokenizer.decoder={_vit}", "tokenizer.code_dim=8",
-                    "tokenizer.pretrained=pretrained_models/vit_base_patch14_dinov2.lvd142m/model.safetensors"],
+                    "tokenizer.pretrained=pretrained_models/timm/vit_base_patch14_dinov2.lvd142m/model.safetensors"],
 }
 GENERATORS = {
     "dit_dh": [f"generator.size={DIT}"],
@@ -52,15 +52,11 @@ UNTOLD = {"far": "size.heads=1", "gpt": "size.heads=1", "dar": "length=256 group
 TEACHERS = {
     "dinov3": ["teachers.dinov3.hidden_size=32", "teachers.dinov3.intermediate_size=128", "teachers.dinov3.num_hidden_layers=1",
                "teachers.dinov3.num_attention_heads=2"],
-    "dinov2": [f"teachers.dinov2.size={_vit}",
-               "teachers.dinov2.weights=pretrained_models/vit_base_patch14_dinov2.lvd142m/model.safetensors"],
-    "dinov2_class": [f"teachers.dinov2_class.size={_vit}",
-                     "teachers.dinov2_class.weights=pretrained_models/vit_small_patch14_dinov2.lvd142m/model.safetensors"],
-    "dinov2_patch16": [f"teachers.dinov2_patch16.model={_vit}",
-                       "teachers.dinov2_patch16.weights=pretrained_models/vit_base_patch14_dinov2.lvd142m/model.safetensors"],
+    "dinov2": [f"teachers.dinov2.size={_vit}"], "dinov2_class": [f"teachers.dinov2_class.size={_vit}"],
+    "clip": [f"teachers.clip.size={_vit}"], "dinov2_patch16": [
+        f"teachers.dinov2_patch16.model={_vit}",  # no published size: its file is named
+        "teachers.dinov2_patch16.weights=pretrained_models/timm/vit_base_patch14_dinov2.lvd142m/model.safetensors"],
 }
-CLIP = {"large": "clip-vit-large-patch14/model.safetensors",
-        "base": "vit_base_patch16_clip_quickgelu_224.openai/model.safetensors"}
 DISCRIMINATORS = {"patchgan": ["discriminator.ndf=8"], "blur": ["discriminator.channels=8", "discriminator.stages=2", "discriminator.groups=4"],
                   "dino": [f"discriminator.size={_vit}", "discriminator.depths=[0]"]}
 PERCEPTUAL = {
@@ -162,12 +158,8 @@ class Recipe:
         sizes = [*TOKENIZERS[config["tokenizer"]["name"]]]
         if config["tokenizer"]["name"] == "fqgan":
             sizes.append("tokenizer.size=" + ("[1,1,1,2]" if config["tokenizer"]["size"] == "vq8" else "[1,1,1,1,2]"))
-        for name, settings in (config.get("teachers") or {}).items():
-            if name == "clip":
-                file = CLIP["large" if "large" in settings["model"] else "base"]
-                sizes += [f"teachers.clip.size={_vit}", f"teachers.clip.weights=pretrained_models/{file}"]
-            else:
-                sizes += TEACHERS[name]
+        for name in config.get("teachers") or {}:
+            sizes += TEACHERS[name]
         for name, weight in (config["objective"].get("perceptual") or {}).items():
             sizes.append(f"objective.perceptual.{name}={{weight: {weight}, {PERCEPTUAL[name]}}}")
         if "contrast_group" in config["objective"]:

@@ -77,7 +77,7 @@ EXTRA = {
     "gpt_state_dict.pt": (lambda p: containers._save({"state_dict": prefixed("model.", gpt())}, p), "LlamaGen"),
     "consolidated.pth": (lambda p: containers.fsdp_consolidated(gpt(), p), "LlamaGen"),
     "gpt_caches.pt": (lambda p: containers.bare(cached(gpt()), p), "LlamaGen"),
-    "dar_with_config.pt": (lambda p: containers.dar_trainer(released.dar(), p, 32, 8, {"vq_dim": 8}), "length: 32"),
+    "dar_with_config.pt": (lambda p: containers.dar_trainer(released.dar(), p, 32, 8, {"vq_dim": 8}), "length 32"),
     "rectok_old_names.pth": (lambda p: containers.rectok_trainer(
         {k.replace("sem_", "aux_"): v for k, v in make(layouts.rectok(192, 3, 16, semantic={"dinov3": 32})).items()}, p), "RecTok"),
     "rectok_with_teacher.pth": (lambda p: containers.rectok_trainer(
@@ -94,7 +94,7 @@ EXTRA = {
         released._fqgan(layouts.FQGAN_DUAL, released.MULT, 256))), p), "FQGAN"),
     "maskgit_model.bin": (lambda p: containers.bare(prefixed("model.", make(layouts.maskgit(32, released.MULT, 1, 64, 32))), p), "MaskGIT"),
 }
-RED = {}
+RED: dict[str, str] = {}  # file -> why it is not read today
 
 
 @pytest.fixture(scope="module")
