@@ -33,6 +33,14 @@ def dinov3(width: int = 1024, layers: int = 24, patch: int = 16, registers: int 
     return {**under("embeddings", tokens), **stack("layer", layers, block), **norm("norm", width)}
 
 
+def siglip(width: int = 1024, layers: int = 24, patch: int = 16, grid: int = 16) -> Shapes:
+    """timm's vit_large_patch16_siglip_256: no class token, and a pooling head that is not read."""
+    shapes = {name: shape for name, shape in timm_vit(width, layers, grid, patch, layer_scale=False).items() if name != "cls_token"}
+    pool = {"latent": (1, 1, width), **linear("q", width, width), **linear("kv", 2 * width, width), **linear("proj", width, width),
+            **norm("norm", width), **linear("mlp.fc1", 4 * width, width), **linear("mlp.fc2", width, 4 * width)}
+    return {**shapes, "pos_embed": (1, grid * grid, width), **under("attn_pool", pool)}
+
+
 def clip_transformers(width: int = 1024, layers: int = 24, patch: int = 14, grid: int = 16, text: int = 768) -> Shapes:
     """openai/clip-vit-large-patch14 as the transformers library saves it, a piece of the text part included."""
     block = {**norm("layer_norm1", width), **norm("layer_norm2", width), **linear("mlp.fc1", 4 * width, width),
@@ -152,6 +160,8 @@ def write_all(folder: Path) -> None:
     files = {
         "dinov3-vitl16-pretrain-lvd1689m/model.safetensors": make(dinov3(width, layers), 1),
         "timm/vit_base_patch14_dinov2.lvd142m/model.safetensors": vit(14, 37, 2),
+        "timm/vit_large_patch14_dinov2.lvd142m/model.safetensors": vit(14, 37, 12),
+        "timm/vit_large_patch16_siglip_256.v2_webli/model.safetensors": make(siglip(width, layers), 13),
         "timm/vit_small_patch14_dinov2.lvd142m/model.safetensors": vit(14, 37, 3),
         "timm/vit_base_patch16_clip_224.openai/model.safetensors": vit(16, 14, 4, layer_scale=False, pre_norm=True),
         "timm/vit_large_patch14_clip_224.openai/model.safetensors": vit(14, 16, 5, layer_scale=False, pre_norm=True),

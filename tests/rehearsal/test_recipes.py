@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from tests.rehearsal.recipes import GENERATORS, SYSTEMS, TOKENIZERS, Recipe, published
+from tests.rehearsal.recipes import GENERATORS, SYSTEMS, TOKENIZERS, published
+from tests.rehearsal.steps import SHORT
 
 RECIPES = {recipe.name: recipe for recipe in published()}
 RED: dict[str, str] = {}  # recipe -> why it does not start today
@@ -33,6 +34,17 @@ def test_starts(rehearsal, name):
 @pytest.mark.parametrize("name", marked(SYSTEMS.values(), RED_CHAINS))
 def test_chain(rehearsal, name):
     rehearsal.chain(RECIPES[name])
+
+
+@pytest.mark.parametrize("name, settings", [
+    ("rectok/tokenizer", ["teachers.dinov2={size: {width: 32, layers: 1, heads: 2}}",
+                          "teachers.siglip={size: {width: 32, layers: 1, heads: 2}}"]),
+    ("fqgan/dual_ds16", ["teachers.clip.weights=clip-vit-large-patch14/model.safetensors"]),
+])
+def test_other_teachers(rehearsal, name, settings):
+    """Several at once; and CLIP from the file of the transformers library."""
+    recipe = RECIPES[name]
+    rehearsal.run(name, "teachers", recipe.training(*SHORT, "name=teachers_" + name.replace("/", "_"), *settings))
 
 
 @pytest.mark.slow
