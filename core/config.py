@@ -55,7 +55,6 @@ class Duration(str):
         per_unit = {"ep": images_per_epoch, "step": global_batch, "img": 1, "kimg": 1_000, "Mimg": 1_000_000}[unit]
         return round(float(number) * per_unit / global_batch) * global_batch
 
-
     def reached(self, progress: Progress) -> bool:
         """Whether a run has come this far. "never" is not reached."""
         if self == "never":
@@ -453,10 +452,12 @@ def _cross_checks(config: RunConfig) -> list[str]:
         problems.append("train.discriminator: there is no discriminator to train; configure one, or leave this out.")
     if any(not 0 <= d < 1 for d in config.train.ema):
         problems.append(f"train.ema: decays lie in [0, 1), got {config.train.ema}.")
-    if config.task == "generator" and config.generator is None:
-        problems.append('generator: is missing, and task is "generator".')
-    if config.task == "tokenizer" and config.objective is None:
-        problems.append('objective: is missing, and task is "tokenizer".')
+    needed = {"generator": "generator", "tokenizer": "objective"}[config.task]
+    if getattr(config, needed) is None:
+        problems.append(f'{needed}: is missing, and task is "{config.task}".')
+    if config.task == "tokenizer" and ("name" not in config.tokenizer or config.tokenizer.get("weights")):
+        problems.append("tokenizer: one that is trained is described by name and settings; give weights to start from as "
+                        "train.init_from, not as tokenizer.weights.")
     if config.train.parallel == "fsdp" and config.task != "generator":
         problems.append("train.parallel: fsdp is for generators; a tokenizer and its discriminator train with ddp.")
     scale = config.sample.scale
@@ -582,7 +583,6 @@ def to_plain(config: Any) -> dict[str, Any]:
 def to_yaml(config: Any) -> str:
     """The resolved configuration as YAML."""
     import yaml
-
     return yaml.safe_dump(to_plain(config), sort_keys=False, allow_unicode=True)
 
 

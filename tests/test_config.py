@@ -246,3 +246,11 @@ def test_help_is_quick_and_complete():
 
 def test_generator_config_needs_no_weights_to_load():
     assert assemble.load_config(TOY_GENERATOR, []).generator["name"] == "dit_dh"
+
+
+@pytest.mark.parametrize("section", [{"weights": "work_dirs/mine"}, {"name": "rectok", "weights": "work_dirs/mine"}])
+def test_weights_of_a_tokenizer_that_is_trained(section):
+    """They would be left out in silence, or leave nothing to build from."""
+    plain = {**yaml.safe_load(Path(TOY_TOKENIZER).read_text()), "tokenizer": section}
+    with pytest.raises(UserError, match="train.init_from, not as tokenizer.weights"):
+        check(plain, assemble.REGISTRIES, "mine.yaml")
