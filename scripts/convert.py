@@ -324,7 +324,9 @@ def convert(source: str, target: str, options: argparse.Namespace) -> str:
     given = read_overrides([word.removeprefix(f"{kind}.") for word in options.set])
     weights = assemble.read_weights(kind, str(path), given)
     network = assemble.REGISTRIES[kind].build(merged(weights.settings, given))
-    adapter = assemble.ADAPTERS[kind][weights.settings["name"]]
+    adapter = assemble.ADAPTERS[kind].get(weights.settings["name"])
+    if adapter is None and not ours:
+        raise UserError(f'{source}: there is no official layout of "{weights.settings["name"]}"; leave --to official out.')
     found: dict[bool, dict] = {}
     for averaged in sets:
         weights.load(network, averaged)

@@ -83,7 +83,7 @@ def test_recipe_trains_and_its_run_is_read(tmp_path):
     assert isinstance(tokenizer, FSQ) and tokenizer.spec.vocab == 1000
 
 
-def test_export_to_an_official_layout_is_refused(tmp_path):
+def test_export_to_ours_and_not_to_an_official_layout(tmp_path):
     import convert
 
     tokenizer = FSQ(image_size=32, channels=8, channel_mult=[1, 2], res_blocks=1, groups=4)
@@ -93,4 +93,6 @@ def test_export_to_an_official_layout_is_refused(tmp_path):
     file = tmp_path / "fsq.safetensors"
     weights.save(file, weights.WeightFile("tokenizer", settings, weights.own(tokenizer.state_dict()), {}, {}, {}), False)
     with pytest.raises(UserError, match='no official layout.*"fsq"'):
-        convert.convert(str(file), str(tmp_path / "out.pth"), "official", "both", None, False)
+        convert.main([str(file), str(tmp_path / "out.pth"), "--to", "official"])
+    assert convert.main([str(file), str(tmp_path / "out.safetensors")]) in (0, None)
+    assert weights.read(tmp_path / "out.safetensors").settings == settings
