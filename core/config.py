@@ -193,7 +193,7 @@ class SampleConfig:
     start: float = setting(1.0, "scale of the first token of schedule: linear", low=0)
     power: float = setting(1.0, "exponent of schedule: cosine", low=0)
     steps: int | None = setting(None, "points of a diffusion sampler's time grid", low=2)
-    cuda_graph: bool | None = setting(None, "record the steps of DiT^DH, the scales of VAR as CUDA graphs: for small batches")
+    cuda_graph: bool | None = setting(None, "CUDA graphs of DiT^DH's steps (default: no), of VAR's scales (up to 64 labels)")
     temperature: float | list[float] | None = setting(None, "of the softmax over codes, or one per codebook", low=0)
     top_k: int | list[int] | None = setting(None, "sample among the k likeliest codes, or one per codebook; 0: all", low=0)
     shared: int | None = setting(None, "the first so many codes of all samples are those of the first one", low=0)

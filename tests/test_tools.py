@@ -222,14 +222,17 @@ def test_bytes_of_dar_by_hand():
 
 
 def test_bytes_of_var_by_hand():
-    """Every scale reads all weights but those that depend on the class alone, and the tokenizer's codes and phis."""
+    """Every scale reads all weights but those that depend on the class alone or are folded into others once, all but the
+    first the layer of its inputs, and each the tokenizer's codes and phis."""
     config = benchmark.read_config(VAR, [], VAR_TOKENIZER)
     task = blank.make_task(config, None, torch.device("meta"))
     model, width, rows, ends = task.generator, 32, 6, (1, 5, 14)
-    once = ("ada_lin", "emb.", "pos_")
-    weights = 3 * numbers(model, (*once, "lvl_embed")) + numbers(model.blocks, ("attn", "ffn")) + numbers(model.head_ada_lin)
+    folded = sum(p.numel() for name, p in model.named_parameters() if name.endswith(("q_bias", "v_bias", "scale_mul")))
+    always = numbers(model, ("ada_lin", "emb.", "pos_", "lvl_embed", "word_embed", "q_bias", "v_bias", "scale_mul"))
+    weights = 3 * always + 2 * numbers(model.word_embed) + folded + numbers(model.blocks, ("attn", "ffn")) + numbers(
+        model.head_ada_lin)
     # classes, start, places, levels (of which there are three, however many positions ask)
-    tables = rows * width + model.pos_start.numel() + ends[-1] * width + (1 + 3 + 3) * width
+    tables = rows * width + model.pos_start.numel() + ends[-1] * width + 3 * width
     cache = 2 * 2 * rows * width * sum(ends)
     quantizer = 3 * numbers(task.tokenizer.quantizer)
     assert counted(config, "generate").moved == 4 * (weights + tables + cache + quantizer)
