@@ -13,7 +13,8 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[2]
 DOCUMENTS = ["README.md", *sorted(f"docs/{p.name}" for p in (ROOT / "docs").glob("*.md"))]
 PLACEHOLDERS = {  # words in capitals stand for something of the reader's
-    "FILE": "pretrained_models/RecTok_decft.pth", "CONFIG": "configs/fqgan/far_b_dual.yaml", "folder://...": "folder://data/imagenet/train", "MY_TOKENIZER_RUN": "imagenet-4096.pt",
+    "FILE": "reAR-L.safetensors",  # of the one command that says so
+    "CONFIG": "configs/fqgan/far_b_dual.yaml", "folder://...": "folder://data/imagenet/train", "MY_TOKENIZER_RUN": "imagenet-4096.pt",
     "TOKENIZER": "pretrained_models/RecTok_decft.pth", "GENERATOR": "pretrained_models/ditdhxl_epoch_0599.pth",
     "AUTOGUIDANCE": "pretrained_models/ditdhs_epoch_0029.pth", "CODE_PATH": "codes", "FOLDER": "data/tokens/imagenet",
     "DIR": "data/tokens/imagenet", "layouts/*.json": "layouts/vqgan.json",
