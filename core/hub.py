@@ -42,11 +42,12 @@ _PATIENCE = 15  # seconds without any answer
 
 # Which file stands for a folder of another program's: the first of these that is there. Averaged weights come before raw
 # ones, as everywhere; a finished model before the checkpoints on the way to it; safetensors before pickles of the same.
-FOLDERS = (
-    "ema_model", "unwrapped_model",  # of the trainers of RAR and reAR, in checkpoint-N/ (accelerate)
-    "model.safetensors", "diffusion_pytorch_model.safetensors", "pytorch_model.safetensors", "model.safetensors.index.json",
-    "pytorch_model.bin", "diffusion_pytorch_model.bin", "pytorch_model.bin.index.json", "consolidated.pth",
-)
+FOLDERS = {  # name -> why, for the line that says so
+    "ema_model": "averaged weights before raw ones", "unwrapped_model": "the bare model before the wrapped one",  # accelerate
+    **dict.fromkeys(("model.safetensors", "diffusion_pytorch_model.safetensors", "pytorch_model.safetensors",
+                     "model.safetensors.index.json", "pytorch_model.bin", "diffusion_pytorch_model.bin",
+                     "pytorch_model.bin.index.json", "consolidated.pth"), "the name that stands for the whole model"),
+}
 _STATE_OF_TRAINING = re.compile(  # how files begin that hold anything but weights
     r"(optim|sched|sampler|scaler|random_states|rng_state|training_args|dl_state|grad)", re.IGNORECASE)
 
@@ -139,27 +140,33 @@ def _newest_checkpoint(path: Path) -> Path:
 
 def _weights_of_others(folder: Path) -> Path | None:
     """The weight file that stands for a folder which another program wrote; None where no rule names one."""
-    for name in FOLDERS:
+    found = _first_weights(folder)
+    return _taken(folder, *found) if found else None
+
+
+def _first_weights(folder: Path) -> tuple[Path, str] | None:
+    """(file, why this one)"""
+    for name, why in FOLDERS.items():
         place = folder / name
-        if place.is_dir() and (inside := _weights_of_others(place)):
-            return inside
+        if place.is_dir() and (inside := _first_weights(place)):
+            return inside[0], why
         if place.is_file():
-            return _taken(folder, place, f"{name} comes first in the order of core.hub.FOLDERS")
+            return place, why
     files = [f for f in sorted(folder.iterdir())
              if f.suffix in WEIGHTS and f.is_file() and not _STATE_OF_TRAINING.match(f.name)]
     if len(files) == 1:
-        return _taken(folder, files[0], "the only file of weights in it")
+        return files[0], "the only file of weights in it"
     numbered = [(int(match[1]), f) for f in folder.iterdir() if (match := re.fullmatch(r"checkpoint-(\d+)", f.name))]
     for _, place in sorted(numbered, reverse=True) if not files else ():
-        if place.is_dir() and (inside := _weights_of_others(place)):
-            return inside
+        if place.is_dir() and (inside := _first_weights(place)):
+            return inside[0], f"of the last checkpoint; {inside[1]}"
     return None
 
 
 @functools.cache  # one line, however often a program asks
 def _taken(folder: Path, file: Path, why: str) -> Path:
     if os.environ.get("RANK", "0") == "0":
-        print(f"{folder}: taking {file.relative_to(folder)}, {why}", file=sys.stderr, flush=True)
+        print(f"{folder}: taking {file.relative_to(folder)} ({why})", file=sys.stderr, flush=True)
     return file
 
 

@@ -30,6 +30,7 @@ class Comparison:
     unused: list[str] = field(default_factory=list)  # tensors that our model has no place for by design (optional)
     model: nn.Module | None = None  # on the meta device
     questions: str = ""  # about facts that are in no tensor; stand-ins took their place
+    asked: list[str] = field(default_factory=list)  # the settings in which those stand-ins are: "size.heads"
     wrong: dict[str, tuple] = field(default_factory=dict)  # tensor -> (its shape, the shape it should have), None: absent
 
 
@@ -47,8 +48,9 @@ def read_layout(layout: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def to_meta(state: State) -> State:
-    """The same tensors without their data."""
-    return {name: torch.empty(t.shape, dtype=t.dtype, device="meta") for name, t in state.items()}
+    """The same tensors without their data; tables of whole numbers, which tell facts (VAR's scales), keep it."""
+    return {name: torch.empty(t.shape, dtype=t.dtype, device="meta") if t.is_floating_point() else t
+            for name, t in state.items()}
 
 
 def build_on_meta(build: Callable[..., nn.Module], settings: dict[str, Any]) -> nn.Module:
@@ -85,12 +87,12 @@ def compare(adapter: Adapter, loaded: Mapping[str, Any], exact: bool = False, pa
     state = to_meta(adapter.open(loaded, use_ema=False))
     facts = Facts(loaded, settings)
     result = _fit(adapter, state, facts, exact)
-    questions = facts.questions()
+    questions, asked = facts.questions(), [key.partition(".")[2] for key, _ in facts.open]
     if result.differences:
         result = _find_fault(adapter, state, facts, result, exact) or result
     elif parameters is not None and (surplus := _parameters(result.model) - parameters):
         result.differences = _find_free_size(adapter, state, facts, parameters, surplus)
-    result.questions = questions
+    result.questions, result.asked = questions, asked
     return result
 
 

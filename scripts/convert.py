@@ -149,7 +149,7 @@ def describe_released(path: Path) -> bool:
     from core.files import human_bytes
     from core.layouts import compare
     from core.pickles import tensors_in
-    from core.state_dicts import unusable
+    from core.state_dicts import merged, nested, unusable
 
     loaded = hub.load_tensors(path)
     found = found_in(loaded)
@@ -161,7 +161,10 @@ def describe_released(path: Path) -> bool:
     for kind, name, adapter in found:
         raw, averaged = adapter.parts(loaded)
         result = compare(adapter, loaded)
-        settings = ", ".join(f"{key} {plain(value)}" for key, value in result.settings.items())
+        shown = result.settings
+        for key in result.asked:
+            shown = merged(shown, nested(key, "?"))
+        settings = ", ".join(f"{key} {plain(value)}" for key, value in shown.items())
         sets = " and ".join(text for text, state in (("raw weights", raw), ("averaged (EMA) weights", averaged))
                             if state)
         dtypes = Counter(str(t.dtype).removeprefix("torch.") for t in (raw or averaged).values())
@@ -201,10 +204,10 @@ def unrecorded(adapter, settings: dict, official: dict, accepted: dict) -> list[
     from core.state_dicts import Facts, entry
 
     facts = Facts()
-    told = adapter.inspect(official, facts)
+    adapter.inspect(official, facts)
+    told = adapter.inspect(official, Facts(given=settings))  # with the answers, on which other settings depend
     lost = []
-    for question, _ in facts.open:
-        key = question.partition(".")[2]
+    for key in dict.fromkeys(question.partition(".")[2] for question, _ in facts.open):
         lost.append(f"{key} {plain(entry(settings, key))}" if entry(settings, key) is not None else key)
     for key, value in settings.items():
         if isinstance(value, dict) and isinstance(told.get(key), dict):
@@ -225,7 +228,7 @@ def sets_in(path: Path) -> dict[str, tuple[bool, ...]]:
         state = Checkpoint(path).state
         return {state["primary"]: (True, False) if state["ema"] else (False,)}
     if ours := weight_files.read(path):
-        return {ours.kind: (True, False) if ours.raw else (True,)}
+        return {ours.kind: (True, False) if ours.raw else (ours.provenance.get("holds") != "raw",)}
     loaded, held = hub.load_tensors(path), {}
     for kind, _, adapter in found_in(loaded):
         raw, averaged = adapter.parts(loaded)

@@ -9,7 +9,7 @@ WEIGHTS: run folder, checkpoint, released file, hf://owner/repo/file or a config
 folder://data/imagenet/val, or a folder of pictures, or an .npz with arr_0 of the tokenizer's size. rFID, PSNR, SSIM, LPIPS
 and codebook use, as eval.protocol=NAME defines them: by default the protocol of the tokenizer's authors, or that of the
 run's config. The reference of rFID is the cropped originals themselves, a file that the protocol names, or
-eval.reference=FILE with their statistics.
+eval.reference=FILE with their statistics. What the weights do not tell is given as in a config: tokenizer.length=32.
 Writes metrics.json, report.html and PNGs to --out. A killed job goes on where it stopped.
 
 options:
@@ -61,7 +61,9 @@ def parse(arguments: list[str]) -> tuple[argparse.Namespace, list[str]]:
     parser.add_argument("--write", choices=("npz", "png"), default=None, help=argparse.SUPPRESS)
     for flag in ("--raw", "--infinity", "--again", "--check"):
         parser.add_argument(flag, action="store_true", help=argparse.SUPPRESS)
-    options = flags.parse(parser, "evaluate", arguments)
+    words, known = flags.tokenizer_settings(arguments)
+    options = flags.parse(parser, "evaluate", words)
+    options.tokenizer = known
     settings = [w for w in options.words if "=" in w and "://" not in w.split("=")[0]]
     positional = [w for w in options.words if w not in settings]
     for name, key in (("num", "eval.num_images"), ("batch", "eval.batch")):

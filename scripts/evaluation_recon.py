@@ -39,7 +39,7 @@ Pairs = Callable[[int], tuple[Tensor, Tensor]]  # index -> (original, reconstruc
 
 def check(options: argparse.Namespace, overrides: list[str]) -> None:
     """Find mistakes without loading a network."""
-    settings = run.eval_settings(overrides if options.original else with_protocol(options.weights, overrides))
+    settings = run.eval_settings(overrides if options.original else with_protocol(options.weights, overrides, options.tokenizer))
     protocol = protocols.get(settings.protocol, "reconstruction")
     if settings.reference:
         measure.choose_reference(settings.reference, protocol, None, 0, "reconstruction", False)
@@ -70,7 +70,7 @@ def tokenizer_section(target: str) -> dict[str, Any]:
     return {"weights": target}
 
 
-def with_protocol(target: str, overrides: list[str]) -> list[str]:
+def with_protocol(target: str, overrides: list[str], known: dict[str, Any] | None = None) -> list[str]:
     """`overrides` with a protocol: the one they name, that of a run or config, or that of the tokenizer's authors."""
     if any(o.startswith("eval.protocol=") for o in overrides):
         return overrides
@@ -79,13 +79,13 @@ def with_protocol(target: str, overrides: list[str]) -> list[str]:
     else:
         path = hub.resolve(target)
         name = Checkpoint(path).state["config"]["eval"]["protocol"] if path.is_dir() else \
-            protocols.of_tokenizer(assemble.read_weights("tokenizer", target).settings["name"])
+            protocols.of_tokenizer(assemble.read_weights("tokenizer", target, known).settings["name"])
     return [f"eval.protocol={name}", *overrides]
 
 
 def asked_for(options: argparse.Namespace) -> dict[str, Any]:
     """Facts of a job that it has only where they were asked for."""
-    return {name: getattr(options, name) for name in ("bootstrap", "infinity", "write") if getattr(options, name)}
+    return {name: getattr(options, name) for name in ("bootstrap", "infinity", "write", "tokenizer") if getattr(options, name)}
 
 
 def reference_for(
@@ -104,10 +104,11 @@ def reference_for(
 
 def by_tokenizer(options: argparse.Namespace, overrides: list[str], world: World) -> int:
     """Reconstruct and measure."""
-    settings = run.eval_settings(with_protocol(options.weights, overrides))
+    settings = run.eval_settings(with_protocol(options.weights, overrides, options.tokenizer))
     protocol = protocols.get(settings.protocol, "reconstruction")
     check(options, overrides)  # before a network is loaded
-    tokenizer, fingerprint = assemble.load_tokenizer({**tokenizer_section(options.weights), "use_ema": not options.raw})
+    tokenizer, fingerprint = assemble.load_tokenizer(
+        {**options.tokenizer, **tokenizer_section(options.weights), "use_ema": not options.raw})
     tokenizer.to(world.device)
     pictures = originals(options, settings, tokenizer.image_size)
     count = len(pictures)

@@ -308,6 +308,14 @@ def _whose(said: dict[str, list[tuple[str, str]]], text: str) -> str:
     return ", ".join(dict.fromkeys(names))
 
 
+def tokenizer_settings(arguments: Sequence[str]) -> tuple[list[str], dict[str, Any]]:
+    """The other words, and what `tokenizer.key=value` words say: facts that the weights of a tokenizer do not tell."""
+    from core.config import read_overrides
+
+    given = [word for word in arguments if re.match(r"tokenizer\.[\w.]+=", word)]
+    return [word for word in arguments if word not in given], read_overrides(given).get("tokenizer", {})
+
+
 def parse(parser: argparse.ArgumentParser, program: str, arguments: Sequence[str]) -> argparse.Namespace:
     """parser.parse_intermixed_args, where words of the original programs are answered with ours.
 

@@ -62,7 +62,8 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--from", dest="pickle", help="the official stats.pkl, or stats.pkl#KEY")
     parser.add_argument("--raw", action="store_true", help="of the raw weights instead of the averaged ones")
     parser.add_argument("--out", help="file to write")
-    options = flags.parse(parser, "latent_stats", arguments)
+    words, known = flags.tokenizer_settings(arguments)
+    options = flags.parse(parser, "latent_stats", words)
 
     import assemble
     from core import dist
@@ -72,11 +73,11 @@ def main(arguments: list[str]) -> int:
     from tokenizer.continuous.stats import default_place, read_stats, save_stats
 
     source = None if options.pickle else open_source(options.url, options.split)
-    section = {"weights": options.weights, "use_ema": not options.raw, "latent_stats": "none"}
+    section = {**known, "weights": options.weights, "use_ema": not options.raw, "latent_stats": "none"}
     tokenizer, fingerprint = assemble.load_tokenizer(section)
     if not isinstance(tokenizer.spec, Continuous):
         raise UserError(f"{options.weights} gives {tokenizer.spec}: only continuous latents have statistics.")
-    place = options.out or default_place(assemble.read_weights("tokenizer", options.weights).path)
+    place = options.out or default_place(assemble.read_weights("tokenizer", options.weights, known).path)
     if place is None:
         raise UserError(f"{options.weights} is a run of ours, whose generators measure statistics themselves: "
                         "give --out FILE.")

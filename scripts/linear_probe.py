@@ -52,7 +52,10 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--schedule", choices=("cosine", "constant"), default="cosine", help=argparse.SUPPRESS)
     for flag in ("--raw", "--check"):
         parser.add_argument(flag, action="store_true", help=argparse.SUPPRESS)
-    return flags.parse(parser, "linear_probe", arguments)
+    words, known = flags.tokenizer_settings(arguments)
+    options = flags.parse(parser, "linear_probe", words)
+    options.tokenizer = known
+    return options
 
 
 def main(arguments: list[str]) -> int:
@@ -62,7 +65,7 @@ def main(arguments: list[str]) -> int:
     from data.base import require_labels
     from data.sources import open_source
 
-    section = {**evaluation_recon.tokenizer_section(options.weights), "use_ema": not options.raw}
+    section = {**options.tokenizer, **evaluation_recon.tokenizer_section(options.weights), "use_ema": not options.raw}
     train, val = open_source(options.url, "train"), open_source(options.url, "val")
     require_labels(train)
     require_labels(val)

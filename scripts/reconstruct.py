@@ -5,7 +5,7 @@ For each picture writes DIR/<name>_psnr<dB>.png: original | reconstruction | dif
 DIR/grid.png of all of them. W is a run folder, a checkpoint, a released file or hf://owner/repo/file. Pictures of any
 mode and size are brought to the tokenizer's size by ADM's centre crop. PSNR compares 8-bit pictures. The difference
 is grey where there is none and shows it --gain times as strong. Tokenizers with codebooks also tell how many of their
-codes were used.
+codes were used. What the weights do not tell is given as in a config: tokenizer.length=32.
 --stages adds DIR/<name>_stages.png, what each further part of the codes adds, and DIR/stages.png of the first pictures:
 for tokenizers whose first codes are a picture already (groups of D-AR, scales of ImageFolder).
 """
@@ -73,7 +73,8 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--gain", type=float, default=4.0, help="of the difference (default 4)")
     parser.add_argument("--stages", action="store_true", help="also what each part of the codes adds")
     parser.add_argument("--raw", action="store_true", help="raw weights instead of averaged ones")
-    options = flags.parse(parser, "reconstruct", arguments)
+    words, known = flags.tokenizer_settings(arguments)
+    options = flags.parse(parser, "reconstruct", words)
 
     from core.errors import UserError
 
@@ -93,7 +94,7 @@ def main(arguments: list[str]) -> int:
     from data.transforms import center_crop, to_tensor
     from evaluation.image_metrics import psnr
 
-    section = {"weights": options.weights, "use_ema": not options.raw}
+    section = {**known, "weights": options.weights, "use_ema": not options.raw}
     if options.size:
         section["image_size"] = options.size
     tokenizer, _ = assemble.load_tokenizer(section)

@@ -236,3 +236,61 @@ def test_headers_of_our_files_that_say_nothing(tmp_path, settings):
     save_file({"a": torch.zeros(1)}, tmp_path / "x.safetensors", {weight_files.KEY: json.dumps(about)})
     with pytest.raises(UserError, match='header entry "tessera" is not what Tessera writes'):
         weight_files.read(tmp_path / "x.safetensors")
+
+
+def test_a_set_that_is_alone_keeps_its_name(tmp_path, capsys):
+    """Raw weights are not called averaged on the way through our format, and are not put where averaged ones lie."""
+    torch.save({"model": official("fqgan")}, tmp_path / "a.pt")
+    assert convert.main([str(tmp_path / "a.pt"), str(tmp_path / "b.safetensors")]) == 0
+    assert convert.main([str(tmp_path / "b.safetensors"), str(tmp_path / "c.pt"), "--to", "official"]) == 0
+    assert "in the official layout, raw weights" in capsys.readouterr().out
+    assert list(torch.load(tmp_path / "c.pt", weights_only=True)) == ["model"]
+    with pytest.raises(UserError, match="holds no averaged .EMA. weights"):
+        convert.main([str(tmp_path / "b.safetensors"), str(tmp_path / "d.pt"), "--to", "official", "--weights", "ema"])
+
+
+@pytest.mark.parametrize("name, shown", [("far", "heads ?"), ("var", "scales [1, 2], mlp_ratio 4.0, num_classes 3, branches ?"),
+                                         ("dar", "length ?, groups ?")])
+def test_describe_marks_what_is_open(name, shown, tmp_path, capsys):
+    """Not the stand-in with which the shapes are checked; VAR's table of scales is in its file, and read."""
+    torch.save(official(name), tmp_path / "a.pt")
+    assert convert.main(["--describe", str(tmp_path / "a.pt")]) == 0
+    assert shown in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("name, change, lost", [
+    ("rectok", {part: {"width": 96, "layers": 1, "heads": 3} for part in ("encoder", "decoder")},
+     ["encoder.heads 3", "decoder.heads 3"]),
+    ("far", {}, ["size.heads 2", "length 4"]),
+    ("dar", {"decoder": {"width": 32, "depth": 1, "patch_size": 4, "time_shift": 3.0}},
+     ["length 16", "groups 4", "image_size 32", "steps 4", "decoder.time_shift 3.0"])])
+def test_exports_list_once_what_they_do_not_say(name, change, lost):
+    kind, cls, settings = MODELS[name]
+    settings, adapter = {**settings, **change}, adapter_of(name)
+    official_state = adapter.to_official(assemble.REGISTRIES[kind].build({"name": cls, **settings}))
+    said = convert.unrecorded(adapter, settings, official_state, assemble.REGISTRIES[kind].signature(cls))
+    assert [text for text in said if not text.startswith("grid")] == lost
+
+
+def test_var_tells_the_scales_of_the_tokenizer_beside_it():
+    loaded = {"trainer": {"config": {"patch_nums": (1, 2)}, "vae_local": official("imagefolder"), "var_wo_ddp": {}}}
+    assert adapter_of("imagefolder").describe(loaded)["scales"] == SCALES
+
+
+def test_programs_take_the_keys_that_they_ask_for(tmp_path, capsys):
+    """Everything that opens a tokenizer alone answers an open question with the key to give; it takes that key."""
+    import evaluate
+    import evaluation_recon
+    import reconstruct
+    from PIL import Image
+
+    Image.new("RGB", (40, 40), (200, 30, 60)).save(tmp_path / "red.png")
+    torch.save(official("dar"), tmp_path / "a.pt")
+    words = ["--weights", str(tmp_path / "a.pt"), str(tmp_path / "red.png"), "--out", str(tmp_path / "out")]
+    known = ["tokenizer.length=16", "tokenizer.groups=4", "tokenizer.image_size=32"]
+    with pytest.raises(UserError, match="give tokenizer.length=... tokenizer.groups=..."):
+        reconstruct.main(words)
+    assert reconstruct.main(words + known) == 0 and "1 x 16 codes from 32" in capsys.readouterr().out
+    options, settings = evaluate.parse([str(tmp_path / "a.pt"), str(tmp_path), "eval.num_images=1", *known])
+    assert options.tokenizer == {"length": 16, "groups": 4, "image_size": 32} and settings == ["eval.num_images=1"]
+    assert evaluation_recon.with_protocol(options.weights, settings, options.tokenizer)[0] == "eval.protocol=dar"

@@ -120,7 +120,8 @@ def test_folders_of_other_programs(tmp_path, capsys, kind):
         (tmp_path / "f" / name).touch()
     for _ in range(2):
         assert hub.resolve("f") == hub.Path("f") / wanted
-    assert capsys.readouterr().err.count("taking") == 1  # said once
+    said = capsys.readouterr().err
+    assert said.count("taking") == 1 and said.startswith(f"f: taking {wanted} (")  # once, from where the user named
     (tmp_path / "g").mkdir()
     for name in ("a.pt", "b.pth"):
         (tmp_path / "g" / name).touch()

@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from core.state_dicts import Adapter, Facts, State, layer_count
-from tokenizer.vq.dar import DAR
+from tokenizer.vq.dar import DAR, DECODER_DEFAULTS
 
 _FUSED = {"attention": ("qkv", ("q", "k", "v")), "cross_attn": ("kv", ("k", "v"))}
 
@@ -86,10 +86,10 @@ def _inspect(state: State, facts: Facts) -> dict[str, Any]:
         decoder["own_time"] = False
     if net + "linear_out.linear.weight" in state:
         decoder["modulated_output"] = True
-    if facts.said("num_all_queries") is not None:
-        for key, (word, default) in _SAID_OF_DECODER.items():
-            said = facts.said(f"diff_decoder.{word}")
-            decoder[key] = default if said is None else said
+    configured = facts.said("num_all_queries") is not None  # without a config: as released, which is written out
+    for key, (word, default) in _SAID_OF_DECODER.items():
+        said = facts.said(f"diff_decoder.{word}") if configured else None
+        decoder[key] = said if said is not None else default if configured else DECODER_DEFAULTS[key]
     settings = {
         **_sequence(state, facts), "patch_size": patch_size, "encoder_width": encoder_width,
         "encoder_layers": layer_count(state, "encoder_layers."),

@@ -153,8 +153,8 @@ def _scales(count: int, side: int, facts: Facts) -> list[int]:
         return [side]
     if (count, side) == (len(RELEASED_SCALES), RELEASED_SCALES[-1]):
         return list(RELEASED_SCALES)
-    said = facts.said("v_patch_nums")
-    said = said if isinstance(said, list) and len(said) == count and said[-1] == side else None
+    said = facts.said("v_patch_nums") or facts.said("patch_nums")  # patch_nums: of VAR's trainer, which keeps its tokenizer
+    said = list(said) if isinstance(said, (list, tuple)) and len(said) == count and said[-1] == side else None
     return list(facts.ask("tokenizer.scales", f"the {count} scales", [side] * count, said))
 
 
