@@ -71,7 +71,7 @@ def eval_settings(overrides: list[str]) -> EvalConfig:
     stub = {
         "name": "eval",
         "task": "tokenizer",
-        "tokenizer": {"weights": "none"},
+        "tokenizer": {"name": "none"},
         "data": {"url": "none"},
         "objective": {},
         "train": {"duration": "0ep", "global_batch": 1, "optimizer": {"lr": 0.0}},
