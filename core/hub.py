@@ -114,7 +114,7 @@ def _local(reference: str, cache: Path) -> Path:
         folder = folder.parent
     if path.name == reference:
         raise UserError(f'"{reference}" is neither here nor in {cache}/.{_near(reference, cache, folder)}')
-    hint = _near(path.name, folder) if folder == path.parent else f" The last folder that exists is {folder}."
+    hint = _near(path.name, folder) if folder == path.parent else f" The last folder that exists is {folder.resolve()}."
     raise UserError(f"{path}: no such file or folder.{hint}")
 
 

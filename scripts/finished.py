@@ -21,11 +21,13 @@ from torch import Tensor, nn
 
 from core import config as config_module
 from core import hub
+from core import weights as weight_files
 from core.config import RunConfig, SampleConfig
 from core.dist import World
 from core.errors import UserError
 from core.rng import Draws
 from core.specs import DataSource
+from core.state_dicts import recognise
 from core.train.checkpoint import Checkpoint
 from data.sources import open_source
 from generator.task import GeneratorTask
@@ -164,19 +166,23 @@ def _beside(reference: str | None, path: Path) -> str | None:
 
 def _unknown(target: str, path: Path, overrides: list[str]) -> dict[str, Any]:
     """The smallest config around a file; what training would need is filled in and never used."""
-    if not any(o.startswith("tokenizer.weights=") for o in overrides):
-        raise UserError(
-            f"{target} is a file of generator weights, and no released one by its name. Say which tokenizer decodes its "
-            "latents: tokenizer.weights=pretrained_models/FILE"
-        )
     given = config_module.read_overrides([o for o in overrides if o.startswith(("generator.", "tokenizer."))])
-    codes = assemble.read_weights("tokenizer", given["tokenizer"]["weights"], given["tokenizer"]).settings
+    tokenizer = {}
+    if not given.get("tokenizer", {}).get("weights"):
+        if weight_files.read(path) or not recognise(assemble.ADAPTERS["tokenizer"], hub.load_tensors(path)):
+            raise UserError(
+                f"{target} is a file of generator weights, and no released one by its name. Say which tokenizer decodes its "
+                "latents: tokenizer.weights=pretrained_models/FILE"
+            )
+        tokenizer = {"weights": str(path)}  # VAR's trainer keeps its tokenizer beside it
+    known = {**given.get("tokenizer", {}), **tokenizer}
+    codes = assemble.read_weights("tokenizer", known["weights"], known).settings
     known = {key: codes[key] for key in ("branches", "scales") if key in codes}  # no VAR tells them itself
     settings = assemble.read_weights("generator", str(path), {**known, **given.get("generator", {})}).settings
     return {
         "name": path.stem,
         "task": "generator",
-        "tokenizer": {},
+        "tokenizer": tokenizer,
         "generator": settings,
         "data": {"url": "folder://data/imagenet/train", "val_url": "folder://data/imagenet/val"},
         "train": {

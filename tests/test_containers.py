@@ -294,3 +294,19 @@ def test_programs_take_the_keys_that_they_ask_for(tmp_path, capsys):
     options, settings = evaluate.parse([str(tmp_path / "a.pt"), str(tmp_path), "eval.num_images=1", *known])
     assert options.tokenizer == {"length": 16, "groups": 4, "image_size": 32} and settings == ["eval.num_images=1"]
     assert evaluation_recon.with_protocol(options.weights, settings, options.tokenizer)[0] == "eval.protocol=dar"
+
+
+def test_a_file_of_vars_trainer_samples_with_the_tokenizer_in_it(tmp_path):
+    """No other is asked for, and one that is named wins."""
+    import finished
+
+    loaded = {"trainer": {"config": {"patch_nums": SCALES}, "vae_local": official("imagefolder"), "var_wo_ddp": official("var")}}
+    torch.save(loaded, tmp_path / "ar-ckpt-last.pth")
+    torch.save({"model": official("imagefolder"), "args": argparse.Namespace(v_patch_nums=SCALES)}, tmp_path / "codes.pt")
+    torch.save({"trainer": {"var_wo_ddp": official("var")}}, tmp_path / "alone.pth")
+    given = finished._unknown("x", tmp_path / "ar-ckpt-last.pth", [])
+    assert given["tokenizer"] == {"weights": str(tmp_path / "ar-ckpt-last.pth")} and given["generator"]["branches"] == 2
+    named = [f"tokenizer.weights={tmp_path / 'codes.pt'}"]
+    assert finished._unknown("x", tmp_path / "ar-ckpt-last.pth", named)["tokenizer"] == {}
+    with pytest.raises(UserError, match="Say which tokenizer"):
+        finished._unknown("x", tmp_path / "alone.pth", [])
