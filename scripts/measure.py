@@ -468,7 +468,10 @@ def choose_reference(
             own file is needed and statistics of whatever is at hand will not do.
     """
     if given:
-        if (path := find_reference(given)) is None:
+        if (path := find_reference(given)) is None and (Path(given).expanduser().is_dir() or "://" in given):
+            raise UserError(f"eval.reference: {given} stands for pictures, and a file is needed: make one of them with bash "
+                            f"run_make_reference.sh {given} FILE.npz")
+        if path is None:
             raise UserError(f"eval.reference: there is no {given}, neither as a path nor in {' or '.join(FOLDERS)}. "
                             "docs/evaluation.md says where to get it; run_make_reference.sh makes one from pictures.")
         return path

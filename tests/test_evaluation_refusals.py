@@ -174,3 +174,13 @@ def test_other_samples_of_the_same_names_are_measured_anew(tmp_path, small_net, 
     Image.fromarray(images[0] // 8).save(tmp_path / "samples" / "000.png")
     with pytest.raises(UserError, match="another evaluation .different: pictures"):
         evaluate_generator.main(command)
+
+
+@pytest.mark.parametrize("given", ["{}", "folder://{}"])
+def test_a_reference_that_is_pictures_is_not_called_absent(tmp_path, given):
+    from evaluation import protocols
+    from measure import choose_reference
+
+    given = given.format(tmp_path)
+    with pytest.raises(UserError, match=f"run_make_reference.sh {given} FILE.npz"):
+        choose_reference(given, protocols.get("adm", "generation"), None, 256, "generation", False)
