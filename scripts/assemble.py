@@ -52,6 +52,8 @@ from tokenizer.task import TokenizerTask
 from tokenizer.teachers import TEACHERS
 from tokenizer.views import view
 
+import download
+
 REGISTRIES = {"tokenizer": TOKENIZERS, "generator": GENERATORS, "objective": OBJECTIVES,
               "discriminator": DISCRIMINATORS, "teacher": TEACHERS}
 ADAPTERS = {"tokenizer": TOKENIZER_ADAPTERS, "generator": GENERATOR_ADAPTERS}
@@ -87,7 +89,7 @@ def read_weights(kind: str, reference: str, given: dict[str, Any] | None = None)
         reference: run folder, checkpoint folder, file, file name in pretrained_models/, or hf://owner/repo/file.
         given: settings that the user states; they answer what a released file does not tell (numbers of heads).
     """
-    path = hub.resolve(reference)
+    path = download.resolve(reference)
     if path.is_dir():
         return _from_checkpoint(kind, Checkpoint(path))
     ours = weight_files.read(path)

@@ -19,6 +19,7 @@ import argparse
 from collections import Counter
 from pathlib import Path
 
+import download
 import flags
 from core import cli
 
@@ -103,13 +104,12 @@ def plain(value: object) -> str:
 def describe(reference: str) -> bool:
     """Print what a file or run holds; whether it fits our model."""
     import assemble
-    from core import hub
     from core import weights as weight_files
     from core.files import human_bytes
     from core.layouts import build_on_meta
     from core.train.checkpoint import Checkpoint
 
-    path = hub.resolve(reference)
+    path = download.resolve(reference)
     if path.is_dir():
         checkpoint = Checkpoint(path)
         state = checkpoint.state
@@ -310,13 +310,12 @@ def export_notes(adapter, weights, official: dict, accepted: dict, tokenizer: di
 def convert(source: str, target: str, options: argparse.Namespace) -> str:
     """Write `target`; returns a sentence about it."""
     import assemble
-    from core import hub
     from core import weights as weight_files
     from core.config import read_overrides
     from core.errors import UserError
     from core.state_dicts import merged
 
-    path, out, ours = hub.resolve(source), Path(target), options.to == "tessera"
+    path, out, ours = download.resolve(source), Path(target), options.to == "tessera"
     if out.exists() and not options.force:
         raise UserError(f"{out} exists already. Choose another name, or say --force to replace it.")
     if out.suffix not in ((".safetensors",) if ours else (".safetensors", ".pth", ".pt", ".bin")):

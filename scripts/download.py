@@ -22,6 +22,7 @@ import zlib
 from pathlib import Path
 
 from core import cli, released
+from core.errors import UserError
 from core.released import Released
 
 TABLE = Path(__file__).with_name("released.toml")
@@ -36,6 +37,19 @@ def find(reference: str | Path) -> Released | None:
     """The released file that a path, a file name or an address names, told by its name; it need not be here."""
     name = str(reference).rstrip("/")
     return next((f for f in table() if name == f.reference or Path(name).name == f.name), None)
+
+
+def resolve(reference: str) -> Path:
+    """core.hub.resolve, which here also says how to fetch a released file that is missing."""
+    from core import hub  # with torch
+
+    try:
+        return hub.resolve(reference)
+    except UserError:
+        file = None if "://" in reference or Path(reference).exists() else find(reference)
+        if file is None:
+            raise
+        raise UserError(f"{reference} is not here. Fetch it: bash run_download.sh {file.name}") from None
 
 
 def choose(words: list[str], everything: bool) -> list[Released]:

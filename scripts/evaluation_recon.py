@@ -11,7 +11,6 @@ from typing import Any, Callable, Iterator
 import torch
 from torch import Tensor
 
-from core import hub
 from core import images as image_tools
 from core.config import EvalConfig
 from core.dist import World
@@ -28,6 +27,7 @@ from evaluation.statistics import Statistics
 from evaluation.work import Work
 
 import assemble
+import download
 import evaluation_run as run
 import measure
 import picture_sets
@@ -66,7 +66,7 @@ def tokenizer_section(target: str) -> dict[str, Any]:
     if target.endswith((".yaml", ".yml")):
         config = assemble.load_config(target, [])
         target = config.tokenizer.get("weights") if config.task == "generator" else str(config.run_dir)
-    hub.resolve(target)
+    download.resolve(target)
     return {"weights": target}
 
 
@@ -77,7 +77,7 @@ def with_protocol(target: str, overrides: list[str], known: dict[str, Any] | Non
     if target.endswith((".yaml", ".yml")):
         name = assemble.load_config(target, []).eval.protocol
     else:
-        path = hub.resolve(target)
+        path = download.resolve(target)
         name = Checkpoint(path).state["config"]["eval"]["protocol"] if path.is_dir() else \
             protocols.of_tokenizer(assemble.read_weights("tokenizer", target, known).settings["name"])
     return [f"eval.protocol={name}", *overrides]

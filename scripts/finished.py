@@ -90,7 +90,7 @@ def read_config(target: str, overrides: list[str], log: Log = lambda _: None) ->
         config = assemble.load_config(target, overrides)
         weights = (config.generator or {}).get("weights") or _run_of(target, config, overrides, log)
     else:
-        path = _require(target)
+        path = download.resolve(target)
         config = _config_of(target, path, overrides, log)
         weights = (config.generator or {}).get("weights") or str(path)
     if config.task != "generator":
@@ -102,7 +102,7 @@ def read_config(target: str, overrides: list[str], log: Log = lambda _: None) ->
         raise UserError(f"{target}: say which tokenizer decodes its latents: tokenizer.weights=work_dirs/RUN")
     for reference in (weights, config.tokenizer["weights"], guide_of(config)):
         if reference:
-            _require(reference)
+            download.resolve(reference)
     return config, weights
 
 
@@ -110,16 +110,6 @@ def guide_of(config: RunConfig) -> str | None:
     """The weaker model of autoguidance, where sampling uses one."""
     sample = config.sample
     return sample.guide if sample.guidance == "auto" and assemble.make_guidance(sample).active else None
-
-
-def _require(reference: str) -> Path:
-    """core.hub.resolve, which here also says how to fetch a released file."""
-    try:
-        return hub.resolve(reference)
-    except UserError as error:
-        file = None if "://" in reference else download.find(reference)
-        raise UserError(f"{reference} is not here. Fetch it: bash run_download.sh {file.name}" if file else str(error)
-                        ) from None
 
 
 def _run_of(target: str, config: RunConfig, overrides: list[str], log: Log) -> str:

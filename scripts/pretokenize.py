@@ -17,6 +17,7 @@ import _root  # noqa: F401
 import argparse
 from pathlib import Path
 
+import download
 import flags
 from core import cli
 
@@ -52,7 +53,7 @@ def main(arguments: list[str]) -> int:
     config = assemble.load_config(options.config, options.overrides)
     if not config.tokenizer.get("weights"):
         raise UserError("tokenizer.weights is not set, and tokens of an untrained tokenizer are useless.")
-    hub.resolve(config.tokenizer["weights"])
+    download.resolve(config.tokenizer["weights"])
     dist.pick_device(config.train.device)
     pictures = None
     if options.foreign and not config.data.pictures and not exists(config.data.url):

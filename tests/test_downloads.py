@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 import re
 import stat
+import subprocess
+import sys
 import zipfile
 from pathlib import Path
 
@@ -345,3 +347,17 @@ def test_archives_that_are_damaged_or_hold_links(tmp_path):
         with pytest.raises(UserError, match="not a whole zip archive"):
             download.unpack(tmp_path / "bad.zip", Path("offline_models"))
         assert not Path("offline_models").exists() and not list(Path().glob(".offline_models*"))
+
+
+@pytest.mark.parametrize("command", [
+    ["evaluate.py", "pretrained_models/RecTok_decft.pth"], ["reconstruct.py", "--weights", "imagenet-4096.pt", "cat.jpg"],
+    ["convert.py", "rar_b.bin", "mine.safetensors"], ["sample.py", "reAR-L.safetensors", "--labels", "1", "--out", "samples"],
+    ["evaluate_generator.py", "D-AR-L-360K.pt"], ["linear_probe.py", "pretrained_models/fqgan_dual_ds16.pt"],
+], ids=lambda command: command[0])
+def test_a_released_file_that_is_missing_comes_with_its_command(command):
+    """Whatever program is given it."""
+    name = next(Path(word).name for word in command[1:] if word.endswith((".pt", ".pth", ".bin", "L.safetensors")))
+    program = ROOT / "scripts" / command[0]
+    done = subprocess.run([sys.executable, str(program), *command[1:]], capture_output=True, text=True, timeout=600)
+    assert done.returncode == 2 and "Traceback" not in done.stderr, done.stderr
+    assert f"is not here. Fetch it: bash run_download.sh {name}" in done.stderr, done.stderr

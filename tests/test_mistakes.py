@@ -41,7 +41,7 @@ def mistake(train_main, tmp_path):
     (["data.url=folder:///no/such/folder"], "/no/such/folder"),
     (["data.url=foldr:///tmp"], 'Did you mean "folder"?'),
     (["data.url=synthetic://?sise=3"], "sise"),
-    (["data.val_url=folder:///no/such/folder"], "/no/such/folder"),
+    (["data.val_url=folder:///no/such/folder", "train.eval_every=5step"], "/no/such/folder"),
     (["tokenizer.name=rectik"], 'unknown tokenizer "rectik". Did you mean "rectok"?'),
     (["discriminator.name=patch"], 'unknown discriminator "patch". Did you mean "patchgan"?'),
     (["train.global_batch"], "overrides look like train.global_batch=256"),
