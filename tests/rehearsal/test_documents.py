@@ -23,7 +23,7 @@ def marks(text: str) -> list:
     return red + ([pytest.mark.slow] if found and found.slow else [])
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def furnished(rehearsal):
     """What the documents' commands name and a new user would have made or downloaded before."""
     house, work = rehearsal.house, rehearsal.house.folder / "work_dirs"

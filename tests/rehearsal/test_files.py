@@ -97,7 +97,7 @@ EXTRA = {
 RED: dict[str, str] = {}  # file -> why it is not read today
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def extra(rehearsal) -> Path:
     folder = rehearsal.house.folder / "extra"
     for name, (write, _) in EXTRA.items():
