@@ -12,6 +12,7 @@ from core.nn import cuda_graph
 from core.nn.blockcausal import _block_mask, blockwise, flex
 from core.rng import Draws
 from core.specs import Codes, Guidance, Progress
+from generator.adapters import ADAPTERS
 from generator.var import var as module
 from generator.var.var import VAR, Block, Progressive
 from tokenizer.multiscale.imagefolder import ImageFolder
@@ -213,3 +214,18 @@ def test_a_generator_and_codes_that_do_not_fit_say_why():
         var(progressive={"until": 0.5, "firts": 1})
     with pytest.raises(UserError, match="not by"):
         var().sample(torch.tensor([0]), draws(1), Guidance(2.0, "auto"))
+
+
+@pytest.mark.parametrize("table", ["filled", "zeros", "absent"])
+def test_scales_of_a_file(table):
+    """From the table of levels; one that was never filled says nothing, then the trainer's own words count."""
+    scales = [1, 2, 3]
+    model = VAR(scales=scales, branches=2, vocab=16, code_dim=4, depth=1, width=64, heads=1, num_classes=4)
+    state = dict(ADAPTERS["var"].to_official(model))
+    if table != "filled":
+        del state["lvl_1L"]
+    if table == "zeros":
+        state["lvl_1L"] = torch.zeros(1, 14, dtype=torch.int64)
+    tokenizer = {"quant_conv.weight": torch.zeros(4, 8, 1, 1)}
+    file = {"trainer": {"var_wo_ddp": state, "vae_local": tokenizer, "config": {"patch_nums": (1, 2, 3)}}}
+    assert ADAPTERS["var"].describe(file)["scales"] == scales

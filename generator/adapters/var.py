@@ -49,10 +49,12 @@ def _restore(model: VAR) -> State:
 
 
 def _scales(state: State, facts: Facts) -> list[int]:
-    """From the table of levels, the released ones by their sizes, else from what the trainer stored."""
+    """From the table of levels where it is filled, the released ones by their sizes, else from what the trainer stored."""
     count, length = state["lvl_embed.weight"].shape[0], state["pos_1LC"].shape[1]
     if "lvl_1L" in state and not state["lvl_1L"].is_meta:
-        return [math.isqrt(n) for n in state["lvl_1L"][0].bincount(minlength=count).tolist()]
+        levels = [math.isqrt(n) for n in state["lvl_1L"][0].long().bincount(minlength=count).tolist()]
+        if 0 not in levels and sum(p * p for p in levels) == length:
+            return levels
     if (count, length) == (len(_RELEASED), sum(p * p for p in _RELEASED)):
         return list(_RELEASED)
     said = facts.said("patch_nums") or facts.said("pn")

@@ -148,6 +148,14 @@ class Rehearsal:
         wanted = (recipe.config.get("eval") or {}).get("protocol")
         assert not wanted or f'"protocol": "{wanted}"' in text, text
 
+    def measure_bare(self, file: str, words: str) -> None:
+        """run_eval_generator.sh of a released file: it finds its tokenizer, guidance and protocol itself."""
+        command = f"bash run_eval_generator.sh {file} --num 8 --out out/bare_{file} {NETWORK} eval.batch=4 {words}"
+        done = self.house.run(command).expect()
+        self.rows.append(Row(file, "evaluate", command, "ok", done.seconds))
+        assert f"{file} as configs/" in done.output and "Published: FID-50K" in done.output, done.output
+        assert json.loads((self.house.folder / "out" / f"bare_{file}" / "metrics.json").read_text())["metrics"]
+
     def metrics(self, run: str) -> list[dict]:
         path = self.house.folder / "work_dirs" / run / "metrics.jsonl"
         return [json.loads(line) for line in path.read_text().splitlines()]

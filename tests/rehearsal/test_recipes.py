@@ -51,3 +51,14 @@ def test_other_teachers(rehearsal, name, settings):
 @pytest.mark.parametrize("name", marked([n for n in RECIPES if n not in SYSTEMS.values()], {**RED, **RED_CHAINS}))
 def test_chain_of_the_others(rehearsal, name):
     rehearsal.chain(RECIPES[name])
+
+
+# A released file alone -> what it needs beside its published settings to be this small.
+BARE = {"reAR-L.safetensors": "", "rar_xl.bin": "", "imagenet-var-4096.pt": "", "ditdhxl_epoch_0599.pth": "sample.steps=4",
+        "D-AR-L-360K.pt": "generator.size.heads=1"}
+
+
+@pytest.mark.parametrize("file", BARE)
+def test_a_released_file_is_measured_as_its_number_was(rehearsal, file):
+    """The documented command, with nothing but the number of samples and the stand-in of Inception."""
+    rehearsal.measure_bare(file, BARE[file])
