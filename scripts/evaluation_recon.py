@@ -39,19 +39,20 @@ Pairs = Callable[[int], tuple[Tensor, Tensor]]  # index -> (original, reconstruc
 
 def check(options: argparse.Namespace, overrides: list[str]) -> None:
     """Find mistakes without loading a network."""
-    settings = run.eval_settings(overrides if options.original else with_protocol(options.weights, overrides, options.tokenizer))
-    protocol = protocols.get(settings.protocol, "reconstruction")
-    if settings.reference:
-        measure.choose_reference(settings.reference, protocol, None, 0, "reconstruction", False)
+    settings = run.eval_settings(overrides)
     if options.original:
         sides = [picture_sets.open_any(p, options.size) for p in (options.original, options.reconstructed)]
         picture_sets.same_pictures(*sides)
         run.enough(min(settings.num_images or len(sides[0]), len(sides[0])), options.original, options)
-        return
-    if options.perturb:
-        Perturbation.parse(options.perturb)
-    originals(options, settings, None)
-    tokenizer_section(options.weights)
+    else:
+        if options.perturb:
+            Perturbation.parse(options.perturb)
+        originals(options, settings, None)
+        tokenizer_section(options.weights)
+        settings = run.eval_settings(with_protocol(options.weights, overrides, options.tokenizer))
+    protocol = protocols.get(settings.protocol, "reconstruction")
+    if settings.reference:
+        measure.choose_reference(settings.reference, protocol, None, 0, "reconstruction", False)
 
 
 def originals(options: argparse.Namespace, settings: EvalConfig, size: int | None) -> Pictures:
@@ -104,9 +105,9 @@ def reference_for(
 
 def by_tokenizer(options: argparse.Namespace, overrides: list[str], world: World) -> int:
     """Reconstruct and measure."""
+    check(options, overrides)  # before a network is loaded
     settings = run.eval_settings(with_protocol(options.weights, overrides, options.tokenizer))
     protocol = protocols.get(settings.protocol, "reconstruction")
-    check(options, overrides)  # before a network is loaded
     tokenizer, fingerprint = assemble.load_tokenizer(
         {**options.tokenizer, **tokenizer_section(options.weights), "use_ema": not options.raw})
     tokenizer.to(world.device)

@@ -310,9 +310,11 @@ def _whose(said: dict[str, list[tuple[str, str]]], text: str) -> str:
 
 def tokenizer_settings(arguments: Sequence[str]) -> tuple[list[str], dict[str, Any]]:
     """The other words, and what `tokenizer.key=value` words say: facts that the weights of a tokenizer do not tell."""
+    given = [word for word in arguments if re.match(r"tokenizer\.[\w.]+=", word)]
+    if not given:  # --help does without libraries
+        return list(arguments), {}
     from core.config import read_overrides
 
-    given = [word for word in arguments if re.match(r"tokenizer\.[\w.]+=", word)]
     return [word for word in arguments if word not in given], read_overrides(given).get("tokenizer", {})
 
 

@@ -333,11 +333,7 @@ def reconstruction_result(
         runner.expect(work, pictures)
         with writer or contextlib.nullcontext():
             result = runner.evaluate_reconstruction(
-                rebuild,
-                work,
-                net,
-                protocol,
-                metrics,
+                rebuild, work, net, protocol, metrics,
                 batch=batch,
                 reference=reference,
                 writers=(writer,) if writer else (),
