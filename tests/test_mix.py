@@ -137,7 +137,9 @@ def test_vectors_are_codes():
     codes = plain.encode(images)
     moments = vectors.moments(vectors.precompute(images))
     assert moments.shape == (3, 16, 16) and torch.equal(moments[..., :8], plain.embed(codes).flatten(2))
+    assert not vectors.latent_stats_known  # a generator whose file lacks them is refused, not sampled with 0 and 1
     vectors.set_latent_stats(moments[..., :8].mean((0, 1)), moments[..., :8].std((0, 1)))
+    assert vectors.latent_stats_known
     latents = vectors.encode(images)
     assert latents.shape == (3, 8, 4, 4) and abs(latents.std().item() - 1) < 0.05
     torch.testing.assert_close(vectors.decode(latents + 1e-4), plain.decode(codes))

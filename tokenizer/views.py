@@ -80,6 +80,7 @@ class Vectors(View):
         self.spec: LatentSpec = Continuous(tuple(spec.grid or (side, side)), spec.branches * spec.dim)
         for name, value in (("mean", 0.0), ("std", 1.0)):
             self.register_buffer(f"latent_{name}", torch.full((self.spec.channels,), value, device="cpu"), persistent=False)
+        self.latent_stats_known = False
         # every row of every codebook, once: (K, V, D)
         rows = torch.arange(spec.vocab, device=next(tokenizer.parameters()).device)[None, :, None]
         with torch.no_grad():
@@ -97,6 +98,7 @@ class Vectors(View):
             if value.numel() not in (1, self.spec.channels):
                 raise UserError(f"latent statistics: {name} has {value.numel()} values for {self.spec.channels} channels")
             getattr(self, f"latent_{name}").copy_(value.flatten().clamp_min(1e-6 if name == "std" else -torch.inf))
+        self.latent_stats_known = True
 
     def moments(self, stored: Tensor) -> Tensor:
         """(B, L, 2 K D): the vectors and zeros, as latent statistics are measured on."""
