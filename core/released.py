@@ -104,7 +104,6 @@ class Released:
             raise UserError(f"{self.about} ({self.name}) is not here: {error}{licence} With a network, {self.command} "
                             "fetches it.") from error
 
-
     def fetch(self) -> Path:
         """Download it to its place; UserError when it cannot be had or is not what was expected."""
         from core import hub

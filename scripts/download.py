@@ -22,7 +22,7 @@ import zlib
 from pathlib import Path
 
 from core import cli, released
-from core.errors import UserError
+from core.errors import UserError, nearest
 from core.released import Released
 
 TABLE = Path(__file__).with_name("released.toml")
@@ -54,8 +54,6 @@ def resolve(reference: str) -> Path:
 
 def choose(words: list[str], everything: bool) -> list[Released]:
     """Table entries for systems, file names and hf:// references; UserError for a word that is none of them."""
-    from core.errors import UserError, nearest
-
     known, chosen = table(), []
     for word in words:
         word = word.lower() if word.lower() in {f.system for f in known} else word
@@ -74,7 +72,6 @@ def choose(words: list[str], everything: bool) -> list[Released]:
 
 def fetch(file: Released) -> str:
     """Download unless it is here; returns what happened. UserError when it cannot be had or is not whole."""
-    from core.errors import UserError
     from core.files import human_bytes
 
     if file.unpack and Path(file.unpack).is_dir():
@@ -98,7 +95,6 @@ def unpack(archive: Path, folder: Path) -> int:
 
     An archive whose files all lie in a folder of that name, and one without it, give the same.
     """
-    from core.errors import UserError
     from core.files import explain_os_errors, require_space
 
     try:
@@ -151,7 +147,6 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--all", action="store_true", help="optional files of a system too")
     options = parser.parse_args(arguments)
 
-    from core.errors import UserError
 
     if options.list:
         print(listing(choose(options.what, True) if options.what else table()))

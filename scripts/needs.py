@@ -45,7 +45,7 @@ def lacking(config: RunConfig) -> list[str]:
         try:
             hub.resolve(reference)
         except UserError as error:
-            known = next((f for f in download.table() if reference in (str(f.place), f.name)), None)
+            known = None if "://" in reference else download.find(reference)
             lines.append(f"{setting}={reference}: {f'fetch it with {known.command}' if known else error}")
     for file in helpers_of(config):
         if file.found() is None:
@@ -100,6 +100,6 @@ def report(config: RunConfig) -> str:
 
 
 def _how_to_get(reference: str) -> str:
-    known = next((f for f in download.table() if f.name == Path(reference).name), None)
+    known = download.find(reference)
     return known.command if known else ("docs/evaluation.md says where to get it; run_make_reference.sh makes one from "
                                         "pictures")

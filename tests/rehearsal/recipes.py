@@ -147,6 +147,13 @@ class Recipe:
         return given.removeprefix("pretrained_models/") if given.startswith("pretrained_models/") else None
 
     @property
+    def untold(self) -> str:
+        """What an official file of this size does not say, for convert.py --set."""
+        scales = self.config["tokenizer"].get("scales") or []
+        stated = [f"scales=[{','.join(map(str, scales))}]"] if len(scales) > 1 and not self.is_generator else []
+        return " ".join([*UNTOLD.get(self.network, "").split(), *stated])
+
+    @property
     def sizes(self) -> list[str]:
         """Settings that make it small."""
         config = self.config

@@ -12,7 +12,7 @@ from PIL import Image
 
 from tests.rehearsal.frozen import INCEPTION
 from tests.rehearsal.house import Done, House
-from tests.rehearsal.recipes import RUNS, Recipe, UNTOLD
+from tests.rehearsal.recipes import RUNS, Recipe
 
 NETWORK = f"eval.network=pretrained_models/{INCEPTION}"
 SHORT = ["train.duration=2step", "train.eval_every=never"]
@@ -102,9 +102,9 @@ class Rehearsal:
         official = recipe.is_generator or recipe.config["tokenizer"]["name"] != "fsq"  # which is ours alone
         file, to = (f"out/{name}.pth", "--to official") if official else (f"out/{name}.safetensors", "")
         self.run(recipe.name, "export", f"python scripts/convert.py work_dirs/{name} {file} {to}", direct=direct)
-        if official and recipe.network in UNTOLD:
+        if official and recipe.untold:
             told, file = file, f"out/{name}.safetensors"
-            self.run(recipe.name, "explain", f"python scripts/convert.py {told} {file} --set {UNTOLD[recipe.network]}", direct=direct)
+            self.run(recipe.name, "explain", f"python scripts/convert.py {told} {file} --set {recipe.untold}", direct=direct)
         again = show(recipe, "reload", file, f"out/{name}_again", direct)
         assert first.keys() == again.keys() and first
         for key in first:
@@ -126,8 +126,9 @@ class Rehearsal:
         words = f"--tokenizer {self._tokenizer(recipe)}" if weights.endswith((".pth", ".safetensors")) else ""
         sample = [f"sample.{k}={json.dumps(v) if not isinstance(v, str) else v}" for k, v in
                   (recipe.config.get("sample") or {}).items()] if words else []
-        view = [f"tokenizer.view={v}"] if words and (v := recipe.config["tokenizer"].get("view")) else []
-        settings = shlex.join([*view, *sample, *self._few_steps(recipe)])
+        tokenizer = [f"tokenizer.{k}={json.dumps(v) if not isinstance(v, str) else v}" for k, v in
+                     recipe.config["tokenizer"].items() if k != "weights"] if words else []
+        settings = shlex.join([*tokenizer, *sample, *self._few_steps(recipe)])
         # seed and precision are in no official file
         self.run(recipe.name, step, f"bash run_sample.sh {weights} {words} --labels 0-3 --num 4 --seed 3 --out {out} "
                  f"train.precision=fp32 {settings}", direct=direct)
