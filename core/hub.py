@@ -27,6 +27,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from core import launch
 from core.errors import UserError, nearest
 from core.files import explain_os_errors, fsync_file, fsync_folder, human_bytes, read_json, refuse_text
 from core.files import require_space, sha256_file
@@ -165,7 +166,7 @@ def _first_weights(folder: Path) -> tuple[Path, str] | None:
 
 @functools.cache  # one line, however often a program asks
 def _taken(folder: Path, file: Path, why: str) -> Path:
-    if os.environ.get("RANK", "0") == "0":
+    if launch.speaks():
         print(f"{folder}: taking {file.relative_to(folder)} ({why})", file=sys.stderr, flush=True)
     return file
 
@@ -237,7 +238,8 @@ def _ask_hugging_face(reference: str, repository: str, revision: str, filename: 
     except Exception as error:  # any of the library's, of its HTTP client's or of the network
         hint = _near_remote(repository, revision, filename, endpoint) if _status(error)[1] == "EntryNotFound" else ""
         reason = _reason(error, repository, revision, filename)
-        raise UserError(f"{reference} could not be downloaded: {reason}{hint or ','} or download {url} by hand and copy it to {target}.") from error
+        raise UserError(f"{reference} could not be downloaded: {reason}{hint or ','} or download {url} by hand and copy it "
+                        f"to {target}.") from error
     if target != folder / filename:
         put(folder / filename, target)
 

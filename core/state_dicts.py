@@ -203,6 +203,7 @@ class Adapter:
         container: dotted paths of (raw, EMA) weights in exported files, (path, None) where there is room for one set;
             None where the released file is a bare state dict.
         raw_only: official names that the EMA dictionary of an exported file leaves out, where raw weights hold them too.
+        beside: dotted path where a generator's file holds its tokenizer too; None where it has no place for one.
     """
 
     title: str
@@ -220,6 +221,7 @@ class Adapter:
     raw: tuple[str, ...] = ("model", "module", "state_dict")
     container: tuple[str, str | None] | None = ("model", "model_ema")
     raw_only: tuple[str, ...] = ()
+    beside: str | None = None
 
     # -- opening a file -----------------------------------------------------------------------------------------------
     def parts(self, loaded: Mapping[str, Any]) -> tuple[State, State]:

@@ -278,11 +278,12 @@ def write_official(out: Path, adapter, official: dict[bool, dict], overwrite: bo
     import torch
     from core import weights as weight_files
     from core.errors import UserError
+    from core.state_dicts import merged, nested
 
     if out.suffix != ".safetensors":
         packed = adapter.pack(official.get(False) or {}, official.get(True))
         if tokenizer is not None:
-            packed["trainer"]["vae_local"] = tokenizer
+            packed = merged(packed, nested(adapter.beside, tokenizer))
         weight_files.replace_with(out, lambda place: torch.save(packed, place), overwrite)
         return
     if len(official) > 1 and adapter.container is not None and adapter.container[1]:
@@ -301,8 +302,8 @@ def export_notes(adapter, weights, official: dict, accepted: dict, tokenizer: di
     for pattern, reason in adapter.ignored.items():
         if "teacher" in reason:
             note += f" Not in it: {pattern}, {reason}."
-    if adapter.container and adapter.container[0] == "trainer.var_wo_ddp" and tokenizer is None:
-        note += " The official program reads its tokenizer from trainer.vae_local where no other file is named: add it " \
+    if adapter.beside and tokenizer is None:
+        note += f" The official program reads its tokenizer from {adapter.beside} where no other file is named: add it " \
                 "with --tokenizer FILE."
     return note
 
@@ -341,7 +342,7 @@ def convert(source: str, target: str, options: argparse.Namespace) -> str:
         weight_files.save(out, content, options.force)
         return f"written to {out}: {kind} \"{weights.settings['name']}\", {names} weights"
     tokenizer = official_tokenizer(options.tokenizer, {}) if options.tokenizer else None
-    if tokenizer is not None and (adapter.container or ("",))[0].partition(".")[0] != "trainer":
+    if tokenizer is not None and adapter.beside is None:
         raise UserError(f"--tokenizer: official files of {adapter.title} hold no tokenizer.")
     write_official(out, adapter, found, options.force, tokenizer)
     if len(sets) > 1 and (adapter.container is None or adapter.container[1] is None):

@@ -125,9 +125,8 @@ class Plan:
         """The largest equal part of a GPU's pictures that fits; None where not even one picture does."""
         parts = [n for n in range(1, self.per_gpu + 1) if self.per_gpu % n == 0]
         base = self.memory.total - self.step.peak
-        other = self._step(max(1, self.micro // 2) if self.micro > 1 else 2)
-        at = max(1, self.micro // 2) if self.micro > 1 else 2
-        each = (self.step.peak - other.peak) / (self.micro - at)  # bytes per picture
+        other = max(1, self.micro // 2) if self.micro > 1 else 2
+        each = (self.step.peak - self._step(other).peak) / (self.micro - other)  # bytes per picture
         return max((n for n in parts if base + self.step.peak + (n - self.micro) * each <= gpu_bytes), default=None)
 
 

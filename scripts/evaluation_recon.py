@@ -47,12 +47,25 @@ def check(options: argparse.Namespace, overrides: list[str]) -> None:
     else:
         if options.perturb:
             Perturbation.parse(options.perturb)
-        originals(options, settings, None)
-        tokenizer_section(options.weights)
+        together(lambda: tokenizer_section(options.weights), lambda: originals(options, settings, None))
         settings = run.eval_settings(with_protocol(options.weights, overrides, options.tokenizer))
     protocol = protocols.get(settings.protocol, "reconstruction")
     if settings.reference:
         measure.choose_reference(settings.reference, protocol, None, 0, "reconstruction", False)
+
+
+def together(*checks: Callable[[], Any]) -> None:
+    """Run them all; UserError with every mistake that they find."""
+    problems = []
+    for look in checks:
+        try:
+            look()
+        except UserError as error:
+            problems.append(str(error))
+    if len(problems) == 1:
+        raise UserError(problems[0])
+    if problems:
+        raise UserError(f"{len(problems)} mistakes:\n" + "\n".join(f"  - {problem}" for problem in problems))
 
 
 def originals(options: argparse.Namespace, settings: EvalConfig, size: int | None) -> Pictures:

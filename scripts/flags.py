@@ -12,12 +12,13 @@ import ast
 import difflib
 import functools
 import operator
-import os
 import re
 import tomllib
 from pathlib import Path
 from typing import Any, Iterable, Sequence
 
+import download
+from core import launch
 from core.errors import UserError
 
 Answer = str | dict[str, str]
@@ -132,8 +133,7 @@ def phrase(entry: Answer, value: Any, names: dict[str, Any]) -> str:
 @functools.cache
 def _released() -> dict[str, str]:
     """Name of a released file -> its system."""
-    table = tomllib.loads(Path(__file__).with_name("released.toml").read_text(encoding="utf-8"))
-    return {name: system for system in SYSTEMS for name in table.get(system, {})}
+    return {file.name: file.system for file in download.table() if file.system in SYSTEMS}
 
 
 def _content(path: Path) -> dict[str, Any]:
@@ -485,7 +485,7 @@ def translate_keys(system: str, given: dict[str, Any], mine: Sequence[str], path
                         f"{facts['base']}:\n" + "\n".join(f"  - {problem}" for problem in problems))
     if path and not any(word.startswith("name=") for word in settings):
         settings.append(f"name={path.stem}")
-    if path and int(os.environ.get("RANK", 0)) == 0:
+    if path and launch.speaks():
         absent = [key for key in table if key not in given and not all(map(is_sentence, _answers(table[key])))]
         print(f"{path} is a file of {title}: {facts['base']} with {' '.join(settings)}\n"
               f"  nothing to set for: {', '.join(notes) or '-'}\n  not in it, so as in the recipe: {', '.join(absent) or '-'}")

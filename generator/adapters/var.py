@@ -10,9 +10,10 @@ import torch
 from torch import nn
 
 from core.errors import UserError
-from core.state_dicts import Adapter, Facts, State, layer_count
+from core.state_dicts import Adapter, Facts, State, entry, layer_count
 from generator.var.var import VAR
 
+BESIDE = "trainer.vae_local"  # the tokenizer, in the trainer's file
 _RELEASED = (1, 1, 2, 3, 3, 4, 5, 6, 8, 11)
 _PAIRS = (  # theirs, ours
     ("attn.mat_qkv.weight", "attn.qkv.weight"),
@@ -68,7 +69,7 @@ def _scales(state: State, facts: Facts) -> list[int]:
 def _branches(state: State, facts: Facts) -> dict[str, int]:
     """Two branches of 32-wide codes in everything that was released; else from the tokenizer in the file."""
     inputs, outputs = state["word_embed.weight"].shape[1], state["head.weight"].shape[0]
-    codes = facts.loaded.get("trainer", {}).get("vae_local", {}) if isinstance(facts.loaded.get("trainer"), dict) else {}
+    codes = entry(facts.loaded, BESIDE) or {}
     if "quant_conv.weight" in codes:
         said = inputs // len(codes["quant_conv.weight"])
     elif inputs == 64 and outputs in (8192, 16384, 32768):
@@ -110,4 +111,5 @@ ADAPTER = Adapter(
     ignored=_REBUILT,
     raw=("trainer.var_wo_ddp", "model", "module", "state_dict"),
     container=("trainer.var_wo_ddp", None),
+    beside=BESIDE,
 )
