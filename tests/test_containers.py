@@ -310,3 +310,13 @@ def test_a_file_of_vars_trainer_samples_with_the_tokenizer_in_it(tmp_path):
     assert finished._unknown("x", tmp_path / "ar-ckpt-last.pth", named)["tokenizer"] == {}
     with pytest.raises(UserError, match="Say which tokenizer"):
         finished._unknown("x", tmp_path / "alone.pth", [])
+
+
+def test_a_gpt_of_several_codebooks_has_no_official_layout():
+    """D-AR's program could not read one; our own files hold it."""
+    from generator.ar.gpt import GPT
+
+    model = GPT(size={"width": 32, "layers": 1, "heads": 2, "head_layers": 1, "hidden": 32}, length=4, branches=2, vocab=8,
+                num_classes=3)
+    with pytest.raises(UserError, match="no official layout of a GPT of 2 codebooks"):
+        assemble.ADAPTERS["generator"]["gpt"].to_official(model)

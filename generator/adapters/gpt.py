@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from core.errors import UserError
 from core.state_dicts import Adapter, Facts, State
 from generator.adapters.llama import TRAINING_ONLY, decoder_size, to_ours, to_theirs
 from generator.ar.gpt import GPT, SIZES
@@ -24,6 +25,13 @@ def official_names(state: State) -> State:
     return {_BACK.get(name, name): value for name, value in to_theirs(state).items()}
 
 
+def _restore(model: GPT) -> State:
+    if model.branches > 1:
+        raise UserError(f"there is no official layout of a GPT of {model.branches} codebooks: LlamaGen's has one. Leave "
+                        "out --to official.")
+    return official_names(model.state_dict())
+
+
 ADAPTER = Adapter(
     title="the LlamaGen generator of D-AR",
     build=GPT,
@@ -33,5 +41,5 @@ ADAPTER = Adapter(
     optional=TRAINING_ONLY,
     rename=lambda state: to_ours({_NAMES.get(name, name): value for name, value in state.items()}),
     fit=lambda state, model: state,
-    restore=lambda model: official_names(model.state_dict()),
+    restore=_restore,
 )

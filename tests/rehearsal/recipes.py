@@ -147,6 +147,13 @@ class Recipe:
         return given.removeprefix("pretrained_models/") if given.startswith("pretrained_models/") else None
 
     @property
+    def has_official_layout(self) -> bool:
+        """Not those that are ours alone: FSQ, and LlamaGen's GPT on several codebooks."""
+        tokenizer = self.path.stem.split("__")[0] if self.is_generator else ""
+        several = tokenizer in ("fqgan", "imagefolder") and self.config["generator"]["name"] == "gpt"
+        return self.network != "fsq" and not several
+
+    @property
     def untold(self) -> str:
         """What an official file of this size does not say, for convert.py --set."""
         scales = self.config["tokenizer"].get("scales") or []

@@ -99,7 +99,7 @@ class Rehearsal:
         show = self._sample if recipe.is_generator else self._reconstruct
         first = show(recipe, "sample" if recipe.is_generator else "reconstruct", f"work_dirs/{name}", f"out/{name}", direct)
         self._evaluate(recipe, name, direct)
-        official = recipe.is_generator or recipe.config["tokenizer"]["name"] != "fsq"  # which is ours alone
+        official = recipe.has_official_layout
         file, to = (f"out/{name}.pth", "--to official") if official else (f"out/{name}.safetensors", "")
         self.run(recipe.name, "export", f"python scripts/convert.py work_dirs/{name} {file} {to}", direct=direct)
         if official and recipe.untold:
