@@ -36,6 +36,6 @@ done
 for scale in ${scales//,/ }; do
     guidance=(sample.guidance=cfg)
     [ -z "$guide" ] || guidance=(sample.guidance=auto sample.guide="$guide")
-    bash scripts/launch.sh scripts/evaluate_generator.py "$generator" tokenizer.weights="$tokenizer" sample.steps=150 \
+    bash scripts/launch.sh scripts.evaluate_generator "$generator" tokenizer.weights="$tokenizer" sample.steps=150 \
         sample.scale="$scale" "${guidance[@]}" eval.protocol=rectok --out "$out/scale_$scale" ${rest[@]+"${rest[@]}"}
 done

@@ -6,4 +6,4 @@
 # Metrics and conventions: eval.protocol=NAME (docs/evaluation.md). --help lists the options.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")"
-exec bash scripts/launch.sh scripts/evaluate_generator.py "$@"
+exec bash scripts/launch.sh scripts.evaluate_generator "$@"

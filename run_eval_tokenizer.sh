@@ -5,4 +5,4 @@
 # Metrics and conventions: eval.protocol=NAME (docs/evaluation.md). --help lists the options.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")"
-exec bash scripts/launch.sh scripts/evaluate.py "$@"
+exec bash scripts/launch.sh scripts.evaluate "$@"

@@ -3,4 +3,4 @@
 #   bash run_linear_probe.sh CONFIG_OR_WEIGHTS [URL] [options]       --help lists the options
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")"
-exec bash scripts/launch.sh scripts/linear_probe.py "$@"
+exec bash scripts/launch.sh scripts.linear_probe "$@"

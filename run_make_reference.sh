@@ -3,4 +3,4 @@
 #   bash run_make_reference.sh URL OUT [--size 256] [--for generation|reconstruction]      --help lists the options
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")"
-exec bash scripts/launch.sh scripts/make_reference.py "$@"
+exec bash scripts/launch.sh scripts.make_reference "$@"

@@ -5,4 +5,4 @@
 # A killed job goes on when started again; --help lists the options, scripts/launch.sh explains several nodes.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")"
-exec bash scripts/launch.sh scripts/pretokenize.py "$@"
+exec bash scripts/launch.sh scripts.pretokenize "$@"

@@ -5,4 +5,4 @@
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")"
 source scripts/environment.sh
-exec "$PYTHON" scripts/quickstart.py "$@"
+exec "$PYTHON" -m scripts.quickstart "$@"

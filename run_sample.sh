@@ -6,4 +6,4 @@
 # The same command continues after a kill; --help tells the rest. Several nodes and exit codes: see scripts/launch.sh.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")"
-exec bash scripts/launch.sh scripts/sample.py "$@"
+exec bash scripts/launch.sh scripts.sample "$@"

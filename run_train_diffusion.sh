@@ -6,4 +6,4 @@
 # Several nodes, launcher and exit codes: see scripts/launch.sh.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")"
-exec bash scripts/launch.sh scripts/train.py --stage=diffusion "$@"
+exec bash scripts/launch.sh scripts.train --stage=diffusion "$@"

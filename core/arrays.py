@@ -9,8 +9,9 @@ from __future__ import annotations
 import contextlib
 import math
 import zipfile
+from collections.abc import Iterator
 from pathlib import Path
-from typing import BinaryIO, Iterator
+from typing import BinaryIO
 
 import numpy as np
 from numpy.lib import format as npy
@@ -31,8 +32,10 @@ def _naming_damage(path: Path) -> Iterator[None]:
     except UserError:
         raise
     except Exception as error:
-        raise UserError(f"{path}: not a whole {path.suffix or 'numpy'} file ({str(error)[:120] or type(error).__name__}). "
-                        "Copy or download it again.") from error
+        raise UserError(
+            f"{path}: not a whole {path.suffix or 'numpy'} file ({str(error)[:120] or type(error).__name__}). "
+            "Copy or download it again."
+        ) from error
 
 
 def _read_header(file: BinaryIO, path: Path, name: str, size: int) -> Header:
@@ -71,7 +74,7 @@ class NpzFile:
             self.zip = zipfile.ZipFile(self.path)
         self.names = [name.removesuffix(".npy") for name in self.zip.namelist() if name.endswith(".npy")]
 
-    def __enter__(self) -> "NpzFile":
+    def __enter__(self) -> NpzFile:
         return self
 
     def __exit__(self, *_) -> None:

@@ -18,9 +18,10 @@ import re
 import sys
 import types
 import typing
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any, Callable, ClassVar, Literal, Mapping, Union, get_args, get_origin
+from typing import Annotated, Any, ClassVar, Literal, Union, get_args, get_origin
 
 from core.errors import UserError, nearest
 from core.registry import Registry
@@ -28,8 +29,13 @@ from core.registry import Registry
 if typing.TYPE_CHECKING:  # --help does without torch
     from core.specs import Progress
 
-_RESERVED_TYPES = {"name": str, "weights": str | None, "use_ema": bool, "latent_stats": str | None,
-                   "view": Literal["vectors", "sequence"] | None}
+_RESERVED_TYPES = {
+    "name": str,
+    "weights": str | None,
+    "use_ema": bool,
+    "latent_stats": str | None,
+    "view": Literal["vectors", "sequence"] | None,
+}
 RESERVED = set(_RESERVED_TYPES)  # component keys that are not constructor arguments
 
 
@@ -42,7 +48,7 @@ class Duration(str):
     PATTERN = re.compile(r"^\s*(\d+(?:\.\d+)?)\s*(ep|step|img|kimg|Mimg)s?\s*$")
 
     @classmethod
-    def parse(cls, text: Any) -> "Duration":
+    def parse(cls, text: Any) -> Duration:
         if isinstance(text, str) and (text == "never" or cls.PATTERN.match(text)):
             return cls(text)
         raise ValueError('a duration such as "200ep", "5000step", "1.5Mimg" or "never"')
@@ -72,8 +78,10 @@ def setting(default: Any, help: str, low: float | None = None, high: float | Non
     if default is ...:
         return field(metadata={**metadata, "required": True}, default=None)
     if isinstance(default, (dict, list)) or dataclasses.is_dataclass(default):
-        return field(default_factory=lambda: default if not dataclasses.is_dataclass(default) else type(default)(),
-                     metadata=metadata)
+        return field(
+            default_factory=lambda: default if not dataclasses.is_dataclass(default) else type(default)(),
+            metadata=metadata,
+        )
     return field(default=default, metadata=metadata)
 
 
@@ -82,18 +90,21 @@ def setting(default: Any, help: str, low: float | None = None, high: float | Non
 # ---------------------------------------------------------------------------------------------------------------------
 @dataclass
 class DataConfig:
-    url: str = setting(..., "folder://DIR, list://FILE.txt?root=DIR, wds://SHARDS, embedded://emoji64, tokens://DIR "
-                            "(docs/data.md)")
+    url: str = setting(
+        ..., "folder://DIR, list://FILE.txt?root=DIR, wds://SHARDS, embedded://emoji64, tokens://DIR (docs/data.md)"
+    )
     split: str = setting("train", "split of sources that have several")
     val_url: str | None = setting(None, "pictures to evaluate on; embedded:// sources default to their own val split")
     pictures: str | None = setting(None, "the pictures behind a tokens:// url, for run_pretokenize.sh and references")
     crop: Literal["center", "random", "random_resized", "ten", "resize_center", "resize_random"] = setting(
-        "center", "how pictures are brought to image_size; stored features and tokens: center, resize_center or ten")
+        "center", "how pictures are brought to image_size; stored features and tokens: center, resize_center or ten"
+    )
     flip: bool = setting(True, "mirror half of the pictures; crop: ten does so by itself")
     scale: list[float] = setting([0.8, 1.0], "random: share of the short side kept; random_resized: of the area")
     crop_range: float = setting(1.1, "ten: how much larger than its crops the picture is", low=1, high=10)
-    short_side: int | None = setting(None, "resize_center, resize_random: short side before the crop; null: image_size",
-                                     low=1)
+    short_side: int | None = setting(
+        None, "resize_center, resize_random: short side before the crop; null: image_size", low=1
+    )
     resample: Literal["bicubic", "lanczos", "bilinear"] = setting("bicubic", "filter of resize_center, resize_random")
     workers: int = setting(4, "decoding processes per rank; 0 decodes in the main process", low=0)
     on_corrupt: Literal["replace", "raise"] = setting("replace", "what to do with a picture that cannot be read")
@@ -119,7 +130,8 @@ class OptimizerConfig:
 @dataclass
 class ScheduleConfig:
     kind: Literal["constant", "cosine", "linear", "exponential", "bent"] = setting(
-        "constant", "shape of the decay to min_lr; bent: two lines that meet at `knee`")
+        "constant", "shape of the decay to min_lr; bent: two lines that meet at `knee`"
+    )
     warmup: Duration = setting(Duration("0ep"), "length of the linear rise from warmup_lr")
     min_lr: float = setting(0.0, "learning rate at the end of the decay", low=0)
     decay_start: Duration | None = setting(None, "start of the decay; default: end of the warm-up")
@@ -153,7 +165,9 @@ class TrainConfig:
     init_from: str | None = setting(None, "start from these weights: run folder, checkpoint, file or hf://")
     device: Literal["auto", "cpu", "cuda"] = setting("auto", "auto takes CUDA where there is one")
     precision: Literal["fp32", "bf16"] = setting("bf16", "of matrix products; losses, norms and weights stay fp32")
-    parallel: Literal["ddp", "fsdp"] = setting("ddp", "ddp: whole weights on every rank; fsdp: a part each (generators)")
+    parallel: Literal["ddp", "fsdp"] = setting(
+        "ddp", "ddp: whole weights on every rank; fsdp: a part each (generators)"
+    )
     compile: bool = setting(False, "torch.compile every block")
     activation_checkpointing: bool = setting(False, "recompute blocks in backward: less memory, a third slower")
     deterministic: bool = setting(False, "deterministic kernels: bit-equal reruns on a GPU too, slower")
@@ -163,8 +177,9 @@ class TrainConfig:
     eval_every: Duration = setting(Duration("never"), "online evaluation")
     checkpoint_every: Duration = setting(Duration("1ep"), "how much a crash may cost")
     keep_checkpoints: int = setting(3, "newest ones to keep", low=1)
-    keep_best: str | None = setting(None, "keep the checkpoint where this metric of eval_every was smallest; its name or how it "
-                                               "begins (rfid)")
+    keep_best: str | None = setting(
+        None, "keep the checkpoint where this metric of eval_every was smallest; its name or how it begins (rfid)"
+    )
     milestone_every: Duration = setting(Duration("never"), "checkpoints that are never deleted")
     time_limit_minutes: float = setting(0.0, "save and exit with code 75 after this long; 0: no limit", low=0)
     max_nonfinite_steps: int = setting(20, "give up after so many bad steps in a row", low=1)
@@ -175,8 +190,12 @@ class EvalConfig:
     num_images: int = setting(0, "pictures per online evaluation; 0: as many as the val split has", low=0)
     batch: int = setting(64, "pictures per forward pass", low=1)
     network: str = setting("auto", "feature network: inception, lite0 (offline stand-in), auto, or a file of weights")
-    protocol: str = setting("adm", "what is measured and how, by the name of a published evaluation (docs/evaluation.md)")
-    reference: str | None = setting(None, "statistics of real pictures; default: of the training set, or the protocol's file")
+    protocol: str = setting(
+        "adm", "what is measured and how, by the name of a published evaluation (docs/evaluation.md)"
+    )
+    reference: str | None = setting(
+        None, "statistics of real pictures; default: of the training set, or the protocol's file"
+    )
     labels: str | None = setting(None, "classes of samples: balanced, random, val or a file; default: the protocol's")
     rounding: Literal["nearest", "truncate", "plus128"] | None = setting(None, "to uint8; default: the protocol's")
 
@@ -185,7 +204,9 @@ class EvalConfig:
 class SampleConfig:
     """Guidance comes first; the keys after it go to the generator's `sample`, which names those it understands."""
 
-    scale: float | list[float] | str = setting(1.0, "guidance scale, one per codebook, or from,to (linear); 1 is none", low=0)
+    scale: float | list[float] | str = setting(
+        1.0, "guidance scale, one per codebook, or from,to (linear); 1 is none", low=0
+    )
     guidance: Literal["cfg", "auto"] = setting("cfg", "cfg: against no class; auto: against a weaker model (guide)")
     interval: list[float] = setting([0.0, 1.0], "guide only while t is inside")
     guide: str | None = setting(None, "weights of the weaker model of guidance: auto")
@@ -193,12 +214,17 @@ class SampleConfig:
     start: float = setting(1.0, "scale of the first token of schedule: linear", low=0)
     power: float = setting(1.0, "exponent of schedule: cosine", low=0)
     steps: int | None = setting(None, "points of a diffusion sampler's time grid", low=2)
-    cuda_graph: bool | None = setting(None, "CUDA graphs of DiT^DH's steps (default: no), of VAR's scales (up to 64 labels)")
+    cuda_graph: bool | None = setting(
+        None, "CUDA graphs of DiT^DH's steps (default: no), of VAR's scales (up to 64 labels)"
+    )
     temperature: float | list[float] | None = setting(None, "of the softmax over codes, or one per codebook", low=0)
-    top_k: int | list[int] | None = setting(None, "sample among the k likeliest codes, or one per codebook; 0: all", low=0)
+    top_k: int | list[int] | None = setting(
+        None, "sample among the k likeliest codes, or one per codebook; 0: all", low=0
+    )
     shared: int | None = setting(None, "the first so many codes of all samples are those of the first one", low=0)
-    top_p: float | list[float] | None = setting(None, "sample among the likeliest codes that make up p, or per codebook; "
-                                                      "0: all", low=0, high=1)
+    top_p: float | list[float] | None = setting(
+        None, "sample among the likeliest codes that make up p, or per codebook; 0: all", low=0, high=1
+    )
 
     GUIDANCE: ClassVar[tuple[str, ...]] = ("scale", "guidance", "interval", "guide", "schedule", "start", "power")
 
@@ -222,7 +248,9 @@ class RunConfig:
     task: Literal["tokenizer", "generator"] = setting(..., "what is trained")
     work_dir: str = setting("work_dirs", "folder of all runs")
     seed: int = setting(0, "of every random draw", low=0)
-    tokenizer: Annotated[dict, "tokenizer"] = setting(..., "name and arguments, or only `weights`; `use_ema`, `latent_stats`")
+    tokenizer: Annotated[dict, "tokenizer"] = setting(
+        ..., "name and arguments, or only `weights`; `use_ema`, `latent_stats`"
+    )
     generator: Annotated[dict, "generator"] | None = setting(None, "name and arguments")
     objective: Annotated[dict, "objective"] | None = setting(None, "losses of a tokenizer")
     discriminator: Annotated[dict, "discriminator"] | None = setting(None, "name and arguments")
@@ -248,8 +276,15 @@ def _describe(hint: Any) -> str:
         return " or ".join(f'"{c}"' for c in get_args(hint))
     if origin in (Union, types.UnionType):
         return " or ".join(_describe(a) for a in get_args(hint))
-    names = {int: "a whole number", float: "a number", bool: "true or false", str: "a text", list: "a list",
-             dict: "a table of keys", type(None): "null"}
+    names = {
+        int: "a whole number",
+        float: "a number",
+        bool: "true or false",
+        str: "a text",
+        list: "a list",
+        dict: "a table of keys",
+        type(None): "null",
+    }
     return names.get(origin or hint, getattr(hint, "__name__", str(hint)))
 
 
@@ -276,8 +311,11 @@ class _Checker:
             return self.section(path, given, hint)
         if origin is Literal:
             if given not in arguments:
-                self.wrong(path, f"expected {_describe(hint)}, got {given!r}."
-                           + (nearest(given, map(str, arguments)) if isinstance(given, str) else ""))
+                self.wrong(
+                    path,
+                    f"expected {_describe(hint)}, got {given!r}."
+                    + (nearest(given, map(str, arguments)) if isinstance(given, str) else ""),
+                )
             return given
         if hint is Duration:
             try:
@@ -350,7 +388,7 @@ class _Checker:
             for number in values[key] if isinstance(values[key], list) else [values[key]]:
                 if not isinstance(number, (int, float)) or isinstance(number, bool):
                     continue
-                if low is not None and number < low or high is not None and number > high:
+                if (low is not None and number < low) or (high is not None and number > high):
                     bounds = f"at least {low}" if high is None else f"between {low} and {high}"
                     self.wrong(where, f"must be {bounds}, got {values[key]!r}.")
                     break
@@ -407,8 +445,10 @@ def parse_section(path: str, given: Any, schema: type) -> Any:
     """An instance of the dataclass `schema` from plain data; UserError with every mistake, named by `path`."""
     if not isinstance(given, dict):
         raise UserError(f"{path}: expected a table of keys, got {given!r}.")
-    known = {f.name: f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING
-             for f in dataclasses.fields(schema)}
+    known = {
+        f.name: f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING
+        for f in dataclasses.fields(schema)
+    }
     problems = [f"{path}.{key}: unknown key.{nearest(str(key), known)}" for key in given if key not in known]
     if missing := [name for name, required in known.items() if required and name not in given]:
         problems.append(f"{path} lacks {', '.join(missing)}.")
@@ -456,8 +496,10 @@ def _cross_checks(config: RunConfig) -> list[str]:
     if getattr(config, needed) is None:
         problems.append(f'{needed}: is missing, and task is "{config.task}".')
     if config.task == "tokenizer" and ("name" not in config.tokenizer or config.tokenizer.get("weights")):
-        problems.append("tokenizer: one that is trained is described by name and settings; give weights to start from as "
-                        "train.init_from, not as tokenizer.weights.")
+        problems.append(
+            "tokenizer: one that is trained is described by name and settings; give weights to start from as "
+            "train.init_from, not as tokenizer.weights."
+        )
     if config.train.parallel == "fsdp" and config.task != "generator":
         problems.append("train.parallel: fsdp is for generators; a tokenizer and its discriminator train with ddp.")
     scale = config.sample.scale
@@ -466,7 +508,9 @@ def _cross_checks(config: RunConfig) -> list[str]:
             config.sample.start, config.sample.scale = linear_scales(scale)
             config.sample.schedule = "linear"
         except ValueError:
-            problems.append(f'sample.scale: a text is two numbers, first and last scale, such as "1.2,8.0", not {scale!r}.')
+            problems.append(
+                f'sample.scale: a text is two numbers, first and last scale, such as "1.2,8.0", not {scale!r}.'
+            )
     elif config.sample.guidance == "auto" and isinstance(scale, list):
         problems.append("sample.scale: autoguidance takes one number.")
     elif config.sample.guidance == "auto" and scale > 1 and not config.sample.guide:
@@ -526,10 +570,14 @@ def read_overrides(overrides: list[str]) -> dict[str, Any]:
     try:
         return OmegaConf.to_container(OmegaConf.from_dotlist(overrides))
     except Exception as error:  # values are YAML, whose parser has many exception types
-        raise UserError(f"{' '.join(overrides)}: no YAML after the equals sign: {' '.join(str(error).split())}") from None
+        raise UserError(
+            f"{' '.join(overrides)}: no YAML after the equals sign: {' '.join(str(error).split())}"
+        ) from None
 
 
-def override(given: Callable[[], Any], overrides: list[str], registries: Mapping[str, Registry], source: str) -> RunConfig:
+def override(
+    given: Callable[[], Any], overrides: list[str], registries: Mapping[str, Registry], source: str
+) -> RunConfig:
     """A checked RunConfig from what `given` returns (plain data or an OmegaConf table) and overrides. `source`: its name."""
     from omegaconf import OmegaConf
     from omegaconf.errors import OmegaConfBaseException
@@ -547,8 +595,9 @@ def override(given: Callable[[], Any], overrides: list[str], registries: Mapping
 def _forget_arguments(base: Any, changes: Any, registries: Mapping[str, Registry]) -> None:
     """Where overrides name another class for a section, arguments in `base` that are the former class's alone go."""
     for kind, registry in registries.items():
-        former, new = (section[kind].get("name") if isinstance(section.get(kind), Mapping) else None
-                       for section in (base, changes))
+        former, new = (
+            section[kind].get("name") if isinstance(section.get(kind), Mapping) else None for section in (base, changes)
+        )
         if new not in registry.entries or former in (None, new):
             continue
         accepted = {*registry.signature(new), *RESERVED}
@@ -568,6 +617,7 @@ def check(plain: dict[str, Any], registries: Mapping[str, Registry], source: str
 
 def to_plain(config: Any) -> dict[str, Any]:
     """The resolved configuration as plain data that YAML and JSON can hold."""
+
     def plain(value: Any) -> Any:
         if dataclasses.is_dataclass(value):
             return {f.name: plain(getattr(value, f.name)) for f in dataclasses.fields(value)}
@@ -583,6 +633,7 @@ def to_plain(config: Any) -> dict[str, Any]:
 def to_yaml(config: Any) -> str:
     """The resolved configuration as YAML."""
     import yaml
+
     return yaml.safe_dump(to_plain(config), sort_keys=False, allow_unicode=True)
 
 

@@ -9,10 +9,11 @@ from __future__ import annotations
 import os
 import shutil
 import subprocess
+from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
-from typing import Callable, TypeVar
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
@@ -121,20 +122,26 @@ def pick_device(wanted: str) -> torch.device:
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     if not torch.cuda.is_available():
         if wanted == "cuda":
-            raise UserError(f"train.device=cuda, but torch sees no CUDA device here (torch {torch.__version__}, "
-                            f"CUDA_VISIBLE_DEVICES={'unset' if visible is None else visible}). Use train.device=cpu, or "
-                            "check the driver with nvidia-smi.")
+            raise UserError(
+                f"train.device=cuda, but torch sees no CUDA device here (torch {torch.__version__}, "
+                f"CUDA_VISIBLE_DEVICES={'unset' if visible is None else visible}). Use train.device=cpu, or "
+                "check the driver with nvidia-smi."
+            )
         if visible not in ("", "-1") and (count := len([g for g in _ask_nvidia("-L") if g.startswith("GPU ")])):
             driver = (*_ask_nvidia("--query-gpu=driver_version", "--format=csv,noheader"), "unknown")[0]
             built = f"built for CUDA {torch.version.cuda}" if torch.version.cuda else "built without CUDA"
-            raise UserError(f"nvidia-smi lists {count} GPU(s) (driver {driver}), but torch {torch.__version__}, {built}, "
-                            "cannot use them. Install the torch build for this driver (pytorch.org), or update the driver; "
-                            "to compute on the CPU all the same: CUDA_VISIBLE_DEVICES= in front of the command.")
+            raise UserError(
+                f"nvidia-smi lists {count} GPU(s) (driver {driver}), but torch {torch.__version__}, {built}, "
+                "cannot use them. Install the torch build for this driver (pytorch.org), or update the driver; "
+                "to compute on the CPU all the same: CUDA_VISIBLE_DEVICES= in front of the command."
+            )
         return torch.device("cpu")
     local, count = launch.ranks().local, torch.cuda.device_count()
     if local >= count:
-        raise UserError(f"process {local} of this machine finds no GPU: torch sees {count}, and every process needs its "
-                        f"own. Start at most {count} (NPROC={count}), or show more GPUs in CUDA_VISIBLE_DEVICES.")
+        raise UserError(
+            f"process {local} of this machine finds no GPU: torch sees {count}, and every process needs its "
+            f"own. Start at most {count} (NPROC={count}), or show more GPUs in CUDA_VISIBLE_DEVICES."
+        )
     return torch.device("cuda", local)
 
 
@@ -171,8 +178,10 @@ def start(device: str = "auto", timeout_minutes: float = 15.0) -> World:
         except dist.DistError as error:  # a busy port, a wrong address, ranks that never come
             reason = (str(error).strip().splitlines() or ["no reason given"])[0]
             place = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
-            raise UserError(f"{told.size} ranks could not meet at {place} ({reason}). Choose a free MASTER_PORT, see that MASTER_ADDR is the first machine, and that "
-                            "all ranks were started.") from error
+            raise UserError(
+                f"{told.size} ranks could not meet at {place} ({reason}). Choose a free MASTER_PORT, see that MASTER_ADDR is the first machine, and that "
+                "all ranks were started."
+            ) from error
     return World(told.rank, told.size, told.local, chosen)
 
 

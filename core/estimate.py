@@ -9,8 +9,9 @@ it is written.
 from __future__ import annotations
 
 import weakref
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any, Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -28,8 +29,10 @@ def _fused_attention_backward(grad, query, key, value, *_, **__) -> int:
     return sdpa_backward_flop_count(grad.shape, query.shape, key.shape, value.shape)
 
 
-_ATTENTION = {torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _fused_attention,
-              torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: _fused_attention_backward}
+_ATTENTION = {
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _fused_attention,
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: _fused_attention_backward,
+}
 
 
 @dataclass

@@ -1,6 +1,6 @@
 """Files that are either whole or absent: atomic writes, checksums, free space, and errors a person can act on.
 
-Nothing here knows what is inside a file. Checkpoints are in core/train/checkpoint.py, weights in core/hub.py.
+Nothing here knows what is inside a file. Checkpoints are in core/train/checkpoint.py, weights in core/weights/hub.py.
 """
 
 from __future__ import annotations
@@ -11,9 +11,10 @@ import json
 import os
 import shutil
 import threading
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Iterator
+from typing import Any
 
 from core.errors import UserError
 
@@ -50,11 +51,15 @@ def refuse_text(path: str | os.PathLike) -> None:
     with explain_os_errors(path), open(path, "rb") as file:
         start = file.read(200).lstrip().lower()
     if start.startswith(b"version https://git-lfs"):
-        raise UserError(f"{os.fspath(path)}: a Git-LFS pointer, not the file it stands for. Run git lfs pull in its "
-                        "repository, or download the file itself.")
+        raise UserError(
+            f"{os.fspath(path)}: a Git-LFS pointer, not the file it stands for. Run git lfs pull in its "
+            "repository, or download the file itself."
+        )
     if start.startswith((b"<!doctype", b"<html", b"<head", b"<?xml")):
-        raise UserError(f"{os.fspath(path)}: a web page, not a file of numbers: the server answered the download with a "
-                        "page, of an error or a login. Delete it and download it again.")
+        raise UserError(
+            f"{os.fspath(path)}: a web page, not a file of numbers: the server answered the download with a "
+            "page, of an error or a login. Delete it and download it again."
+        )
 
 
 def is_machines_fault(error: BaseException) -> bool:

@@ -42,7 +42,9 @@ def grid(images: Tensor, columns: int | None = None, padding: int = 2) -> Tensor
     count, channels, height, width = images.shape
     columns = columns or math.ceil(math.sqrt(count))
     rows = math.ceil(count / columns)
-    canvas = images.new_full((channels, rows * (height + padding) + padding, columns * (width + padding) + padding), 255)
+    canvas = images.new_full(
+        (channels, rows * (height + padding) + padding, columns * (width + padding) + padding), 255
+    )
     for i, image in enumerate(images):
         top, left = (i // columns) * (height + padding) + padding, (i % columns) * (width + padding) + padding
         canvas[:, top : top + height, left : left + width] = image

@@ -44,17 +44,26 @@ def ranks() -> Ranks:
         return Ranks(numbers["RANK"], numbers["WORLD_SIZE"], numbers.get("LOCAL_RANK", 0))
     shown = ", ".join(f"{name}={text}" for name, text in given.items() if text)
     reason = f"{' and '.join(missing)} not set" if missing else "not a rank among that many"
-    raise UserError(f"{shown} in the environment, but {reason}: leftovers of another launcher? For one process: unset "
-                    "RANK WORLD_SIZE LOCAL_RANK. For several, let run_*.sh, torchrun or accelerate launch start them.")
+    raise UserError(
+        f"{shown} in the environment, but {reason}: leftovers of another launcher? For one process: unset "
+        "RANK WORLD_SIZE LOCAL_RANK. For several, let run_*.sh, torchrun or accelerate launch start them."
+    )
 
 
 # What accelerate's config can ask for that is not done here: variable, values that ask for nothing, what to use instead.
 _NOT_TAKEN = (
     ("ACCELERATE_USE_DEEPSPEED", ("false",), "DeepSpeed: use FSDP (distributed_type: FSDP, or train.parallel=fsdp)"),
-    ("ACCELERATE_USE_MEGATRON_LM", ("false",), "Megatron-LM: use FSDP (distributed_type: FSDP, or train.parallel=fsdp)"),
+    (
+        "ACCELERATE_USE_MEGATRON_LM",
+        ("false",),
+        "Megatron-LM: use FSDP (distributed_type: FSDP, or train.parallel=fsdp)",
+    ),
     ("ACCELERATE_USE_PARALLELISM_CONFIG", ("false",), "tensor, context and sequence parallelism: use FSDP alone"),
-    ("FSDP_OFFLOAD_PARAMS", ("false",), "FSDP's offloading to the CPU (fsdp_offload_params): use more GPUs, or "
-                                        "train.activation_checkpointing=true"),
+    (
+        "FSDP_OFFLOAD_PARAMS",
+        ("false",),
+        "FSDP's offloading to the CPU (fsdp_offload_params): use more GPUs, or train.activation_checkpointing=true",
+    ),
     ("ACCELERATE_DYNAMO_BACKEND", ("no", "inductor"), "this dynamo_backend: inductor is the one (train.compile=true)"),
 )
 _PRECISIONS = {"no": "fp32", "fp32": "fp32", "bf16": "bf16"}
@@ -77,16 +86,21 @@ def asked_by_accelerate() -> list[str]:
             raise UserError(f"accelerate's config asks for what is not taken from it, {advice}.")
     precision = _value("ACCELERATE_MIXED_PRECISION")
     if precision not in _PRECISIONS:
-        raise UserError(f"accelerate's config asks for mixed_precision {precision}, which is not taken: use bf16 or no.")
+        raise UserError(
+            f"accelerate's config asks for mixed_precision {precision}, which is not taken: use bf16 or no."
+        )
     if _value("MASTER_ADDR") and not _value("WORLD_SIZE"):
-        raise UserError("accelerate was asked for several processes, but starts only one this way (CPUs without mpirun): "
-                        "use --multi_gpu with train.device=cpu, or NPROC=2 bash run_train_tokenizer.sh CONFIG.")
+        raise UserError(
+            "accelerate was asked for several processes, but starts only one this way (CPUs without mpirun): "
+            "use --multi_gpu with train.device=cpu, or NPROC=2 bash run_train_tokenizer.sh CONFIG."
+        )
     settings = [f"train.precision={_PRECISIONS[precision]}"]
     if is_set("ACCELERATE_USE_FSDP"):
         sharding = "FULL_SHARD" if _value("FSDP_VERSION") == "2" else _value("FSDP_SHARDING_STRATEGY") or "FULL_SHARD"
         if sharding not in _SHARDINGS:
-            raise UserError(f"accelerate's config asks for fsdp_sharding_strategy {sharding}, which is not taken: use "
-                            "FULL_SHARD.")
+            raise UserError(
+                f"accelerate's config asks for fsdp_sharding_strategy {sharding}, which is not taken: use FULL_SHARD."
+            )
         settings.append(f"train.parallel={_SHARDINGS[sharding]}")
         if is_set("FSDP_ACTIVATION_CHECKPOINTING"):
             settings.append("train.activation_checkpointing=true")

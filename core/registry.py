@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import importlib
 import inspect
-from typing import Any, Callable
+from collections.abc import Callable
+from typing import Any
 
 from core.errors import UserError, nearest
 
@@ -47,6 +48,8 @@ class Registry:
         accepted = self.signature(name)
         unknown = [key for key in config if key not in accepted]
         if unknown:
-            raise UserError("; ".join(f'{self.kind} "{name}" has no setting "{k}".{nearest(k, accepted)}' for k in unknown))
+            raise UserError(
+                "; ".join(f'{self.kind} "{name}" has no setting "{k}".{nearest(k, accepted)}' for k in unknown)
+            )
         fill = {k: v for k, v in defaults.items() if k in accepted and config.get(k) is None}
         return self.get(name)(**{**config, **fill})

@@ -122,7 +122,7 @@ class Draws:
         """One Python float in [low, high) for the whole step, the same on every rank."""
         return low + (high - low) * uniform_scalar(self.seed, name, self.step)
 
-    def fork(self, name: str) -> "Draws":
+    def fork(self, name: str) -> Draws:
         """Draws for a nested use: the same names give other numbers than here."""
         return Draws(hash64(self.seed, "fork", name), self.positions, self.step)
 
@@ -150,5 +150,5 @@ class RecordedDraws:
     def shared_uniform(self, name: str, low: float = 0.0, high: float = 1.0) -> float:
         return float(self.recorded[name])
 
-    def fork(self, name: str) -> "RecordedDraws":
+    def fork(self, name: str) -> RecordedDraws:
         return self

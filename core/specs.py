@@ -10,8 +10,9 @@ Shape letters: B batch, N tokens, C latent channels, K codebooks (branches), V c
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import Any, Iterator, Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -56,8 +57,13 @@ class Codes:
 
     def sizes(self) -> dict[str, Any]:
         """Constructor arguments of a generator that follow from the latents; it takes those it has a name for."""
-        return {"length": self.length, "branches": self.branches, "vocab": self.vocab, "code_dim": self.dim,
-                "grid": None if self.grid is None else list(self.grid)}
+        return {
+            "length": self.length,
+            "branches": self.branches,
+            "vocab": self.vocab,
+            "code_dim": self.dim,
+            "grid": None if self.grid is None else list(self.grid),
+        }
 
     def __str__(self) -> str:
         return f"{self.branches} x {self.length} codes from {self.vocab}"
@@ -104,13 +110,16 @@ class Batch:
     def __len__(self) -> int:
         return self.labels.shape[0]
 
-    def to(self, device: torch.device) -> "Batch":
+    def to(self, device: torch.device) -> Batch:
         """Same batch with its tensors on `device` (asynchronous when they are pinned)."""
+
         def move(t: Tensor | None) -> Tensor | None:
             return None if t is None else t.to(device, non_blocking=True)
 
         features = {k: v.to(device, non_blocking=True) for k, v in self.features.items()}
-        return Batch(move(self.labels), move(self.positions), move(self.images), move(self.stored), features, self.replaced)
+        return Batch(
+            move(self.labels), move(self.positions), move(self.images), move(self.stored), features, self.replaced
+        )
 
 
 @dataclass(frozen=True)
@@ -204,7 +213,7 @@ class Guidance:
             given = (*given, self.start)
         return any(scale > self.floor and scale != 1.0 for scale in given)
 
-    def mixing(self) -> "Guidance":
+    def mixing(self) -> Guidance:
         """The same, with scales between 0 and 1 taken at their word."""
         return dataclasses.replace(self, floor=0.0)
 

@@ -1,15 +1,15 @@
 """Pictures in, batches out.
 
-    base.py        decode anything to RGB; what listed sources share
-    sources.py     open_source(url): folder://, list://, wds://, datasets://, embedded://, synthetic://, tokens://
-    wds.py         tar shards with random access
-    hf.py          Hugging Face datasets
-    stream.py      shards on a web server or the hub, without random access
-    transforms.py  crops as pure functions, and the Transform a config describes
-    loader.py      training batches in an order that depends on (seed, position) alone; ordered passes
-    cache.py       tensors computed once from every view of every picture, memory-mapped
-    tokens.py      caches of what a tokenizer makes, to train from without pictures
-    token_files.py tokens of other code bases, in and out
+base.py        decode anything to RGB; what listed sources share
+sources.py     open_source(url): folder://, list://, wds://, datasets://, embedded://, synthetic://, tokens://
+wds.py         tar shards with random access
+hf.py          Hugging Face datasets
+stream.py      shards on a web server or the hub, without random access
+transforms.py  crops as pure functions, and the Transform a config describes
+loader.py      training batches in an order that depends on (seed, position) alone; ordered passes
+cache.py       tensors computed once from every view of every picture, memory-mapped
+tokens.py      caches of what a tokenizer makes, to train from without pictures
+token_files.py tokens of other code bases, in and out
 """
 
 from data.base import UnreadablePicture
@@ -18,5 +18,15 @@ from data.loader import Loader, listed_batches, ordered_batches, part, split
 from data.sources import open_source
 from data.transforms import Transform
 
-__all__ = ["FeatureCache", "Loader", "Transform", "UnreadablePicture", "build", "listed_batches", "open_source",
-           "ordered_batches", "part", "split"]
+__all__ = [
+    "FeatureCache",
+    "Loader",
+    "Transform",
+    "UnreadablePicture",
+    "build",
+    "listed_batches",
+    "open_source",
+    "ordered_batches",
+    "part",
+    "split",
+]

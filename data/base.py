@@ -14,8 +14,8 @@ from __future__ import annotations
 import hashlib
 import io
 import os
+from collections.abc import Iterable
 from pathlib import Path
-from typing import Iterable
 
 import numpy as np
 from PIL import Image, UnidentifiedImageError
@@ -86,7 +86,7 @@ class PackedStrings:
         self.blob = np.frombuffer(b"".join(strings), dtype=np.uint8)
 
     @classmethod
-    def from_arrays(cls, blob: np.ndarray, ends: np.ndarray) -> "PackedStrings":
+    def from_arrays(cls, blob: np.ndarray, ends: np.ndarray) -> PackedStrings:
         packed = cls.__new__(cls)
         packed.blob, packed.ends = blob, ends
         return packed
@@ -108,8 +108,10 @@ def require_labels(source: object) -> None:
 def require_order(source: object, purpose: str) -> None:
     """UserError for a stream, whose picture number i is another one each time and on each process."""
     if hasattr(source, "inexact"):
-        raise UserError(f"{source.name}: streamed pictures have no fixed order, so {purpose}. Copy them to a disk, and name "
-                        "the folder or the shards.")
+        raise UserError(
+            f"{source.name}: streamed pictures have no fixed order, so {purpose}. Copy them to a disk, and name "
+            "the folder or the shards."
+        )
 
 
 def remarks(source: object) -> list[str]:
@@ -137,16 +139,23 @@ class ListedSource:
         sizes: (N,) bytes per picture where they are known at no cost; part of the fingerprint.
     """
 
-    def __init__(self, keys: PackedStrings, labels: np.ndarray | None, class_names: list[str] | None = None,
-                 sizes: np.ndarray | None = None):
+    def __init__(
+        self,
+        keys: PackedStrings,
+        labels: np.ndarray | None,
+        class_names: list[str] | None = None,
+        sizes: np.ndarray | None = None,
+    ):
         self.packed_keys, self.sizes = keys, sizes
         self.labels = np.zeros(len(keys), dtype=np.int64) if labels is None else np.asarray(labels, dtype=np.int64)
         if class_names is None:
             class_names = ["unlabelled"] if labels is None else [str(i) for i in range(int(self.labels.max()) + 1)]
         self.class_names, self.num_classes = class_names, len(class_names)
         if self.labels.max() >= self.num_classes:
-            raise UserError(f"label {self.labels.max()} of {self.key(int(self.labels.argmax()))} has no name: "
-                            f"{self.num_classes} classes are listed. Complete the file of class names.")
+            raise UserError(
+                f"label {self.labels.max()} of {self.key(int(self.labels.argmax()))} has no name: "
+                f"{self.num_classes} classes are listed. Complete the file of class names."
+            )
         self._fingerprint: str | None = None
 
     def __len__(self) -> int:
@@ -185,8 +194,14 @@ class ListedSource:
 class FileSource(ListedSource):
     """Pictures in single files below `root`; keys are their paths relative to it."""
 
-    def __init__(self, root: Path, keys: PackedStrings, labels: np.ndarray | None,
-                 class_names: list[str] | None = None, sizes: np.ndarray | None = None):
+    def __init__(
+        self,
+        root: Path,
+        keys: PackedStrings,
+        labels: np.ndarray | None,
+        class_names: list[str] | None = None,
+        sizes: np.ndarray | None = None,
+    ):
         super().__init__(keys, labels, class_names, sizes)
         self.root = root
 
@@ -200,8 +215,9 @@ def read_class_names(path: str | Path) -> list[str]:
     try:
         names = path.read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"class names {path} cannot be read ({error}). "
-                        "Give a text file with one name per line.") from error
+        raise UserError(
+            f"class names {path} cannot be read ({error}). Give a text file with one name per line."
+        ) from error
     while names and not names[-1].strip():
         names.pop()
     if not names:

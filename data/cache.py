@@ -16,8 +16,9 @@ import json
 import os
 import shutil
 import time
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, Callable, Iterator, Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -46,8 +47,13 @@ class FeatureCache:
         source, transform, fingerprint: what it must have been made from; None leaves that unchecked.
     """
 
-    def __init__(self, path: str | Path, source: DataSource | None = None, transform: Transform | None = None,
-                 fingerprint: str | None = None):
+    def __init__(
+        self,
+        path: str | Path,
+        source: DataSource | None = None,
+        transform: Transform | None = None,
+        fingerprint: str | None = None,
+    ):
         self.path = Path(path)
         try:
             self.description = json.loads((self.path / "description.json").read_text())
@@ -58,8 +64,9 @@ class FeatureCache:
             self.source_fingerprint: str = self.description["source"]
             self.content: str = self.description["content"]
         except (OSError, ValueError, KeyError, TypeError) as error:
-            raise UserError(f"{path} is not a complete cache ({type(error).__name__}: {error}). "
-                            "Delete it and build it again.") from error
+            raise UserError(
+                f"{path} is not a complete cache ({type(error).__name__}: {error}). Delete it and build it again."
+            ) from error
         self._maps: dict[str, np.ndarray] = {}
         self.check(source, transform, fingerprint)
         for name in (*self.arrays, LABELS):
@@ -68,8 +75,9 @@ class FeatureCache:
     def __len__(self) -> int:
         return self.samples
 
-    def check(self, source: DataSource | None = None, transform: Transform | None = None,
-              fingerprint: str | None = None) -> None:
+    def check(
+        self, source: DataSource | None = None, transform: Transform | None = None, fingerprint: str | None = None
+    ) -> None:
         """UserError with every difference to what is given; None is not compared."""
         found = self.description
         wrong = []
@@ -77,13 +85,18 @@ class FeatureCache:
             wrong.append(f"the list of pictures ({found['samples']} in the cache, {len(source)} now)")
         if transform is not None:
             now = transform.describe()
-            wrong += [f"{k} ({found['transform'].get(k)} in the cache, {v} now)" for k, v in now.items()
-                      if found["transform"].get(k) != v]
+            wrong += [
+                f"{k} ({found['transform'].get(k)} in the cache, {v} now)"
+                for k, v in now.items()
+                if found["transform"].get(k) != v
+            ]
         if fingerprint is not None and found["producer"] != fingerprint:
             wrong.append(f"what made it ({found['producer']} in the cache, {fingerprint} now)")
         if wrong:
-            raise UserError(f"cache {self.path} was made from something else: {'; '.join(wrong)}. "
-                            "Delete the folder or choose another, and build it again.")
+            raise UserError(
+                f"cache {self.path} was made from something else: {'; '.join(wrong)}. "
+                "Delete the folder or choose another, and build it again."
+            )
 
     def rows(self, name: str) -> np.ndarray:
         """The memory map of one array, (samples, views, ...), opened once per process; "labels" is (samples,)."""
@@ -95,8 +108,9 @@ class FeatureCache:
                 raise UserError(f"{path} cannot be read ({error}). Delete {self.path} and build it again.") from error
             expected = [self.samples] if name == LABELS else [self.samples, self.views, *self.arrays[name]["shape"]]
             if list(array.shape) != expected:
-                raise UserError(f"{path} has shape {list(array.shape)}, its description says {expected}. "
-                                "Build it again.")
+                raise UserError(
+                    f"{path} has shape {list(array.shape)}, its description says {expected}. Build it again."
+                )
             self._maps[name] = array
         return self._maps[name]
 
@@ -127,11 +141,15 @@ class FeatureCache:
             raise UserError(f"{self.path / 'chunks.npy'} is not the one its description names. Build the cache again.")
         for i, start in enumerate(range(0, self.samples, chunk)):
             stop = min(start + chunk, self.samples)
-            digests = {name: hashlib.blake2b(np.ascontiguousarray(self.rows(name)[start:stop]).data, digest_size=DIGEST)
-                       for name in (*self.arrays, LABELS)}
+            digests = {
+                name: hashlib.blake2b(np.ascontiguousarray(self.rows(name)[start:stop]).data, digest_size=DIGEST)
+                for name in (*self.arrays, LABELS)
+            }
             if _combine(digests) != recorded[i].tobytes():
-                raise UserError(f"{self.path}: samples {start} to {stop - 1} are not what was written. "
-                                "The files are damaged: build the cache again.")
+                raise UserError(
+                    f"{self.path}: samples {start} to {stop - 1} are not what was written. "
+                    "The files are damaged: build the cache again."
+                )
             if progress:
                 progress(stop)
 
@@ -174,8 +192,10 @@ def _convert(name: str, tensor: Tensor, dtype: np.dtype) -> np.ndarray:
         fits = values.min() >= limits.min and values.max() <= limits.max
     if not fits:
         wider = "float32" if dtype.kind == "f" else "int32"
-        raise UserError(f"cache array {name}: values from {values.min()} to {values.max()} do not fit {dtype}. "
-                        f"Store it as {wider}, or check the network that made it.")
+        raise UserError(
+            f"cache array {name}: values from {values.min()} to {values.max()} do not fit {dtype}. "
+            f"Store it as {wider}, or check the network that made it."
+        )
     return stored
 
 
@@ -191,8 +211,9 @@ def _claim(folder: Path, plan: dict[str, Any], chunks: int) -> None:
         pass  # no folder, no owner, or a dead one
     try:
         found = json.loads((folder / "plan.json").read_text())
-        differing = [f"{key} ({found.get(key)} there, {value} now)" for key, value in plan.items()
-                     if found.get(key) != value]
+        differing = [
+            f"{key} ({found.get(key)} there, {value} now)" for key, value in plan.items() if found.get(key) != value
+        ]
     except (OSError, ValueError, AttributeError):  # it died before it had a plan
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir(parents=True)
@@ -200,8 +221,10 @@ def _claim(folder: Path, plan: dict[str, Any], chunks: int) -> None:
         write_json(folder / "plan.json", plan)
     else:
         if differing:
-            raise UserError(f"{folder} is an unfinished build of something else: {'; '.join(differing)}. "
-                            "Delete it, or choose another folder.")
+            raise UserError(
+                f"{folder} is an unfinished build of something else: {'; '.join(differing)}. "
+                "Delete it, or choose another folder."
+            )
     owner.write_text(f"{os.uname().nodename} {os.getpid()}")
 
 
@@ -225,16 +248,35 @@ class Builder:
         chunk: samples per chunk.
     """
 
-    def __init__(self, path: str | Path, samples: int, views: int, source: str, transform: dict[str, Any],
-                 producer: str, facts: dict[str, Any] | None = None, rank: int = 0, world: int = 1,
-                 barrier: Callable[[], None] | None = None, chunk: int = CHUNK):
+    def __init__(
+        self,
+        path: str | Path,
+        samples: int,
+        views: int,
+        source: str,
+        transform: dict[str, Any],
+        producer: str,
+        facts: dict[str, Any] | None = None,
+        rank: int = 0,
+        world: int = 1,
+        barrier: Callable[[], None] | None = None,
+        chunk: int = CHUNK,
+    ):
         self.path, self.samples, self.views, self.chunk, self.rank = Path(path), samples, views, chunk, rank
         self.folder = self.path.with_name(f".{self.path.name}.building")
         self.barrier = barrier or (lambda: None)
         if self.path.exists():
             raise UserError(f"{path} exists. Delete it or choose another folder.")
-        self.plan = {"format": FORMAT, "samples": samples, "views": views, "chunk": chunk, "source": source,
-                     "transform": transform, "producer": producer, "facts": facts or {}}
+        self.plan = {
+            "format": FORMAT,
+            "samples": samples,
+            "views": views,
+            "chunk": chunk,
+            "source": source,
+            "transform": transform,
+            "producer": producer,
+            "facts": facts or {},
+        }
         if rank == 0:
             self.folder.parent.mkdir(parents=True, exist_ok=True)
             _claim(self.folder, self.plan, -(-samples // chunk))
@@ -338,11 +380,24 @@ class Builder:
         self.barrier()
 
 
-def build(path: str | Path, source: DataSource, transform: Transform, producer: Producer, fingerprint: str,
-          batch: int = 64, progress: Callable[[int, int], None] | None = None, storage: dict[str, str] | None = None,
-          rank: int = 0, world: int = 1, barrier: Callable[[], None] | None = None, workers: int = 0,
-          on_corrupt: str = "replace", facts: dict[str, Any] | None = None, chunk: int = CHUNK,
-          replaced: dict[str, str] | None = None) -> FeatureCache:
+def build(
+    path: str | Path,
+    source: DataSource,
+    transform: Transform,
+    producer: Producer,
+    fingerprint: str,
+    batch: int = 64,
+    progress: Callable[[int, int], None] | None = None,
+    storage: dict[str, str] | None = None,
+    rank: int = 0,
+    world: int = 1,
+    barrier: Callable[[], None] | None = None,
+    workers: int = 0,
+    on_corrupt: str = "replace",
+    facts: dict[str, Any] | None = None,
+    chunk: int = CHUNK,
+    replaced: dict[str, str] | None = None,
+) -> FeatureCache:
     """Make a cache, or open the one at `path` if it was made from the same things.
 
     Args:
@@ -365,8 +420,19 @@ def build(path: str | Path, source: DataSource, transform: Transform, producer: 
     require_order(source, "nothing can be stored of them (data.cache_latents, data.cache_features, tokens)")
     views, storage = transform.views, storage or {}
     batch = next(size for size in range(min(batch, chunk), 0, -1) if chunk % size == 0)
-    builder = Builder(path, len(source), views, source.fingerprint(), transform.describe(), fingerprint, facts, rank,
-                      world, barrier, chunk)
+    builder = Builder(
+        path,
+        len(source),
+        views,
+        source.fingerprint(),
+        transform.describe(),
+        fingerprint,
+        facts,
+        rank,
+        world,
+        barrier,
+        chunk,
+    )
     spans = [range(start, stop) for start, stop in builder.spans(batch)]
     read = listed_batches(source, transform, spans, workers, on_corrupt, views=range(views))
     done, total = 0, sum(map(len, spans))

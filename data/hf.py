@@ -11,8 +11,9 @@ optional: a column of class labels, of whole numbers or of words.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Iterator
+from typing import Any
 
 import numpy as np
 
@@ -42,13 +43,16 @@ def _load(path: str, split: str, options: dict[str, str], streaming: bool) -> An
                 loaded = loaded[split]
             return loaded.to_iterable_dataset() if streaming else loaded
         where = str(folder) if folder.is_dir() else path
-        return datasets.load_dataset(where, options.get("name"), split=split, streaming=streaming,
-                                     revision=options.get("revision"))
+        return datasets.load_dataset(
+            where, options.get("name"), split=split, streaming=streaming, revision=options.get("revision")
+        )
     except UserError:
         raise
     except Exception as error:  # of many libraries
-        raise UserError(f"datasets://{path}, split {split}: {type(error).__name__}: {' '.join(str(error).split())[:300]}. "
-                        "Check the name, the split and the network.") from None
+        raise UserError(
+            f"datasets://{path}, split {split}: {type(error).__name__}: {' '.join(str(error).split())[:300]}. "
+            "Check the name, the split and the network."
+        ) from None
 
 
 def _columns(path: str, features: dict[str, Any], options: dict[str, str]) -> tuple[str, str | None]:
@@ -83,8 +87,9 @@ def _bytes(value: Any, key: str) -> bytes:
 class HuggingFaceSource(ListedSource):
     """A map-style dataset; `column` gives undecoded pictures."""
 
-    def __init__(self, dataset: Any, column: str, keys: PackedStrings, labels: np.ndarray | None,
-                 class_names: list[str] | None):
+    def __init__(
+        self, dataset: Any, column: str, keys: PackedStrings, labels: np.ndarray | None, class_names: list[str] | None
+    ):
         super().__init__(keys, labels, class_names)
         self.dataset, self.column = dataset, column
 
@@ -130,8 +135,9 @@ def open_datasets(path: str, split: str | None, options: dict[str, str]) -> Data
     import datasets
 
     if dataset.features is None:
-        raise UserError(f"datasets://{path} does not say what its columns are, so it cannot be streamed. "
-                        "Leave out streaming=1.")
+        raise UserError(
+            f"datasets://{path} does not say what its columns are, so it cannot be streamed. Leave out streaming=1."
+        )
     column, label = _columns(path, dataset.features, options)
     kind = dataset.features.get(label) if label else None
     if isinstance(dataset.features[column], datasets.Image):
@@ -144,8 +150,9 @@ def open_datasets(path: str, split: str | None, options: dict[str, str]) -> Data
         count = getattr(splits.get(split), "num_examples", None) or None
         samples, listed = stream_options(f"datasets://{path}", options, count)
         if label and names is None and "num_classes" not in options:
-            raise UserError(f"datasets://{path}: streamed labels need ?num_classes=N or ?classes=FILE; ?label=none drops "
-                            "them.")
+            raise UserError(
+                f"datasets://{path}: streamed labels need ?num_classes=N or ?classes=FILE; ?label=none drops them."
+            )
         return HuggingFaceStream(f"datasets://{path}", samples, names or listed, dataset, column, label)
     for key in ("samples", "num_classes"):
         if key in options:
@@ -163,7 +170,9 @@ def open_datasets(path: str, split: str | None, options: dict[str, str]) -> Data
             words, values = np.unique(values, return_inverse=True)
             names = names or words.tolist()
         if values is None or values.min() < 0:
-            raise UserError(f"datasets://{path}: column {label} holds labels that are missing, several for a picture, or "
-                            "no class numbers. Set ?label=NAME, or ?label=none.")
+            raise UserError(
+                f"datasets://{path}: column {label} holds labels that are missing, several for a picture, or "
+                "no class numbers. Set ?label=NAME, or ?label=none."
+            )
         labels = values
     return HuggingFaceSource(dataset, column, keys, labels, names if label else None)

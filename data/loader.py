@@ -16,7 +16,8 @@ import multiprocessing
 import os
 import signal
 import sys
-from typing import TYPE_CHECKING, Any, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -54,9 +55,17 @@ def split(batch: Batch, count: int) -> list[Batch]:
     def cut(tensor: Tensor | None, i: int) -> Tensor | None:
         return None if tensor is None else tensor[i * size : (i + 1) * size]
 
-    return [Batch(cut(batch.labels, i), cut(batch.positions, i), cut(batch.images, i), cut(batch.stored, i),
-                  {k: cut(v, i) for k, v in batch.features.items()}, batch.replaced if i == 0 else [])
-            for i in range(count)]
+    return [
+        Batch(
+            cut(batch.labels, i),
+            cut(batch.positions, i),
+            cut(batch.images, i),
+            cut(batch.stored, i),
+            {k: cut(v, i) for k, v in batch.features.items()},
+            batch.replaced if i == 0 else [],
+        )
+        for i in range(count)
+    ]
 
 
 def read_or_replace(source: DataSource, index: int, on_corrupt: str) -> tuple[Sample, dict[str, str]]:
@@ -67,19 +76,30 @@ def read_or_replace(source: DataSource, index: int, on_corrupt: str) -> tuple[Sa
             return source[(index + offset) % len(source)], replaced
         except UnreadablePicture as error:
             if on_corrupt == "raise":
-                raise UserError(f"{error.key} cannot be read ({error.reason}). Repair or remove it; trainings with "
-                                "data.on_corrupt=replace take the next picture instead.") from error
+                raise UserError(
+                    f"{error.key} cannot be read ({error.reason}). Repair or remove it; trainings with "
+                    "data.on_corrupt=replace take the next picture instead."
+                ) from error
             replaced[error.key] = error.reason
     key, reason = next(iter(replaced.items()))
-    raise UserError(f"{len(replaced)} pictures in a row cannot be read, the first is {key}: {reason}. "
-                    "Check that the data is complete and still mounted.")
+    raise UserError(
+        f"{len(replaced)} pictures in a row cannot be read, the first is {key}: {reason}. "
+        "Check that the data is complete and still mounted."
+    )
 
 
 class _Reader:
     """What runs in the workers: a list of entries -> the tensors of a batch. DataLoader calls `__getitems__`."""
 
-    def __init__(self, source: DataSource | None, transform: Transform, seed: int = 0, on_corrupt: str = "replace",
-                 features: FeatureCache | None = None, stored: FeatureCache | None = None):
+    def __init__(
+        self,
+        source: DataSource | None,
+        transform: Transform,
+        seed: int = 0,
+        on_corrupt: str = "replace",
+        features: FeatureCache | None = None,
+        stored: FeatureCache | None = None,
+    ):
         self.source, self.transform, self.seed, self.on_corrupt = source, transform, seed, on_corrupt
         self.features, self.stored = features, stored
 
@@ -138,18 +158,29 @@ def _prepare_worker(closing, worker: int) -> None:
     signal.pthread_sigmask(signal.SIG_UNBLOCK, _HELD)
 
 
-def _run(reader: _Reader, order: Iterable[list[Entry]], workers: int, pin: bool, prefetch: int,
-         start_method: str | None) -> Iterator[tuple[Batch, dict[str, str]]]:
+def _run(
+    reader: _Reader, order: Iterable[list[Entry]], workers: int, pin: bool, prefetch: int, start_method: str | None
+) -> Iterator[tuple[Batch, dict[str, str]]]:
     """Batches for the lists of entries in `order`, in that order, read by `workers` processes (0: by this one)."""
     options: dict[str, Any] = {}
     context = multiprocessing.get_context(start_method or ("fork" if sys.platform == "linux" else "spawn"))
     closing = context.Event()
     if workers:
-        options = {"prefetch_factor": prefetch, "multiprocessing_context": context,
-                   "worker_init_fn": functools.partial(_prepare_worker, closing)}
+        options = {
+            "prefetch_factor": prefetch,
+            "multiprocessing_context": context,
+            "worker_init_fn": functools.partial(_prepare_worker, closing),
+        }
     # DataLoader draws a seed for its workers: from a generator of its own, so that torch's global one is left alone.
-    loader = DataLoader(reader, batch_sampler=order, num_workers=workers, collate_fn=_same,
-                        pin_memory=pin and torch.cuda.is_available(), generator=torch.Generator(), **options)
+    loader = DataLoader(
+        reader,
+        batch_sampler=order,
+        num_workers=workers,
+        collate_fn=_same,
+        pin_memory=pin and torch.cuda.is_available(),
+        generator=torch.Generator(),
+        **options,
+    )
     atexit.register(closing.set)
     mask = signal.pthread_sigmask(signal.SIG_BLOCK, _HELD)
     try:
@@ -161,8 +192,17 @@ def _run(reader: _Reader, order: Iterable[list[Entry]], workers: int, pin: bool,
             if "error" in item:
                 raise UserError(item["error"])
             replaced = item.get("replaced", {})
-            yield Batch(item["labels"], item["positions"], item.get("images"), item.get("stored"),
-                        item.get("features", {}), list(replaced)), replaced
+            yield (
+                Batch(
+                    item["labels"],
+                    item["positions"],
+                    item.get("images"),
+                    item.get("stored"),
+                    item.get("features", {}),
+                    list(replaced),
+                ),
+                replaced,
+            )
     finally:
         if not closing.is_set():  # at exit it is, and setting it again would need modules that are gone
             closing.set()
@@ -193,14 +233,29 @@ class Loader:
         start_method: of the workers, None means fork on Linux.
     """
 
-    def __init__(self, source: DataSource | None, transform: Transform, seed: int, global_batch: int, rank: int = 0,
-                 world: int = 1, micro_batches: int = 1, workers: int = 0, on_corrupt: str = "replace",
-                 pin: bool = False, features: FeatureCache | None = None, stored: FeatureCache | None = None,
-                 prefetch: int = 2, start_method: str | None = None):
+    def __init__(
+        self,
+        source: DataSource | None,
+        transform: Transform,
+        seed: int,
+        global_batch: int,
+        rank: int = 0,
+        world: int = 1,
+        micro_batches: int = 1,
+        workers: int = 0,
+        on_corrupt: str = "replace",
+        pin: bool = False,
+        features: FeatureCache | None = None,
+        stored: FeatureCache | None = None,
+        prefetch: int = 2,
+        start_method: str | None = None,
+    ):
         _check_policy(on_corrupt)
         if global_batch < 1 or global_batch % (world * micro_batches):
-            raise UserError(f"global batch {global_batch} must be a positive multiple of {world * micro_batches} "
-                            f"({world} ranks x {micro_batches} micro-batches).")
+            raise UserError(
+                f"global batch {global_batch} must be a positive multiple of {world * micro_batches} "
+                f"({world} ranks x {micro_batches} micro-batches)."
+            )
         if workers < 0:
             raise UserError(f"workers = {workers} must be 0 or more.")
         if source is None and stored is None:
@@ -251,9 +306,17 @@ class Loader:
             yield batch
 
 
-def listed_batches(source: DataSource, transform: Transform, batches: Iterable[Sequence[int]], workers: int = 0,
-                   on_corrupt: str = "raise", views: Sequence[int | None] = (None,), pin: bool = False,
-                   prefetch: int = 2, start_method: str | None = None) -> Iterator[Batch]:
+def listed_batches(
+    source: DataSource,
+    transform: Transform,
+    batches: Iterable[Sequence[int]],
+    workers: int = 0,
+    on_corrupt: str = "raise",
+    views: Sequence[int | None] = (None,),
+    pin: bool = False,
+    prefetch: int = 2,
+    start_method: str | None = None,
+) -> Iterator[Batch]:
     """One batch for each list of indices in `batches`, of whatever lengths, in that order. Positions are indices.
 
     Args:
@@ -267,8 +330,16 @@ def listed_batches(source: DataSource, transform: Transform, batches: Iterable[S
         yield result
 
 
-def ordered_batches(source: DataSource, transform: Transform, batch: int, rank: int = 0, world: int = 1,
-                    all_views: bool = False, chosen: Sequence[int] | None = None, **options: Any) -> Iterator[Batch]:
+def ordered_batches(
+    source: DataSource,
+    transform: Transform,
+    batch: int,
+    rank: int = 0,
+    world: int = 1,
+    all_views: bool = False,
+    chosen: Sequence[int] | None = None,
+    **options: Any,
+) -> Iterator[Batch]:
     """One pass over this rank's contiguous `part` of the source in index order: evaluation, statistics, caching.
 
     Positions are indices in the source. The last batch may be smaller.

@@ -7,8 +7,8 @@ Each file holds `moments` and `moments_flip`, (N, 2C) each: of the picture and o
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Sequence
 
 import numpy as np
 import torch
@@ -52,8 +52,10 @@ class MomentFiles:
         with NpzFile(path) as file:
             found = file.load(NAMES[view])
         if found.shape != self.shape or found.dtype.kind != "f" or not np.isfinite(found).all():
-            raise UserError(f"{path}: {NAMES[view]} is {found.dtype} {list(found.shape)} or not finite, this tokenizer's "
-                            f"moments are floats {list(self.shape)}. Use moments of this tokenizer.")
+            raise UserError(
+                f"{path}: {NAMES[view]} is {found.dtype} {list(found.shape)} or not finite, this tokenizer's "
+                f"moments are floats {list(self.shape)}. Use moments of this tokenizer."
+            )
         return found.astype(np.float32)
 
     def get(self, indices: Sequence[int], views: Sequence[int]) -> dict[str, Tensor]:

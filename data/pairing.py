@@ -12,8 +12,8 @@ the last round with the first pictures, so that there are more entries than pict
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Iterator
 
 import numpy as np
 import torch
@@ -30,7 +30,10 @@ WALKS = {
 }
 MERGES = {  # name: (how many ranks make it differ from the others, text)
     "strided": (1, "{ranks} ranks that took pictures in turn, one rank's after the other's"),
-    "strided, ranks as words": (11, "{ranks} ranks that took pictures in turn, one rank's after the other's as 0, 1, 10"),
+    "strided, ranks as words": (
+        11,
+        "{ranks} ranks that took pictures in turn, one rank's after the other's as 0, 1, 10",
+    ),
     "alternating": (2, "{ranks} ranks with a part each, their entries in turn"),
 }
 
@@ -107,4 +110,6 @@ def orders(source: DataSource, entries: int, chosen: list[int]) -> Iterator[tupl
 
 def filled_up(entries: int, count: int) -> bool:
     """Whether a file of `entries` can be about `count` pictures."""
-    return entries == count or any(-(-count // ranks) * ranks == entries for ranks in range(2, min(MAX_RANKS, count) + 1))
+    return entries == count or any(
+        -(-count // ranks) * ranks == entries for ranks in range(2, min(MAX_RANKS, count) + 1)
+    )

@@ -61,7 +61,7 @@ def _guess_scheme(path: str) -> str:
     if path.endswith(".txt"):
         return "list"
     folder = Path(path).expanduser()
-    shards = path.endswith(".tar") or folder.is_dir() and any(folder.glob("*.tar")) and not has_pictures(folder)
+    shards = path.endswith(".tar") or (folder.is_dir() and any(folder.glob("*.tar")) and not has_pictures(folder))
     return "wds" if shards else "folder"
 
 
@@ -109,8 +109,9 @@ def _class_names(options: dict[str, str]) -> list[str] | None:
 # ---------------------------------------------------------------------------------------------------------------------
 def _subfolders(folder: Path) -> list[str]:
     try:
-        return sorted(e.name for e in os.scandir(folder)
-                      if e.is_dir() and not e.name.startswith(".") and e.name != "__MACOSX")  # of zip archives
+        return sorted(
+            e.name for e in os.scandir(folder) if e.is_dir() and not e.name.startswith(".") and e.name != "__MACOSX"
+        )  # of zip archives
     except OSError as error:
         raise UserError(f"{folder} cannot be listed: {error.strerror}. Check its permissions.") from error
 
@@ -134,10 +135,16 @@ def loose_pictures(folder: str | Path) -> FileSource | None:
     sampled = (Path(folder) / "sample.json").is_file()
     with os.scandir(folder) as entries:
         found = sorted(
-            ((entry.name, entry.stat().st_size) for entry in entries
-             if entry.name.lower().endswith(EXTENSIONS) and not entry.name.startswith(".") and entry.is_file()
-             and (not sampled or re.fullmatch(r"[0-9]+_[0-9]+\.png", entry.name))),
-            key=lambda pair: natural(pair[0]))
+            (
+                (entry.name, entry.stat().st_size)
+                for entry in entries
+                if entry.name.lower().endswith(EXTENSIONS)
+                and not entry.name.startswith(".")
+                and entry.is_file()
+                and (not sampled or re.fullmatch(r"[0-9]+_[0-9]+\.png", entry.name))
+            ),
+            key=lambda pair: natural(pair[0]),
+        )
     if not found:
         return None
     names, sizes = zip(*found)
@@ -170,7 +177,9 @@ def open_folder(path: str, split: str | None, options: dict[str, str]) -> DataSo
     if not keys:
         if loose := loose_pictures(root):
             return loose
-        raise UserError(f"{root} holds no pictures. Expected {', '.join(EXTENSIONS)} files in it, or in one folder per class.")
+        raise UserError(
+            f"{root} holds no pictures. Expected {', '.join(EXTENSIONS)} files in it, or in one folder per class."
+        )
     return FileSource(root, PackedStrings(keys), np.array(labels), names)
 
 
@@ -212,8 +221,10 @@ def open_list(path: str, split: str | None, options: dict[str, str]) -> DataSour
     # One missing file is for the loader to replace; many from the start mean another root.
     if not any(os.path.exists(root / os.fsdecode(key)) for key in keys[:100]):
         first = str(root / os.fsdecode(keys[0]))[:200]
-        raise UserError(f"{file}: {first} does not exist, nor do the pictures after it. "
-                        "Set ?root=DIR to the folder that the paths start from.")
+        raise UserError(
+            f"{file}: {first} does not exist, nor do the pictures after it. "
+            "Set ?root=DIR to the folder that the paths start from."
+        )
     return FileSource(root, PackedStrings(keys), None if unlabelled else np.array(labels), _class_names(options))
 
 
@@ -311,8 +322,10 @@ SCHEMES = {
     "folder": (open_folder, ("classes",)),
     "list": (open_list, ("root", "classes")),
     "wds": (open_shards, ("classes", "samples", "num_classes")),
-    "datasets": (open_datasets, ("name", "revision", "column", "label", "classes", "streaming", "samples",
-                                 "num_classes")),
+    "datasets": (
+        open_datasets,
+        ("name", "revision", "column", "label", "classes", "streaming", "samples", "num_classes"),
+    ),
     "embedded": (open_embedded, ()),
     "synthetic": (open_synthetic, ("size", "classes", "count", "seed")),
     "tokens": (open_tokens, ()),

@@ -16,7 +16,8 @@ import tarfile
 import time
 import urllib.error
 import urllib.request
-from typing import BinaryIO, Iterator
+from collections.abc import Iterator
+from typing import BinaryIO
 
 from torch.utils.data import get_worker_info
 
@@ -41,8 +42,10 @@ class StreamSource:
         class_names: names by label.
     """
 
-    inexact = ("data is streamed: the order depends on the number of processes, a resumed run goes on at another place "
-               "of the stream and may repeat or skip pictures")
+    inexact = (
+        "data is streamed: the order depends on the number of processes, a resumed run goes on at another place "
+        "of the stream and may repeat or skip pictures"
+    )
 
     one_process = False  # whether it cannot be read by workers
     start_method: str | None = None  # of workers, where it matters
@@ -88,8 +91,10 @@ class StreamSource:
                     if by_shard or number % readers == reader:
                         yield record
             if not found and not skipped:
-                raise UserError(f"{self.name}: no pictures in its shards. Check the name, and for tar files that members "
-                                "are called <key>.jpg, .png or .webp.")
+                raise UserError(
+                    f"{self.name}: no pictures in its shards. Check the name, and for tar files that members "
+                    "are called <key>.jpg, .png or .webp."
+                )
             epoch, skipped = epoch + 1, 0
 
     def _shuffled(self) -> Iterator[Record]:
@@ -109,8 +114,9 @@ class StreamSource:
             self._process, self._iterator = os.getpid(), self._shuffled()
         data, label, key = next(self._iterator)
         if not 0 <= label < self.num_classes:
-            raise UserError(f"{key} has label {label}, {self.num_classes} classes are known. "
-                            "Give ?num_classes=N or ?classes=FILE.")
+            raise UserError(
+                f"{key} has label {label}, {self.num_classes} classes are known. Give ?num_classes=N or ?classes=FILE."
+            )
         return Sample(decode_rgb(data, key), label, key)
 
     def __getstate__(self) -> dict:
@@ -128,7 +134,9 @@ def stream_options(url: str, options: dict[str, str], samples: int | None = None
             numbers[key] = int(options[key])
     samples = numbers.get("samples", samples)
     if samples is None:
-        raise UserError(f"{url}: a stream does not know how many pictures it has. Add ?samples=N, the size of an epoch.")
+        raise UserError(
+            f"{url}: a stream does not know how many pictures it has. Add ?samples=N, the size of an epoch."
+        )
     if "classes" in options:
         return samples, read_class_names(options["classes"])
     return samples, [str(i) for i in range(numbers["num_classes"])] if "num_classes" in numbers else ["unlabelled"]
@@ -147,8 +155,10 @@ def hub_shards(pattern: str) -> list[str]:
         try:
             listed = sorted(p for p in system.ls(posixpath.dirname(name), detail=False) if fnmatch.fnmatch(p, name))
         except Exception as error:  # of many libraries, all of which mean: it is not there or may not be read
-            raise UserError(f"hf://{pattern} cannot be listed ({type(error).__name__}: {str(error)[:200]}). Check the "
-                            "name, the network, and for private data that you are logged in (hf auth login).") from None
+            raise UserError(
+                f"hf://{pattern} cannot be listed ({type(error).__name__}: {str(error)[:200]}). Check the "
+                "name, the network, and for private data that you are logged in (hf auth login)."
+            ) from None
         found += listed
     if not found:
         raise UserError(f"hf://{pattern} matches no file. Check the pattern.")
@@ -192,15 +202,21 @@ class RemoteShards(StreamSource):
                         yield record
                 return
             except (OSError, tarfile.TarError, EOFError) as error:
-                if attempt == ATTEMPTS - 1 or isinstance(error, urllib.error.HTTPError) and error.code in (401, 403, 404):
-                    raise UserError(f"{url} cannot be read ({type(error).__name__}: {str(error)[:200]}). "
-                                    "Check the address and the network.") from None
+                if attempt == ATTEMPTS - 1 or (
+                    isinstance(error, urllib.error.HTTPError) and error.code in (401, 403, 404)
+                ):
+                    raise UserError(
+                        f"{url} cannot be read ({type(error).__name__}: {str(error)[:200]}). "
+                        "Check the address and the network."
+                    ) from None
                 time.sleep(2.0**attempt - 0.9)
 
     def _members(self, url: str) -> Iterator[Record]:
         key: str | None = None
         pictures: list[tuple[str, bytes]] = []
-        labels: dict[str, tuple[bytes, str]] = {}  # extension -> (content, where); a .json counts where there is no .cls
+        labels: dict[
+            str, tuple[bytes, str]
+        ] = {}  # extension -> (content, where); a .json counts where there is no .cls
 
         def finished() -> Iterator[Record]:
             where, label = f"{url}: {key}", 0
@@ -210,7 +226,9 @@ class RemoteShards(StreamSource):
                 told = sorted(labels, key=lambda extension: extension == "json")
                 label = parse_label(*labels[told[0]]) if told else None
                 if label is None:
-                    raise UserError(f"{where} has no label (.cls or .json). Label all pictures, or leave out num_classes.")
+                    raise UserError(
+                        f"{where} has no label (.cls or .json). Label all pictures, or leave out num_classes."
+                    )
             if pictures:
                 yield choose_picture(pictures, url), label, where
 
@@ -234,8 +252,10 @@ def open_remote_shards(pattern: str, options: dict[str, str]) -> RemoteShards:
     """wds://https://..., wds://hf://datasets/ORG/REPO/train-*.tar"""
     scheme = pattern.partition("://")[0]
     if scheme not in ("http", "https", "hf"):
-        raise UserError(f"wds://{pattern}: {scheme}:// cannot be streamed; http://, https:// and hf:// can. "
-                        "Copy or mount the shards and give their path.")
+        raise UserError(
+            f"wds://{pattern}: {scheme}:// cannot be streamed; http://, https:// and hf:// can. "
+            "Copy or mount the shards and give their path."
+        )
     samples, class_names = stream_options(f"wds://{pattern}", options)
     urls = hub_shards(pattern.removeprefix("hf://")) if scheme == "hf" else expand_braces(pattern)
     return RemoteShards(f"wds://{pattern}", urls, samples, class_names)

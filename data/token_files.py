@@ -14,8 +14,8 @@ from __future__ import annotations
 import json
 import os
 import re
+from collections.abc import Callable
 from pathlib import Path
-from typing import Callable
 
 import numpy as np
 
@@ -50,20 +50,25 @@ class NumberedFiles:
         self.spec, folder = spec, Path(folder)
         candidates = [folder] if folder.name.endswith("_codes") else sorted(folder.glob("*_codes"))
         if len(candidates) != 1 or not candidates[0].is_dir():
-            raise UserError(f"{folder}: expected one folder called like imagenet256_codes in it, found "
-                            f"{', '.join(c.name for c in candidates) or 'none'}. Give the folder that holds it.")
+            raise UserError(
+                f"{folder}: expected one folder called like imagenet256_codes in it, found "
+                f"{', '.join(c.name for c in candidates) or 'none'}. Give the folder that holds it."
+            )
         self.codes = candidates[0]
         self.labels = self.codes.with_name(f"{self.codes.name.removesuffix('_codes')}_labels")
         if not self.labels.is_dir():
             raise UserError(f"{self.labels}: there is no such folder, which should hold <i>.npy with the labels.")
-        numbers = np.array([int(e.name[:-4]) for e in os.scandir(self.labels) if re.fullmatch(r"\d+\.npy", e.name)],
-                           dtype=np.int64)
+        numbers = np.array(
+            [int(e.name[:-4]) for e in os.scandir(self.labels) if re.fullmatch(r"\d+\.npy", e.name)], dtype=np.int64
+        )
         if not len(numbers):
             raise UserError(f"{self.labels}: no labels. Expected 0.npy, 1.npy ...")
         missing = np.setdiff1d(np.arange(numbers.max() + 1), numbers)
         if len(missing):
-            raise UserError(f"{self.labels}: {len(missing)} of {numbers.max() + 1} labels are missing, the first is "
-                            f"{missing[0]}.npy. Extract the codes of those pictures again.")
+            raise UserError(
+                f"{self.labels}: {len(missing)} of {numbers.max() + 1} labels are missing, the first is "
+                f"{missing[0]}.npy. Extract the codes of those pictures again."
+            )
         self.suffixes = self._suffixes()
         self.views = self._load(self.codes / f"0{self.suffixes[0]}.npy").shape[1]
         self.samples = len(numbers) - self._duplicates(len(numbers))
@@ -75,8 +80,10 @@ class NumberedFiles:
             return found
         if wanted is None or sorted(wanted) != found:
             expected = ", ".join(f"0{s}.npy" for s in wanted or [""])
-            raise UserError(f"{self.codes}: picture 0 has {', '.join(f'0{s}.npy' for s in found) or 'no files'}, this "
-                            f"tokenizer ({self.spec}) has {expected}. Give the config of the tokenizer that made them.")
+            raise UserError(
+                f"{self.codes}: picture 0 has {', '.join(f'0{s}.npy' for s in found) or 'no files'}, this "
+                f"tokenizer ({self.spec}) has {expected}. Give the config of the tokenizer that made them."
+            )
         return wanted
 
     def _load(self, path: Path) -> np.ndarray:
@@ -115,8 +122,9 @@ class NumberedFiles:
         return str(self.codes / f"{index}*.npy")
 
 
-def export_numbered(store: TokenStore, folder: str | Path, rank: int = 0, world: int = 1,
-                    progress: Progress | None = None) -> Path:
+def export_numbered(
+    store: TokenStore, folder: str | Path, rank: int = 0, world: int = 1, progress: Progress | None = None
+) -> Path:
     """Write a store as numbered files; a killed export goes on. Returns the folder of the codes."""
     names = [f"_{name}" for name in store.spec.names] if isinstance(store.spec, Codes) and store.spec.names else [""]
     if len(names) != shape_of(store.spec)[1]:
@@ -186,10 +194,12 @@ class JsonLines:
             lines += 1
             ends.append(np.array([offset] if lines % self.views == 0 else [], dtype=np.int64))
         if not lines:
-            raise UserError(f"{path} is empty. Expected lines like {{\"class_id\": 0, \"tokens\": [...]}}.")
+            raise UserError(f'{path} is empty. Expected lines like {{"class_id": 0, "tokens": [...]}}.')
         if lines % self.views:
-            raise UserError(f"{path} has {lines} lines, which is not a multiple of the {self.views} views of a picture. "
-                            "Is the file complete? Set data.crop=ten for ten views, data.flip=true for two.")
+            raise UserError(
+                f"{path} has {lines} lines, which is not a multiple of the {self.views} views of a picture. "
+                "Is the file complete? Set data.crop=ten for ten views, data.flip=true for two."
+            )
         return np.concatenate(ends)
 
     def _place(self, index: int) -> tuple[Path, int, int, int]:
@@ -209,8 +219,10 @@ class JsonLines:
             entry = json.loads(line)
             label, codes = entry["class_id"], np.array(entry["tokens"])
         except (ValueError, KeyError, TypeError, RecursionError) as error:
-            raise UserError(f"{where} is not {{\"class_id\": int, \"tokens\": [ints]}} ({type(error).__name__}: "
-                            f"{error}): {line[:60]!r}. Repair or remove it.") from None
+            raise UserError(
+                f'{where} is not {{"class_id": int, "tokens": [ints]}} ({type(error).__name__}: '
+                f"{error}): {line[:60]!r}. Repair or remove it."
+            ) from None
         if type(label) is not int or not 0 <= label < MAX_CLASSES:
             raise UserError(f"{where}: class_id {label!r} is not a class from 0 to {MAX_CLASSES - 1}.")
         if codes.dtype.kind != "i" or codes.size != np.prod(shape_of(self.spec)):
@@ -225,21 +237,28 @@ class JsonLines:
         with explain_os_errors(path), open(path, "rb") as file:
             file.seek(start)
             text = file.read(stop - start)
-        lines = [self._parse(line, f"{path} line {number + i}")
-                 for i, line in enumerate(text.removesuffix(b"\n").split(b"\n"), start=1)]
+        lines = [
+            self._parse(line, f"{path} line {number + i}")
+            for i, line in enumerate(text.removesuffix(b"\n").split(b"\n"), start=1)
+        ]
         if len({label for _, label in lines}) > 1:
-            raise UserError(f"{self.where(index)} should be {self.views} views of one picture but have classes "
-                            f"{sorted({c for _, c in lines})}. Set data.crop=ten for ten views, data.flip=true for two, "
-                            "data.flip=false for one.")
+            raise UserError(
+                f"{self.where(index)} should be {self.views} views of one picture but have classes "
+                f"{sorted({c for _, c in lines})}. Set data.crop=ten for ten views, data.flip=true for two, "
+                "data.flip=false for one."
+            )
         return _stack(lines)[0], lines[0][1]
 
 
 def rank_files(folder: Path) -> list[Path]:
     """The .jsonl files of a folder, in the order of the numbers in their names."""
-    found = sorted(folder.glob("*.jsonl"), key=lambda p: [int(x) if x.isdigit() else x for x in
-                                                          re.split(r"(\d+)", p.name)])
+    found = sorted(
+        folder.glob("*.jsonl"), key=lambda p: [int(x) if x.isdigit() else x for x in re.split(r"(\d+)", p.name)]
+    )
     if not found:
-        raise UserError(f"{folder}: no tokens. Expected a .jsonl file, one for each rank, or a folder imagenet256_codes.")
+        raise UserError(
+            f"{folder}: no tokens. Expected a .jsonl file, one for each rank, or a folder imagenet256_codes."
+        )
     return found
 
 
@@ -288,8 +307,13 @@ def open_import(path: str | Path, spec: CodeSpec, views: int, progress: Progress
     return JsonLines(path, spec, views, progress)
 
 
-def copy_to(files: TokenFiles, target: Builder, progress: Progress | None = None, places: np.ndarray | None = None,
-            labels: np.ndarray | None = None) -> None:
+def copy_to(
+    files: TokenFiles,
+    target: Builder,
+    progress: Progress | None = None,
+    places: np.ndarray | None = None,
+    labels: np.ndarray | None = None,
+) -> None:
     """Write this rank's part of a store from token files.
 
     Args:
@@ -302,12 +326,15 @@ def copy_to(files: TokenFiles, target: Builder, progress: Progress | None = None
         rows = [files.row(entry) for entry in entries]
         for index, (entry, (_, label)) in enumerate(zip(entries, rows), start=start):
             if not 0 <= label < classes:
-                raise UserError(f"{files.where(entry)}: class {label} does not exist, there are {classes} (0 to "
-                                f"{classes - 1}).")
+                raise UserError(
+                    f"{files.where(entry)}: class {label} does not exist, there are {classes} (0 to {classes - 1})."
+                )
             if labels is not None and label != labels[index]:
-                raise UserError(f"{files.where(entry)}: class {label}, but its picture, number {index}, has class "
-                                f"{labels[index]}. The classes of the pictures are in another order: give their names in "
-                                "the order of the tokens with ?classes=FILE.")
+                raise UserError(
+                    f"{files.where(entry)}: class {label}, but its picture, number {index}, has class "
+                    f"{labels[index]}. The classes of the pictures are in another order: give their names in "
+                    "the order of the tokens with ?classes=FILE."
+                )
         write_codes(target, start, *_stack(rows), files.spec)
         done += stop - start
         if progress:

@@ -9,8 +9,9 @@ against its tokenizer before it starts, and needs neither pictures nor an encode
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, Callable, Sequence
+from typing import Any
 
 import numpy as np
 from torch import Tensor
@@ -29,8 +30,9 @@ CHECKED_AT_START = 1 << 22  # codes that `check_range` looks at: all of a small 
 def spec_to_json(spec: LatentSpec) -> dict[str, Any]:
     """A latent spec as JSON."""
     kind = next(name for name, cls in KINDS.items() if type(spec) is cls)
-    fields = {name: list(value) if isinstance(value, tuple) else value for name, value in
-              dataclasses.asdict(spec).items()}
+    fields = {
+        name: list(value) if isinstance(value, tuple) else value for name, value in dataclasses.asdict(spec).items()
+    }
     return {"kind": kind, **fields}
 
 
@@ -60,12 +62,16 @@ def shape_of(spec: Codes | MultiScale) -> tuple[int, int]:
 def check_codes(spec: Codes | MultiScale, codes: np.ndarray, place: str) -> None:
     """UserError unless `codes` (..., length, branches) have that shape and lie in [0, vocab)."""
     if codes.shape[-2:] != shape_of(spec):
-        raise UserError(f"{place}: codes have shape {list(codes.shape[-2:])}, the tokenizer makes {spec} "
-                        f"({list(shape_of(spec))}). Use tokens of this tokenizer.")
-    if codes.size and not (0 <= codes.min() and codes.max() < spec.vocab):
+        raise UserError(
+            f"{place}: codes have shape {list(codes.shape[-2:])}, the tokenizer makes {spec} "
+            f"({list(shape_of(spec))}). Use tokens of this tokenizer."
+        )
+    if codes.size and not (codes.min() >= 0 and codes.max() < spec.vocab):
         wrong = codes.min() if codes.min() < 0 else codes.max()
-        raise UserError(f"{place}: code {wrong} does not exist, the codebook has {spec.vocab} entries (0 to "
-                        f"{spec.vocab - 1}). The tokens are damaged or of another tokenizer.")
+        raise UserError(
+            f"{place}: code {wrong} does not exist, the codebook has {spec.vocab} entries (0 to "
+            f"{spec.vocab - 1}). The tokens are damaged or of another tokenizer."
+        )
 
 
 def facts(spec: LatentSpec, class_names: Sequence[str]) -> dict[str, Any]:
@@ -79,38 +85,49 @@ class TokenStore(FeatureCache):
     Args: as FeatureCache. Opening reads no tokens, so its size does not matter.
     """
 
-    def __init__(self, path: str | Path, source: DataSource | None = None, transform: Transform | None = None,
-                 fingerprint: str | None = None):
+    def __init__(
+        self,
+        path: str | Path,
+        source: DataSource | None = None,
+        transform: Transform | None = None,
+        fingerprint: str | None = None,
+    ):
         if not Path(path).is_dir():
             raise UserError(f"there is no token store {path}. Make it with run_pretokenize.sh.")
         super().__init__(path, source, transform, fingerprint)
         try:
             found = self.description["facts"]
             if found.get("kind") != KIND:
-                raise UserError(f"{path} holds {', '.join(self.arrays)}, not tokens. "
-                                "Give a folder made by run_pretokenize.sh.")
+                raise UserError(
+                    f"{path} holds {', '.join(self.arrays)}, not tokens. Give a folder made by run_pretokenize.sh."
+                )
             self.spec, self.class_names = spec_from_json(found["spec"]), list(found["classes"])
             self.transform = Transform(**self.description["transform"])
             self.tokenizer: str = self.description["producer"]
             stored = self.arrays[array_of(self.spec)]
         except (KeyError, TypeError, AttributeError) as error:
-            raise UserError(f"{path}: its description is not complete ({type(error).__name__}: {error}). "
-                            "Build it again.") from error
+            raise UserError(
+                f"{path}: its description is not complete ({type(error).__name__}: {error}). Build it again."
+            ) from error
         self.num_classes = len(self.class_names)
         if self.views != self.transform.views:
-            raise UserError(f"{path} holds {self.views} views of each picture, its transform has "
-                            f"{self.transform.views}. Build it again.")
+            raise UserError(
+                f"{path} holds {self.views} views of each picture, its transform has "
+                f"{self.transform.views}. Build it again."
+            )
         if not isinstance(self.spec, Continuous) and tuple(stored["shape"]) != shape_of(self.spec):
-            raise UserError(f"{path} holds codes of shape {stored['shape']}, its description promises {self.spec}. "
-                            "Build it again.")
+            raise UserError(
+                f"{path} holds codes of shape {stored['shape']}, its description promises {self.spec}. Build it again."
+            )
 
     def fingerprint(self) -> str:
         """Of the pictures that the tokens were made from."""
         return self.source_fingerprint
 
     def __getitem__(self, index: int) -> Sample:
-        raise UserError(f"tokens://{self.path} holds tokens, not pictures. Set data.pictures to the pictures they were "
-                        "made from.")
+        raise UserError(
+            f"tokens://{self.path} holds tokens, not pictures. Set data.pictures to the pictures they were made from."
+        )
 
     def tokens(self, indices: Sequence[int], views: Sequence[int]) -> Tensor:
         """(B, ...) what Tokenizer.precompute returned: codes as int64."""
@@ -121,16 +138,23 @@ class TokenStore(FeatureCache):
         here = f"tokens://{self.path}"
         mine, theirs = ({k: v for k, v in spec_to_json(s).items() if k != "names"} for s in (self.spec, spec))
         if mine != theirs:
-            differing = [f"{k} {mine.get(k)}, not {theirs.get(k)}" for k in {**theirs, **mine}
-                         if mine.get(k) != theirs.get(k)]
-            raise UserError(f"{here} holds {self.spec}; the tokenizer makes {spec} ({'; '.join(differing)}). "
-                            "Use its own tokenizer, or make the tokens again.")
+            differing = [
+                f"{k} {mine.get(k)}, not {theirs.get(k)}" for k in {**theirs, **mine} if mine.get(k) != theirs.get(k)
+            ]
+            raise UserError(
+                f"{here} holds {self.spec}; the tokenizer makes {spec} ({'; '.join(differing)}). "
+                "Use its own tokenizer, or make the tokens again."
+            )
         if self.tokenizer != fingerprint:
-            raise UserError(f"{here} was made by another tokenizer (weights {self.tokenizer}, this one has "
-                            f"{fingerprint}). Set tokenizer.weights to that one, or make the tokens again.")
+            raise UserError(
+                f"{here} was made by another tokenizer (weights {self.tokenizer}, this one has "
+                f"{fingerprint}). Set tokenizer.weights to that one, or make the tokens again."
+            )
         if self.transform.image_size != image_size:
-            raise UserError(f"{here} was made from pictures of {self.transform.image_size} pixels, the tokenizer works "
-                            f"on {image_size}. Make the tokens again.")
+            raise UserError(
+                f"{here} was made from pictures of {self.transform.image_size} pixels, the tokenizer works "
+                f"on {image_size}. Make the tokens again."
+            )
         self.check_range()
 
     def check_range(self) -> None:
@@ -154,8 +178,11 @@ class TokenStore(FeatureCache):
         super().verify(progress)
         if not isinstance(self.spec, Continuous):
             for start in range(0, self.samples, 4096):
-                check_codes(self.spec, self.rows("codes")[start : start + 4096],
-                            f"tokens://{self.path}, samples {start} to {min(start + 4096, self.samples) - 1}")
+                check_codes(
+                    self.spec,
+                    self.rows("codes")[start : start + 4096],
+                    f"tokens://{self.path}, samples {start} to {min(start + 4096, self.samples) - 1}",
+                )
 
 
 def open_tokens(path: str, split: str | None = None, options: dict[str, str] | None = None) -> TokenStore:
@@ -163,8 +190,15 @@ def open_tokens(path: str, split: str | None = None, options: dict[str, str] | N
     return TokenStore(Path(path).expanduser())
 
 
-def build(path: str | Path, source: DataSource, transform: Transform, spec: LatentSpec,
-          precompute: Callable[[Tensor], Tensor], fingerprint: str, **options: Any) -> TokenStore:
+def build(
+    path: str | Path,
+    source: DataSource,
+    transform: Transform,
+    spec: LatentSpec,
+    precompute: Callable[[Tensor], Tensor],
+    fingerprint: str,
+    **options: Any,
+) -> TokenStore:
     """Make a store, or open the one at `path` if it was made from the same things; a killed build goes on.
 
     Args:
@@ -181,17 +215,36 @@ def build(path: str | Path, source: DataSource, transform: Transform, spec: Late
         return {name: tokens}
 
     if not Path(path).exists():
-        cache.build(path, source, transform, producer, fingerprint, storage=storage_of(spec),
-                    facts=facts(spec, source.class_names), **options)
+        cache.build(
+            path,
+            source,
+            transform,
+            producer,
+            fingerprint,
+            storage=storage_of(spec),
+            facts=facts(spec, source.class_names),
+            **options,
+        )
     return TokenStore(path, source, transform, fingerprint)
 
 
-def builder(path: str | Path, samples: int, views: int, source: str, transform: Transform, spec: LatentSpec,
-            fingerprint: str, class_names: Sequence[str], **options: Any) -> Builder:
+def builder(
+    path: str | Path,
+    samples: int,
+    views: int,
+    source: str,
+    transform: Transform,
+    spec: LatentSpec,
+    fingerprint: str,
+    class_names: Sequence[str],
+    **options: Any,
+) -> Builder:
     """A Builder for tokens that come from elsewhere (data/token_files.py)."""
     if transform.views != views:
-        raise UserError(f'{views} views of each picture do not fit data.crop="{transform.crop}", which has '
-                        f"{transform.views or 'no fixed number'}.")
+        raise UserError(
+            f'{views} views of each picture do not fit data.crop="{transform.crop}", which has '
+            f"{transform.views or 'no fixed number'}."
+        )
     return Builder(path, samples, views, source, transform.describe(), fingerprint, facts(spec, class_names), **options)
 
 

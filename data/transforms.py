@@ -17,8 +17,11 @@ from torch import Tensor
 from core.errors import UserError, nearest
 from core.rng import uniform_scalar
 
-RESAMPLE = {"bicubic": Image.Resampling.BICUBIC, "lanczos": Image.Resampling.LANCZOS,
-            "bilinear": Image.Resampling.BILINEAR}
+RESAMPLE = {
+    "bicubic": Image.Resampling.BICUBIC,
+    "lanczos": Image.Resampling.LANCZOS,
+    "bilinear": Image.Resampling.BILINEAR,
+}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -47,8 +50,9 @@ def center_crop(image: Image.Image, size: int) -> Image.Image:
     return _crop(image, (image.width - size) // 2, (image.height - size) // 2, size)
 
 
-def random_crop(image: Image.Image, size: int, numbers: tuple[float, float, float],
-                scale: tuple[float, float] = (0.8, 1.0)) -> Image.Image:
+def random_crop(
+    image: Image.Image, size: int, numbers: tuple[float, float, float], scale: tuple[float, float] = (0.8, 1.0)
+) -> Image.Image:
     """ADM's random crop: the crop is a random share (`scale`) of a randomly resized short side.
 
     numbers: choose the short side, the top and the left edge. Scale (0.8, 1.0) at 256 draws a short side from 256 to
@@ -60,9 +64,13 @@ def random_crop(image: Image.Image, size: int, numbers: tuple[float, float, floa
     return _crop(image, left, top, size)
 
 
-def random_resized_crop(image: Image.Image, size: int, numbers: tuple[float, float, float, float],
-                        scale: tuple[float, float] = (0.8, 1.0),
-                        ratio: tuple[float, float] = (3 / 4, 4 / 3)) -> Image.Image:
+def random_resized_crop(
+    image: Image.Image,
+    size: int,
+    numbers: tuple[float, float, float, float],
+    scale: tuple[float, float] = (0.8, 1.0),
+    ratio: tuple[float, float] = (3 / 4, 4 / 3),
+) -> Image.Image:
     """A box with a random share of the area and a random aspect ratio, resized to a square.
 
     numbers: choose the area, the aspect ratio (log-uniform), the top and the left edge. A box that does not fit is cut
@@ -92,8 +100,13 @@ def ten_crop(image: Image.Image, size: int, view: int, crop_range: float = 1.1) 
     return _crop(image, left, top, size)
 
 
-def resize_crop(image: Image.Image, size: int, short_side: int, resample: str = "bicubic",
-                numbers: tuple[float, float] | None = None) -> Image.Image:
+def resize_crop(
+    image: Image.Image,
+    size: int,
+    short_side: int,
+    resample: str = "bicubic",
+    numbers: tuple[float, float] | None = None,
+) -> Image.Image:
     """torchvision's Resize(short_side) with CenterCrop(size), or RandomCrop(size) when given `numbers` (top, left)."""
     scale = short_side / min(image.size)
     width, height = (short_side if x == min(image.size) else int(x * scale) for x in image.size)
@@ -179,8 +192,10 @@ class Transform:
     def view_of(self, key: tuple[int, ...]) -> int:
         """The view that __call__ with this key returns. Only for transforms with `views`."""
         if self.views is None:
-            raise UserError(f'crop "{self.crop}" has no fixed views. '
-                            'Stored features and latents need "center", "resize_center" or "ten".')
+            raise UserError(
+                f'crop "{self.crop}" has no fixed views. '
+                'Stored features and latents need "center", "resize_center" or "ten".'
+            )
         return int(self.views * uniform_scalar(*key, "view")) if self.views > 1 else 0
 
     def apply_view(self, image: Image.Image, view: int) -> Tensor:

@@ -45,7 +45,7 @@ MAX_OPEN_SHARDS = 64  # below the usual limit of 1024 descriptors, with room for
 # Which shards
 # ---------------------------------------------------------------------------------------------------------------------
 def expand_braces(pattern: str) -> list[str]:
-    """"a-{00..02}.tar" -> three names; "{x,y}" lists alternatives. Several groups multiply."""
+    """ "a-{00..02}.tar" -> three names; "{x,y}" lists alternatives. Several groups multiply."""
     match = re.search(r"\{([^{}]*)\}", pattern)
     if not match:
         return [pattern]
@@ -79,8 +79,9 @@ def find_shards(pattern: str) -> list[Path]:
             missing.append(name)
     if missing:
         more = f" and {len(missing) - 3} more" if len(missing) > 3 else ""
-        raise UserError(f"wds://{pattern}: no shard called {', '.join(missing[:3])}{more}. "
-                        "Check the folder and the range.")
+        raise UserError(
+            f"wds://{pattern}: no shard called {', '.join(missing[:3])}{more}. Check the folder and the range."
+        )
     return [Path(name) for name in found]
 
 
@@ -116,8 +117,10 @@ def choose_picture(found: list[tuple[str, T]], where: str) -> T:
     plain = [pair for pair in found if split_name(pair[0])[1] in PICTURES]
     chosen = plain or found
     if len(chosen) > 1:
-        raise UserError(f"{where}: two pictures have one key, {chosen[0][0]} and {chosen[1][0]}. Keys, which end at the "
-                        "first dot, must be unique within a shard.")
+        raise UserError(
+            f"{where}: two pictures have one key, {chosen[0][0]} and {chosen[1][0]}. Keys, which end at the "
+            "first dot, must be unique within a shard."
+        )
     return chosen[0][1]
 
 
@@ -134,8 +137,9 @@ def parse_label(data: bytes, where: str) -> int | None:
             return None
         text = str(given[0]).encode() if type(given[0]) in (int, str) else data
     if not re.fullmatch(rb"[0-9]{1,9}", text) or int(text) >= MAX_CLASSES:
-        raise UserError(f"{where} holds {text[:60]!r}; "
-                        f"expected a class index from 0 to {MAX_CLASSES - 1} in ASCII digits.")
+        raise UserError(
+            f"{where} holds {text[:60]!r}; expected a class index from 0 to {MAX_CLASSES - 1} in ASCII digits."
+        )
     return int(text)
 
 
@@ -163,15 +167,18 @@ def scan_shard(path: Path) -> ShardIndex:
                     else:
                         labels[key] = parse_label(data, f"{path}: {member.name}")
     except (tarfile.TarError, EOFError, OSError) as error:
-        raise UserError(f"{path} cannot be read as an uncompressed tar file ({error}). "
-                        "Copy or pack it again.") from error
+        raise UserError(
+            f"{path} cannot be read as an uncompressed tar file ({error}). Copy or pack it again."
+        ) from error
     pictures = {key: choose_picture(members, str(path)) for key, members in found.items()}
     for key, (data, name) in told.items():
         if key not in labels and (label := parse_label(data, f"{path}: {name}")) is not None:
             labels[key] = label
     for key in labels:
         if key not in pictures:
-            raise UserError(f"{path}: {key} has a label but no picture (.{', .'.join(PICTURES)}). Pack the shard again.")
+            raise UserError(
+                f"{path}: {key} has a label but no picture (.{', .'.join(PICTURES)}). Pack the shard again."
+            )
     spans = np.array(list(pictures.values()), dtype=np.int64).reshape(-1, 2)
     keys = PackedStrings(key.encode("utf-8", "surrogateescape") for key in pictures)
     return ShardIndex(keys, spans[:, 0], spans[:, 1], np.array([labels.get(k, -1) for k in pictures], dtype=np.int64))
@@ -181,7 +188,8 @@ def _index_places(path: Path) -> list[Path]:
     """Where the index of a shard may lie, best place first."""
     name = hashlib.blake2b(os.fsencode(path.absolute()), digest_size=12).hexdigest()
     cache = os.environ.get("TESSERA_CACHE") or os.path.join(
-        os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"), "tessera")
+        os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"), "tessera"
+    )
     return [path.with_name(path.name + ".index.npz"), Path(cache, "shards", f"{name}.index.npz")]
 
 
@@ -204,8 +212,15 @@ def _save_index(place: Path, stamp: np.ndarray, index: ShardIndex) -> bool:
         place.parent.mkdir(parents=True, exist_ok=True)
         handle, temporary = tempfile.mkstemp(prefix=f".{place.name}.", dir=place.parent)
         with os.fdopen(handle, "wb") as file:
-            np.savez(file, stamp=stamp, blob=index.keys.blob, ends=index.keys.ends, offsets=index.offsets,
-                     sizes=index.sizes, labels=index.labels)
+            np.savez(
+                file,
+                stamp=stamp,
+                blob=index.keys.blob,
+                ends=index.keys.ends,
+                offsets=index.offsets,
+                sizes=index.sizes,
+                labels=index.labels,
+            )
         os.replace(temporary, place)
         return True
     except OSError:
@@ -260,8 +275,10 @@ class ShardSource(ListedSource):
         if 0 < len(missing) < len(labels):
             first = int(missing[0])
             shard = shards[int(np.searchsorted(np.cumsum([len(i.labels) for i in indices]), first, side="right"))]
-            self.unlabelled = (f"{names}: {len(missing)} of {len(labels)} pictures have no label (.cls or .json), the first is "
-                               f"{keys[first].decode('utf-8', 'replace')} in {shard}.")
+            self.unlabelled = (
+                f"{names}: {len(missing)} of {len(labels)} pictures have no label (.cls or .json), the first is "
+                f"{keys[first].decode('utf-8', 'replace')} in {shard}."
+            )
             class_names = None
         sizes = np.concatenate([i.sizes for i in indices])
         super().__init__(keys, None if len(missing) else labels, class_names, sizes)

@@ -79,7 +79,7 @@ class Agreement:
     confusion: Tensor  # (classes, classes) int64: row is the label, column the prediction
 
     @classmethod
-    def of(cls, predictions: Tensor, labels: Tensor, num_classes: int) -> "Agreement":
+    def of(cls, predictions: Tensor, labels: Tensor, num_classes: int) -> Agreement:
         pairs = labels.cpu() * num_classes + predictions.cpu()
         return cls(torch.bincount(pairs, minlength=num_classes**2).view(num_classes, num_classes))
 

@@ -29,8 +29,14 @@ class CodebookUsage(SumMetric):
         names: of the branches, for the metrics' names. None: numbers, or nothing for a single branch.
     """
 
-    def __init__(self, vocab: int, branches: int = 1, scales: tuple[int, ...] | None = None,
-                 names: tuple[str, ...] | None = None, device: torch.device | str = "cpu"):
+    def __init__(
+        self,
+        vocab: int,
+        branches: int = 1,
+        scales: tuple[int, ...] | None = None,
+        names: tuple[str, ...] | None = None,
+        device: torch.device | str = "cpu",
+    ):
         self.vocab, self.branches, self.scales = vocab, branches, tuple(scales) if scales else None
         self.names = names or (("",) if branches == 1 else tuple(f"branch{k}" for k in range(branches)))
         if len(self.names) != branches:
@@ -39,7 +45,7 @@ class CodebookUsage(SumMetric):
         self.sums = torch.zeros(len(self.scales or (1,)), branches, vocab, dtype=torch.int64, device=device)
 
     @torch.no_grad()
-    def update(self, codes: Tensor) -> "CodebookUsage":
+    def update(self, codes: Tensor) -> CodebookUsage:
         """Add (B, L, K) codes, or (B, L) of a single branch."""
         codes = codes if codes.ndim == 3 else codes[..., None]
         if codes.shape[2] != self.branches or (self.scales and codes.shape[1] != sum(self.scales)):
@@ -70,8 +76,11 @@ def count_codes(codes: Tensor, vocab: int, scales: tuple[int, ...] | None = None
     wrong = (codes < 0) | (codes >= vocab)
     if bool(wrong.any()):
         raise UserError(f"A code is {int(codes[wrong][0])}, but the codebook has {vocab}: 0 to {vocab - 1}.")
-    rows = [torch.bincount(part.flatten(), minlength=vocab)
-            for scale in codes.split(scales or codes.shape[1], dim=1) for part in scale.unbind(2)]
+    rows = [
+        torch.bincount(part.flatten(), minlength=vocab)
+        for scale in codes.split(scales or codes.shape[1], dim=1)
+        for part in scale.unbind(2)
+    ]
     return torch.stack(rows).view(-1, codes.shape[2], vocab)
 
 
@@ -103,7 +112,7 @@ class RollingUsage:
     def state(self) -> dict[str, Tensor]:
         return {"window": self.window}
 
-    def load(self, state: dict[str, Tensor]) -> "RollingUsage":
+    def load(self, state: dict[str, Tensor]) -> RollingUsage:
         self.window = state["window"].to(self.window.device, copy=True)
         return self
 
@@ -121,8 +130,8 @@ class Perturbation:
     delta: int
 
     @classmethod
-    def parse(cls, text: str) -> "Perturbation":
-        """"0.5,0.1,50" -> alpha 0.5, beta 0.1, delta 50."""
+    def parse(cls, text: str) -> Perturbation:
+        """ "0.5,0.1,50" -> alpha 0.5, beta 0.1, delta 50."""
         try:
             alpha, beta, delta = text.split(",")
             made = cls(float(alpha), float(beta), int(delta))

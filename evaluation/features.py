@@ -7,8 +7,8 @@ its name is made of the network's name and the tap's, for example fd_lite0_block
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Iterator
 
 import torch
 import torch.nn.functional as F
@@ -88,7 +88,7 @@ class EfficientNetLite0(FeatureNet):
         self.input_size = input_size
         self.name = "lite0" if input_size == 224 else f"lite0_{input_size}px"
 
-    def train(self, mode: bool = True) -> "EfficientNetLite0":
+    def train(self, mode: bool = True) -> EfficientNetLite0:
         """Stays in eval mode: batch statistics would make a picture's features depend on its neighbours."""
         return super().train(False)
 

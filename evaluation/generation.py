@@ -6,7 +6,8 @@ score: the Frechet distance between real sets is its floor, the classifier's acc
 
 from __future__ import annotations
 
-from typing import Any, Iterable
+from collections.abc import Iterable
+from typing import Any
 
 from torch import Tensor
 

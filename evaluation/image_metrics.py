@@ -18,8 +18,8 @@ LPIPS: core/nn/lpips.py. "lpips_vgg" is the published metric (version 0.1).
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Callable
 
 import torch
 import torch.nn.functional as F
@@ -79,16 +79,18 @@ def ssim(original: Tensor, reconstruction: Tensor, variant: str = "ssim") -> Ten
         raise UserError(f'unknown SSIM "{variant}".{nearest(variant, SSIM_VARIANTS)}')
     window = SSIM_VARIANTS[variant]
     if min(original.shape[-2:]) < window.size:
-        raise UserError(f"{variant} needs pictures of at least {window.size} pixels a side, "
-                        f"got {tuple(original.shape[-2:])}.")
+        raise UserError(
+            f"{variant} needs pictures of at least {window.size} pixels a side, got {tuple(original.shape[-2:])}."
+        )
     # variances are differences of means of squares: moving the grey level to the middle keeps fp32 digits
     x, y = original.float() - 0.5, reconstruction.float() - 0.5
     with full_precision():
         means = window.mean(torch.cat((x, y, x * x, y * y, x * y), 1))
     mean_x, mean_y, mean_xx, mean_yy, mean_xy = means.chunk(5, 1)
     factor = window.size**2 / (window.size**2 - 1) if window.sample_covariance else 1.0
-    var_x, var_y, cov = (factor * (a - b) for a, b in
-                         ((mean_xx, mean_x**2), (mean_yy, mean_y**2), (mean_xy, mean_x * mean_y)))
+    var_x, var_y, cov = (
+        factor * (a - b) for a, b in ((mean_xx, mean_x**2), (mean_yy, mean_y**2), (mean_xy, mean_x * mean_y))
+    )
     mean_x, mean_y = mean_x + 0.5, mean_y + 0.5
     c1, c2 = (0.01 * window.data_range) ** 2, (0.03 * window.data_range) ** 2
     luminance = (2 * mean_x * mean_y + c1) / (mean_x**2 + mean_y**2 + c1)

@@ -12,8 +12,8 @@ the count, the last block pools by maximum, and there are 1008 outputs. Numbers 
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Callable, Mapping
 
 import torch
 import torch.nn.functional as F
@@ -22,9 +22,9 @@ from torch import Tensor, nn
 
 from core.errors import UserError, nearest
 from core.files import sha256_file
-from core.hub import resolve
-from core.pickles import load_pickle
-from core.released import helper
+from core.weights.hub import resolve
+from core.weights.pickles import load_pickle
+from core.weights.released import helper
 from evaluation.features import FeatureNet
 
 WEIGHTS_FILE = "weights-inception-2015-12-05-6726825d.pth"
@@ -42,8 +42,9 @@ class ConvBN(nn.Module):
     It computes with one convolution that has BatchNorm's scale and offset in it, made by `fold`.
     """
 
-    def __init__(self, channels: int, out: int, kernel: int | tuple[int, int], stride: int = 1,
-                 pad: bool | None = None):
+    def __init__(
+        self, channels: int, out: int, kernel: int | tuple[int, int], stride: int = 1, pad: bool | None = None
+    ):
         super().__init__()
         height, width = (kernel, kernel) if isinstance(kernel, int) else kernel
         padding = (height // 2, width // 2) if (stride == 1 if pad is None else pad) else 0
@@ -116,7 +117,8 @@ def _mixed_35(channels: int, pool_width: int) -> Mixed:
         [("branch1x1", 64, 1)],
         [("branch5x5_1", 48, 1), ("branch5x5_2", 64, 5)],
         [("branch3x3dbl_1", 64, 1), ("branch3x3dbl_2", 96, 3), ("branch3x3dbl_3", 96, 3)],
-        pool=_average, pool_width=pool_width,
+        pool=_average,
+        pool_width=pool_width,
     )
 
 
@@ -126,9 +128,15 @@ def _mixed_17(c7: int) -> Mixed:
         768,
         [("branch1x1", 192, 1)],
         [("branch7x7_1", c7, 1), ("branch7x7_2", c7, row), ("branch7x7_3", 192, column)],
-        [("branch7x7dbl_1", c7, 1), ("branch7x7dbl_2", c7, column), ("branch7x7dbl_3", c7, row),
-         ("branch7x7dbl_4", c7, column), ("branch7x7dbl_5", 192, row)],
-        pool=_average, pool_width=192,
+        [
+            ("branch7x7dbl_1", c7, 1),
+            ("branch7x7dbl_2", c7, column),
+            ("branch7x7dbl_3", c7, row),
+            ("branch7x7dbl_4", c7, column),
+            ("branch7x7dbl_5", 192, row),
+        ],
+        pool=_average,
+        pool_width=192,
     )
 
 
@@ -141,7 +149,8 @@ def _mixed_8(channels: int, pool: Callable[[Tensor], Tensor]) -> Mixed:
         [("branch1x1", 320, 1)],
         [("branch3x3_1", 384, 1), fork("branch3x3_2")],
         [("branch3x3dbl_1", 448, 1), ("branch3x3dbl_2", 384, 3), fork("branch3x3dbl_3")],
-        pool=pool, pool_width=192,
+        pool=pool,
+        pool_width=192,
     )
 
 
@@ -166,15 +175,19 @@ class InceptionV3(nn.Module):
         self.Mixed_7a = Mixed(
             768,
             [("branch3x3_1", 192, 1), ("branch3x3_2", 320, 3, 2)],
-            [("branch7x7x3_1", 192, 1), ("branch7x7x3_2", 192, (1, 7)), ("branch7x7x3_3", 192, (7, 1)),
-             ("branch7x7x3_4", 192, 3, 2)],
+            [
+                ("branch7x7x3_1", 192, 1),
+                ("branch7x7x3_2", 192, (1, 7)),
+                ("branch7x7x3_3", 192, (7, 1)),
+                ("branch7x7x3_4", 192, 3, 2),
+            ],
             pool=_halve,
         )
         self.Mixed_7b, self.Mixed_7c = _mixed_8(1280, _average), _mixed_8(2048, _largest)
         self.fc = nn.Linear(2048, 1008)
         self.eval().requires_grad_(False)
 
-    def fold(self, dtype: torch.dtype = torch.float32) -> "InceptionV3":
+    def fold(self, dtype: torch.dtype = torch.float32) -> InceptionV3:
         """Call after loading weights and before `forward`."""
         for module in self.modules():
             if isinstance(module, ConvBN):
@@ -256,15 +269,19 @@ class Inception(FeatureNet):
 
     Args:
         weights: a file (.pth or .safetensors), an hf:// or https:// address, or a state dict. None: the published
-            file, see core/nn/helpers.toml.
+            file, see core/weights/helpers.toml.
         taps: which features to return; see this file's docstring.
         preprocess: "tf1", or "pytorch_fid" for that package's resize and scale, which give other numbers.
         dtype: torch.float64 runs the network itself in double precision (reAR's evaluator); resizing stays float32.
     """
 
-    def __init__(self, weights: str | Path | Mapping[str, Tensor] | None = None,
-                 taps: tuple[str, ...] = ("pool", "spatial", "logits"), preprocess: str = "tf1",
-                 dtype: torch.dtype = torch.float32):
+    def __init__(
+        self,
+        weights: str | Path | Mapping[str, Tensor] | None = None,
+        taps: tuple[str, ...] = ("pool", "spatial", "logits"),
+        preprocess: str = "tf1",
+        dtype: torch.dtype = torch.float32,
+    ):
         super().__init__()
         for tap in taps:
             if tap not in DIMS:
@@ -289,7 +306,7 @@ class Inception(FeatureNet):
             return super().distance_name(tap)
         return base if self.preprocess == "tf1" else f"{base}_{self.preprocess}"
 
-    def train(self, mode: bool = True) -> "Inception":
+    def train(self, mode: bool = True) -> Inception:
         """Stays in eval mode."""
         return super().train(False)
 

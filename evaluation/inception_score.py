@@ -13,7 +13,7 @@ All take logits without the classifier's bias. Softmax is never formed in float3
 
 from __future__ import annotations
 
-from typing import Callable
+from collections.abc import Callable
 
 import numpy as np
 import torch
@@ -87,8 +87,10 @@ def uneven_chunks(labels: Tensor, chunk: int = CHUNK) -> str:
     for number, part in enumerate(labels.split(chunk)):
         found, expected = len(torch.unique(part)), min(classes, len(part))
         if found < 0.5 * expected:
-            return (f"Chunk {number} of the Inception Score holds {found} of {classes} classes: the pictures are "
-                    "sorted by label and the score is too low. Order them by index with balanced labels, or shuffle.")
+            return (
+                f"Chunk {number} of the Inception Score holds {found} of {classes} classes: the pictures are "
+                "sorted by label and the score is too low. Order them by index with balanced labels, or shuffle."
+            )
     return ""
 
 
@@ -99,7 +101,7 @@ class StreamingInceptionScore(SumMetric):
         self.sums = torch.zeros(classes + 2, dtype=torch.float64, device=device)  # of p, of p log p, and the count
 
     @torch.no_grad()
-    def update(self, logits: Tensor) -> "StreamingInceptionScore":
+    def update(self, logits: Tensor) -> StreamingInceptionScore:
         """Add (B, classes) logits without bias."""
         log_p = logits.to(self.sums.device).double().log_softmax(1)
         p = log_p.exp()

@@ -8,8 +8,8 @@ All take `measure(rows) -> float`, the metric of the pictures with these row num
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Callable
 
 import numpy as np
 import torch
@@ -37,8 +37,9 @@ def check_extras(replicates: int, infinity: bool, count: int) -> None:
     if replicates < 0 or replicates == 1:
         raise UserError(f"--bootstrap {replicates}: an interval needs at least 2 replicates; 50 are usual.")
     if infinity and count < FEWEST:
-        raise UserError(f"--infinity: extrapolating to infinitely many pictures needs at least {FEWEST}, there are "
-                        f"{count}.")
+        raise UserError(
+            f"--infinity: extrapolating to infinitely many pictures needs at least {FEWEST}, there are {count}."
+        )
 
 
 def at_infinity(measure: Measure, count: int, points: int = 15, seed: int = 0) -> Extrapolation:
@@ -48,8 +49,10 @@ def at_infinity(measure: Measure, count: int, points: int = 15, seed: int = 0) -
     of the generated side only; the reference is as large as it is.
     """
     if points < 3 or count < FEWEST:
-        raise UserError(f"Extrapolating to infinitely many pictures needs at least {FEWEST} pictures and 3 points, got "
-                        f"{count} and {points}.")
+        raise UserError(
+            f"Extrapolating to infinitely many pictures needs at least {FEWEST} pictures and 3 points, got "
+            f"{count} and {points}."
+        )
     rng = np.random.default_rng(seed)
     sizes = np.unique(np.linspace(count / 10, count, points).round().astype(int))
     values = [measure(torch.from_numpy(rng.permutation(count)[:size])) for size in sizes]
@@ -68,8 +71,9 @@ def _resampled(measure: Measure, count: int, replicates: int, seed: int) -> np.n
     return np.array([measure(torch.from_numpy(rng.integers(count, size=count))) for _ in range(replicates)])
 
 
-def bootstrap_normal(measure: Measure, value: float, count: int, replicates: int = 50,
-                     seed: int = 0) -> tuple[float, float]:
+def bootstrap_normal(
+    measure: Measure, value: float, count: int, replicates: int = 50, seed: int = 0
+) -> tuple[float, float]:
     """95 % interval of a biased metric such as FID: value +- 1.96 deviations of the replicates.
 
     Duplicates in a replicate shrink the effective N, which about doubles the bias of a Frechet distance: only the
@@ -79,8 +83,9 @@ def bootstrap_normal(measure: Measure, value: float, count: int, replicates: int
     return float(value - spread), float(value + spread)
 
 
-def bootstrap_percentile(measure: Measure, count: int, replicates: int = 200, level: float = 0.95,
-                         seed: int = 0) -> tuple[float, float]:
+def bootstrap_percentile(
+    measure: Measure, count: int, replicates: int = 200, level: float = 0.95, seed: int = 0
+) -> tuple[float, float]:
     """Percentile interval of metrics that hardly depend on N: Inception Score, PSNR, SSIM, LPIPS."""
     low, high = np.quantile(_resampled(measure, count, replicates, seed), [(1 - level) / 2, (1 + level) / 2])
     return float(low), float(high)

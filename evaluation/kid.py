@@ -6,7 +6,7 @@ in each round; kernel (x.y / d + 1)^3; the unbiased estimate. Ours computes kern
 
 from __future__ import annotations
 
-from typing import Callable
+from collections.abc import Callable
 
 import numpy as np
 import torch
@@ -44,22 +44,29 @@ def squared_mmd(x: Tensor, y: Tensor, kernel: Kernel = polynomial_kernel) -> Ten
     return within(x) + within(y) - 2.0 * kernel(x, y).mean()
 
 
-def kid(first: Tensor, second: Tensor, subsets: int = 100, size: int = 1000, kernel: str = "polynomial",
-        seed: int = 2020) -> tuple[float, float]:
+def kid(
+    first: Tensor, second: Tensor, subsets: int = 100, size: int = 1000, kernel: str = "polynomial", seed: int = 2020
+) -> tuple[float, float]:
     """(mean, population standard deviation) over subsets of (N, D) and (M, D) features."""
     if first.shape[1] != second.shape[1]:
-        raise UserError(f"KID of features with {first.shape[1]} and {second.shape[1]} dimensions: both sides must come "
-                        "from the same tap of the same network.")
+        raise UserError(
+            f"KID of features with {first.shape[1]} and {second.shape[1]} dimensions: both sides must come "
+            "from the same tap of the same network."
+        )
     if min(len(first), len(second)) < size:
-        raise UserError(f"KID over subsets of {size} needs as many pictures on each side, got {len(first)} and "
-                        f"{len(second)}. Choose a smaller subset size, and compare only numbers made with the same.")
+        raise UserError(
+            f"KID over subsets of {size} needs as many pictures on each side, got {len(first)} and "
+            f"{len(second)}. Choose a smaller subset size, and compare only numbers made with the same."
+        )
     if not (torch.isfinite(first).all() and torch.isfinite(second).all()):
         raise UserError("The features hold NaN or infinity: KID has no value there.")
     rng = np.random.RandomState(seed)
     values = []
     for _ in range(subsets):
-        x, y = (features[torch.from_numpy(rng.choice(len(features), size, replace=False)).to(features.device)]
-                for features in (first, second))
+        x, y = (
+            features[torch.from_numpy(rng.choice(len(features), size, replace=False)).to(features.device)]
+            for features in (first, second)
+        )
         values.append(squared_mmd(x, y.to(x.device), KERNELS[kernel]))
     result = torch.stack(values)
     return float(result.mean()), float(result.std(correction=0))

@@ -14,8 +14,8 @@ same distribution.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Sequence
 
 import numpy as np
 import torch
@@ -43,12 +43,16 @@ def make(kind: str, count: int, num_classes: int, seed: int = 0, val: Sequence[i
         return (drawn.double() * num_classes).long().clamp(max=num_classes - 1)
     if kind == "val":
         if val is None:
-            raise UserError("labels: val needs the validation set, whose labels are used. Give eval.val_url (or "
-                            "data.val_url), or a file of labels.")
+            raise UserError(
+                "labels: val needs the validation set, whose labels are used. Give eval.val_url (or "
+                "data.val_url), or a file of labels."
+            )
         labels = torch.as_tensor(list(val), dtype=torch.int64)
         if len(labels) < count:
-            raise UserError(f"labels: val has {len(labels)} pictures and {count} samples are asked for. "
-                            f"Use --num {len(labels)}, or labels: balanced.")
+            raise UserError(
+                f"labels: val has {len(labels)} pictures and {count} samples are asked for. "
+                f"Use --num {len(labels)}, or labels: balanced."
+            )
         return _in_range(labels[:count], num_classes, "the validation set")
     return _in_range(_read(Path(kind).expanduser(), count), num_classes, kind)
 
@@ -74,9 +78,11 @@ def _read(path: Path, count: int) -> Tensor:
 
 
 def _in_range(labels: Tensor, num_classes: int, name: str) -> Tensor:
-    if len(labels) and not (0 <= int(labels.min()) and int(labels.max()) < num_classes):
-        raise UserError(f"labels of {name} run from {int(labels.min())} to {int(labels.max())}; the generator knows "
-                        f"classes 0 to {num_classes - 1}.")
+    if len(labels) and not (int(labels.min()) >= 0 and int(labels.max()) < num_classes):
+        raise UserError(
+            f"labels of {name} run from {int(labels.min())} to {int(labels.max())}; the generator knows "
+            f"classes 0 to {num_classes - 1}."
+        )
     return labels.long()
 
 

@@ -38,8 +38,9 @@ class PrecisionRecall:
     note: str = ""
 
 
-def precision_recall(*, real: Tensor, generated: Tensor, k: int = 3, mode: str = "exact",
-                     block: int | None = None) -> PrecisionRecall:
+def precision_recall(
+    *, real: Tensor, generated: Tensor, k: int = 3, mode: str = "exact", block: int | None = None
+) -> PrecisionRecall:
     """Of (N, D) features of real and (M, D) of generated pictures, on the device of `real`.
 
     Args:
@@ -49,8 +50,10 @@ def precision_recall(*, real: Tensor, generated: Tensor, k: int = 3, mode: str =
     """
     generated = generated.to(real.device)
     if real.shape[1] != generated.shape[1]:
-        raise UserError(f"Precision and recall of features with {real.shape[1]} and {generated.shape[1]} dimensions: "
-                        "both sides must come from the same tap of the same network.")
+        raise UserError(
+            f"Precision and recall of features with {real.shape[1]} and {generated.shape[1]} dimensions: "
+            "both sides must come from the same tap of the same network."
+        )
     real_radii, generated_radii = (manifold_radii(side, k, mode, block) for side in (real, generated))
     if mode == "exact":
         rounding = 1e-3 * _SLACK * max(float(side.double().square().sum(1).max()) for side in (real, generated))
@@ -72,8 +75,10 @@ def precision_recall(*, real: Tensor, generated: Tensor, k: int = 3, mode: str =
     if mode == "adm_fp16":
         largest = max(float(side.float().square().sum(1).max()) for side in (real, generated))
         if largest > _LARGEST_NORM:
-            note = (f"Features reach a squared norm of {largest:.0f}: half precision overflows beyond 32752 and may "
-                    'call every distance 0. Use mode "exact".')
+            note = (
+                f"Features reach a squared norm of {largest:.0f}: half precision overflows beyond 32752 and may "
+                'call every distance 0. Use mode "exact".'
+            )
     return PrecisionRecall(float(covered_generated.double().mean()), float(covered_real.double().mean()), note)
 
 

@@ -38,18 +38,18 @@ class SumMetric:
 
     sums: Tensor
 
-    def merge(self, other: "SumMetric") -> "SumMetric":
+    def merge(self, other: SumMetric) -> SumMetric:
         self.sums += other.sums.to(self.sums.device)
         return self
 
-    def all_reduce(self, world: World) -> "SumMetric":
+    def all_reduce(self, world: World) -> SumMetric:
         world.sum(self.sums)
         return self
 
     def state(self) -> dict[str, Tensor]:
         return {"sums": self.sums}
 
-    def load(self, state: dict[str, Tensor]) -> "SumMetric":
+    def load(self, state: dict[str, Tensor]) -> SumMetric:
         if state["sums"].shape != self.sums.shape:
             found, wanted = tuple(state["sums"].shape), tuple(self.sums.shape)
             raise UserError(f"Stored sums have shape {found}, this metric's have {wanted}: they are of other settings.")
@@ -72,11 +72,11 @@ class RowMetric:
     def count(self) -> int:
         return sum(len(part) for part in self.parts)
 
-    def merge(self, other: "RowMetric") -> "RowMetric":
+    def merge(self, other: RowMetric) -> RowMetric:
         self.parts += other.parts
         return self
 
-    def all_reduce(self, world: World) -> "RowMetric":
+    def all_reduce(self, world: World) -> RowMetric:
         """Rank order. A rank that has no pictures still has to know the shape of a row: give each at least one."""
         self.parts = [world.gather(self.rows.to(world.device))]
         return self
@@ -84,6 +84,6 @@ class RowMetric:
     def state(self) -> dict[str, Tensor]:
         return {"rows": self.rows}
 
-    def load(self, state: dict[str, Tensor]) -> "RowMetric":
+    def load(self, state: dict[str, Tensor]) -> RowMetric:
         self.parts = [state["rows"]]
         return self

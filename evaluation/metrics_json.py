@@ -32,7 +32,9 @@ _MEANINGS = {
     "rsfid_": Meaning("rsFID", "", "lower", "sFID of reconstructions to their originals."),
     "fd_": Meaning("Frechet", "", "lower", "Feature distance of samples to real pictures. Not FID."),
     "rfd_": Meaning("Reconstruction Frechet", "", "lower", "Distance of reconstructions to originals. Not FID."),
-    "is_": Meaning("Inception Score", "", "higher", "How sure a classifier is of each picture, and how varied all are."),
+    "is_": Meaning(
+        "Inception Score", "", "higher", "How sure a classifier is of each picture, and how varied all are."
+    ),
     "ris_": Meaning("Inception Score", "", "higher", "The same of reconstructions."),
     "kid_": Meaning("KID", "", "lower", "Kernel distance of samples to real pictures."),
     "precision_": Meaning("Precision", "", "higher", "Share of samples that lie among real pictures."),
@@ -48,7 +50,6 @@ _MEANINGS = {
     "reconstruction_fd_": Meaning(
         "Reconstruction Frechet", "", "lower", "Feature distance between reconstructions and their originals. Not FID."
     ),
-    "fd_": Meaning("Frechet", "", "lower", "Feature distance of samples to real training pictures. Not FID."),
     "class_accuracy": Meaning("Class accuracy", "share", "higher", "Samples recognised as the class asked for."),
     "neighbour_similarity": Meaning(
         "Neighbour similarity", "cosine", "", "To the nearest training picture, mean. Far above real means copying."

@@ -29,7 +29,7 @@ class Moments:
         self.squares = torch.zeros(dim, dim, dtype=torch.float64, device=device)  # (D, D) outer products
 
     @classmethod
-    def of(cls, features: Tensor, block: int = 8192) -> "Moments":
+    def of(cls, features: Tensor, block: int = 8192) -> Moments:
         """Of (N, D) features at hand, on their device; `block` rows are held in float64 at a time."""
         gathered = cls(features.shape[1], features.device)
         for rows in features.split(block):
@@ -37,7 +37,7 @@ class Moments:
         return gathered
 
     @classmethod
-    def stored(cls, count: int, mean: Tensor, covariance: Tensor) -> "Moments":
+    def stored(cls, count: int, mean: Tensor, covariance: Tensor) -> Moments:
         """From a file of statistics: (D,) mean and (D, D) unbiased covariance of `count` pictures, any float dtype."""
         if covariance.shape != (mean.numel(), mean.numel()):
             raise UserError(f"Statistics with a mean of {mean.numel()} and a covariance of {tuple(covariance.shape)}.")
@@ -51,7 +51,7 @@ class Moments:
         return self.total.numel()
 
     @torch.no_grad()
-    def update(self, features: Tensor) -> "Moments":
+    def update(self, features: Tensor) -> Moments:
         """Add (B, D) features of any float dtype."""
         if features.ndim != 2 or features.shape[1] != self.dim:
             raise UserError(f"Moments of (B, {self.dim}) features were given {tuple(features.shape)}.")
@@ -70,7 +70,7 @@ class Moments:
             self.squares += torch.from_numpy(rows.T @ rows)  # NumPy sees one matrix twice and does half the work
         return self
 
-    def merge(self, other: "Moments") -> "Moments":
+    def merge(self, other: Moments) -> Moments:
         """Add what another one has gathered."""
         if other.dim != self.dim:
             raise UserError(f"Moments of {self.dim} and of {other.dim} dimensions cannot be merged.")
@@ -92,7 +92,7 @@ class Moments:
         cross = torch.outer(total, offset)
         return total + self.count * offset, squares + cross + cross.T + self.count * torch.outer(offset, offset)
 
-    def all_reduce(self, world: World) -> "Moments":
+    def all_reduce(self, world: World) -> Moments:
         """Every rank gets the moments of all ranks' pictures. Every rank must call it, also one without pictures."""
         if world.size == 1:
             return self
@@ -127,7 +127,7 @@ class Moments:
         shift = torch.zeros_like(self.total) if self.shift is None else self.shift
         return {"count": torch.tensor([self.count]), "shift": shift, "total": self.total, "squares": self.squares}
 
-    def load(self, state: dict[str, Tensor]) -> "Moments":
+    def load(self, state: dict[str, Tensor]) -> Moments:
         """Go on from a stored `state`."""
         device = self.total.device
         if state["total"].numel() != self.dim:

@@ -2,7 +2,7 @@
 
 All answer `len(set)` and `set.read(start, stop)` -> (n, 3, H, W) uint8, so a long evaluation can be cut into pieces,
 shared between ranks and continued. An .npz is mapped from disk, whatever its size; nothing in it is ever unpickled.
-Folders of pictures become such a set in scripts/picture_sets.py, through the decoder of the data package.
+Folders of pictures become such a set in evaluation/picture_sets.py, through the decoder of the data package.
 """
 
 from __future__ import annotations
@@ -44,8 +44,10 @@ def check_pictures(pictures: np.ndarray, name: str) -> None:
         shape = shape or "a single number"
         raise UserError(f"{name}: pictures must be an array of N x H x W x 3, this one is {shape}.")
     if pictures.dtype != np.uint8:
-        raise UserError(f"{name}: pictures must be uint8 (0 to 255), these are {pictures.dtype}. Convert them "
-                        "knowingly, with core.images.to_uint8, and write the file again.")
+        raise UserError(
+            f"{name}: pictures must be uint8 (0 to 255), these are {pictures.dtype}. Convert them "
+            "knowingly, with core.images.to_uint8, and write the file again."
+        )
     if len(pictures) == 0:
         raise UserError(f"{name} holds no pictures.")
 

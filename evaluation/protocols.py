@@ -47,44 +47,96 @@ class Protocol:
     for_reconstruction: dict[str, str] = field(default_factory=dict)  # fields that differ for rFID
 
 
-_ADM = Protocol(
-    "adm", "guided-diffusion's evaluator (Dhariwal & Nichol 2021): FID, sFID, IS, precision, recall")
+_ADM = Protocol("adm", "guided-diffusion's evaluator (Dhariwal & Nichol 2021): FID, sFID, IS, precision, recall")
 _TORCH_FIDELITY = Protocol(
-    "torch-fidelity", "the torch-fidelity 0.4 library: FID, IS over ten shuffled splits, KID, precision, recall",
-    generation=("fid", "is", "kid", "precision", "recall"), inception_score="shuffled",
-    reference=("adm_in256_stats.npz",), psnr_of="float")
+    "torch-fidelity",
+    "the torch-fidelity 0.4 library: FID, IS over ten shuffled splits, KID, precision, recall",
+    generation=("fid", "is", "kid", "precision", "recall"),
+    inception_score="shuffled",
+    reference=("adm_in256_stats.npz",),
+    psnr_of="float",
+)
 
-PROTOCOLS: dict[str, Protocol] = {p.name: p for p in (
-    _ADM,
-    _TORCH_FIDELITY,
-    Protocol("pytorch-fid", "the pytorch-fid library: FID alone, half-pixel resize, inputs on [-1, 1]",
-             preprocess="pytorch_fid", generation=("fid",), reconstruction=("fid",), reference=()),
-    replace(_TORCH_FIDELITY, name="rectok", about="RecTok (as DeTok): torch-fidelity against stored statistics",
+PROTOCOLS: dict[str, Protocol] = {
+    p.name: p
+    for p in (
+        _ADM,
+        _TORCH_FIDELITY,
+        Protocol(
+            "pytorch-fid",
+            "the pytorch-fid library: FID alone, half-pixel resize, inputs on [-1, 1]",
+            preprocess="pytorch_fid",
+            generation=("fid",),
+            reconstruction=("fid",),
+            reference=(),
+        ),
+        replace(
+            _TORCH_FIDELITY,
+            name="rectok",
+            about="RecTok (as DeTok): torch-fidelity against stored statistics",
             tokenizers=("rectok",),
-            generation=("fid", "is"), labels="balanced", rounding="truncate", reconstruction_rounding="truncate",
-            bf16_pixels=True, reconstruction=("fid", "psnr"),
-            reconstruction_reference=("val_fid_statistics_file_256.npz", "val_fid_statistics_file_512.npz")),
-    replace(_ADM, name="fqgan", about="FQGAN and LlamaGen: ADM's evaluator; SSIM with data range 2 on [0, 1]",
+            generation=("fid", "is"),
+            labels="balanced",
+            rounding="truncate",
+            reconstruction_rounding="truncate",
+            bf16_pixels=True,
+            reconstruction=("fid", "psnr"),
+            reconstruction_reference=("val_fid_statistics_file_256.npz", "val_fid_statistics_file_512.npz"),
+        ),
+        replace(
+            _ADM,
+            name="fqgan",
+            about="FQGAN and LlamaGen: ADM's evaluator; SSIM with data range 2 on [0, 1]",
             tokenizers=("fqgan",),
-            labels="random", rounding="plus128", reconstruction_rounding="plus128",
-            reconstruction=("fid", "sfid", "is", "precision", "recall", "psnr", "ssim"), ssim=("ssim_llamagen",),
-            precision_recall="adm_fp16"),
-    replace(_ADM, name="rear", about="reAR (1d-tokenizer): gFID by ADM's evaluator, rFID by its float64 streaming one",
+            labels="random",
+            rounding="plus128",
+            reconstruction_rounding="plus128",
+            reconstruction=("fid", "sfid", "is", "precision", "recall", "psnr", "ssim"),
+            ssim=("ssim_llamagen",),
+            precision_recall="adm_fp16",
+        ),
+        replace(
+            _ADM,
+            name="rear",
+            about="reAR (1d-tokenizer): gFID by ADM's evaluator, rFID by its float64 streaming one",
             tokenizers=("maskgit_vqgan", "vqgan_plus", "titok"),
-            labels="balanced", rounding="truncate", precision_recall="adm_fp16", inception_score="adm",
-            reconstruction=("fid", "is", "codebook"), reconstruction_rounding="truncate",
-            for_reconstruction={"dtype": "float64", "inception_score": "single"}),
-    replace(_ADM, name="dar", about="D-AR: gFID by ADM's evaluator, rFID by pytorch-fid on truncated originals",
+            labels="balanced",
+            rounding="truncate",
+            precision_recall="adm_fp16",
+            inception_score="adm",
+            reconstruction=("fid", "is", "codebook"),
+            reconstruction_rounding="truncate",
+            for_reconstruction={"dtype": "float64", "inception_score": "single"},
+        ),
+        replace(
+            _ADM,
+            name="dar",
+            about="D-AR: gFID by ADM's evaluator, rFID by pytorch-fid on truncated originals",
             tokenizers=("dar",),
-            labels="random", rounding="plus128", precision_recall="adm_fp16", reconstruction=("fid", "psnr", "ssim"),
-            reconstruction_rounding="plus128", original_rounding="truncate", ssim=("ssim_llamagen",),
-            for_reconstruction={"preprocess": "pytorch_fid"}),
-    replace(_ADM, name="imagefolder", about="ImageFolder and VAR: ADM's evaluator on shuffled arrays",
+            labels="random",
+            rounding="plus128",
+            precision_recall="adm_fp16",
+            reconstruction=("fid", "psnr", "ssim"),
+            reconstruction_rounding="plus128",
+            original_rounding="truncate",
+            ssim=("ssim_llamagen",),
+            for_reconstruction={"preprocess": "pytorch_fid"},
+        ),
+        replace(
+            _ADM,
+            name="imagefolder",
+            about="ImageFolder and VAR: ADM's evaluator on shuffled arrays",
             tokenizers=("imagefolder",),
-            generation=("fid", "is", "precision", "recall"), labels="val", rounding="truncate", shuffle=True,
-            precision_recall="adm_fp16", reconstruction=("fid", "is", "precision", "recall", "codebook"),
-            reconstruction_rounding="plus128"),
-)}
+            generation=("fid", "is", "precision", "recall"),
+            labels="val",
+            rounding="truncate",
+            shuffle=True,
+            precision_recall="adm_fp16",
+            reconstruction=("fid", "is", "precision", "recall", "codebook"),
+            reconstruction_rounding="plus128",
+        ),
+    )
+}
 
 
 def get(name: str, purpose: str = "generation") -> Protocol:

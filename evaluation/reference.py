@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Callable, Iterable
 
 import torch
 from safetensors import safe_open
@@ -60,7 +60,7 @@ class Reference(Features):
         temporary.replace(path)
 
     @classmethod
-    def load(cls, path: str | Path) -> "Reference":
+    def load(cls, path: str | Path) -> Reference:
         with safe_open(path, "pt") as file:
             meta = file.metadata() or {}
             if not {"net", "fingerprint"} <= meta.keys():
@@ -71,9 +71,7 @@ class Reference(Features):
         return cls(taps, labels, meta["net"], meta["fingerprint"])
 
     @classmethod
-    def cached(
-        cls, path: str | Path, net: FeatureNet, batches: Callable[[], Batches], fingerprint: str
-    ) -> "Reference":
+    def cached(cls, path: str | Path, net: FeatureNet, batches: Callable[[], Batches], fingerprint: str) -> Reference:
         """The file's features when they are of these pictures and this network, else computed and written there.
 
         Args:

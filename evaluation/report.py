@@ -16,9 +16,10 @@ import io
 import math
 import os
 import re
+from collections.abc import Sequence
 from html import escape
 from pathlib import Path
-from typing import Any, Sequence
+from typing import Any
 
 from PIL import Image
 from torch import Tensor
@@ -72,7 +73,7 @@ class Report:
         self._tiles: list[str] = []
         self._sections: list[tuple[str, str]] = []  # (kind, html); neighbours of kind "chart" share a grid
 
-    def add_tile(self, name: str, value: Any, meaning: str, beside: str = "") -> "Report":
+    def add_tile(self, name: str, value: Any, meaning: str, beside: str = "") -> Report:
         """A number on top of the page.
 
         Args:
@@ -87,7 +88,7 @@ class Report:
         )
         return self
 
-    def add_metrics(self, metrics: dict[str, Any]) -> "Report":
+    def add_metrics(self, metrics: dict[str, Any]) -> Report:
         """Tiles for what evaluate_samples returned, each beside its "real_" counterpart."""
         for name, value in metrics.items():
             if isinstance(value, float) and not name.startswith("real_"):
@@ -96,12 +97,12 @@ class Report:
                 self.add_tile(meaning.title, _with_unit(value, meaning.unit), meaning.sentence, beside)
         return self
 
-    def add_text(self, title: str, text: str) -> "Report":
+    def add_text(self, title: str, text: str) -> Report:
         """Paragraphs, separated by blank lines."""
         paragraphs = "".join(f"<p>{escape(part)}</p>" for part in re.split(r"\n\s*\n", text.strip()))
         return self._add_card(title, paragraphs)
 
-    def add_curves(self, name: str, series: Series, log: bool = False, xlabel: str = "") -> "Report":
+    def add_curves(self, name: str, series: Series, log: bool = False, xlabel: str = "") -> Report:
         """A chart of name -> [(x, y), ...]. Values that are not finite leave gaps."""
         legend = []
         for index, (label, points) in enumerate(series.items()):
@@ -114,7 +115,7 @@ class Report:
         self._sections.append(("chart", html))
         return self
 
-    def add_image(self, title: str, picture: Picture, caption: str = "") -> "Report":
+    def add_image(self, title: str, picture: Picture, caption: str = "") -> Report:
         """One picture or grid of pictures; small ones are enlarged with sharp pixels."""
         image = _to_pil(picture)
         factor = max(1, _SMALL // max(image.size))
@@ -127,7 +128,7 @@ class Report:
         rows: Sequence[tuple[str, Sequence[tuple[Picture, Picture, float, bool | None]]]],
         caption: str = "Above: sample. Beneath it: the nearest training picture and its cosine similarity. "
         "The mark says whether a classifier recognises the class asked for.",
-    ) -> "Report":
+    ) -> Report:
         """Samples by class above their nearest training pictures.
 
         Args:
@@ -144,7 +145,7 @@ class Report:
             html.append("</div>")
         return self._add_card(title, f'<p class="caption">{escape(caption)}</p>' + "".join(html))
 
-    def add_table(self, title: str, headers: Sequence[str], rows: Sequence[Sequence[Any]]) -> "Report":
+    def add_table(self, title: str, headers: Sequence[str], rows: Sequence[Sequence[Any]]) -> Report:
         """Columns whose cells are all numbers are set flush right."""
         cells = [[_show(cell) for cell in row] for row in rows]
         columns = list(zip(*cells)) if cells else [()] * len(headers)
@@ -155,18 +156,18 @@ class Report:
         table = f"<table><thead><tr>{head}</tr></thead><tbody>{lines}</tbody></table>"
         return self._add_card(title, f'<div class="scroll">{table}</div>')
 
-    def add_config(self, text: str) -> "Report":
+    def add_config(self, text: str) -> Report:
         """The resolved configuration, folded away."""
         html = f"<details><summary>Configuration</summary><pre>{escape(text)}</pre></details>"
         self._sections.append(("card", f'<section class="card">{html}</section>'))
         return self
 
-    def add_environment(self, environment: dict[str, Any]) -> "Report":
+    def add_environment(self, environment: dict[str, Any]) -> Report:
         """What evaluation.environment.environment() returns."""
         items = "".join(f"<dt>{escape(str(k))}</dt><dd>{escape(str(v))}</dd>" for k, v in environment.items())
         return self._add_card("Environment", f"<dl>{items}</dl>")
 
-    def _add_card(self, title: str, html: str) -> "Report":
+    def _add_card(self, title: str, html: str) -> Report:
         heading = f"<h2>{escape(title)}</h2>" if title else ""
         self._sections.append(("card", f'<section class="card">{heading}{html}</section>'))
         return self

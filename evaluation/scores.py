@@ -6,8 +6,9 @@ recall, no class logits for an Inception Score) is left out and says why; the ot
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Callable, TypeVar
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -184,16 +185,20 @@ def _limit(
         return []
     label = comparison.named(name, "infinity_from")
     limit = comparison.unless_impossible(label, lambda: at_infinity(measure, comparison.count))
-    return [] if limit is None else [
-        comparison.score(
-            name,
-            limit.value,
-            "infinity_from",
-            reference,
-            std=limit.error,
-            note="extrapolated by least squares on 1/N; the deviation is its standard error",
-        )
-    ]
+    return (
+        []
+        if limit is None
+        else [
+            comparison.score(
+                name,
+                limit.value,
+                "infinity_from",
+                reference,
+                std=limit.error,
+                note="extrapolated by least squares on 1/N; the deviation is its standard error",
+            )
+        ]
+    )
 
 
 def fid(comparison: Comparison) -> list[Score]:

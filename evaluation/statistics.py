@@ -30,7 +30,7 @@ from torch import Tensor
 from core.arrays import NpzFile
 from core.errors import UserError
 from core.files import explain_os_errors, fsync_file, sha256_file, write_atomic
-from core.pickles import load_pickle
+from core.weights.pickles import load_pickle
 from evaluation.moments import Moments
 from evaluation.pictures import ArrayPictures, check_pictures
 
@@ -192,13 +192,19 @@ def _read_cache(path: Path) -> tuple[dict[str, Any], Facts]:
     """A .pt file: torch-fidelity's cached statistics, or its cached features. Its name tells the feature network."""
     found = re.search(r"-(inception-v3-compat|vgg16|clip-[\w-]+?|dinov2-[\w-]+?)-(stat-fid|features)-", path.name)
     network = found and {"inception-v3-compat": "inception"}.get(found[1], found[1])
-    facts = Facts(network=network, preprocess="tf1" if network == "inception" else None, made_by="torch-fidelity" if found else None)
+    facts = Facts(
+        network=network,
+        preprocess="tf1" if network == "inception" else None,
+        made_by="torch-fidelity" if found else None,
+    )
     content = load_pickle(path, (dict, Tensor))
     if isinstance(content, dict):
         return {k: _plain(v) for k, v in content.items()}, facts
     if content.ndim != 2 or len(content) < 2 or not content.is_floating_point():
-        raise UserError(f"{path}: neither statistics (mu, sigma) nor features of pictures; it holds {content.dtype} "
-                        f"{tuple(content.shape)}.")
+        raise UserError(
+            f"{path}: neither statistics (mu, sigma) nor features of pictures; it holds {content.dtype} "
+            f"{tuple(content.shape)}."
+        )
     gathered = Moments.of(content)
     return {"mu": gathered.mean, "sigma": gathered.covariance}, replace(facts, count=len(content))
 
@@ -228,8 +234,10 @@ def _moments(path: Path, arrays: dict[str, Any], mean_name: str, covariance_name
     if not (mean.isfinite().all() and covariance.isfinite().all()):
         raise UserError(f"{path}: {mean_name} or {covariance_name} is not finite.")
     if wrong := _no_covariance(covariance):
-        raise UserError(f"{path}: {covariance_name} {wrong}, so it is no covariance and no distance from it means "
-                        "anything. Download the file again, or make one with run_make_reference.sh.")
+        raise UserError(
+            f"{path}: {covariance_name} {wrong}, so it is no covariance and no distance from it means "
+            "anything. Download the file again, or make one with run_make_reference.sh."
+        )
     return mean.double(), covariance.double()
 
 
@@ -251,8 +259,9 @@ def _no_covariance(matrix: Tensor) -> str:
 DTYPES = {"torch-fidelity": ("float32", "float64"), "float32": ("float32",) * 2, "float64": ("float64",) * 2}
 
 
-def save(path: str | Path, statistics: Statistics, pictures: np.ndarray | None = None,
-         dtype: str = "torch-fidelity") -> None:
+def save(
+    path: str | Path, statistics: Statistics, pictures: np.ndarray | None = None, dtype: str = "torch-fidelity"
+) -> None:
     """Write atomically, .npz (that ADM, pytorch-fid and RecTok read as well) or .safetensors by the suffix.
 
     Args:

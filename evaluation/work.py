@@ -16,8 +16,9 @@ from __future__ import annotations
 
 import contextlib
 import shutil
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, Callable, Iterator
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -69,7 +70,7 @@ class Work:
             self.chunk = world.on_main(lambda: self._open({**(job or {}), "count": count}))
         self.done: set[int] = set(world.on_main(lambda: [c for c in range(self.num_chunks) if self._is_whole(c)]))
 
-    def __enter__(self) -> "Work":
+    def __enter__(self) -> Work:
         return self
 
     def __exit__(self, kind, error, _) -> None:

@@ -38,8 +38,9 @@ class PngWriter:
     def write(self, start: int, images: Tensor) -> None:
         """Queue (B, 3, H, W) uint8 pictures with the indices start, start + 1, ..."""
         images = images.cpu()
-        self.pending += [self.pool.submit(save_png, image, self.folder / f"{start + i:06d}.png")
-                         for i, image in enumerate(images)]
+        self.pending += [
+            self.pool.submit(save_png, image, self.folder / f"{start + i:06d}.png") for i, image in enumerate(images)
+        ]
 
     def flush(self) -> None:
         """Wait until everything queued is on disk; raises what a thread met."""
@@ -60,7 +61,7 @@ class PngWriter:
                     shutil.rmtree(self.final)
                 os.replace(self.folder, self.final)
 
-    def __enter__(self) -> "PngWriter":
+    def __enter__(self) -> PngWriter:
         return self
 
     def __exit__(self, kind, *_) -> None:
@@ -120,8 +121,11 @@ class NpzWriter:
         temporary = self.path.with_name(f".{self.path.name}.{os.getpid()}.tmp")
         with explain_os_errors(self.path):
             try:
-                with zipfile.ZipFile(temporary, "w", zipfile.ZIP_STORED, allowZip64=True) as archive, \
-                        open(self.partial, "rb") as source, archive.open("arr_0.npy", "w", force_zip64=True) as member:
+                with (
+                    zipfile.ZipFile(temporary, "w", zipfile.ZIP_STORED, allowZip64=True) as archive,
+                    open(self.partial, "rb") as source,
+                    archive.open("arr_0.npy", "w", force_zip64=True) as member,
+                ):
                     shutil.copyfileobj(source, member, 1 << 22)
                 fsync_file(temporary)
                 os.replace(temporary, self.path)
@@ -129,7 +133,7 @@ class NpzWriter:
                 temporary.unlink(missing_ok=True)
             self.partial.unlink(missing_ok=True)
 
-    def __enter__(self) -> "NpzWriter":
+    def __enter__(self) -> NpzWriter:
         return self
 
     def __exit__(self, *_) -> None:

@@ -2,10 +2,13 @@
 
 from core.registry import Registry
 
-GENERATORS = Registry("generator", {
-    "dit_dh": "generator.dit.dit_dh:DiTDH",
-    "far": "generator.ar.far:FAR",
-    "gpt": "generator.ar.gpt:GPT",
-    "rar": "generator.ar.rar:RAR",
-    "var": "generator.var.var:VAR",
-})
+GENERATORS = Registry(
+    "generator",
+    {
+        "dit_dh": "generator.dit.dit_dh:DiTDH",
+        "far": "generator.ar.far:FAR",
+        "gpt": "generator.ar.gpt:GPT",
+        "rar": "generator.ar.rar:RAR",
+        "var": "generator.var.var:VAR",
+    },
+)

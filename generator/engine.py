@@ -8,7 +8,8 @@ In full precision nothing is copied.
 
 from __future__ import annotations
 
-from typing import Any, Callable, Hashable
+from collections.abc import Callable, Hashable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -73,7 +74,8 @@ class Weights:
         made.__dict__["_modules"] = {name: child and self.copy(child) for name, child in module._modules.items()}
         if isinstance(module, CAST):
             made.__dict__["_parameters"] = {
-                name: p if p is None else self.cast(p) for name, p in module._parameters.items()}
+                name: p if p is None else self.cast(p) for name, p in module._parameters.items()
+            }
         return made
 
     def refresh(self) -> None:

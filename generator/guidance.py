@@ -28,8 +28,10 @@ def scales(guidance: Guidance, steps: int, branches: int = 1) -> Tensor:
         raise UserError(f'guidance schedule "{guidance.schedule}" is not known.{nearest(guidance.schedule, SCHEDULES)}')
     given = guidance.scale if isinstance(guidance.scale, tuple) else (guidance.scale,) * branches
     if len(given) != branches:
-        raise UserError(f"sample.scale has {len(given)} numbers but the tokenizer has {branches} codebook(s): give one "
-                        "number, or one per codebook.")
+        raise UserError(
+            f"sample.scale has {len(given)} numbers but the tokenizer has {branches} codebook(s): give one "
+            "number, or one per codebook."
+        )
     if not guidance.active:
         return torch.ones(steps, branches, device="cpu")
     full = torch.tensor(given, dtype=torch.float32, device="cpu")[None]  # (1, K)
@@ -38,8 +40,9 @@ def scales(guidance: Guidance, steps: int, branches: int = 1) -> Tensor:
         table = guidance.start + (full - guidance.start) * torch.linspace(0, 1, steps, device="cpu")[:, None]
     elif guidance.schedule == "cosine":
         # parity: this order of operations, k / N in double precision before the power, is RAR's bit for bit
-        ramp = torch.stack([(1 - torch.cos((k / steps) ** torch.tensor(guidance.power) * math.pi)) * 0.5
-                            for k in range(steps)])[:, None]
+        ramp = torch.stack(
+            [(1 - torch.cos((k / steps) ** torch.tensor(guidance.power) * math.pi)) * 0.5 for k in range(steps)]
+        )[:, None]
         table = ramp * (full - 1) + 1
     else:
         table = torch.where(full > guidance.floor, full, 1.0).expand(steps, -1)

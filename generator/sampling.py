@@ -7,7 +7,7 @@ captured CUDA graph draws anew at every replay.
 
 from __future__ import annotations
 
-from typing import Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -21,8 +21,10 @@ def per_branch(value: float | Sequence[float], branches: int, name: str) -> list
     """One setting per codebook, from one number for all or a list."""
     values = list(value) if isinstance(value, (list, tuple)) else [value] * branches
     if len(values) != branches:
-        raise UserError(f"sample.{name} has {len(values)} numbers but the tokenizer has {branches} codebook(s): give one "
-                        "number, or one per codebook.")
+        raise UserError(
+            f"sample.{name} has {len(values)} numbers but the tokenizer has {branches} codebook(s): give one "
+            "number, or one per codebook."
+        )
     return values
 
 
@@ -86,9 +88,19 @@ class CodeSampler:
         trace: receives (guided logits, probabilities), (B, V) fp32 each, of every call; for parity tests.
     """
 
-    def __init__(self, length: int, branches: int, draws, guidance: Guidance, device: torch.device, *,
-                 temperature: float | Sequence[float] = 1.0, top_k: int | Sequence[int] = 0,
-                 top_p: float | Sequence[float] = 1.0, trace: list | None = None):
+    def __init__(
+        self,
+        length: int,
+        branches: int,
+        draws,
+        guidance: Guidance,
+        device: torch.device,
+        *,
+        temperature: float | Sequence[float] = 1.0,
+        top_k: int | Sequence[int] = 0,
+        top_p: float | Sequence[float] = 1.0,
+        trace: list | None = None,
+    ):
         if guidance.kind != "cfg":
             raise UserError(f'sample.guidance: codes are guided by "cfg" only, not by "{guidance.kind}".')
         self.guided = guidance.active
@@ -100,10 +112,17 @@ class CodeSampler:
 
     def settings(self) -> tuple:
         """What a recording of a step depends on, beside the numbers that `refill` replaces."""
-        return (self.guided, tuple(self.temperature), tuple(self.top_k), tuple(self.top_p), self.noise.shape,
-                self.noise.dtype, self.trace is None)
+        return (
+            self.guided,
+            tuple(self.temperature),
+            tuple(self.top_k),
+            tuple(self.top_p),
+            self.noise.shape,
+            self.noise.dtype,
+            self.trace is None,
+        )
 
-    def refill(self, other: "CodeSampler") -> None:
+    def refill(self, other: CodeSampler) -> None:
         """Scales, noise and trace of another one with the same settings, at the addresses of this one."""
         self.scales.copy_(other.scales)
         self.noise.copy_(other.noise)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any, Iterator
+from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -25,8 +26,14 @@ class GeneratorTask:
 
     primary = "generator"
 
-    def __init__(self, generator: nn.Module, tokenizer: nn.Module, num_classes: int, guidance: Guidance = Guidance(),
-                 sample_options: dict[str, Any] | None = None):
+    def __init__(
+        self,
+        generator: nn.Module,
+        tokenizer: nn.Module,
+        num_classes: int,
+        guidance: Guidance = Guidance(),
+        sample_options: dict[str, Any] | None = None,
+    ):
         self.generator, self.tokenizer = generator, tokenizer
         self.num_classes, self.guidance, self.sample_options = num_classes, guidance, sample_options or {}
 

@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""How fast a config runs here: python scripts/benchmark.py CONFIG [key=value ...] [--what ...] [--batch ...] [options]
+"""How fast a config runs here: python -m scripts.benchmark CONFIG [key=value ...] [--what ...] [--batch ...] [options]
 
   benchmark.py configs/rectok/ditdh_xl.yaml --tokenizer-config configs/rectok/tokenizer.yaml
   benchmark.py configs/toy/rectok_tokenizer.yaml --what train,decode --batch 1,8 --markdown docs/benchmarks.md
@@ -26,7 +26,6 @@ Three more can be asked for:
   memory        peak on the GPU during the timed calls; of the process on a CPU
 """
 
-import _root  # noqa: F401
 import argparse
 import contextlib
 import inspect
@@ -45,8 +44,21 @@ DEFAULT = ("train", "encode", "decode", "sample")
 OF_GENERATORS = ("sample", "generate", "uncached", "stream")
 WHAT = (*DEFAULT, *OF_GENERATORS[1:])
 IMAGENET = 1_281_167
-HEADER = ("config", "what", "mode", "batch", "img/s", "FLOPs/img", "MFU", "floor img/s", "memory", "first", "precision",
-          "device", "torch")
+HEADER = (
+    "config",
+    "what",
+    "mode",
+    "batch",
+    "img/s",
+    "FLOPs/img",
+    "MFU",
+    "floor img/s",
+    "memory",
+    "first",
+    "precision",
+    "device",
+    "torch",
+)
 
 
 @dataclass
@@ -76,8 +88,11 @@ def make_batch(task, batch: int, device, stored: bool):
     from core.specs import Batch
 
     size = task.tokenizer.image_size
-    images = torch.zeros(batch, 3, size, size, dtype=torch.uint8, device=device) if device.type == "meta" else \
-        torch.randint(0, 256, (batch, 3, size, size), dtype=torch.uint8, device=device)
+    images = (
+        torch.zeros(batch, 3, size, size, dtype=torch.uint8, device=device)
+        if device.type == "meta"
+        else torch.randint(0, 256, (batch, 3, size, size), dtype=torch.uint8, device=device)
+    )
     places = torch.arange(batch, device=device)
     labels = places % getattr(task, "num_classes", 1)
     if stored:
@@ -94,10 +109,11 @@ def make_call(task, what: str, batch: int, device, stored: bool):
     if what == "sample":
         return lambda: task.sample(task.generator, data.labels, draws_for(batch, device))
     if what == "stream":
-        import streaming
+        from run import streaming
 
-        return lambda: streaming.stream(task.generator, task.tokenizer, data.labels, draws_for(batch, device),
-                                        task.guidance, task.sample_options)
+        return lambda: streaming.stream(
+            task.generator, task.tokenizer, data.labels, draws_for(batch, device), task.guidance, task.sample_options
+        )
     if what in OF_GENERATORS:
         options = {**task.sample_options, **({"cached": False} if what == "uncached" else {})}
         return lambda: task.generator.sample(data.labels, draws_for(batch, device), task.guidance, **options)
@@ -126,8 +142,16 @@ def make_step(task, config, batch: int, device, stored: bool):
     world = dist.World(0, 1, 0, device)
     with tempfile.TemporaryDirectory() as folder:
         config.work_dir = folder
-        trainer = Trainer(task, config, batches=lambda seen: iter(()), split=split, images_per_epoch=IMAGENET,
-                          data_fingerprint="noise", run=RunFolder(config, False), world=world)
+        trainer = Trainer(
+            task,
+            config,
+            batches=lambda seen: iter(()),
+            split=split,
+            images_per_epoch=IMAGENET,
+            data_fingerprint="noise",
+            run=RunFolder(config, False),
+            world=world,
+        )
     data = make_batch(task, batch, device, stored)
     return lambda: trainer.train_step(data)
 
@@ -175,9 +199,9 @@ def count(config, guide_config, what: str, batch: int, stored: bool = False) -> 
     """FLOPs and bytes of one call; a reason where the networks cannot run without data."""
     import torch
 
-    import blank
     from core.nn.kvcache import KVCache
     from core.specs import Progress
+    from run import blank
 
     device = torch.device("meta")
     try:
@@ -198,8 +222,9 @@ def count(config, guide_config, what: str, batch: int, stored: bool = False) -> 
         try:
             with make_counter(blank.networks_of(task)) as counter:
                 if what == "train":
-                    for phase in task.phases(task.networks(), data, draws_for(batch, device),
-                                             Progress(IMAGENET, 2 * IMAGENET, IMAGENET, 1)):
+                    for phase in task.phases(
+                        task.networks(), data, draws_for(batch, device), Progress(IMAGENET, 2 * IMAGENET, IMAGENET, 1)
+                    ):
                         phase.loss.total.backward()
                 else:
                     call()
@@ -260,18 +285,19 @@ def timed(call, device, warmup: int, repeats: int) -> tuple[float, float]:
     return first, statistics.median(once() for _ in range(repeats))
 
 
-def measure(config, guide_config, what: str, label: str, batch: int, compiled: bool, device, options,
-            work: Work | str) -> dict[str, str]:
+def measure(
+    config, guide_config, what: str, label: str, batch: int, compiled: bool, device, options, work: Work | str
+) -> dict[str, str]:
     """One row of the table. `label` names it, `work` is what `count` gave."""
     import copy
 
     import torch
 
-    import blank
     from core.devices import floor_seconds, peak_of
     from core.estimate import number
     from core.files import human_bytes
     from core.train.parallel import compile_blocks
+    from run import blank
 
     config = copy.deepcopy(config)
     half = config.train.precision == "bf16"
@@ -303,10 +329,22 @@ def measure(config, guide_config, what: str, label: str, batch: int, compiled: b
     label += " (stored latents)" if stored else ""
     share = f"{100 * statistics.median(shares[-options.repeats :]):.0f} % of the time" if shares else ""
     label += f" (first preview after {share})" if shares else ""
-    row = {"config": config.name, "what": label, "mode": "compiled" if compiled else "eager", "batch": str(batch),
-           "img/s": f"{speed:.4g}", "FLOPs/img": "-", "MFU": "-", "floor img/s": "-",
-           "memory": human_bytes(peak_memory(device)), "first": f"{first:.2f} s", "precision": config.train.precision,
-           "device": name, "torch": torch.__version__.split("+")[0], "first preview": share}
+    row = {
+        "config": config.name,
+        "what": label,
+        "mode": "compiled" if compiled else "eager",
+        "batch": str(batch),
+        "img/s": f"{speed:.4g}",
+        "FLOPs/img": "-",
+        "MFU": "-",
+        "floor img/s": "-",
+        "memory": human_bytes(peak_memory(device)),
+        "first": f"{first:.2f} s",
+        "precision": config.train.precision,
+        "device": name,
+        "torch": torch.__version__.split("+")[0],
+        "first preview": share,
+    }
     if isinstance(work, str):
         return row
     row["FLOPs/img"] = number(work.flops / batch)
@@ -355,8 +393,7 @@ def whole_numbers(text: str, option: str) -> list[int]:
 
 def read_config(path: str, overrides: list[str], tokenizer_config: str | None):
     """The config, with the tokenizer of another where one is named: tokenizer.* then changes that one."""
-    import assemble
-    import blank
+    from run import assemble, blank
 
     if not tokenizer_config:
         return assemble.load_config(path, overrides)
@@ -370,10 +407,8 @@ def check_words(config, wanted: list[str], steps: list[int]) -> None:
     """UserError for what this config cannot be asked for."""
     import torch
 
-    import assemble
-    import blank
-    import streaming
     from core.errors import UserError
+    from run import assemble, blank, streaming
 
     tokenizer = blank.layout(config.tokenizer)[0]["name"]
     if steps and "steps" not in assemble.TOKENIZERS.signature(tokenizer):
@@ -392,7 +427,7 @@ def variants(config, wanted: list[str], steps: list[int]):
     """(word, its name in the table, config) of everything to measure."""
     import copy
 
-    import blank
+    from run import blank
 
     for word in wanted:
         if word != "decode" or not steps:
@@ -405,12 +440,14 @@ def variants(config, wanted: list[str], steps: list[int]):
 
 
 def main(arguments: list[str]) -> int:
-    parser = argparse.ArgumentParser(prog="benchmark.py", description=__doc__,
-                                     formatter_class=argparse.RawTextHelpFormatter)
+    parser = argparse.ArgumentParser(
+        prog="benchmark.py", description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
     parser.add_argument("config")
     parser.add_argument("overrides", nargs="*", metavar="key=value")
-    parser.add_argument("--what", default=",".join(DEFAULT),
-                        help=f"of {','.join(WHAT)} (default: the first four, if they apply)")
+    parser.add_argument(
+        "--what", default=",".join(DEFAULT), help=f"of {','.join(WHAT)} (default: the first four, if they apply)"
+    )
     parser.add_argument("--batch", default="32", help="batch sizes, 1,32,256 (default 32)")
     parser.add_argument("--mode", choices=("eager", "compiled", "both"), default="eager")
     parser.add_argument("--decode-steps", help="numbers of steps that decode is measured with, 8,16 (default: its own)")
@@ -438,8 +475,8 @@ def main(arguments: list[str]) -> int:
 
     import torch
 
-    import assemble
     from core import dist
+    from run import assemble
 
     overrides = [*options.overrides, *([f"train.precision={options.precision}"] if options.precision else [])]
     config = read_config(options.config, overrides, options.tokenizer_config)
@@ -477,10 +514,12 @@ def main(arguments: list[str]) -> int:
             print(f"batch {batch}, {mode}: {ratio:.1f} times faster with the cache than without")
     for row in rows:
         if row["first preview"]:
-            print(f"stream, batch {row['batch']}, {row['mode']}: first preview after {row['first preview']} to the "
-                  "whole picture")
+            print(
+                f"stream, batch {row['batch']}, {row['mode']}: first preview after {row['first preview']} to the "
+                "whole picture"
+            )
     if options.markdown and rows:
-        append_rows(Path(options.markdown), rows, f"python scripts/benchmark.py {shlex.join(arguments)}")
+        append_rows(Path(options.markdown), rows, f"python -m scripts.benchmark {shlex.join(arguments)}")
         print(f"added to {options.markdown}")
     return 0
 

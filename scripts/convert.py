@@ -14,20 +14,19 @@ FILE and the input are run folders, checkpoints, files, names in pretrained_mode
 Exit codes: 0 all is well, 1 some file does not fit, 2 a mistake in the command.
 """
 
-import _root  # noqa: F401
 import argparse
 from collections import Counter
 from pathlib import Path
 
-import download
-import flags
 from core import cli
+from core.weights import released
+from scripts import flags
 
 
 def found_in(loaded: dict) -> list:
     """(kind, name, adapter) of every component that a file holds; a training file of VAR holds two."""
-    import assemble
-    from core.state_dicts import recognise
+    from core.weights.adapter import recognise
+    from run import assemble
 
     named = [(kind, recognise(adapters, loaded)) for kind, adapters in assemble.ADAPTERS.items()]
     return [(kind, name, assemble.ADAPTERS[kind][name]) for kind, name in named if name]
@@ -57,8 +56,8 @@ def check_layout(path: str) -> bool:
     """Print one verdict; whether the layout is ours."""
     from core.errors import UserError
     from core.files import read_json
-    from core.layouts import compare, read_layout
-    from core.pickles import tensors_in
+    from core.weights.layouts import compare, read_layout
+    from core.weights.pickles import tensors_in
 
     layout = read_json(path)
     if not isinstance(layout, dict) or not isinstance(layout.get("tensors"), dict):
@@ -69,8 +68,9 @@ def check_layout(path: str) -> bool:
     try:
         loaded = read_layout(layout)
     except (TypeError, ValueError, AttributeError, RuntimeError) as error:
-        raise UserError(f"{path}: not a recorded layout ({error}); tensors are recorded as name: [shape, dtype]."
-                        ) from error
+        raise UserError(
+            f"{path}: not a recorded layout ({error}); tensors are recorded as name: [shape, dtype]."
+        ) from error
     found = found_in(loaded)
     if not found:
         first = ", ".join(list(layout["tensors"])[:4])
@@ -87,8 +87,10 @@ def check_layout(path: str) -> bool:
             good = False
             print(f"FAIL {path}: {adapter.title} ({name}): {'; '.join(result.differences)}")
         else:
-            print(f"PASS {path}: {adapter.title} ({name}), {len(result.model.state_dict())} tensors, "
-                  f"{parameter_count(result.model)}")
+            print(
+                f"PASS {path}: {adapter.title} ({name}), {len(result.model.state_dict())} tensors, "
+                f"{parameter_count(result.model)}"
+            )
         for line in unused_lines(result, outside if kind == results[-1][0] else 0):
             print(f"     {line}")
     return good
@@ -103,21 +105,23 @@ def plain(value: object) -> str:
 
 def describe(reference: str) -> bool:
     """Print what a file or run holds; whether it fits our model."""
-    import assemble
-    from core import weights as weight_files
     from core.files import human_bytes
-    from core.layouts import build_on_meta
     from core.train.checkpoint import Checkpoint
+    from core.weights import files as weight_files
+    from core.weights.layouts import build_on_meta
+    from run import assemble
 
-    path = download.resolve(reference)
+    path = released.resolve(reference)
     if path.is_dir():
         checkpoint = Checkpoint(path)
         state = checkpoint.state
         kind = state["primary"]
         settings = assemble.read_weights(kind, str(path)).settings
         decays = ", ".join(map(str, state["ema"])) or "none"
-        facts = [f"checkpoint of a run of ours, step {checkpoint.step:,}, EMA decays: {decays}",
-                 f"files {', '.join(checkpoint.files)}"]
+        facts = [
+            f"checkpoint of a run of ours, step {checkpoint.step:,}, EMA decays: {decays}",
+            f"files {', '.join(checkpoint.files)}",
+        ]
     elif ours := weight_files.read(path):
         kind, settings = ours.kind, ours.settings
         sets = "averaged (EMA) and raw weights" if ours.raw else "one set of weights"
@@ -129,8 +133,11 @@ def describe(reference: str) -> bool:
     model = build_on_meta(lambda **s: assemble.REGISTRIES[kind].build(s), settings)
     print(f'{path}: the {kind} "{settings["name"]}"')
     size = human_bytes(sum(t.nbytes for t in model.state_dict().values()))
-    lines = [f"settings  {plain({k: v for k, v in settings.items() if k != 'name'})}",
-             f"{parameter_count(model)}, {size}", *facts]
+    lines = [
+        f"settings  {plain({k: v for k, v in settings.items() if k != 'name'})}",
+        f"{parameter_count(model)}, {size}",
+        *facts,
+    ]
     if described.provenance.get("tokenizer_fingerprint"):
         lines.append(f"trained on the latents of tokenizer weights {described.provenance['tokenizer_fingerprint']}")
     good = True
@@ -145,11 +152,11 @@ def describe(reference: str) -> bool:
 
 
 def describe_released(path: Path) -> bool:
-    from core import hub
     from core.files import human_bytes
-    from core.layouts import compare
-    from core.pickles import tensors_in
-    from core.state_dicts import merged, nested, unusable
+    from core.weights import hub
+    from core.weights.adapter import merged, nested, unusable
+    from core.weights.layouts import compare
+    from core.weights.pickles import tensors_in
 
     loaded = hub.load_tensors(path)
     found = found_in(loaded)
@@ -165,8 +172,9 @@ def describe_released(path: Path) -> bool:
         for key in result.asked:
             shown = merged(shown, nested(key, "?"))
         settings = ", ".join(f"{key} {plain(value)}" for key, value in shown.items())
-        sets = " and ".join(text for text, state in (("raw weights", raw), ("averaged (EMA) weights", averaged))
-                            if state)
+        sets = " and ".join(
+            text for text, state in (("raw weights", raw), ("averaged (EMA) weights", averaged)) if state
+        )
         dtypes = Counter(str(t.dtype).removeprefix("torch.") for t in (raw or averaged).values())
         size = human_bytes(sum(t.nbytes for t in (raw or averaged).values()))
         inside = {id(t) for state in (raw, averaged) for t in state.values()}
@@ -182,7 +190,8 @@ def describe_released(path: Path) -> bool:
         lines += unused_lines(result, sum(id(t) not in inside | beside for t in tensors_in(loaded)))
         broken = [text for state in (raw, averaged) if (text := unusable(adapter.without_ignored(state)))]
         lines += [f"does not fit: {difference}" for difference in result.differences + broken] or [
-            "every tensor of our model is there"]
+            "every tensor of our model is there"
+        ]
         if result.questions:
             lines.append(f"not in the file: {result.questions}")
         print("\n".join(f"  {line}" for line in lines))
@@ -201,7 +210,7 @@ def unrecorded(adapter, settings: dict, official: dict, accepted: dict) -> list[
         official: exported tensors.
         accepted: parameters of the model's constructor.
     """
-    from core.state_dicts import Facts, entry
+    from core.weights.adapter import Facts, entry
 
     facts = Facts()
     adapter.inspect(official, facts)
@@ -211,8 +220,9 @@ def unrecorded(adapter, settings: dict, official: dict, accepted: dict) -> list[
         lost.append(f"{key} {plain(entry(settings, key))}" if entry(settings, key) is not None else key)
     for key, value in settings.items():
         if isinstance(value, dict) and isinstance(told.get(key), dict):
-            lost += [f"{key}.{part} {item}" for part, item in value.items()
-                     if part in told[key] and told[key][part] != item]
+            lost += [
+                f"{key}.{part} {item}" for part, item in value.items() if part in told[key] and told[key][part] != item
+            ]
         elif key in accepted and key not in told and value != accepted[key].default:
             lost.append(f"{key} {plain(value)}")
     return lost
@@ -220,9 +230,9 @@ def unrecorded(adapter, settings: dict, official: dict, accepted: dict) -> list[
 
 def sets_in(path: Path) -> dict[str, tuple[bool, ...]]:
     """Kind of network -> which sets of its weights are there: averaged ones (True), raw ones (False)."""
-    from core import hub
-    from core import weights as weight_files
     from core.train.checkpoint import Checkpoint
+    from core.weights import files as weight_files
+    from core.weights import hub
 
     if path.is_dir():
         state = Checkpoint(path).state
@@ -244,8 +254,9 @@ def choose(path: Path, source: str, kind: str | None, keep: str) -> tuple[str, t
     if not held:
         raise UserError(f"{path}: no tokenizer or generator that is known; see convert.py --describe {source}")
     if kind is None and len(held) > 1:
-        raise UserError(f"{path} holds a tokenizer and a generator: say which one with --kind tokenizer or --kind "
-                        "generator.")
+        raise UserError(
+            f"{path} holds a tokenizer and a generator: say which one with --kind tokenizer or --kind generator."
+        )
     if kind is not None and kind not in held:
         raise UserError(f"{path} holds a {next(iter(held))}, not a {kind}.")
     kind = kind or next(iter(held))
@@ -259,8 +270,8 @@ def choose(path: Path, source: str, kind: str | None, keep: str) -> tuple[str, t
 
 def official_tokenizer(reference: str, given: dict) -> dict:
     """The averaged weights of a tokenizer under official names, for a generator's file that holds one too."""
-    import assemble
-    from core import weights as weight_files
+    from core.weights import files as weight_files
+    from run import assemble
 
     weights = assemble.read_weights("tokenizer", reference, given)
     network = assemble.REGISTRIES["tokenizer"].build(weights.settings)
@@ -276,9 +287,10 @@ def write_official(out: Path, adapter, official: dict[bool, dict], overwrite: bo
         tokenizer: of a generator whose file holds that too.
     """
     import torch
-    from core import weights as weight_files
+
     from core.errors import UserError
-    from core.state_dicts import merged, nested
+    from core.weights import files as weight_files
+    from core.weights.adapter import merged, nested
 
     if out.suffix != ".safetensors":
         packed = adapter.pack(official.get(False) or {}, official.get(True))
@@ -303,25 +315,30 @@ def export_notes(adapter, weights, official: dict, accepted: dict, tokenizer: di
         if "teacher" in reason:
             note += f" Not in it: {pattern}, {reason}."
     if adapter.beside and tokenizer is None:
-        note += f" The official program reads its tokenizer from {adapter.beside} where no other file is named: add it " \
-                "with --tokenizer FILE."
+        note += (
+            f" The official program reads its tokenizer from {adapter.beside} where no other file is named: add it "
+            "with --tokenizer FILE."
+        )
     return note
 
 
 def convert(source: str, target: str, options: argparse.Namespace) -> str:
     """Write `target`; returns a sentence about it."""
-    import assemble
-    from core import weights as weight_files
     from core.config import read_overrides
     from core.errors import UserError
-    from core.state_dicts import merged
+    from core.weights import files as weight_files
+    from core.weights.adapter import merged
+    from run import assemble
 
-    path, out, ours = download.resolve(source), Path(target), options.to == "tessera"
+    path, out, ours = released.resolve(source), Path(target), options.to == "tessera"
     if out.exists() and not options.force:
         raise UserError(f"{out} exists already. Choose another name, or say --force to replace it.")
     if out.suffix not in ((".safetensors",) if ours else (".safetensors", ".pth", ".pt", ".bin")):
-        wanted = "our files end in .safetensors; say --to official for the layout of the official code." \
-            if ours else "official files end in .pth, .pt, .bin or .safetensors."
+        wanted = (
+            "our files end in .safetensors; say --to official for the layout of the official code."
+            if ours
+            else "official files end in .pth, .pt, .bin or .safetensors."
+        )
         raise UserError(f"{out}: {wanted}")
     kind, sets = choose(path, source, options.kind, options.weights)
     given = read_overrides([word.removeprefix(f"{kind}.") for word in options.set])
@@ -329,7 +346,9 @@ def convert(source: str, target: str, options: argparse.Namespace) -> str:
     network = assemble.REGISTRIES[kind].build(merged(weights.settings, given))
     adapter = assemble.ADAPTERS[kind].get(weights.settings["name"])
     if adapter is None and not ours:
-        raise UserError(f'{source}: there is no official layout of "{weights.settings["name"]}"; leave --to official out.')
+        raise UserError(
+            f'{source}: there is no official layout of "{weights.settings["name"]}"; leave --to official out.'
+        )
     found: dict[bool, dict] = {}
     for averaged in sets:
         weights.load(network, averaged)
@@ -337,10 +356,16 @@ def convert(source: str, target: str, options: argparse.Namespace) -> str:
     names = " and ".join({True: "averaged", False: "raw"}[averaged] for averaged in sets)
     if ours:
         provenance = {**weights.provenance, "converted_from": path.name, "holds": names}
-        content = weight_files.WeightFile(kind, merged(weights.settings, given), found[sets[0]],
-                                          found[False] if len(sets) > 1 else {}, weights.constants, provenance)
+        content = weight_files.WeightFile(
+            kind,
+            merged(weights.settings, given),
+            found[sets[0]],
+            found[False] if len(sets) > 1 else {},
+            weights.constants,
+            provenance,
+        )
         weight_files.save(out, content, options.force)
-        return f"written to {out}: {kind} \"{weights.settings['name']}\", {names} weights"
+        return f'written to {out}: {kind} "{weights.settings["name"]}", {names} weights'
     tokenizer = official_tokenizer(options.tokenizer, {}) if options.tokenizer else None
     if tokenizer is not None and adapter.beside is None:
         raise UserError(f"--tokenizer: official files of {adapter.title} hold no tokenizer.")
@@ -348,13 +373,15 @@ def convert(source: str, target: str, options: argparse.Namespace) -> str:
     if len(sets) > 1 and (adapter.container is None or adapter.container[1] is None):
         names = "averaged"
     accepted = assemble.REGISTRIES[kind].signature(weights.settings["name"])
-    return (f"written to {out}: {adapter.title} in the official layout, {names} weights."
-            + export_notes(adapter, weights, found[sets[0]], accepted, tokenizer))
+    return f"written to {out}: {adapter.title} in the official layout, {names} weights." + export_notes(
+        adapter, weights, found[sets[0]], accepted, tokenizer
+    )
 
 
 def main(arguments: list[str]) -> int:
-    parser = argparse.ArgumentParser(prog="convert.py", description=__doc__,
-                                     formatter_class=argparse.RawTextHelpFormatter)
+    parser = argparse.ArgumentParser(
+        prog="convert.py", description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
     parser.add_argument("paths", nargs="+", metavar="PATH")
     mode = parser.add_mutually_exclusive_group()
     mode.add_argument("--describe", action="store_true")
@@ -362,8 +389,13 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--to", choices=("tessera", "official"), default="tessera")
     parser.add_argument("--weights", choices=("both", "ema", "raw"), default="both")
     parser.add_argument("--kind", choices=("tokenizer", "generator"), help="of a file that holds both")
-    parser.add_argument("--set", nargs="+", default=[], metavar="KEY=VALUE",
-                        help="what the file does not say, size.heads=16 and the like")
+    parser.add_argument(
+        "--set",
+        nargs="+",
+        default=[],
+        metavar="KEY=VALUE",
+        help="what the file does not say, size.heads=16 and the like",
+    )
     parser.add_argument("--tokenizer", help="to be held by an official file of VAR beside the generator")
     parser.add_argument("--force", action="store_true", help="replace a file that exists")
     options = flags.parse(parser, "convert", arguments)
@@ -380,8 +412,9 @@ def main(arguments: list[str]) -> int:
                 print(f"FAIL {error}")
         return 0 if good else 1
     if len(options.paths) != 2:
-        raise UserError("give IN and OUT, or --describe FILE ..., or --check-layout LAYOUT.json ...; see convert.py "
-                        "--help")
+        raise UserError(
+            "give IN and OUT, or --describe FILE ..., or --check-layout LAYOUT.json ...; see convert.py --help"
+        )
     print(convert(*options.paths, options))
     return 0
 

@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Fetch released files: python scripts/download.py SYSTEM|FILE|hf://owner/repo/file ... [--all] [--dry-run] [--list]
+"""Fetch released files: python -m scripts.download SYSTEM|FILE|hf://owner/repo/file ... [--all] [--dry-run] [--list]
 
   download.py --list                     every known file, with its size and whether it is here
   download.py rectok                     what the README of that system needs
@@ -8,11 +8,10 @@
   download.py ditdhxl_epoch_0599.pth     one file
 
 Weights go to pretrained_models/, statistics to data/fid_stats/, tokens to data/tokens/. Files that are here are kept.
-Without network, copy files there by hand: names and addresses are in --list, scripts/released.toml
-and core/nn/helpers.toml. offline_models.zip is unpacked into offline_models/.
+Without network, copy files there by hand: names and addresses are in --list, core/weights/released.toml
+and core/weights/helpers.toml. offline_models.zip is unpacked into offline_models/.
 """
 
-import _root  # noqa: F401
 import argparse
 import os
 import shutil
@@ -21,35 +20,10 @@ import zipfile
 import zlib
 from pathlib import Path
 
-from core import cli, released
+from core import cli
 from core.errors import UserError, nearest
-from core.released import Released
-
-TABLE = Path(__file__).with_name("released.toml")
-
-
-def table() -> list[Released]:
-    """Everything that can be fetched: the systems' own files, then the networks that they look through."""
-    return released.read(TABLE) + list(released.helpers())
-
-
-def find(reference: str | Path) -> Released | None:
-    """The released file that a path, a file name or an address names, told by its name; it need not be here."""
-    name = str(reference).rstrip("/")
-    return next((f for f in table() if name == f.reference or Path(name).name == f.name), None)
-
-
-def resolve(reference: str) -> Path:
-    """core.hub.resolve, which here also says how to fetch a released file that is missing."""
-    from core import hub  # with torch
-
-    try:
-        return hub.resolve(reference)
-    except UserError:
-        file = None if "://" in reference or Path(reference).exists() else find(reference)
-        if file is None:
-            raise
-        raise UserError(f"{reference} is not here. Fetch it: bash run_download.sh {file.name}") from None
+from core.weights import released
+from core.weights.released import Released, table
 
 
 def choose(words: list[str], everything: bool) -> list[Released]:
@@ -57,7 +31,9 @@ def choose(words: list[str], everything: bool) -> list[Released]:
     known, chosen = table(), []
     for word in words:
         word = word.lower() if word.lower() in {f.system for f in known} else word
-        of_system = [f for f in known if f.system == word or (f.system == "auxiliary" and word == "evaluation" in f.systems)]
+        of_system = [
+            f for f in known if f.system == word or (f.system == "auxiliary" and word == "evaluation" in f.systems)
+        ]
         if of_system:
             chosen += [f for f in of_system if f.default or everything]
         elif by_name := [f for f in known if word in (f.name, f.reference)]:
@@ -104,8 +80,9 @@ def unpack(archive: Path, folder: Path) -> int:
                 is_link = stat.S_ISLNK(entry.external_attr >> 16)
                 parts = entry.filename.replace("\\", "/").split("/")
                 if is_link or ".." in parts or parts[0] in ("", "~") or ":" in parts[0]:
-                    raise UserError(f"{archive}: {entry.filename} would be written outside of {folder}; nothing was "
-                                    "unpacked.")
+                    raise UserError(
+                        f"{archive}: {entry.filename} would be written outside of {folder}; nothing was unpacked."
+                    )
             require_space(folder.parent, sum(entry.file_size for entry in files))
             prefix = f"{folder.name}/" if all(e.filename.startswith(f"{folder.name}/") for e in files) else ""
             temporary = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
@@ -135,18 +112,19 @@ def listing(files: list[Released]) -> str:
         size = human_bytes(file.bytes) if file.bytes else f"> {human_bytes(file.at_least)}"
         state = "here" if file.found() else ("" if file.default else "optional")
         about = file.about + (f"; {file.licence}" if file.licence else "")
-        lines.append(f"{file.system:<12} {str(file.place):<60} {size:>12}  {state:<8}  {about}  [{file.reference}]")
+        lines.append(f"{file.system:<12} {file.place!s:<60} {size:>12}  {state:<8}  {about}  [{file.reference}]")
     return "\n".join(lines)
 
 
 def main(arguments: list[str]) -> int:
-    parser = argparse.ArgumentParser(prog="download.py", description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser = argparse.ArgumentParser(
+        prog="download.py", description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
     parser.add_argument("what", nargs="*", metavar="SYSTEM|FILE")
     parser.add_argument("--list", action="store_true", help="show files instead of fetching them")
     parser.add_argument("--dry-run", action="store_true", help="say what would be fetched")
     parser.add_argument("--all", action="store_true", help="optional files of a system too")
     options = parser.parse_args(arguments)
-
 
     if options.list:
         print(listing(choose(options.what, True) if options.what else table()))
@@ -167,8 +145,10 @@ def main(arguments: list[str]) -> int:
             failures.append(str(error))
             print(f"failed   {file.place}: {error}", flush=True)
     if failures:
-        raise UserError(f"{len(failures)} of {len(files)} files could not be had; what arrived is kept. Run the same again, or "
-                        "copy them by hand.")
+        raise UserError(
+            f"{len(failures)} of {len(files)} files could not be had; what arrived is kept. Run the same again, or "
+            "copy them by hand."
+        )
     return 0
 
 

@@ -53,3 +53,4 @@ else
     fi
 fi
 export PYTHON
+export PYTHONPATH="$ROOT${PYTHONPATH:+:$PYTHONPATH}" # python -m scripts.NAME finds the packages from any folder

@@ -29,12 +29,11 @@ options:
   --check            only look for mistakes
 """
 
-import _root  # noqa: F401
 import argparse
 import os
 
-import flags
 from core import cli
+from scripts import flags
 
 
 def parse(arguments: list[str]) -> tuple[argparse.Namespace, list[str]]:
@@ -84,7 +83,7 @@ def parse(arguments: list[str]) -> tuple[argparse.Namespace, list[str]]:
 
 def main(arguments: list[str]) -> int:
     options, settings = parse(arguments)
-    import evaluation_recon
+    from run import evaluation_recon
 
     if options.check:
         evaluation_recon.check(options, settings)

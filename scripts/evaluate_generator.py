@@ -13,7 +13,7 @@ of GPUs, the batch size and interruptions change nothing: the same command goes 
 metrics.json, report.html and samples.png to --out.
 
 A released file in pretrained_models/ is known by its name: its tokenizer, guidance and protocol are those of its published
-number (scripts/released.toml), unless settings say otherwise. A config stands for the run it trained, or for the file
+number (core/weights/released.toml), unless settings say otherwise. A config stands for the run it trained, or for the file
 that was released for it.
 
 options:
@@ -29,11 +29,10 @@ options:
   --check           only look for mistakes
 """
 
-import _root  # noqa: F401
 import argparse
 
-import flags
 from core import cli
+from scripts import flags
 
 
 def parse(arguments: list[str]) -> tuple[argparse.Namespace, list[str]]:
@@ -63,7 +62,7 @@ def parse(arguments: list[str]) -> tuple[argparse.Namespace, list[str]]:
 
 def main(arguments: list[str]) -> int:
     options, settings = parse(arguments)
-    import evaluation_run as run
+    from run import evaluation_run as run
 
     existing = run.holds_pictures(options.target)
     if options.check or not existing:  # before a network is loaded

@@ -14,12 +14,13 @@ import functools
 import operator
 import re
 import tomllib
+from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any, Iterable, Sequence
+from typing import Any
 
-import download
 from core import launch
 from core.errors import UserError
+from core.weights import released
 
 Answer = str | dict[str, str]
 DATA: dict[str, Any] = tomllib.loads(Path(__file__).with_name("originals.toml").read_text(encoding="utf-8"))
@@ -29,8 +30,12 @@ FILES: dict[str, str] = DATA["files"]
 REAR_KEYS: dict[str, Answer] = DATA["rear"]["yaml"]
 REAR_GROUPS = {key.split(".")[0] for key in REAR_KEYS if "." in key}  # none of ours is called like these
 _PLACE = re.compile(r"\$\(((?:[^()]|\([^()]*\))*)\)|\$dir|\$base|\$")
-_FUNCTIONS = {"list": lambda x: x if isinstance(x, list) else [x], "last": lambda x: x[-1] if isinstance(x, list) else x,
-              "abs": abs, "negative": lambda x: x < 0}
+_FUNCTIONS = {
+    "list": lambda x: x if isinstance(x, list) else [x],
+    "last": lambda x: x[-1] if isinstance(x, list) else x,
+    "abs": abs,
+    "negative": lambda x: x < 0,
+}
 _OPERATORS = {ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul, ast.Div: operator.truediv}
 
 
@@ -60,6 +65,7 @@ def _number(value: Any) -> Any:
 
 def compute(expression: str, names: dict[str, Any]) -> Any:
     """Value of an arithmetic expression over `names`, with _FUNCTIONS; item by item for lists."""
+
     def visit(node: ast.expr) -> Any:
         if isinstance(node, ast.Constant):
             return node.value
@@ -71,8 +77,12 @@ def compute(expression: str, names: dict[str, Any]) -> Any:
         left, right = visit(node.left), visit(node.right)
         apply = _OPERATORS[type(node.op)]
         if isinstance(left, list) or isinstance(right, list):
-            pairs = zip(*(x if isinstance(x, list) else [x] * len(left if isinstance(left, list) else right)
-                          for x in (left, right)))
+            pairs = zip(
+                *(
+                    x if isinstance(x, list) else [x] * len(left if isinstance(left, list) else right)
+                    for x in (left, right)
+                )
+            )
             return [apply(a, b) for a, b in pairs]
         return apply(left, right)
 
@@ -133,7 +143,7 @@ def phrase(entry: Answer, value: Any, names: dict[str, Any]) -> str:
 @functools.cache
 def _released() -> dict[str, str]:
     """Name of a released file -> its system."""
-    return {file.name: file.system for file in download.table() if file.system in SYSTEMS}
+    return {file.name: file.system for file in released.table() if file.system in SYSTEMS}
 
 
 def _content(path: Path) -> dict[str, Any]:
@@ -180,8 +190,12 @@ def systems_of(words: Iterable[str]) -> list[str]:
             if system := foreign_yaml(config):
                 names = [system]
         for name in filter(None, names):
-            found |= {system: None for system in SYSTEMS for model in (system, *DATA[system]["models"])
-                      if re.match(rf"(toy_)?{model}(_|$)", name)}
+            found |= {
+                system: None
+                for system in SYSTEMS
+                for model in (system, *DATA[system]["models"])
+                if re.match(rf"(toy_)?{model}(_|$)", name)
+            }
     return list(found)
 
 
@@ -215,7 +229,7 @@ def split_flags(arguments: Sequence[str], switches: set[str]) -> list[tuple[str,
         flag, given, value = argument[2:].partition("=")
         name = flag.replace("-", "_")
         values = [value] if given else []
-        following = iter(arguments[place + 1:] if not given and name not in switches else [])
+        following = iter(arguments[place + 1 :] if not given and name not in switches else [])
         for word in following:
             if word.startswith("--") or "=" in word or (values and not _numeric(values[-1], word)):
                 break
@@ -232,8 +246,12 @@ def _numeric(*words: str) -> bool:
 # ---------------------------------------------------------------------------------------------------------------------
 # Options
 # ---------------------------------------------------------------------------------------------------------------------
-def explain(arguments: Sequence[str], programs: Sequence[str] = ("tokenizer", "generator"),
-            only: Iterable[str] | None = None, options: Iterable[str] = ()) -> str:
+def explain(
+    arguments: Sequence[str],
+    programs: Sequence[str] = ("tokenizer", "generator"),
+    only: Iterable[str] | None = None,
+    options: Iterable[str] = (),
+) -> str:
     """What to write instead of each --flag (of those in `only`, as typed up to an equals sign), in a sentence each.
 
     Args:
@@ -247,8 +265,11 @@ def explain(arguments: Sequence[str], programs: Sequence[str] = ("tokenizer", "g
     given = split_flags(arguments, switches)
     wanted = None if only is None else {word[2:].partition("=")[0].replace("-", "_") for word in only}
     values = {name: value for _, name, value in given}
-    said = [_explain_one(typed, name, value, values, candidates, programs, options)
-            for typed, name, value in given if wanted is None or name in wanted]
+    said = [
+        _explain_one(typed, name, value, values, candidates, programs, options)
+        for typed, name, value in given
+        if wanted is None or name in wanted
+    ]
     return join(dict.fromkeys([*key_answers(arguments, programs), *said]))
 
 
@@ -260,6 +281,7 @@ def join(answers: Iterable[str]) -> str:
 
 def _likeliest(flags: set[str], programs: Sequence[str]) -> list[str]:
     """The systems that know most of these words."""
+
     def known(system: str) -> tuple[int, int]:
         here = sum(any(lookup(system, program, flag) is not None for program in programs) for flag in flags)
         return here, len(flags & words_of(system))
@@ -268,8 +290,15 @@ def _likeliest(flags: set[str], programs: Sequence[str]) -> list[str]:
     return [system for system in SYSTEMS if known(system) == best] if any(best) else []
 
 
-def _explain_one(typed: str, name: str, value: Any, values: dict[str, Any], candidates: list[str],
-                 programs: Sequence[str], options: Iterable[str]) -> str:
+def _explain_one(
+    typed: str,
+    name: str,
+    value: Any,
+    values: dict[str, Any],
+    candidates: list[str],
+    programs: Sequence[str],
+    options: Iterable[str],
+) -> str:
     said: dict[str, list[str]] = {}  # what -> of which system, for which program
     for system in candidates:
         names = {**DATA[system].get("defaults", {}), **values}
@@ -286,21 +315,31 @@ def _explain_one(typed: str, name: str, value: Any, values: dict[str, Any], cand
     for system in candidates:
         if name in words_of(system):
             homes = [program for program in PROGRAMS if lookup(system, program, name) is not None]
-            rest = phrase(lookup(system, homes[0], name), "true" if value is True else value,
-                          {**DATA[system].get("defaults", {}), **values})
+            rest = phrase(
+                lookup(system, homes[0], name),
+                "true" if value is True else value,
+                {**DATA[system].get("defaults", {}), **values},
+            )
             where = ", ".join(PROGRAMS[home]["title"] for home in homes)
             return f"{typed} belongs to {where}" + (rest if rest.startswith(":") else f", where it{rest}")
     if owners := [DATA[system]["title"] for system in SYSTEMS if name in words_of(system)]:
         return f"{typed} is a word of {' and '.join(owners)}, not of {', '.join(DATA[s]['title'] for s in candidates)}"
-    close = difflib.get_close_matches("--" + name.replace("_", "-"), options, n=1, cutoff=0.6) or difflib.get_close_matches(
-        name, {word for system in candidates or SYSTEMS for word in words_of(system)}, n=1, cutoff=0.5)
+    close = difflib.get_close_matches(
+        "--" + name.replace("_", "-"), options, n=1, cutoff=0.6
+    ) or difflib.get_close_matches(
+        name, {word for system in candidates or SYSTEMS for word in words_of(system)}, n=1, cutoff=0.5
+    )
     hint = f' Did you mean "{close[0]}"?' if close else ""
     return f"there is no option {typed}; settings are key=value.{hint}"
 
 
 def _whose(said: dict[str, list[tuple[str, str]]], text: str) -> str:
     """What tells an answer from the others: its systems, and what it is for where one system has several answers."""
-    owners = {system: {other for other in said if any(s == system for s, _ in said[other])} for s in said for system, _ in said[s]}
+    owners = {
+        system: {other for other in said if any(s == system for s, _ in said[other])}
+        for s in said
+        for system, _ in said[s]
+    }
     names = []
     for system, program in said[text]:
         title = [DATA[system]["title"]] if len(owners) > 1 else []
@@ -325,8 +364,11 @@ def parse(parser: argparse.ArgumentParser, program: str, arguments: Sequence[str
         program: a key of PROGRAMS.
     """
     options = {word: action for action in parser._actions for word in action.option_strings}
-    foreign = [a for a, following in zip(arguments, [*arguments[1:], ""])
-               if a.startswith("--") and a != "--" and _foreign(a, following, options)]
+    foreign = [
+        a
+        for a, following in zip(arguments, [*arguments[1:], ""])
+        if a.startswith("--") and a != "--" and _foreign(a, following, options)
+    ]
     if foreign:
         raise UserError(explain(arguments, [program], foreign, options))
     refuse(arguments, [program])
@@ -338,8 +380,11 @@ def parse(parser: argparse.ArgumentParser, program: str, arguments: Sequence[str
 
     def error(message: str) -> None:
         """An option of ours with a value of theirs."""
-        named = [word for word in re.findall(r"argument .*?(--[\w-]+)", message)
-                 if any(lookup(s, program, word[2:].replace("-", "_")) is not None for s in SYSTEMS)]
+        named = [
+            word
+            for word in re.findall(r"argument .*?(--[\w-]+)", message)
+            if any(lookup(s, program, word[2:].replace("-", "_")) is not None for s in SYSTEMS)
+        ]
         if named:
             raise UserError(explain(arguments, [program], named, options))
         refused(message)
@@ -434,7 +479,9 @@ def translate(path: str, overrides: list[str]) -> tuple[str, list[str]]:
     system = foreign_yaml(content)
     own = set(RunConfig.__dataclass_fields__) | {"base"}
     keys = DATA["imagefolder"]["yaml"]
-    theirs = [o.partition("=")[::2] for o in overrides if o.partition("=")[0] in keys and o.partition("=")[0] not in own]
+    theirs = [
+        o.partition("=")[::2] for o in overrides if o.partition("=")[0] in keys and o.partition("=")[0] not in own
+    ]
     mine = [o for o in overrides if o.partition("=")[0] not in dict(theirs)]
     if system is None and not theirs:
         return path, overrides
@@ -453,8 +500,10 @@ def translate_keys(system: str, given: dict[str, Any], mine: Sequence[str], path
         path: of a whole file, which means something by the keys that it lacks; None for single keys.
     """
     facts, table = DATA["yaml"][system], DATA[system]["yaml"]
-    given = {key: "none" if value is None and isinstance(table.get(key), dict) and "none" in table[key]
-             else value for key, value in given.items()}
+    given = {
+        key: "none" if value is None and isinstance(table.get(key), dict) and "none" in table[key] else value
+        for key, value in given.items()
+    }
     given = {key: value for key, value in given.items() if value is not None}
     if path:
         given = {**facts.get("missing", {}), **given}
@@ -481,14 +530,18 @@ def translate_keys(system: str, given: dict[str, Any], mine: Sequence[str], path
             settings += fill(answer, value, names)
     title = DATA[system]["title"]
     if problems:
-        raise UserError(f"settings of the original {title} that must be said in another way, here or by changing "
-                        f"{facts['base']}:\n" + "\n".join(f"  - {problem}" for problem in problems))
+        raise UserError(
+            f"settings of the original {title} that must be said in another way, here or by changing "
+            f"{facts['base']}:\n" + "\n".join(f"  - {problem}" for problem in problems)
+        )
     if path and not any(word.startswith("name=") for word in settings):
         settings.append(f"name={path.stem}")
     if path and launch.speaks():
         absent = [key for key in table if key not in given and not all(map(is_sentence, _answers(table[key])))]
-        print(f"{path} is a file of {title}: {facts['base']} with {' '.join(settings)}\n"
-              f"  nothing to set for: {', '.join(notes) or '-'}\n  not in it, so as in the recipe: {', '.join(absent) or '-'}")
+        print(
+            f"{path} is a file of {title}: {facts['base']} with {' '.join(settings)}\n"
+            f"  nothing to set for: {', '.join(notes) or '-'}\n  not in it, so as in the recipe: {', '.join(absent) or '-'}"
+        )
     return settings
 
 

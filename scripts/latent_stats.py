@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Latent statistics of a tokenizer: python scripts/latent_stats.py WEIGHTS [URL] [--num N] [--from OLD.pkl] [--out FILE]
+"""Latent statistics of a tokenizer: python -m scripts.latent_stats WEIGHTS [URL] [--num N] [--from OLD.pkl] [--out FILE]
 
 A generator models latents of unit variance, so its tokenizer needs their mean and standard deviation, which released
 files lack. This measures them on pictures of URL (default folder://data/imagenet/train), or takes them from the
@@ -8,12 +8,11 @@ file, by default beside a weight file: RecTok_decft.pth -> RecTok_decft.latent_s
 whenever these weights are loaded; tokenizer.latent_stats=FILE names another. Training measures by itself.
 """
 
-import _root  # noqa: F401
 import argparse
 from pathlib import Path
 
-import flags
 from core import cli
+from scripts import flags
 
 
 def measured(tokenizer, source, count: int, device, workers: int = 4, on_corrupt: str = "replace"):
@@ -38,8 +37,14 @@ def measured(tokenizer, source, count: int, device, workers: int = 4, on_corrupt
     if isinstance(source, TokenStore):
         stored = (source.tokens(chosen[i : i + 64], [0] * len(chosen[i : i + 64])) for i in range(0, count, 64))
     else:
-        batches = ordered_batches(source, Transform(image_size=tokenizer.image_size), 64, workers=workers,
-                                  on_corrupt=on_corrupt, chosen=chosen)
+        batches = ordered_batches(
+            source,
+            Transform(image_size=tokenizer.image_size),
+            64,
+            workers=workers,
+            on_corrupt=on_corrupt,
+            chosen=chosen,
+        )
         stored = (tokenizer.precompute(to_model_range(batch.images.to(device))) for batch in batches)
     line = ProgressLine(count, label="latent statistics")
     try:
@@ -53,8 +58,9 @@ def measured(tokenizer, source, count: int, device, workers: int = 4, on_corrupt
 
 
 def main(arguments: list[str]) -> int:
-    parser = argparse.ArgumentParser(prog="latent_stats.py", description=__doc__,
-                                     formatter_class=argparse.RawTextHelpFormatter)
+    parser = argparse.ArgumentParser(
+        prog="latent_stats.py", description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
     parser.add_argument("weights")
     parser.add_argument("url", nargs="?", default="folder://data/imagenet/train")
     parser.add_argument("--num", type=int, default=10_000, help="pictures; 0: all. 10,000 give 2.5 million values each")
@@ -65,11 +71,11 @@ def main(arguments: list[str]) -> int:
     words, known = flags.tokenizer_settings(arguments)
     options = flags.parse(parser, "latent_stats", words)
 
-    import assemble
     from core import dist
     from core.errors import UserError
     from core.specs import Continuous
     from data.sources import open_source
+    from run import assemble
     from tokenizer.continuous.stats import default_place, read_stats, save_stats
 
     source = None if options.pickle else open_source(options.url, options.split)
@@ -79,8 +85,9 @@ def main(arguments: list[str]) -> int:
         raise UserError(f"{options.weights} gives {tokenizer.spec}: only continuous latents have statistics.")
     place = options.out or default_place(assemble.read_weights("tokenizer", options.weights, known).path)
     if place is None:
-        raise UserError(f"{options.weights} is a run of ours, whose generators measure statistics themselves: "
-                        "give --out FILE.")
+        raise UserError(
+            f"{options.weights} is a run of ours, whose generators measure statistics themselves: give --out FILE."
+        )
     if source is None:
         stats = read_stats(options.pickle)
         tokenizer.set_latent_stats(stats.mean, stats.std)  # checks that they fit

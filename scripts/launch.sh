@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Start a training or evaluation program on every GPU of this node, and of all nodes.
 #
-#   bash scripts/launch.sh scripts/train.py CONFIG [key=value ...]
+#   bash scripts/launch.sh scripts.train CONFIG [key=value ...]
 #
 # NPROC            processes on this node (default: one per visible GPU, else 1; CUDA_VISIBLE_DEVICES= means no GPU)
 # NNODES NODE_RANK MASTER_ADDR MASTER_PORT   several nodes; taken from SLURM where it sets them
@@ -10,7 +10,11 @@
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
 
-if [ -n "$ASKS" ]; then exec "$PYTHON" "$@"; fi
+[ $# -gt 0 ] || fail "say which program: bash scripts/launch.sh scripts.train CONFIG"
+program="${1%.py}" # scripts/train.py is answered too
+program="${program//\//.}"
+shift
+if [ -n "$ASKS" ]; then exec "$PYTHON" -m "$program" "$@"; fi
 
 whole() { # NAME VALUE LOW HIGH
     [[ "$2" =~ ^[0-9]{1,6}$ ]] && [ "$2" -ge "$3" ] && [ "$2" -le "$4" ] || fail "$1=$2 should be a whole number from $3 to $4"
@@ -49,7 +53,7 @@ for word in "$@"; do
     case "$word" in --check | --dry-run) NPROC=1 NNODES=1 ;; esac # questions, which one process answers
 done
 if [ "$NPROC" = 1 ] && [ "$NNODES" = 1 ]; then
-    exec "$PYTHON" "$@"
+    exec "$PYTHON" -m "$program" "$@"
 fi
 
 if [ -z "${MASTER_ADDR:-}" ] && [ -n "${SLURM_JOB_NODELIST:-}" ] && command -v scontrol >/dev/null; then
@@ -76,7 +80,7 @@ if [ "$NODE_RANK" = 0 ]; then
 fi
 
 # Mistakes are found here, once and without a GPU, instead of on every rank.
-"$PYTHON" "$@" --check >/dev/null || exit $?
+"$PYTHON" -m "$program" "$@" --check >/dev/null || exit $?
 
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-$(($(getconf _NPROCESSORS_ONLN) / NPROC > 0 ? $(getconf _NPROCESSORS_ONLN) / NPROC : 1))}"
 TESSERA_EXIT_FILE="$(mktemp)"
@@ -94,7 +98,7 @@ case "${LAUNCHER:-torchrun}" in
 esac
 
 # The launchers would take an option of ours for an abbreviation of theirs (--num), but not behind "--".
-"${command[@]}" -- "$@" &
+"${command[@]}" -m -- "$program" "$@" &
 child=$!
 # SLURM and users signal this shell: hand it to the ranks themselves (the launcher would kill them after 30 seconds).
 trap 'pkill -TERM -P "$child" || kill -TERM "$child" 2>/dev/null' TERM INT USR1

@@ -18,13 +18,12 @@ options:
   --check            only look for mistakes
 """
 
-import _root  # noqa: F401
 import argparse
 import os
 from pathlib import Path
 
-import flags
 from core import cli
+from scripts import flags
 
 
 def parse(arguments: list[str]) -> argparse.Namespace:
@@ -60,10 +59,10 @@ def parse(arguments: list[str]) -> argparse.Namespace:
 
 def main(arguments: list[str]) -> int:
     options = parse(arguments)
-    import evaluation_recon
     from core.errors import UserError
     from data.base import require_labels
     from data.sources import open_source
+    from run import evaluation_recon
 
     section = {**options.tokenizer, **evaluation_recon.tokenizer_section(options.weights), "use_ema": not options.raw}
     train, val = open_source(options.url, "train"), open_source(options.url, "val")
@@ -88,16 +87,16 @@ def main(arguments: list[str]) -> int:
     if options.check:
         return 0
 
-    import assemble
-    import evaluation_run as run
     from core import dist
     from core.files import human_bytes
     from core.rng import permutation
+    from evaluation.picture_sets import SourcePictures
     from evaluation.probe import ProbeSettings, train_probe
+    from evaluation.probe_features import pooled_features
     from evaluation.runner import Result, Stopwatch
     from evaluation.scores import Score
-    from picture_sets import SourcePictures
-    from probe_features import pooled_features
+    from run import assemble
+    from run import evaluation_run as run
 
     world = dist.start("auto")
     try:
@@ -109,9 +108,7 @@ def main(arguments: list[str]) -> int:
         for name, source, chosen in (("train", train, rows), ("val", val, range(len(val)))):
             pictures = SourcePictures(source, tokenizer.image_size, options.workers, chosen, f"{options.url} ({name})")
             with run.progress_line(world, len(pictures), f"features of {name}") as progress, watch("features"):
-                sides.append(
-                    pooled_features(tokenizer, pictures, world, options.encode_batch, fingerprint, progress)
-                )
+                sides.append(pooled_features(tokenizer, pictures, world, options.encode_batch, fingerprint, progress))
         if not world.is_main:
             return 0
         (features, labels), (val_features, val_labels) = sides

@@ -23,13 +23,12 @@ options:
   --check            only look for mistakes
 """
 
-import _root  # noqa: F401
 import argparse
 import os
 from pathlib import Path
 
-import flags
 from core import cli
+from scripts import flags
 
 
 def parse(arguments: list[str]) -> argparse.Namespace:
@@ -46,8 +45,9 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     )
     parser.add_argument("--network", default="inception", help=argparse.SUPPRESS)
     parser.add_argument("--protocol", default="adm", help=argparse.SUPPRESS)
-    parser.add_argument("--dtype", choices=("torch-fidelity", "float32", "float64"), default="torch-fidelity",
-                        help=argparse.SUPPRESS)
+    parser.add_argument(
+        "--dtype", choices=("torch-fidelity", "float32", "float64"), default="torch-fidelity", help=argparse.SUPPRESS
+    )
     for name, default in (
         ("--size", None),
         ("--num", None),
@@ -64,9 +64,8 @@ def main(arguments: list[str]) -> int:
     options = parse(arguments)
     import numpy as np
 
-    import picture_sets
     from core.errors import UserError
-    from evaluation import protocols, statistics
+    from evaluation import picture_sets, protocols, statistics
     from evaluation.pictures import ArrayPictures
 
     out = Path(options.out)
@@ -86,10 +85,10 @@ def main(arguments: list[str]) -> int:
     if options.check:
         return 0
 
-    import evaluation_run as run
-    import measure
     from core import dist
+    from evaluation import measure
     from evaluation.naming import few_pictures
+    from run import evaluation_run as run
 
     world = dist.start("auto")
     try:

@@ -13,21 +13,21 @@ killed job goes on when it is started again, on any number of processes. At the 
 preview.png in the store. Train from it with data.url=tokens://DIR.
 """
 
-import _root  # noqa: F401
 import argparse
 from pathlib import Path
 
-import download
-import flags
 from core import cli
+from core.weights import released
+from scripts import flags
 
 SHOWN = 16  # pictures that are decoded for the preview
 AGREEMENT = 0.95  # share of imported codes that the tokenizer must make again
 
 
 def main(arguments: list[str]) -> int:
-    parser = argparse.ArgumentParser(prog="pretokenize.py", description=__doc__,
-                                     formatter_class=argparse.RawTextHelpFormatter)
+    parser = argparse.ArgumentParser(
+        prog="pretokenize.py", description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
     parser.add_argument("config")
     parser.add_argument("overrides", nargs="*", metavar="key=value")
     parser.add_argument("--out", help="folder of the store")
@@ -40,11 +40,11 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--check", action="store_true", help="only look for mistakes")
     options = flags.parse(parser, "pretokenize", arguments)
 
-    import assemble
-    from core import dist, hub
+    from core import dist
     from core.errors import UserError
     from data.base import require_labels
     from data.sources import exists
+    from run import assemble
 
     if options.batch < 1 or options.classes < 1:
         raise UserError(f"--batch {options.batch} and --classes {options.classes}: give at least 1.")
@@ -53,7 +53,7 @@ def main(arguments: list[str]) -> int:
     config = assemble.load_config(options.config, options.overrides)
     if not config.tokenizer.get("weights"):
         raise UserError("tokenizer.weights is not set, and tokens of an untrained tokenizer are useless.")
-    download.resolve(config.tokenizer["weights"])
+    released.resolve(config.tokenizer["weights"])
     dist.pick_device(config.train.device)
     pictures = None
     if options.foreign and not config.data.pictures and not exists(config.data.url):
@@ -79,10 +79,10 @@ def store_folder(config, out: str | None) -> Path:
 
 def pretokenize(config, options, pictures) -> int:
     """Make, check and export one store. Returns the exit code."""
-    import assemble
     from core import dist
     from core.train.signals import REQUEUE_EXIT_CODE
     from data.tokens import TokenStore
+    from run import assemble
 
     world = dist.start(config.train.device)
 
@@ -108,8 +108,10 @@ def pretokenize(config, options, pictures) -> int:
         store.check_tokenizer(tokenizer.spec, fingerprint, tokenizer.image_size)
         if options.verify and world.is_main:
             store.verify()
-        say(f"{folder}: {len(store):,} pictures x {store.views} views, {store.spec}, tokenizer {fingerprint}, "
-            f"content {store.content}" + (", read and found whole" if options.verify else ""))
+        say(
+            f"{folder}: {len(store):,} pictures x {store.views} views, {store.spec}, tokenizer {fingerprint}, "
+            f"content {store.content}" + (", read and found whole" if options.verify else "")
+        )
         if world.is_main:
             show(store, tokenizer, pictures, world.device, say)
         if options.to:
@@ -141,9 +143,9 @@ def _stoppable(report):
 
 def _encode(config, options, pictures, folder: Path, tokenizer, fingerprint: str, world, say) -> None:
     """Tokens of the pictures."""
-    import assemble
     from core.images import to_model_range
     from data import tokens
+    from run import assemble
 
     transform = assemble.make_transform(config, tokenizer.image_size)
     transform.view_of((0, 0))  # refuses crops without views
@@ -152,23 +154,38 @@ def _encode(config, options, pictures, folder: Path, tokenizer, fingerprint: str
     def build(progress, **rest):
         request, stoppable = _stoppable(progress)
         with request:
-            return tokens.build(folder, pictures, transform, tokenizer.spec,
-                                lambda images: tokenizer.precompute(to_model_range(images.to(world.device))),
-                                fingerprint, progress=stoppable, **rest)
+            return tokens.build(
+                folder,
+                pictures,
+                transform,
+                tokenizer.spec,
+                lambda images: tokenizer.precompute(to_model_range(images.to(world.device))),
+                fingerprint,
+                progress=stoppable,
+                **rest,
+            )
 
-    assemble.compute_once(config, "tokens", tokenizer, world, say, build, options.precision,
-                          batch=max(1, options.batch // transform.views))
+    assemble.compute_once(
+        config,
+        "tokens",
+        tokenizer,
+        world,
+        say,
+        build,
+        options.precision,
+        batch=max(1, options.batch // transform.views),
+    )
 
 
 def _import(config, options, pictures, folder: Path, tokenizer, fingerprint: str, world, say) -> None:
     """Tokens from files of another code base; with the pictures at hand each entry is given to its own."""
-    import assemble
     from core.errors import UserError
     from core.rng import hash64
     from core.specs import Continuous
     from core.train.log import ProgressLine
     from data import tokens
     from data.token_files import copy_to, open_import
+    from run import assemble
 
     if isinstance(tokenizer.spec, Continuous):
         raise UserError(f"--import reads codes; this tokenizer makes {tokenizer.spec}.")
@@ -194,8 +211,19 @@ def _import(config, options, pictures, folder: Path, tokenizer, fingerprint: str
         places = order.places(pictures, reader.samples)
         count, names, source = len(pictures), pictures.class_names, pictures.fingerprint()
         labels = getattr(pictures, "labels", None) if pictures.num_classes > 1 else None
-    target = tokens.builder(folder, count, views, source, transform, tokenizer.spec, fingerprint, names,
-                            rank=world.rank, world=world.size, barrier=world.barrier)
+    target = tokens.builder(
+        folder,
+        count,
+        views,
+        source,
+        transform,
+        tokenizer.spec,
+        fingerprint,
+        names,
+        rank=world.rank,
+        world=world.size,
+        barrier=world.barrier,
+    )
     bar = line(count, "img", "import")
     request, progress = _stoppable((lambda done: bar.update(done * world.size)) if bar else None)
     try:
@@ -220,10 +248,15 @@ def check_count(reader, pictures, path: Path) -> None:
     lines = reader.samples * reader.views
     fitting = [v for v in (1, 2, 10) if lines % v == 0 and filled_up(lines // v, len(pictures))]
     setting = {1: "data.crop=center data.flip=false", 2: "data.crop=center data.flip=true", 10: "data.crop=ten"}
-    advice = f"with {fitting[-1]} views of a picture it would fit: {setting[fitting[-1]]}" if fitting else \
-        "name its pictures (data.pictures), or take it without: data.url=tokens://DIR"
-    raise UserError(f"{path} has {reader.samples:,} entries of {reader.views} views, {len(pictures):,} pictures are "
-                    f"given; {advice}.")
+    advice = (
+        f"with {fitting[-1]} views of a picture it would fit: {setting[fitting[-1]]}"
+        if fitting
+        else "name its pictures (data.pictures), or take it without: data.url=tokens://DIR"
+    )
+    raise UserError(
+        f"{path} has {reader.samples:,} entries of {reader.views} views, {len(pictures):,} pictures are "
+        f"given; {advice}."
+    )
 
 
 def pair(reader, pictures, transform, tokenizer, device, path: Path, say):
@@ -258,9 +291,11 @@ def pair(reader, pictures, transform, tokenizer, device, path: Path, say):
         if best == 1.0:
             break
     if found is None or best < AGREEMENT:
-        raise UserError(f"{path}: the tokenizer reproduces only {max(best, 0.0):.1%} of the codes in the best of {tried} "
-                        f"known orders of lines ({found or 'none came above 50 %'}). They are of another tokenizer, of "
-                        "other pictures, or of another crop (data.crop).")
+        raise UserError(
+            f"{path}: the tokenizer reproduces only {max(best, 0.0):.1%} of the codes in the best of {tried} "
+            f"known orders of lines ({found or 'none came above 50 %'}). They are of another tokenizer, of "
+            "other pictures, or of another crop (data.crop)."
+        )
     say(f"{path} lists the pictures in {found}: the tokenizer makes {best:.1%} of the codes of {len(chosen)} of them")
     return found
 
@@ -301,8 +336,9 @@ def crops(pictures, transform, chosen: list[tuple[int, int]]):
 
     from data.loader import read_or_replace
 
-    return torch.stack([transform.apply_view(read_or_replace(pictures, index, "replace")[0].image, view)
-                        for index, view in chosen])
+    return torch.stack(
+        [transform.apply_view(read_or_replace(pictures, index, "replace")[0].image, view) for index, view in chosen]
+    )
 
 
 def made_of(images, tokenizer, device):

@@ -1,13 +1,12 @@
 #!/usr/bin/env python3
 """The whole pipeline at toy size on embedded pictures: train, sample, measure, and write a report to look at.
 
-    python scripts/quickstart.py [SYSTEM] [--smoke]        (bash run_quickstart.sh also makes the environment)
+    python -m scripts.quickstart [SYSTEM] [--smoke]        (bash run_quickstart.sh also makes the environment)
 
 configs/quickstart/<SYSTEM>/quickstart.yaml lists the stages. Every stage is an ordinary training run, so Ctrl-C and the
 same command continue where it stopped.
 """
 
-import _root
 import shutil
 import sys
 import time
@@ -17,7 +16,8 @@ from core import cli
 from core.errors import UserError, nearest
 from core.files import read_json, write_json
 
-FOLDER = _root.ROOT / "configs" / "quickstart"
+ROOT = Path(__file__).resolve().parent.parent
+FOLDER = ROOT / "configs" / "quickstart"
 
 
 def read_plan(system: str) -> dict:
@@ -55,9 +55,8 @@ def main(arguments: list[str]) -> int:
 
     import torch
 
-    import assemble
-    import quickstart_report
     from core import dist
+    from run import assemble, quickstart_report
 
     gpu = torch.cuda.is_available()
     modes = ["gpu"] if gpu else ["cpu", "cpu_bf16"] if dist.cpu_multiplies_bf16() else ["cpu"]
@@ -66,15 +65,20 @@ def main(arguments: list[str]) -> int:
     work_dir = f"work_dirs/quickstart_{system}" + ("_smoke" if smoke else "")
     if smoke:  # a smoke run shows that everything runs, so it starts from nothing
         shutil.rmtree(work_dir, ignore_errors=True)
-    print(f"Quickstart of {system} on {'a GPU' if gpu else f'{torch.get_num_threads()} CPU threads'}, "
-          f"into {work_dir}. Ctrl-C any time; the same command continues.", flush=True)
+    print(
+        f"Quickstart of {system} on {'a GPU' if gpu else f'{torch.get_num_threads()} CPU threads'}, "
+        f"into {work_dir}. Ctrl-C any time; the same command continues.",
+        flush=True,
+    )
     clock = Path(work_dir) / "seconds.json"  # spent on each stage, interrupted attempts included
     seconds = read_json(clock) if clock.is_file() else {}
     configs = {}
     for number, stage in enumerate(plan["stages"], 1):
         print(f"\n== stage {number} of {len(plan['stages']) + 1}: {stage} ==", flush=True)
         begun = time.perf_counter()
-        config = assemble.load_config(str(FOLDER / system / f"{stage}.yaml"), overrides_for(plan, stage, modes, work_dir))
+        config = assemble.load_config(
+            str(FOLDER / system / f"{stage}.yaml"), overrides_for(plan, stage, modes, work_dir)
+        )
         try:
             code = assemble.train(config)
         finally:

@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Encode and decode pictures: python scripts/reconstruct.py --weights W IMAGE ... [--url URL --num N] [--out DIR]
+"""Encode and decode pictures: python -m scripts.reconstruct --weights W IMAGE ... [--url URL --num N] [--out DIR]
 
 For each picture writes DIR/<name>_psnr<dB>.png: original | reconstruction | difference, side by side, and
 DIR/grid.png of all of them. W is a run folder, a checkpoint, a released file or hf://owner/repo/file. Pictures of any
@@ -10,13 +10,12 @@ codes were used. What the weights do not tell is given as in a config: tokenizer
 for tokenizers whose first codes are a picture already (groups of D-AR, scales of ImageFolder).
 """
 
-import _root  # noqa: F401
 import argparse
 import re
 from pathlib import Path
 
-import flags
 from core import cli
+from scripts import flags
 
 BATCH = 8
 SHOWN = 64  # rows of grid.png
@@ -63,13 +62,17 @@ def panel(original, rebuilt, gain: float):
 
 
 def main(arguments: list[str]) -> int:
-    parser = argparse.ArgumentParser(prog="reconstruct.py", description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser = argparse.ArgumentParser(
+        prog="reconstruct.py", description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
     parser.add_argument("images", nargs="*", metavar="IMAGE")
     parser.add_argument("--weights", required=True)
     parser.add_argument("--url", help="take pictures of a data source too: embedded://photos256, folder://DIR ...")
     parser.add_argument("--num", type=int, default=8, help="how many of --url (default 8)")
     parser.add_argument("--out", help="folder (default work_dirs/reconstruct_<weights>)")
-    parser.add_argument("--size", type=int, help="another size than the tokenizer's own, where it can be rebuilt for it")
+    parser.add_argument(
+        "--size", type=int, help="another size than the tokenizer's own, where it can be rebuilt for it"
+    )
     parser.add_argument("--gain", type=float, default=4.0, help="of the difference (default 4)")
     parser.add_argument("--stages", action="store_true", help="also what each part of the codes adds")
     parser.add_argument("--raw", action="store_true", help="raw weights instead of averaged ones")
@@ -81,18 +84,19 @@ def main(arguments: list[str]) -> int:
     if not options.images and not options.url:
         raise UserError("name some pictures, or a data source with --url embedded://photos256")
     if options.num < 1 or options.gain <= 0 or (options.size is not None and options.size < 1):
-        raise UserError(f"--num {options.num}, --gain {options.gain}, --size {options.size}: these are positive numbers")
+        raise UserError(
+            f"--num {options.num}, --gain {options.gain}, --size {options.size}: these are positive numbers"
+        )
 
     import torch
 
-    import assemble
-    import streaming
     from core import dist
     from core.images import grid, save_png, to_model_range, to_uint8
     from core.rng import Draws, hash64
     from core.specs import Codes, MultiScale
     from data.transforms import center_crop, to_tensor
     from evaluation.image_metrics import psnr
+    from run import assemble, streaming
 
     section = {**known, "weights": options.weights, "use_ema": not options.raw}
     if options.size:
@@ -110,7 +114,9 @@ def main(arguments: list[str]) -> int:
 
     named = [(name, to_tensor(center_crop(picture, size))) for name, picture in read_files(options.images)]
     if options.url:
-        named += [(name, to_tensor(center_crop(picture, size))) for name, picture in read_source(options.url, options.num)]
+        named += [
+            (name, to_tensor(center_crop(picture, size))) for name, picture in read_source(options.url, options.num)
+        ]
     panels, values, codes, strips = [], [], [], []
     for start in range(0, len(named), BATCH):
         names, originals = zip(*named[start : start + BATCH])

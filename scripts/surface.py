@@ -48,7 +48,9 @@ def resolve(stage: str, words: list[str]) -> tuple[str, list[str]]:
     overrides = [w for w in words if "=" in w]
     if not experiments:
         return config, overrides
-    work_dir = next((o.removeprefix("work_dir=") for o in reversed(overrides) if o.startswith("work_dir=")), "work_dirs")
+    work_dir = next(
+        (o.removeprefix("work_dir=") for o in reversed(overrides) if o.startswith("work_dir=")), "work_dirs"
+    )
     name = Path(experiments[0].rstrip("/")).stem
     # Named after what it continues: two tokenizers give two runs, and neither resumes the other's.
     derived = [f"{settings.weights_key}={find_run(experiments[0], work_dir)}", f"name={name}_{Path(config).stem}"]
@@ -56,7 +58,7 @@ def resolve(stage: str, words: list[str]) -> tuple[str, list[str]]:
 
 
 def find_run(name: str, work_dir: str = "work_dirs") -> str:
-    """What `core.hub.resolve` understands, for the name of an experiment."""
+    """What `core.weights.hub.resolve` understands, for the name of an experiment."""
     if "://" in name:
         return name
     theirs = Path(work_dir) / "tokenizer_training"  # the original's layout, and its README's place for released files
@@ -70,7 +72,13 @@ def find_run(name: str, work_dir: str = "work_dirs") -> str:
         return str(folder)
     if Path(name).exists() or (Path("pretrained_models") / name).exists():
         return name
-    known = [p.name for place in (Path(work_dir), theirs, Path("pretrained_models")) if place.is_dir()
-             for p in place.iterdir()]
-    raise UserError(f'there is no run "{name}" in {work_dir}/ or {theirs}/ and no such file in pretrained_models/.'
-                    + nearest(name, known))
+    known = [
+        p.name
+        for place in (Path(work_dir), theirs, Path("pretrained_models"))
+        if place.is_dir()
+        for p in place.iterdir()
+    ]
+    raise UserError(
+        f'there is no run "{name}" in {work_dir}/ or {theirs}/ and no such file in pretrained_models/.'
+        + nearest(name, known)
+    )

@@ -1,12 +1,10 @@
 #!/usr/bin/env python3
-"""Train a tokenizer or a generator: python scripts/train.py CONFIG [key=value ...] [--check | --dry-run]
+"""Train a tokenizer or a generator: python -m scripts.train CONFIG [key=value ...] [--check | --dry-run]
 
 The run_train_*.sh scripts call it with --stage=NAME; what they take instead of a CONFIG is in surface.py.
 
 Config -> task -> Trainer. This file only puts the pieces together; the loop is core/train/trainer.py.
 """
-
-import _root  # noqa: F401
 
 from core import cli, launch
 from core.errors import UserError
@@ -56,34 +54,33 @@ def main(arguments: list[str]) -> int:
         return 0 if arguments else 2
     modes = {a for a in arguments if a in ("--check", "--dry-run")}
     hardware, words = take_hardware([a for a in arguments if a not in modes])
-    import flags
-    import surface
+    from scripts import flags, surface
 
     if any(a.startswith("--") for a in words):
         # the tokenizer script runs RecTok's recipe by default, but users of every system type it
         recipes = [surface.STAGES[stage].config for stage in stages if stage != "tokenizer"]
         named = words if any(w.endswith((".yaml", ".yml")) for w in words) else [*words, *recipes]
-        raise UserError(flags.explain(named, flags.tasks_of(named, *stages), options=("--check", "--dry-run", "--help")))
+        raise UserError(
+            flags.explain(named, flags.tasks_of(named, *stages), options=("--check", "--dry-run", "--help"))
+        )
     flags.refuse(words)
     path, overrides = surface.resolve(stages[0], words) if stages else (words[0], words[1:])
     given = {o.partition("=")[0] for o in overrides}
     asked = [setting for setting in launch.asked_by_accelerate() if setting.partition("=")[0] not in given]
     if asked and launch.speaks():
         print(f"accelerate's config sets {' '.join(asked)}; the same key behind CONFIG overrules it.")
-    import assemble
+    from run import assemble
 
     config = assemble.load_config(path, asked + overrides)
     if "--check" in modes:
-        import estimate
-        import needs
+        from run import estimate, needs
 
         assemble.check_inputs(config)
         estimate.check_networks(config)
         print(needs.report(config))
         return 0
     if "--dry-run" in modes:
-        import estimate
-        import needs
+        from run import estimate, needs
 
         print(estimate.describe(config, **hardware))
         print(needs.report(config))

@@ -16,8 +16,10 @@ os.environ["OMP_NUM_THREADS"] = "1"  # for child processes
 for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "TESSERA_EXIT_FILE"):
     os.environ.pop(name, None)
 
-ROOT = Path(__file__).resolve().parent.parent
-TOY_TOKENIZER, TOY_GENERATOR = (str(ROOT / "configs" / "toy" / f"rectok_{kind}.yaml") for kind in ("tokenizer", "generator"))
+ROOT = Path(__file__).resolve().parents[1]
+TOY_TOKENIZER, TOY_GENERATOR = (
+    str(ROOT / "configs" / "toy" / f"rectok_{kind}.yaml") for kind in ("tokenizer", "generator")
+)
 
 
 _TABLES = pytest.StashKey[dict]()
@@ -59,9 +61,8 @@ def one_thread():
 @pytest.fixture
 def train_main(monkeypatch, capfd):
     """scripts/train.py in this process: train_main(*arguments) -> (exit code, stdout, stderr)."""
-    import train
-
     from core import cli
+    from scripts import train
 
     def call(*arguments: object) -> tuple[int, str, str]:
         monkeypatch.setattr(sys, "argv", ["train.py", *map(str, arguments)])
@@ -76,11 +77,12 @@ def train_main(monkeypatch, capfd):
 
 def finished_run(factory, config: str, *overrides: str) -> Path:
     """The folder of a training on the CPU, made by the programs' own code."""
-    import assemble
+    from run import assemble
 
     folder = factory.mktemp("runs")
-    loaded = assemble.load_config(config, [f"work_dir={folder}", f"data.cache_dir={folder / 'cache'}", "train.device=cpu",
-                                           *overrides])
+    loaded = assemble.load_config(
+        config, [f"work_dir={folder}", f"data.cache_dir={folder / 'cache'}", "train.device=cpu", *overrides]
+    )
     assert assemble.train(loaded) == 0
     return loaded.run_dir
 
@@ -119,14 +121,18 @@ def tokenizer_copy(_tokenizer_run, tmp_path) -> Path:
 @pytest.fixture
 def build_trainer(monkeypatch, tmp_path):
     """build_trainer(config, *overrides) -> a Trainer as scripts/train.py makes it, on the CPU, before its first step."""
-    import assemble
     from core.train.trainer import Trainer
+    from run import assemble
 
     built: list[Trainer] = []
 
     def build(config: str, *overrides: str, device: str = "cpu") -> Trainer:
-        common = [f"work_dir={tmp_path}", f"name=run_{len(built)}", f"data.cache_dir={tmp_path / 'cache'}",
-                  f"train.device={device}"]
+        common = [
+            f"work_dir={tmp_path}",
+            f"name=run_{len(built)}",
+            f"data.cache_dir={tmp_path / 'cache'}",
+            f"train.device={device}",
+        ]
         with monkeypatch.context() as patch:
             patch.setattr(Trainer, "fit", lambda self: built.append(self) or 0)
             assemble.train(assemble.load_config(config, [*common, *overrides]))

@@ -5,8 +5,8 @@ from __future__ import annotations
 import http.server
 import json
 import threading
+from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Iterator
 
 
 class FakeHub:
@@ -24,8 +24,13 @@ class FakeHub:
         where = request.path.lstrip("/").split("?")[0]
         if where.startswith("api/models/"):
             owner, name = where.split("/")[2:4]
-            body = json.dumps([{"type": "file", "path": f.removeprefix(f"{owner}/{name}/"), "size": 1, "oid": "0" * 40}
-                               for f, content in self.files.items() if isinstance(content, bytes)]).encode()
+            body = json.dumps(
+                [
+                    {"type": "file", "path": f.removeprefix(f"{owner}/{name}/"), "size": 1, "oid": "0" * 40}
+                    for f, content in self.files.items()
+                    if isinstance(content, bytes)
+                ]
+            ).encode()
             return self._send(request, 200, body, {"Content-Type": "application/json"})
         if "/resolve/" not in where:  # what else the library may want to know
             return self._send(request, 404, b"", {})
@@ -36,8 +41,9 @@ class FakeHub:
             return self._send(request, found[0], b"", {"X-Error-Code": found[1], "X-Error-Message": "no"})
         self._send(request, 200, found, {"ETag": f'"{"a" * 40}"', "X-Repo-Commit": "c" * 40})
 
-    def _send(self, request: http.server.BaseHTTPRequestHandler, status: int, body: bytes,
-              headers: dict[str, str]) -> None:
+    def _send(
+        self, request: http.server.BaseHTTPRequestHandler, status: int, body: bytes, headers: dict[str, str]
+    ) -> None:
         request.send_response(status)
         for name, value in {"Content-Length": str(len(body)), **headers}.items():
             request.send_header(name, value)

@@ -2,13 +2,16 @@
 
 from core.registry import Registry
 
-TOKENIZERS = Registry("tokenizer", {
-    "dar": "tokenizer.vq.dar:DAR",
-    "fqgan": "tokenizer.vq.fqgan:FQGAN",
-    "maskgit_vqgan": "tokenizer.vq.maskgit:MaskGITVQGAN",
-    "fsq": "tokenizer.vq.fsq:FSQ",
-    "vqgan_plus": "tokenizer.vq.maskgit:VQGANPlus",
-    "titok": "tokenizer.vq.titok:TiTok",
-    "imagefolder": "tokenizer.multiscale.imagefolder:ImageFolder",
-    "rectok": "tokenizer.continuous.rectok:RecTok",
-})
+TOKENIZERS = Registry(
+    "tokenizer",
+    {
+        "dar": "tokenizer.vq.dar:DAR",
+        "fqgan": "tokenizer.vq.fqgan:FQGAN",
+        "maskgit_vqgan": "tokenizer.vq.maskgit:MaskGITVQGAN",
+        "fsq": "tokenizer.vq.fsq:FSQ",
+        "vqgan_plus": "tokenizer.vq.maskgit:VQGANPlus",
+        "titok": "tokenizer.vq.titok:TiTok",
+        "imagefolder": "tokenizer.multiscale.imagefolder:ImageFolder",
+        "rectok": "tokenizer.continuous.rectok:RecTok",
+    },
+)

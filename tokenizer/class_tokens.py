@@ -13,26 +13,31 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from core import hub
 from core.errors import UserError
 from core.images import to_unit_range
 from core.nn.embed import resize_positions
-from core.released import find_local_file, needs
-from core.state_dicts import describe_differences
+from core.weights import hub
+from core.weights.adapter import describe_differences
+from core.weights.released import find_local_file, needs
 from tokenizer.teachers import Teacher, create_timm, timm_helper
 
 # Names of the transformers library -> timm's, for both families; q, k and v are joined afterwards.
 _RENAMED = (
-    (r"^vision_model\.embeddings\.class_embedding$", "cls_token"), (r"^embeddings\.cls_token$", "cls_token"),
+    (r"^vision_model\.embeddings\.class_embedding$", "cls_token"),
+    (r"^embeddings\.cls_token$", "cls_token"),
     (r"^vision_model\.embeddings\.position_embedding\.weight$", "pos_embed"),
     (r"^embeddings\.position_embeddings$", "pos_embed"),
     (r"^vision_model\.embeddings\.patch_embedding\.", "patch_embed.proj."),
     (r"^embeddings\.patch_embeddings\.projection\.", "patch_embed.proj."),
-    (r"^vision_model\.pre_layrnorm\.", "norm_pre."), (r"^vision_model\.post_layernorm\.", "norm."),
+    (r"^vision_model\.pre_layrnorm\.", "norm_pre."),
+    (r"^vision_model\.post_layernorm\.", "norm."),
     (r"^layernorm\.", "norm."),
-    (r"^(?:vision_model\.)?encoder\.layers?\.", "blocks."), (r"\.layer_norm(\d)\.", r".norm\1."),
-    (r"\.self_attn\.([qkv])_proj\.", r".attn.\1."), (r"\.attention\.attention\.([qkv])\w+\.", r".attn.\1."),
-    (r"\.self_attn\.out_proj\.", ".attn.proj."), (r"\.attention\.output\.dense\.", ".attn.proj."),
+    (r"^(?:vision_model\.)?encoder\.layers?\.", "blocks."),
+    (r"\.layer_norm(\d)\.", r".norm\1."),
+    (r"\.self_attn\.([qkv])_proj\.", r".attn.\1."),
+    (r"\.attention\.attention\.([qkv])\w+\.", r".attn.\1."),
+    (r"\.self_attn\.out_proj\.", ".attn.proj."),
+    (r"\.attention\.output\.dense\.", ".attn.proj."),
     (r"\.layer_scale(\d)\.lambda1$", r".ls\1.gamma"),
 )
 
@@ -100,8 +105,16 @@ class ClassToken(Teacher):
 
     grid = 1
 
-    def __init__(self, name: str, model: str, image_size: int, normed: bool, weights: str | None = None,
-                 pretrained: bool = True, size: dict | None = None):
+    def __init__(
+        self,
+        name: str,
+        model: str,
+        image_size: int,
+        normed: bool,
+        weights: str | None = None,
+        pretrained: bool = True,
+        size: dict | None = None,
+    ):
         backbone = _backbone(name, model, weights, pretrained, size)
         super().__init__(backbone.pretrained_cfg["mean"], backbone.pretrained_cfg["std"])
         if backbone.num_prefix_tokens == 0:
@@ -131,14 +144,22 @@ class ClassToken(Teacher):
 
 
 @needs(timm_helper)
-def clip(weights: str | None = None, pretrained: bool = True,
-         model: str = "vit_large_patch14_clip_quickgelu_224.openai", size: dict | None = None) -> ClassToken:
+def clip(
+    weights: str | None = None,
+    pretrained: bool = True,
+    model: str = "vit_large_patch14_clip_quickgelu_224.openai",
+    size: dict | None = None,
+) -> ClassToken:
     """OpenAI's CLIP. FQGAN: ViT-L/14 (the default) for dual, vit_base_patch16_clip_quickgelu_224.openai for triple."""
     return ClassToken("clip", model, 224, False, weights, pretrained, size)
 
 
 @needs(timm_helper)
-def dinov2_class(weights: str | None = None, pretrained: bool = True,
-                 model: str = "vit_small_patch14_dinov2.lvd142m", size: dict | None = None) -> ClassToken:
+def dinov2_class(
+    weights: str | None = None,
+    pretrained: bool = True,
+    model: str = "vit_small_patch14_dinov2.lvd142m",
+    size: dict | None = None,
+) -> ClassToken:
     """DINOv2 at 224 x 224, after its final norm. FQGAN triple: ViT-S/14 (the default)."""
     return ClassToken("dinov2_class", model, 224, True, weights, pretrained, size)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any, Iterator
+from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -25,8 +26,14 @@ class TokenizerTask:
 
     primary = "tokenizer"
 
-    def __init__(self, tokenizer: nn.Module, objective: nn.Module, discriminator: nn.Module | None = None,
-                 teachers: dict[str, nn.Module] | None = None, preview_images: Tensor | None = None):
+    def __init__(
+        self,
+        tokenizer: nn.Module,
+        objective: nn.Module,
+        discriminator: nn.Module | None = None,
+        teachers: dict[str, nn.Module] | None = None,
+        preview_images: Tensor | None = None,
+    ):
         self.tokenizer, self.objective, self.discriminator = tokenizer, objective, discriminator
         self.teachers = teachers or {}
         self.preview_images = preview_images
@@ -45,8 +52,10 @@ class TokenizerTask:
 
     def phases(self, nets: dict[str, Any], batch: Batch, draws: Draws, progress: Progress) -> Iterator[Phase]:
         images = to_model_range(batch.images)  # (B, 3, H, W)
-        features = {name: batch.features[name].float() if name in batch.features else teacher(images, draws)
-                    for name, teacher in self.teachers.items()}
+        features = {
+            name: batch.features[name].float() if name in batch.features else teacher(images, draws)
+            for name, teacher in self.teachers.items()
+        }
         if getattr(self.tokenizer, "reads_features", False):  # its teacher's features meet layers of its own
             recon = nets["tokenizer"](images, draws, features, progress)
         else:
@@ -55,7 +64,9 @@ class TokenizerTask:
             # The generator's pass must not leave gradients in the discriminator, whose own phase follows.
             self.discriminator.requires_grad_(False)
         random = draws.fork("gan")
-        yield Phase("tokenizer", self.objective.generator_loss(images, recon, features, self.discriminator, progress, random))
+        yield Phase(
+            "tokenizer", self.objective.generator_loss(images, recon, features, self.discriminator, progress, random)
+        )
         if self.discriminator is not None:
             self.discriminator.requires_grad_(True)
             if self.objective.skip_idle and not self.objective.gan_active(progress):

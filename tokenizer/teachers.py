@@ -18,15 +18,15 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from core import hub
 from core.errors import UserError
 from core.images import to_uint8, to_unit_range
 from core.nn.frozen import Frozen
 from core.nn.offline import efficientnet_lite0_input, load_efficientnet_lite0
 from core.nn.vit import ViTSize, timm_shape
 from core.registry import Registry
-from core.released import Released, find_local_file, helper, needs, timm_file
-from core.state_dicts import describe_differences
+from core.weights import hub
+from core.weights.adapter import describe_differences
+from core.weights.released import Released, find_local_file, helper, needs, timm_file
 
 TEACHERS = Registry(
     "teacher",
@@ -155,7 +155,9 @@ class DINOv3(nn.Module):
     ):
         super().__init__()
         if hidden_size % num_attention_heads or hidden_size // num_attention_heads % 4:
-            raise UserError(f"teacher dinov3: {num_attention_heads} heads do not cut width {hidden_size} into multiples of 4")
+            raise UserError(
+                f"teacher dinov3: {num_attention_heads} heads do not cut width {hidden_size} into multiples of 4"
+            )
         self.patch_size, self.prefix, self.rope_theta = patch_size, 1 + num_register_tokens, rope_theta
         self.head_dim = hidden_size // num_attention_heads
         self.embeddings = _Embeddings(hidden_size, patch_size, num_register_tokens)
@@ -175,11 +177,19 @@ class DINOv3(nn.Module):
 
 
 # timm's name of a part -> ours; attention is fused there.
-_TIMM_PARTS = {"norm1": "norm1", "norm2": "norm2", "attn.proj": "attention.o_proj", "mlp.fc1": "mlp.up_proj",
-               "mlp.fc2": "mlp.down_proj"}
-_TIMM_NAMES = {"cls_token": "embeddings.cls_token", "reg_token": "embeddings.register_tokens",
-               "patch_embed.proj.weight": "embeddings.patch_embeddings.weight",
-               "patch_embed.proj.bias": "embeddings.patch_embeddings.bias"}
+_TIMM_PARTS = {
+    "norm1": "norm1",
+    "norm2": "norm2",
+    "attn.proj": "attention.o_proj",
+    "mlp.fc1": "mlp.up_proj",
+    "mlp.fc2": "mlp.down_proj",
+}
+_TIMM_NAMES = {
+    "cls_token": "embeddings.cls_token",
+    "reg_token": "embeddings.register_tokens",
+    "patch_embed.proj.weight": "embeddings.patch_embeddings.weight",
+    "patch_embed.proj.bias": "embeddings.patch_embeddings.bias",
+}
 
 
 def dinov3_from_timm(weights: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -212,7 +222,7 @@ class DINOv3Teacher(Teacher):
     Args:
         image_size: what the backbone sees; the grid is image_size / patch_size.
         weights: file or folder of the published layout (transformers) or of timm's, or hf://owner/repo/file. None: the
-            published one, see core/nn/helpers.toml; it needs a licence.
+            published one, see core/weights/helpers.toml; it needs a licence.
         pretrained: False leaves random weights, for tests.
         processor_size: pictures are first shrunk to this size. parity: the official chain is 256 -> 224 -> 256, a blur.
         direct: skip that detour.
@@ -245,8 +255,15 @@ class DINOv3Teacher(Teacher):
         published = self._read(weights) if pretrained else None
         self.image_size, self.processor_size, self.direct = image_size, processor_size, direct
         self.teacher_train_mode, self.dim, self.grid = teacher_train_mode, hidden_size, image_size // patch_size
-        self.backbone = DINOv3(hidden_size, intermediate_size, num_hidden_layers, num_attention_heads, patch_size,
-                               num_register_tokens, rope_theta)
+        self.backbone = DINOv3(
+            hidden_size,
+            intermediate_size,
+            num_hidden_layers,
+            num_attention_heads,
+            patch_size,
+            num_register_tokens,
+            rope_theta,
+        )
         if published:
             self.load_weights(published)
         self.freeze()
@@ -290,8 +307,10 @@ class DINOv3Teacher(Teacher):
         scale = 1.0
         if self.teacher_train_mode:
             if draws is None:
-                raise UserError("teachers.dinov3.teacher_train_mode moves features at random, so they cannot be kept: set"
-                                " data.cache_features=false")
+                raise UserError(
+                    "teachers.dinov3.teacher_train_mode moves features at random, so they cannot be kept: set"
+                    " data.cache_features=false"
+                )
             scale = math.exp(draws.shared_uniform("teacher rope scale", -math.log(2.0), math.log(2.0)))
         return self.backbone(self.pixels(images), scale)[:, self.backbone.prefix :]
 
@@ -299,8 +318,9 @@ class DINOv3Teacher(Teacher):
 # ---------------------------------------------------------------------------------------------------------------------
 # Teachers from libraries
 # ---------------------------------------------------------------------------------------------------------------------
-def create_timm(name: str, model: str, weights: str | None, pretrained: bool, size: dict | None = None,
-                **settings: Any) -> nn.Module:
+def create_timm(
+    name: str, model: str, weights: str | None, pretrained: bool, size: dict | None = None, **settings: Any
+) -> nn.Module:
     """A backbone of timm without its head. UserError that says what to do where its weights cannot be had."""
     import timm  # takes seconds: only when used
 
@@ -314,8 +334,9 @@ def create_timm(name: str, model: str, weights: str | None, pretrained: bool, si
             weights = str(found)
         if pretrained:
             overlay["file"] = weights or str(timm_file(model).get())
-        return timm.create_model(model, pretrained=pretrained, pretrained_cfg_overlay=overlay, num_classes=0, **settings,
-                                 **shape)
+        return timm.create_model(
+            model, pretrained=pretrained, pretrained_cfg_overlay=overlay, num_classes=0, **settings, **shape
+        )
     except (OSError, RuntimeError, UserError) as error:
         raise UserError(
             f'could not get the weights of teacher "{name}": {error} Or set its `weights` to a file of timm\'s'
@@ -343,8 +364,16 @@ class TimmTeacher(Teacher):
             centre 90 % of the picture) and then that size, bilinear.
     """
 
-    def __init__(self, name: str, model: str, grid: int, weights: str | None = None, pretrained: bool = True,
-                 direct: bool | Literal["bicubic"] = False, size: dict | None = None):
+    def __init__(
+        self,
+        name: str,
+        model: str,
+        grid: int,
+        weights: str | None = None,
+        pretrained: bool = True,
+        direct: bool | Literal["bicubic"] = False,
+        size: dict | None = None,
+    ):
         patch = 14 if "patch14" in model else 16
         backbone = create_timm(name, model, weights, pretrained, size, img_size=grid * patch)
         known = backbone.pretrained_cfg
@@ -363,7 +392,9 @@ class TimmTeacher(Teacher):
         if self.direct:
             pixels = F.interpolate(pixels, size=(self.size, self.size), mode="bilinear", antialias=True)
             return self.normalise(pixels)
-        pixels = F.interpolate(pixels, size=(self.resized, self.resized), mode=self.interpolation, antialias=True).clamp(0, 1)
+        pixels = F.interpolate(
+            pixels, size=(self.resized, self.resized), mode=self.interpolation, antialias=True
+        ).clamp(0, 1)
         edge = (self.resized - self.crop) // 2
         pixels = self.normalise(pixels[..., edge : edge + self.crop, edge : edge + self.crop])
         return F.interpolate(pixels, size=(self.size, self.size), mode="bilinear")
@@ -373,14 +404,26 @@ class TimmTeacher(Teacher):
 
 
 @needs(timm_helper)
-def dinov2(grid: int = 16, weights: str | None = None, pretrained: bool = True, direct: bool | Literal["bicubic"] = False,
-           model: str = "vit_large_patch14_dinov2.lvd142m", size: dict | None = None) -> TimmTeacher:
+def dinov2(
+    grid: int = 16,
+    weights: str | None = None,
+    pretrained: bool = True,
+    direct: bool | Literal["bicubic"] = False,
+    model: str = "vit_large_patch14_dinov2.lvd142m",
+    size: dict | None = None,
+) -> TimmTeacher:
     return TimmTeacher("dinov2", model, grid, weights, pretrained, direct, size)
 
 
 @needs(timm_helper)
-def siglip(grid: int = 16, weights: str | None = None, pretrained: bool = True, direct: bool = False,
-           model: str = "vit_large_patch16_siglip_256", size: dict | None = None) -> TimmTeacher:
+def siglip(
+    grid: int = 16,
+    weights: str | None = None,
+    pretrained: bool = True,
+    direct: bool = False,
+    model: str = "vit_large_patch16_siglip_256",
+    size: dict | None = None,
+) -> TimmTeacher:
     return TimmTeacher("siglip", model, grid, weights, pretrained, direct, size)
 
 

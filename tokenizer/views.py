@@ -47,7 +47,9 @@ class Sequence(View):
 
     def __init__(self, tokenizer: nn.Module):
         if not isinstance(tokenizer.spec, MultiScale):
-            raise UserError(f"tokenizer.view: sequence is for codes at several scales, this tokenizer gives {tokenizer.spec}.")
+            raise UserError(
+                f"tokenizer.view: sequence is for codes at several scales, this tokenizer gives {tokenizer.spec}."
+            )
         super().__init__(tokenizer)
         self.spec = tokenizer.spec.flatten()
 
@@ -71,7 +73,9 @@ class Vectors(View):
     def __init__(self, tokenizer: nn.Module):
         spec = tokenizer.spec
         if not isinstance(spec, Codes):
-            raise UserError(f"tokenizer.view: vectors is for one grid or sequence of codes, this tokenizer gives {spec}.")
+            raise UserError(
+                f"tokenizer.view: vectors is for one grid or sequence of codes, this tokenizer gives {spec}."
+            )
         side = math.isqrt(spec.length)
         if spec.grid is None and side * side != spec.length:
             raise UserError(f"tokenizer.view: vectors lays codes on a square, and {spec.length} make none.")
@@ -79,7 +83,9 @@ class Vectors(View):
         self.codes = spec
         self.spec: LatentSpec = Continuous(tuple(spec.grid or (side, side)), spec.branches * spec.dim)
         for name, value in (("mean", 0.0), ("std", 1.0)):
-            self.register_buffer(f"latent_{name}", torch.full((self.spec.channels,), value, device="cpu"), persistent=False)
+            self.register_buffer(
+                f"latent_{name}", torch.full((self.spec.channels,), value, device="cpu"), persistent=False
+            )
         self.latent_stats_known = False
         # every row of every codebook, once: (K, V, D)
         rows = torch.arange(spec.vocab, device=next(tokenizer.parameters()).device)[None, :, None]
@@ -96,7 +102,9 @@ class Vectors(View):
         for name, value in (("mean", mean), ("std", std)):
             value = torch.as_tensor(value, dtype=torch.float32)
             if value.numel() not in (1, self.spec.channels):
-                raise UserError(f"latent statistics: {name} has {value.numel()} values for {self.spec.channels} channels")
+                raise UserError(
+                    f"latent statistics: {name} has {value.numel()} values for {self.spec.channels} channels"
+                )
             getattr(self, f"latent_{name}").copy_(value.flatten().clamp_min(1e-6 if name == "std" else -torch.inf))
         self.latent_stats_known = True
 

@@ -51,8 +51,18 @@ class Attention(nn.Module):
             and sample, so this multiplies out the weights: leave it 0 where the recipe allows.
     """
 
-    def __init__(self, width: int, heads: int, qk_norm: QKNorm = "none", *, bias: bool | Literal["qv"] = True,
-                 kv_heads: int | None = None, causal: bool = False, scale: float | None = None, dropout: float = 0.0):
+    def __init__(
+        self,
+        width: int,
+        heads: int,
+        qk_norm: QKNorm = "none",
+        *,
+        bias: bool | Literal["qv"] = True,
+        kv_heads: int | None = None,
+        causal: bool = False,
+        scale: float | None = None,
+        dropout: float = 0.0,
+    ):
         super().__init__()
         kv_heads = kv_heads or heads
         if width % heads:
@@ -84,8 +94,16 @@ class Attention(nn.Module):
             q, k = F.normalize(q.float(), dim=-1) * temperature, F.normalize(k.float(), dim=-1)
         return self.q_norm(q).to(v.dtype), self.k_norm(k).to(v.dtype), v
 
-    def forward(self, x: Tensor, rope: Rope | None = None, cache: LayerCache | None = None, mask: Tensor | None = None,
-                keys: Tensor | None = None, prefix: int = 0, blocks: Any = None) -> Tensor:
+    def forward(
+        self,
+        x: Tensor,
+        rope: Rope | None = None,
+        cache: LayerCache | None = None,
+        mask: Tensor | None = None,
+        keys: Tensor | None = None,
+        prefix: int = 0,
+        blocks: Any = None,
+    ) -> Tensor:
         """
         Args:
             x: (B, N, width).

@@ -55,8 +55,10 @@ def flex(q: Tensor, k: Tensor, v: Tensor, mask, scale: float | None, compiled: b
 
 def blockwise(q: Tensor, k: Tensor, v: Tensor, ends: tuple[int, ...], scale: float | None) -> Tensor:
     """By one fused call per block."""
-    parts = [F.scaled_dot_product_attention(q[:, :, start:stop], k[:, :, :stop], v[:, :, :stop], scale=scale)
-             for start, stop in zip((0, *ends), ends)]
+    parts = [
+        F.scaled_dot_product_attention(q[:, :, start:stop], k[:, :, :stop], v[:, :, :stop], scale=scale)
+        for start, stop in zip((0, *ends), ends)
+    ]
     return torch.cat(parts, dim=2)
 
 

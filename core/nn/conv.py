@@ -8,7 +8,8 @@ B batch, C channels, H x W pixels.
 
 from __future__ import annotations
 
-from typing import Any, Callable
+from collections.abc import Callable
+from typing import Any
 
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -32,8 +33,9 @@ class ResBlock(nn.Module):
             their weights were trained with it.
     """
 
-    def __init__(self, in_channels: int, out_channels: int, *, bias: bool = True, shortcut: str = "input",
-                 groups: int = 32):
+    def __init__(
+        self, in_channels: int, out_channels: int, *, bias: bool = True, shortcut: str = "input", groups: int = 32
+    ):
         super().__init__()
         if shortcut not in ("input", "branch"):
             raise UserError(f'shortcut is "input" or "branch", not "{shortcut}"')
@@ -102,11 +104,21 @@ class Level(nn.Module):
         block: settings of the residual blocks.
     """
 
-    def __init__(self, in_channels: int, channels: int, blocks: int, *, attention: bool = False,
-                 resize: Callable[[int], nn.Module] | None = None, groups: int = 32, **block: Any):
+    def __init__(
+        self,
+        in_channels: int,
+        channels: int,
+        blocks: int,
+        *,
+        attention: bool = False,
+        resize: Callable[[int], nn.Module] | None = None,
+        groups: int = 32,
+        **block: Any,
+    ):
         super().__init__()
-        self.res = nn.ModuleList(ResBlock(in_channels if i == 0 else channels, channels, groups=groups, **block)
-                                 for i in range(blocks))
+        self.res = nn.ModuleList(
+            ResBlock(in_channels if i == 0 else channels, channels, groups=groups, **block) for i in range(blocks)
+        )
         self.attn = nn.ModuleList(AttnBlock(channels, groups) for _ in range(blocks if attention else 0))
         self.resize = resize(channels) if resize else None
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import functools
 import sys
-from typing import Any, Callable, Hashable
+from collections.abc import Callable, Hashable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -95,7 +96,7 @@ class Kept:
     def clear(self) -> None:
         self.key = self.value = None
 
-    def __deepcopy__(self, memo: dict) -> "Kept":
+    def __deepcopy__(self, memo: dict) -> Kept:
         return Kept()
 
     def __reduce__(self):

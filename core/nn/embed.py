@@ -29,7 +29,9 @@ class TimeEmbedding(nn.Module):
 def sinusoidal(positions: Tensor, width: int) -> Tensor:
     """Features (B, width) of numbers (B,): [cos | sin] with frequencies 10000^(-j / (width / 2)), fp32."""
     half = width // 2
-    frequencies = torch.exp(-math.log(10000.0) * torch.arange(half, dtype=torch.float32, device=positions.device) / half)
+    frequencies = torch.exp(
+        -math.log(10000.0) * torch.arange(half, dtype=torch.float32, device=positions.device) / half
+    )
     angle = positions.float()[:, None] * frequencies
     return torch.cat((angle.cos(), angle.sin()), dim=-1)
 

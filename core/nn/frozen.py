@@ -29,6 +29,6 @@ class Frozen(nn.Module):
     def freeze(self) -> None:
         self.eval().requires_grad_(False)
 
-    def train(self, mode: bool = True) -> "Frozen":
+    def train(self, mode: bool = True) -> Frozen:
         """Ignores `mode`: `parent.train()` must not wake dropout, BatchNorm or position jitter in here."""
         return super().train(False)

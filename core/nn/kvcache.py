@@ -29,7 +29,7 @@ ALIGNED = 16  # fused attention reads masks in vectors: their rows begin at mult
 class LayerCache:
     """One layer of a KVCache, handed to its attention."""
 
-    def __init__(self, cache: "KVCache", index: int):
+    def __init__(self, cache: KVCache, index: int):
         self.cache, self.index = cache, index
 
     @property
@@ -53,8 +53,18 @@ class KVCache:
         static: see above.
     """
 
-    def __init__(self, layers: int, batch: int, heads: int, length: int, head_dim: int, *,
-                 device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32, static: bool = False):
+    def __init__(
+        self,
+        layers: int,
+        batch: int,
+        heads: int,
+        length: int,
+        head_dim: int,
+        *,
+        device: torch.device | str = "cpu",
+        dtype: torch.dtype = torch.float32,
+        static: bool = False,
+    ):
         self.length, self.static, self.heads = length, static, heads
         self.stride = -(-length // BUCKETS)
         # Keys of all heads, then values of all heads: both are stored in one go. Zeros, since a masked place still takes

@@ -51,8 +51,10 @@ class TunedLayerNorm(nn.LayerNorm):
 def adapt(network: nn.Module, endings: tuple[str, ...], rank: int, alpha: float) -> None:
     """Put adapters on every linear layer whose name ends so; everything else of `network` keeps its state."""
     if rank < 1:
-        raise UserError(f"lora_rank is {rank}: an adapter needs a rank of at least 1. To train no adapter, "
-                        "set the tuning method to frozen.")
+        raise UserError(
+            f"lora_rank is {rank}: an adapter needs a rank of at least 1. To train no adapter, "
+            "set the tuning method to frozen."
+        )
     for name, module in list(network.named_modules()):
         if isinstance(module, nn.Linear) and name.endswith(endings):
             parent, _, leaf = name.rpartition(".")

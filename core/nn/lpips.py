@@ -18,9 +18,9 @@ from torch import Tensor, nn
 from core.errors import UserError, nearest
 from core.nn.frozen import Frozen
 from core.nn.offline import SQUEEZENET_MEAN, find_package_file, load_squeezenet
-from core.pickles import load_pickle
-from core.released import find_local_file, helper, needs
-from core.state_dicts import describe_differences
+from core.weights.adapter import describe_differences
+from core.weights.pickles import load_pickle
+from core.weights.released import find_local_file, helper, needs
 
 VGG_WIDTHS = (64, 128, 256, 512, 512)
 _CONVS_PER_STAGE = (2, 2, 3, 3, 3)
@@ -140,13 +140,15 @@ def _head_weights(backbone: str) -> dict[str, Tensor]:
 def load_exactly(network: nn.Module, state: dict[str, Tensor], name: str) -> None:
     """Fill a frozen network; UserError where the file called `name` is of another one."""
     if problems := describe_differences(state, network.state_dict()):
-        raise UserError(f"{name} does not fit the network that it is read for: {'; '.join(problems)}. Get the file again, or "
-                        "say how large its network is.")
+        raise UserError(
+            f"{name} does not fit the network that it is read for: {'; '.join(problems)}. Get the file again, or "
+            "say how large its network is."
+        )
     network.load_state_dict(state)
 
 
 def helper_weights(name: str, advice: str) -> dict[str, Tensor]:
-    """The tensors of a network of core/nn/helpers.toml; `advice` says how to do without it."""
+    """The tensors of a network of core/weights/helpers.toml; `advice` says how to do without it."""
     try:
         return load_pickle(helper(name).get())
     except UserError as error:

@@ -9,7 +9,6 @@ from torch import Tensor, nn
 from core.errors import UserError, nearest
 from core.nn.dropout import dropout
 
-
 ALIGNMENT = 64  # matrix sizes that tensor cores like
 PADDED_DEVICES = {"cuda"}  # where padding pays; a CPU gains nothing from it
 

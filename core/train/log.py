@@ -91,8 +91,9 @@ class RunLog:
         """One finished record to every sink. It has `step` and `images_seen`."""
         if not self.world.is_main:
             return
-        self.run.write_metrics({k: (None if isinstance(v, float) and not math.isfinite(v) else v)
-                                for k, v in record.items()})
+        self.run.write_metrics(
+            {k: (None if isinstance(v, float) and not math.isfinite(v) else v) for k, v in record.items()}
+        )
         numbers = {k: v for k, v in record.items() if isinstance(v, (int, float))}
         for sink in self.sinks:
             sink(numbers, int(record["step"]))
@@ -111,9 +112,17 @@ class _Wandb:
             import wandb
         except ImportError:
             from core.errors import UserError
+
             raise UserError("log.wandb=true needs the package wandb: pip install wandb") from None
-        self.session = wandb.init(project=config.wandb_project, entity=config.wandb_entity, name=run.path.name,
-                                  id=run.path.name, dir=str(run.path), config=resolved, resume="allow")
+        self.session = wandb.init(
+            project=config.wandb_project,
+            entity=config.wandb_entity,
+            name=run.path.name,
+            id=run.path.name,
+            dir=str(run.path),
+            config=resolved,
+            resume="allow",
+        )
 
     def __call__(self, numbers: dict[str, float], step: int) -> None:
         self.session.log(numbers, step=step)
@@ -128,6 +137,7 @@ class _Tensorboard:
             from torch.utils.tensorboard import SummaryWriter
         except ImportError:
             from core.errors import UserError
+
             raise UserError("log.tensorboard=true needs the package tensorboard: pip install tensorboard") from None
         self.writer = SummaryWriter(str(run.path / "tensorboard"))
 
@@ -161,7 +171,9 @@ class ProgressLine:
         if sys.stdout.isatty():
             from rich.progress import BarColumn, Progress, TextColumn
 
-            self.bar = Progress(TextColumn("{task.description}"), BarColumn(bar_width=24), TextColumn("{task.fields[text]}"))
+            self.bar = Progress(
+                TextColumn("{task.description}"), BarColumn(bar_width=24), TextColumn("{task.fields[text]}")
+            )
             self.bar.start()
             self.task = self.bar.add_task(label, total=total, text="")
 

@@ -28,18 +28,36 @@ class Schedule:
     every: int = 1
 
     @classmethod
-    def from_config(cls, optimizer: OptimizerConfig, schedule: ScheduleConfig, *, global_batch: int,
-                    images_per_epoch: int, total_images: int) -> "Schedule":
+    def from_config(
+        cls,
+        optimizer: OptimizerConfig,
+        schedule: ScheduleConfig,
+        *,
+        global_batch: int,
+        images_per_epoch: int,
+        total_images: int,
+    ) -> Schedule:
         """Resolve durations and the linear scaling rule lr = base_lr * global_batch / 256 (Goyal et al. 2017)."""
+
         def images(duration, default: int) -> int:
             return default if duration is None else duration.images(images_per_epoch, global_batch)
 
         peak = optimizer.lr if optimizer.lr is not None else optimizer.base_lr * global_batch / 256
         warmup, begin = images(schedule.warmup, 0), images(schedule.warmup_from, 0)
         end = total_images - global_batch if schedule.inclusive else total_images
-        return cls(schedule.kind, peak, schedule.min_lr, warmup, images(schedule.decay_start, begin + warmup),
-                   images(schedule.decay_end, end), schedule.warmup_lr, begin, schedule.hold, schedule.knee,
-                   max(1, images(schedule.every, 1)))
+        return cls(
+            schedule.kind,
+            peak,
+            schedule.min_lr,
+            warmup,
+            images(schedule.decay_start, begin + warmup),
+            images(schedule.decay_end, end),
+            schedule.warmup_lr,
+            begin,
+            schedule.hold,
+            schedule.knee,
+            max(1, images(schedule.every, 1)),
+        )
 
     def __call__(self, images_seen: int) -> float:
         images_seen -= images_seen % self.every
@@ -91,8 +109,13 @@ def make_adamw(network: nn.Module, config: OptimizerConfig) -> torch.optim.AdamW
     for decayed in (True, False):
         names = [n for n in trainable if (n not in spared) == decayed]
         if names:
-            groups.append({"params": [trainable[n] for n in names], "names": names,
-                           "weight_decay": config.weight_decay if decayed else 0.0, "decayed": decayed})
+            groups.append(
+                {
+                    "params": [trainable[n] for n in names],
+                    "names": names,
+                    "weight_decay": config.weight_decay if decayed else 0.0,
+                    "decayed": decayed,
+                }
+            )
     # lr is set before every step; fused updates all tensors in one kernel and can skip a step on the device.
     return torch.optim.AdamW(groups, lr=0.0, betas=tuple(config.betas), eps=config.eps, fused=True)
-

@@ -71,7 +71,10 @@ def flatten_optimizer(
 
 
 def restore_optimizer(
-    optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor], description: dict, names: list[str] | None = None,
+    optimizer: torch.optim.Optimizer,
+    tensors: dict[str, Tensor],
+    description: dict,
+    names: list[str] | None = None,
     keep_options: tuple[str, ...] = (),
 ) -> None:
     """Undo `flatten_optimizer` on an optimiser over parameters of the same names, grouped in any way.
@@ -94,7 +97,8 @@ def restore_optimizer(
     problems += [f"{n} is gone" for n in sorted(set(saved) - present)]
     problems += [
         f"{n} was {s['shape']}, is {list(p.shape)}"
-        for n, p, _ in ordered if (s := saved.get(n)) and s["shape"] != list(p.shape)
+        for n, p, _ in ordered
+        if (s := saved.get(n)) and s["shape"] != list(p.shape)
     ]
     if problems:
         shown = "; ".join(problems[:5]) + (f"; and {len(problems) - 5} more" if len(problems) > 5 else "")

@@ -10,7 +10,7 @@ import contextlib
 import copy
 import functools
 import inspect
-from typing import Iterator
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor, nn
@@ -41,8 +41,11 @@ def accumulation(per_rank: int, largest: int) -> int:
     Equal parts weigh the same in the mean of their gradients. So one value, chosen for the memory of a GPU, suits any
     number of GPUs: of 1024 pictures in parts of at most 64, one rank makes 16 parts of 64 and each of eight makes 2.
     """
-    return next(parts for parts in range(1, per_rank + 1) if per_rank % parts == 0
-                and (not largest or per_rank // parts <= largest))
+    return next(
+        parts
+        for parts in range(1, per_rank + 1)
+        if per_rank % parts == 0 and (not largest or per_rank // parts <= largest)
+    )
 
 
 def checkpoint_activations(network: nn.Module) -> None:
@@ -69,7 +72,9 @@ def replicate(network: nn.Module, world: World) -> nn.Module:
     ddp = nn.parallel.DistributedDataParallel
     devices = [world.device.index] if world.device.type == "cuda" else None
     # torch 2.15 renamed the switch.
-    no_sync = "forward_sync_buffers" if "forward_sync_buffers" in inspect.signature(ddp).parameters else "broadcast_buffers"
+    no_sync = (
+        "forward_sync_buffers" if "forward_sync_buffers" in inspect.signature(ddp).parameters else "broadcast_buffers"
+    )
     return ddp(network, device_ids=devices, gradient_as_bucket_view=True, **{no_sync: False})
 
 

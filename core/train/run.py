@@ -1,6 +1,6 @@
 """The folder of a run: what was asked for, in what environment, what happened.
 
-    work_dirs/<name>/ config.yaml command.txt environment.json log.txt metrics.jsonl samples/ checkpoints/
+work_dirs/<name>/ config.yaml command.txt environment.json log.txt metrics.jsonl samples/ checkpoints/
 """
 
 from __future__ import annotations
@@ -17,10 +17,31 @@ from core.errors import UserError
 from core.files import explain_os_errors, write_atomic, write_json
 
 # Keys that may differ between the parts of one run: they change where and how fast it runs, not what it computes.
-FREE = ("work_dir", "log", "eval", "sample", "data.workers", "data.cache_dir", "data.val_url", "train.duration",
-        "train.micro_batch", "train.device", "train.parallel", "train.compile", "train.activation_checkpointing", "train.log_every",
-        "train.preview_every", "train.eval_every", "train.checkpoint_every", "train.keep_checkpoints", "train.keep_best",
-        "train.milestone_every", "train.time_limit_minutes", "train.max_nonfinite_steps", "train.init_from")
+FREE = (
+    "work_dir",
+    "log",
+    "eval",
+    "sample",
+    "data.workers",
+    "data.cache_dir",
+    "data.val_url",
+    "train.duration",
+    "train.micro_batch",
+    "train.device",
+    "train.parallel",
+    "train.compile",
+    "train.activation_checkpointing",
+    "train.log_every",
+    "train.preview_every",
+    "train.eval_every",
+    "train.checkpoint_every",
+    "train.keep_checkpoints",
+    "train.keep_best",
+    "train.milestone_every",
+    "train.time_limit_minutes",
+    "train.max_nonfinite_steps",
+    "train.init_from",
+)
 
 
 def _flatten(value: Any, prefix: str = "") -> dict[str, Any]:
@@ -32,8 +53,11 @@ def _flatten(value: Any, prefix: str = "") -> dict[str, Any]:
 def differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
     """Sentences about the keys in which two configurations differ, free keys left out."""
     a, b = _flatten(old), _flatten(new)
-    return [f"{key}: was {a.get(key)!r}, now {b.get(key)!r}" for key in sorted(a.keys() | b.keys())
-            if a.get(key) != b.get(key) and not any(key == f or key.startswith(f + ".") for f in FREE)]
+    return [
+        f"{key}: was {a.get(key)!r}, now {b.get(key)!r}"
+        for key in sorted(a.keys() | b.keys())
+        if a.get(key) != b.get(key) and not any(key == f or key.startswith(f + ".") for f in FREE)
+    ]
 
 
 class RunFolder:
@@ -53,13 +77,17 @@ class RunFolder:
             try:
                 before = yaml.safe_load(self.saved.read_text())
             except (yaml.YAMLError, UnicodeDecodeError):
-                raise UserError(f"{self.saved} is damaged. Restore it, or delete it to continue with the configuration "
-                                "that was given.") from None
+                raise UserError(
+                    f"{self.saved} is damaged. Restore it, or delete it to continue with the configuration "
+                    "that was given."
+                ) from None
             changed = differences(before, to_plain(config))
             if changed:
-                raise UserError(f"{self.path} holds a run with another configuration:\n"
-                                + "\n".join(f"  - {c}" for c in changed)
-                                + "\nGive this run another name (name=...), or move the old folder away.")
+                raise UserError(
+                    f"{self.path} holds a run with another configuration:\n"
+                    + "\n".join(f"  - {c}" for c in changed)
+                    + "\nGive this run another name (name=...), or move the old folder away."
+                )
 
     def open(self, environment: dict[str, Any]) -> None:
         """Make the folder, or reopen it, and note what was asked for and in what environment."""

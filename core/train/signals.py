@@ -29,7 +29,7 @@ class StopRequest:
         self._interrupted: float | None = None  # when the first Ctrl-C came
         self._previous: dict[int, object] = {}
 
-    def __enter__(self) -> "StopRequest":
+    def __enter__(self) -> StopRequest:
         for number in _SIGNALS:
             self._previous[number] = signal.signal(number, self._handle)
         return self

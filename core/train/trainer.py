@@ -12,7 +12,8 @@ from __future__ import annotations
 
 import contextlib
 import time
-from typing import Any, Callable, Iterator
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -54,10 +55,21 @@ class Trainer:
         provenance: JSON facts stored in every checkpoint (fingerprints of weights the run depends on).
     """
 
-    def __init__(self, task: Task, config: RunConfig, *, batches: Callable[[int], Iterator[Batch]],
-                 split: Callable[[Batch, int], list[Batch]], images_per_epoch: int, data_fingerprint: str,
-                 run: RunFolder, world: World, evaluate: Callable[[Task, nn.Module], dict[str, float]] | None = None,
-                 initial_ema: dict[str, Tensor] | None = None, provenance: dict[str, Any] | None = None):
+    def __init__(
+        self,
+        task: Task,
+        config: RunConfig,
+        *,
+        batches: Callable[[int], Iterator[Batch]],
+        split: Callable[[Batch, int], list[Batch]],
+        images_per_epoch: int,
+        data_fingerprint: str,
+        run: RunFolder,
+        world: World,
+        evaluate: Callable[[Task, nn.Module], dict[str, float]] | None = None,
+        initial_ema: dict[str, Tensor] | None = None,
+        provenance: dict[str, Any] | None = None,
+    ):
         self.task, self.config, self.settings = task, config, config.train
         self.batches, self.split, self.run, self.world, self.evaluate = batches, split, run, world, evaluate
         self.images_per_epoch, self.data_fingerprint = images_per_epoch, data_fingerprint
@@ -66,8 +78,10 @@ class Trainer:
         parallel.set_determinism(train.deterministic)
 
         if train.global_batch % world.size:
-            raise UserError(f"train.global_batch={train.global_batch} cannot be shared by {world.size} ranks evenly; "
-                            "pick a multiple of the rank count.")
+            raise UserError(
+                f"train.global_batch={train.global_batch} cannot be shared by {world.size} ranks evenly; "
+                "pick a multiple of the rank count."
+            )
         self.accumulation = parallel.accumulation(train.global_batch // world.size, train.micro_batch)
         self.total_images = train.duration.images(images_per_epoch, train.global_batch)
         if self.total_images <= 0:
@@ -91,16 +105,22 @@ class Trainer:
         for name, network in self.networks.items():
             trained = {n: p for n, p in network.named_parameters() if p.requires_grad}
             self.guards[name] = StepGuard(list(trained), list(trained.values()), self.recipes[name].optimizer.grad_clip)
-        self.schedules = {name: Schedule.from_config(recipe.optimizer, recipe.schedule, global_batch=train.global_batch,
-                                                     images_per_epoch=images_per_epoch, total_images=self.total_images)
-                          for name, recipe in self.recipes.items()}
+        self.schedules = {
+            name: Schedule.from_config(
+                recipe.optimizer,
+                recipe.schedule,
+                global_batch=train.global_batch,
+                images_per_epoch=images_per_epoch,
+                total_images=self.total_images,
+            )
+            for name, recipe in self.recipes.items()
+        }
         self.averages = Averages()
         self.step = 0  # optimiser steps done
         self._guard_copies: tuple[dict[str, Tensor], Any] | None = None  # host copies on their way, and their event
         self._skips_reported = dict.fromkeys(self.networks, 0)
         self._replaced: set[str] = set()  # keys of unreadable pictures
-        self.store = CheckpointStore(run.path / "checkpoints", keep=train.keep_checkpoints, on_error="log",
-                                     log=run.log)
+        self.store = CheckpointStore(run.path / "checkpoints", keep=train.keep_checkpoints, on_error="log", log=run.log)
 
     def _wrap(self) -> None:
         """Checkpoint, compile and distribute the networks: before optimisers and averages, which follow their shards."""
@@ -161,11 +181,17 @@ class Trainer:
         if not self.world.is_main:
             return
         state = {
-            "step": self.step, "images_seen": self.images_seen, "global_batch": self.settings.global_batch,
-            "seed": self.config.seed, "primary": self.task.primary, "ema": list(self.ema.averages),
-            "data_fingerprint": self.data_fingerprint, "optimizers": optimizer_state,
+            "step": self.step,
+            "images_seen": self.images_seen,
+            "global_batch": self.settings.global_batch,
+            "seed": self.config.seed,
+            "primary": self.task.primary,
+            "ema": list(self.ema.averages),
+            "data_fingerprint": self.data_fingerprint,
+            "optimizers": optimizer_state,
             "averages": {"order": list(self.averages.sums), "counts": self.averages.counts},
-            "provenance": self.provenance, "config": to_plain(self.config),
+            "provenance": self.provenance,
+            "config": to_plain(self.config),
         }
         milestone = self._every(self.settings.milestone_every, self.step)
         self.store.save(self.step, tensors, state, milestone=milestone, wait=wait)
@@ -180,13 +206,16 @@ class Trainer:
             return False
         state = checkpoint.state
         if state["data_fingerprint"] != self.data_fingerprint:
-            raise UserError(f"{checkpoint.path} was trained on other data (fingerprint {state['data_fingerprint']}, now "
-                            f"{self.data_fingerprint}). Restore the data set, or start a new run with name=...")
+            raise UserError(
+                f"{checkpoint.path} was trained on other data (fingerprint {state['data_fingerprint']}, now "
+                f"{self.data_fingerprint}). Restore the data set, or start a new run with name=..."
+            )
         device = self.world.device
         for name, network in self.networks.items():
             current = network.state_dict()
-            network.load_state_dict({n: parallel.place(value, current.get(n, value))
-                                     for n, value in checkpoint.tensors(name).items()})
+            network.load_state_dict(
+                {n: parallel.place(value, current.get(n, value)) for n, value in checkpoint.tensors(name).items()}
+            )
             restore_optimizer(self.optimizers[name], checkpoint.tensors(f"{name}.optim"), state["optimizers"][name])
         for decay, average in self.ema.averages.items():
             saved = checkpoint.tensors(f"{self.task.primary}.ema_{decay}")
@@ -253,8 +282,10 @@ class Trainer:
             return self._fit(log)
         except torch.OutOfMemoryError:
             each = self.settings.global_batch // self.world.size // self.accumulation
-            raise UserError(f"the GPU's memory does not hold {each} picture(s) at once. Set train.micro_batch={max(1, each // 2)} "
-                            "(the results stay the same), or train.activation_checkpointing=true.") from None
+            raise UserError(
+                f"the GPU's memory does not hold {each} picture(s) at once. Set train.micro_batch={max(1, each // 2)} "
+                "(the results stay the same), or train.activation_checkpointing=true."
+            ) from None
         finally:
             log.close()  # after an error too: the live line holds the terminal's cursor
 
@@ -282,7 +313,9 @@ class Trainer:
                 paused = time.perf_counter()
                 if self._every(train.preview_every, self.step) or (last and train.preview_every != "never"):
                     self.preview()
-                if self.evaluate and (self._every(train.eval_every, self.step) or (last and train.eval_every != "never")):
+                if self.evaluate and (
+                    self._every(train.eval_every, self.step) or (last and train.eval_every != "never")
+                ):
                     self._evaluate(log)
                 stop = agreed.exchange(1 if request.requested() else 0)
                 if stop and not last:
@@ -290,10 +323,16 @@ class Trainer:
                     log.flush()
                     self.save(wait=True)
                     self.world.barrier()  # ranks leave together: a launcher kills the others when one is gone
-                    self.run.log(f"stopped at step {self.step} ({request.requested() or 'another rank was asked to stop'}); "
-                                 "run the same command again to continue")
+                    self.run.log(
+                        f"stopped at step {self.step} ({request.requested() or 'another rank was asked to stop'}); "
+                        "run the same command again to continue"
+                    )
                     return REQUEUE_EXIT_CODE
-                if last or self._every(train.checkpoint_every, self.step) or self._every(train.milestone_every, self.step):
+                if (
+                    last
+                    or self._every(train.checkpoint_every, self.step)
+                    or self._every(train.milestone_every, self.step)
+                ):
                     log.flush()  # a checkpoint must not be ahead of metrics.jsonl
                     self.save(wait=last)
                 steady_since += time.perf_counter() - paused  # img/s counts training, not pictures and checkpoints
@@ -303,8 +342,12 @@ class Trainer:
 
     def _log_step(self, log: RunLog, extra: dict[str, Tensor | float], speed: float) -> None:
         self._check_guards()
-        record = {"step": self.step, "images_seen": self.images_seen,
-                  "epoch": round(self.images_seen / self.images_per_epoch, 4), "images_per_second": round(speed, 2)}
+        record = {
+            "step": self.step,
+            "images_seen": self.images_seen,
+            "epoch": round(self.images_seen / self.images_per_epoch, 4),
+            "images_per_second": round(speed, 2),
+        }
         if self.world.device.type == "cuda":
             record["peak_memory_gib"] = round(torch.cuda.max_memory_allocated() / 2**30, 3)
         log.submit(record, self.averages, extra)
@@ -330,11 +373,15 @@ class Trainer:
                     self._skips_reported[name] = record[0]
                     self.run.log(f"warning: {message}")
                 if record[1] >= self.settings.max_nonfinite_steps:
-                    raise UserError(f"{message}. Giving up (train.max_nonfinite_steps={self.settings.max_nonfinite_steps})."
-                                    " The last checkpoint is intact: try a lower learning rate or train.precision=fp32.")
+                    raise UserError(
+                        f"{message}. Giving up (train.max_nonfinite_steps={self.settings.max_nonfinite_steps})."
+                        " The last checkpoint is intact: try a lower learning rate or train.precision=fp32."
+                    )
         cuda = self.world.device.type == "cuda"
-        copies = {name: torch.empty(guard.record.shape, dtype=torch.int64, pin_memory=cuda)
-                  for name, guard in self.guards.items()}
+        copies = {
+            name: torch.empty(guard.record.shape, dtype=torch.int64, pin_memory=cuda)
+            for name, guard in self.guards.items()
+        }
         for name, guard in self.guards.items():
             copies[name].copy_(guard.record, non_blocking=True)
         event = None
@@ -390,8 +437,13 @@ class Trainer:
 
     def _write_metrics(self, log: RunLog, metrics: dict[str, float]) -> None:
         log.flush()
-        log.write({"step": self.step, "images_seen": self.images_seen,
-                   **{f"eval/{name}": value for name, value in metrics.items()}})
+        log.write(
+            {
+                "step": self.step,
+                "images_seen": self.images_seen,
+                **{f"eval/{name}": value for name, value in metrics.items()},
+            }
+        )
         self.run.log(f"evaluation at step {self.step}: " + "  ".join(f"{k} {v:.4g}" for k, v in metrics.items()))
 
     def _keep_best(self, metrics: dict[str, float]) -> None:

@@ -8,12 +8,16 @@ from typing import Any
 
 from torch import nn
 
-from core.state_dicts import Adapter, Facts, State, layer_count
+from core.weights.adapter import Adapter, Facts, State, layer_count
 from generator.dit.dit_dh import SIZES, DiTDH, Size
 
 # Their RoPE tables are saved in "model" and absent from "model_ema"; ours are rebuilt, so they never need to be read.
-_ROPE = {"enc_feat_rope.freqs_cos": "trunk_cos", "enc_feat_rope.freqs_sin": "trunk_sin",
-         "dec_feat_rope.freqs_cos": "head_cos", "dec_feat_rope.freqs_sin": "head_sin"}
+_ROPE = {
+    "enc_feat_rope.freqs_cos": "trunk_cos",
+    "enc_feat_rope.freqs_sin": "trunk_sin",
+    "dec_feat_rope.freqs_cos": "head_cos",
+    "dec_feat_rope.freqs_sin": "head_sin",
+}
 
 
 def _restore(model: nn.Module) -> State:
@@ -27,14 +31,21 @@ def _size(state: State, facts: Facts) -> str | dict[str, int]:
     trunk_width = state["s_embedder.proj.weight"].shape[0]
     # With equal widths the head cannot be told from the trunk by shape; the published one has two blocks.
     head_depth = widths.count(head_width) if head_width != trunk_width else 2
-    shape = {"trunk_width": trunk_width, "trunk_depth": len(widths) - head_depth,
-             "head_width": head_width, "head_depth": head_depth}
+    shape = {
+        "trunk_width": trunk_width,
+        "trunk_depth": len(widths) - head_depth,
+        "head_width": head_width,
+        "head_depth": head_depth,
+    }
     for name, size in SIZES.items():
         if all(getattr(size, key) == value for key, value in shape.items()):
             return name
     for part, table in (("trunk", "enc_feat_rope.freqs_cos"), ("head", "dec_feat_rope.freqs_cos")):
-        shape[f"{part}_heads"] = shape[f"{part}_width"] // state[table].shape[1] if table in state else facts.ask(
-            f"generator.size.{part}_heads", f"the number of attention heads of the {part}", 1)
+        shape[f"{part}_heads"] = (
+            shape[f"{part}_width"] // state[table].shape[1]
+            if table in state
+            else facts.ask(f"generator.size.{part}_heads", f"the number of attention heads of the {part}", 1)
+        )
     return dataclasses.asdict(Size(**shape))
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 from typing import Any
 
 from core.errors import UserError
-from core.state_dicts import Adapter, Facts, State, layer_count
+from core.weights.adapter import Adapter, Facts, State, layer_count
 from generator.adapters.llama import TRAINING_ONLY, decoder_size, to_ours, to_theirs
 from generator.ar.far import FAR, SIZES
 

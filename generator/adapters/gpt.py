@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from core.errors import UserError
-from core.state_dicts import Adapter, Facts, State
+from core.weights.adapter import Adapter, Facts, State
 from generator.adapters.llama import TRAINING_ONLY, decoder_size, to_ours, to_theirs
 from generator.ar.gpt import GPT, SIZES
 
@@ -17,8 +17,11 @@ _BACK = {ours: theirs for theirs, ours in _NAMES.items()}
 def _inspect(state: State, facts: Facts) -> dict[str, Any]:
     """The length is in no tensor: it follows the tokenizer."""
     vocab, width = state["tok_embeddings.weight"].shape
-    return {"size": decoder_size(state, width, facts, SIZES), "vocab": vocab,
-            "num_classes": state["cls_embedding.embedding_table.weight"].shape[0] - 1}
+    return {
+        "size": decoder_size(state, width, facts, SIZES),
+        "vocab": vocab,
+        "num_classes": state["cls_embedding.embedding_table.weight"].shape[0] - 1,
+    }
 
 
 def official_names(state: State) -> State:
@@ -27,8 +30,10 @@ def official_names(state: State) -> State:
 
 def _restore(model: GPT) -> State:
     if model.branches > 1:
-        raise UserError(f"there is no official layout of a GPT of {model.branches} codebooks: LlamaGen's has one. Leave "
-                        "out --to official.")
+        raise UserError(
+            f"there is no official layout of a GPT of {model.branches} codebooks: LlamaGen's has one. Leave "
+            "out --to official."
+        )
     return official_names(model.state_dict())
 
 

@@ -6,18 +6,22 @@ in one matrix) and .w3 (their w2).
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import asdict
-from typing import Any, Mapping
+from typing import Any
 
 import torch
 
 from core.errors import UserError
-from core.state_dicts import Facts, State, layer_count, matching
+from core.weights.adapter import Facts, State, layer_count, matching
 from generator.ar.far import Size
 from generator.ar.llama import ffn_width
 
-_PAIRS = ((".attention.wqkv.", ".attention.qkv."), (".attention.wo.", ".attention.proj."),
-          (".feed_forward.w2.", ".feed_forward.w3."))
+_PAIRS = (
+    (".attention.wqkv.", ".attention.qkv."),
+    (".attention.wo.", ".attention.proj."),
+    (".feed_forward.w2.", ".feed_forward.w3."),
+)
 _GATE, _VALUE, _BOTH = ".feed_forward.w1.weight", ".feed_forward.w3.weight", ".feed_forward.w12.weight"
 TRAINING_ONLY = ("alignment.encode.*", "alignment.decode.*")  # reAR's MLPs, under our names
 
@@ -28,10 +32,17 @@ def decoder_size(state: State, width: int, facts: Facts, sizes: Mapping[str, Siz
     layers, head_layers = layer_count(state, "layers."), layer_count(state, "ar_head.")
     hidden, rows = (state[f"layers.0.{name}.weight"].shape[0] for name in ("feed_forward.w1", "attention.wqkv"))
     for name, known in sizes.items():
-        if (width, layers, head_layers, hidden, rows) == (known.width, known.layers, known.head_layers,
-                                                          ffn_width(known.width), 3 * known.width):
+        if (width, layers, head_layers, hidden, rows) == (
+            known.width,
+            known.layers,
+            known.head_layers,
+            ffn_width(known.width),
+            3 * known.width,
+        ):
             return name
-    heads = facts.ask("generator.size.heads", "the number of attention heads", max(1, width // 64), facts.said("n_head"))
+    heads = facts.ask(
+        "generator.size.heads", "the number of attention heads", max(1, width // 64), facts.said("n_head")
+    )
     return asdict(Size(width, layers, heads, head_layers, hidden, (rows - width) // 2 * heads // width))
 
 

@@ -6,7 +6,7 @@ from dataclasses import asdict
 from typing import Any
 
 from core.errors import UserError
-from core.state_dicts import Adapter, Facts, State, layer_count
+from core.weights.adapter import Adapter, Facts, State, layer_count
 from generator.ar.rar import EXTRA_POSITIONS, EXTRA_SLOTS, RAR, SIZES, Size
 
 _HEADS = {"encode_align_mlp.": "alignment.encode.", "decode_align_mlp.": "alignment.decode."}
@@ -22,11 +22,17 @@ def _renamed(state: State, names: dict[str, str]) -> State:
 def _inspect(state: State, facts: Facts) -> dict[str, Any]:
     vocab, width = state["lm_head.weight"].shape
     length, slots = state["pos_embed"].shape[1] - EXTRA_POSITIONS, state["timesteps_embeddings"].shape[1] - EXTRA_SLOTS
-    size = Size(width, layer_count(state, "blocks."), width // state["blocks.0.attn.q_norm.weight"].shape[0],
-                state["blocks.0.mlp.fc1.weight"].shape[0])
+    size = Size(
+        width,
+        layer_count(state, "blocks."),
+        width // state["blocks.0.attn.q_norm.weight"].shape[0],
+        state["blocks.0.mlp.fc1.weight"].shape[0],
+    )
     settings = {
         "size": next((name for name, known in SIZES.items() if known == size), asdict(size)),
-        "length": length, "vocab": vocab, "num_classes": state["embeddings.weight"].shape[0] - vocab - 2,
+        "length": length,
+        "vocab": vocab,
+        "num_classes": state["embeddings.weight"].shape[0] - vocab - 2,
     }
     if slots != length:
         raise UserError(f"pos_embed has rows for {length} codes, timesteps_embeddings for {slots}")
@@ -34,8 +40,10 @@ def _inspect(state: State, facts: Facts) -> dict[str, Any]:
     if heads:
         prefix = next(iter(heads.values()))
         rear = {"projection": state[prefix + "0.weight"].shape[0]}
-        settings |= {"code_dim": state[prefix + "4.weight"].shape[0],
-                     "rear": rear | {f"{part}_layer": None for part in ("encode", "decode") if part not in heads}}
+        settings |= {
+            "code_dim": state[prefix + "4.weight"].shape[0],
+            "rear": rear | {f"{part}_layer": None for part in ("encode", "decode") if part not in heads},
+        }
     return settings
 
 

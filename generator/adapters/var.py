@@ -7,10 +7,9 @@ import re
 from typing import Any
 
 import torch
-from torch import nn
 
 from core.errors import UserError
-from core.state_dicts import Adapter, Facts, State, entry, layer_count
+from core.weights.adapter import Adapter, Facts, State, entry, layer_count
 from generator.var.var import VAR
 
 BESIDE = "trainer.vae_local"  # the tokenizer, in the trainer's file
@@ -22,8 +21,11 @@ _PAIRS = (  # theirs, ours
     ("head_nm.ada_lin.", "head_ada_lin."),
 )
 # Tables that follow from the sizes.
-_REBUILT = {"attn_bias_for_masking": "the mask, which is rebuilt", "lvl_1L": "the table of scales, which is rebuilt",
-            "*.zero_k_bias": "zeros"}
+_REBUILT = {
+    "attn_bias_for_masking": "the mask, which is rebuilt",
+    "lvl_1L": "the table of scales, which is rebuilt",
+    "*.zero_k_bias": "zeros",
+}
 
 
 def _rename(state: State) -> State:
@@ -85,12 +87,22 @@ def _inspect(state: State, facts: Facts) -> dict[str, Any]:
         width = state["word_embed.weight"].shape[0]
         depth = layer_count(state, "blocks.")
         l2_norm = "blocks.0.attn.scale_mul_1H11" in state
-        heads = state["blocks.0.attn.scale_mul_1H11"].shape[1] if l2_norm else depth if width == 64 * depth else \
-            facts.ask("generator.heads", "the number of attention heads", 1)
+        heads = (
+            state["blocks.0.attn.scale_mul_1H11"].shape[1]
+            if l2_norm
+            else depth
+            if width == 64 * depth
+            else facts.ask("generator.heads", "the number of attention heads", 1)
+        )
         settings = {
-            "depth": depth, "width": width, "heads": heads, "scales": _scales(state, facts),
+            "depth": depth,
+            "width": width,
+            "heads": heads,
+            "scales": _scales(state, facts),
             "mlp_ratio": state["blocks.0.ffn.fc1.weight"].shape[0] / width,
-            "num_classes": state["class_emb.weight"].shape[0] - 1, **_branches(state, facts)}
+            "num_classes": state["class_emb.weight"].shape[0] - 1,
+            **_branches(state, facts),
+        }
     except KeyError as error:
         raise UserError(f"these are not the weights of a VAR generator: {error.args[0]} is missing") from error
     if not l2_norm:

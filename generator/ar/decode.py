@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import functools
-from typing import Any, Callable
+from collections.abc import Callable
+from typing import Any
 
 import torch
 
@@ -15,6 +16,7 @@ from core.nn.precision import no_autocast
 def uncompiled(sample: Callable) -> Callable:
     """Decorator of a sampling method: blocks that training compiled run as they are. Every step of sampling has other
     shapes and places, and the compiler would start afresh for each."""
+
     @functools.wraps(sample)
     def run(*args, **kwargs):
         with torch.compiler.set_stance("force_eager"):

@@ -9,8 +9,9 @@ Shape letters: B batch, T positions, K codebooks, V codebook size, D width.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
-from typing import Callable, Literal
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -91,8 +92,10 @@ class FAR(Sampled):
         self.label_drop, self.token_dropout = label_drop, token_dropout
         self.drops = max(token_dropout, residual_dropout, ffn_dropout, path_dropout) > 0
         if s.head_layers < 1 and branches > 1:
-            raise UserError(f"generator.size.head_layers is {s.head_layers}: {branches} codebooks need at least one layer "
-                            "to tell the second code about the position.")
+            raise UserError(
+                f"generator.size.head_layers is {s.head_layers}: {branches} codebooks need at least one layer "
+                "to tell the second code about the position."
+            )
         if self.grid and self.grid[0] * self.grid[1] != length:
             raise UserError(f"generator.grid {list(self.grid)} does not have generator.length={length} places.")
 
@@ -104,9 +107,16 @@ class FAR(Sampled):
         for k in range(branches):
             self.add_module(f"tok_embeddings_{k + 1}", nn.Embedding(vocab, s.width))
         self.aggregation_layer = nn.Linear(branches * s.width, s.width) if branches > 1 else nn.Identity()
-        shape = {"width": s.width, "heads": s.heads, "hidden": self.size["hidden"], "kv_heads": self.size["kv_heads"],
-                 "residual_dropout": residual_dropout, "ffn_dropout": ffn_dropout, "path_dropout": path_dropout,
-                 "norm_eps": norm_eps}
+        shape = {
+            "width": s.width,
+            "heads": s.heads,
+            "hidden": self.size["hidden"],
+            "kv_heads": self.size["kv_heads"],
+            "residual_dropout": residual_dropout,
+            "ffn_dropout": ffn_dropout,
+            "path_dropout": path_dropout,
+            "norm_eps": norm_eps,
+        }
         self.layers = make_blocks(s.layers, **shape)
         self.ar_head = make_blocks(s.head_layers, **shape)
         self.norm = RMSNorm(s.width, norm_eps)
@@ -115,7 +125,11 @@ class FAR(Sampled):
         head_dim = s.width // s.heads
         on_grid = self.grid is not None and rotary == "auto"
         rows = max(length + 1, branches)  # one more than training needs, for all logits of a whole sequence
-        table = with_class_row(axial_rope(head_dim, self.grid, rope_theta)) if on_grid else line_rope(head_dim, rows, rope_theta)
+        table = (
+            with_class_row(axial_rope(head_dim, self.grid, rope_theta))
+            if on_grid
+            else line_rope(head_dim, rows, rope_theta)
+        )
         for name, part in zip(("cos", "sin"), table):
             self.register_buffer(f"rope_{name}", part, persistent=False)
         layers = (self.rear.encode_layer, self.rear.decode_layer) if self.rear else (None, None)
@@ -133,9 +147,15 @@ class FAR(Sampled):
     def fits(self, spec: LatentSpec) -> list[str]:
         if not isinstance(spec, self.models):
             return [f"{type(self).__name__} models sequences of codes, the tokenizer gives {spec}"]
-        problems = [f"generator.{name} is {ours}, the tokenizer has {theirs}" for name, ours, theirs in (
-            ("branches", self.branches, spec.branches), ("vocab", self.vocab, spec.vocab),
-            ("length", self.length, spec.length)) if ours != theirs]
+        problems = [
+            f"generator.{name} is {ours}, the tokenizer has {theirs}"
+            for name, ours, theirs in (
+                ("branches", self.branches, spec.branches),
+                ("vocab", self.vocab, spec.vocab),
+                ("length", self.length, spec.length),
+            )
+            if ours != theirs
+        ]
         if self.grid and spec.grid and tuple(spec.grid) != self.grid:
             problems.append(f"generator.grid is {list(self.grid)}, the tokenizer has {list(spec.grid)}")
         return problems
@@ -153,26 +173,32 @@ class FAR(Sampled):
         """K embeddings (..., D) -> the trunk's input (..., D)."""
         return self.aggregation_layer(torch.cat(embedded, dim=-1))
 
-    def trunk(self, codes: Tensor, labels: Tensor, keys: Tensor | None = None,
-              taps: dict[int, Tensor] | None = None) -> Tensor:
+    def trunk(
+        self, codes: Tensor, labels: Tensor, keys: Tensor | None = None, taps: dict[int, Tensor] | None = None
+    ) -> Tensor:
         """(B, t, K) codes -> (B, t + 1, D): at each place what is known before it. Label `num_classes` means no class."""
         x = torch.cat((self.cls_embedding(labels)[:, None], self._aggregate(self._embed(codes))), dim=1)
         x = dropout(x, self.token_dropout, keys, salt=0)
-        return run_blocks(self.layers, x, self._rope(x.shape[1]), keys=derive(keys, 1) if keys is not None else None,
-                          taps=taps)
+        return run_blocks(
+            self.layers, x, self._rope(x.shape[1]), keys=derive(keys, 1) if keys is not None else None, taps=taps
+        )
 
     def head(self, states: Tensor, embedded: list[Tensor], keys: Tensor | None = None) -> Tensor:
         """States (B, t, D) and the embeddings of the first k codes there -> normalised features (B, t, k + 1, D)."""
         x = torch.stack((states, *embedded), dim=2)  # (B, t, k + 1, D)
-        flat = run_blocks(self.ar_head, x.flatten(0, 1), self._rope(x.shape[2]),
-                          keys=derive(keys, 2) if keys is not None else None)
+        flat = run_blocks(
+            self.ar_head, x.flatten(0, 1), self._rope(x.shape[2]), keys=derive(keys, 2) if keys is not None else None
+        )
         return self.norm(flat).view_as(x)
 
-    def features(self, codes: Tensor, labels: Tensor, keys: Tensor | None = None,
-                 taps: dict[int, Tensor] | None = None) -> Tensor:
+    def features(
+        self, codes: Tensor, labels: Tensor, keys: Tensor | None = None, taps: dict[int, Tensor] | None = None
+    ) -> Tensor:
         """Teacher-forced (B, T, K, D): entry k is what output k + 1 turns into logits of code k."""
         states = self.trunk(codes[:, :-1], labels, keys, taps)  # (B, T, D)
-        return self.head(states, [self._module("tok_embeddings", k)(codes[..., k]) for k in range(self.branches - 1)], keys)
+        return self.head(
+            states, [self._module("tok_embeddings", k)(codes[..., k]) for k in range(self.branches - 1)], keys
+        )
 
     def logits(self, features: Tensor, branch: int) -> Tensor:
         """(..., D) features of one codebook -> (..., V) fp32."""
@@ -190,14 +216,17 @@ class FAR(Sampled):
         keys = draws.keys("dropout") if self.training and self.drops else None
         taps = self.alignment.taps() if self.alignment is not None else None
         features = self.features(given, self.drop_labels(labels, draws), keys, taps)
-        losses = [F.cross_entropy(self.logits(features[:, :, k], k).flatten(0, 1), latents[..., k].flatten())
-                  for k in range(self.branches)]
+        losses = [
+            F.cross_entropy(self.logits(features[:, :, k], k).flatten(0, 1), latents[..., k].flatten())
+            for k in range(self.branches)
+        ]
         ce = torch.stack(losses).mean()
         logs = {"ce": ce.detach(), **{f"ce_{k + 1}": loss.detach() for k, loss in enumerate(losses)}}
         if self.alignment is None:
             return Loss(ce, {"loss": ce.detach(), **logs})
-        reading, predicting = (None if layer is None else taps[layer] for layer in
-                               (self.rear.encode_layer, self.rear.decode_layer))
+        reading, predicting = (
+            None if layer is None else taps[layer] for layer in (self.rear.encode_layer, self.rear.decode_layer)
+        )
         # Slot 0 holds the class, slot 1 + i position i, of which the last is never read; slot i predicts position i.
         alignment = self.alignment(None if reading is None else reading[:, 1:], predicting, latents, selected)
         total = ce + self.rear.weight * alignment
@@ -206,10 +235,23 @@ class FAR(Sampled):
     # -- sampling -----------------------------------------------------------------------------------------------------
     @uncompiled
     @torch.no_grad()
-    def sample(self, labels: Tensor, draws, guidance: Guidance = Guidance(), temperature: float | list[float] = 1.0,
-               top_k: int | list[int] = 0, top_p: float | list[float] = 1.0, *, prefix: Tensor | None = None,
-               shared: int = 0, on_codes: Callable[[Tensor], None] | None = None, cached: bool = True,
-               static: bool | None = None, trace: list | None = None, length: int | None = None) -> Tensor:
+    def sample(
+        self,
+        labels: Tensor,
+        draws,
+        guidance: Guidance = Guidance(),
+        temperature: float | list[float] = 1.0,
+        top_k: int | list[int] = 0,
+        top_p: float | list[float] = 1.0,
+        *,
+        prefix: Tensor | None = None,
+        shared: int = 0,
+        on_codes: Callable[[Tensor], None] | None = None,
+        cached: bool = True,
+        static: bool | None = None,
+        trace: list | None = None,
+        length: int | None = None,
+    ) -> Tensor:
         """Codes (B, T, K).
 
         Args:
@@ -223,8 +265,17 @@ class FAR(Sampled):
             length: stop after so many positions.
         """
         device, length = labels.device, length or self.length
-        sampler = CodeSampler(length, self.branches, draws, guidance, device, temperature=temperature, top_k=top_k,
-                              top_p=top_p, trace=trace)
+        sampler = CodeSampler(
+            length,
+            self.branches,
+            draws,
+            guidance,
+            device,
+            temperature=temperature,
+            top_k=top_k,
+            top_p=top_p,
+            trace=trace,
+        )
         both = sampler.labels(labels, self.cls_embedding.null(labels))
         codes = torch.zeros(len(labels), length, self.branches, dtype=torch.int64, device=device)
         forced = self._forced(prefix, length, device)
@@ -236,8 +287,12 @@ class FAR(Sampled):
                 t = torch.full((1,), index, device=device)
                 states = self.trunk(sampler.double(codes[:, :index]), both)[:, -1:]  # (2B, 1, D)
                 for k in range(self.branches):
-                    known = [self._module("tok_embeddings", j)(sampler.double(codes[:, index, j]))[:, None] for j in range(k)]
-                    codes[:, index, k] = settle(t, sampler(self.logits(self.head(states, known)[:, 0, k], k), t, k), k, shared, forced)
+                    known = [
+                        self._module("tok_embeddings", j)(sampler.double(codes[:, index, j]))[:, None] for j in range(k)
+                    ]
+                    codes[:, index, k] = settle(
+                        t, sampler(self.logits(self.head(states, known)[:, 0, k], k), t, k), k, shared, forced
+                    )
                 if on_codes:
                     on_codes(codes[:, : index + 1])
             return codes
@@ -253,8 +308,10 @@ class FAR(Sampled):
         if prefix is None or prefix.shape[1] == 0:
             return None
         if prefix.ndim != 3 or prefix.shape[2] != self.branches or prefix.shape[1] > length:
-            raise UserError(f"a prefix of shape {list(prefix.shape)} cannot begin sequences of {length} positions with "
-                            f"{self.branches} codebook(s): give (B or 1, up to {length}, {self.branches}).")
+            raise UserError(
+                f"a prefix of shape {list(prefix.shape)} cannot begin sequences of {length} positions with "
+                f"{self.branches} codebook(s): give (B or 1, up to {length}, {self.branches})."
+            )
         return prefix.to(device)
 
 
@@ -277,8 +334,16 @@ class Decoding:
         sampler: whose tensors are refilled by `begin`; the rest as in FAR.sample.
     """
 
-    def __init__(self, model: FAR, weights: Weights, sampler: CodeSampler, length: int, shared: int,
-                 forced: Tensor | None, static: bool):
+    def __init__(
+        self,
+        model: FAR,
+        weights: Weights,
+        sampler: CodeSampler,
+        length: int,
+        shared: int,
+        forced: Tensor | None,
+        static: bool,
+    ):
         self.sampler, self.shared, self.branches, self.dtype = sampler, shared, model.branches, weights.dtype
         self.forced = None if forced is None else forced.clone()
         part = {name: weights.copy(getattr(model, name)) for name in ("layers", "ar_head", "norm", "aggregation_layer")}
@@ -289,8 +354,13 @@ class Decoding:
         self.rope = turning(model.rope_cos, model.rope_sin)  # (rows, 2, d)
         device, samples = sampler.noise.device, sampler.noise.shape[0]
         self.streams = 2 if sampler.guided else 1
-        shape = {"batch": samples * self.streams, "heads": model.size["kv_heads"],
-                 "head_dim": model.size["width"] // model.size["heads"], "device": device, "dtype": weights.dtype}
+        shape = {
+            "batch": samples * self.streams,
+            "heads": model.size["kv_heads"],
+            "head_dim": model.size["width"] // model.size["heads"],
+            "device": device,
+            "dtype": weights.dtype,
+        }
         self.cache = KVCache(len(self.layers), length=length, static=static, **shape)
         self.head_cache = KVCache(len(self.head), length=self.branches, **shape)
         # column t + 1 holds position t

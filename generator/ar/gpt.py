@@ -51,7 +51,20 @@ class GPT(FAR):
     ):
         shape = {"head_layers": 0, **size} if isinstance(size, dict) else vars(sizes.pick(size, Size, SIZES))
         super().__init__(
-            size=shape, length=length, branches=branches, vocab=vocab, grid=grid, num_classes=num_classes,
-            label_drop=label_drop, token_dropout=token_dropout, residual_dropout=residual_dropout, ffn_dropout=ffn_dropout,
-            path_dropout=path_dropout, rope_theta=rope_theta, norm_eps=norm_eps, rotary=rotary, rear=rear,
-            code_dim=code_dim)
+            size=shape,
+            length=length,
+            branches=branches,
+            vocab=vocab,
+            grid=grid,
+            num_classes=num_classes,
+            label_drop=label_drop,
+            token_dropout=token_dropout,
+            residual_dropout=residual_dropout,
+            ffn_dropout=ffn_dropout,
+            path_dropout=path_dropout,
+            rope_theta=rope_theta,
+            norm_eps=norm_eps,
+            rotary=rotary,
+            rear=rear,
+            code_dim=code_dim,
+        )

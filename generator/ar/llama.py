@@ -35,9 +35,19 @@ class Block(nn.Module):
         path_dropout: how often a whole branch is skipped.
     """
 
-    def __init__(self, width: int, heads: int, hidden: int, *, kv_heads: int | None = None, norm_eps: float = 1e-5,
-                 attention_dropout: float = 0.0, residual_dropout: float = 0.0, ffn_dropout: float = 0.0,
-                 path_dropout: float = 0.0):
+    def __init__(
+        self,
+        width: int,
+        heads: int,
+        hidden: int,
+        *,
+        kv_heads: int | None = None,
+        norm_eps: float = 1e-5,
+        attention_dropout: float = 0.0,
+        residual_dropout: float = 0.0,
+        ffn_dropout: float = 0.0,
+        path_dropout: float = 0.0,
+    ):
         super().__init__()
         self.attention_norm = RMSNorm(width, norm_eps)
         self.attention = Attention(width, heads, bias=False, kv_heads=kv_heads, causal=True, dropout=attention_dropout)
@@ -54,18 +64,43 @@ class Block(nn.Module):
         return x + drop_path(branch, self.path_dropout, keys, salt=4)
 
 
-def make_blocks(count: int, width: int, heads: int, hidden: int, *, residual_dropout: float = 0.0,
-                ffn_dropout: float = 0.0, path_dropout: float = 0.0, **settings) -> nn.ModuleList:
+def make_blocks(
+    count: int,
+    width: int,
+    heads: int,
+    hidden: int,
+    *,
+    residual_dropout: float = 0.0,
+    ffn_dropout: float = 0.0,
+    path_dropout: float = 0.0,
+    **settings,
+) -> nn.ModuleList:
     """A stack of Blocks. Path dropout grows linearly from 0 to its value, and where there is any the other two are off."""
     if path_dropout > 0:
         residual_dropout = ffn_dropout = 0.0
     rates = [path_dropout * index / max(1, count - 1) for index in range(count)]
-    return nn.ModuleList(Block(width, heads, hidden, residual_dropout=residual_dropout, ffn_dropout=ffn_dropout,
-                               path_dropout=rate, **settings) for rate in rates)
+    return nn.ModuleList(
+        Block(
+            width,
+            heads,
+            hidden,
+            residual_dropout=residual_dropout,
+            ffn_dropout=ffn_dropout,
+            path_dropout=rate,
+            **settings,
+        )
+        for rate in rates
+    )
 
 
-def run_blocks(blocks: nn.ModuleList, x: Tensor, rope: Rope, layers: list[LayerCache] | None = None,
-               keys: Tensor | None = None, taps: dict[int, Tensor] | None = None) -> Tensor:
+def run_blocks(
+    blocks: nn.ModuleList,
+    x: Tensor,
+    rope: Rope,
+    layers: list[LayerCache] | None = None,
+    keys: Tensor | None = None,
+    taps: dict[int, Tensor] | None = None,
+) -> Tensor:
     """Through all blocks.
 
     Args:

@@ -49,8 +49,13 @@ class Size:
     hidden: int
 
 
-SIZES = {"s": Size(768, 20, 16, 3072), "b": Size(768, 24, 16, 3072), "l": Size(1024, 24, 16, 4096),
-         "xl": Size(1280, 32, 16, 5120), "xxl": Size(1408, 40, 16, 6144)}
+SIZES = {
+    "s": Size(768, 20, 16, 3072),
+    "b": Size(768, 24, 16, 3072),
+    "l": Size(1024, 24, 16, 4096),
+    "xl": Size(1280, 32, 16, 5120),
+    "xxl": Size(1408, 40, 16, 6144),
+}
 
 
 class Block(nn.Module):
@@ -65,8 +70,14 @@ class Block(nn.Module):
         self.mlp = MLP(size.width, size.hidden, dropout=dropout)
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(size.width, 6 * size.width))
 
-    def forward(self, x: Tensor, condition: Tensor | None = None, modulation: Tensor | None = None,
-                cache: LayerCache | None = None, keys: Tensor | None = None) -> Tensor:
+    def forward(
+        self,
+        x: Tensor,
+        condition: Tensor | None = None,
+        modulation: Tensor | None = None,
+        cache: LayerCache | None = None,
+        keys: Tensor | None = None,
+    ) -> Tensor:
         """x (B, S, D); `condition` (B, S, D), or the `modulation` (B, S, 6 D) that was computed from it before."""
         modulation = self.adaLN_modulation(condition) if modulation is None else modulation
         shift1, scale1, gate1, shift2, scale2, gate2 = modulation.chunk(6, dim=-1)
@@ -124,8 +135,10 @@ class RAR(Sampled):
         self.length, self.vocab, self.num_classes, self.label_drop = length, vocab, num_classes, label_drop
         self.drops = max(dropout, attention_dropout) > 0
         if branches != 1:
-            raise UserError(f"generator.branches is {branches}: RAR models one code per position. FAR takes any number, and "
-                            "reAR's regularisers too (generator.rear).")
+            raise UserError(
+                f"generator.branches is {branches}: RAR models one code per position. FAR takes any number, and "
+                "reAR's regularisers too (generator.rear)."
+            )
         if permute is not None and (len(permute) != 2 or not 0 <= permute[0] <= permute[1]):
             raise UserError(f"generator.permute: expected [start, end] as shares of the run, got {permute}.")
         self.permute = permute
@@ -167,8 +180,11 @@ class RAR(Sampled):
             return [f"RAR models sequences of codes, the tokenizer gives {spec}"]
         if spec.branches != 1:
             return [f"RAR models one code per position, the tokenizer gives {spec.branches}: use FAR"]
-        return [f"generator.{name} is {ours}, the tokenizer has {theirs}" for name, ours, theirs in (
-            ("vocab", self.vocab, spec.vocab), ("length", self.length, spec.length)) if ours != theirs]
+        return [
+            f"generator.{name} is {ours}, the tokenizer has {theirs}"
+            for name, ours, theirs in (("vocab", self.vocab, spec.vocab), ("length", self.length, spec.length))
+            if ours != theirs
+        ]
 
     def bind(self, tokenizer) -> None:
         if self.alignment is not None:
@@ -193,7 +209,9 @@ class RAR(Sampled):
             x = x + self.pos_embed[:, : known + 2]
             target = self.target_aware_pos_embed[:, 2 : 2 + targets]
         else:
-            x = x + torch.cat((self.pos_embed[:, :2].expand(batch, -1, -1), self.pos_embed[0, 2 + order[:, :known]]), dim=1)
+            x = x + torch.cat(
+                (self.pos_embed[:, :2].expand(batch, -1, -1), self.pos_embed[0, 2 + order[:, :known]]), dim=1
+            )
             target = self.target_aware_pos_embed[0, 2 + order[:, :targets]]
         x = x + F.pad(target, (0, 0, 1, known + 1 - targets))
         return x, class_token + self.timesteps_embeddings[:, : known + 2]
@@ -241,18 +259,34 @@ class RAR(Sampled):
         logs = {"ce": ce.detach(), "accuracy": (logits.argmax(-1) == codes[..., 0]).float().mean()}
         if self.alignment is None:
             return Loss(ce, {"loss": ce.detach(), **logs})
-        reading, predicting = (None if layer is None else taps[layer] for layer in
-                               (self.rear.encode_layer, self.rear.decode_layer))
-        alignment = self.alignment(None if reading is None else reading[:, 2:],
-                                   None if predicting is None else predicting[:, 1:-1], codes, selected)
+        reading, predicting = (
+            None if layer is None else taps[layer] for layer in (self.rear.encode_layer, self.rear.decode_layer)
+        )
+        alignment = self.alignment(
+            None if reading is None else reading[:, 2:],
+            None if predicting is None else predicting[:, 1:-1],
+            codes,
+            selected,
+        )
         total = ce + self.rear.weight * alignment
         return Loss(total, {"loss": total.detach(), **logs, "alignment": alignment.detach()})
 
     # -- sampling -----------------------------------------------------------------------------------------------------
     @uncompiled
     @torch.no_grad()
-    def sample(self, labels: Tensor, draws, guidance: Guidance = Guidance(), temperature: float = 1.0, top_k: int = 0,
-               top_p: float = 1.0, *, cached: bool = True, static: bool | None = None, trace: list | None = None) -> Tensor:
+    def sample(
+        self,
+        labels: Tensor,
+        draws,
+        guidance: Guidance = Guidance(),
+        temperature: float = 1.0,
+        top_k: int = 0,
+        top_p: float = 1.0,
+        *,
+        cached: bool = True,
+        static: bool | None = None,
+        trace: list | None = None,
+    ) -> Tensor:
         """Codes (B, N, 1), in raster order.
 
         Args:
@@ -263,8 +297,9 @@ class RAR(Sampled):
             trace: see CodeSampler.
         """
         device, length = labels.device, self.length
-        sampler = CodeSampler(length, 1, draws, guidance.mixing(), device, temperature=temperature, top_k=top_k, top_p=top_p,
-                              trace=trace)
+        sampler = CodeSampler(
+            length, 1, draws, guidance.mixing(), device, temperature=temperature, top_k=top_k, top_p=top_p, trace=trace
+        )
         both = sampler.labels(labels, torch.full_like(labels, self.num_classes))
         codes = torch.zeros(len(labels), length, dtype=torch.int64, device=device)
         if not cached:
@@ -281,8 +316,10 @@ class RAR(Sampled):
             rows = torch.cat((rows, torch.full_like(rows, len(classes))))
             classes = torch.cat((classes, classes.new_full((1,), self.num_classes)))
         with no_autocast(labels):
-            decoding = self.kept((sampler.settings(), len(classes), static, device),
-                                 lambda: Decoding(self, weights, sampler, len(classes), static))
+            decoding = self.kept(
+                (sampler.settings(), len(classes), static, device),
+                lambda: Decoding(self, weights, sampler, len(classes), static),
+            )
             decoding.run(both, classes, rows, sampler)
             return decoding.slots[: len(labels), 2:, None].clone()
 
@@ -320,12 +357,22 @@ class Decoding:
         # The learned token is one more row of the table.
         self.embeddings = weights.derive("embeddings", lambda: torch.cat((model.embeddings.weight, model.cls_token[0])))
         self.positions = weights.derive("positions", lambda: self._positions(model))
-        self.affine = [weights.derive(f"affine {index}", functools.partial(self._affine, block.attn))
-                       for index, block in enumerate(model.blocks)]
+        self.affine = [
+            weights.derive(f"affine {index}", functools.partial(self._affine, block.attn))
+            for index, block in enumerate(model.blocks)
+        ]
         self.ahead = Modulations(model, weights, classes, rows)
         size = model.size
-        self.cache = KVCache(size.layers, rows, size.heads, model.length + 1, size.width // size.heads, device=device,
-                             dtype=weights.dtype, static=static)
+        self.cache = KVCache(
+            size.layers,
+            rows,
+            size.heads,
+            model.length + 1,
+            size.width // size.heads,
+            device=device,
+            dtype=weights.dtype,
+            static=static,
+        )
         # What lies in slot 0, slot 1 and so on, as rows of `embeddings`; code p is in slot p + 2.
         self.slots = torch.zeros(rows, model.length + 2, dtype=torch.int64, device=device)
         self.step = Recordings(self._step, self.cache)
@@ -405,7 +452,9 @@ class Modulations:
         per_slot = classes * 6 * width * (len(self.layers) + 1) * weights.dtype.itemsize
         self.capacity = max(1, min(model.length + 1, MODULATION_BYTES // per_slot))  # slots
         self.classes, self.dtype = classes, weights.dtype
-        self.tables = torch.empty(len(self.layers) + 1, self.capacity * classes, 6 * width, dtype=weights.dtype, device=device)
+        self.tables = torch.empty(
+            len(self.layers) + 1, self.capacity * classes, 6 * width, dtype=weights.dtype, device=device
+        )
         self.rows = torch.zeros(rows, dtype=torch.int64, device=device)
         self.places = torch.zeros(model.length + 1, rows, dtype=torch.int64, device=device)  # in a table, of every slot
         self.slots = torch.arange(model.length + 1, device=device)[:, None]

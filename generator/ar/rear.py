@@ -104,7 +104,9 @@ class CodeAlignment(nn.Module):
 
         def mlp() -> nn.Sequential:
             p = settings.projection
-            return nn.Sequential(nn.Linear(width, p), nn.SiLU(), nn.Linear(p, p), nn.SiLU(), nn.Linear(p, branches * code_dim))
+            return nn.Sequential(
+                nn.Linear(width, p), nn.SiLU(), nn.Linear(p, p), nn.SiLU(), nn.Linear(p, branches * code_dim)
+            )
 
         self.encode = mlp() if settings.encode_layer is not None else None
         self.decode = mlp() if settings.decode_layer is not None else None
@@ -123,7 +125,9 @@ class CodeAlignment(nn.Module):
         codes = torch.arange(rows * spec.length, device=device).clamp_max(spec.vocab - 1).view(rows, spec.length, 1)
         vectors = tokenizer.embed(codes.expand(-1, -1, branches)).flatten(0, 1)[: spec.vocab]  # (V, K, Z)
         if tuple(vectors.shape[1:]) != (branches, dim):
-            raise UserError(f"generator.code_dim is {dim}, the code vectors of the tokenizer are {vectors.shape[-1]} wide.")
+            raise UserError(
+                f"generator.code_dim is {dim}, the code vectors of the tokenizer are {vectors.shape[-1]} wide."
+            )
         self.set_codebook(vectors)
 
     def set_codebook(self, vectors: Tensor) -> None:
@@ -136,7 +140,9 @@ class CodeAlignment(nn.Module):
         wanted = self.codebook[codes, branch]  # (B, N, K, Z)
         return (F.normalize(predicted.float().unflatten(-1, self.shape), dim=-1) * wanted).sum(-1)
 
-    def forward(self, reading: Tensor | None, predicting: Tensor | None, codes: Tensor, selected: Tensor | None) -> Tensor:
+    def forward(
+        self, reading: Tensor | None, predicting: Tensor | None, codes: Tensor, selected: Tensor | None
+    ) -> Tensor:
         """
         Args:
             reading: (B, M, D) output of the encode layer at the slots that hold the first M <= N codes; None without one.

@@ -10,8 +10,8 @@ Shape letters: B batch, N tokens, C latent channels, D trunk width, E head width
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Callable
 
 import torch
 from torch import Tensor, nn
@@ -200,8 +200,13 @@ class DiTDH(nn.Module):
         return Loss(loss, {"flow": loss.detach()})
 
     # -- sampling -----------------------------------------------------------------------------------------------------
-    def field(self, labels: Tensor, guidance: Guidance = Guidance(), times: Tensor | None = None,
-              step: Callable[[Callable], Callable] = lambda function: function) -> Callable[[Tensor, Tensor], Tensor]:
+    def field(
+        self,
+        labels: Tensor,
+        guidance: Guidance = Guidance(),
+        times: Tensor | None = None,
+        step: Callable[[Callable], Callable] = lambda function: function,
+    ) -> Callable[[Tensor, Tensor], Tensor]:
         """The guided velocity as a function of (x, t); what does not depend on x is computed here, once.
 
         t is (B,), or 0-dim on the CPU for a whole batch at one time; then steps outside the guidance interval do not
@@ -223,8 +228,10 @@ class DiTDH(nn.Module):
             if t.ndim:
                 return [model.t_embedder(t) for model in models]
             at = torch.full((1,), t.item(), device=labels.device)  # a fill, where .to() would synchronise
-            return [(rows[t.item()] if t.item() in rows else model.t_embedder(at)[0]).expand(count, -1)
-                    for model, rows in zip(models, known)]
+            return [
+                (rows[t.item()] if t.item() in rows else model.t_embedder(at)[0]).expand(count, -1)
+                for model, rows in zip(models, known)
+            ]
 
         @step
         def plain(x: Tensor, time: Tensor) -> Tensor:
@@ -247,8 +254,9 @@ class DiTDH(nn.Module):
         return velocity
 
     @torch.no_grad()
-    def sample(self, labels: Tensor, draws, guidance: Guidance = Guidance(), steps: int = 150,
-               cuda_graph: bool = False) -> Tensor:
+    def sample(
+        self, labels: Tensor, draws, guidance: Guidance = Guidance(), steps: int = 150, cuda_graph: bool = False
+    ) -> Tensor:
         """Latents (B, C, h, w), fp32. `steps` counts the points of the time grid, so there are steps - 1 updates.
 
         cuda_graph: record a step once and replay it, which spares small batches the launch of its kernels.

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Callable
+from collections.abc import Callable
 
 from torch import Tensor
 
 
-def euler(velocity: Callable[[Tensor, Tensor], Tensor], x: Tensor, times: Tensor,
-          trajectory: list[Tensor] | None = None) -> Tensor:
+def euler(
+    velocity: Callable[[Tensor, Tensor], Tensor], x: Tensor, times: Tensor, trajectory: list[Tensor] | None = None
+) -> Tensor:
     """Euler's method.
 
     Args:

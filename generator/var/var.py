@@ -12,9 +12,10 @@ from __future__ import annotations
 
 import functools
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, fields
 from itertools import accumulate
-from typing import Any, Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -33,7 +34,8 @@ from core.nn.vit import drop_path
 from core.specs import Guidance, LatentSpec, Loss, MultiScale, Progress, ScaleOps
 from generator.ar.decode import uncompiled
 from generator.engine import Sampled, Weights, fused_attention, modulated
-from generator.guidance import guide_logits, scales as guidance_scales
+from generator.guidance import guide_logits
+from generator.guidance import scales as guidance_scales
 from generator.sampling import choose, per_branch, probabilities
 
 RECORDED_BATCH = 64  # from here on the kernels take longer than their launch, and recordings only cost memory
@@ -49,7 +51,7 @@ class Progressive:
     ramp: float = 1 / 300  # over which the weight of a scale just added grows
 
     @classmethod
-    def parse(cls, value: dict[str, Any] | None, scales: int) -> "Progressive | None":
+    def parse(cls, value: dict[str, Any] | None, scales: int) -> Progressive | None:
         if not value or not value.get("until"):
             return None
         known = [f.name for f in fields(cls)]
@@ -57,8 +59,10 @@ class Progressive:
             raise UserError(f'progressive has no setting "{unknown[0]}".{nearest(unknown[0], known)}')
         settings = cls(**value)
         if not 0 <= settings.warmup < settings.until <= 1 or not 0 <= settings.first < scales:
-            raise UserError("progressive: 0 <= warmup < until <= 1 are shares of the run and first is the number of a "
-                            f"scale, 0 to {scales - 1}; got {value!r}")
+            raise UserError(
+                "progressive: 0 <= warmup < until <= 1 are shares of the run and first is the number of a "
+                f"scale, 0 to {scales - 1}; got {value!r}"
+            )
         return settings
 
     def stage(self, fraction: float, scales: int) -> tuple[int, float]:
@@ -182,7 +186,8 @@ class VAR(Sampled):
         self.shared_ada_lin = AdaLN(width, 6) if shared_adaln else nn.Identity()
         self.blocks = nn.ModuleList(
             Block(width, heads, int(width * mlp_ratio), l2_norm, shared_adaln, last * i / max(1, depth - 1))
-            for i in range(depth))
+            for i in range(depth)
+        )
         self.head_norm = nn.LayerNorm(width, eps=1e-6, elementwise_affine=False)
         self.head_ada_lin = AdaLN(width, 2)  # scale, shift
         self.head = nn.Linear(width, branches * vocab)
@@ -214,8 +219,11 @@ class VAR(Sampled):
     def no_weight_decay(self) -> set[str]:
         """Biases and vectors, positions, levels, temperatures and shared offsets. parity: classes are decayed."""
         spared = ("pos_1LC", "pos_start", "lvl_embed", "ada_gss", "scale_mul")
-        return {name for name, p in self.named_parameters()
-                if p.ndim == 1 or name.endswith("bias") or any(word in name for word in spared)}
+        return {
+            name
+            for name, p in self.named_parameters()
+            if p.ndim == 1 or name.endswith("bias") or any(word in name for word in spared)
+        }
 
     # -- the tokenizer ----------------------------------------------------------------------------------------------------
     def fits(self, spec: LatentSpec) -> list[str]:
@@ -223,8 +231,11 @@ class VAR(Sampled):
             return [f"VAR models codes at several scales, the tokenizer gives {spec}"]
         wanted = {"scales": list(spec.scales), "branches": spec.branches, "vocab": spec.vocab, "code_dim": spec.dim}
         own = {"scales": list(self.scales), "branches": self.branches, "vocab": self.vocab, "code_dim": self.code_dim}
-        return [f"generator.{name} is {own[name]}, the tokenizer has {value}" for name, value in wanted.items()
-                if own[name] != value]
+        return [
+            f"generator.{name} is {own[name]}, the tokenizer has {value}"
+            for name, value in wanted.items()
+            if own[name] != value
+        ]
 
     def bind(self, tokenizer: ScaleOps) -> None:
         self._ops = (tokenizer,)
@@ -281,9 +292,12 @@ class VAR(Sampled):
         targets = latents[:, :length]  # (B, N, K)
         inputs = self.ops.scale_inputs(targets)[:, : length - self.ends[0]]
         logits = self.logits(inputs, self.drop_labels(labels, draws), draws if self.training else None)
+
         def cross_entropy(smoothing: float) -> Tensor:
             """(N,)"""
-            losses = F.cross_entropy(logits.flatten(0, 2), targets.flatten(), reduction="none", label_smoothing=smoothing)
+            losses = F.cross_entropy(
+                logits.flatten(0, 2), targets.flatten(), reduction="none", label_smoothing=smoothing
+            )
             return losses.view(targets.shape).mean((0, 2))
 
         per_position = cross_entropy(self.label_smoothing)
@@ -292,15 +306,20 @@ class VAR(Sampled):
         with torch.no_grad():
             right = (logits.argmax(-1) == targets).float().mean((0, 2)) * 100
             plain = cross_entropy(0.0) if self.label_smoothing else per_position  # parity: what is reported
-            logs = {"loss_mean": plain.mean(), "loss_tail": plain[begin:].mean(),
-                    "acc_mean": right.mean(), "acc_tail": right[begin:].mean()}
+            logs = {
+                "loss_mean": plain.mean(),
+                "loss_tail": plain[begin:].mean(),
+                "acc_mean": right.mean(),
+                "acc_tail": right[begin:].mean(),
+            }
         return Loss(loss, {name: value.detach() for name, value in logs.items()})
 
     # -- sampling -----------------------------------------------------------------------------------------------------------
     @uncompiled
     @torch.no_grad()
-    def generate(self, labels: Tensor, guidance: Guidance, pick: Callable[[int, Tensor], Tensor],
-                 cuda_graph: bool | None = None) -> tuple[Tensor, Any]:
+    def generate(
+        self, labels: Tensor, guidance: Guidance, pick: Callable[[int, Tensor], Tensor], cuda_graph: bool | None = None
+    ) -> tuple[Tensor, Any]:
         """Scale by scale with cached keys and values.
 
         Args:
@@ -318,9 +337,17 @@ class VAR(Sampled):
         recorded, weights = cuda_graph and cuda_graphs_work(device), self.weights(self.word_embed.weight)
         with no_autocast(labels):
             if recorded:
-                passes = self.kept((batch, guidance.active, device), lambda: Passes(
-                    self, weights, batch, guidance.active, device,
-                    functools.partial(Replayed, pool=torch.cuda.graph_pool_handle())))
+                passes = self.kept(
+                    (batch, guidance.active, device),
+                    lambda: Passes(
+                        self,
+                        weights,
+                        batch,
+                        guidance.active,
+                        device,
+                        functools.partial(Replayed, pool=torch.cuda.graph_pool_handle()),
+                    ),
+                )
             else:
                 passes = Passes(self, weights, batch, guidance.active, device)
             passes.begin(labels)
@@ -331,8 +358,16 @@ class VAR(Sampled):
                 state, inputs = self.ops.next_scale(state, codes[-1], scale)
             return torch.cat(codes, dim=1), state
 
-    def sample(self, labels: Tensor, draws, guidance: Guidance = Guidance(), temperature: float | list[float] = 1.0,
-               top_k: int | list[int] = 0, top_p: float | list[float] = 1.0, cuda_graph: bool | None = None) -> Tensor:
+    def sample(
+        self,
+        labels: Tensor,
+        draws,
+        guidance: Guidance = Guidance(),
+        temperature: float | list[float] = 1.0,
+        top_k: int | list[int] = 0,
+        top_p: float | list[float] = 1.0,
+        cuda_graph: bool | None = None,
+    ) -> Tensor:
         """Codes (B, L, K).
 
         Args:
@@ -345,16 +380,24 @@ class VAR(Sampled):
         """
         if guidance.kind != "cfg":
             raise UserError(f'VAR can be guided against no class (sample.guidance: cfg), not by "{guidance.kind}"')
-        settings = list(zip(*(per_branch(value, self.branches, name) for name, value in
-                              (("temperature", temperature), ("top_k", top_k), ("top_p", top_p)))))
+        settings = list(
+            zip(
+                *(
+                    per_branch(value, self.branches, name)
+                    for name, value in (("temperature", temperature), ("top_k", top_k), ("top_p", top_p))
+                )
+            )
+        )
         noise = draws.categorical("codes", (self.ends[-1], self.branches))  # (B, L, K)
 
         def pick(scale: int, logits: Tensor) -> Tensor:
             numbers = noise[:, slice((0, *self.ends)[scale], self.ends[scale])]  # (B, p p, K)
             if len(set(settings)) == 1:  # all branches at once
                 return choose(probabilities(logits, *settings[0]).flatten(0, 2), numbers.flatten()).view_as(numbers)
-            found = [choose(probabilities(logits[:, :, k], *setting).flatten(0, 1), numbers[:, :, k].flatten())
-                     for k, setting in enumerate(settings)]
+            found = [
+                choose(probabilities(logits[:, :, k], *setting).flatten(0, 1), numbers[:, :, k].flatten())
+                for k, setting in enumerate(settings)
+            ]
             return torch.stack(found, dim=-1).view_as(numbers)
 
         return self.generate(labels, guidance, pick, cuda_graph)[0]
@@ -372,8 +415,15 @@ class Passes:
         wrap: of the functions of tensors alone, for instance core.nn.cuda_graph.Replayed.
     """
 
-    def __init__(self, model: VAR, weights: Weights, batch: int, guided: bool, device: torch.device,
-                 wrap: Callable[[Callable], Callable] | None = None):
+    def __init__(
+        self,
+        model: VAR,
+        weights: Weights,
+        batch: int,
+        guided: bool,
+        device: torch.device,
+        wrap: Callable[[Callable], Callable] | None = None,
+    ):
         self.model, self.guided, self.dtype = model, guided, weights.dtype
         self.streams = 1 + guided
         rows, width = batch * self.streams, model.width
@@ -381,8 +431,9 @@ class Passes:
         self.shared, self.head_ada_lin = weights.copy(model.shared_ada_lin), weights.copy(model.head_ada_lin)
         self.heads = [Heads(block.attn, weights, index) for index, block in enumerate(model.blocks)]
         self.places = weights.derive("places", self._places)
-        self.cache = KVCache(model.depth, rows, model.heads, model.ends[-1], width // model.heads, device=device,
-                             dtype=weights.dtype)
+        self.cache = KVCache(
+            model.depth, rows, model.heads, model.ends[-1], width // model.heads, device=device, dtype=weights.dtype
+        )
         self.condition = torch.zeros(rows, width, device=device)
         # gamma, gamma, 1 + scale, 1 + scale, shift, shift of every block
         self.modulations = torch.zeros(model.depth, rows, 1, 6, width, device=device, dtype=weights.dtype)
@@ -391,14 +442,16 @@ class Passes:
         self.plus_one[2:4] = 1
         wrap = wrap or (lambda function: function)
         self.begin = wrap(self._begin)
-        self.scales = [wrap(functools.partial(self._scale, start, end))
-                       for start, end in zip((0, *model.ends), model.ends)]
+        self.scales = [
+            wrap(functools.partial(self._scale, start, end)) for start, end in zip((0, *model.ends), model.ends)
+        ]
 
     def _places(self) -> Tensor:
         """(L, D): level and position of every token, and what only the first scale has."""
         model = self.model
         return F.pad(model.pos_start[0], (0, 0, 0, model.ends[-1] - model.ends[0])) + (
-            model.lvl_embed(model.lvl_1L[0]) + model.pos_1LC[0])
+            model.lvl_embed(model.lvl_1L[0]) + model.pos_1LC[0]
+        )
 
     def _begin(self, labels: Tensor) -> Tensor:
         """The batch (B,) that the passes are about: what depends on the class alone is computed once, not once per scale:
@@ -421,7 +474,9 @@ class Passes:
             x = self.condition.view(self.streams, -1, 1, model.width)
         else:  # the same in both streams; in fp32
             x = model.word_embed(inputs).expand(self.streams, -1, -1, -1)
-        made = torch.empty(self.streams, rows // self.streams, end - start, model.width, dtype=self.dtype, device=x.device)
+        made = torch.empty(
+            self.streams, rows // self.streams, end - start, model.width, dtype=self.dtype, device=x.device
+        )
         x = torch.add(x, self.places[start:end], out=made).flatten(0, 1)
         self.cache.seek(start)
         layers = self.cache.open(end - start, causal=False)
@@ -443,8 +498,12 @@ class Heads:
     def __init__(self, attention: Attention, weights: Weights, index: int):
         self.qkv, self.scale, self.count = weights.copy(attention.qkv), attention.scale, attention.heads
         self.dim, self.normed = attention.head_dim, attention.qk_norm == "l2"
-        self.bias = weights.derive(f"bias {index}", lambda: torch.cat(
-            (attention.q_bias, torch.zeros_like(attention.v_bias), attention.v_bias)).to(weights.dtype))
+        self.bias = weights.derive(
+            f"bias {index}",
+            lambda: torch.cat((attention.q_bias, torch.zeros_like(attention.v_bias), attention.v_bias)).to(
+                weights.dtype
+            ),
+        )
         self.factor = weights.derive(f"factor {index}", lambda: self._factor(attention)) if self.normed else None
 
     @staticmethod

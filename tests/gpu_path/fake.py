@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import contextlib
 from collections import Counter
-from typing import Any, Callable, Iterator
+from collections.abc import Callable, Iterator
+from typing import Any
 from unittest import mock
 
 import torch
@@ -19,8 +20,18 @@ from torch.utils._pytree import tree_leaves
 
 WAITING = ("_local_scalar_dense", "nonzero", "unique", "is_nonzero", "equal.default", "masked_select")
 # Allocations and views start no kernel; what these pick is what they read.
-ALLOCATING = {"empty", "empty_like", "new_empty", "empty_strided", "new_empty_strided", "lift_fresh", "detach", "alias",
-              "_unsafe_view", "_reshape_alias"}
+ALLOCATING = {
+    "empty",
+    "empty_like",
+    "new_empty",
+    "empty_strided",
+    "new_empty_strided",
+    "lift_fresh",
+    "detach",
+    "alias",
+    "_unsafe_view",
+    "_reshape_alias",
+}
 PICKING = {"embedding", "index_select", "index", "gather", "index_copy_", "slice_scatter"}
 
 
@@ -105,11 +116,14 @@ def gpu(weights: Callable[[], list[Tensor]] = list) -> Iterator[list[Graph]]:
         return graphs[-1], result
 
     with contextlib.ExitStack() as stack:
-        for target, value in (("torch.cuda.amp.common.amp_definitely_not_available", lambda: False),
-                              ("torch.cuda.is_bf16_supported", lambda *_: True),
-                              ("torch.cuda.graph_pool_handle", lambda: None),
-                              ("torch.nn.init.trunc_normal_", lambda tensor, *_, **__: tensor),  # it looks at numbers
-                              ("core.nn.cuda_graph.capture", capture), ("generator.ar.decode.capture", capture)):
+        for target, value in (
+            ("torch.cuda.amp.common.amp_definitely_not_available", lambda: False),
+            ("torch.cuda.is_bf16_supported", lambda *_: True),
+            ("torch.cuda.graph_pool_handle", lambda: None),
+            ("torch.nn.init.trunc_normal_", lambda tensor, *_, **__: tensor),  # it looks at numbers
+            ("core.nn.cuda_graph.capture", capture),
+            ("generator.ar.decode.capture", capture),
+        ):
             stack.enter_context(mock.patch(target, value))
         torch.__future__.set_overwrite_module_params_on_conversion(True)
         stack.callback(torch.__future__.set_overwrite_module_params_on_conversion, False)

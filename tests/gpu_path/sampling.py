@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Callable
 
 import torch
 from torch import nn
@@ -27,8 +27,18 @@ def _var() -> VAR:
     """Narrow: it looks at numbers when it is made, and no count depends on the width."""
     trunk = {"width": 64, "layers": 1, "heads": 1}
     with unset_fake_temporarily(), torch.device("cpu"):
-        tokenizer = ImageFolder(image_size=256, patch_size=16, encoder=trunk, decoder=trunk, latent_grid=11,
-                                scales=SCALES, branches=2, vocab=4096, code_dim=32, pretrained=False)
+        tokenizer = ImageFolder(
+            image_size=256,
+            patch_size=16,
+            encoder=trunk,
+            decoder=trunk,
+            latent_grid=11,
+            scales=SCALES,
+            branches=2,
+            vocab=4096,
+            code_dim=32,
+            pretrained=False,
+        )
         model = VAR(depth=17, width=128, heads=2, scales=SCALES, vocab=4096)
     model.to("cuda").bind(tokenizer.to("cuda").eval().requires_grad_(False))
     return model
@@ -116,17 +126,29 @@ def measure(name: str, batch: int = 64, precision: str = "bf16") -> Report:
         state = model._state.value
         moved = sum(graph.count.bytes * times for graph, times in zip(graphs, steps))
         ideal = _ideal(model, state.cache, sum(steps), getattr(state, "branches", 1) - 1)
-        return Report(max(graph.count.total for graph in graphs), recordings, casts, dict(second.waits), second.total,
-                      moved, ideal)
+        return Report(
+            max(graph.count.total for graph in graphs),
+            recordings,
+            casts,
+            dict(second.waits),
+            second.total,
+            moved,
+            ideal,
+        )
 
 
 def table() -> str:
     """Every system, one line each."""
-    lines = ["| system | kernels per step | recordings, first and second call | casts of weights | host waits | launched singly "
-             "in the second call | bytes, of ideal |", "|---|---|---|---|---|---|---|"]
+    lines = [
+        "| system | kernels per step | recordings, first and second call | casts of weights | host waits | launched singly "
+        "in the second call | bytes, of ideal |",
+        "|---|---|---|---|---|---|---|",
+    ]
     for name in SYSTEMS:
         r = measure(name)
         share = f"{r.bytes / r.ideal:.2f}" if r.ideal else ""
-        lines.append(f"| {name} | {r.kernels} | {r.recordings[0]}, {r.recordings[1]} | {r.casts} | {sum(r.waits.values())} | "
-                     f"{r.launched} | {share} |")
+        lines.append(
+            f"| {name} | {r.kernels} | {r.recordings[0]}, {r.recordings[1]} | {r.casts} | {sum(r.waits.values())} | "
+            f"{r.launched} | {share} |"
+        )
     return "\n".join(lines)

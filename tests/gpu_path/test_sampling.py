@@ -14,13 +14,14 @@ from generator.ar import decode
 from generator.ar.far import FAR
 from generator.ar.gpt import GPT
 from generator.ar.rar import RAR
-from tests import test_var
+from tests.generator import test_var
+from tests.generator.test_var import Tape
 from tests.gpu_path.sampling import SYSTEMS, measure
-from tests.test_var import Tape
 
 
-@pytest.mark.parametrize("name, batch, bytes_", [("RAR-B", 256, None), ("FAR-B", 1, 1.3),
-                                                  ("D-AR-L", 64, 1.5), ("VAR-d17", 4, None)])
+@pytest.mark.parametrize(
+    "name, batch, bytes_", [("RAR-B", 256, None), ("FAR-B", 1, 1.3), ("D-AR-L", 64, 1.5), ("VAR-d17", 4, None)]
+)
 def test_ceilings(name, batch, bytes_):
     """At the published sizes, with guidance, under bf16 autocast. In large batches activations move as well, and half a
     stride of the cache on average."""
@@ -87,6 +88,7 @@ def test_recorded_steps_serve_every_batch_of_their_size(monkeypatch, name):
 
 def test_a_preview_sees_the_weights_of_its_moment(model):
     """Matrices are cast once, but not for good: an optimiser, an average and new weights are all noticed."""
+
     def fresh() -> torch.Tensor:
         return copy.deepcopy(model).sample(*arguments)
 

@@ -20,9 +20,10 @@ import json
 import os
 import pkgutil
 import re
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Callable
+from typing import Any
 
 import torch
 from safetensors import safe_open
@@ -44,7 +45,7 @@ class Tolerance:
     off_by_one: float = 1e-3
 
     @classmethod
-    def parse(cls, text: str) -> "Tolerance":
+    def parse(cls, text: str) -> Tolerance:
         """The tolerance a fixture states in words; what it does not state is the default."""
         number = r"([0-9]*\.?[0-9]+(?:[eE][-+]?[0-9]+)?)"
         tolerance = cls()
@@ -77,10 +78,13 @@ class Case:
     outputs: dict[str, Tensor] = field(default_factory=dict)
 
     @classmethod
-    def load(cls, path: Path) -> "Case":
+    def load(cls, path: Path) -> Case:
         with safe_open(str(path), framework="pt") as file:
             meta = file.metadata() or {}
-            given = {"config": json.loads(meta.get("config") or "{}"), "options": json.loads(meta.get("options") or "{}")}
+            given = {
+                "config": json.loads(meta.get("config") or "{}"),
+                "options": json.loads(meta.get("options") or "{}"),
+            }
             case = cls(Path(path), meta, Fields(given["config"]), Fields(given["options"], path="options."))
             for key in file.keys():
                 section, name = key.split("/", 1)

@@ -31,8 +31,9 @@ def describe(name: str) -> int:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m tests.parity", description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        prog="python -m tests.parity", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("paths", nargs="*", type=Path, help="fixtures or folders of them")
     parser.add_argument("--known", action="store_true", help="skip kinds that no module handles")
     parser.add_argument("--describe", nargs="?", const="", metavar="KIND", help="print known settings; run nothing")

@@ -58,13 +58,18 @@ def random(image: Image.Image, size: int, draws: Tensor) -> Tensor:
 @kind("fqgan", "preprocess", VERSIONS | reads("image_size crop_range ten_crop_source_size"))
 def fqgan_preprocess(case: Case) -> dict[str, Tensor]:
     size, image = case.config["image_size"], picture(case.inputs["image_uint8"])
-    if case.config.get("ten_crop_source_size", int(size * case.config["crop_range"])) != int(size * case.config["crop_range"]):
+    if case.config.get("ten_crop_source_size", int(size * case.config["crop_range"])) != int(
+        size * case.config["crop_range"]
+    ):
         raise FieldError("ten crops come from a picture of int(image_size crop_range)")
     crop = center(image, size)
-    return {"center_crop": hwc(crop), "center_crop_tensor": to_model_range(crop),
-            "random_crop": random(image, size, case.inputs["random_crop_draws"]),
-            "ten_crop": ten(image, size, case.config["crop_range"]).permute(0, 2, 3, 1),
-            "to_uint8": to_uint8(case.inputs["values"], "plus128")}
+    return {
+        "center_crop": hwc(crop),
+        "center_crop_tensor": to_model_range(crop),
+        "random_crop": random(image, size, case.inputs["random_crop_draws"]),
+        "ten_crop": ten(image, size, case.config["crop_range"]).permute(0, 2, 3, 1),
+        "to_uint8": to_uint8(case.inputs["values"], "plus128"),
+    }
 
 
 @kind("fqgan", "extract_codes", TOKENIZER | reads("crop_range"))

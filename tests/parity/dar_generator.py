@@ -22,22 +22,37 @@ from tests.parity.fields import notes, only, reads
 from tests.parity.rectok_models import below
 
 GPT_FIELDS = (
-    reads("dim n_layer n_head n_kv_head multiple_of ffn_dim_multiplier block_size vocab_size num_classes class_dropout_prob"
-          " token_dropout_p resid_dropout_p ffn_dropout_p drop_path_rate rope_base norm_eps")
+    reads(
+        "dim n_layer n_head n_kv_head multiple_of ffn_dim_multiplier block_size vocab_size num_classes class_dropout_prob"
+        " token_dropout_p resid_dropout_p ffn_dropout_p drop_path_rate rope_base norm_eps"
+    )
     | only(cls_token_num=1, model_type="c2i", attn_dropout_p=0.0)
-    | notes("sizes of the official caches", "max_batch_size max_seq_len") | notes("before training", "initializer_range"))
+    | notes("sizes of the official caches", "max_batch_size max_seq_len")
+    | notes("before training", "initializer_range")
+)
 
 
 def build(args: Mapping, weights: dict[str, Tensor]) -> GPT:
     """From the official constructor arguments."""
     model = GPT(
-        size={"width": args["dim"], "layers": args["n_layer"], "heads": args["n_head"], "kv_heads": args.get("n_kv_head"),
-              "hidden": ffn_width(args["dim"], args.get("multiple_of", 256), args.get("ffn_dim_multiplier"))},
-        length=args["block_size"], vocab=args["vocab_size"], num_classes=args["num_classes"],
-        label_drop=args.get("class_dropout_prob", 0.1), token_dropout=args.get("token_dropout_p", 0.1),
-        residual_dropout=args.get("resid_dropout_p", 0.1), ffn_dropout=args.get("ffn_dropout_p", 0.1),
-        path_dropout=args.get("drop_path_rate", 0.0), rope_theta=args.get("rope_base", 10000),
-        norm_eps=args.get("norm_eps", 1e-5))
+        size={
+            "width": args["dim"],
+            "layers": args["n_layer"],
+            "heads": args["n_head"],
+            "kv_heads": args.get("n_kv_head"),
+            "hidden": ffn_width(args["dim"], args.get("multiple_of", 256), args.get("ffn_dim_multiplier")),
+        },
+        length=args["block_size"],
+        vocab=args["vocab_size"],
+        num_classes=args["num_classes"],
+        label_drop=args.get("class_dropout_prob", 0.1),
+        token_dropout=args.get("token_dropout_p", 0.1),
+        residual_dropout=args.get("resid_dropout_p", 0.1),
+        ffn_dropout=args.get("ffn_dropout_p", 0.1),
+        path_dropout=args.get("drop_path_rate", 0.0),
+        rope_theta=args.get("rope_base", 10000),
+        norm_eps=args.get("norm_eps", 1e-5),
+    )
     ADAPTERS["gpt"].load(model, weights)
     return model
 
@@ -67,13 +82,22 @@ def gpt_train(case: Case) -> dict[str, Tensor]:
     with torch.no_grad():
         logits = logits_of(model, codes[:, :-1], model.drop_labels(labels, draws))
         plain = logits_of(model.eval(), codes, labels)
-    return {"loss": loss.total, "logits": logits, "eval_logits": plain,
-            **{f"grad/{name}": gradients[name] for name in case.options["grad_keys"]}}
+    return {
+        "loss": loss.total,
+        "logits": logits,
+        "eval_logits": plain,
+        **{f"grad/{name}": gradients[name] for name in case.options["grad_keys"]},
+    }
 
 
-@kind("dar", "gpt_generate", GPT_FIELDS
-      | (reads("max_new_tokens cfg_scale cfg_interval prefix_tokens temperature top_k top_p")
-                                          | only(sample_logits=False)).below("options"))
+@kind(
+    "dar",
+    "gpt_generate",
+    GPT_FIELDS
+    | (
+        reads("max_new_tokens cfg_scale cfg_interval prefix_tokens temperature top_k top_p") | only(sample_logits=False)
+    ).below("options"),
+)
 def gpt_generate(case: Case) -> dict[str, Tensor]:
     """Arg-max decoding: temperature and filters cannot change it, but must be accepted."""
     options, labels = case.options, case.inputs["labels"]
@@ -83,14 +107,26 @@ def gpt_generate(case: Case) -> dict[str, Tensor]:
     draws = RecordedDraws({"codes": torch.full((len(labels), length, 1), 0.5)})
     filters = {"top_k": options.get("top_k", 0) or 0, "top_p": nucleus(options.get("top_p", 1.0))}
     options.get("temperature")
-    codes = model.sample(labels, draws, guidance, temperature=0, length=length, trace=trace,
-                         shared=options.get("prefix_tokens", 0), **filters)
+    codes = model.sample(
+        labels,
+        draws,
+        guidance,
+        temperature=0,
+        length=length,
+        trace=trace,
+        shared=options.get("prefix_tokens", 0),
+        **filters,
+    )
     # Without guidance the official batch is not doubled.
     both = torch.cat((labels, torch.full_like(labels, model.num_classes))) if guidance.active else labels
     with torch.no_grad():
         raw = logits_of(model, codes[:, :-1].repeat(len(both) // len(labels), 1, 1), both)
-    return {"tokens": codes[..., 0].int(), "cfg_schedule": torch.linspace(guidance.start, guidance.scale, length),
-            "combined_logits": torch.stack([logits for logits, _ in trace], 1), "raw_logits": raw}
+    return {
+        "tokens": codes[..., 0].int(),
+        "cfg_schedule": torch.linspace(guidance.start, guidance.scale, length),
+        "combined_logits": torch.stack([logits for logits, _ in trace], 1),
+        "raw_logits": raw,
+    }
 
 
 def nucleus(p: float) -> float:
@@ -107,14 +143,21 @@ def logit_filter(case: Case) -> dict[str, Tensor]:
     return result
 
 
-@kind("dar", "c2i_end_to_end", TOKENIZER.below("tokenizer") | GPT_FIELDS.below("gpt")
-      | reads("cfg_scale cfg_interval clip_steps height width").below("options"))
+@kind(
+    "dar",
+    "c2i_end_to_end",
+    TOKENIZER.below("tokenizer")
+    | GPT_FIELDS.below("gpt")
+    | reads("cfg_scale cfg_interval clip_steps height width").below("options"),
+)
 def c2i_end_to_end(case: Case) -> dict[str, Tensor]:
     """Labels -> codes -> images: whole, and as the stream makes them while codes arrive one by one."""
     options, labels = case.options, case.inputs["labels"]
     model = build(case.config["gpt"], below(case.weights, "gpt.")).eval()
     noise = case.inputs["noise"]
-    tokenizer = build_tokenizer(case.config["tokenizer"], below(case.weights, "tokenizer."), max(noise.shape[-2:])).eval()
+    tokenizer = build_tokenizer(
+        case.config["tokenizer"], below(case.weights, "tokenizer."), max(noise.shape[-2:])
+    ).eval()
     size = painted_size(tokenizer, options, noise)
     length = case.config["gpt"]["block_size"]
     draws = RecordedDraws({"codes": torch.full((len(labels), length, 1), 0.5), "noise": noise})

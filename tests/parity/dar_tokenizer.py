@@ -94,8 +94,11 @@ def tok_recon(case: Case) -> dict[str, Tensor]:
         codes = tokenizer.encode(images)
         size = painted_size(tokenizer, case.options, case.inputs["noise"])
         rebuilt = {count: tokenizer.decode(codes, draws, steps=count, size=size) for count in steps}
-    return {"code": codes[..., 0], "uint8": images_uint8(rebuilt[steps[0]]),
-            **{f"recon_steps{count}": image for count, image in rebuilt.items()}}
+    return {
+        "code": codes[..., 0],
+        "uint8": images_uint8(rebuilt[steps[0]]),
+        **{f"recon_steps{count}": image for count, image in rebuilt.items()},
+    }
 
 
 @kind("dar", "tok_train", TOKENIZER | reads("perceptual_weight dino_weight grad_keys").below("options"))
@@ -108,8 +111,9 @@ def tok_train(case: Case) -> dict[str, Tensor]:
     if tokenizer.quantized:
         weights |= {"codebook": 1.0, "commitment": 0.25}
     features = {FEATURES: case.inputs["dino_features"]} if recon.predictions else {}
-    loss = Objective(weights=weights, semantic_loss="cosine").generator_loss(images, recon, features, None,
-                                                                             Progress(0, 1, 1, 0))
+    loss = Objective(weights=weights, semantic_loss="cosine").generator_loss(
+        images, recon, features, None, Progress(0, 1, 1, 0)
+    )
     # the perceptual network of the fixture is a stub: the squared error of each picture
     stub = (images - recon.images).square().mean(dim=(1, 2, 3))
     weight = options["perceptual_weight"]
@@ -118,11 +122,20 @@ def tok_train(case: Case) -> dict[str, Tensor]:
     total.backward()
     gradients = official_gradients(tokenizer)
     return {
-        "loss": total, "fm_loss": recon.terms["flow"], "vq_loss": recon.terms.get("codebook", torch.zeros(())),
-        "commit_loss": 0.25 * recon.terms.get("commitment", torch.zeros(())), "entropy_loss": torch.zeros(()),
-        "perceptual_stub": stub, "repa_loss": loss.logs.get("semantic", torch.zeros(())), "h_repa": recon.details["features"], "net_cond": recon.details["window"],
-        "predicted_image": recon.images, "t_shifted": recon.details["t"], "velocity": recon.details["velocity"],
-        "codebook_usage": torch.zeros(()), "dead_code_rate": dead_code_rate(recon.details["codes"]) if tokenizer.quantized else torch.zeros(()),
+        "loss": total,
+        "fm_loss": recon.terms["flow"],
+        "vq_loss": recon.terms.get("codebook", torch.zeros(())),
+        "commit_loss": 0.25 * recon.terms.get("commitment", torch.zeros(())),
+        "entropy_loss": torch.zeros(()),
+        "perceptual_stub": stub,
+        "repa_loss": loss.logs.get("semantic", torch.zeros(())),
+        "h_repa": recon.details["features"],
+        "net_cond": recon.details["window"],
+        "predicted_image": recon.images,
+        "t_shifted": recon.details["t"],
+        "velocity": recon.details["velocity"],
+        "codebook_usage": torch.zeros(()),
+        "dead_code_rate": dead_code_rate(recon.details["codes"]) if tokenizer.quantized else torch.zeros(()),
         **{f"grad/{name}": gradients[name] for name in options["grad_keys"]},
     }
 
@@ -145,23 +158,34 @@ def dead_code_rate(codes: Tensor) -> Tensor:
     return (codes.float().std(0) < 1e-5).float().mean()
 
 
-@kind("dar", "quantizer", reads("n_e e_dim beta entropy_loss_ratio l2_norm show_usage")
-      | reads("with_entropy").below("options"))
+@kind(
+    "dar",
+    "quantizer",
+    reads("n_e e_dim beta entropy_loss_ratio l2_norm show_usage") | reads("with_entropy").below("options"),
+)
 def quantizer(case: Case) -> dict[str, Tensor]:
     config, inputs = case.config, case.inputs
     ratio = config.get("entropy_loss_ratio", 0.0)
     if not case.options.get("with_entropy", True):
         ratio = 0.0
-    ours = VectorQuantizer(config["n_e"], config["e_dim"], normalise=config.get("l2_norm", True), entropy=bool(ratio), usage_window=65536)
-    ours.load_state_dict({"embedding.weight": case.weights["embedding.weight"],
-                          "codebook_used": case.weights.get("codebook_used", torch.zeros(65536))})
+    ours = VectorQuantizer(
+        config["n_e"], config["e_dim"], normalise=config.get("l2_norm", True), entropy=bool(ratio), usage_window=65536
+    )
+    ours.load_state_dict(
+        {
+            "embedding.weight": case.weights["embedding.weight"],
+            "codebook_used": case.weights.get("codebook_used", torch.zeros(65536)),
+        }
+    )
     z = inputs["z"][:, :, 0].transpose(1, 2).clone().requires_grad_(True)  # (B, N, D)
     last = inputs["query_ids"][:, -1]
     seen = torch.arange(z.shape[1]) <= last[:, None]
     result = ours(z, seen)
     commitment = config.get("beta", 0.25) * result.terms["commitment"]
     entropy = ratio * result.terms["entropy"] if ratio else torch.zeros(())
-    (channels_first(result.values) * inputs["cotangent"]).sum().add(result.terms["codebook"] + commitment + entropy).backward()
+    (channels_first(result.values) * inputs["cotangent"]).sum().add(
+        result.terms["codebook"] + commitment + entropy
+    ).backward()
     usage = torch.zeros(())
     if config.get("show_usage", True):
         usage = ours.track(result.codes.flatten()[inputs["perm"][:512]])
@@ -169,11 +193,18 @@ def quantizer(case: Case) -> dict[str, Tensor]:
         plain = ours.embed(ours.encode(z))
     tail = case.outputs["codebook_used_after"].numel() if "codebook_used_after" in case.outputs else 600
     return {
-        "vq_loss": result.terms["codebook"], "commit_loss": commitment, "entropy_loss": entropy,
-        "quantized": channels_first(result.values), "indices": result.codes.flatten(), "codebook_usage": usage,
-        "codebook_used_after": ours.codebook_used[-tail:], "dead_code_rate": dead_code_rate(result.codes),
-        "grad_z": channels_first(z.grad), "grad_embedding": ours.embedding.weight.grad,
-        "eval_quantized": channels_first(plain), "eval_indices": ours.encode(z).flatten(),
+        "vq_loss": result.terms["codebook"],
+        "commit_loss": commitment,
+        "entropy_loss": entropy,
+        "quantized": channels_first(result.values),
+        "indices": result.codes.flatten(),
+        "codebook_usage": usage,
+        "codebook_used_after": ours.codebook_used[-tail:],
+        "dead_code_rate": dead_code_rate(result.codes),
+        "grad_z": channels_first(z.grad),
+        "grad_embedding": ours.embedding.weight.grad,
+        "eval_quantized": channels_first(plain),
+        "eval_indices": ours.encode(z).flatten(),
         "entry": channels_first(ours.embed(inputs["code"])),
     }
 
@@ -187,5 +218,10 @@ def diff_core(case: Case) -> dict[str, Tensor]:
     core.blocks[0].cross_attn.register_forward_hook(lambda *a: seen.__setitem__("block0_cross_attn", a[2]))
     velocity, features = core(inputs["xt"], core.embed_time(inputs["t"]), inputs["cond"])
     width = config["core"]["dim"]
-    return {**seen, "velocity": velocity, "h_repa": features, "t_embed": sinusoidal(1000 * inputs["t"], width),
-            "patched": F.pixel_unshuffle(inputs["xt"], config["core"]["patch_size"])}
+    return {
+        **seen,
+        "velocity": velocity,
+        "h_repa": features,
+        "t_embed": sinusoidal(1000 * inputs["t"], width),
+        "patched": F.pixel_unshuffle(inputs["xt"], config["core"]["patch_size"]),
+    }

@@ -16,7 +16,6 @@ from evaluation.moments import Moments
 from tests.parity import Case, Tolerance, kind
 from tests.parity.fields import notes, only, reads
 
-
 SIZES = notes("told by the arrays", "n_a n_b dim") | only(input_cast="float32")
 
 
@@ -55,14 +54,18 @@ def frechet(case: Case) -> dict[str, Tensor]:
 @kind("evaluation", "frechet_cached", SIZES, lambda case, name: Tolerance(1e-8, 0.0))
 def frechet_cached(case: Case) -> dict[str, Tensor]:
     distance = scalar(frechet_from_moments(*(case.inputs[name] for name in ("mu1", "sigma1", "mu2", "sigma2"))))
-    return {name: distance for name in case.outputs}
+    return dict.fromkeys(case.outputs, distance)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Scores
 # ---------------------------------------------------------------------------------------------------------------------
-@kind("evaluation", "inception_score", reads("adm_split_size rng_seed") | notes("too small to matter", "rear_eps"),
-      lambda case, name: Tolerance(1e-5, 1e-9))
+@kind(
+    "evaluation",
+    "inception_score",
+    reads("adm_split_size rng_seed") | notes("too small to matter", "rear_eps"),
+    lambda case, name: Tolerance(1e-5, 1e-9),
+)
 def score(case: Case) -> dict[str, Tensor]:
     features, weight, bias = (case.inputs[name] for name in ("features", "fc_weight", "fc_bias"))
     unbiased = features @ weight.T
@@ -80,8 +83,12 @@ def score(case: Case) -> dict[str, Tensor]:
     return result
 
 
-@kind("evaluation", "kid", reads("rng_seed") | notes("a formula in words", "kernel"),
-      lambda case, name: Tolerance(1e-9 if name.endswith("f64") else 1e-4, 0.0))
+@kind(
+    "evaluation",
+    "kid",
+    reads("rng_seed") | notes("a formula in words", "kernel"),
+    lambda case, name: Tolerance(1e-9 if name.endswith("f64") else 1e-4, 0.0),
+)
 def kernel_distance(case: Case) -> dict[str, Tensor]:
     a, b = case.inputs["features_a"], case.inputs["features_b"]
     result: dict[str, Tensor] = {}
@@ -111,8 +118,10 @@ def prc_tolerance(case: Case, name: str) -> Tolerance:
 def prc(case: Case) -> dict[str, Tensor]:
     real, generated = case.inputs["features_ref"].float(), case.inputs["features_gen"].float()
     k, block = case.config["k"], case.config["row_batch_size"]
-    result = {"radii_ref_adm": manifold_radii(real, k, "adm_fp16", block),
-              "radii_gen_adm": manifold_radii(generated, k, "adm_fp16", block)}
+    result = {
+        "radii_ref_adm": manifold_radii(real, k, "adm_fp16", block),
+        "radii_gen_adm": manifold_radii(generated, k, "adm_fp16", block),
+    }
     for mode, names in (("exact", ("f64", "torch_fidelity")), ("adm_fp16", ("adm", "np_fp16"))):
         found = precision_recall(real=real, generated=generated, k=k, mode=mode, block=block)
         for name in names:
@@ -131,5 +140,9 @@ def codebook_usage(case: Case) -> dict[str, Tensor]:
         usage.update(step)
         by_step.append(rolling.update(step))
     found = usage.compute()
-    return {"rear_usage": scalar(found["codebook_usage"]), "rear_entropy_bits": scalar(found["codebook_entropy_bits"]),
-            "perplexity": scalar(found["codebook_perplexity"]), "rolling_usage": torch.stack(by_step)}
+    return {
+        "rear_usage": scalar(found["codebook_usage"]),
+        "rear_entropy_bits": scalar(found["codebook_entropy_bits"]),
+        "perplexity": scalar(found["codebook_perplexity"]),
+        "rolling_usage": torch.stack(by_step),
+    }

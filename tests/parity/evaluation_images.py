@@ -15,8 +15,9 @@ from evaluation.inception import DIMS, Inception, InceptionV3, resize_tf1
 from tests.parity import Case, Tolerance, kind
 from tests.parity.fields import Known, notes, only, reads
 
-WORDS = notes("a formula in words", "recipe keys lin_file_md5 normalise") | notes("what recorded it",
-                                                                              "pillow skimage torchmetrics")
+WORDS = notes("a formula in words", "recipe keys lin_file_md5 normalise") | notes(
+    "what recorded it", "pillow skimage torchmetrics"
+)
 
 
 def rows_last(images: Tensor) -> Tensor:
@@ -52,8 +53,12 @@ def inception_recipe(seed: int) -> dict[str, Tensor]:
     return weights
 
 
-@kind("evaluation", "inception", reads("seed") | WORDS,
-      lambda case, name: Tolerance(1e-9 if name.startswith("check/") else 1e-4, 0.0))
+@kind(
+    "evaluation",
+    "inception",
+    reads("seed") | WORDS,
+    lambda case, name: Tolerance(1e-9 if name.startswith("check/") else 1e-4, 0.0),
+)
 def inception(case: Case) -> dict[str, Tensor]:
     weights = inception_recipe(case.config["seed"])
     net = Inception(weights, taps=tuple(DIMS))
@@ -62,9 +67,11 @@ def inception(case: Case) -> dict[str, Tensor]:
     result |= {"logits_unbiased": found["logits"], "logits": found["logits"] + net.net.fc.bias}
     result["spatial_2023_hwc"] = found["spatial"]
     first = next(iter(weights.values()))
-    return result | {"check/first_weight_8": first.flatten()[:8],
-                     "check/fc_weight_8": weights["fc.weight"].flatten()[:8],
-                     "check/abs_sum": sum(w.double().abs().sum() for w in weights.values())}
+    return result | {
+        "check/first_weight_8": first.flatten()[:8],
+        "check/fc_weight_8": weights["fc.weight"].flatten()[:8],
+        "check/abs_sum": sum(w.double().abs().sum() for w in weights.values()),
+    }
 
 
 def lpips_from_recipe(case: Case) -> LPIPS:
@@ -79,8 +86,12 @@ def lpips_from_recipe(case: Case) -> LPIPS:
     return net
 
 
-@kind("evaluation", "lpips", reads("seed") | WORDS,
-      lambda case, name: Tolerance(1e-9 if name.startswith("check/") else 1e-4, 0.0))
+@kind(
+    "evaluation",
+    "lpips",
+    reads("seed") | WORDS,
+    lambda case, name: Tolerance(1e-9 if name.startswith("check/") else 1e-4, 0.0),
+)
 def lpips(case: Case) -> dict[str, Tensor]:
     net = lpips_from_recipe(case)
     a, b = to_unit_range(case.inputs["a_pm1"]), to_unit_range(case.inputs["b_pm1"])
@@ -97,8 +108,12 @@ def lpips(case: Case) -> dict[str, Tensor]:
 # ---------------------------------------------------------------------------------------------------------------------
 # Pixels
 # ---------------------------------------------------------------------------------------------------------------------
-@kind("evaluation", "resize", only(align_corners=False, half_pixel_centers=False) | WORDS,
-      lambda case, name: Tolerance(1e-6 if name.endswith(("sum", "sumsq")) else 0.0, 2e-6))
+@kind(
+    "evaluation",
+    "resize",
+    only(align_corners=False, half_pixel_centers=False) | WORDS,
+    lambda case, name: Tolerance(1e-6 if name.endswith(("sum", "sumsq")) else 0.0, 2e-6),
+)
 def resize(case: Case) -> dict[str, Tensor]:
     result: dict[str, Tensor] = {}
     for name, image in case.inputs.items():
@@ -120,8 +135,13 @@ def exactly(case: Case, name: str) -> Tolerance:
 def uint8(case: Case) -> dict[str, Tensor]:
     y = (case.inputs["levels"].float() / 255.0 - 0.5) / 0.5
     truncated = to_uint8(y, "truncate")
-    return {"pm1": y, "dar_gt": truncated, "half_255_trunc": truncated, "half_255_round": to_uint8(y, "nearest"),
-            "pm1_128_trunc": to_uint8(y, "plus128")}
+    return {
+        "pm1": y,
+        "dar_gt": truncated,
+        "half_255_trunc": truncated,
+        "half_255_round": to_uint8(y, "nearest"),
+        "pm1_128_trunc": to_uint8(y, "plus128"),
+    }
 
 
 def image_tolerance(case: Case, name: str) -> Tolerance:
@@ -140,8 +160,11 @@ def image_metrics(case: Case) -> dict[str, Tensor]:
     as_file = channels_first(plus128).float() / 255.0
     result["rectok_psnr"] = psnr(original, floats).float()
     result["llamagen_psnr"] = psnr(original, as_file)
-    for name, variant in (("llamagen_ssim", "ssim_llamagen"), ("skimage_ssim_range1", "ssim"),
-                          ("skimage_ssim_gauss", "ssim_gauss")):
+    for name, variant in (
+        ("llamagen_ssim", "ssim_llamagen"),
+        ("skimage_ssim_range1", "ssim"),
+        ("skimage_ssim_gauss", "ssim_gauss"),
+    ):
         result[name] = ssim(original, as_file, variant)
     return result | {"torchmetrics_ssim_gauss11": ssim(original, floats, "ssim_torchmetrics").float()}
 

@@ -44,7 +44,7 @@ class Fields(Mapping):
     def __len__(self) -> int:
         return len(self.values_)
 
-    def replaced(self, **changes: Any) -> "Fields":
+    def replaced(self, **changes: Any) -> Fields:
         """The same fields, noted in the same place, with other values for some."""
         return Fields({**self.values_, **changes}, self.seen, self.path)
 
@@ -66,10 +66,10 @@ def leaves(values: Mapping[str, Any], path: str = "") -> Iterator[tuple[str, Any
 class Known(dict):
     """Path -> what is known of it: None (read), a tuple (the only values), or a text (why it plays no part)."""
 
-    def __or__(self, other: Mapping) -> "Known":
+    def __or__(self, other: Mapping) -> Known:
         return Known({**self, **other})
 
-    def below(self, *prefixes: str) -> "Known":
+    def below(self, *prefixes: str) -> Known:
         """The same under each of these names."""
         return Known({f"{prefix}.{path}": rule for prefix in prefixes for path, rule in self.items()})
 
@@ -90,7 +90,9 @@ class Known(dict):
             try:
                 rule = self.rule(path)
             except KeyError:
-                raise FieldError(f'unknown field "{path}" (it is {value!r}); known: {", ".join(self) or "none"}') from None
+                raise FieldError(
+                    f'unknown field "{path}" (it is {value!r}); known: {", ".join(self) or "none"}'
+                ) from None
             if isinstance(rule, tuple) and value not in rule:
                 raise FieldError(f'field "{path}" is {value!r}; this kind serves {" or ".join(map(repr, rule))} only')
 

@@ -32,13 +32,27 @@ def build(case: Case) -> FAR:
         raise FieldError(f"variant {case.config['variant']} with weights of {branches} codebooks")
     side = round(args["block_size"] ** 0.5)
     model = FAR(
-        size={"width": args["dim"], "layers": args["n_layer"], "heads": args["n_head"], "head_layers": args["ar_n_layer"],
-              "hidden": ffn_width(args["dim"], args["multiple_of"], args.get("ffn_dim_multiplier")),
-              "kv_heads": args.get("n_kv_head")},
-        length=args["block_size"], grid=[side, side], branches=branches, vocab=args["vocab_size"],
-        num_classes=args["num_classes"], label_drop=args["class_dropout_prob"], token_dropout=args["token_dropout_p"],
-        residual_dropout=args["resid_dropout_p"], ffn_dropout=args["ffn_dropout_p"], path_dropout=args["drop_path_rate"],
-        rope_theta=args["rope_base"], norm_eps=args["norm_eps"])
+        size={
+            "width": args["dim"],
+            "layers": args["n_layer"],
+            "heads": args["n_head"],
+            "head_layers": args["ar_n_layer"],
+            "hidden": ffn_width(args["dim"], args["multiple_of"], args.get("ffn_dim_multiplier")),
+            "kv_heads": args.get("n_kv_head"),
+        },
+        length=args["block_size"],
+        grid=[side, side],
+        branches=branches,
+        vocab=args["vocab_size"],
+        num_classes=args["num_classes"],
+        label_drop=args["class_dropout_prob"],
+        token_dropout=args["token_dropout_p"],
+        residual_dropout=args["resid_dropout_p"],
+        ffn_dropout=args["ffn_dropout_p"],
+        path_dropout=args["drop_path_rate"],
+        rope_theta=args["rope_base"],
+        norm_eps=args["norm_eps"],
+    )
     ADAPTER.load(model, case.weights)
     return model
 
@@ -49,7 +63,9 @@ def codes_of(case: Case, branches: int) -> Tensor:
 
 def gradients(model: torch.nn.Module) -> dict[str, Tensor]:
     """Under official names. What is fused here is split: the gradient of a part is the part of the gradient."""
-    return {f"grad/{name}": value for name, value in to_theirs({n: p.grad for n, p in model.named_parameters()}).items()}
+    return {
+        f"grad/{name}": value for name, value in to_theirs({n: p.grad for n, p in model.named_parameters()}).items()
+    }
 
 
 @kind("fqgan", "far_train", MODEL)
@@ -71,8 +87,14 @@ def far_train(case: Case) -> dict[str, Tensor]:
     return result
 
 
-@kind("fqgan", "far_sample", MODEL | (reads("steps cfg_scale temperature top_k top_p")
-                                       | notes("the official code ignores it", "cfg_interval")).below("sampling"))
+@kind(
+    "fqgan",
+    "far_sample",
+    MODEL
+    | (reads("steps cfg_scale temperature top_k top_p") | notes("the official code ignores it", "cfg_interval")).below(
+        "sampling"
+    ),
+)
 def far_sample(case: Case) -> dict[str, Tensor]:
     """Sampled as the user does, with the cache; recorded exponential noise, or arg-max where there is none."""
     model, sampling = build(case).eval(), case.config["sampling"]
@@ -82,10 +104,16 @@ def far_sample(case: Case) -> dict[str, Tensor]:
         noise = case.inputs["exp_noise"].permute(2, 0, 1, 3)  # (B, T, K, V)
     else:
         noise = torch.full((batch, sampling["steps"], model.branches), 0.5)
-    codes = model.sample(case.inputs["labels"], RecordedDraws({"codes": noise}), Guidance(tuple(sampling["cfg_scale"])),
-                         temperature=sampling["temperature"], top_k=sampling["top_k"],
-                         top_p=[nucleus(p) for p in sampling["top_p"]],
-                         length=sampling["steps"], trace=trace)
+    codes = model.sample(
+        case.inputs["labels"],
+        RecordedDraws({"codes": noise}),
+        Guidance(tuple(sampling["cfg_scale"])),
+        temperature=sampling["temperature"],
+        top_k=sampling["top_k"],
+        top_p=[nucleus(p) for p in sampling["top_p"]],
+        length=sampling["steps"],
+        trace=trace,
+    )
     guided = torch.stack([logits for logits, _ in trace]).view(sampling["steps"], model.branches, batch, -1)
     return {"guided_logits": guided, **{f"tokens_{k + 1}": codes[..., k] for k in range(model.branches)}}
 
@@ -93,8 +121,10 @@ def far_sample(case: Case) -> dict[str, Tensor]:
 @kind("fqgan", "sampling_filters", reads("cases"))
 def sampling_filters(case: Case) -> dict[str, Tensor]:
     logits = case.inputs["logits"][:, -1]
-    return {f"probs_{i}": probabilities(logits, settings["temperature"], settings["top_k"], nucleus(settings["top_p"]))
-            for i, settings in enumerate(case.config["cases"])}
+    return {
+        f"probs_{i}": probabilities(logits, settings["temperature"], settings["top_k"], nucleus(settings["top_p"]))
+        for i, settings in enumerate(case.config["cases"])
+    }
 
 
 @kind("fqgan", "full_far", reads("model variant vocab_size block_size num_classes") | only(cls_token_num=1))
@@ -106,8 +136,14 @@ def full_far(case: Case) -> dict[str, Tensor]:
     if BRANCHES[case.config["variant"]] != branches:
         raise FieldError(f"variant {case.config['variant']} with codes of {branches} codebooks")
     with torch.device("meta"):
-        model = FAR(size=size, branches=branches, vocab=case.config["vocab_size"], length=length,
-                    grid=[side, side], num_classes=case.config["num_classes"])
+        model = FAR(
+            size=size,
+            branches=branches,
+            vocab=case.config["vocab_size"],
+            length=length,
+            grid=[side, side],
+            num_classes=case.config["num_classes"],
+        )
         names = ADAPTER.to_official(model)
     ADAPTER.load(model.eval(), recipe_weights({name: tensor.shape for name, tensor in names.items()}))
     columns, result = case.inputs["columns"], {}
@@ -120,5 +156,7 @@ def full_far(case: Case) -> dict[str, Tensor]:
             result[f"argmax_{k + 1}"] = logits.argmax(-1).int()
     steps = case.outputs["greedy_tokens_1"].shape[1]
     noise = torch.full((len(case.inputs["sample_labels"]), steps, model.branches), 0.5)
-    sampled = model.sample(case.inputs["sample_labels"], RecordedDraws({"codes": noise}), Guidance(2.0), top_k=1, length=steps)
+    sampled = model.sample(
+        case.inputs["sample_labels"], RecordedDraws({"codes": noise}), Guidance(2.0), top_k=1, length=steps
+    )
     return result | {f"greedy_tokens_{k + 1}": sampled[..., k].int() for k in range(model.branches)}

@@ -22,8 +22,13 @@ def to_maps(tokens: Tensor) -> Tensor:
 @kind("fqgan", "quantizer_train", reads("n_e e_dim beta entropy_loss_ratio l2_norm show_usage"))
 def quantizer_train(case: Case) -> dict[str, Tensor]:
     config = case.config
-    quantizer = VectorQuantizer(config["n_e"], config["e_dim"], normalise=config["l2_norm"], entropy=True,
-                                usage_window=len(case.weights.get("codebook_used", ())) * config.get("show_usage", True))
+    quantizer = VectorQuantizer(
+        config["n_e"],
+        config["e_dim"],
+        normalise=config["l2_norm"],
+        entropy=True,
+        usage_window=len(case.weights.get("codebook_used", ())) * config.get("show_usage", True),
+    )
     tables = ("embedding.weight", *["codebook_used"] * bool(quantizer.usage_window))
     quantizer.load_state_dict({name: case.weights[name] for name in tables})
     z = case.inputs["z"].clone().requires_grad_()
@@ -37,9 +42,15 @@ def quantizer_train(case: Case) -> dict[str, Tensor]:
         tail = len(case.outputs["codebook_used_tail"])
         tracked = {"usage": quantizer.track(found.codes), "codebook_used_tail": quantizer.codebook_used[-tail:]}
     return {
-        **tracked, "vq_loss": terms["codebook"], "commit_loss": commitment, "entropy_loss": entropy,
-        "indices": found.codes.flatten(), "quant": quant, "entry": to_maps(quantizer.embed(found.codes)),
-        "grad_z": z.grad, "grad_embedding": quantizer.embedding.weight.grad,
+        **tracked,
+        "vq_loss": terms["codebook"],
+        "commit_loss": commitment,
+        "entropy_loss": entropy,
+        "indices": found.codes.flatten(),
+        "quant": quant,
+        "entry": to_maps(quantizer.embed(found.codes)),
+        "grad_z": z.grad,
+        "grad_embedding": quantizer.embedding.weight.grad,
     }
 
 
@@ -48,8 +59,12 @@ ENTROPY = reads("commitment_cost entropy_loss_weight entropy_loss_temperature en
 
 def rear_entropy(config: dict) -> dict:
     """Constructor arguments of our quantisers from reAR's."""
-    return {"entropy": config["entropy_loss_weight"] > 0, "temperature": config["entropy_loss_temperature"],
-            "gamma": config["entropy_gamma"], "floor": "clamp"}
+    return {
+        "entropy": config["entropy_loss_weight"] > 0,
+        "temperature": config["entropy_loss_temperature"],
+        "gamma": config["entropy_gamma"],
+        "floor": "clamp",
+    }
 
 
 def rear_result(config: dict, found: Quantized, training: bool) -> tuple[Tensor, dict[str, Tensor]]:
@@ -60,7 +75,8 @@ def rear_result(config: dict, found: Quantized, training: bool) -> tuple[Tensor,
     entropy = config["entropy_loss_weight"] * found.terms["entropy"] if counts else zero
     loss = commitment + entropy
     result = {
-        "commitment_loss": commitment, "entropy_loss": entropy,
+        "commitment_loss": commitment,
+        "entropy_loss": entropy,
         "per_sample_entropy": found.logs["per_sample_entropy"] if counts else zero,
         "avg_entropy": config["entropy_gamma"] * found.logs["batch_entropy"] if counts else zero,  # theirs is scaled
     }
@@ -78,5 +94,10 @@ def lfq(case: Case) -> dict[str, Tensor]:
     found = quantizer(to_tokens(z))
     loss, result = rear_result(case.config, found, training=True)
     loss.backward()
-    return {"quantized": to_maps(found.values), "grad_z": z.grad, "codebook_entry": quantizer.embed(case.inputs["codes"]),
-            "result/min_encoding_indices": found.codes, **result}
+    return {
+        "quantized": to_maps(found.values),
+        "grad_z": z.grad,
+        "codebook_entry": quantizer.embed(case.inputs["codes"]),
+        "result/min_encoding_indices": found.codes,
+        **result,
+    }

@@ -19,31 +19,43 @@ from tests.parity.recipe import recipe_weights
 from tests.parity.rectok import gradients
 from tests.parity.rectok_models import below
 from tokenizer.adapters.fqgan import ADAPTER
+from tokenizer.class_tokens import nearest_pixels
 from tokenizer.losses.contrastive import info_nce
 from tokenizer.losses.discriminators import PatchGAN, StyleGANDiscriminator
 from tokenizer.losses.objective import Objective
-from tokenizer.class_tokens import nearest_pixels
 from tokenizer.vq.fqgan import FQGAN
 
 SURE = 1e-4  # index margin from which on an index must agree
-TEACHERS = {"dual": {"clip": "sem"}, "triple": {"dinov2_class": "sem_mid", "clip": "sem_high"}}  # teacher -> sub-codebook
+TEACHERS = {
+    "dual": {"clip": "sem"},
+    "triple": {"dinov2_class": "sem_mid", "clip": "sem_high"},
+}  # teacher -> sub-codebook
 FEATURES = {"sem": "", "sem_mid": "_mid", "sem_high": "_high"}  # sub-codebook -> ending of recorded names
-MODEL = (reads("codebook_size codebook_embed_dim codebook_l2_norm encoder_ch_mult decoder_ch_mult z_channels"
-               " with_clip_supervision")
-         | only(dropout_p=0.0)
-         | reads("codebook_show_usage")
-         | notes("of training", "commit_loss_beta entropy_loss_ratio"
-                                " with_disentanglement disentanglement_ratio"))
-CONSTANTS = NOTE | reads("image_size grid ch num_res_blocks groupnorm_groups adapter_width adapter_layers adapter_heads"
-                         " feat_head_width feat_head_layers feat_head_heads")
+MODEL = (
+    reads(
+        "codebook_size codebook_embed_dim codebook_l2_norm encoder_ch_mult decoder_ch_mult z_channels"
+        " with_clip_supervision"
+    )
+    | only(dropout_p=0.0)
+    | reads("codebook_show_usage")
+    | notes("of training", "commit_loss_beta entropy_loss_ratio with_disentanglement disentanglement_ratio")
+)
+CONSTANTS = NOTE | reads(
+    "image_size grid ch num_res_blocks groupnorm_groups adapter_width adapter_layers adapter_heads"
+    " feat_head_width feat_head_layers feat_head_heads"
+)
 TOKENIZER = reads("variant") | MODEL.below("ModelArgs") | CONSTANTS.below("scaled_down_constants")
 EVALUATED = TOKENIZER | reads("ModelArgs.with_disentanglement ModelArgs.disentanglement_ratio")
-LOSS = (reads("disc_start disc_weight disc_dim disc_num_layers disc_type disc_loss gen_adv_loss image_size semantic_weight"
-              " reconstruction_loss rec_loss reconstruction_weight perceptual_weight disc_adaptive_weight"
-              " with_clip_supervision class_")
-        | only(disc_in_channels=3) | notes("the official code ignores it", "codebook_weight"))
-TRAINED = (EVALUATED | reads("ModelArgs.commit_loss_beta ModelArgs.entropy_loss_ratio global_step")
-           | LOSS.below("loss"))
+LOSS = (
+    reads(
+        "disc_start disc_weight disc_dim disc_num_layers disc_type disc_loss gen_adv_loss image_size semantic_weight"
+        " reconstruction_loss rec_loss reconstruction_weight perceptual_weight disc_adaptive_weight"
+        " with_clip_supervision class_"
+    )
+    | only(disc_in_channels=3)
+    | notes("the official code ignores it", "codebook_weight")
+)
+TRAINED = EVALUATED | reads("ModelArgs.commit_loss_beta ModelArgs.entropy_loss_ratio global_step") | LOSS.below("loss")
 
 
 def build_tokenizer(case: Case) -> FQGAN:
@@ -55,11 +67,18 @@ def build_tokenizer(case: Case) -> FQGAN:
     if args.get("with_clip_supervision") is False and any(n.startswith("feat_pred_head") for n in case.weights):
         raise FieldError("feature heads without supervision by CLIP")
     settings: dict[str, Any] = {
-        "image_size": small.get("image_size", 256), "branches": branches, "size": size,
-        "decoder_mult": args.get("decoder_ch_mult"), "channels": small.get("ch", 128),
-        "res_blocks": small.get("num_res_blocks", 2), "groups": small.get("groupnorm_groups", 32),
-        "z_channels": args.get("z_channels", 256), "vocab": args["codebook_size"], "code_dim": args["codebook_embed_dim"],
-        "adapter_layers": small.get("adapter_layers", 6), "adapter_heads": small.get("adapter_heads", 8),
+        "image_size": small.get("image_size", 256),
+        "branches": branches,
+        "size": size,
+        "decoder_mult": args.get("decoder_ch_mult"),
+        "channels": small.get("ch", 128),
+        "res_blocks": small.get("num_res_blocks", 2),
+        "groups": small.get("groupnorm_groups", 32),
+        "z_channels": args.get("z_channels", 256),
+        "vocab": args["codebook_size"],
+        "code_dim": args["codebook_embed_dim"],
+        "adapter_layers": small.get("adapter_layers", 6),
+        "adapter_heads": small.get("adapter_heads", 8),
         "normalise": args.get("codebook_l2_norm", True),
     } | ({} if args.get("codebook_show_usage", True) else {"usage_window": 0})
     heads = {name: small.get(f"feat_head_{name}", default) for name, default in (("layers", 3), ("heads", 8))}
@@ -68,8 +87,7 @@ def build_tokenizer(case: Case) -> FQGAN:
         widths = small.get("feat_head_width", 1024 if branches == 2 else [384, 768])
         widths = widths if isinstance(widths, list) else [widths]
         teachers = TEACHERS[config["variant"]]
-        settings["semantic"] = {"teachers": dict(zip(teachers, widths, strict=True)), "branches": teachers,
-                                **heads}
+        settings["semantic"] = {"teachers": dict(zip(teachers, widths, strict=True)), "branches": teachers, **heads}
     with torch.device("meta"):
         tokenizer = FQGAN(**settings)
     weights = {n: t for n, t in case.weights.items() if not n.startswith("discriminator.")}
@@ -77,7 +95,10 @@ def build_tokenizer(case: Case) -> FQGAN:
     ADAPTER.load(tokenizer, {name: tensor.float() for name, tensor in weights.items()})
     # The official constants that follow from others.
     given = {"adapter_width": small.get("adapter_width"), "grid": small.get("grid")}
-    found = {"adapter_width": tokenizer.heads["vis"].adapter.positional_embedding.shape[1], "grid": tokenizer.spec.grid[0]}
+    found = {
+        "adapter_width": tokenizer.heads["vis"].adapter.positional_embedding.shape[1],
+        "grid": tokenizer.spec.grid[0],
+    }
     if wrong := [name for name, value in given.items() if value not in (None, found[name])]:
         raise FieldError(f"{wrong[0]} is {given[wrong[0]]} where the other sizes make it {found[wrong[0]]}")
     return tokenizer
@@ -122,16 +143,21 @@ def tok_eval(case: Case) -> dict[str, Tensor]:
     recorded = torch.stack([case.outputs[f"indices_{name}"].view(codes.shape[:2]) for name in tokenizer.names], dim=-1)
     from_codes = tokenizer.decode(recorded)
     out = {
-        "recon_from_codes": from_codes, "recon_from_quant": recon.images,
+        "recon_from_codes": from_codes,
+        "recon_from_quant": recon.images,
         "recon_uint8": to_uint8(from_codes, "plus128").permute(0, 2, 3, 1),
         "disentangle_loss": disentanglement(case) * recon.terms["disentangle"],
     }
     for k, name in enumerate(tokenizer.names):
         quantized, z = recon.details["quantized"][name], vectors[name]
         margins = tokenizer.quantizers[name].distances(z).topk(2, largest=False).values.diff(dim=-1)
-        out |= {f"encoder_{name}": maps[name], f"pre_quant_{name}": as_maps(z, tokenizer),
-                f"quant_{name}": as_maps(quantized.values, tokenizer), f"indices_{name}": sure(case, name, codes[..., k]),
-                f"index_margin_{name}": margins.flatten()}
+        out |= {
+            f"encoder_{name}": maps[name],
+            f"pre_quant_{name}": as_maps(z, tokenizer),
+            f"quant_{name}": as_maps(quantized.values, tokenizer),
+            f"indices_{name}": sure(case, name, codes[..., k]),
+            f"index_margin_{name}": margins.flatten(),
+        }
     for teacher, rows in recon.details["features"].items():
         out[f"feat_pred{FEATURES[tokenizer.semantic['branches'][teacher]]}"] = rows
     return out
@@ -151,14 +177,24 @@ def build_objective(case: Case, teachers: int, start: int | None = None) -> Obje
     kind_of_error = loss.get("reconstruction_loss", loss.get("rec_loss", "l2"))
     semantic = loss.get("semantic_weight", 0.5) * teachers
     return Objective(
-        weights={"reconstruction": loss.get("reconstruction_weight", 1.0), "codebook": 1.0,
-                 "commitment": args["commit_loss_beta"], "entropy": args["entropy_loss_ratio"],
-                 "disentangle": disentanglement(case), "semantic": semantic, "gan": loss["disc_weight"],
-                 "discriminator": loss["disc_weight"]},
-        pixels="signed", semantic_loss="infonce", gan_start=f"{loss['disc_start'] if start is None else start}step",
+        weights={
+            "reconstruction": loss.get("reconstruction_weight", 1.0),
+            "codebook": 1.0,
+            "commitment": args["commit_loss_beta"],
+            "entropy": args["entropy_loss_ratio"],
+            "disentangle": disentanglement(case),
+            "semantic": semantic,
+            "gan": loss["disc_weight"],
+            "discriminator": loss["disc_weight"],
+        },
+        pixels="signed",
+        semantic_loss="infonce",
+        gan_start=f"{loss['disc_start'] if start is None else start}step",
         gan_loss=loss.get("gen_adv_loss", "hinge").replace("-", "_"),
         discriminator_loss="hinge" if loss.get("disc_loss", "hinge") == "hinge" else "vanilla",
-        reconstruction={"l2": "mse", "l1": "l1"}[kind_of_error], adaptive_weight=loss.get("disc_adaptive_weight", False))
+        reconstruction={"l2": "mse", "l1": "l1"}[kind_of_error],
+        adaptive_weight=loss.get("disc_adaptive_weight", False),
+    )
 
 
 def adaptive_weight(objective: Objective, logs: dict[str, Tensor]) -> Tensor:
@@ -189,8 +225,12 @@ def tok_train(case: Case) -> dict[str, Tensor]:
 
     recon = tokenizer(images, None)
     reported = None
-    if not objective.gan_active(progress):  # the official loss asks the discriminator all the same, and counts it 0 times
-        reported = build_objective(case, len(teachers), start=0).generator_loss(images, recon, features, discriminator, progress)
+    if not objective.gan_active(
+        progress
+    ):  # the official loss asks the discriminator all the same, and counts it 0 times
+        reported = build_objective(case, len(teachers), start=0).generator_loss(
+            images, recon, features, discriminator, progress
+        )
     result = objective.generator_loss(images, recon, features, discriminator, progress)
     reported = reported or result
     result.total.backward()
@@ -203,10 +243,15 @@ def tok_train(case: Case) -> dict[str, Tensor]:
 
     logs = result.logs
     out = {
-        "recon": recon.images, "rec_loss": logs["reconstruction"], "adv_loss_g": reported.logs["gan"],
-        **dict.fromkeys(("disc_adaptive_weight", "adaptive_weight", "d_weight"), adaptive_weight(objective, reported.logs)),
+        "recon": recon.images,
+        "rec_loss": logs["reconstruction"],
+        "adv_loss_g": reported.logs["gan"],
+        **dict.fromkeys(
+            ("disc_adaptive_weight", "adaptive_weight", "d_weight"), adaptive_weight(objective, reported.logs)
+        ),
         "disentangle_loss": disentangle * logs["disentangle"],
-        "loss_generator": result.total + perceptual * case.inputs["perceptual_loss"].mean(), "loss_discriminator": step.total,
+        "loss_generator": result.total + perceptual * case.inputs["perceptual_loss"].mean(),
+        "loss_discriminator": step.total,
         "grad_norm_disc_before_clip": norm,
         "teacher_pixels_every_16th": _teacher_pixels(images, CLIP_MEAN, CLIP_STD),
         "dino_pixels_every_16th": _teacher_pixels(images),
@@ -214,8 +259,12 @@ def tok_train(case: Case) -> dict[str, Tensor]:
     out |= {f"grad_disc/{name.removeprefix('grad/')}": clip * g for name, g in grads.items() if name != "grad_norm"}
     out |= {f"disc_after/{name}": buffer for name, buffer in discriminator.named_buffers()}
     for name in names:
-        out |= {f"vq_loss_{name}": logs[f"codebook/{name}"], f"commit_loss_{name}": beta * logs[f"commitment/{name}"],
-                f"entropy_loss_{name}": ratio * logs[f"entropy/{name}"], f"usage_{name}": logs.get(f"usage/{name}", torch.zeros(()))}
+        out |= {
+            f"vq_loss_{name}": logs[f"codebook/{name}"],
+            f"commit_loss_{name}": beta * logs[f"commitment/{name}"],
+            f"entropy_loss_{name}": ratio * logs[f"entropy/{name}"],
+            f"usage_{name}": logs.get(f"usage/{name}", torch.zeros(())),
+        }
         if tokenizer.quantizers[name].usage_window:
             out[f"codebook_used_tail/quantize_{name}"] = tokenizer.quantizers[name].codebook_used[-256:]
     for teacher, branch in teachers.items():
@@ -238,8 +287,11 @@ def full_tok(case: Case) -> dict[str, Tensor]:
     for name in tokenizer.names:
         quantizer = tokenizer.quantizers[name]
         margins = quantizer.distances(vectors[name]).topk(2, largest=False).values.diff(dim=-1)
-        out |= {f"pre_quant_{name}": as_maps(vectors[name], tokenizer), f"index_margin_{name}": margins.flatten(),
-                f"indices_{name}": sure(case, name, quantizer.encode(vectors[name]))}
+        out |= {
+            f"pre_quant_{name}": as_maps(vectors[name], tokenizer),
+            f"index_margin_{name}": margins.flatten(),
+            f"indices_{name}": sure(case, name, quantizer.encode(vectors[name])),
+        }
         recorded.append(case.outputs[f"indices_{name}"].long().view(len(images), -1))
     out["recon_every_4th"] = tokenizer.decode(torch.stack(recorded, dim=-1))[:, :, ::4, ::4]
     for teacher, predict in tokenizer.predictors.items():
@@ -290,5 +342,8 @@ def lpips(case: Case) -> dict[str, Tensor]:
 def image_metrics(case: Case) -> dict[str, Tensor]:
     original, recon = to_unit_range(case.inputs["image"]), to_uint8(case.inputs["decoded"], "plus128")
     as_file = recon.float() / 255.0
-    return {"recon_uint8": recon.permute(0, 2, 3, 1), "psnr": psnr(original, as_file),
-            "ssim": ssim(original, as_file, "ssim_llamagen").float()}
+    return {
+        "recon_uint8": recon.permute(0, 2, 3, 1),
+        "psnr": psnr(original, as_file),
+        "ssim": ssim(original, as_file, "ssim_llamagen").float(),
+    }

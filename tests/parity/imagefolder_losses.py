@@ -20,12 +20,16 @@ from tokenizer.losses.dino_discriminator import DinoDiscriminator
 from tokenizer.losses.discriminators import PatchGAN
 from tokenizer.losses.objective import Objective
 
-
 DINO = NOTE | reads("depth key_depths num_heads") | notes("the weights tell", "ks")
-LOSS = (reads("disc_type disc_weight disc_loss gen_loss lecam_loss_weight disc_adaptive_weight global_step disc_start"
-              " fade_blur_schedule codebook_loss sem_loss reconstruction_weight perceptual_weight reconstruction_loss aug_prob")
-        | only(disc_in_channels=3) | notes("the official code ignores it", "codebook_weight")
-        | notes("the weights tell", "disc_dim disc_num_layers image_size"))
+LOSS = (
+    reads(
+        "disc_type disc_weight disc_loss gen_loss lecam_loss_weight disc_adaptive_weight global_step disc_start"
+        " fade_blur_schedule codebook_loss sem_loss reconstruction_weight perceptual_weight reconstruction_loss aug_prob"
+    )
+    | only(disc_in_channels=3)
+    | notes("the official code ignores it", "codebook_weight")
+    | notes("the weights tell", "disc_dim disc_num_layers image_size")
+)
 
 
 @kind("imagefolder", "diffaug", reads("prob cutout blur_schedules.*"))
@@ -33,9 +37,17 @@ LOSS = (reads("disc_type disc_weight disc_loss gen_loss lecam_loss_weight disc_a
 def diff_augment(case: Case) -> dict[str, Tensor]:
     config, inputs = case.config, case.inputs
     numbers = inputs["draw_7_B_1_1"].flatten(1)  # (7, B)
-    return {f"augmented_{name}": diffaug.augment(inputs["image"], inputs["switch_draw_3"].tolist(), numbers,
-                                                 probability=config["prob"], cutout=config["cutout"], blur_amount=amount)
-            for name, amount in config["blur_schedules"].plain().items()}
+    return {
+        f"augmented_{name}": diffaug.augment(
+            inputs["image"],
+            inputs["switch_draw_3"].tolist(),
+            numbers,
+            probability=config["prob"],
+            cutout=config["cutout"],
+            blur_amount=amount,
+        )
+        for name, amount in config["blur_schedules"].plain().items()
+    }
 
 
 def build_dino(config: dict[str, Any], weights: dict[str, Tensor]) -> DinoDiscriminator:
@@ -90,14 +102,26 @@ def build_objective(case: Case, widths: list[int], start: int) -> Objective:
     kinds = {"hinge": "hinge", "vanilla": "vanilla", "non-saturating": "vanilla"}  # the last is cross-entropy there
     probability, blur = config.get("aug_prob", 1.0), config.get("fade_blur_schedule", 0.0)
     objective = Objective(
-        weights={"reconstruction": config.get("reconstruction_weight", 1.0), "perceptual": config.get("perceptual_weight", 1.0),
-                 "gan": config["disc_weight"], "discriminator": config["disc_weight"], "codebook": 1.0,
-                 "commitment": 1.0, "entropy": 1.0, "contrast": 1.0},
-        perceptual={"lpips": {"weight": 1.0, "pretrained": False, "widths": widths}}, pixels="signed",
+        weights={
+            "reconstruction": config.get("reconstruction_weight", 1.0),
+            "perceptual": config.get("perceptual_weight", 1.0),
+            "gan": config["disc_weight"],
+            "discriminator": config["disc_weight"],
+            "codebook": 1.0,
+            "commitment": 1.0,
+            "entropy": 1.0,
+            "contrast": 1.0,
+        },
+        perceptual={"lpips": {"weight": 1.0, "pretrained": False, "widths": widths}},
+        pixels="signed",
         reconstruction={"l2": "mse", "l1": "l1"}[config.get("reconstruction_loss", "l2")],
-        gan_start=f"{start}step", gan_loss=config["gen_loss"].replace("-", "_"),
-        discriminator_loss=kinds[config["disc_loss"]], adaptive_weight=config["disc_adaptive_weight"],
-        augment={"probability": probability} if dino else None, lecam=config["lecam_loss_weight"] or 0.0)
+        gan_start=f"{start}step",
+        gan_loss=config["gen_loss"].replace("-", "_"),
+        discriminator_loss=kinds[config["disc_loss"]],
+        adaptive_weight=config["disc_adaptive_weight"],
+        augment={"probability": probability} if dino else None,
+        lecam=config["lecam_loss_weight"] or 0.0,
+    )
     if dino:
         objective.augment.blur_amount = lambda since_start, progress: blur
     return objective
@@ -119,8 +143,10 @@ def vqloss(case: Case) -> dict[str, Tensor]:
         discriminator = PatchGAN(len(weights["main.0.weight"]), n_layers=blocks)
         discriminator.load_state_dict(weights)
     lpips = below(case.weights, "lpips/")
-    last = {stage: max(int(m[1]) for name in lpips if (m := re.match(rf"net\.slice{stage}\.(\d+)\.weight", name)))
-            for stage in range(1, 6)}
+    last = {
+        stage: max(int(m[1]) for name in lpips if (m := re.match(rf"net\.slice{stage}\.(\d+)\.weight", name)))
+        for stage in range(1, 6)
+    }
     widths = [len(lpips[f"net.slice{stage}.{index}.weight"]) for stage, index in last.items()]
     vq, commit, entropy = config["codebook_loss"]
     objective = build_objective(case, widths, config["disc_start"])
@@ -138,7 +164,9 @@ def vqloss(case: Case) -> dict[str, Tensor]:
     recorded = _GanDraws(inputs)
     painted = Recon(recon, {name: torch.tensor(float(value)) for name, value in terms.items()}, last_layer=last_layer)
     reported = None
-    if not objective.gan_active(progress):  # the official loss asks the discriminator all the same, and counts it 0 times
+    if not objective.gan_active(
+        progress
+    ):  # the official loss asks the discriminator all the same, and counts it 0 times
         opened = build_objective(case, widths, 0)
         opened.perceptual = objective.perceptual
         reported = opened.generator_loss(images, painted, {}, discriminator, progress, recorded)
@@ -150,10 +178,17 @@ def vqloss(case: Case) -> dict[str, Tensor]:
     logs, weighed = found.logs, (reported or found).logs["gan_weight"] / (config["disc_weight"] or 1.0)
     with torch.no_grad():
         per_image = network((images + 1) / 2, (recon + 1) / 2).view(-1, 1, 1, 1)
-    out = {"generator_loss": found.total, "discriminator_loss": judged.total, "grad_last_layer": last_layer.grad,
-           "adaptive_weight": weighed, "lpips": logs["perceptual"],
-           "lpips_per_image": per_image, "mse": logs["reconstruction"], "reconstruction": recon,
-           **{f"grad_disc/{name}": p.grad for name, p in discriminator.named_parameters()}}
+    out = {
+        "generator_loss": found.total,
+        "discriminator_loss": judged.total,
+        "grad_last_layer": last_layer.grad,
+        "adaptive_weight": weighed,
+        "lpips": logs["perceptual"],
+        "lpips_per_image": per_image,
+        "mse": logs["reconstruction"],
+        "reconstruction": recon,
+        **{f"grad_disc/{name}": p.grad for name, p in discriminator.named_parameters()},
+    }
     if objective.lecam:
         out["lecam_ema_real_fake"] = objective.lecam_means
     if dino:  # a bias in front of a normalisation: its gradient is rounding noise, theirs about 1e-8

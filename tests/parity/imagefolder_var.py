@@ -25,7 +25,8 @@ from tokenizer.multiscale.imagefolder import ImageFolder
 NETWORK = (
     reads("num_classes depth embed_dim num_heads mlp_ratio attn_l2_norm patch_nums cond_drop_rate shared_aln")
     | only(drop_path_rate=0.0, drop_rate=0.0, attn_drop_rate=0.0, norm_eps=1e-6, tau=4, cos_attn=True)
-    | notes("ways to compute the same", "flash_if_available fused_if_available")).below("var")
+    | notes("ways to compute the same", "flash_if_available fused_if_available")
+).below("var")
 PAIR = NOTE | TOKENIZER.below("tokenizer") | NETWORK
 CODES = reads("product_quant codebook_size codebook_embed_dim v_patch_nums").below("tokenizer.model_args")
 
@@ -35,11 +36,20 @@ def build_var(case: Case) -> VAR:
     if list(args["patch_nums"]) != list(tokenizer["v_patch_nums"]):
         raise FieldError("patch_nums of VAR are not the scales of its tokenizer")
     model = VAR(
-        depth=args["depth"], width=args.get("embed_dim", 64 * args["depth"]), heads=args.get("num_heads", args["depth"]),
-        mlp_ratio=args.get("mlp_ratio", 4.0), scales=args["patch_nums"], branches=tokenizer.get("product_quant", 1),
-        vocab=tokenizer["codebook_size"], code_dim=tokenizer["codebook_embed_dim"], num_classes=args["num_classes"],
-        label_drop=args.get("cond_drop_rate", 0.1), drop_path=args.get("drop_path_rate", 0.0),
-        l2_norm=args.get("attn_l2_norm", True), shared_adaln=args.get("shared_aln", False))
+        depth=args["depth"],
+        width=args.get("embed_dim", 64 * args["depth"]),
+        heads=args.get("num_heads", args["depth"]),
+        mlp_ratio=args.get("mlp_ratio", 4.0),
+        scales=args["patch_nums"],
+        branches=tokenizer.get("product_quant", 1),
+        vocab=tokenizer["codebook_size"],
+        code_dim=tokenizer["codebook_embed_dim"],
+        num_classes=args["num_classes"],
+        label_drop=args.get("cond_drop_rate", 0.1),
+        drop_path=args.get("drop_path_rate", 0.0),
+        l2_norm=args.get("attn_l2_norm", True),
+        shared_adaln=args.get("shared_aln", False),
+    )
     ADAPTER.load(model, below(case.weights, "var/"))
     return model.eval()
 
@@ -64,9 +74,17 @@ def step_tolerance(case: Case, name: str) -> Tolerance:
     return Tolerance(0.0, 1e-6) if name.startswith("after_step/") else case.tolerance
 
 
-@kind("imagefolder", "var_train_step", judge=step_tolerance, fields=PAIR | reads(
-    "label_smooth prog_si optimizer.AdamW_betas optimizer.lr optimizer.weight_decay_D_group optimizer.grad_clip optimizer.eps")
-    | only(**{"optimizer.weight_decay_ND_group": 0.0}) | notes("words", "nd_group"))
+@kind(
+    "imagefolder",
+    "var_train_step",
+    judge=step_tolerance,
+    fields=PAIR
+    | reads(
+        "label_smooth prog_si optimizer.AdamW_betas optimizer.lr optimizer.weight_decay_D_group optimizer.grad_clip optimizer.eps"
+    )
+    | only(**{"optimizer.weight_decay_ND_group": 0.0})
+    | notes("words", "nd_group"),
+)
 def var_train_step(case: Case) -> dict[str, Tensor]:
     model, tokenizer = build_pair(case)
     labels, settings = case.inputs["label"], case.config["optimizer"]
@@ -82,25 +100,36 @@ def var_train_step(case: Case) -> dict[str, Tensor]:
     model.train().label_smoothing = case.config.get("label_smooth", 0.0)
     if (finest := case.config.get("prog_si", -1)) >= 0:  # the first stage of a progressive training
         model.progressive = Progressive(until=1.0, first=finest)
-    loss = model(codes, labels, RecordedDraws({"label_drop": case.inputs["label_drop_uniform_train"]}),
-                 Progress(0, 1000, 1, 0))
+    loss = model(
+        codes, labels, RecordedDraws({"label_drop": case.inputs["label_drop_uniform_train"]}), Progress(0, 1000, 1, 0)
+    )
     loss.total.backward()
-    optimizer = make_adamw(model, OptimizerConfig(betas=settings["AdamW_betas"], eps=settings["eps"],
-                                                  weight_decay=settings["weight_decay_D_group"]))
+    optimizer = make_adamw(
+        model,
+        OptimizerConfig(
+            betas=settings["AdamW_betas"], eps=settings["eps"], weight_decay=settings["weight_decay_D_group"]
+        ),
+    )
     for group in optimizer.param_groups:
         group["lr"] = settings["lr"]
     trained = dict(model.named_parameters())
     guard = StepGuard(list(trained), list(trained.values()), settings["grad_clip"])
     norm = guard.before_step(optimizer, 0)
     optimizer.step()
-    out |= {"train_loss": loss.total, "grad_norm_before_clip": norm, "metric_Lm": loss.logs["loss_mean"],
-            "metric_Lt": loss.logs["loss_tail"], "metric_Accm": loss.logs["acc_mean"],
-            "metric_Acct": loss.logs["acc_tail"]}
+    out |= {
+        "train_loss": loss.total,
+        "grad_norm_before_clip": norm,
+        "metric_Lm": loss.logs["loss_mean"],
+        "metric_Lt": loss.logs["loss_tail"],
+        "metric_Accm": loss.logs["acc_mean"],
+        "metric_Acct": loss.logs["acc_tail"],
+    }
     return out | {f"after_step/{name}": value for name, value in ADAPTER.to_official(model).items()}
 
 
-@kind("imagefolder", "var_progressive", NOTE | NETWORK | CODES | notes("logits know nothing else of it",
-      "tokenizer.**"))
+@kind(
+    "imagefolder", "var_progressive", NOTE | NETWORK | CODES | notes("logits know nothing else of it", "tokenizer.**")
+)
 @torch.no_grad()
 def var_progressive(case: Case) -> dict[str, Tensor]:
     model, out = build_var(case), {}
@@ -137,8 +166,11 @@ def var_sample(case: Case) -> dict[str, Tensor]:
     codes, f_hat = model.generate(case.inputs["label"], guidance, pick)
     decoded = tokenizer.decode(codes)
     pictures = to_unit_range(decoded, clamp=True)
-    out = {"f_hat": f_hat.flatten(1, 2), "image_01": pictures,
-           "image_uint8_official_truncation": (pictures * 255).to(torch.uint8).permute(0, 2, 3, 1)}
+    out = {
+        "f_hat": f_hat.flatten(1, 2),
+        "image_01": pictures,
+        "image_uint8_official_truncation": (pictures * 255).to(torch.uint8).permute(0, 2, 3, 1),
+    }
     for k in branches:
         out[f"indices_branch{k}"] = codes[..., k]
         out[f"filtered_probs_branch{k}"] = torch.cat(seen, dim=1)[:, :, k]
@@ -147,15 +179,27 @@ def var_sample(case: Case) -> dict[str, Tensor]:
 
 def official_schedule(name: str, config: dict[str, Any]) -> Schedule:
     """The trainer's name of a schedule -> ours; a batch of one, so that images are iterations."""
-    kind, hold, knee = {"cos": ("cosine", 0.0, 0.5), "lin00": ("linear", 0.0, 0.5), "lin0": ("linear", 0.05, 0.5),
-                        "lin": ("linear", 0.15, 0.5), "exp": ("exponential", 0.15, 0.5)}.get(
-        name, ("bent", 0.0, float(name.removeprefix("lin") or 0.5) if name.startswith("lin") else 0.5))
+    kind, hold, knee = {
+        "cos": ("cosine", 0.0, 0.5),
+        "lin00": ("linear", 0.0, 0.5),
+        "lin0": ("linear", 0.05, 0.5),
+        "lin": ("linear", 0.15, 0.5),
+        "exp": ("exponential", 0.15, 0.5),
+    }.get(name, ("bent", 0.0, float(name.removeprefix("lin") or 0.5) if name.startswith("lin") else 0.5))
     peak = config["peak_lr"]
     duration = Duration(f"{config['warmup_iters']}step")
-    settings = ScheduleConfig(kind, duration, warmup_lr=peak * config["wp0"], min_lr=peak * config["wpe"],
-                              inclusive=True, hold=hold, knee=knee)
-    return Schedule.from_config(OptimizerConfig(lr=peak), settings, global_batch=1, images_per_epoch=1,
-                                total_images=config["max_iters"])
+    settings = ScheduleConfig(
+        kind,
+        duration,
+        warmup_lr=peak * config["wp0"],
+        min_lr=peak * config["wpe"],
+        inclusive=True,
+        hold=hold,
+        knee=knee,
+    )
+    return Schedule.from_config(
+        OptimizerConfig(lr=peak), settings, global_batch=1, images_per_epoch=1, total_images=config["max_iters"]
+    )
 
 
 @kind("imagefolder", "var_lr", reads("peak_lr wd wd_end warmup_iters max_iters wp0 wpe"))

@@ -22,18 +22,24 @@ from tests.parity.rectok_models import below
 from tokenizer.adapters import ADAPTERS as TOKENIZER_ADAPTERS
 
 ADAPTER = ADAPTERS["rar"]
-NETWORK = (
-    reads("vq_model.codebook_size vq_model.num_latent_tokens class_label_dropout")
-    | (reads("hidden_size num_hidden_layers num_attention_heads intermediate_size dropout attn_drop image_seq_len"
-             " condition_num_classes perturb_mode transition_alignment transition_alignment_weight encode_align decode_align"
-             " encode_align_layer_idx decode_align_layer_idx projection_dim z_dim")
-       | notes("ways to compute the same", "use_checkpoint kv_cache")
-       | notes("given to the call", "randomize_temperature guidance_scale guidance_scale_pow class_label_dropout")
-       | notes("the call is told where the annealing stands", "randomness_anneal_start randomness_anneal_end")
-       ).below("generator"))
+NETWORK = reads("vq_model.codebook_size vq_model.num_latent_tokens class_label_dropout") | (
+    reads(
+        "hidden_size num_hidden_layers num_attention_heads intermediate_size dropout attn_drop image_seq_len"
+        " condition_num_classes perturb_mode transition_alignment transition_alignment_weight encode_align decode_align"
+        " encode_align_layer_idx decode_align_layer_idx projection_dim z_dim"
+    )
+    | notes("ways to compute the same", "use_checkpoint kv_cache")
+    | notes("given to the call", "randomize_temperature guidance_scale guidance_scale_pow class_label_dropout")
+    | notes("the call is told where the annealing stands", "randomness_anneal_start randomness_anneal_end")
+).below("generator")
 TRAINED = NETWORK | reads("random_ratio")
-SAMPLED = NETWORK | notes("of training", "random_ratio") | (
-    reads("guidance_scale randomize_temperature guidance_scale_pow") | notes("computes the same", "kv_cache")).below("sampling")
+SAMPLED = (
+    NETWORK
+    | notes("of training", "random_ratio")
+    | (reads("guidance_scale randomize_temperature guidance_scale_pow") | notes("computes the same", "kv_cache")).below(
+        "sampling"
+    )
+)
 
 
 def build(case: Case, weights: dict[str, Tensor] | None = None) -> RAR:
@@ -42,25 +48,52 @@ def build(case: Case, weights: dict[str, Tensor] | None = None) -> RAR:
     layers, rear = args["num_hidden_layers"], None
     if vq.get("num_latent_tokens", args["image_seq_len"]) != args["image_seq_len"]:
         raise FieldError(f"sequences of {args['image_seq_len']} for pictures of {vq['num_latent_tokens']} codes")
-    given = {name: args.get(name) for name in ("encode_align", "decode_align", "encode_align_layer_idx", "projection_dim",
-                                               "decode_align_layer_idx", "transition_alignment_weight", "z_dim")}
+    given = {
+        name: args.get(name)
+        for name in (
+            "encode_align",
+            "decode_align",
+            "encode_align_layer_idx",
+            "projection_dim",
+            "decode_align_layer_idx",
+            "transition_alignment_weight",
+            "z_dim",
+        )
+    }
     if "perturb_mode" in args:
         aligned = args.get("transition_alignment", False)
-        index = {part: given[f"{part}_align_layer_idx"] if aligned and given[f"{part}_align"] in (None, True) else None
-                 for part in ("encode", "decode")}
+        index = {
+            part: given[f"{part}_align_layer_idx"] if aligned and given[f"{part}_align"] in (None, True) else None
+            for part in ("encode", "decode")
+        }
         if index["encode"] == index["decode"]:  # the official code then silently skips the decode head
             index["decode"] = None
         # The official code builds a head on a layer that does not exist; it never runs.
         rear = {f"{part}_layer": None if layer is None else min(layer, layers - 1) for part, layer in index.items()}
         mode = args["perturb_mode"]
-        rear |= {"noise": mode if mode in ("switch", "mask") else "none", "anneal": [0.0, 1.0],
-                 "weight": args.get("transition_alignment_weight", 1.0), "projection": args.get("projection_dim", 2048)}
+        rear |= {
+            "noise": mode if mode in ("switch", "mask") else "none",
+            "anneal": [0.0, 1.0],
+            "weight": args.get("transition_alignment_weight", 1.0),
+            "projection": args.get("projection_dim", 2048),
+        }
     model = RAR(
-        size={"width": args["hidden_size"], "layers": layers, "heads": args["num_attention_heads"],
-              "hidden": args["intermediate_size"]},
-        length=args["image_seq_len"], vocab=vq["codebook_size"], num_classes=args["condition_num_classes"],
-        label_drop=case.config["class_label_dropout"], dropout=args["dropout"], attention_dropout=args["attn_drop"],
-        code_dim=args.get("z_dim", 256), rear=rear, permute=None if rear else [0.0, 1.0])
+        size={
+            "width": args["hidden_size"],
+            "layers": layers,
+            "heads": args["num_attention_heads"],
+            "hidden": args["intermediate_size"],
+        },
+        length=args["image_seq_len"],
+        vocab=vq["codebook_size"],
+        num_classes=args["condition_num_classes"],
+        label_drop=case.config["class_label_dropout"],
+        dropout=args["dropout"],
+        attention_dropout=args["attn_drop"],
+        code_dim=args.get("z_dim", 256),
+        rear=rear,
+        permute=None if rear else [0.0, 1.0],
+    )
     ADAPTER.load(model, weights or case.weights)
     if model.alignment is not None and "codebook" in case.inputs:
         model.alignment.set_codebook(case.inputs["codebook"][:, None])
@@ -73,8 +106,12 @@ def ratio(value: float) -> Progress:
 
 
 def recorded(inputs: dict[str, Tensor], vocab: int) -> RecordedDraws:
-    names = {"label_drop_u": "label_drop", "noise_ratio_u": "noise_ratio", "noise_select_u": "noise_select",
-             "order_u": "order"}
+    names = {
+        "label_drop_u": "label_drop",
+        "noise_ratio_u": "noise_ratio",
+        "noise_select_u": "noise_select",
+        "order_u": "order",
+    }
     draws = {ours: inputs[theirs] for theirs, ours in names.items() if theirs in inputs}
     draws = {name: value[..., None] if name == "noise_select" else value for name, value in draws.items()}
     if "noise_ratio" in draws:
@@ -108,13 +145,20 @@ def training(case: Case, loss: Loss, model: RAR, progress: Progress) -> dict[str
     with torch.no_grad():
         x, condition = model.slots(given, dropped, order)
         x = model.run(x, condition, taps=taps)
-        result |= {"logits": model.logits(x[:, 1:], condition[:, 1:]), "labels": wanted,
-                   "condition_ids": model.condition_ids(dropped)}
+        result |= {
+            "logits": model.logits(x[:, 1:], condition[:, 1:]),
+            "labels": wanted,
+            "condition_ids": model.condition_ids(dropped),
+        }
         for part in ("encode", "decode"):
             if model.alignment is not None and getattr(model.alignment, part) is not None:
                 result[f"{part}_z"] = getattr(model.alignment, part)(taps[getattr(model.rear, f"{part}_layer")])
-    result |= {"loss": loss.total[None], "ar_loss": loss.logs["ce"][None], "correct_tokens": loss.logs["accuracy"][None],
-               "proj_loss": loss.logs.get("alignment", torch.zeros(()))[None]}
+    result |= {
+        "loss": loss.total[None],
+        "ar_loss": loss.logs["ce"][None],
+        "correct_tokens": loss.logs["accuracy"][None],
+        "proj_loss": loss.logs.get("alignment", torch.zeros(()))[None],
+    }
     return result
 
 
@@ -122,21 +166,41 @@ def training(case: Case, loss: Loss, model: RAR, progress: Progress) -> dict[str
 @kind("rear", "rar_train", TRAINED)
 def train_forward(case: Case) -> dict[str, Tensor]:
     model, progress = build(case).train(), ratio(case.config["random_ratio"])
-    loss = model(case.inputs["tokens"][..., None], case.inputs["class_id"], recorded(case.inputs, model.vocab), progress)
+    loss = model(
+        case.inputs["tokens"][..., None], case.inputs["class_id"], recorded(case.inputs, model.vocab), progress
+    )
     return training(case, loss, model, progress)
 
 
-@kind("rear", "rear_steps", NETWORK | reads("steps anneal_end max_grad_norm optimizer.learning_rate optimizer.beta1"
-                                       " optimizer.beta2 optimizer.weight_decay lr_scheduler.max_train_steps"
-                                       " lr_scheduler.warmup_steps lr_scheduler.end_lr")
-      | only(**{"optimizer.eps": 1e-8, "lr_scheduler.name": "cosine"}) | notes("annealed by the step", "random_ratio"))
+@kind(
+    "rear",
+    "rear_steps",
+    NETWORK
+    | reads(
+        "steps anneal_end max_grad_norm optimizer.learning_rate optimizer.beta1"
+        " optimizer.beta2 optimizer.weight_decay lr_scheduler.max_train_steps"
+        " lr_scheduler.warmup_steps lr_scheduler.end_lr"
+    )
+    | only(**{"optimizer.eps": 1e-8, "lr_scheduler.name": "cosine"})
+    | notes("annealed by the step", "random_ratio"),
+)
 def rear_steps(case: Case) -> dict[str, Tensor]:
     """Steps as the trainer takes them: groups, clipping, schedule, annealed noise."""
     config, model = case.config, build(case).train()
-    optimizer = OptimizerConfig(lr=config["optimizer"]["learning_rate"], weight_decay=config["optimizer"]["weight_decay"],
-                                betas=[config["optimizer"]["beta1"], config["optimizer"]["beta2"]])
-    rates = schedule({"name": "cosine", "base_lr": optimizer.lr, "end_lr": config["lr_scheduler"]["end_lr"],
-                      "warmup": config["lr_scheduler"]["warmup_steps"], "total": config["lr_scheduler"]["max_train_steps"]})
+    optimizer = OptimizerConfig(
+        lr=config["optimizer"]["learning_rate"],
+        weight_decay=config["optimizer"]["weight_decay"],
+        betas=[config["optimizer"]["beta1"], config["optimizer"]["beta2"]],
+    )
+    rates = schedule(
+        {
+            "name": "cosine",
+            "base_lr": optimizer.lr,
+            "end_lr": config["lr_scheduler"]["end_lr"],
+            "warmup": config["lr_scheduler"]["warmup_steps"],
+            "total": config["lr_scheduler"]["max_train_steps"],
+        }
+    )
     adamw, result = make_adamw(model, optimizer), {"losses": [], "grad_norms": [], "lrs": []}
     for step in range(config["steps"]):
         inputs = {name: value if name == "codebook" else value[step] for name, value in case.inputs.items()}
@@ -150,7 +214,10 @@ def rear_steps(case: Case) -> dict[str, Tensor]:
         result["grad_norms"].append(torch.nn.utils.clip_grad_norm_(model.parameters(), config["max_grad_norm"]))
         result["lrs"].append(torch.tensor(rates(step), dtype=torch.float64))
         adamw.step()
-    return {**{name: torch.stack(values) for name, values in result.items()}, **official(model, model.state_dict(), "after")}
+    return {
+        **{name: torch.stack(values) for name, values in result.items()},
+        **official(model, model.state_dict(), "after"),
+    }
 
 
 @kind("rear", "gen", SAMPLED)
@@ -162,20 +229,33 @@ def generate(case: Case, weights: dict[str, Tensor] | None = None) -> dict[str, 
     noise = case.inputs.get("sample_u")
     if noise is None:
         noise = torch.full((len(labels), model.length, model.vocab), 1.0)  # argmax of probability / 1
-    ids = model.sample(labels, RecordedDraws({"codes": noise.unsqueeze(2)}), guidance,
-                       temperature=sampling["randomize_temperature"], trace=trace)
+    ids = model.sample(
+        labels,
+        RecordedDraws({"codes": noise.unsqueeze(2)}),
+        guidance,
+        temperature=sampling["randomize_temperature"],
+        trace=trace,
+    )
     return {"ids": ids[..., 0], "probs": torch.stack([p for _, p in trace], 1)}
 
 
 def schedule(recipe: dict) -> Schedule:
     """Learning rate per step: one picture per step."""
     settings = ScheduleConfig(recipe["name"], Duration(f"{recipe['warmup']}step"), recipe["end_lr"])
-    return Schedule.from_config(OptimizerConfig(lr=recipe["base_lr"]), settings, global_batch=1, images_per_epoch=1,
-                                total_images=recipe["total"])
+    return Schedule.from_config(
+        OptimizerConfig(lr=recipe["base_lr"]),
+        settings,
+        global_batch=1,
+        images_per_epoch=1,
+        total_images=recipe["total"],
+    )
 
 
-@kind("rear", "sched",
-      reads("anneal.* lr.*.name lr.*.total lr.*.warmup lr.*.base_lr lr.*.end_lr cfg.*.n cfg.*.scale cfg.*.pow"))
+@kind(
+    "rear",
+    "sched",
+    reads("anneal.* lr.*.name lr.*.total lr.*.warmup lr.*.base_lr lr.*.end_lr cfg.*.n cfg.*.scale cfg.*.pow"),
+)
 def schedules(case: Case) -> dict[str, Tensor]:
     steps, result = case.inputs["steps"].tolist(), {}
     for name, (start, end) in case.config["anneal"].items():
@@ -201,4 +281,8 @@ def end_to_end(case: Case) -> dict[str, Tensor]:
     sampled = generate(case, below(case.weights, "generator."))
     with torch.no_grad():
         pictures = tokenizer.eval().decode(sampled["ids"][..., None])
-    return {**sampled, "float_nchw": to_unit_range(pictures, clamp=True), "uint8_nhwc": to_uint8(pictures).permute(0, 2, 3, 1)}
+    return {
+        **sampled,
+        "float_nchw": to_unit_range(pictures, clamp=True),
+        "uint8_nhwc": to_uint8(pictures).permute(0, 2, 3, 1),
+    }

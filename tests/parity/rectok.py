@@ -21,8 +21,13 @@ from tokenizer.continuous.stats import StatsAccumulator
 from tokenizer.losses.objective import Objective
 
 # Recorded input -> our name of the draw.
-TOKENIZER_DRAWS = {"mask_ratio_draw": "mask_ratio", "mask_noise": "mask", "eps_posterior": "posterior",
-                   "t_draw": "time", "eps_noise": "noise"}
+TOKENIZER_DRAWS = {
+    "mask_ratio_draw": "mask_ratio",
+    "mask_noise": "mask",
+    "eps_posterior": "posterior",
+    "t_draw": "time",
+    "eps_noise": "noise",
+}
 GENERATOR_DRAWS = {"x0_noise": "noise", "t_draw": "time", "label_drop_draw": "label_drop", "z": "noise"}
 
 
@@ -79,8 +84,11 @@ def tok_eval(case: Case) -> dict[str, Tensor]:
     return out
 
 
-@kind("rectok", "tok_train", TOKENIZER | TEACHER | reads("kl_weight sem_weight sem_loss_type")
-      | notes("the outputs tell", "grads"))
+@kind(
+    "rectok",
+    "tok_train",
+    TOKENIZER | TEACHER | reads("kl_weight sem_weight sem_loss_type") | notes("the outputs tell", "grads"),
+)
 def tok_train(case: Case) -> dict[str, Tensor]:
     args, images = case.config["args"], case.inputs["x"]
     tokenizer = build_tokenizer(case).train()

@@ -17,16 +17,36 @@ from tokenizer.losses.discriminators import PatchGAN
 from tokenizer.losses.objective import Objective
 from tokenizer.teachers import DINOv3Teacher
 
-
-BACKBONE = "hidden_size intermediate_size num_hidden_layers num_attention_heads patch_size num_register_tokens rope_theta"
-TEACHER = (reads("processor_size") | (reads(BACKBONE + " image_size")
-           | only(layer_norm_eps=1e-5, hidden_act="gelu", num_channels=3, use_gated_mlp=False, mlp_bias=True, query_bias=True,
-                  key_bias=False, value_bias=True, proj_bias=True, attention_dropout=0.0, drop_path_rate=0.0)
-           | notes("only in train mode, or before training", "layerscale_value initializer_range pos_embed_shift"
-                   " pos_embed_jitter pos_embed_rescale")).below("dinov3")).below("teacher")
+BACKBONE = (
+    "hidden_size intermediate_size num_hidden_layers num_attention_heads patch_size num_register_tokens rope_theta"
+)
+TEACHER = (
+    reads("processor_size")
+    | (
+        reads(BACKBONE + " image_size")
+        | only(
+            layer_norm_eps=1e-5,
+            hidden_act="gelu",
+            num_channels=3,
+            use_gated_mlp=False,
+            mlp_bias=True,
+            query_bias=True,
+            key_bias=False,
+            value_bias=True,
+            proj_bias=True,
+            attention_dropout=0.0,
+            drop_path_rate=0.0,
+        )
+        | notes(
+            "only in train mode, or before training",
+            "layerscale_value initializer_range pos_embed_shift pos_embed_jitter pos_embed_rescale",
+        )
+    ).below("dinov3")
+).below("teacher")
 LOSS = reads("lpips_widths convnext_blocks convnext_classes disc_ndf epochs") | reads(
     "reconstruction_weight perceptual_weight perceptual_loss sem_weight sem_loss_type sem_target kl_weight"
-    " discriminator_weight discriminator_start_epoch").below("args")
+    " discriminator_weight discriminator_start_epoch"
+).below("args")
 
 
 def official_parts(text: str) -> dict[str, float]:
@@ -111,7 +131,9 @@ def loss(case: Case) -> dict[str, Tensor]:
         result = objective.generator_loss(images, recon, {"dinov3": inputs["sem"]}, discriminator, progress)
         result.total.backward()
         logs, active = result.logs, objective.gan_active(progress)
-        reconstruction = weights["reconstruction"] * logs["reconstruction"]  # theirs is reported so, and PSNR taken from it
+        reconstruction = (
+            weights["reconstruction"] * logs["reconstruction"]
+        )  # theirs is reported so, and PSNR taken from it
         out |= {
             f"ep{epoch}/gen/{name}": value
             for name, value in {

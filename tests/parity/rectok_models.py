@@ -16,22 +16,42 @@ TEACHERS = ("dinov3", "dinov2", "siglip")
 
 # Official argument -> ours, where the value is the same.
 TOKENIZER_ARGUMENTS = {
-    "img_size": "image_size", "patch_size": "patch_size", "token_channels": "channels", "gamma": "gamma",
-    "noise_schedule": "noise_schedule", "mask_ratio": "mask_ratio", "mask_ratio_min": "mask_ratio_min",
+    "img_size": "image_size",
+    "patch_size": "patch_size",
+    "token_channels": "channels",
+    "gamma": "gamma",
+    "noise_schedule": "noise_schedule",
+    "mask_ratio": "mask_ratio",
+    "mask_ratio_min": "mask_ratio_min",
     "mask_ratio_type": "mask_ratio_type",
 }
 
 TOKENIZER = reads("SIZE_DICT.*.width SIZE_DICT.*.layers SIZE_DICT.*.heads") | (
-    reads("img_size patch_size token_channels gamma noise_schedule mask_ratio mask_ratio_min mask_ratio_type"
-          " vit_enc_model_size vit_dec_model_size vit_sem_model_size foundation_model_type sem_dec_type sem_input_type sem_target")
+    reads(
+        "img_size patch_size token_channels gamma noise_schedule mask_ratio mask_ratio_min mask_ratio_type"
+        " vit_enc_model_size vit_dec_model_size vit_sem_model_size foundation_model_type sem_dec_type sem_input_type sem_target"
+    )
     | notes("the weights tell", "use_qknorm qk_norm")
     | notes("has no effect officially", "model cls_token_type grad_checkpointing")
-    | only(diff_cls_token=False, disable_kl=False, scale_factor=1.0)).below("args")
-NETWORK = (reads("img_size tokenizer_patch_size token_channels hidden_size depth num_heads num_classes label_dropout_prob"
-                 " label_drop_prob class_dropout_prob num_sampling_steps")
-           | only(patch_size=[[1, 1], 1], mlp_ratio=4.0, use_swiglu=True, use_rope=True, use_rmsnorm=True, wo_shift=False,
-                  use_pos_embed=True)
-           | notes("the weights tell", "use_qknorm qk_norm") | notes("has no effect officially", "model grad_checkpointing"))
+    | only(diff_cls_token=False, disable_kl=False, scale_factor=1.0)
+).below("args")
+NETWORK = (
+    reads(
+        "img_size tokenizer_patch_size token_channels hidden_size depth num_heads num_classes label_dropout_prob"
+        " label_drop_prob class_dropout_prob num_sampling_steps"
+    )
+    | only(
+        patch_size=[[1, 1], 1],
+        mlp_ratio=4.0,
+        use_swiglu=True,
+        use_rope=True,
+        use_rmsnorm=True,
+        wo_shift=False,
+        use_pos_embed=True,
+    )
+    | notes("the weights tell", "use_qknorm qk_norm")
+    | notes("has no effect officially", "model grad_checkpointing")
+)
 GENERATOR = NETWORK.below("args", "guide_args")
 
 
@@ -55,7 +75,11 @@ def build_tokenizer(case: Case) -> RecTok:
     sizes = case.config["SIZE_DICT"].plain() if case.config.get("SIZE_DICT") else {}
     for name in ("foundation_model_type", "sem_dec_type", "sem_input_type", "vit_sem_model_size", "sem_target"):
         args.get(name)  # of the semantic decoders, where there are any
-    if unknown := {word.strip() for word in (args.get("foundation_model_type") or "").split(",")} - {*TEACHERS, "", "none"}:
+    if unknown := {word.strip() for word in (args.get("foundation_model_type") or "").split(",")} - {
+        *TEACHERS,
+        "",
+        "none",
+    }:
         raise FieldError(f"foundation_model_type {sorted(unknown)}: known are {', '.join(TEACHERS)}")
 
     def size(argument: str, default: str) -> dict[str, int]:
@@ -73,8 +97,13 @@ def build_tokenizer(case: Case) -> RecTok:
             "size": size("vit_sem_model_size", "tiny"),
             "input": args.get("sem_input_type", "noisy"),
         }
-    tokenizer = RecTok(encoder=size("vit_enc_model_size", "base"), decoder=size("vit_dec_model_size", "base"),
-                       mask_ratio=0.0, qk_norm=has_qk_norm(case.weights), **settings)
+    tokenizer = RecTok(
+        encoder=size("vit_enc_model_size", "base"),
+        decoder=size("vit_dec_model_size", "base"),
+        mask_ratio=0.0,
+        qk_norm=has_qk_norm(case.weights),
+        **settings,
+    )
     # Set afterwards, since our constructor refuses an MLP decoder together with masking and the official one does not.
     tokenizer.mask_ratio = mask_ratio
     tokenizer_adapters.ADAPTERS["rectok"].load(tokenizer, case.weights)
@@ -87,8 +116,14 @@ def build_generator(args: dict[str, Any], weights: dict[str, Any]) -> DiTDH:
     (trunk_width, head_width), (trunk_depth, head_depth) = args["hidden_size"], args["depth"]
     trunk_heads, head_heads = args["num_heads"]
     generator = DiTDH(
-        size={"trunk_width": trunk_width, "trunk_depth": trunk_depth, "trunk_heads": trunk_heads,
-              "head_width": head_width, "head_depth": head_depth, "head_heads": head_heads},
+        size={
+            "trunk_width": trunk_width,
+            "trunk_depth": trunk_depth,
+            "trunk_heads": trunk_heads,
+            "head_width": head_width,
+            "head_depth": head_depth,
+            "head_heads": head_heads,
+        },
         channels=args["token_channels"],
         grid=args["img_size"] // args["tokenizer_patch_size"],
         num_classes=args.get("num_classes", 1000),

@@ -14,9 +14,9 @@ from core.train.optim import Schedule
 from data.loader import part
 from data.transforms import Transform
 from evaluation.frechet import frechet_distance
-from evaluation.moments import Moments
-from evaluation.inception_score import inception_score
 from evaluation.image_metrics import psnr
+from evaluation.inception_score import inception_score
+from evaluation.moments import Moments
 from tests.parity import Case, kind
 from tests.parity.fields import reads
 
@@ -30,12 +30,22 @@ def schedule(recipe: dict) -> Schedule:
         recipe.get(name)  # one or the other pair counts
     if shape and shape != "none":  # constant, then a decay between two epochs; its warm-up is only the wait before it
         shape = recipe["lr_sched"] if shape is True else shape
-        ours = ScheduleConfig(shape, Duration("0ep"), recipe["min_lr"], Duration(f"{recipe['warmup_start_epoch']}ep"),
-                              Duration(f"{recipe['warmup_end_epoch']}ep"))
+        ours = ScheduleConfig(
+            shape,
+            Duration("0ep"),
+            recipe["min_lr"],
+            Duration(f"{recipe['warmup_start_epoch']}ep"),
+            Duration(f"{recipe['warmup_end_epoch']}ep"),
+        )
     else:
         ours = ScheduleConfig(recipe["lr_sched"], Duration(f"{recipe['warmup_epochs']}ep"), recipe["min_lr"])
-    return Schedule.from_config(OptimizerConfig(lr=recipe["lr"]), ours, global_batch=1, images_per_epoch=IMAGES_PER_EPOCH,
-                                total_images=recipe["epochs"] * IMAGES_PER_EPOCH)
+    return Schedule.from_config(
+        OptimizerConfig(lr=recipe["lr"]),
+        ours,
+        global_batch=1,
+        images_per_epoch=IMAGES_PER_EPOCH,
+        total_images=recipe["epochs"] * IMAGES_PER_EPOCH,
+    )
 
 
 def average(first: Tensor, weights: Tensor, decay: float) -> Tensor:
@@ -49,9 +59,14 @@ def average(first: Tensor, weights: Tensor, decay: float) -> Tensor:
     return ema.state(decay)["weight"]
 
 
-@kind("rectok", "utils", reads(
-    "img_size ranks ema_decay new_len lr.*.ditdh_sched lr.*.lr lr.*.min_lr lr.*.warmup_epochs lr.*.epochs lr.*.lr_sched"
-    " lr.*.warmup_start_epoch lr.*.warmup_end_epoch"))
+@kind(
+    "rectok",
+    "utils",
+    reads(
+        "img_size ranks ema_decay new_len lr.*.ditdh_sched lr.*.lr lr.*.min_lr lr.*.warmup_epochs lr.*.epochs lr.*.lr_sched"
+        " lr.*.warmup_start_epoch lr.*.warmup_end_epoch"
+    ),
+)
 def utils(case: Case) -> dict[str, Tensor]:
     inputs, config = case.inputs, case.config
     result: dict[str, Tensor] = {}

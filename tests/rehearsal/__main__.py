@@ -18,8 +18,9 @@ from tests.rehearsal.steps import Rehearsal
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(prog="python -m tests.rehearsal", description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        prog="python -m tests.rehearsal", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("recipes", nargs="*", metavar="RECIPE")
     parser.add_argument("--start", action="store_true")
     parser.add_argument("--direct", action="store_true")

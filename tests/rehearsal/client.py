@@ -10,7 +10,9 @@ import sys
 
 def main() -> int:
     arguments = sys.argv[1:]
-    if not arguments or arguments[0].startswith("-"):  # python -c ..., python -m ...
+    if not arguments or (
+        arguments[0].startswith("-") and not (arguments[0] == "-m" and arguments[1].startswith("scripts."))
+    ):
         os.execv(sys.executable, [sys.executable, *arguments])
     server = socket.socket(socket.AF_UNIX)
     server.connect(os.environ["TESSERA_REHEARSAL_SERVER"])

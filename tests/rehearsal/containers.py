@@ -17,8 +17,9 @@ import pathlib
 import sys
 import types
 from collections import OrderedDict, defaultdict
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Callable
+from typing import Any
 
 import numpy
 import torch
@@ -91,9 +92,12 @@ class _Arguments:
 
 
 _FOREIGN = {
-    ("ruamel.yaml.scalarfloat", "ScalarFloat"): _Scalar, ("ruamel.yaml.scalarint", "ScalarInt"): _Integer,
-    ("ruamel.yaml.comments", "CommentedMap"): _Map, ("omegaconf.dictconfig", "DictConfig"): _Node,
-    ("config_util", "Config"): _Config, ("modelling.tokenizer", "ModelArgs"): _Arguments,
+    ("ruamel.yaml.scalarfloat", "ScalarFloat"): _Scalar,
+    ("ruamel.yaml.scalarint", "ScalarInt"): _Integer,
+    ("ruamel.yaml.comments", "CommentedMap"): _Map,
+    ("omegaconf.dictconfig", "DictConfig"): _Node,
+    ("config_util", "Config"): _Config,
+    ("modelling.tokenizer", "ModelArgs"): _Arguments,
 }
 _HOMES = {cls: home for home, cls in _FOREIGN.items()}
 
@@ -126,21 +130,45 @@ def foreign():
 def arguments(**more: Any) -> argparse.Namespace:
     """What argparse, a YAML of ruamel and the trainer's own additions leave in `args`."""
     return argparse.Namespace(
-        lr=_Scalar(2e-4), weight_decay=_Scalar(0.05), epochs=_Integer(200), betas=[0.9, _Scalar(0.95)],
-        model=_Map(v_patch_nums=[1, 1, 2], codebook_size=_Integer(4096)), results_dir=pathlib.PosixPath("results"),
-        seed=numpy.int64(0), best_rfid=numpy.float64(1.5), losses=numpy.linspace(0, 1, 3), shapes=defaultdict(list, a=[1]),
-        started=datetime.datetime(2024, 10, 1, 12), omega=_Node({"lr": 1e-4, "list": [1, 2]}), dataclass=_Arguments(),
-        note="a bytearray in words, and os.system as well", dtype=torch.bfloat16, device=torch.device("cpu"),
-        size=torch.Size([3, 256, 256]), flag=None, **more)
+        lr=_Scalar(2e-4),
+        weight_decay=_Scalar(0.05),
+        epochs=_Integer(200),
+        betas=[0.9, _Scalar(0.95)],
+        model=_Map(v_patch_nums=[1, 1, 2], codebook_size=_Integer(4096)),
+        results_dir=pathlib.PosixPath("results"),
+        seed=numpy.int64(0),
+        best_rfid=numpy.float64(1.5),
+        losses=numpy.linspace(0, 1, 3),
+        shapes=defaultdict(list, a=[1]),
+        started=datetime.datetime(2024, 10, 1, 12),
+        omega=_Node({"lr": 1e-4, "list": [1, 2]}),
+        dataclass=_Arguments(),
+        note="a bytearray in words, and os.system as well",
+        dtype=torch.bfloat16,
+        device=torch.device("cpu"),
+        size=torch.Size([3, 256, 256]),
+        flag=None,
+        **more,
+    )
 
 
 def optimizer_state(weights: dict[str, Tensor]) -> dict[str, Any]:
     """Of AdamW after one step, for the first parameters; hyper-parameters came from a YAML of ruamel."""
     few = [value for value in weights.values() if value.is_floating_point()][:3]
-    state = {i: {"step": torch.tensor(1.0), "exp_avg": torch.zeros_like(v), "exp_avg_sq": torch.zeros_like(v)}
-             for i, v in enumerate(few)}
-    group = {"lr": _Scalar(2e-4), "betas": (0.9, 0.95), "eps": 1e-8, "weight_decay": _Scalar(0.05), "amsgrad": False,
-             "foreach": None, "maximize": False, "params": list(range(len(few)))}
+    state = {
+        i: {"step": torch.tensor(1.0), "exp_avg": torch.zeros_like(v), "exp_avg_sq": torch.zeros_like(v)}
+        for i, v in enumerate(few)
+    }
+    group = {
+        "lr": _Scalar(2e-4),
+        "betas": (0.9, 0.95),
+        "eps": 1e-8,
+        "weight_decay": _Scalar(0.05),
+        "amsgrad": False,
+        "foreach": None,
+        "maximize": False,
+        "params": list(range(len(few))),
+    }
     return {"state": state, "param_groups": [group]}
 
 
@@ -171,16 +199,41 @@ def bare(weights: dict[str, Tensor], path: Path) -> Path:
 def rectok_trainer(weights: dict[str, Tensor], path: Path) -> Path:
     """utils/misc.py of RecTok: model with buffers, model_ema of the parameters alone, scaler, epoch."""
     averaged = {name: value for name, value in _averaged(weights).items() if name not in ROPE_TABLES}
-    scaler = {"scale": 65536.0, "growth_factor": 2.0, "backoff_factor": 0.5, "growth_interval": 2000, "_growth_tracker": 7}
-    return _save({"model": weights, "model_ema": averaged, "optimizer": optimizer_state(weights), "loss_scaler": scaler,
-                  "epoch": 599, "last_elapsed_time": 1.5}, path)
+    scaler = {
+        "scale": 65536.0,
+        "growth_factor": 2.0,
+        "backoff_factor": 0.5,
+        "growth_interval": 2000,
+        "_growth_tracker": 7,
+    }
+    return _save(
+        {
+            "model": weights,
+            "model_ema": averaged,
+            "optimizer": optimizer_state(weights),
+            "loss_scaler": scaler,
+            "epoch": 599,
+            "last_elapsed_time": 1.5,
+        },
+        path,
+    )
 
 
 def llamagen_trainer(weights: dict[str, Tensor], path: Path, **more: Any) -> Path:
     """FQGAN, ImageFolder and D-AR: model, ema, optimizer, discriminator, steps, args."""
-    return _save({"model": weights, "ema": _averaged(weights), "optimizer": optimizer_state(weights),
-                  "discriminator": {"main.0.weight": torch.zeros(4, 3, 4, 4)}, "optimizer_disc": optimizer_state(weights),
-                  "steps": 250000, "args": arguments(), **more}, path)
+    return _save(
+        {
+            "model": weights,
+            "ema": _averaged(weights),
+            "optimizer": optimizer_state(weights),
+            "discriminator": {"main.0.weight": torch.zeros(4, 3, 4, 4)},
+            "optimizer_disc": optimizer_state(weights),
+            "steps": 250000,
+            "args": arguments(),
+            **more,
+        },
+        path,
+    )
 
 
 def compiled_generator(weights: dict[str, Tensor], path: Path) -> Path:
@@ -191,18 +244,39 @@ def compiled_generator(weights: dict[str, Tensor], path: Path) -> Path:
 
 def dar_trainer(weights: dict[str, Tensor], path: Path, queries: int, groups: int, model: dict[str, Any]) -> Path:
     """D-AR's tokenizer: the config object alone says how many queries and groups there are."""
-    config = _Config({"model": {**model, "num_all_queries": queries, "num_query_groups": groups,
-                                "num_denoising_steps": groups, "queries_per_step": queries // groups}})
+    config = _Config(
+        {
+            "model": {
+                **model,
+                "num_all_queries": queries,
+                "num_query_groups": groups,
+                "num_denoising_steps": groups,
+                "queries_per_step": queries // groups,
+            }
+        }
+    )
     return llamagen_trainer(weights, path, config=config)
 
 
 def var_trainer(weights: dict[str, Tensor], path: Path, tokenizer: dict[str, Tensor], scales: list[int]) -> Path:
     """ar-ckpt-last.pth: {epoch, iter, trainer: {config, var_wo_ddp, vae_local, var_opt}, args}."""
-    config = {"patch_nums": tuple(scales), "resos": tuple(16 * s for s in scales), "label_smooth": 0.1, "prog_it": 0,
-              "last_prog_si": -1, "first_prog": True}
-    trainer = {"config": config, "var_wo_ddp": weights, "vae_local": tokenizer,
-               "var_opt": {"scaler": None, "optimizer": optimizer_state(weights)}}
-    given = OrderedDict(depth=2, exp_name="var", local_out_dir_path=pathlib.PosixPath("local_output"), tlr=_Scalar(1e-4))
+    config = {
+        "patch_nums": tuple(scales),
+        "resos": tuple(16 * s for s in scales),
+        "label_smooth": 0.1,
+        "prog_it": 0,
+        "last_prog_si": -1,
+        "first_prog": True,
+    }
+    trainer = {
+        "config": config,
+        "var_wo_ddp": weights,
+        "vae_local": tokenizer,
+        "var_opt": {"scaler": None, "optimizer": optimizer_state(weights)},
+    }
+    given = OrderedDict(
+        depth=2, exp_name="var", local_out_dir_path=pathlib.PosixPath("local_output"), tlr=_Scalar(1e-4)
+    )
     return _save({"epoch": 349, "iter": 0, "trainer": trainer, "args": given}, path)
 
 
@@ -213,15 +287,19 @@ def accelerate_folder(weights: dict[str, Tensor], path: Path) -> Path:
     save_file(weights, path / "model.safetensors", {"format": "pt"})
     _save(optimizer_state(weights), path / "optimizer.bin")
     _save({"last_epoch": 3, "_step_count": 4, "_last_lr": [_Scalar(4e-4)]}, path / "scheduler.bin")
-    _save({"step": 0, "numpy_random_seed": numpy.random.get_state(), "torch_manual_seed": torch.get_rng_state()},
-          path / "random_states_0.pkl")
+    _save(
+        {"step": 0, "numpy_random_seed": numpy.random.get_state(), "torch_manual_seed": torch.get_rng_state()},
+        path / "random_states_0.pkl",
+    )
     (path / "metadata.json").write_text(json.dumps({"global_step": 250000}))
     return path
 
 
 def fsdp_consolidated(weights: dict[str, Tensor], path: Path) -> Path:
     """D-AR's FSDP trainer gathers a bare state dict in bf16 and saves it as consolidated.pth."""
-    return _save({name: value.bfloat16() if value.is_floating_point() else value for name, value in weights.items()}, path)
+    return _save(
+        {name: value.bfloat16() if value.is_floating_point() else value for name, value in weights.items()}, path
+    )
 
 
 Writer = Callable[[dict[str, Tensor], Path], Path]

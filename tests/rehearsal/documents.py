@@ -14,10 +14,16 @@ ROOT = Path(__file__).resolve().parents[2]
 DOCUMENTS = ["README.md", *sorted(f"docs/{p.name}" for p in (ROOT / "docs").glob("*.md"))]
 PLACEHOLDERS = {  # words in capitals stand for something of the reader's
     "FILE": "reAR-L.safetensors",  # of the one command that says so
-    "CONFIG": "configs/fqgan/far_b_dual.yaml", "folder://...": "folder://data/imagenet/train", "MY_TOKENIZER_RUN": "imagenet-4096.pt",
-    "TOKENIZER": "pretrained_models/RecTok_decft.pth", "GENERATOR": "pretrained_models/ditdhxl_epoch_0599.pth",
-    "AUTOGUIDANCE": "pretrained_models/ditdhs_epoch_0029.pth", "CODE_PATH": "codes", "FOLDER": "data/tokens/imagenet",
-    "DIR": "data/tokens/imagenet", "layouts/*.json": "layouts/vqgan.json",
+    "CONFIG": "configs/fqgan/far_b_dual.yaml",
+    "folder://...": "folder://data/imagenet/train",
+    "MY_TOKENIZER_RUN": "imagenet-4096.pt",
+    "TOKENIZER": "pretrained_models/RecTok_decft.pth",
+    "GENERATOR": "pretrained_models/ditdhxl_epoch_0599.pth",
+    "AUTOGUIDANCE": "pretrained_models/ditdhs_epoch_0029.pth",
+    "CODE_PATH": "codes",
+    "FOLDER": "data/tokens/imagenet",
+    "DIR": "data/tokens/imagenet",
+    "layouts/*.json": "layouts/vqgan.json",
 }
 
 
@@ -45,15 +51,25 @@ RULES = [
     Rule(r"bash run_(train_\w+|decoder_finetune_tokenizer|finetune_decoder)\.sh", "--check"),
     Rule(r"bash run_(sample|pretokenize|eval_\w+|linear_probe|make_reference)\.sh", "--check"),
     Rule(r"bash run_download\.sh", "--dry-run"),
-    Rule(r"bash run_quickstart\.sh", "--help", "ten minutes; tests/test_quickstart.py runs the five with --smoke"),
+    Rule(r"bash run_quickstart\.sh", "--help", "ten minutes; tests/run/test_quickstart.py runs the five with --smoke"),
     Rule(r"bash run_tests\.sh", "--help", "these are the tests"),
-    Rule(r"python scripts/(convert|reconstruct|latent_stats)\.py", ""),
-    Rule(r"(OMP_NUM_THREADS=1 )?python scripts/benchmark\.py", "tiny", slow=True),
-    Rule(r"python scripts/known_answer\.py", "--help", "needs OpenAI's own 2 GB of samples, statistics and FID's own network"),
-    Rule(r"python scripts/benchmark_evaluation\.py", "--help", "compares speeds; tests/test_benchmark_evaluation.py runs it small"),
-    Rule(r"python scripts/torture\.py", "--help", "kills for minutes; tests/test_resume.py runs it small"),
+    Rule(r"python -m scripts\.(convert|reconstruct|latent_stats)", ""),
+    Rule(r"(OMP_NUM_THREADS=1 )?python -m scripts\.benchmark", "tiny", slow=True),
+    Rule(
+        r"python -m tests\.tools\.known_answer",
+        "--help",
+        "needs OpenAI's own 2 GB of samples, statistics and FID's own network",
+    ),
+    Rule(
+        r"python -m tests\.tools\.benchmark_evaluation",
+        "--help",
+        "compares speeds; tests/tools/test_benchmark_evaluation.py runs it small",
+    ),
+    Rule(
+        r"python -m tests\.tools\.torture", "--help", "kills for minutes; tests/core/train/test_resume.py runs it small"
+    ),
     Rule(r"python -m tests\.(parity|rehearsal)", "--help", "tests themselves"),
-    Rule(r"accelerate launch", "", "tests/test_launch.py"),
+    Rule(r"accelerate launch", "", "tests/scripts/test_launch.py"),
 ]
 
 

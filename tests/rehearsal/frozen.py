@@ -24,34 +24,73 @@ INCEPTION = "inception_stand_in.pth"  # the published name is for the published 
 
 def dinov3(width: int = 1024, layers: int = 24, patch: int = 16, registers: int = 4) -> Shapes:
     """facebook/dinov3-vitl16-pretrain-lvd1689m as the transformers library saves it."""
-    block = {**norm("norm1", width), **norm("norm2", width), **linear("attention.k_proj", width, width, False),
-             **{k: v for n in "qvo" for k, v in linear(f"attention.{n}_proj", width, width).items()},
-             "layer_scale1.lambda1": (width,), "layer_scale2.lambda1": (width,), **linear("mlp.up_proj", 4 * width, width),
-             **linear("mlp.down_proj", width, 4 * width)}
-    tokens = {"cls_token": (1, 1, width), "mask_token": (1, 1, width), "register_tokens": (1, registers, width),
-              **conv("patch_embeddings", width, 3, patch)}
+    block = {
+        **norm("norm1", width),
+        **norm("norm2", width),
+        **linear("attention.k_proj", width, width, False),
+        **{k: v for n in "qvo" for k, v in linear(f"attention.{n}_proj", width, width).items()},
+        "layer_scale1.lambda1": (width,),
+        "layer_scale2.lambda1": (width,),
+        **linear("mlp.up_proj", 4 * width, width),
+        **linear("mlp.down_proj", width, 4 * width),
+    }
+    tokens = {
+        "cls_token": (1, 1, width),
+        "mask_token": (1, 1, width),
+        "register_tokens": (1, registers, width),
+        **conv("patch_embeddings", width, 3, patch),
+    }
     return {**under("embeddings", tokens), **stack("layer", layers, block), **norm("norm", width)}
 
 
 def siglip(width: int = 1024, layers: int = 24, patch: int = 16, grid: int = 16) -> Shapes:
     """timm's vit_large_patch16_siglip_256: no class token, and a pooling head that is not read."""
-    shapes = {name: shape for name, shape in timm_vit(width, layers, grid, patch, layer_scale=False).items() if name != "cls_token"}
-    pool = {"latent": (1, 1, width), **linear("q", width, width), **linear("kv", 2 * width, width), **linear("proj", width, width),
-            **norm("norm", width), **linear("mlp.fc1", 4 * width, width), **linear("mlp.fc2", width, 4 * width)}
+    shapes = {
+        name: shape
+        for name, shape in timm_vit(width, layers, grid, patch, layer_scale=False).items()
+        if name != "cls_token"
+    }
+    pool = {
+        "latent": (1, 1, width),
+        **linear("q", width, width),
+        **linear("kv", 2 * width, width),
+        **linear("proj", width, width),
+        **norm("norm", width),
+        **linear("mlp.fc1", 4 * width, width),
+        **linear("mlp.fc2", width, 4 * width),
+    }
     return {**shapes, "pos_embed": (1, grid * grid, width), **under("attn_pool", pool)}
 
 
 def clip_transformers(width: int = 1024, layers: int = 24, patch: int = 14, grid: int = 16, text: int = 768) -> Shapes:
     """openai/clip-vit-large-patch14 as the transformers library saves it, a piece of the text part included."""
-    block = {**norm("layer_norm1", width), **norm("layer_norm2", width), **linear("mlp.fc1", 4 * width, width),
-             **linear("mlp.fc2", width, 4 * width),
-             **{k: v for n in ("q_proj", "k_proj", "v_proj", "out_proj") for k, v in linear(f"self_attn.{n}", width, width).items()}}
-    vision = {"embeddings.class_embedding": (width,), "embeddings.position_ids": (1, grid * grid + 1),
-              "embeddings.position_embedding.weight": (grid * grid + 1, width),
-              **conv("embeddings.patch_embedding", width, 3, patch, False), **norm("pre_layrnorm", width),
-              **stack("encoder.layers", layers, block), **norm("post_layernorm", width)}
-    return {**under("vision_model", vision), "logit_scale": (), "visual_projection.weight": (text, width),
-            "text_model.embeddings.token_embedding.weight": (64, text), **norm("text_model.final_layer_norm", text)}
+    block = {
+        **norm("layer_norm1", width),
+        **norm("layer_norm2", width),
+        **linear("mlp.fc1", 4 * width, width),
+        **linear("mlp.fc2", width, 4 * width),
+        **{
+            k: v
+            for n in ("q_proj", "k_proj", "v_proj", "out_proj")
+            for k, v in linear(f"self_attn.{n}", width, width).items()
+        },
+    }
+    vision = {
+        "embeddings.class_embedding": (width,),
+        "embeddings.position_ids": (1, grid * grid + 1),
+        "embeddings.position_embedding.weight": (grid * grid + 1, width),
+        **conv("embeddings.patch_embedding", width, 3, patch, False),
+        **norm("pre_layrnorm", width),
+        **stack("encoder.layers", layers, block),
+        **norm("post_layernorm", width),
+    }
+    return {
+        **under("vision_model", vision),
+        "logit_scale": (),
+        "visual_projection.weight": (text, width),
+        "text_model.embeddings.token_embedding.weight": (64, text),
+        **norm("text_model.final_layer_norm", text),
+    }
 
 
 def vgg16(widths: list[int]) -> Shapes:
@@ -74,8 +113,14 @@ def convnext(stages: list[list]) -> Shapes:
     first = stages[0][0]
     shapes = {**conv("features.0.0", first, 3, 4), **norm("features.0.1", first)}
     for i, (width, out, layers) in enumerate(stages):
-        block = {"layer_scale": (width, 1, 1), "block.0.weight": (width, 1, 7, 7), "block.0.bias": (width,),
-                 **norm("block.2", width), **linear("block.3", 4 * width, width), **linear("block.5", width, 4 * width)}
+        block = {
+            "layer_scale": (width, 1, 1),
+            "block.0.weight": (width, 1, 7, 7),
+            "block.0.bias": (width,),
+            **norm("block.2", width),
+            **linear("block.3", 4 * width, width),
+            **linear("block.5", width, 4 * width),
+        }
         shapes |= stack(f"features.{2 * i + 1}", layers, block)
         if out is not None:
             shapes |= {**norm(f"features.{2 * i + 2}.0", width), **conv(f"features.{2 * i + 2}.1", out, width, 2)}
@@ -83,7 +128,12 @@ def convnext(stages: list[list]) -> Shapes:
 
 
 def _batch_norm(name: str, width: int) -> Shapes:
-    return {**norm(name, width), f"{name}.running_mean": (width,), f"{name}.running_var": (width,), f"{name}.num_batches_tracked": ()}
+    return {
+        **norm(name, width),
+        f"{name}.running_mean": (width,),
+        f"{name}.running_var": (width,),
+        f"{name}.num_batches_tracked": (),
+    }
 
 
 def resnet50(layers: list[int]) -> Shapes:
@@ -92,11 +142,21 @@ def resnet50(layers: list[int]) -> Shapes:
     for stage, (count, width) in enumerate(zip(layers, (64, 128, 256, 512)), 1):
         for i in range(count):
             name = f"layer{stage}.{i}"
-            shapes |= {**conv(f"{name}.conv1", width, channels, 1, False), **conv(f"{name}.conv2", width, width, 3, False),
-                       **conv(f"{name}.conv3", 4 * width, width, 1, False),
-                       **{k: v for n, w in ((1, width), (2, width), (3, 4 * width)) for k, v in _batch_norm(f"{name}.bn{n}", w).items()}}
+            shapes |= {
+                **conv(f"{name}.conv1", width, channels, 1, False),
+                **conv(f"{name}.conv2", width, width, 3, False),
+                **conv(f"{name}.conv3", 4 * width, width, 1, False),
+                **{
+                    k: v
+                    for n, w in ((1, width), (2, width), (3, 4 * width))
+                    for k, v in _batch_norm(f"{name}.bn{n}", w).items()
+                },
+            }
             if i == 0:
-                shapes |= {**conv(f"{name}.downsample.0", 4 * width, channels, 1, False), **_batch_norm(f"{name}.downsample.1", 4 * width)}
+                shapes |= {
+                    **conv(f"{name}.downsample.0", 4 * width, channels, 1, False),
+                    **_batch_norm(f"{name}.downsample.1", 4 * width),
+                }
             channels = 4 * width
     return shapes
 
@@ -114,8 +174,13 @@ def inception() -> Shapes:
         for name, out, *kernel in convs:
             channels = add(f"{block}.{name}", out, channels, *kernel)
 
-    for name, out, channels, kernel in (("1a_3x3", 32, 3, 3), ("2a_3x3", 32, 32, 3), ("2b_3x3", 64, 32, 3), ("3b_1x1", 80, 64, 1),
-                                        ("4a_3x3", 192, 80, 3)):
+    for name, out, channels, kernel in (
+        ("1a_3x3", 32, 3, 3),
+        ("2a_3x3", 32, 32, 3),
+        ("2b_3x3", 64, 32, 3),
+        ("3b_1x1", 80, 64, 1),
+        ("4a_3x3", 192, 80, 3),
+    ):
         add(f"Conv2d_{name}", out, channels, kernel)
     for block, channels, pool in (("Mixed_5b", 192, 32), ("Mixed_5c", 256, 64), ("Mixed_5d", 288, 64)):
         chain(block, channels, ("branch1x1", 64))
@@ -127,11 +192,25 @@ def inception() -> Shapes:
     for block, c in (("Mixed_6b", 128), ("Mixed_6c", 160), ("Mixed_6d", 160), ("Mixed_6e", 192)):
         chain(block, 768, ("branch1x1", 192))
         chain(block, 768, ("branch7x7_1", c), ("branch7x7_2", c, 1, 7), ("branch7x7_3", 192, 7, 1))
-        chain(block, 768, ("branch7x7dbl_1", c), ("branch7x7dbl_2", c, 7, 1), ("branch7x7dbl_3", c, 1, 7),
-              ("branch7x7dbl_4", c, 7, 1), ("branch7x7dbl_5", 192, 1, 7))
+        chain(
+            block,
+            768,
+            ("branch7x7dbl_1", c),
+            ("branch7x7dbl_2", c, 7, 1),
+            ("branch7x7dbl_3", c, 1, 7),
+            ("branch7x7dbl_4", c, 7, 1),
+            ("branch7x7dbl_5", 192, 1, 7),
+        )
         chain(block, 768, ("branch_pool", 192))
     chain("Mixed_7a", 768, ("branch3x3_1", 192), ("branch3x3_2", 320, 3))
-    chain("Mixed_7a", 768, ("branch7x7x3_1", 192), ("branch7x7x3_2", 192, 1, 7), ("branch7x7x3_3", 192, 7, 1), ("branch7x7x3_4", 192, 3))
+    chain(
+        "Mixed_7a",
+        768,
+        ("branch7x7x3_1", 192),
+        ("branch7x7x3_2", 192, 1, 7),
+        ("branch7x7x3_3", 192, 7, 1),
+        ("branch7x7x3_4", 192, 3),
+    )
     for block, channels in (("Mixed_7b", 1280), ("Mixed_7c", 2048)):
         chain(block, channels, ("branch1x1", 320))
         for name, before in (("branch3x3", ("_1", 384)), ("branch3x3dbl", ("_1", 448))):
@@ -146,8 +225,14 @@ def inception() -> Shapes:
 
 def _settle(state: dict[str, Tensor]) -> dict[str, Tensor]:
     """BatchNorm's counts are whole numbers and its variances positive."""
-    return {name: torch.zeros(value.shape, dtype=torch.int64) if name.endswith(("num_batches_tracked", "position_ids"))
-            else value.abs() + 0.5 if name.endswith("running_var") else value for name, value in state.items()}
+    return {
+        name: torch.zeros(value.shape, dtype=torch.int64)
+        if name.endswith(("num_batches_tracked", "position_ids"))
+        else value.abs() + 0.5
+        if name.endswith("running_var")
+        else value
+        for name, value in state.items()
+    }
 
 
 def write_all(folder: Path) -> None:

@@ -1,8 +1,8 @@
 """A copy of the project as a user has it after the downloads, in which commands are run as users type them.
 
-    pretrained_models/   tiny files under the released names, in the released containers; the frozen helpers beside them
-    data/imagenet/       train and val in one folder per class; data/fid_stats/ with reference statistics
-    work_dirs/           what the commands leave behind
+pretrained_models/   tiny files under the released names, in the released containers; the frozen helpers beside them
+data/imagenet/       train and val in one folder per class; data/fid_stats/ with reference statistics
+work_dirs/           what the commands leave behind
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ import numpy
 from tests.rehearsal import frozen, released
 
 ROOT = Path(__file__).resolve().parents[2]
-CODE = ("core", "data", "evaluation", "generator", "tokenizer", "scripts", "configs")
+CODE = ("core", "data", "evaluation", "generator", "tokenizer", "run", "scripts", "configs")
 CLASSES, TRAIN, VAL = 4, 6, 3  # pictures per class
 LIMIT = 1200  # seconds for one command, which is far more than any needs
 
@@ -37,7 +37,7 @@ class Done:
     output: str
     seconds: float
 
-    def expect(self, *codes: int) -> "Done":
+    def expect(self, *codes: int) -> Done:
         assert self.code in (codes or (0,)), f"{self.command}\nended with {self.code}:\n{self.output[-4000:]}"
         assert "Traceback" not in self.output, f"{self.command}\n{self.output[-4000:]}"
         return self
@@ -66,14 +66,25 @@ class House:
 
     def _environment(self, direct: bool) -> dict[str, str]:
         kept = {k: v for k, v in os.environ.items() if not k.startswith(("PYTEST", "TESSERA", "COV_"))}
-        kept |= {"OMP_NUM_THREADS": "1", "NPROC": "1", "TESSERA_OFFLINE": "1", "HF_HUB_OFFLINE": "1",
-                 "TESSERA_PYTHON": sys.executable, "PYTHONDONTWRITEBYTECODE": "1",
-                 "TORCH_HOME": str(self.folder / "torch_home"), "HF_HOME": str(self.folder / "hf_home")}
+        kept |= {
+            "OMP_NUM_THREADS": "1",
+            "NPROC": "1",
+            "TESSERA_OFFLINE": "1",
+            "HF_HUB_OFFLINE": "1",
+            "TESSERA_PYTHON": sys.executable,
+            "PYTHONDONTWRITEBYTECODE": "1",
+            "TORCH_HOME": str(self.folder / "torch_home"),
+            "HF_HOME": str(self.folder / "hf_home"),
+        }
         if direct:
             return kept
         if self._server is None:
             self._start(kept)
-        return {**kept, "TESSERA_PYTHON": str(self.folder / "interpreter"), "TESSERA_REHEARSAL_SERVER": str(self._socket)}
+        return {
+            **kept,
+            "TESSERA_PYTHON": str(self.folder / "interpreter"),
+            "TESSERA_REHEARSAL_SERVER": str(self._socket),
+        }
 
     def _start(self, environment: dict[str, str]) -> None:
         here = Path(__file__).parent
@@ -81,8 +92,12 @@ class House:
         shim.write_text(f'#!/bin/sh\nexec {shlex.quote(sys.executable)} {shlex.quote(str(here / "client.py"))} "$@"\n')
         shim.chmod(0o755)
         with open(self.folder / "server.log", "wb") as log:
-            self._server = subprocess.Popen([sys.executable, str(here / "server.py"), str(self.folder), str(self._socket)],
-                                            env=environment, stdout=subprocess.PIPE, stderr=log)
+            self._server = subprocess.Popen(
+                [sys.executable, str(here / "server.py"), str(self.folder), str(self._socket)],
+                env=environment,
+                stdout=subprocess.PIPE,
+                stderr=log,
+            )
         assert self._server.stdout.readline() == b"ready\n", (self.folder / "server.log").read_text()
 
     def run(self, command: str, direct: bool = False, **variables: str) -> Done:
@@ -91,8 +106,15 @@ class House:
         command_line = command.replace("python ", '"$TESSERA_PYTHON" ', 1) if command.startswith("python ") else command
         started = time.monotonic()
         with tempfile.TemporaryFile("w+") as output:
-            code = subprocess.run(["bash", "-c", command_line], cwd=self.folder, env=environment, stdin=subprocess.DEVNULL,
-                                  stdout=output, stderr=subprocess.STDOUT, timeout=LIMIT).returncode
+            code = subprocess.run(
+                ["bash", "-c", command_line],
+                cwd=self.folder,
+                env=environment,
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                timeout=LIMIT,
+            ).returncode
             output.seek(0)
             text = output.read()
         return Done(command, code, text, time.monotonic() - started)
@@ -102,7 +124,9 @@ def copy_project(folder: Path) -> None:
     """The files of a plain clone that programs need; tests stay behind, so that nothing of them can be imported."""
     folder.mkdir(parents=True)
     for name in CODE:
-        shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__", "imagenet", "fid_stats", "tokens"))
+        shutil.copytree(
+            ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__", "imagenet", "fid_stats", "tokens")
+        )
     for file in ROOT.glob("run_*.sh"):
         shutil.copy2(file, folder)
     shutil.copy2(ROOT / "requirements.txt", folder)
@@ -139,5 +163,11 @@ def references(folder: Path) -> None:
     for name in ("adm_in256_stats.npz", "val_fid_statistics_file_256.npz", "val_fid_statistics_file_512.npz"):
         numpy.savez_compressed(folder / name, mu=mu, sigma=sigma)
     shots = draws.integers(0, 256, (8, 256, 256, 3), dtype=numpy.uint8)
-    numpy.savez_compressed(folder / "VIRTUAL_imagenet256_labeled.npz", arr_0=shots, mu=mu, sigma=sigma,
-                           mu_s=draws.random(2023), sigma_s=numpy.eye(2023))
+    numpy.savez_compressed(
+        folder / "VIRTUAL_imagenet256_labeled.npz",
+        arr_0=shots,
+        mu=mu,
+        sigma=sigma,
+        mu_s=draws.random(2023),
+        sigma_s=numpy.eye(2023),
+    )

@@ -17,13 +17,31 @@ from tests.rehearsal import frozen, released
 
 ROOT = Path(__file__).resolve().parents[2]
 CONFIGS = ROOT / "configs"
-SYSTEMS = {"rectok": "rectok/ditdh_xl", "fqgan": "fqgan/far_b_dual", "rear": "rear/rear_b", "dar": "dar/ar_l",
-           "imagefolder": "imagefolder/var_d17"}  # the generator whose whole chain stands for its system
+SYSTEMS = {
+    "rectok": "rectok/ditdh_xl",
+    "fqgan": "fqgan/far_b_dual",
+    "rear": "rear/rear_b",
+    "dar": "dar/ar_l",
+    "imagefolder": "imagefolder/var_d17",
+}  # the generator whose whole chain stands for its system
 
 VIT = "{width: 64, layers: 1, heads: 2}"
 _vit = "{" + ", ".join(f"{k}: {v}" for k, v in frozen.VIT.items()) + "}"
-DIT = ("{" + ", ".join(f"{k}: {v}" for k, v in {
-    "trunk_width": 64, "trunk_depth": 1, "trunk_heads": 2, "head_width": 96, "head_depth": 2, "head_heads": 2}.items()) + "}")
+DIT = (
+    "{"
+    + ", ".join(
+        f"{k}: {v}"
+        for k, v in {
+            "trunk_width": 64,
+            "trunk_depth": 1,
+            "trunk_heads": 2,
+            "head_width": 96,
+            "head_depth": 2,
+            "head_heads": 2,
+        }.items()
+    )
+    + "}"
+)
 CONVS = ["tokenizer.image_size=64", "tokenizer.channels=32", "tokenizer.vocab=64", "tokenizer.res_blocks=1"]
 
 # What stands in a section `<key>: {name: ...}` -> its sizes.
@@ -33,11 +51,21 @@ TOKENIZERS = {
     "maskgit_vqgan": [*CONVS, "tokenizer.channel_mult=[1,1,1,1,2]", "tokenizer.code_dim=32"],
     "vqgan_plus": [*CONVS, "tokenizer.channel_mult=[1,1,1,1,2]", "tokenizer.code_dim=16"],
     "fsq": [*(s for s in CONVS if "vocab" not in s), "tokenizer.channel_mult=[1,1,1,1,2]"],
-    "dar": ["tokenizer.encoder_width=64", "tokenizer.encoder_layers=1", "tokenizer.condition_width=64",
-            "tokenizer.condition_layers=1", "tokenizer.vocab=64", "tokenizer.decoder={width: 64, depth: 2, feature_layer: 1}",
-            "tokenizer.usage_window=512"],
-    "imagefolder": [f"tokenizer.encoder={_vit}", f"tokenizer.decoder={_vit}", "tokenizer.code_dim=8",
-                    "tokenizer.pretrained=pretrained_models/timm/vit_base_patch14_dinov2.lvd142m/model.safetensors"],
+    "dar": [
+        "tokenizer.encoder_width=64",
+        "tokenizer.encoder_layers=1",
+        "tokenizer.condition_width=64",
+        "tokenizer.condition_layers=1",
+        "tokenizer.vocab=64",
+        "tokenizer.decoder={width: 64, depth: 2, feature_layer: 1}",
+        "tokenizer.usage_window=512",
+    ],
+    "imagefolder": [
+        f"tokenizer.encoder={_vit}",
+        f"tokenizer.decoder={_vit}",
+        "tokenizer.code_dim=8",
+        "tokenizer.pretrained=pretrained_models/timm/vit_base_patch14_dinov2.lvd142m/model.safetensors",
+    ],
 }
 GENERATORS = {
     "dit_dh": [f"generator.size={DIT}"],
@@ -47,25 +75,48 @@ GENERATORS = {
     "var": ["generator.depth=2"],
 }
 # What an exported file of such a size does not say, as convert.py --set is told it; published sizes need none of it.
-UNTOLD = {"far": "size.heads=1", "gpt": "size.heads=1", "dar": "length=256 groups=8", "vqgan_plus": "normalise=false",
-          "rectok": "encoder.heads=2 decoder.heads=2", "imagefolder": "encoder.heads=2 decoder.heads=2"}
-TEACHERS = {
-    "dinov3": ["teachers.dinov3.hidden_size=32", "teachers.dinov3.intermediate_size=128", "teachers.dinov3.num_hidden_layers=1",
-               "teachers.dinov3.num_attention_heads=2"],
-    "dinov2": [f"teachers.dinov2.size={_vit}"], "dinov2_class": [f"teachers.dinov2_class.size={_vit}"],
-    "clip": [f"teachers.clip.size={_vit}"], "dinov2_patch16": [
-        f"teachers.dinov2_patch16.model={_vit}",  # no published size: its file is named
-        "teachers.dinov2_patch16.weights=pretrained_models/timm/vit_base_patch14_dinov2.lvd142m/model.safetensors"],
+UNTOLD = {
+    "far": "size.heads=1",
+    "gpt": "size.heads=1",
+    "dar": "length=256 groups=8",
+    "vqgan_plus": "normalise=false",
+    "rectok": "encoder.heads=2 decoder.heads=2",
+    "imagefolder": "encoder.heads=2 decoder.heads=2",
 }
-DISCRIMINATORS = {"patchgan": ["discriminator.ndf=8"], "blur": ["discriminator.channels=8", "discriminator.stages=2", "discriminator.groups=4"],
-                  "dino": [f"discriminator.size={_vit}", "discriminator.depths=[0]"]}
+TEACHERS = {
+    "dinov3": [
+        "teachers.dinov3.hidden_size=32",
+        "teachers.dinov3.intermediate_size=128",
+        "teachers.dinov3.num_hidden_layers=1",
+        "teachers.dinov3.num_attention_heads=2",
+    ],
+    "dinov2": [f"teachers.dinov2.size={_vit}"],
+    "dinov2_class": [f"teachers.dinov2_class.size={_vit}"],
+    "clip": [f"teachers.clip.size={_vit}"],
+    "dinov2_patch16": [
+        f"teachers.dinov2_patch16.model={_vit}",  # no published size: its file is named
+        "teachers.dinov2_patch16.weights=pretrained_models/timm/vit_base_patch14_dinov2.lvd142m/model.safetensors",
+    ],
+}
+DISCRIMINATORS = {
+    "patchgan": ["discriminator.ndf=8"],
+    "blur": ["discriminator.channels=8", "discriminator.stages=2", "discriminator.groups=4"],
+    "dino": [f"discriminator.size={_vit}", "discriminator.depths=[0]"],
+}
 PERCEPTUAL = {
     "lpips": f"widths: {frozen.VGG_WIDTHS}",
     "convnext_s": f"blocks: {frozen.CONVNEXT}, classes: {frozen.CLASSES}".replace("None", "null"),
     "resnet50": f"layers: {frozen.RESNET_LAYERS}, classes: {frozen.CLASSES}",
 }
-COMMON = ["data.workers=0", "train.global_batch=4", "train.micro_batch=2", "train.compile=false", "train.preview_every=never",
-          "train.log_every=1step", "train.checkpoint_every=1step"]
+COMMON = [
+    "data.workers=0",
+    "train.global_batch=4",
+    "train.micro_batch=2",
+    "train.compile=false",
+    "train.preview_every=never",
+    "train.log_every=1step",
+    "train.checkpoint_every=1step",
+]
 # Runs that a recipe continues, by the name under which the documented command finds them.
 RUNS = {
     "rectok_stage1": ("rectok/tokenizer", None),
@@ -73,7 +124,8 @@ RUNS = {
     "rectok512_stage1": ("rectok/tokenizer_512", None),
     "rectok512_stage1_decoder_finetune": (
         "rectok/decoder_finetune",
-        "bash run_decoder_finetune_tokenizer.sh rectok512_stage1 tokenizer.image_size=512 train.micro_batch=16"),
+        "bash run_decoder_finetune_tokenizer.sh rectok512_stage1 tokenizer.image_size=512 train.micro_batch=16",
+    ),
     "fsq": ("fsq/tokenizer", None),
 }
 
@@ -113,8 +165,11 @@ class Recipe:
     @property
     def command(self) -> str:
         """The command in the recipe's first comment."""
-        found = re.search(r"^# (bash run_train_\w+\.sh|bash run_decoder_finetune_tokenizer\.sh)((?: [^\s(]+)*)", self.path.read_text(),
-                          re.M)
+        found = re.search(
+            r"^# (bash run_train_\w+\.sh|bash run_decoder_finetune_tokenizer\.sh)((?: [^\s(]+)*)",
+            self.path.read_text(),
+            re.M,
+        )
         assert found, f"{self.path} does not say which command runs it"
         return f"{found[1]}{found[2]}"
 

@@ -6,8 +6,8 @@ per head) is as published. 32 channels are the fewest that the published group n
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
-from typing import Callable
 
 from tests.rehearsal import containers, layouts
 from tests.rehearsal.containers import make
@@ -20,16 +20,24 @@ CHANNELS = 16  # of RecTok's latents
 
 def _fqgan(branches: dict, mult: tuple[int, ...], tokens: int) -> layouts.Shapes:
     tiny = {name: (adapter, head, 32) for name, (adapter, head, _) in branches.items()}
-    return layouts.fqgan(mult, tiny, channels=32, blocks=1, z_channels=32, vocab=64, tokens=tokens, adapter_layers=1,
-                         predictor_layers=1)
+    return layouts.fqgan(
+        mult, tiny, channels=32, blocks=1, z_channels=32, vocab=64, tokens=tokens, adapter_layers=1, predictor_layers=1
+    )
 
 
 def imagefolder(vocab: int, branches: int = 2) -> dict:
-    return make(layouts.imagefolder(64, 1, branches=branches, vocab=vocab, code_dim=8, teacher=64, teacher_layers=1), vocab)
+    return make(
+        layouts.imagefolder(64, 1, branches=branches, vocab=vocab, code_dim=8, teacher=64, teacher_layers=1), vocab
+    )
 
 
 def dar() -> dict:
-    return make(layouts.dar(64, 1, 64, 1, vocab=64, usage=512, decoder_width=64, decoder_depth=2, teacher=32, feature_hidden=64), 4)
+    return make(
+        layouts.dar(
+            64, 1, 64, 1, vocab=64, usage=512, decoder_width=64, decoder_depth=2, teacher=32, feature_hidden=64
+        ),
+        4,
+    )
 
 
 def rar(alignment: bool = False) -> layouts.Shapes:
@@ -37,8 +45,12 @@ def rar(alignment: bool = False) -> layouts.Shapes:
 
 
 def _rectok(semantic: bool) -> dict:
-    shapes = layouts.rectok(192, 3, CHANNELS,  # the published size "tiny": heads follow from no weight
-                             semantic={"dinov3": 32} if semantic else None)
+    shapes = layouts.rectok(
+        192,
+        3,
+        CHANNELS,  # the published size "tiny": heads follow from no weight
+        semantic={"dinov3": 32} if semantic else None,
+    )
     return make(shapes, 1)
 
 
@@ -58,21 +70,32 @@ def _bare(shapes: Callable[[], layouts.Shapes], seed: int = 0) -> Callable[[Path
 FILES: dict[str, Callable[[Path], Path]] = {
     "RecTok.pth": lambda path: containers.rectok_trainer(_rectok(True), path),
     "RecTok_decft.pth": lambda path: containers.rectok_trainer(_rectok(False), path),
-    **{name: (lambda path, seed=seed: containers.rectok_trainer(make(layouts.dit_dh(**DIT, channels=CHANNELS), seed), path))
-       for seed, name in enumerate(("ditdhxl_epoch_0079.pth", "ditdhxl_epoch_0599.pth", "ditdhs_epoch_0029.pth"))},
+    **{
+        name: (
+            lambda path, seed=seed: containers.rectok_trainer(
+                make(layouts.dit_dh(**DIT, channels=CHANNELS), seed), path
+            )
+        )
+        for seed, name in enumerate(("ditdhxl_epoch_0079.pth", "ditdhxl_epoch_0599.pth", "ditdhs_epoch_0029.pth"))
+    },
     "fqgan_dual_ds16.pt": _llamagen(lambda: make(_fqgan(layouts.FQGAN_DUAL, MULT, 256))),
     "fqgan_triple_ds16.pt": _llamagen(lambda: make(_fqgan(layouts.FQGAN_TRIPLE, MULT, 256))),
     "fqgan_dual_ds8.pt": _llamagen(lambda: make(_fqgan(layouts.FQGAN_DUAL, MULT[1:], 1024))),
     "fqgan_triple_ds8.pt": _llamagen(lambda: make(_fqgan(layouts.FQGAN_TRIPLE, MULT[1:], 1024))),
     "maskgit-vqgan-imagenet-f16-256.bin": _bare(lambda: layouts.maskgit(32, MULT, 1, 64, 32), 2),
     "vqgan_plus_12bit.bin": _bare(lambda: layouts.maskgit(32, MULT, 1, 64, 16, plus=True), 3),
-    "tokenizer_titok_s128.safetensors": _bare(lambda: layouts.titok(64, 1, channels=32, mult=MULT, proxy=64, proxy_dim=32)),
+    "tokenizer_titok_s128.safetensors": _bare(
+        lambda: layouts.titok(64, 1, channels=32, mult=MULT, proxy=64, proxy_dim=32)
+    ),
     **{name: _bare(rar, seed) for seed, name in enumerate(("rar_b.bin", "rar_l.bin", "rar_xl.bin", "rar_xxl.bin"))},
-    **{name: _bare(lambda: rar(True), seed) for seed, name in
-       enumerate(("reAR-S.safetensors", "reAR-B.safetensors", "reAR-L.safetensors"))},
+    **{
+        name: _bare(lambda: rar(True), seed)
+        for seed, name in enumerate(("reAR-S.safetensors", "reAR-B.safetensors", "reAR-L.safetensors"))
+    },
     # The released sizes tell 256 queries in 8 groups; smaller ones have the trainer's config do so.
-    "D-AR-tokenizer_v1.pt": lambda path: containers.dar_trainer(dar(), path, 256, 8, {"diff_decoder": {
-        "data_std": 0.6, "time_shift": 2}}),
+    "D-AR-tokenizer_v1.pt": lambda path: containers.dar_trainer(
+        dar(), path, 256, 8, {"diff_decoder": {"data_std": 0.6, "time_shift": 2}}
+    ),
     "D-AR-L-360K.pt": lambda path: containers.compiled_generator(make(layouts.gpt(64, 2, 64), 5), path),
     "D-AR-XL-360K.pt": _bare(lambda: layouts.gpt(64, 3, 64), 6),
     **{f"imagenet-{vocab}.pt": _llamagen(lambda vocab=vocab: imagefolder(vocab)) for vocab in (4096, 8192, 16384)},

@@ -25,7 +25,11 @@ def run(request: dict, files: list[int]) -> None:
     sys.argv = request["argv"]
     code = 1
     try:
-        runpy.run_path(sys.argv[0], run_name="__main__")
+        if sys.argv[0] == "-m":
+            sys.argv = sys.argv[1:]
+            runpy.run_module(sys.argv[0], run_name="__main__", alter_sys=True)
+        else:
+            runpy.run_path(sys.argv[0], run_name="__main__")
         code = 0
     except SystemExit as stopped:
         code = stopped.code if isinstance(stopped.code, int) else 0 if stopped.code is None else 1
@@ -39,15 +43,17 @@ def run(request: dict, files: list[int]) -> None:
 
 def main(project: str, place: str) -> None:
     os.chdir(project)
-    sys.path[:0] = [os.path.join(project, "scripts"), project]
+    sys.path.insert(0, project)
     import timm  # noqa: F401
+    import torch._dynamo  # noqa: F401
     import torchvision  # noqa: F401
 
-    import assemble  # noqa: F401
-    import estimate  # noqa: F401
-    import evaluation_recon  # noqa: F401
-    import evaluation_run  # noqa: F401
-    import torch._dynamo  # noqa: F401
+    from run import (
+        assemble,
+        estimate,  # noqa: F401
+        evaluation_recon,  # noqa: F401
+        evaluation_run,  # noqa: F401
+    )
 
     assert assemble.__file__.startswith(project), assemble.__file__
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)

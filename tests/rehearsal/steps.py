@@ -52,8 +52,11 @@ class Rehearsal:
 
     def lines(self) -> list[str]:
         """The rows since the last call."""
-        new, self._printed = self.rows[self._printed:], len(self.rows)
-        return [f"{row.recipe:30} {row.step:12} {row.seconds:5.1f}  {row.result[:300]}   {_short(row.command)}" for row in new]
+        new, self._printed = self.rows[self._printed :], len(self.rows)
+        return [
+            f"{row.recipe:30} {row.step:12} {row.seconds:5.1f}  {row.result[:300]}   {_short(row.command)}"
+            for row in new
+        ]
 
     # -----------------------------------------------------------------------------------------------------------------
     # Steps
@@ -97,18 +100,24 @@ class Rehearsal:
         assert [line["step"] for line in self.metrics(name) if "loss" in line or "ce" in line or len(line) > 2][-1] == 4
         assert list((self.house.folder / "work_dirs" / name / "samples").iterdir()), "no preview was written"
         show = self._sample if recipe.is_generator else self._reconstruct
-        first = show(recipe, "sample" if recipe.is_generator else "reconstruct", f"work_dirs/{name}", f"out/{name}", direct)
+        first = show(
+            recipe, "sample" if recipe.is_generator else "reconstruct", f"work_dirs/{name}", f"out/{name}", direct
+        )
         self._evaluate(recipe, name, direct)
         official = recipe.has_official_layout
         file, to = (f"out/{name}.pth", "--to official") if official else (f"out/{name}.safetensors", "")
-        self.run(recipe.name, "export", f"python scripts/convert.py work_dirs/{name} {file} {to}", direct=direct)
+        self.run(recipe.name, "export", f"python -m scripts.convert work_dirs/{name} {file} {to}", direct=direct)
         if official and recipe.untold:
             told, file = file, f"out/{name}.safetensors"
-            self.run(recipe.name, "explain", f"python scripts/convert.py {told} {file} --set {recipe.untold}", direct=direct)
+            self.run(
+                recipe.name, "explain", f"python -m scripts.convert {told} {file} --set {recipe.untold}", direct=direct
+            )
         again = show(recipe, "reload", file, f"out/{name}_again", direct)
         assert first.keys() == again.keys() and first
         for key in first:
-            assert numpy.abs(first[key].astype(int) - again[key].astype(int)).max() <= 1, f"{key} changed by export and reload"
+            assert numpy.abs(first[key].astype(int) - again[key].astype(int)).max() <= 1, (
+                f"{key} changed by export and reload"
+            )
         assert len({picture.tobytes() for picture in first.values()}) > 1, "all pictures are the same"
 
     @staticmethod
@@ -124,26 +133,56 @@ class Rehearsal:
 
     def _sample(self, recipe: Recipe, step: str, weights: str, out: str, direct: bool) -> dict[str, numpy.ndarray]:
         words = f"--tokenizer {self._tokenizer(recipe)}" if weights.endswith((".pth", ".safetensors")) else ""
-        sample = [f"sample.{k}={json.dumps(v) if not isinstance(v, str) else v}" for k, v in
-                  (recipe.config.get("sample") or {}).items()] if words else []
-        tokenizer = [f"tokenizer.{k}={json.dumps(v) if not isinstance(v, str) else v}" for k, v in
-                     recipe.config["tokenizer"].items() if k != "weights"] if words else []
+        sample = (
+            [
+                f"sample.{k}={json.dumps(v) if not isinstance(v, str) else v}"
+                for k, v in (recipe.config.get("sample") or {}).items()
+            ]
+            if words
+            else []
+        )
+        tokenizer = (
+            [
+                f"tokenizer.{k}={json.dumps(v) if not isinstance(v, str) else v}"
+                for k, v in recipe.config["tokenizer"].items()
+                if k != "weights"
+            ]
+            if words
+            else []
+        )
         settings = shlex.join([*tokenizer, *sample, *self._few_steps(recipe)])
         # seed and precision are in no official file
-        self.run(recipe.name, step, f"bash run_sample.sh {weights} {words} --labels 0-3 --num 4 --seed 3 --out {out} "
-                 f"train.precision=fp32 {settings}", direct=direct)
+        self.run(
+            recipe.name,
+            step,
+            f"bash run_sample.sh {weights} {words} --labels 0-3 --num 4 --seed 3 --out {out} "
+            f"train.precision=fp32 {settings}",
+            direct=direct,
+        )
         return self._pictures(out)
 
     def _reconstruct(self, recipe: Recipe, step: str, weights: str, out: str, direct: bool) -> dict[str, numpy.ndarray]:
-        size = [s.replace("tokenizer.image_size=", "--size ") for s in recipe.sizes if s.startswith("tokenizer.image_size")]
-        self.run(recipe.name, step, f"python scripts/reconstruct.py --weights {weights} --url folder://data/imagenet/val --num 4 "
-                 f"--out {out} {' '.join(size)}", direct=direct)
+        size = [
+            s.replace("tokenizer.image_size=", "--size ") for s in recipe.sizes if s.startswith("tokenizer.image_size")
+        ]
+        self.run(
+            recipe.name,
+            step,
+            f"python -m scripts.reconstruct --weights {weights} --url folder://data/imagenet/val --num 4 "
+            f"--out {out} {' '.join(size)}",
+            direct=direct,
+        )
         return self._pictures(out)
 
     def _evaluate(self, recipe: Recipe, name: str, direct: bool) -> None:
         program = "run_eval_generator.sh" if recipe.is_generator else "run_eval_tokenizer.sh"
         steps = " ".join(self._few_steps(recipe))
-        self.run(recipe.name, "evaluate", f"bash {program} work_dirs/{name} --num 8 --out out/eval_{name} {NETWORK} {steps}", direct=direct)
+        self.run(
+            recipe.name,
+            "evaluate",
+            f"bash {program} work_dirs/{name} --num 8 --out out/eval_{name} {NETWORK} {steps}",
+            direct=direct,
+        )
         text = (self.house.folder / "out" / f"eval_{name}" / "metrics.json").read_text()
         assert json.loads(text)["metrics"], text
         wanted = (recipe.config.get("eval") or {}).get("protocol")

@@ -31,8 +31,15 @@ def furnished(rehearsal):
     tokenizer, generator = Recipe("fqgan/dual_ds16"), Recipe("fqgan/far_b_dual")
     short = ["train.duration=1step", "train.eval_every=never"]
     house.run(tokenizer.training(*short, "name=tuned")).expect()
-    house.run(tokenizer.training(*short, "name=mine", "tokenizer.branches=4", "tokenizer.semantic.branches.clip=sem_1",
-                                 "tokenizer.image_size=256")).expect()
+    house.run(
+        tokenizer.training(
+            *short,
+            "name=mine",
+            "tokenizer.branches=4",
+            "tokenizer.semantic.branches.clip=sem_1",
+            "tokenizer.image_size=256",
+        )
+    ).expect()
     house.run(generator.training(*short, "name=my_run")).expect()
     shutil.copytree(work / "tuned", work / "my_tokenizer", symlinks=True)
     shutil.copytree(work / "my_run", work / "my_generator", symlinks=True)
@@ -108,9 +115,14 @@ def tiny_benchmark(text: str) -> str:
     sizes: list[str] = []
     for _, name in paths:
         config = Recipe(name).config
-        sizes += GENERATORS[config["generator"]["name"]] if config["task"] == "generator" else [
-            *TOKENIZERS[config["tokenizer"]["name"]], *Recipe(name).sizes]
-    kept = dict.fromkeys(s for s in sizes if not s.startswith(("teachers", "objective", "discriminator")) or len(paths) == 1)
+        sizes += (
+            GENERATORS[config["generator"]["name"]]
+            if config["task"] == "generator"
+            else [*TOKENIZERS[config["tokenizer"]["name"]], *Recipe(name).sizes]
+        )
+    kept = dict.fromkeys(
+        s for s in sizes if not s.startswith(("teachers", "objective", "discriminator")) or len(paths) == 1
+    )
     quoted = " ".join(f"'{s}'" for s in kept)
     return f"{text} {quoted} --batch 1 --repeats 1 --warmup 0 --device cpu --precision fp32"
 
@@ -121,4 +133,4 @@ def test_python(furnished, document):
     for i, snippet in enumerate(blocks(document, "python")):
         path = furnished.house.folder / f"snippet_{i}.py"
         path.write_text(snippet)
-        furnished.house.run(f"python {path.name}", PYTHONPATH="scripts:.").expect()
+        furnished.house.run(f"python {path.name}", PYTHONPATH=".").expect()

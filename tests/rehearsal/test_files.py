@@ -14,21 +14,37 @@ from tests.rehearsal.containers import make
 RECORDED = Path(__file__).resolve().parents[3] / "shared" / "checkpoints"
 FAR_L, DS8 = {"width": 1280, "layers": 36, "head_layers": 4}, {"mult": (1, 2, 2, 4), "tokens": 1024}
 PUBLISHED = {
-    "RecTok": lambda: layouts.rectok(semantic={"dinov3": 1024}), "RecTok_decft": layouts.rectok,
-    "ditdhxl_epoch_0079": layouts.dit_dh, "ditdhxl_epoch_0599": layouts.dit_dh, "ditdhs_epoch_0029": lambda: layouts.dit_dh(384, 12, 6),
-    "fqgan_dual_ds16": layouts.fqgan, "fqgan_triple_ds16": lambda: layouts.fqgan(branches=layouts.FQGAN_TRIPLE),
-    "fqgan_dual_ds8": lambda: layouts.fqgan(**DS8), "fqgan_triple_ds8": lambda: layouts.fqgan(**DS8, branches=layouts.FQGAN_TRIPLE),
-    "far_b_dual": layouts.far, "far_b_triple": lambda: layouts.far(branches=3), "far_l_dual": lambda: layouts.far(**FAR_L),
-    "far_l_triple": lambda: layouts.far(**FAR_L, branches=3), "D-AR-L-360K": layouts.gpt,
-    "D-AR-XL-360K": lambda: layouts.gpt(1280, 36), "D-AR-tokenizer_v1": layouts.dar,
+    "RecTok": lambda: layouts.rectok(semantic={"dinov3": 1024}),
+    "RecTok_decft": layouts.rectok,
+    "ditdhxl_epoch_0079": layouts.dit_dh,
+    "ditdhxl_epoch_0599": layouts.dit_dh,
+    "ditdhs_epoch_0029": lambda: layouts.dit_dh(384, 12, 6),
+    "fqgan_dual_ds16": layouts.fqgan,
+    "fqgan_triple_ds16": lambda: layouts.fqgan(branches=layouts.FQGAN_TRIPLE),
+    "fqgan_dual_ds8": lambda: layouts.fqgan(**DS8),
+    "fqgan_triple_ds8": lambda: layouts.fqgan(**DS8, branches=layouts.FQGAN_TRIPLE),
+    "far_b_dual": layouts.far,
+    "far_b_triple": lambda: layouts.far(branches=3),
+    "far_l_dual": lambda: layouts.far(**FAR_L),
+    "far_l_triple": lambda: layouts.far(**FAR_L, branches=3),
+    "D-AR-L-360K": layouts.gpt,
+    "D-AR-XL-360K": lambda: layouts.gpt(1280, 36),
+    "D-AR-tokenizer_v1": layouts.dar,
     "maskgit-vqgan-imagenet-f16-256": layouts.maskgit,
-    "vqgan_plus_12bit": lambda: layouts.maskgit(vocab=4096, code_dim=64, plus=True), "tokenizer_titok_s128": layouts.titok,
-    "tokenizer_titok_b64": lambda: layouts.titok(768, 12, 64), "tokenizer_titok_l32": lambda: layouts.titok(1024, 24, 32),
-    "rar_b": layouts.rar, "rar_l": lambda: layouts.rar(1024), "rar_xl": lambda: layouts.rar(1280, 32), "rar_xxl": lambda: layouts.rar(1408, 40, hidden=6144),
-    "reAR-S": lambda: layouts.rar(768, 20, alignment=(2048, 256)), "reAR-B": lambda: layouts.rar(alignment=(2048, 256)),
+    "vqgan_plus_12bit": lambda: layouts.maskgit(vocab=4096, code_dim=64, plus=True),
+    "tokenizer_titok_s128": layouts.titok,
+    "tokenizer_titok_b64": lambda: layouts.titok(768, 12, 64),
+    "tokenizer_titok_l32": lambda: layouts.titok(1024, 24, 32),
+    "rar_b": layouts.rar,
+    "rar_l": lambda: layouts.rar(1024),
+    "rar_xl": lambda: layouts.rar(1280, 32),
+    "rar_xxl": lambda: layouts.rar(1408, 40, hidden=6144),
+    "reAR-S": lambda: layouts.rar(768, 20, alignment=(2048, 256)),
+    "reAR-B": lambda: layouts.rar(alignment=(2048, 256)),
     "reAR-L": lambda: layouts.rar(1024, alignment=(2048, 256)),
     **{f"imagenet-{v}": (lambda v=v: layouts.imagefolder(vocab=v)) for v in (4096, 8192, 16384)},
-    "imagenet-var-4096": layouts.var, "inception-v3-compat": frozen.inception,
+    "imagenet-var-4096": layouts.var,
+    "inception-v3-compat": frozen.inception,
 }
 
 
@@ -64,8 +80,13 @@ def prefixed(prefix: str, weights):
 
 def cached(weights):
     """A LlamaGen model that has sampled saves its caches."""
-    return {**weights, "freqs_cis": torch.zeros(4, 2), "causal_mask": torch.ones(4, 4, dtype=torch.bool),
-            "layers.0.attention.kv_cache.k_cache": torch.zeros(1, 1, 4, 64), "layers.0.attention.kv_cache.v_cache": torch.zeros(1, 1, 4, 64)}
+    return {
+        **weights,
+        "freqs_cis": torch.zeros(4, 2),
+        "causal_mask": torch.ones(4, 4, dtype=torch.bool),
+        "layers.0.attention.kv_cache.k_cache": torch.zeros(1, 1, 4, 64),
+        "layers.0.attention.kv_cache.v_cache": torch.zeros(1, 1, 4, 64),
+    }
 
 
 # name of the file -> (writer, what the description must say)
@@ -78,10 +99,26 @@ EXTRA = {
     "consolidated.pth": (lambda p: containers.fsdp_consolidated(gpt(), p), "LlamaGen"),
     "gpt_caches.pt": (lambda p: containers.bare(cached(gpt()), p), "LlamaGen"),
     "dar_with_config.pt": (lambda p: containers.dar_trainer(released.dar(), p, 32, 8, {"vq_dim": 8}), "length 32"),
-    "rectok_old_names.pth": (lambda p: containers.rectok_trainer(
-        {k.replace("sem_", "aux_"): v for k, v in make(layouts.rectok(192, 3, 16, semantic={"dinov3": 32})).items()}, p), "RecTok"),
-    "rectok_with_teacher.pth": (lambda p: containers.rectok_trainer(
-        {**make(layouts.rectok(192, 3, 16)), **prefixed("sem_foundation_models.dinov3.", make(frozen.dinov3(32, 1)))}, p), "RecTok"),
+    "rectok_old_names.pth": (
+        lambda p: containers.rectok_trainer(
+            {
+                k.replace("sem_", "aux_"): v
+                for k, v in make(layouts.rectok(192, 3, 16, semantic={"dinov3": 32})).items()
+            },
+            p,
+        ),
+        "RecTok",
+    ),
+    "rectok_with_teacher.pth": (
+        lambda p: containers.rectok_trainer(
+            {
+                **make(layouts.rectok(192, 3, 16)),
+                **prefixed("sem_foundation_models.dinov3.", make(frozen.dinov3(32, 1))),
+            },
+            p,
+        ),
+        "RecTok",
+    ),
     "rectok_bare.bin": (lambda p: containers.bare(make(layouts.rectok(192, 3, 16)), p), "RecTok"),
     "rectok_bare.safetensors": (lambda p: containers.bare(make(layouts.rectok(192, 3, 16)), p), "RecTok"),
     "checkpoint-250000": (lambda p: containers.accelerate_folder(make(released.rar(True)), p), "RAR"),
@@ -89,10 +126,20 @@ EXTRA = {
     "checkpoint-250000/ema_model": (None, "RAR"),
     "rear_ddp.bin": (lambda p: containers.bare(prefixed("module.", make(released.rar(True))), p), "RAR"),
     "rear_compiled.bin": (lambda p: containers.bare(prefixed("_orig_mod.", make(released.rar())), p), "RAR"),
-    "imagefolder_compiled.pt": (lambda p: containers.llamagen_trainer(prefixed("_orig_mod.", released.imagefolder(4096)), p), "ImageFolder"),
-    "fqgan_ddp.pt": (lambda p: containers.bare(prefixed("module.", make(
-        released._fqgan(layouts.FQGAN_DUAL, released.MULT, 256))), p), "FQGAN"),
-    "maskgit_model.bin": (lambda p: containers.bare(prefixed("model.", make(layouts.maskgit(32, released.MULT, 1, 64, 32))), p), "MaskGIT"),
+    "imagefolder_compiled.pt": (
+        lambda p: containers.llamagen_trainer(prefixed("_orig_mod.", released.imagefolder(4096)), p),
+        "ImageFolder",
+    ),
+    "fqgan_ddp.pt": (
+        lambda p: containers.bare(
+            prefixed("module.", make(released._fqgan(layouts.FQGAN_DUAL, released.MULT, 256))), p
+        ),
+        "FQGAN",
+    ),
+    "maskgit_model.bin": (
+        lambda p: containers.bare(prefixed("model.", make(layouts.maskgit(32, released.MULT, 1, 64, 32))), p),
+        "MaskGIT",
+    ),
 }
 RED: dict[str, str] = {}  # file -> why it is not read today
 
@@ -106,13 +153,14 @@ def extra(rehearsal) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("name", [pytest.param(n, marks=[pytest.mark.xfail(strict=True, reason=RED[n])] if n in RED else [])
-                                  for n in EXTRA])
+@pytest.mark.parametrize(
+    "name", [pytest.param(n, marks=[pytest.mark.xfail(strict=True, reason=RED[n])] if n in RED else []) for n in EXTRA]
+)
 def test_containers_of_the_trainers_are_read(rehearsal, extra, name):
-    done = rehearsal.house.run(f"python scripts/convert.py --describe extra/{name}").expect()
+    done = rehearsal.house.run(f"python -m scripts.convert --describe extra/{name}").expect()
     assert EXTRA[name][1] in done.output, done.output
 
 
 @pytest.mark.parametrize("name", released.FILES)
 def test_released_files_are_read(rehearsal, name):
-    rehearsal.house.run(f"python scripts/convert.py --describe {name}").expect()
+    rehearsal.house.run(f"python -m scripts.convert --describe {name}").expect()

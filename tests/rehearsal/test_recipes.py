@@ -21,7 +21,11 @@ def test_every_recipe_is_rehearsed():
     assert len(RECIPES) > 50
     for recipe in RECIPES.values():
         config = recipe.config
-        assert config["generator"]["name"] in GENERATORS if recipe.is_generator else config["tokenizer"]["name"] in TOKENIZERS
+        assert (
+            config["generator"]["name"] in GENERATORS
+            if recipe.is_generator
+            else config["tokenizer"]["name"] in TOKENIZERS
+        )
         assert recipe.command and recipe.sizes
     assert set(SYSTEMS.values()) <= RECIPES.keys()
 
@@ -36,11 +40,19 @@ def test_chain(rehearsal, name):
     rehearsal.chain(RECIPES[name])
 
 
-@pytest.mark.parametrize("name, settings", [
-    ("rectok/tokenizer", ["teachers.dinov2={size: {width: 32, layers: 1, heads: 2}}",
-                          "teachers.siglip={size: {width: 32, layers: 1, heads: 2}}"]),
-    ("fqgan/dual_ds16", ["teachers.clip.weights=clip-vit-large-patch14/model.safetensors"]),
-])
+@pytest.mark.parametrize(
+    "name, settings",
+    [
+        (
+            "rectok/tokenizer",
+            [
+                "teachers.dinov2={size: {width: 32, layers: 1, heads: 2}}",
+                "teachers.siglip={size: {width: 32, layers: 1, heads: 2}}",
+            ],
+        ),
+        ("fqgan/dual_ds16", ["teachers.clip.weights=clip-vit-large-patch14/model.safetensors"]),
+    ],
+)
 def test_other_teachers(rehearsal, name, settings):
     """Several at once; and CLIP from the file of the transformers library."""
     recipe = RECIPES[name]
@@ -54,8 +66,13 @@ def test_chain_of_the_others(rehearsal, name):
 
 
 # A released file alone -> what it needs beside its published settings to be this small.
-BARE = {"reAR-L.safetensors": "", "rar_xl.bin": "", "imagenet-var-4096.pt": "", "ditdhxl_epoch_0599.pth": "sample.steps=4",
-        "D-AR-L-360K.pt": "generator.size.heads=1"}
+BARE = {
+    "reAR-L.safetensors": "",
+    "rar_xl.bin": "",
+    "imagenet-var-4096.pt": "",
+    "ditdhxl_epoch_0599.pth": "sample.steps=4",
+    "D-AR-L-360K.pt": "generator.size.heads=1",
+}
 
 
 @pytest.mark.parametrize("file", BARE)

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from core.state_dicts import Adapter, Facts, State, layer_count
+from core.weights.adapter import Adapter, Facts, State, layer_count
 from tokenizer.vq.dar import DAR, DECODER_DEFAULTS
 
 _FUSED = {"attention": ("qkv", ("q", "k", "v")), "cross_attn": ("kv", ("k", "v"))}
@@ -53,21 +53,36 @@ def _restore(model: nn.Module) -> State:
 # queries and groups our defaults are. Their tables have 1024 rows in every file, so no tensor tells.
 _RELEASED = (768, 768, 16384, 8)
 # What the trainer's config calls the settings that are in no tensor.
-_SAID = {"window": "queries_per_step", "steps": "num_denoising_steps", "output_size": "output_resolution",
-         "rope_theta": "rope_base_len", "image_size": "sampling_resolution"}
+_SAID = {
+    "window": "queries_per_step",
+    "steps": "num_denoising_steps",
+    "output_size": "output_resolution",
+    "rope_theta": "rope_base_len",
+    "image_size": "sampling_resolution",
+}
 # And those of its diffusion decoder, with the official defaults where there is a config that leaves them out.
-_SAID_OF_DECODER = {"time_shift": ("time_shift", 1.0), "data_std": ("data_std", 1.0), "feature_layer": ("repa_layer", 8),
-                    "rope_theta": ("rope_base_len", 10000.0)}
+_SAID_OF_DECODER = {
+    "time_shift": ("time_shift", 1.0),
+    "data_std": ("data_std", 1.0),
+    "feature_layer": ("repa_layer", 8),
+    "rope_theta": ("rope_base_len", 10000.0),
+}
 
 
 def _sequence(state: State, facts: Facts) -> dict[str, Any]:
     """What the file says of its queries, else the released numbers for the released sizes."""
-    sizes = (len(state["patchify.weight"]), state["decoder_embedding.weight"].shape[1],
-             len(state.get("quantize.embedding.weight", ())), len(state["quant_in_conv.weight"]))
+    sizes = (
+        len(state["patchify.weight"]),
+        state["decoder_embedding.weight"].shape[1],
+        len(state.get("quantize.embedding.weight", ())),
+        len(state["quant_in_conv.weight"]),
+    )
     released = (256, 8) if sizes == _RELEASED else (None, None)
     settings = {key: facts.said(word) for key, word in _SAID.items() if facts.said(word) is not None}
-    for key, word, what, stand_in, known in (("length", "num_all_queries", "the number of queries", 256, released[0]),
-                                             ("groups", "num_query_groups", "the number of their groups", 8, released[1])):
+    for key, word, what, stand_in, known in (
+        ("length", "num_all_queries", "the number of queries", 256, released[0]),
+        ("groups", "num_query_groups", "the number of their groups", 8, released[1]),
+    ):
         said = facts.said(word)
         settings[key] = facts.ask(f"tokenizer.{key}", what, stand_in, known if said is None else said)
     if settings.get("window") == settings["length"] // settings["groups"]:
@@ -80,8 +95,11 @@ def _inspect(state: State, facts: Facts) -> dict[str, Any]:
     encoder_width, _, patch_size, _ = state["patchify.weight"].shape
     condition_width = state["decoder_embedding.weight"].shape[1]
     width, pixels = state[net + "conv_in.weight"].shape[:2]
-    decoder: dict[str, Any] = {"width": width, "depth": layer_count(state, net + "blocks."),
-                               "patch_size": math.isqrt(pixels // 3)}
+    decoder: dict[str, Any] = {
+        "width": width,
+        "depth": layer_count(state, net + "blocks."),
+        "patch_size": math.isqrt(pixels // 3),
+    }
     if net + "time_embed.mlp.0.weight" in state:
         decoder["own_time"] = False
     if net + "linear_out.linear.weight" in state:
@@ -91,10 +109,14 @@ def _inspect(state: State, facts: Facts) -> dict[str, Any]:
         said = facts.said(f"diff_decoder.{word}") if configured else None
         decoder[key] = said if said is not None else default if configured else DECODER_DEFAULTS[key]
     settings = {
-        **_sequence(state, facts), "patch_size": patch_size, "encoder_width": encoder_width,
+        **_sequence(state, facts),
+        "patch_size": patch_size,
+        "encoder_width": encoder_width,
         "encoder_layers": layer_count(state, "encoder_layers."),
-        "condition_width": condition_width, "condition_layers": layer_count(state, "decoder_layers."),
-        "code_dim": state["quant_in_conv.weight"].shape[0], "decoder": decoder,
+        "condition_width": condition_width,
+        "condition_layers": layer_count(state, "decoder_layers."),
+        "code_dim": state["quant_in_conv.weight"].shape[0],
+        "decoder": decoder,
         "head_dim": state[net + "blocks.0.attention.q_norm.weight"].shape[0],
     }
     if "quantize.embedding.weight" in state:
@@ -118,8 +140,12 @@ ADAPTER = Adapter(
     rename=_rename,
     fit=lambda state, model: state,
     restore=_restore,
-    markers=("diff_decoder.net.conv_in.weight", "query_embedding.weight", "decoder_embedding.weight",
-             "quant_in_conv.weight"),
+    markers=(
+        "diff_decoder.net.conv_in.weight",
+        "query_embedding.weight",
+        "decoder_embedding.weight",
+        "quant_in_conv.weight",
+    ),
     optional=("diff_decoder.net.repa_out.*", "quantize.codebook_used"),
     averaged=("ema",),
     container=None,

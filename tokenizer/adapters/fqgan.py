@@ -15,14 +15,17 @@ from torch import Tensor, nn
 from core.errors import UserError
 from core.nn.embed import resize_positions
 from core.nn.transformer import rename_block
-from core.state_dicts import Adapter, Facts, State, layer_count
+from core.weights.adapter import Adapter, Facts, State, layer_count
 from tokenizer.adapters.maskgit import ask_groups
 from tokenizer.vq.fqgan import FQGAN
 
 # Sub-codebook -> official adapter, official feature head, and what we call the teacher that it learnt from.
-_PARTS = {"vis": ("visual_head", None, None), "sem": ("semantic_head", "feat_pred_head", "clip"),
-          "sem_mid": ("semantic_head_mid", "mid_sem_feat_pred", "dinov2_class"),
-          "sem_high": ("semantic_head_high", "high_sem_feat_pred", "clip")}
+_PARTS = {
+    "vis": ("visual_head", None, None),
+    "sem": ("semantic_head", "feat_pred_head", "clip"),
+    "sem_mid": ("semantic_head_mid", "mid_sem_feat_pred", "dinov2_class"),
+    "sem_high": ("semantic_head_high", "high_sem_feat_pred", "clip"),
+}
 _TEACHERS = {branch: teacher for branch, (_, _, teacher) in _PARTS.items()}
 
 
@@ -31,10 +34,13 @@ def _rules(names: tuple[str, ...], teachers: dict[str, str]) -> list[tuple[str, 
     rules = []
     for name in names:
         adapter, head, _ = _PARTS[name]
-        rules += [(f"encoder.{adapter}.0.", f"heads.{name}.adapter."),
-                  (f"encoder.norm_out_{name}.", f"heads.{name}.norm_out."),
-                  (f"encoder.conv_out_{name}.", f"heads.{name}.conv_out."),
-                  (f"quant_conv_{name}.", f"quant_convs.{name}."), (f"quantize_{name}.", f"quantizers.{name}.")]
+        rules += [
+            (f"encoder.{adapter}.0.", f"heads.{name}.adapter."),
+            (f"encoder.norm_out_{name}.", f"heads.{name}.norm_out."),
+            (f"encoder.conv_out_{name}.", f"heads.{name}.conv_out."),
+            (f"quant_conv_{name}.", f"quant_convs.{name}."),
+            (f"quantize_{name}.", f"quantizers.{name}."),
+        ]
         if head and name in teachers:
             rules.append((f"{head}.", f"predictors.{teachers[name]}."))
     return rules
@@ -44,7 +50,7 @@ def _replaced(name: str, rules: list[tuple[str, str]]) -> str:
     """`name` with the first beginning that a rule knows replaced."""
     for old, new in rules:
         if name.startswith(old):
-            return new + name[len(old):]
+            return new + name[len(old) :]
     return name
 
 
@@ -56,29 +62,40 @@ def _variant(state: State) -> tuple[str, ...]:
             return names
     wanted = ("vis", "sem_mid", "sem_high") if any("sem_mid" in name for name in state) else ("vis", "sem")
     missing = [f"quantize_{name}.embedding.weight" for name in wanted if name not in found]
-    raise UserError("these are not the weights of an FQGAN tokenizer: " + (f"{', '.join(missing)} is missing; " if missing else "")
-                    + "codebooks quantize_vis and quantize_sem (dual) or "
-                    f"quantize_vis, quantize_sem_mid and quantize_sem_high (triple) are expected, found {found or 'none'}")
+    raise UserError(
+        "these are not the weights of an FQGAN tokenizer: "
+        + (f"{', '.join(missing)} is missing; " if missing else "")
+        + "codebooks quantize_vis and quantize_sem (dual) or "
+        f"quantize_vis, quantize_sem_mid and quantize_sem_high (triple) are expected, found {found or 'none'}"
+    )
 
 
 def _rename(state: State) -> State:
     rules = _rules(_variant(state), _TEACHERS)
-    return {rename_block(re.sub(r"\.(down|up)sample\.", ".resize.", _replaced(name, rules))): value
-            for name, value in state.items()}
+    return {
+        rename_block(re.sub(r"\.(down|up)sample\.", ".resize.", _replaced(name, rules))): value
+        for name, value in state.items()
+    }
 
 
 def _restore(model: nn.Module) -> State:
     if any(name not in _PARTS for name in model.names) or len(model.names) == 1:
-        raise UserError(f"the official FQGAN code has 2 or 3 sub-codebooks; a model with {', '.join(model.names)} cannot be "
-                        "exported to its layout")
+        raise UserError(
+            f"the official FQGAN code has 2 or 3 sub-codebooks; a model with {', '.join(model.names)} cannot be "
+            "exported to its layout"
+        )
     teachers = {branch: teacher for teacher, branch in model.semantic.get("branches", {}).items()}
     if "vis" in teachers or len(teachers) < len(model.semantic.get("branches", {})):
-        raise UserError("the official FQGAN code has one predictor per semantic sub-codebook and none for vis; this model "
-                        "cannot be exported to its layout")
+        raise UserError(
+            "the official FQGAN code has one predictor per semantic sub-codebook and none for vis; this model "
+            "cannot be exported to its layout"
+        )
     rules = [(ours, official) for official, ours in _rules(model.names, teachers)]
     resize = {"encoder": ".downsample.", "decoder": ".upsample."}
-    return {_replaced(rename_block(name, back=True).replace(".resize.", resize.get(name.split(".")[0], "")), rules): value
-            for name, value in model.state_dict().items()}
+    return {
+        _replaced(rename_block(name, back=True).replace(".resize.", resize.get(name.split(".")[0], "")), rules): value
+        for name, value in model.state_dict().items()
+    }
 
 
 def _names(state: State) -> list[str]:
@@ -89,21 +106,31 @@ def _fit(state: State, model: nn.Module) -> State:
     """Refuse another variant in one sentence; drop feature heads that this model is built without; resize positions."""
     theirs, levels = _names(state), layer_count(state, "encoder.conv_blocks.")
     if theirs and theirs != sorted(model.names):
-        raise UserError(f"the weights have the sub-codebooks {', '.join(theirs)} and the model {', '.join(model.names)}: "
-                        f"set tokenizer.branches: {len(theirs)}, or give other weights")
+        raise UserError(
+            f"the weights have the sub-codebooks {', '.join(theirs)} and the model {', '.join(model.names)}: "
+            f"set tokenizer.branches: {len(theirs)}, or give other weights"
+        )
     own = len(model.encoder.conv_blocks)
     if theirs and levels != own:
-        raise UserError(f"the weights have stride {2 ** (levels - 1)} and the model {2 ** (own - 1)}: "
-                        f"set tokenizer.size: {'vq8' if levels == 4 else 'vq16'}, or give other weights")
+        raise UserError(
+            f"the weights have stride {2 ** (levels - 1)} and the model {2 ** (own - 1)}: "
+            f"set tokenizer.size: {'vq8' if levels == 4 else 'vq16'}, or give other weights"
+        )
     for teacher, branch in model.semantic.get("branches", {}).items():
         stored = f"predictors.{_TEACHERS.get(branch)}."
         if not any(name.startswith(f"predictors.{teacher}.") for name in state):
-            state = {f"predictors.{teacher}.{name[len(stored):]}" if name.startswith(stored) else name: value
-                     for name, value in state.items()}
+            state = {
+                f"predictors.{teacher}.{name[len(stored) :]}" if name.startswith(stored) else name: value
+                for name, value in state.items()
+            }
     if not model.predictors:
         state = {name: value for name, value in state.items() if not name.startswith("predictors.")}
-    state = {name: _positions(value, model.spec.grid, 1 if name.startswith("predictors.") else 0)
-             if name.endswith("positional_embedding") else value for name, value in state.items()}
+    state = {
+        name: _positions(value, model.spec.grid, 1 if name.startswith("predictors.") else 0)
+        if name.endswith("positional_embedding")
+        else value
+        for name, value in state.items()
+    }
     rings = {name: buffer.numel() for name, buffer in model.named_buffers() if name.endswith("codebook_used")}
     return {name: _ring(value, rings[name]) if name in rings else value for name, value in state.items()}
 
@@ -132,9 +159,14 @@ def _inspect(state: State, facts: Facts) -> dict[str, Any]:
 
     vocab, dim = state[f"quantizers.{names[0]}.embedding.weight"].shape
     settings = {
-        "image_size": math.isqrt(length) * 2 ** (levels - 1), "branches": len(names), "size": mult("encoder"),
-        "channels": channels, "res_blocks": layer_count(state, "encoder.conv_blocks.0.res."),
-        "z_channels": state["post_quant_conv.weight"].shape[0], "vocab": vocab, "code_dim": dim,
+        "image_size": math.isqrt(length) * 2 ** (levels - 1),
+        "branches": len(names),
+        "size": mult("encoder"),
+        "channels": channels,
+        "res_blocks": layer_count(state, "encoder.conv_blocks.0.res."),
+        "z_channels": state["post_quant_conv.weight"].shape[0],
+        "vocab": vocab,
+        "code_dim": dim,
         "adapter_layers": layer_count(state, f"heads.{names[0]}.adapter.transformer."),
     }
     settings |= ask_groups(channels, facts)  # the official classes have 8 heads whatever the width, as ours by default
@@ -147,7 +179,9 @@ def _inspect(state: State, facts: Facts) -> dict[str, Any]:
         first = next(iter(teachers))
         settings["semantic"] = {
             "teachers": {name: state[f"predictors.{name}.class_embedding"].shape[1] for name in teachers},
-            "branches": teachers, "layers": layer_count(state, f"predictors.{first}.transformer.")}
+            "branches": teachers,
+            "layers": layer_count(state, f"predictors.{first}.transformer."),
+        }
     return settings
 
 

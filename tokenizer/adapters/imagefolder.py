@@ -11,19 +11,24 @@ from torch import nn
 
 from core.errors import UserError
 from core.nn.vit import VIT_SIZES, rename_gated
-from core.state_dicts import Adapter, Facts, State, layer_count
+from core.weights.adapter import Adapter, Facts, State, layer_count
 from tokenizer.multiscale.imagefolder import RELEASED_SCALES, ImageFolder
 
 _TRUNKS = ("encoder.model.", "decoder.model.")
-_IGNORED = {"semantic_model.*": "the frozen teacher, without which the official programs want --semantic_guide none",
-            "*.lvl1LC": "a table of levels, which is rebuilt", "sem_linear.*": "built and never used by the official code",
-            "*.scaler": "1 / sqrt(bits), which is rebuilt"}
+_IGNORED = {
+    "semantic_model.*": "the frozen teacher, without which the official programs want --semantic_guide none",
+    "*.lvl1LC": "a table of levels, which is rebuilt",
+    "sem_linear.*": "built and never used by the official code",
+    "*.scaler": "1 / sqrt(bits), which is rebuilt",
+}
 
 
 def _ours(name: str) -> str:
     """Their name of a tensor -> ours."""
     name = re.sub(r"^quantize\.", "quantizes.0.", name)
-    name = re.sub(r"^quantizes\.(\d+)\.quant_resi\.(?:qresi_ls\.|(?=\d))(\d+)\.", r"quantizer.quantizes.\1.phis.\2.", name)
+    name = re.sub(
+        r"^quantizes\.(\d+)\.quant_resi\.(?:qresi_ls\.|(?=\d))(\d+)\.", r"quantizer.quantizes.\1.phis.\2.", name
+    )
     name = re.sub(r"^quantizes\.(\d+)\.quant_resi\.qresi\.", r"quantizer.quantizes.\1.phis.0.", name)
     name = re.sub(r"^quantizes\.", "quantizer.quantizes.", name)
     name = name.replace(".base_model.model.", ".").replace(".base_layer.", ".")  # adapters of the PEFT library
@@ -61,8 +66,11 @@ def _rename(state: State) -> State:
 
 def _merge_adapters(state: State, part: str) -> State:
     """W + scaling B A in every adapted layer of a part; official files do not hold the factor, which is 1 in all."""
-    merged = {name: value for name, value in state.items()
-              if not (name.startswith(part) and re.search(r"\.lora_[AB]$|\.scaling$|\.original_\w+$", name))}
+    merged = {
+        name: value
+        for name, value in state.items()
+        if not (name.startswith(part) and re.search(r"\.lora_[AB]$|\.scaling$|\.original_\w+$", name))
+    }
     for name in state:
         if name.startswith(part) and name.endswith(".lora_A"):
             layer = name.removesuffix(".lora_A")
@@ -80,27 +88,42 @@ def _fit(state: State, model: nn.Module) -> State:
             state = _merge_adapters(state, f"{part}.")
         elif not any(name.startswith(part) and name.endswith(".lora_A") for name in state):
             # A model about to be adapted: its adapters are new, and its last norm starts from the file's.
-            state = {**state, **{name: value for name, value in own.items()
-                                 if name.startswith(part) and name.endswith((".lora_A", ".lora_B"))}}
-            state |= {f"{part}.model.norm.original_{leaf}": state[f"{part}.model.norm.{leaf}"]
-                      for leaf in ("weight", "bias") if f"{part}.model.norm.{leaf}" in state}
-    missing = {name: torch.zeros_like(value) for name, value in own.items()
-               if name.endswith(".updates") and name not in state}
+            state = {
+                **state,
+                **{
+                    name: value
+                    for name, value in own.items()
+                    if name.startswith(part) and name.endswith((".lora_A", ".lora_B"))
+                },
+            }
+            state |= {
+                f"{part}.model.norm.original_{leaf}": state[f"{part}.model.norm.{leaf}"]
+                for leaf in ("weight", "bias")
+                if f"{part}.model.norm.{leaf}" in state
+            }
+    missing = {
+        name: torch.zeros_like(value) for name, value in own.items() if name.endswith(".updates") and name not in state
+    }
     missing |= {name: value for name, value in own.items() if name.endswith(".scaling") and name not in state}
     return {**state, **missing}
 
 
 def _restore(model: ImageFolder) -> State:
     if len(model.decoder.to_pixel.convs):
-        raise UserError("the official ImageFolder code has no convolutions after the pixel head; a model with "
-                        f"tokenizer.pixel_channels={model.decoder.to_pixel.convs[0].in_channels} cannot be exported to its layout")
-    state = {_theirs(name, model): value for name, value in rename_gated(model.state_dict(), back=True).items()
-             if not name.endswith((".updates", ".scaling")) and not name.startswith("sem_linear.")}
+        raise UserError(
+            "the official ImageFolder code has no convolutions after the pixel head; a model with "
+            f"tokenizer.pixel_channels={model.decoder.to_pixel.convs[0].in_channels} cannot be exported to its layout"
+        )
+    state = {
+        _theirs(name, model): value
+        for name, value in rename_gated(model.state_dict(), back=True).items()
+        if not name.endswith((".updates", ".scaling")) and not name.startswith("sem_linear.")
+    }
     if model.quantizer.shared_phi is None:
         state = {name: value[0] if name.endswith("ema_vocab_hit_SV") else value for name, value in state.items()}
     for branch in range(model.branches) if model.quantizer.binary else ():
         scale = torch.full((len(model.quantizer.scales),), model.code_dim**-0.5)
-        state[f"quantize.scaler" if model.branches == 1 else f"quantizes.{branch}.scaler"] = scale
+        state["quantize.scaler" if model.branches == 1 else f"quantizes.{branch}.scaler"] = scale
     return {**state, "encoder.lvl1LC": model.encoder.lvl1LC, "decoder.lvl1LC": model.decoder.lvl1LC}
 
 
@@ -112,8 +135,16 @@ def _trunk(state: State, prefix: str, facts: Facts) -> str | dict[str, int]:
         if (size.width, size.layers) == (width, layers):
             return name
     part = prefix.partition(".")[0]
-    return {"width": width, "layers": layers, "heads": facts.ask(
-        f"tokenizer.{part}.heads", f"the number of attention heads of the {part}", 1, width // 64 if width % 64 == 0 else None)}
+    return {
+        "width": width,
+        "layers": layers,
+        "heads": facts.ask(
+            f"tokenizer.{part}.heads",
+            f"the number of attention heads of the {part}",
+            1,
+            width // 64 if width % 64 == 0 else None,
+        ),
+    }
 
 
 def _inspect(state: State, facts: Facts) -> dict[str, Any]:
@@ -125,9 +156,15 @@ def _inspect(state: State, facts: Facts) -> dict[str, Any]:
         patch = state["encoder.model.patch_embed.proj.weight"].shape[-1]
         hits = state["quantizer.quantizes.0.ema_vocab_hit_SV"]
         settings: dict[str, Any] = {
-            "image_size": grid * patch, "patch_size": patch, "encoder": _trunk(state, "encoder.model.", facts),
-            "decoder": _trunk(state, "decoder.model.", facts), "latent_grid": math.isqrt(latents), "branches": branches,
-            "vocab": hits.shape[1], "code_dim": state["quant_conv.weight"].shape[0]}
+            "image_size": grid * patch,
+            "patch_size": patch,
+            "encoder": _trunk(state, "encoder.model.", facts),
+            "decoder": _trunk(state, "decoder.model.", facts),
+            "latent_grid": math.isqrt(latents),
+            "branches": branches,
+            "vocab": hits.shape[1],
+            "code_dim": state["quant_conv.weight"].shape[0],
+        }
     except KeyError as error:
         raise UserError(f"these are not the weights of an ImageFolder tokenizer: {error.args[0]} is missing") from error
     phis = layer_count(state, "quantizer.quantizes.0.phis.")
@@ -142,8 +179,11 @@ def _inspect(state: State, facts: Facts) -> dict[str, Any]:
     for part in ("encoder", "decoder"):
         adapter = f"{part}.model.blocks.0.mlp.fc1.lora_A"
         if adapter in state:
-            settings |= {f"{part[:3]}_tuning": "lora", "lora_rank": state[adapter].shape[0],
-                         "lora_alpha": float(state[adapter].shape[0])}
+            settings |= {
+                f"{part[:3]}_tuning": "lora",
+                "lora_rank": state[adapter].shape[0],
+                "lora_alpha": float(state[adapter].shape[0]),
+            }
     return settings
 
 
@@ -153,7 +193,9 @@ def _scales(count: int, side: int, facts: Facts) -> list[int]:
         return [side]
     if (count, side) == (len(RELEASED_SCALES), RELEASED_SCALES[-1]):
         return list(RELEASED_SCALES)
-    said = facts.said("v_patch_nums") or facts.said("patch_nums")  # patch_nums: of VAR's trainer, which keeps its tokenizer
+    said = facts.said("v_patch_nums") or facts.said(
+        "patch_nums"
+    )  # patch_nums: of VAR's trainer, which keeps its tokenizer
     said = list(said) if isinstance(said, (list, tuple)) and len(said) == count and said[-1] == side else None
     return list(facts.ask("tokenizer.scales", f"the {count} scales", [side] * count, said))
 

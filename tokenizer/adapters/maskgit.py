@@ -8,7 +8,7 @@ from typing import Any
 from torch import nn
 
 from core.errors import UserError
-from core.state_dicts import Adapter, Facts, State, layer_count
+from core.weights.adapter import Adapter, Facts, State, layer_count
 from tokenizer.vq.maskgit import MaskGITVQGAN, VQGANPlus
 
 USAGE = "quantizer.codebook_used"  # ours; the published models have none
@@ -16,6 +16,7 @@ USAGE = "quantizer.codebook_used"  # ours; the published models have none
 
 def _level(name: str, official: str, ours: str, count: int | None = None) -> str:
     """`official` with a level's number -> `ours`; with `count` the numbers run the other way."""
+
     def number(match: re.Match) -> str:
         index = int(match[1])
         return ours.format(index if count is None else count - 1 - index) + "."
@@ -47,8 +48,11 @@ def _maskgit_rename(state: State) -> State:
 
 def _maskgit_restore(model: nn.Module) -> State:
     levels = len(model.decoder.levels)
-    return {published_maskgit_name(name, levels).replace("quantizer.", "quantize."): value
-            for name, value in model.state_dict().items() if name != USAGE}
+    return {
+        published_maskgit_name(name, levels).replace("quantizer.", "quantize."): value
+        for name, value in model.state_dict().items()
+        if name != USAGE
+    }
 
 
 def _maskgit_inspect(state: State, facts: Facts) -> dict[str, Any]:
@@ -68,8 +72,11 @@ def halves(state: State, encoder: str = "encoder.", decoder: str = "decoder.") -
     fine_to_coarse = reversed(range(count))
     widths = [state[f"{decoder}levels.{i}.res.0.conv2.weight"].shape[0] for i in fine_to_coarse]
     channels = state[f"{encoder}conv_in.weight"].shape[0] if f"{encoder}conv_in.weight" in state else widths[0]
-    return {"channels": channels, "channel_mult": [w // channels for w in widths],
-            "res_blocks": layer_count(state, f"{decoder}levels.0.res.")}
+    return {
+        "channels": channels,
+        "channel_mult": [w // channels for w in widths],
+        "res_blocks": layer_count(state, f"{decoder}levels.0.res."),
+    }
 
 
 def _same(state: State, model: nn.Module) -> State:
@@ -94,10 +101,12 @@ MASKGIT = Adapter(
 # ---------------------------------------------------------------------------------------------------------------------
 # Published -> ours; its decoder is numbered from coarse to fine, like ours.
 _PLUS_RELEASED = (4096, 64)  # codes and their width, which are no unit vectors
-_PLUS = (("encoder.down.{}.res_blocks", "encoder.levels.{}.res"),
-         ("encoder.down.{}.down_conv", "encoder.levels.{}.resize.conv"),
-         ("decoder.up.{}.res_blocks", "decoder.levels.{}.res"),
-         ("decoder.up.{}.upsample_conv", "decoder.levels.{}.resize.conv"))
+_PLUS = (
+    ("encoder.down.{}.res_blocks", "encoder.levels.{}.res"),
+    ("encoder.down.{}.down_conv", "encoder.levels.{}.resize.conv"),
+    ("decoder.up.{}.res_blocks", "decoder.levels.{}.res"),
+    ("decoder.up.{}.upsample_conv", "decoder.levels.{}.resize.conv"),
+)
 
 
 def _plus_name(name: str, back: bool = False) -> str:
@@ -132,9 +141,18 @@ def _plus_inspect(state: State, facts: Facts) -> dict[str, Any]:
         settings |= {"quantizer": "lookup_free", "code_dim": len(state["quantizer.bits_to_indices"])}
     elif "quantizer.embedding.weight" in state:
         vocab, dim = state["quantizer.embedding.weight"].shape
-        settings |= {"vocab": vocab, "code_dim": dim, "normalise": bool(facts.ask(
-            "tokenizer.normalise", "whether codes are unit vectors", False,
-            False if (vocab, dim) == _PLUS_RELEASED else facts.said("use_l2_norm")))}
+        settings |= {
+            "vocab": vocab,
+            "code_dim": dim,
+            "normalise": bool(
+                facts.ask(
+                    "tokenizer.normalise",
+                    "whether codes are unit vectors",
+                    False,
+                    False if (vocab, dim) == _PLUS_RELEASED else facts.said("use_l2_norm"),
+                )
+            ),
+        }
     else:
         raise UserError("these are not the weights of VQGAN+: quantize.embedding.weight is missing")
     return settings
@@ -147,8 +165,11 @@ VQGAN_PLUS = Adapter(
     rename=_plus_rename,
     fit=_same,
     restore=_plus_restore,
-    markers=("encoder.down.0.res_blocks.0.conv1.weight", "decoder.up.0.res_blocks.0.conv1.weight",
-             "encoder.mid.res_blocks.0.conv1.weight"),
+    markers=(
+        "encoder.down.0.res_blocks.0.conv1.weight",
+        "decoder.up.0.res_blocks.0.conv1.weight",
+        "encoder.mid.res_blocks.0.conv1.weight",
+    ),
     optional=(USAGE,),
     container=None,
 )

@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from core.nn.embed import resize_positions
-from core.state_dicts import Adapter, Facts, State, layer_count
+from core.weights.adapter import Adapter, Facts, State, layer_count
 from tokenizer.continuous.rectok import SIZES, RecTok, Size
 
 
@@ -17,12 +17,15 @@ def _fit(state: State, model: nn.Module) -> State:
     """Drop semantic decoders that this model is built without; resize learned positions to its grid."""
     if not model.sem_decoders:
         state = {name: value for name, value in state.items() if not name.startswith("sem_decoders.")}
+
     def resizable(name: str, value: Tensor) -> bool:
         length = value.shape[1] if name.endswith("positional_embedding") and value.ndim == 3 else 0
         return length not in (0, model.spec.length) and math.isqrt(length) ** 2 == length
 
-    return {name: resize_positions(value, model.spec.grid) if resizable(name, value) else value
-            for name, value in state.items()}
+    return {
+        name: resize_positions(value, model.spec.grid) if resizable(name, value) else value
+        for name, value in state.items()
+    }
 
 
 def _size(state: State, prefix: str, facts: Facts, key: str) -> str | dict[str, int]:
@@ -41,8 +44,13 @@ def _inspect(state: State, facts: Facts) -> dict[str, Any]:
     patch_size = state["encoder.patch_embed.0.weight"].shape[-1]
     length = state["encoder.positional_embedding"].shape[1]
     channels = state["decoder.decoder_embed.weight"].shape[1]
-    settings = {"image_size": math.isqrt(length) * patch_size, "patch_size": patch_size, "channels": channels,
-                "encoder": _size(state, "encoder.", facts, "encoder"), "decoder": _size(state, "decoder.", facts, "decoder")}
+    settings = {
+        "image_size": math.isqrt(length) * patch_size,
+        "patch_size": patch_size,
+        "channels": channels,
+        "encoder": _size(state, "encoder.", facts, "encoder"),
+        "decoder": _size(state, "decoder.", facts, "decoder"),
+    }
     if any(".attn.q_norm." in name for name in state):
         settings["qk_norm"] = True
     teachers = sorted({name.split(".")[1] for name in state if name.startswith("sem_decoders.")})
@@ -50,8 +58,10 @@ def _inspect(state: State, facts: Facts) -> dict[str, Any]:
         first = f"sem_decoders.{teachers[0]}."
         mlp = first + "mlp.2.weight" in state
         head = "mlp.2.weight" if mlp else "out.weight"
-        semantic = {"teachers": {name: state[f"sem_decoders.{name}.{head}"].shape[0] for name in teachers},
-                    "decoder": "mlp" if mlp else "transformer"}
+        semantic = {
+            "teachers": {name: state[f"sem_decoders.{name}.{head}"].shape[0] for name in teachers},
+            "decoder": "mlp" if mlp else "transformer",
+        }
         settings["semantic"] = semantic
         if mlp:
             settings["mask_ratio"] = 0.0

@@ -8,7 +8,7 @@ from typing import Any
 from torch import nn
 
 from core.nn.transformer import rename_block
-from core.state_dicts import Adapter, Facts, State, layer_count
+from core.weights.adapter import Adapter, Facts, State, layer_count
 from tokenizer.adapters.maskgit import USAGE, ask_groups, halves, maskgit_name, published_maskgit_name
 from tokenizer.vq.titok import SIZES, TiTok
 
@@ -55,8 +55,16 @@ def _size(state: State, half: str, facts: Facts) -> str | dict[str, int]:
     for name, size in SIZES.items():
         if (size.width, size.layers) == (width, layers):
             return name
-    return {"width": width, "layers": layers, "heads": facts.ask(
-        f"tokenizer.{half}.heads", f"the number of attention heads of the {half}", 1, width // 64 if width % 64 == 0 else None)}
+    return {
+        "width": width,
+        "layers": layers,
+        "heads": facts.ask(
+            f"tokenizer.{half}.heads",
+            f"the number of attention heads of the {half}",
+            1,
+            width // 64 if width % 64 == 0 else None,
+        ),
+    }
 
 
 def pixel_halves(state: State) -> dict[str, Any]:
@@ -73,11 +81,21 @@ def _inspect(state: State, facts: Facts) -> dict[str, Any]:
     known = _UNIT_VECTORS.get((legacy, vocab, dim))
     said = facts.said("use_l2_norm")
     settings = {
-        "image_size": seen * patch_size, "patch_size": patch_size,
-        "encoder": _size(state, "encoder", facts), "decoder": _size(state, "decoder", facts),
-        "latents": state["latent_tokens"].shape[0], "vocab": vocab, "code_dim": dim,
-        "normalise": bool(facts.ask("tokenizer.normalise", "whether codes are unit vectors (use_l2_norm)", False,
-                                    known if said is None else said)),
+        "image_size": seen * patch_size,
+        "patch_size": patch_size,
+        "encoder": _size(state, "encoder", facts),
+        "decoder": _size(state, "decoder", facts),
+        "latents": state["latent_tokens"].shape[0],
+        "vocab": vocab,
+        "code_dim": dim,
+        "normalise": bool(
+            facts.ask(
+                "tokenizer.normalise",
+                "whether codes are unit vectors (use_l2_norm)",
+                False,
+                known if said is None else said,
+            )
+        ),
     }
     if painted != seen:
         settings["decoder_patch_size"] = seen * patch_size // max(1, painted)
@@ -86,7 +104,9 @@ def _inspect(state: State, facts: Facts) -> dict[str, Any]:
         if "pixel_codebook.weight" in state:
             proxy = state["pixel_codebook.weight"].shape
             painter = halves(state, "none.", "pixel_decoder.")
-            painter |= {k.rpartition(".")[2]: v for k, v in ask_groups(painter["channels"], facts, "proxy.groups").items()}
+            painter |= {
+                k.rpartition(".")[2]: v for k, v in ask_groups(painter["channels"], facts, "proxy.groups").items()
+            }
             settings["proxy"] = {**painter, "vocab": proxy[0], "code_dim": proxy[1]}
     return settings
 

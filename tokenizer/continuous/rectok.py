@@ -62,7 +62,7 @@ class Semantic:
     input: str = "noisy"  # the latent as the pixel decoder sees it, or "clean"
 
     @classmethod
-    def parse(cls, value: dict[str, Any] | None) -> "Semantic | None":
+    def parse(cls, value: dict[str, Any] | None) -> Semantic | None:
         if not value or not value.get("teachers"):
             return None
         known = [f.name for f in fields(cls)]
@@ -259,8 +259,10 @@ class RecTok(nn.Module):
         self.mask_ratio_type = _one_of(mask_ratio_type, ("random", "fix"), "mask_ratio_type")
         self.semantic = Semantic.parse(semantic)
         if self.semantic and self.semantic.decoder == "mlp" and mask_ratio:
-            raise UserError('semantic.decoder "mlp" cannot predict hidden patches: set mask_ratio: 0, '
-                            "or semantic.decoder: transformer")
+            raise UserError(
+                'semantic.decoder "mlp" cannot predict hidden patches: set mask_ratio: 0, '
+                "or semantic.decoder: transformer"
+            )
 
         side = image_size // patch_size
         grid = (side, side)
@@ -292,8 +294,10 @@ class RecTok(nn.Module):
         if self.semantic.decoder == "mlp":
             return {name: SemanticMLP(self.channels, width) for name, width in self.semantic.teachers.items()}
         size = pick(self.semantic.size, Size, SIZES, "semantic.size")
-        return {name: SemanticTransformer(size, grid, self.channels, width, qk_norm)
-                for name, width in self.semantic.teachers.items()}
+        return {
+            name: SemanticTransformer(size, grid, self.channels, width, qk_norm)
+            for name, width in self.semantic.teachers.items()
+        }
 
     def trainable_parameters(self) -> dict[str, nn.Parameter]:
         """Parameters by name, without frozen ones."""
@@ -343,8 +347,14 @@ class RecTok(nn.Module):
             terms={"kl": kl.mean()},
             predictions={name: decoder(semantic_input, restore) for name, decoder in self.sem_decoders.items()},
             masked=None if kept is None else restore >= kept.shape[1],
-            details={"posterior": posterior, "kl": kl, "latents": latents, "semantic_input": semantic_input,
-                     "kept": kept, "restore": restore},
+            details={
+                "posterior": posterior,
+                "kl": kl,
+                "latents": latents,
+                "semantic_input": semantic_input,
+                "kept": kept,
+                "restore": restore,
+            },
         )
 
     # -- use ----------------------------------------------------------------------------------------------------------

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from core.errors import UserError, nearest
 from core.files import write_atomic
-from core.pickles import load_pickle
+from core.weights.pickles import load_pickle
 
 
 @dataclass(frozen=True)
@@ -61,7 +61,7 @@ class StatsAccumulator:
         self.sums += torch.stack((values.sum(0), values.square().sum(0), count))
         self.images += moments.shape[0]
 
-    def merge(self, other: "StatsAccumulator") -> None:
+    def merge(self, other: StatsAccumulator) -> None:
         self.sums += other.sums.to(self.sums.device)
         self.images += other.images
 
@@ -74,14 +74,20 @@ class StatsAccumulator:
             return (s - m.square()).clamp_min(0).sqrt().float()
 
         single_mean, single_square = mean[: self.channels].mean(), square[: self.channels].mean()
-        return LatentStats(channel_mean=mean.float(), channel_std=std(mean, square), single_mean=single_mean.float(),
-                           single_std=std(single_mean, single_square), images=self.images)
+        return LatentStats(
+            channel_mean=mean.float(),
+            channel_std=std(mean, square),
+            single_mean=single_mean.float(),
+            single_std=std(single_mean, single_square),
+            images=self.images,
+        )
 
 
 def save_stats(path: str | Path, stats: LatentStats, fingerprint: str) -> None:
     """Write statistics atomically. `fingerprint` identifies the tokenizer weights they belong to."""
-    tensors = {name: getattr(stats, name).contiguous()
-               for name in ("channel_mean", "channel_std", "single_mean", "single_std")}
+    tensors = {
+        name: getattr(stats, name).contiguous() for name in ("channel_mean", "channel_std", "single_mean", "single_std")
+    }
     metadata = {"format": "tessera latent statistics", "fingerprint": fingerprint, "images": str(stats.images)}
     Path(path).parent.mkdir(parents=True, exist_ok=True)
     write_atomic(path, save(tensors, metadata))
@@ -107,11 +113,13 @@ def _from_official(path: Path, key: str) -> LatentStats:
     known = [name for name, value in content.items() if isinstance(value, dict) and {"single", "channel"} <= set(value)]
     if not known:
         raise UserError(f"{path}: not a file of latent statistics; it should hold a table with single and channel.")
-    if key and key not in known or not key and len(known) > 1:
+    if (key and key not in known) or (not key and len(known) > 1):
         hint = nearest(key, known) if key else f" Known: {', '.join(sorted(known))}."
         raise UserError(f"{path} holds statistics of {len(known)} tokenizer(s): choose one with {path}#KEY.{hint}")
     entry = content[key or known[0]]
-    (single_mean, single_std), (mean, std) = ([torch.as_tensor(v).float() for v in entry[n]] for n in ("single", "channel"))
+    (single_mean, single_std), (mean, std) = (
+        [torch.as_tensor(v).float() for v in entry[n]] for n in ("single", "channel")
+    )
     return LatentStats(mean.flatten(), std.flatten(), single_mean.reshape(()), single_std.reshape(()), images=0)
 
 

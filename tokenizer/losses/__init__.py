@@ -12,11 +12,14 @@ PERCEPTUAL = Registry(
     },
 )
 
-DISCRIMINATORS = Registry("discriminator", {
-    "dino": "tokenizer.losses.dino_discriminator:DinoDiscriminator",
-    "patchgan": "tokenizer.losses.discriminators:PatchGAN",
-    "blur": "tokenizer.losses.discriminators:BlurDiscriminator",
-    "stylegan": "tokenizer.losses.discriminators:StyleGANDiscriminator",
-})
+DISCRIMINATORS = Registry(
+    "discriminator",
+    {
+        "dino": "tokenizer.losses.dino_discriminator:DinoDiscriminator",
+        "patchgan": "tokenizer.losses.discriminators:PatchGAN",
+        "blur": "tokenizer.losses.discriminators:BlurDiscriminator",
+        "stylegan": "tokenizer.losses.discriminators:StyleGANDiscriminator",
+    },
+)
 
 OBJECTIVES = Registry("objective", {"image": "tokenizer.losses.objective:Objective"})

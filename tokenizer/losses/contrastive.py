@@ -9,8 +9,17 @@ from torch.nn import functional as F
 from core.dist import gather_over_ranks, group_rank, mean_over_ranks
 
 
-def info_nce(rows: Tensor, columns: Tensor, *, scale: float = 1.0, normalise: bool = True, symmetric: bool = False,
-             group: int = 0, across_ranks: bool = True, counted: Tensor | None = None) -> Tensor:
+def info_nce(
+    rows: Tensor,
+    columns: Tensor,
+    *,
+    scale: float = 1.0,
+    normalise: bool = True,
+    symmetric: bool = False,
+    group: int = 0,
+    across_ranks: bool = True,
+    counted: Tensor | None = None,
+) -> Tensor:
     """Cross-entropy of scale * rows columns^T against "row i belongs to column i", (), fp32.
 
     Args:

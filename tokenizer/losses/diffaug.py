@@ -7,7 +7,7 @@ cutout.
 from __future__ import annotations
 
 import math
-from typing import Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -70,8 +70,15 @@ def cut_out(images: Tensor, u_row: Tensor, u_column: Tensor, share: float) -> Te
     return images * (~hole[:, None])
 
 
-def augment(images: Tensor, switches: Sequence[float], numbers: Tensor, *, probability: float = 1.0,
-            cutout: float = 0.2, blur_amount: float = 0.0) -> Tensor:
+def augment(
+    images: Tensor,
+    switches: Sequence[float],
+    numbers: Tensor,
+    *,
+    probability: float = 1.0,
+    cutout: float = 0.2,
+    blur_amount: float = 0.0,
+) -> Tensor:
     """
     Args:
         images: (B, 3, H, W) in [-1, 1].
@@ -116,5 +123,11 @@ class DiffAugment:
 
     def __call__(self, images: Tensor, draws, blur_amount: float) -> Tensor:
         switches = [draws.shared_uniform(f"augment {what}") for what in ("translation", "colour", "cutout")]
-        return augment(images, switches, draws.uniform("augment", (NUMBERS,)).t(), probability=self.probability,
-                       cutout=self.cutout, blur_amount=blur_amount)
+        return augment(
+            images,
+            switches,
+            draws.uniform("augment", (NUMBERS,)).t(),
+            probability=self.probability,
+            cutout=self.cutout,
+            blur_amount=blur_amount,
+        )

@@ -18,9 +18,9 @@ from core.errors import UserError
 from core.images import to_unit_range
 from core.nn.frozen import Frozen
 from core.nn.lpips import helper_weights
-from core.nn.vit import ViTSize, VisionTransformer
-from core.pickles import load_pickle
-from core.released import needs
+from core.nn.vit import VisionTransformer, ViTSize
+from core.weights.pickles import load_pickle
+from core.weights.released import needs
 
 DINO_SMALL = ViTSize(384, 12, 6)
 INPUT = 224  # pixels that the backbone sees
@@ -38,7 +38,9 @@ class DinoFeatures(Frozen):
     def __init__(self, size: ViTSize = DINO_SMALL, depths: tuple[int, ...] = (2, 5, 8, 11)):
         super().__init__()
         self.depths = tuple(depths)
-        self.backbone = VisionTransformer(size, INPUT // 16, 16, layer_scale=None, activation="gelu_tanh", final_norm=False)
+        self.backbone = VisionTransformer(
+            size, INPUT // 16, 16, layer_scale=None, activation="gelu_tanh", final_norm=False
+        )
         self.freeze()
 
     def resize(self, images: Tensor, crop: tuple[Tensor, Tensor] | None) -> Tensor:
@@ -139,15 +141,22 @@ class DinoDiscriminator(nn.Module):
         depths: after which blocks features are read, besides those before the first.
         kernel: of the second convolution of each head.
         pretrained: load the backbone; False for tests, or when weights are loaded otherwise.
-        weights: file of the backbone; None: the published one, see core/nn/helpers.toml.
+        weights: file of the backbone; None: the published one, see core/weights/helpers.toml.
         crop_probability: how often pictures larger than 224 are cropped together, in place of being shrunk.
     """
 
     takes_draws = True
     fake_first = True  # spectral norms iterate with every pass
 
-    def __init__(self, size: dict | None = None, depths: list[int] | tuple[int, ...] = (2, 5, 8, 11), kernel: int = 9,
-                 pretrained: bool = True, weights: str | None = None, crop_probability: float = 0.5):
+    def __init__(
+        self,
+        size: dict | None = None,
+        depths: list[int] | tuple[int, ...] = (2, 5, 8, 11),
+        kernel: int = 9,
+        pretrained: bool = True,
+        weights: str | None = None,
+        crop_probability: float = 0.5,
+    ):
         super().__init__()
         shape = DINO_SMALL if size is None else ViTSize.parse(size, "discriminator.size")
         if any(not 0 <= depth < shape.layers for depth in depths):
@@ -161,7 +170,8 @@ class DinoDiscriminator(nn.Module):
         width = shape.width
         self.heads = nn.ModuleList(
             nn.Sequential(_layer(width, 1), _Residual(_layer(width, kernel)), SpectralConv1d(width, 1, 1))
-            for _ in range(1 + len(depths)))
+            for _ in range(1 + len(depths))
+        )
 
     @property
     def features(self) -> DinoFeatures:
@@ -177,9 +187,12 @@ class DinoDiscriminator(nn.Module):
         crop = None
         if draws is not None and max(images.shape[-2:]) > INPUT:
             if draws.shared_uniform("dino crop") < self.crop_probability:
-                crop = tuple(torch.tensor(int(draws.shared_uniform(f"dino crop {axis}", 0, extent - INPUT + 1)),
-                                          device="cpu").to(images.device, non_blocking=True)
-                             for axis, extent in zip(("top", "left"), images.shape[-2:]))
+                crop = tuple(
+                    torch.tensor(
+                        int(draws.shared_uniform(f"dino crop {axis}", 0, extent - INPUT + 1)), device="cpu"
+                    ).to(images.device, non_blocking=True)
+                    for axis, extent in zip(("top", "left"), images.shape[-2:])
+                )
         found = self.features(images, crop)
         return torch.cat([head(x).flatten(1) for head, x in zip(self.heads, found)], dim=1)
 

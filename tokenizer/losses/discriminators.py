@@ -57,8 +57,16 @@ class BatchNorm(nn.BatchNorm2d):
             return (x - mean) * scale + self.bias.view(1, -1, 1, 1)
         if not self.training:
             return F.batch_norm(x, None, None, self.weight, self.bias, training=True, eps=self.eps)
-        return F.batch_norm(x, self.running_mean, self.running_var, self.weight, self.bias, training=True,
-                            momentum=self.momentum, eps=self.eps)
+        return F.batch_norm(
+            x,
+            self.running_mean,
+            self.running_var,
+            self.weight,
+            self.bias,
+            training=True,
+            momentum=self.momentum,
+            eps=self.eps,
+        )
 
     @torch.no_grad()
     def _remember(self, mean: Tensor, variance: Tensor) -> None:
@@ -136,8 +144,12 @@ class BlurDiscriminator(nn.Module):
         widths = [channels * min(2**i, 8) for i in range(stages)]
         layers: list[nn.Module] = [nn.Conv2d(3, channels, 3, padding=1), nn.LeakyReLU(0.2)]
         for before, width in zip([channels, *widths], widths):
-            layers += [nn.Conv2d(before, width, 3, padding=1), Blur(stride=2), group_norm(width, groups),
-                       nn.LeakyReLU(0.2)]
+            layers += [
+                nn.Conv2d(before, width, 3, padding=1),
+                Blur(stride=2),
+                group_norm(width, groups),
+                nn.LeakyReLU(0.2),
+            ]
         self.main = nn.Sequential(*layers, nn.Conv2d(widths[-1], 1, 3, padding=1))
 
     def forward(self, images: Tensor) -> Tensor:
@@ -150,8 +162,12 @@ class _StyleBlock(nn.Module):
     def __init__(self, in_channels: int, channels: int):
         super().__init__()
         self.conv_res = nn.Conv2d(in_channels, channels, 1, stride=2)
-        self.net = nn.Sequential(nn.Conv2d(in_channels, channels, 3, padding=1), nn.LeakyReLU(0.2),
-                                 nn.Conv2d(channels, channels, 3, padding=1), nn.LeakyReLU(0.2))
+        self.net = nn.Sequential(
+            nn.Conv2d(in_channels, channels, 3, padding=1),
+            nn.LeakyReLU(0.2),
+            nn.Conv2d(channels, channels, 3, padding=1),
+            nn.LeakyReLU(0.2),
+        )
         self.downsample = nn.Sequential(Blur(), nn.Conv2d(channels, channels, 3, stride=2, padding=1))
 
     def forward(self, x: Tensor) -> Tensor:

@@ -14,7 +14,8 @@ from __future__ import annotations
 
 import contextlib
 import math
-from typing import Any, Collection, Iterator
+from collections.abc import Collection, Iterator
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -26,8 +27,8 @@ from core.dist import mean_over_ranks
 from core.errors import UserError, nearest
 from core.images import to_unit_range
 from core.nn.precision import no_autocast
-from core.released import needs
 from core.specs import Loss, Progress, Recon
+from core.weights.released import needs
 from tokenizer.losses.contrastive import info_nce
 from tokenizer.losses.diffaug import DiffAugment
 from tokenizer.losses.perceptual import Perceptual, helpers_of
@@ -96,8 +97,14 @@ class Objective(nn.Module):
         _check("semantic_loss", semantic_loss, ("cosine", "l1", "l2", "infonce"))
         _check("semantic_target", semantic_target, ("all", "masked"))
         self.given = {name: float(weight) for name, weight in (weights or {}).items() if weight is not None}
-        self.weights = {"reconstruction": 1.0, "perceptual": 0.0, "semantic": 0.0, "gan": 0.1, "discriminator": 1.0,
-                        **self.given}
+        self.weights = {
+            "reconstruction": 1.0,
+            "perceptual": 0.0,
+            "semantic": 0.0,
+            "gan": 0.1,
+            "discriminator": 1.0,
+            **self.given,
+        }
         if self.weights["perceptual"] and not perceptual:
             raise UserError(
                 f"objective: weights.perceptual is {self.weights['perceptual']:g} but no perceptual network is configured."
@@ -126,8 +133,11 @@ class Objective(nn.Module):
     def _since_start(self, progress: Progress) -> float:
         """Pictures since the discriminator began; negative before."""
         batch = progress.images_seen // progress.step if progress.step else 1
-        start = (self.gan_start_epoch * progress.images_per_epoch if self.gan_start is None
-                 else self.gan_start.images(progress.images_per_epoch, batch))
+        start = (
+            self.gan_start_epoch * progress.images_per_epoch
+            if self.gan_start is None
+            else self.gan_start.images(progress.images_per_epoch, batch)
+        )
         return progress.images_seen - start if self.gan_active(progress) else min(-1.0, progress.images_seen - start)
 
     def _judge(self, discriminator: nn.Module, pictures: Tensor, use: str, draws, progress: Progress) -> Tensor:
@@ -142,8 +152,15 @@ class Objective(nn.Module):
         """Pictures in [-1, 1] as reconstruction and discriminator see them, fp32."""
         return to_unit_range(images.float()) if self.pixels == "unit" else images.float()
 
-    def generator_loss(self, images: Tensor, recon: Recon, features: dict[str, Tensor],
-                       discriminator: nn.Module | None, progress: Progress, draws=None) -> Loss:
+    def generator_loss(
+        self,
+        images: Tensor,
+        recon: Recon,
+        features: dict[str, Tensor],
+        discriminator: nn.Module | None,
+        progress: Progress,
+        draws=None,
+    ) -> Loss:
         """Loss of the tokenizer.
 
         Args:
@@ -161,7 +178,9 @@ class Objective(nn.Module):
             target, found = self._seen(images), self._seen(pictures)  # not clamped
             target01, found01 = to_unit_range(images.float()), to_unit_range(pictures.float())
             variance = math.exp(self.log_variance)
-            terms = {"reconstruction": (F.l1_loss if self.reconstruction == "l1" else F.mse_loss)(found, target) / variance}
+            terms = {
+                "reconstruction": (F.l1_loss if self.reconstruction == "l1" else F.mse_loss)(found, target) / variance
+            }
             if self.perceptual is not None:
                 distance = self.perceptual(target01, found01)  # (B,)
                 if recon.perceptual_weights is not None:
@@ -191,8 +210,9 @@ class Objective(nn.Module):
         logs["total"] = total.detach()
         return Loss(total, {name: value.detach() for name, value in logs.items()})
 
-    def discriminator_loss(self, images: Tensor, recon_images: Tensor, discriminator: nn.Module,
-                           progress: Progress, draws=None) -> Loss:
+    def discriminator_loss(
+        self, images: Tensor, recon_images: Tensor, discriminator: nn.Module, progress: Progress, draws=None
+    ) -> Loss:
         """Loss of the discriminator on (B, 3, H, W) pictures in [-1, 1]; no gradient reaches `recon_images`.
 
         Before the start epoch the loss is exactly 0 with zero gradients.
@@ -232,8 +252,10 @@ class Objective(nn.Module):
         the backward pass, which need not go through the perceptual network and the discriminator again.
         """
         if recon.last_layer is None:
-            raise UserError("objective: adaptive_weight needs a tokenizer that names the layer which paints its pixels;"
-                            " this one does not. Set adaptive_weight: false.")
+            raise UserError(
+                "objective: adaptive_weight needs a tokenizer that names the layer which paints its pixels;"
+                " this one does not. Set adaptive_weight: false."
+            )
         weights, images = self.weights, recon.images
         supervised = sum(weights[name] * terms[name] for name in ("reconstruction", "perceptual") if name in terms)
         gradients = [torch.autograd.grad(loss, pictures, retain_graph=True)[0] for loss in (supervised, terms["gan"])]
@@ -245,8 +267,9 @@ class Objective(nn.Module):
         # It has the gradients of both losses, but not their value.
         carrier = (images.float() * (gradients[0] + weight * gradients[1]).float()).sum()
         value = supervised.detach() + weight * terms["gan"].detach()
-        rest = sum(weights[name] * term for name, term in terms.items()
-                   if name not in ("reconstruction", "perceptual", "gan"))
+        rest = sum(
+            weights[name] * term for name, term in terms.items() if name not in ("reconstruction", "perceptual", "gan")
+        )
         return rest + carrier + (value - carrier).detach(), weight
 
     def _semantic(self, recon: Recon, features: dict[str, Tensor]) -> Tensor:
@@ -254,12 +277,20 @@ class Objective(nn.Module):
         losses = []
         for teacher, prediction in recon.predictions.items():
             if teacher not in features:
-                raise UserError(f'the tokenizer predicts features of teacher "{teacher}", which is not configured.'
-                                + nearest(teacher, features))
+                raise UserError(
+                    f'the tokenizer predicts features of teacher "{teacher}", which is not configured.'
+                    + nearest(teacher, features)
+                )
             prediction, target = prediction.float(), features[teacher].float()  # (B, N, D)
             if self.semantic_loss == "infonce":
-                losses.append(info_nce(prediction.flatten(1), target.flatten(1), group=self.contrast_group,
-                                       across_ranks=self.across_ranks))
+                losses.append(
+                    info_nce(
+                        prediction.flatten(1),
+                        target.flatten(1),
+                        group=self.contrast_group,
+                        across_ranks=self.across_ranks,
+                    )
+                )
                 continue
             if self.semantic_loss == "cosine":
                 per_token = 1.0 - F.cosine_similarity(prediction, target, dim=-1)  # (B, N)
@@ -284,16 +315,24 @@ class Objective(nn.Module):
             if name in _TERMS:
                 raise ValueError(f'Recon.terms may not be called "{name}": the objective computes that itself')
             if name not in self.given:
-                raise UserError(f'objective: the tokenizer has a term "{name}" but weights.{name} is not set (0: ignore).')
+                raise UserError(
+                    f'objective: the tokenizer has a term "{name}" but weights.{name} is not set (0: ignore).'
+                )
         for name, weight in self.given.items():
             if weight and name not in _TERMS and name not in terms:
-                raise UserError(f"objective: weights.{name} names no term of this tokenizer.{nearest(name, (*_TERMS, *terms))}")
+                raise UserError(
+                    f"objective: weights.{name} names no term of this tokenizer.{nearest(name, (*_TERMS, *terms))}"
+                )
             if weight and name == "semantic" and not predicts:
-                raise UserError("objective: weights.semantic is not 0 but the tokenizer predicts no teacher's features."
-                                " Give it a teacher, or set weights.semantic: 0.")
+                raise UserError(
+                    "objective: weights.semantic is not 0 but the tokenizer predicts no teacher's features."
+                    " Give it a teacher, or set weights.semantic: 0."
+                )
             if weight and name == "gan" and not has_discriminator:
-                raise UserError("objective: weights.gan is not 0 but there is no discriminator."
-                                " Configure one, or set weights.gan: 0.")
+                raise UserError(
+                    "objective: weights.gan is not 0 but there is no discriminator."
+                    " Configure one, or set weights.gan: 0."
+                )
 
 
 def _build_augment(settings: dict[str, Any]) -> DiffAugment:

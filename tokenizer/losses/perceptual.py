@@ -1,8 +1,8 @@
 """The perceptual loss: a weighted mean of named distances (RecTok: P = sum(w p) / sum(w)).
 
-    parts: {lpips: 1.0, convnext_s: 0.1}     the published recipe ("lpips-convnext_s-1.0-0.1" in the official code)
-    parts: {lpips_squeeze: 1.0}              works without a download
-    parts: {lpips: {weight: 1.0, widths: [4, 8, 12, 16, 16], pretrained: false}}
+parts: {lpips: 1.0, convnext_s: 0.1}     the published recipe ("lpips-convnext_s-1.0-0.1" in the official code)
+parts: {lpips_squeeze: 1.0}              works without a download
+parts: {lpips: {weight: 1.0, widths: [4, 8, 12, 16, 16], pretrained: false}}
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from torch.nn import functional as F
 from core.errors import UserError
 from core.nn.frozen import Frozen
 from core.nn.lpips import helper_weights, load_exactly
-from core.released import Released, needed, needs
+from core.weights.released import Released, needed, needs
 from tokenizer.losses import PERCEPTUAL
 
 
@@ -58,7 +58,9 @@ class ConvNeXtLogits(ClassifierLogits):
         self.network = ConvNeXt([CNBlockConfig(*block) for block in blocks], num_classes=classes)
         if pretrained:
             advice = "Or leave convnext_s out of the perceptual parts."
-            load_exactly(self.network, helper_weights("convnext_small-0c510722.pth", advice), "convnext_small-0c510722.pth")
+            load_exactly(
+                self.network, helper_weights("convnext_small-0c510722.pth", advice), "convnext_small-0c510722.pth"
+            )
         self.freeze()
 
 
@@ -84,7 +86,7 @@ class ResNetLogits(ClassifierLogits):
 
 def helpers_of(settings: dict[str, Any]) -> list[Released]:
     """What the parts of an objective's `perceptual` will load."""
-    used = (settings.get("weights") or {}).get("perceptual") and settings.get("perceptual") or {}
+    used = ((settings.get("weights") or {}).get("perceptual") and settings.get("perceptual")) or {}
     parts = {name: part if isinstance(part, dict) else {} for name, part in used.items()}
     return [file for name, part in parts.items() for file in needed(PERCEPTUAL.get(name), part)]
 

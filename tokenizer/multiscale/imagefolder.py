@@ -21,9 +21,9 @@ from core.dist import group_size
 from core.errors import UserError, nearest
 from core.nn.lora import TunedLayerNorm, adapt
 from core.nn.precision import no_autocast
-from core.nn.vit import ViTSize, VisionTransformer, dinov2_files, dinov2_weights
-from core.released import needs
+from core.nn.vit import VisionTransformer, ViTSize, dinov2_files, dinov2_weights
 from core.specs import Codes, MultiScale, Progress, Recon
+from core.weights.released import needs
 from tokenizer.losses.contrastive import info_nce
 from tokenizer.multiscale.quantizer import MultiScaleQuantizer, Quantized
 from tokenizer.multiscale.vit import Decoder, Encoder
@@ -46,7 +46,7 @@ class Semantic:
     normalise: bool = False
 
     @classmethod
-    def parse(cls, value: dict[str, Any] | None) -> "Semantic | None":
+    def parse(cls, value: dict[str, Any] | None) -> Semantic | None:
         if not value or not value.get("teachers"):
             return None
         known = [f.name for f in fields(cls)]
@@ -62,7 +62,9 @@ class Semantic:
         named = {"last": [branches - 1], "all": list(range(branches))}
         chosen = named.get(self.branches) if isinstance(self.branches, str) else list(self.branches)
         if not chosen or any(not isinstance(b, int) or not 0 <= b < branches for b in chosen):
-            raise UserError(f'semantic.branches is "last", "all" or numbers from 0 to {branches - 1}, got {self.branches!r}')
+            raise UserError(
+                f'semantic.branches is "last", "all" or numbers from 0 to {branches - 1}, got {self.branches!r}'
+            )
         return chosen
 
     def factor(self, progress: Progress | None) -> float:
@@ -137,23 +139,30 @@ class ImageFolder(nn.Module):
         code_dim = _checked(image_size, patch_size, latent_grid, scales, branches, code_dim, latent_width, start_drop)
         if quantizer == "auto":
             quantizer = "plain" if len(scales) == 1 else "residual"
-        for setting, value, choices in (("quantizer", quantizer, ("residual", "plain", "binary")),
-                                        ("commitment", commitment, ("mean", "sum")),
-                                        ("enc_tuning", enc_tuning, TUNING), ("dec_tuning", dec_tuning, TUNING)):
+        for setting, value, choices in (
+            ("quantizer", quantizer, ("residual", "plain", "binary")),
+            ("commitment", commitment, ("mean", "sum")),
+            ("enc_tuning", enc_tuning, TUNING),
+            ("dec_tuning", dec_tuning, TUNING),
+        ):
             if value not in choices:
                 raise UserError(f'{setting} "{value}" is not known.{nearest(str(value), choices)}')
         if pixel_channels < 0:
             raise UserError(f"pixel_channels is {pixel_channels}: 0 paints patches as published, 24 hides their seams")
         if quantizer == "plain" and len(scales) > 1:
-            raise UserError(f"the plain quantizer has one scale, not {list(scales)}: set scales: [{latent_grid}], or "
-                            "quantizer: residual")
+            raise UserError(
+                f"the plain quantizer has one scale, not {list(scales)}: set scales: [{latent_grid}], or "
+                "quantizer: residual"
+            )
         self.image_size, self.patch_size, self.latent_grid = image_size, patch_size, latent_grid
         self.branches, self.code_dim = branches, code_dim
         self.commitment, self.codebook_drop, self.start_drop = commitment, codebook_drop, start_drop
         self.tuning, self.semantic = {"encoder": enc_tuning, "decoder": dec_tuning}, Semantic.parse(semantic)
         self.spec = (
-            MultiScale(scales, branches, vocab, code_dim) if len(scales) > 1
-            else Codes(latent_grid**2, branches, vocab, code_dim, (latent_grid, latent_grid)))
+            MultiScale(scales, branches, vocab, code_dim)
+            if len(scales) > 1
+            else Codes(latent_grid**2, branches, vocab, code_dim, (latent_grid, latent_grid))
+        )
 
         grid = image_size // patch_size
         sizes = {"encoder": ViTSize.parse(encoder, "encoder"), "decoder": ViTSize.parse(decoder, "decoder")}
@@ -162,15 +171,24 @@ class ImageFolder(nn.Module):
         self.quant_conv = nn.Conv2d(sizes["encoder"].width, code_dim, 1)
         self.post_quant_conv = nn.Conv2d(branches * code_dim, sizes["decoder"].width, 1)
         self.quantizer = MultiScaleQuantizer(
-            vocab, code_dim, scales, branches, shared_phi=None if quantizer == "plain" else shared_phi, cosine=cosine,
-            normalise=quantizer != "residual", binary=quantizer == "binary")
+            vocab,
+            code_dim,
+            scales,
+            branches,
+            shared_phi=None if quantizer == "plain" else shared_phi,
+            cosine=cosine,
+            normalise=quantizer != "residual",
+            binary=quantizer == "binary",
+        )
         self.term_names: tuple[str, ...] = ("codebook", "commitment")
         if self.semantic is not None:
             self.term_names += ("contrast",)
             self.semantic_branches = self.semantic.chosen(branches)
             width = next(iter(self.semantic.teachers.values()))
             # The official teacher is as wide as the encoder and goes straight into quant_conv; others are projected.
-            self.sem_linear = nn.Identity() if width == sizes["encoder"].width else nn.Linear(width, sizes["encoder"].width)
+            self.sem_linear = (
+                nn.Identity() if width == sizes["encoder"].width else nn.Linear(width, sizes["encoder"].width)
+            )
         if not self.quant_conv.weight.is_meta:
             for part, size in sizes.items():
                 trunk = self.get_submodule(part).model
@@ -217,35 +235,48 @@ class ImageFolder(nn.Module):
         count = self.start_drop + (draws.uniform("scales kept") * (total - self.start_drop + 1)).long()
         return torch.where(whole, total, count), whole
 
-    def forward(self, images: Tensor, draws, features: dict[str, Tensor] | None = None,
-                progress: Progress | None = None) -> Recon:
+    def forward(
+        self, images: Tensor, draws, features: dict[str, Tensor] | None = None, progress: Progress | None = None
+    ) -> Recon:
         """`features`: teacher name -> (B, N, D'), needed when there is a `semantic` teacher."""
         kept, whole = self._draw_kept(draws)
-        found: Quantized = self.quantizer(self.features(images, draws.fork("encoder")), kept, update_usage=self.training)
+        found: Quantized = self.quantizer(
+            self.features(images, draws.fork("encoder")), kept, update_usage=self.training
+        )
         scales = len(self.quantizer.scales)
-        terms = {"codebook": found.codebook_loss,
-                 "commitment": found.commitment_sum / (scales if self.commitment == "mean" else 1)}
+        terms = {
+            "codebook": found.codebook_loss,
+            "commitment": found.commitment_sum / (scales if self.commitment == "mean" else 1),
+        }
         if self.semantic is not None:
             terms["contrast"] = self._contrast(found.features, features, whole, progress)
         usage = self.quantizer.usage(group_size() * len(images))  # (K, S), in percent
         logs = {f"usage/branch{branch}": share for branch, share in enumerate(usage.mean(1))}
-        return Recon(self.decode_features(found.features, draws.fork("decoder")), terms, logs=logs,
-                     last_layer=self.decoder.to_pixel.last_weight,
-                     details={"kept": kept, "quantized": found, "usage": usage})
+        return Recon(
+            self.decode_features(found.features, draws.fork("decoder")),
+            terms,
+            logs=logs,
+            last_layer=self.decoder.to_pixel.last_weight,
+            details={"kept": kept, "quantized": found, "usage": usage},
+        )
 
-    def _contrast(self, f_hat: Tensor, features: dict[str, Tensor] | None, counted: Tensor | None,
-                  progress: Progress | None) -> Tensor:
+    def _contrast(
+        self, f_hat: Tensor, features: dict[str, Tensor] | None, counted: Tensor | None, progress: Progress | None
+    ) -> Tensor:
         name = next(iter(self.semantic.teachers))
         if not features or name not in features:
-            raise UserError(f'imagefolder learns from the features of teacher "{name}", which is not configured.'
-                            + nearest(name, features or {}))
+            raise UserError(
+                f'imagefolder learns from the features of teacher "{name}", which is not configured.'
+                + nearest(name, features or {})
+            )
         seen = self.sem_linear(features[name].float().mean(1))  # (B, D)
         u = self.quant_conv(seen[..., None, None]).flatten(1)  # (B, C)
         with no_autocast(f_hat):
             u, v = u.float(), f_hat.float().mean((3, 4))  # (B, K, C)
             settings = {"scale": self.semantic.factor(progress), "normalise": self.semantic.normalise}
-            return torch.stack([info_nce(u, v[:, b], symmetric=True, counted=counted, **settings)
-                                for b in self.semantic_branches]).mean()
+            return torch.stack(
+                [info_nce(u, v[:, b], symmetric=True, counted=counted, **settings) for b in self.semantic_branches]
+            ).mean()
 
     # -- use ------------------------------------------------------------------------------------------------------------
     def encode(self, images: Tensor, draws=None) -> Tensor:
@@ -298,8 +329,16 @@ class ImageFolder(nn.Module):
             return f_hat, quantizer.inputs(f_hat, scale + 1)
 
 
-def _checked(image_size: int, patch_size: int, latent_grid: int, scales: tuple[int, ...], branches: int, code_dim: int,
-             latent_width: int | None, start_drop: int) -> int:
+def _checked(
+    image_size: int,
+    patch_size: int,
+    latent_grid: int,
+    scales: tuple[int, ...],
+    branches: int,
+    code_dim: int,
+    latent_width: int | None,
+    start_drop: int,
+) -> int:
     """UserError for sizes that do not fit each other; returns the width of a code."""
     if image_size % patch_size:
         raise UserError(f"image_size {image_size} is not a multiple of patch_size {patch_size}")
@@ -308,8 +347,10 @@ def _checked(image_size: int, patch_size: int, latent_grid: int, scales: tuple[i
     if not scales or any(p < 1 for p in scales) or list(scales) != sorted(scales):
         raise UserError(f"scales {list(scales)} must be whole numbers from 1 on that do not shrink")
     if scales[-1] != latent_grid:
-        raise UserError(f"scales {list(scales)} end at {scales[-1]} but the latent grid is {latent_grid}x{latent_grid}: "
-                        f"end them with {latent_grid}, or set latent_grid: {scales[-1]}")
+        raise UserError(
+            f"scales {list(scales)} end at {scales[-1]} but the latent grid is {latent_grid}x{latent_grid}: "
+            f"end them with {latent_grid}, or set latent_grid: {scales[-1]}"
+        )
     if len(scales) > 1 and not 1 <= start_drop <= len(scales):
         raise UserError(f"start_drop is {start_drop}, but there are {len(scales)} scales: use 1 to {len(scales)}")
     if latent_width is None:
@@ -319,7 +360,9 @@ def _checked(image_size: int, patch_size: int, latent_grid: int, scales: tuple[i
     return latent_width // branches
 
 
-def _load_trunk(trunk: VisionTransformer, size: ViTSize, image_size: int, patch_size: int, pretrained: bool | str) -> None:
+def _load_trunk(
+    trunk: VisionTransformer, size: ViTSize, image_size: int, patch_size: int, pretrained: bool | str
+) -> None:
     state = dinov2_weights(size, image_size, patch_size, pretrained if isinstance(pretrained, str) else None)
     if not hasattr(trunk, "patch_embed"):
         state = {name: value for name, value in state.items() if not name.startswith("patch_embed.")}

@@ -99,8 +99,18 @@ class MultiScaleQuantizer(nn.Module):
 
     USED_SHARE = 0.08  # a code counts as used from this share of its even share of hits on
 
-    def __init__(self, vocab: int, dim: int, scales: tuple[int, ...], branches: int = 2, shared_phi: int | None = 4,
-                 phi_ratio: float = 0.5, cosine: bool = True, normalise: bool = False, binary: bool = False):
+    def __init__(
+        self,
+        vocab: int,
+        dim: int,
+        scales: tuple[int, ...],
+        branches: int = 2,
+        shared_phi: int | None = 4,
+        phi_ratio: float = 0.5,
+        cosine: bool = True,
+        normalise: bool = False,
+        binary: bool = False,
+    ):
         super().__init__()
         if binary and vocab != 2**dim:
             raise UserError(f"a binary codebook of width {dim} has 2^{dim} = {2**dim} codes, not {vocab}")
@@ -111,10 +121,13 @@ class MultiScaleQuantizer(nn.Module):
         count = 0 if shared_phi is None else shared_phi or len(self.scales)
         self.phi_of = [phi_index(s, len(self.scales), count) for s in range(len(self.scales))] if count else []
         level = torch.arange(len(self.scales), device="cpu").repeat_interleave(
-            torch.tensor([p * p for p in self.scales], device="cpu"))
+            torch.tensor([p * p for p in self.scales], device="cpu")
+        )
         self.register_buffer("level", level, persistent=False)  # (L,), the scale of each code
         self.quantizes = nn.ModuleList(Branch(vocab, dim, len(self.scales), count, binary) for _ in range(branches))
-        for branch in self.quantizes:  # with few scales some convolutions are never used; DDP would wait for their gradients
+        for (
+            branch
+        ) in self.quantizes:  # with few scales some convolutions are never used; DDP would wait for their gradients
             for index, conv in enumerate(branch.phis):
                 conv.requires_grad_(index in self.phi_of)
 
@@ -145,8 +158,10 @@ class MultiScaleQuantizer(nn.Module):
 
     def phi_weights(self) -> list[tuple[Tensor, Tensor]]:
         """The convolutions of all branches side by side, so that one grouped convolution does: (K C, C, 3, 3), (K C,)."""
-        return [(torch.cat([conv.weight for conv in convs]).float(), torch.cat([conv.bias for conv in convs]).float())
-                for convs in zip(*(branch.phis for branch in self.quantizes))]
+        return [
+            (torch.cat([conv.weight for conv in convs]).float(), torch.cat([conv.bias for conv in convs]).float())
+            for convs in zip(*(branch.phis for branch in self.quantizes))
+        ]
 
     def split(self, codes: Tensor) -> list[Tensor]:
         """(B, L, K) -> one (B, p p, K) per scale; codes of the first scales only are fine too."""

@@ -5,8 +5,8 @@ from __future__ import annotations
 from torch import Tensor
 
 from core.images import to_unit_range
-from core.nn.vit import ViTSize, VisionTransformer, dinov2_files, dinov2_weights
-from core.released import needs
+from core.nn.vit import VisionTransformer, ViTSize, dinov2_files, dinov2_weights
+from core.weights.released import needs
 from tokenizer.teachers import Teacher
 
 
@@ -23,8 +23,14 @@ class DINOv2ClassTeacher(Teacher):
 
     name = "dinov2_patch16"
 
-    def __init__(self, image_size: int = 256, patch_size: int = 16, model: str | dict = "base",
-                 weights: str | None = None, pretrained: bool = True):
+    def __init__(
+        self,
+        image_size: int = 256,
+        patch_size: int = 16,
+        model: str | dict = "base",
+        weights: str | None = None,
+        pretrained: bool = True,
+    ):
         super().__init__()
         size = ViTSize.parse(model, "teachers.dinov2_patch16.model")
         self.grid, self.dim = image_size // patch_size, size.width

@@ -13,7 +13,7 @@ import torch
 from einops import rearrange
 from torch import Tensor, nn
 
-from core.nn.vit import ViTSize, VisionTransformer
+from core.nn.vit import VisionTransformer, ViTSize
 
 
 def _levels(*counts: int) -> Tensor:
@@ -43,7 +43,7 @@ class Encoder(nn.Module):
         patches = self.model.embed(self.model.patch_embed(images))  # (B, 1 + N, D)
         latents = self.latent_tokens + self.model.positions(self.side).repeat(1, self.branches, 1)
         x = torch.cat((patches, latents.expand(len(images), -1, -1)), dim=1) + self.lvl_embed(self.lvl1LC)
-        return self.model.encode(x, draws)[:, -self.latent_tokens.shape[1]:]
+        return self.model.encode(x, draws)[:, -self.latent_tokens.shape[1] :]
 
 
 class PixelHead(nn.Module):
@@ -60,8 +60,9 @@ class PixelHead(nn.Module):
         self.model = nn.Linear(width, (channels or 3) * patch_size**2)
         self.convs = nn.Sequential()
         if channels:
-            self.convs = nn.Sequential(nn.Conv2d(channels, channels, 3, padding=1), nn.GELU(),
-                                       nn.Conv2d(channels, 3, 3, padding=1))
+            self.convs = nn.Sequential(
+                nn.Conv2d(channels, channels, 3, padding=1), nn.GELU(), nn.Conv2d(channels, 3, 3, padding=1)
+            )
 
     @property
     def last_weight(self) -> nn.Parameter:
@@ -69,8 +70,15 @@ class PixelHead(nn.Module):
         return self.convs[-1].weight if len(self.convs) else self.model.weight
 
     def forward(self, tokens: Tensor) -> Tensor:
-        return self.convs(rearrange(self.model(tokens), "b (h w) (p q c) -> b c (h p) (w q)",
-                                    h=self.grid, p=self.patch_size, q=self.patch_size))
+        return self.convs(
+            rearrange(
+                self.model(tokens),
+                "b (h w) (p q c) -> b c (h p) (w q)",
+                h=self.grid,
+                p=self.patch_size,
+                q=self.patch_size,
+            )
+        )
 
 
 class Decoder(nn.Module):

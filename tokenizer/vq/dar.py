@@ -11,7 +11,8 @@ Shape letters: B batch, P patches, N codes, D width.
 
 from __future__ import annotations
 
-from typing import Any, Iterator
+from collections.abc import Iterator
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -29,8 +30,18 @@ from tokenizer.vq.quantizer import VectorQuantizer
 
 MAX_POSITIONS = 1024  # rows of the tables of queries and positions in the released files
 
-DECODER_DEFAULTS = {"width": 768, "depth": 12, "patch_size": 8, "data_std": 0.6, "time_shift": 2.0, "own_time": True,
-                    "modulated_output": False, "feature_layer": 8, "feature_hidden": 2048, "rope_theta": 10000.0}
+DECODER_DEFAULTS = {
+    "width": 768,
+    "depth": 12,
+    "patch_size": 8,
+    "data_std": 0.6,
+    "time_shift": 2.0,
+    "own_time": True,
+    "modulated_output": False,
+    "feature_layer": 8,
+    "feature_hidden": 2048,
+    "rope_theta": 10000.0,
+}
 
 
 class Block(nn.Module):
@@ -112,9 +123,16 @@ class DAR(nn.Module):
             raise UserError(f'decoder has no setting "{unknown[0]}".{nearest(unknown[0], DECODER_DEFAULTS)}')
         settings = {**DECODER_DEFAULTS, **(decoder or {})}
         self.window = window or length // max(1, groups)
-        _check_sizes(image_size, patch_size, length, groups, self.window, steps, head_dim,
-                     {"encoder_width": encoder_width, "condition_width": condition_width,
-                      "decoder.width": settings["width"]})
+        _check_sizes(
+            image_size,
+            patch_size,
+            length,
+            groups,
+            self.window,
+            steps,
+            head_dim,
+            {"encoder_width": encoder_width, "condition_width": condition_width, "decoder.width": settings["width"]},
+        )
         teachers = (semantic or {}).get("teachers") or {}
         if len(teachers) > 1:
             raise UserError(f"D-AR is aligned with one teacher, not with {len(teachers)}: {', '.join(teachers)}.")
@@ -131,21 +149,34 @@ class DAR(nn.Module):
         self.query_embedding = nn.Embedding(MAX_POSITIONS, code_dim if low_rank_queries else encoder_width)
         self.query_linear = nn.Linear(code_dim, encoder_width) if low_rank_queries else nn.Identity()
         self.encoder_layers = nn.ModuleList(
-            Block(encoder_width, encoder_width // head_dim, gate=gate_init) for _ in range(encoder_layers))
+            Block(encoder_width, encoder_width // head_dim, gate=gate_init) for _ in range(encoder_layers)
+        )
         self.quant_in_conv = nn.Conv2d(encoder_width, code_dim, 1, bias=False)
-        self.quantize = VectorQuantizer(vocab, code_dim, entropy=entropy, usage_window=usage_window) if quantize else None
+        self.quantize = (
+            VectorQuantizer(vocab, code_dim, entropy=entropy, usage_window=usage_window) if quantize else None
+        )
         self.term_names = (*(self.quantize.term_names if quantize else ()), "flow")
         self.quant_out_conv = nn.Conv2d(code_dim, condition_width, 1, bias=False)
         self.decoder_embedding = nn.Embedding(MAX_POSITIONS, condition_width)
         self.decoder_layers = nn.ModuleList(
-            Block(condition_width, condition_width // head_dim, causal=True, gate=gate_init) for _ in range(condition_layers))
+            Block(condition_width, condition_width // head_dim, causal=True, gate=gate_init)
+            for _ in range(condition_layers)
+        )
         self.diff_decoder = nn.Module()
         self.diff_decoder.net = DiffusionCore(
-            width=settings["width"], depth=settings["depth"], condition_width=condition_width,
-            patch_size=settings["patch_size"], image_size=image_size, own_time=settings["own_time"],
-            modulated_output=settings["modulated_output"], feature_layer=settings["feature_layer"],
+            width=settings["width"],
+            depth=settings["depth"],
+            condition_width=condition_width,
+            patch_size=settings["patch_size"],
+            image_size=image_size,
+            own_time=settings["own_time"],
+            modulated_output=settings["modulated_output"],
+            feature_layer=settings["feature_layer"],
             feature_widths=(settings["feature_hidden"], teachers[self.teacher]) if self.teacher else None,
-            head_dim=head_dim, rope_theta=settings["rope_theta"], init_std=init_std)
+            head_dim=head_dim,
+            rope_theta=settings["rope_theta"],
+            init_std=init_std,
+        )
         self.rope = AxialRope(head_dim, (image_size // patch_size,) * 2, rope_theta, extra=length)
         self._init_weights(low_rank_queries, init_std)
 
@@ -162,8 +193,10 @@ class DAR(nn.Module):
     def _project(self, images: Tensor) -> Tensor:
         """(B, 3, H, W) -> (B, N, code_dim), before quantisation."""
         if images.shape[-2] % self.patch_size or images.shape[-1] % self.patch_size:
-            raise UserError(f"D-AR encodes images whose sides are multiples of {self.patch_size}, not "
-                            f"{images.shape[-2]}x{images.shape[-1]}.")
+            raise UserError(
+                f"D-AR encodes images whose sides are multiples of {self.patch_size}, not "
+                f"{images.shape[-2]}x{images.shape[-1]}."
+            )
         patches = self.patchify(images)
         rope = self.rope(tuple(patches.shape[-2:]))  # the queries have no place
         patches = plain_norm(patches.flatten(2).transpose(1, 2))  # (B, P, D)
@@ -247,8 +280,7 @@ class DAR(nn.Module):
             perceptual_weights=2 * t if self.perceptual_by_time else None,
             logs={} if codes is None else self._code_logs(codes, draws),
             last_layer=core.conv_out.weight if core.conv_out is not None else core.linear_out.linear.weight,
-            details={"t": t, "velocity": velocity, "window": window, "features": features,
-                     "codes": codes},
+            details={"t": t, "velocity": velocity, "window": window, "features": features, "codes": codes},
         )
 
     @torch.no_grad()
@@ -260,16 +292,31 @@ class DAR(nn.Module):
         return logs
 
     # -- decoding -----------------------------------------------------------------------------------------------------
-    def stream(self, batch: int, draws=None, *, steps: int | None = None, size: tuple[int, int] | None = None,
-               method: str = "adams2") -> "Stream":
+    def stream(
+        self,
+        batch: int,
+        draws=None,
+        *,
+        steps: int | None = None,
+        size: tuple[int, int] | None = None,
+        method: str = "adams2",
+    ) -> Stream:
         """Decoding while the codes arrive. Without draws every image starts from the same noise."""
         size = size or (self.image_size,) * 2
         device = self.decoder_embedding.weight.device
         draws = draws or Draws(0, torch.zeros(batch, dtype=torch.int64, device=device))
         return Stream(self, draws.normal("noise", (3, *size)), steps or self.steps, method)
 
-    def decode(self, latents: Tensor, draws=None, *, steps: int | None = None, clip: int | None = None,
-               size: tuple[int, int] | None = None, method: str = "adams2") -> Tensor:
+    def decode(
+        self,
+        latents: Tensor,
+        draws=None,
+        *,
+        steps: int | None = None,
+        clip: int | None = None,
+        size: tuple[int, int] | None = None,
+        method: str = "adams2",
+    ) -> Tensor:
         """Images (B, 3, H, W) of codes (B, n, 1); n may be a prefix that ends with a whole window.
 
         Args:
@@ -298,12 +345,23 @@ class Stream:
         if steps < 1:
             raise UserError(f"decoding needs at least 1 step, not {steps}.")
         self.tokenizer, self.steps = tokenizer, steps
-        self.trajectory = Trajectory(tokenizer.diff_decoder.net, noise, steps, tokenizer.time_shift, tokenizer.data_std,
-                                     method)
+        self.trajectory = Trajectory(
+            tokenizer.diff_decoder.net, noise, steps, tokenizer.time_shift, tokenizer.data_std, method
+        )
         attention = tokenizer.decoder_layers[0].attention if len(tokenizer.decoder_layers) else None
-        self.cache = None if attention is None else KVCache(
-            len(tokenizer.decoder_layers), len(noise), attention.heads, tokenizer.length, attention.head_dim,
-            dtype=tokenizer.decoder_embedding.weight.dtype, device=noise.device)
+        self.cache = (
+            None
+            if attention is None
+            else KVCache(
+                len(tokenizer.decoder_layers),
+                len(noise),
+                attention.heads,
+                tokenizer.length,
+                attention.head_dim,
+                dtype=tokenizer.decoder_embedding.weight.dtype,
+                device=noise.device,
+            )
+        )
         self.conditions: Tensor | None = None  # (B, codes so far, D)
 
     @property
@@ -332,8 +390,16 @@ class Stream:
         return image
 
 
-def _check_sizes(image_size: int, patch_size: int, length: int, groups: int, window: int, steps: int, head_dim: int,
-                 widths: dict[str, int]) -> None:
+def _check_sizes(
+    image_size: int,
+    patch_size: int,
+    length: int,
+    groups: int,
+    window: int,
+    steps: int,
+    head_dim: int,
+    widths: dict[str, int],
+) -> None:
     for name, width in widths.items():
         if width % head_dim:
             raise UserError(f"{name} {width} must be a multiple of head_dim {head_dim}.")

@@ -90,13 +90,28 @@ class DiffusionCore(nn.Module):
         feature_widths: hidden and output widths of the alignment head; None for no head.
     """
 
-    def __init__(self, *, width: int, depth: int, condition_width: int, patch_size: int, image_size: int,
-                 channels: int = 3, own_time: bool = True, modulated_output: bool = False, feature_layer: int = 8,
-                 feature_widths: tuple[int, int] | None = (2048, 768), head_dim: int = 64, rope_theta: float = 10000.0,
-                 init_std: float = 0.02):
+    def __init__(
+        self,
+        *,
+        width: int,
+        depth: int,
+        condition_width: int,
+        patch_size: int,
+        image_size: int,
+        channels: int = 3,
+        own_time: bool = True,
+        modulated_output: bool = False,
+        feature_layer: int = 8,
+        feature_widths: tuple[int, int] | None = (2048, 768),
+        head_dim: int = 64,
+        rope_theta: float = 10000.0,
+        init_std: float = 0.02,
+    ):
         super().__init__()
         if modulated_output and own_time:
-            raise UserError("decoder: modulated_output needs own_time: false, since it is fed the shared time embedding.")
+            raise UserError(
+                "decoder: modulated_output needs own_time: false, since it is fed the shared time embedding."
+            )
         if image_size % patch_size:
             raise UserError(f"decoder: patch_size {patch_size} does not divide image_size {image_size}.")
         self.patch_size, self.feature_layer = patch_size, feature_layer
@@ -111,8 +126,9 @@ class DiffusionCore(nn.Module):
         self.repa_out = None
         if feature_widths is not None:
             hidden, out = feature_widths
-            self.repa_out = nn.Sequential(nn.Linear(width, hidden), nn.SiLU(), nn.Linear(hidden, hidden), nn.SiLU(),
-                                          nn.Linear(hidden, out))
+            self.repa_out = nn.Sequential(
+                nn.Linear(width, hidden), nn.SiLU(), nn.Linear(hidden, hidden), nn.SiLU(), nn.Linear(hidden, out)
+            )
         self.rope = AxialRope(head_dim, (image_size // patch_size,) * 2, rope_theta)
         self._init_weights(init_std)
 
@@ -180,8 +196,9 @@ class Trajectory:
         method: "adams2" or "euler".
     """
 
-    def __init__(self, core: DiffusionCore, noise: Tensor, steps: int, shift: float, data_std: float,
-                 method: str = "adams2"):
+    def __init__(
+        self, core: DiffusionCore, noise: Tensor, steps: int, shift: float, data_std: float, method: str = "adams2"
+    ):
         if method not in ("adams2", "euler"):
             raise UserError(f'the solver is "adams2" or "euler", not "{method}"')
         self.core, self.x, self.steps, self.data_std, self.method = core, noise.float(), steps, data_std, method

@@ -36,8 +36,13 @@ def branch_names(count: int) -> tuple[str, ...]:
 # The convolutional halves
 # ---------------------------------------------------------------------------------------------------------------------
 def _middle(channels: int, groups: int) -> nn.ModuleList:
-    return nn.ModuleList((ResBlock(channels, channels, groups=groups), AttnBlock(channels, groups),
-                          ResBlock(channels, channels, groups=groups)))
+    return nn.ModuleList(
+        (
+            ResBlock(channels, channels, groups=groups),
+            AttnBlock(channels, groups),
+            ResBlock(channels, channels, groups=groups),
+        )
+    )
 
 
 class Adapter(Transformer):
@@ -74,9 +79,16 @@ class Encoder(nn.Module):
         widths = [channels * m for m in (1, *mult)]
         last = len(mult) - 1
         self.conv_blocks = nn.ModuleList(
-            Level(widths[i], widths[i + 1], res_blocks, attention=i == last, groups=groups,
-                  resize=None if i == last else Downsample)
-            for i in range(len(mult)))
+            Level(
+                widths[i],
+                widths[i + 1],
+                res_blocks,
+                attention=i == last,
+                groups=groups,
+                resize=None if i == last else Downsample,
+            )
+            for i in range(len(mult))
+        )
         self.mid = _middle(widths[-1], groups)
 
     def forward(self, images: Tensor) -> Tensor:
@@ -96,9 +108,16 @@ class Decoder(nn.Module):
         self.mid = _middle(widths[0], groups)
         last = len(mult) - 1
         self.conv_blocks = nn.ModuleList(
-            Level(widths[i], widths[i + 1], res_blocks + 1, attention=i == 0, groups=groups,
-                  resize=None if i == last else Upsample)
-            for i in range(len(mult)))
+            Level(
+                widths[i],
+                widths[i + 1],
+                res_blocks + 1,
+                attention=i == 0,
+                groups=groups,
+                resize=None if i == last else Upsample,
+            )
+            for i in range(len(mult))
+        )
         self.norm_out = group_norm(widths[-1], groups)
         self.conv_out = nn.Conv2d(widths[-1], 3, 3, padding=1)
 
@@ -139,15 +158,21 @@ def _semantic(value: dict[str, Any] | None, names: tuple[str, ...]) -> dict[str,
     branches = dict(value.get("branches") or {})
     for teacher in value["teachers"]:
         if teacher not in branches:
-            raise UserError(f"semantic.branches: say which sub-codebook predicts teacher {teacher}, "
-                            f"{{{teacher}: {names[-1]}}} or the like; there are {', '.join(names)}.")
+            raise UserError(
+                f"semantic.branches: say which sub-codebook predicts teacher {teacher}, "
+                f"{{{teacher}: {names[-1]}}} or the like; there are {', '.join(names)}."
+            )
     for teacher, name in branches.items():
         if teacher not in value["teachers"]:
             raise UserError(f'semantic.branches: there is no teacher "{teacher}".{nearest(teacher, value["teachers"])}')
         if name not in names:
             raise UserError(f'semantic.branches: there is no sub-codebook "{name}".{nearest(str(name), names)}')
-    return {"teachers": dict(value["teachers"]), "branches": branches, "layers": value.get("layers", 3),
-            "heads": value.get("heads", 8)}
+    return {
+        "teachers": dict(value["teachers"]),
+        "branches": branches,
+        "layers": value.get("layers", 3),
+        "heads": value.get("heads", 8),
+    }
 
 
 class FQGAN(nn.Module):
@@ -197,8 +222,10 @@ class FQGAN(nn.Module):
         mult = tuple(SIZES[size] if isinstance(size, str) else size)
         decoder_mult = tuple(decoder_mult or mult)
         if len(decoder_mult) != len(mult):
-            raise UserError(f"decoder_mult has {len(decoder_mult)} levels and the encoder {len(mult)}: "
-                            "pictures would come out in another size")
+            raise UserError(
+                f"decoder_mult has {len(decoder_mult)} levels and the encoder {len(mult)}: "
+                "pictures would come out in another size"
+            )
         if branches < 1:
             raise UserError(f"branches = {branches}: at least one sub-codebook is needed")
         stride = 2 ** (len(mult) - 1)
@@ -209,22 +236,40 @@ class FQGAN(nn.Module):
         grid = (image_size // stride, image_size // stride)
         self.spec = Codes(grid[0] * grid[1], branches, vocab, code_dim, grid, self.names)
         self.semantic = _semantic(semantic, self.names)
-        self.term_names = ("codebook", "commitment", *(("entropy",) if entropy_loss else ()),
-                           *(("disentangle",) if branches > 1 else ()))
+        self.term_names = (
+            "codebook",
+            "commitment",
+            *(("entropy",) if entropy_loss else ()),
+            *(("disentangle",) if branches > 1 else ()),
+        )
 
         width = channels * mult[-1]
         self.encoder = Encoder(channels, mult, res_blocks, groups)
-        self.heads = nn.ModuleDict({name: Branch(width, z_channels, grid, adapter_layers, adapter_heads, groups)
-                                    for name in self.names})
+        self.heads = nn.ModuleDict(
+            {name: Branch(width, z_channels, grid, adapter_layers, adapter_heads, groups) for name in self.names}
+        )
         self.quant_convs = nn.ModuleDict({name: nn.Conv2d(z_channels, code_dim, 1) for name in self.names})
-        self.quantizers = nn.ModuleDict({
-            name: VectorQuantizer(vocab, code_dim, normalise=normalise, entropy=entropy_loss, across_ranks=across_ranks,
-                                  usage_window=usage_window) for name in self.names})
+        self.quantizers = nn.ModuleDict(
+            {
+                name: VectorQuantizer(
+                    vocab,
+                    code_dim,
+                    normalise=normalise,
+                    entropy=entropy_loss,
+                    across_ranks=across_ranks,
+                    usage_window=usage_window,
+                )
+                for name in self.names
+            }
+        )
         self.post_quant_conv = nn.Conv2d(branches * code_dim, z_channels, 1)
         self.decoder = Decoder(channels, decoder_mult, res_blocks, z_channels, groups)
-        self.predictors = nn.ModuleDict({
-            teacher: FeaturePredictor(width, code_dim, grid, self.semantic["layers"], self.semantic["heads"])
-            for teacher, width in self.semantic.get("teachers", {}).items()})
+        self.predictors = nn.ModuleDict(
+            {
+                teacher: FeaturePredictor(width, code_dim, grid, self.semantic["layers"], self.semantic["heads"])
+                for teacher, width in self.semantic.get("teachers", {}).items()
+            }
+        )
 
     def no_weight_decay(self) -> set[str]:
         """Names of the parameters that are not decayed (the published recipe decays none)."""
@@ -258,10 +303,15 @@ class FQGAN(nn.Module):
         if len(values) > 1:
             terms["disentangle"] = self.disentangle(values)
         # parity: not detached, so that the teachers reach adapter and encoder.
-        features = {teacher: predict(found[self.semantic["branches"][teacher]].values)
-                    for teacher, predict in self.predictors.items()}
-        logs = {f"{term}/{name}": value.detach()
-                for name, q in found.items() for term, value in {**q.terms, **q.logs}.items()}
+        features = {
+            teacher: predict(found[self.semantic["branches"][teacher]].values)
+            for teacher, predict in self.predictors.items()
+        }
+        logs = {
+            f"{term}/{name}": value.detach()
+            for name, q in found.items()
+            for term, value in {**q.terms, **q.logs}.items()
+        }
         if self.training:
             logs |= {f"usage/{name}": self.quantizers[name].track(q.codes) for name, q in found.items()}
         return Recon(

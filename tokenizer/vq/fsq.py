@@ -40,8 +40,10 @@ class FiniteScalarQuantizer(Quantizer):
         levels = [int(level) for level in levels]
         vocab = math.prod(levels)
         if not levels or min(levels) < 2 or vocab > MOST_CODES:
-            raise UserError(f"levels {levels} make {vocab:,} codes: give two or more levels for each channel, "
-                            f"{MOST_CODES:,} codes at most (for example [8, 5, 5, 5]).")
+            raise UserError(
+                f"levels {levels} make {vocab:,} codes: give two or more levels for each channel, "
+                f"{MOST_CODES:,} codes at most (for example [8, 5, 5, 5])."
+            )
         super().__init__(vocab, len(levels), usage_window=usage_window)
         # Constants that are in no file: real also under torch.device("meta").
         sizes = torch.tensor(levels, device="cpu")
@@ -88,8 +90,18 @@ class FSQ(ConvTokenizer):
         others: see ConvTokenizer.
     """
 
-    def __init__(self, *, image_size: int = 256, channels: int = 128, channel_mult: list[int] = (1, 1, 2, 2, 4),
-                 res_blocks: int = 2, decoder_res_blocks: int | None = None, halving: str = "conv", groups: int = 32,
-                 levels: list[int] = (8, 5, 5, 5), usage_window: int = 0):
+    def __init__(
+        self,
+        *,
+        image_size: int = 256,
+        channels: int = 128,
+        channel_mult: list[int] = (1, 1, 2, 2, 4),
+        res_blocks: int = 2,
+        decoder_res_blocks: int | None = None,
+        halving: str = "conv",
+        groups: int = 32,
+        levels: list[int] = (8, 5, 5, 5),
+        usage_window: int = 0,
+    ):
         quantizer = FiniteScalarQuantizer(list(levels), usage_window=usage_window)
         super().__init__(image_size, channels, channel_mult, res_blocks, decoder_res_blocks, halving, groups, quantizer)

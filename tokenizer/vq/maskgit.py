@@ -30,9 +30,17 @@ class ConvEncoder(nn.Module):
         widths = [channels * m for m in (1, *mult)]
         last = len(mult) - 1
         self.conv_in = nn.Conv2d(3, channels, 3, padding=1, bias=False)
-        self.levels = nn.ModuleList(Level(widths[i], widths[i + 1], blocks, groups=groups,
-                                          resize=None if i == last else HALVING[halving], **_BLOCK)
-                                    for i in range(len(mult)))
+        self.levels = nn.ModuleList(
+            Level(
+                widths[i],
+                widths[i + 1],
+                blocks,
+                groups=groups,
+                resize=None if i == last else HALVING[halving],
+                **_BLOCK,
+            )
+            for i in range(len(mult))
+        )
         self.mid = nn.ModuleList(ResBlock(widths[-1], widths[-1], groups=groups, **_BLOCK) for _ in range(blocks))
         self.norm_out = group_norm(widths[-1], groups)
         self.conv_out = nn.Conv2d(widths[-1], out_channels, 1)
@@ -53,8 +61,10 @@ class ConvDecoder(nn.Module):
         last = len(mult) - 1
         self.conv_in = nn.Conv2d(in_channels, widths[0], 3, padding=1)
         self.mid = nn.ModuleList(ResBlock(widths[0], widths[0], groups=groups, **_BLOCK) for _ in range(blocks))
-        self.levels = nn.ModuleList(Level(widths[i], widths[i + 1], blocks, groups=groups,
-                                          resize=None if i == last else Upsample, **_BLOCK) for i in range(len(mult)))
+        self.levels = nn.ModuleList(
+            Level(widths[i], widths[i + 1], blocks, groups=groups, resize=None if i == last else Upsample, **_BLOCK)
+            for i in range(len(mult))
+        )
         self.norm_out = group_norm(widths[-1], groups)
         self.conv_out = nn.Conv2d(widths[-1], 3, 3, padding=1)
 
@@ -81,13 +91,21 @@ class CodesOfOneBranch(nn.Module):
         logs = dict(found.logs)
         if self.training and self.quantizer.usage_window:
             logs["usage"] = self.quantizer.track(found.codes)
-        return Recon(images=self.paint(found.values), terms=found.terms, details={"quantized": found}, logs=logs,
-                     last_layer=self.last_layer)
+        return Recon(
+            images=self.paint(found.values),
+            terms=found.terms,
+            details={"quantized": found},
+            logs=logs,
+            last_layer=self.last_layer,
+        )
 
     def no_weight_decay(self) -> set[str]:
         """Names of the parameters that are not decayed: vectors, and whatever embeds."""
-        return {name for name, p in self.named_parameters()
-                if p.ndim < 2 or any(word in name for word in ("embedding", "token"))}
+        return {
+            name
+            for name, p in self.named_parameters()
+            if p.ndim < 2 or any(word in name for word in ("embedding", "token"))
+        }
 
     def encode(self, images: Tensor, draws=None) -> Tensor:
         """(B, 3, H, W) in [-1, 1] -> codes (B, L, 1) int64."""
@@ -120,9 +138,17 @@ class ConvTokenizer(CodesOfOneBranch):
         quantizer: of vectors of `quantizer.dim` channels.
     """
 
-    def __init__(self, image_size: int, channels: int, channel_mult: list[int], res_blocks: int,
-                 decoder_res_blocks: int | None, halving: str, groups: int,
-                 quantizer: Quantizer):
+    def __init__(
+        self,
+        image_size: int,
+        channels: int,
+        channel_mult: list[int],
+        res_blocks: int,
+        decoder_res_blocks: int | None,
+        halving: str,
+        groups: int,
+        quantizer: Quantizer,
+    ):
         super().__init__()
         if halving not in HALVING:
             raise UserError(f'halving "{halving}" is not known.{nearest(str(halving), HALVING)}')
@@ -161,8 +187,18 @@ class MaskGITVQGAN(ConvTokenizer):
         others: see ConvTokenizer.
     """
 
-    def __init__(self, *, image_size: int = 256, channels: int = 128, channel_mult: list[int] = (1, 1, 2, 2, 4),
-                 res_blocks: int = 2, groups: int = 32, vocab: int = 1024, code_dim: int = 256, usage_window: int = 0):
+    def __init__(
+        self,
+        *,
+        image_size: int = 256,
+        channels: int = 128,
+        channel_mult: list[int] = (1, 1, 2, 2, 4),
+        res_blocks: int = 2,
+        groups: int = 32,
+        vocab: int = 1024,
+        code_dim: int = 256,
+        usage_window: int = 0,
+    ):
         quantizer = VectorQuantizer(vocab, code_dim, normalise=False, usage_window=usage_window)
         super().__init__(image_size, channels, channel_mult, res_blocks, None, "pool", groups, quantizer)
 
@@ -181,13 +217,34 @@ class VQGANPlus(ConvTokenizer):
         others: see ConvTokenizer.
     """
 
-    def __init__(self, *, image_size: int = 256, channels: int = 128, channel_mult: list[int] = (1, 1, 2, 2, 4),
-                 res_blocks: int = 2, decoder_res_blocks: int | None = None, halving: str = "conv", groups: int = 32,
-                 quantizer: str = "lookup", vocab: int = 4096, code_dim: int = 64, normalise: bool = False,
-                 entropy_loss: bool = False, entropy_temperature: float = 0.01, entropy_gamma: float = 1.0,
-                 across_ranks: bool = True, usage_window: int = 0):
-        shared = {"entropy": entropy_loss, "temperature": entropy_temperature, "gamma": entropy_gamma, "floor": "clamp",
-                  "across_ranks": across_ranks, "usage_window": usage_window}
+    def __init__(
+        self,
+        *,
+        image_size: int = 256,
+        channels: int = 128,
+        channel_mult: list[int] = (1, 1, 2, 2, 4),
+        res_blocks: int = 2,
+        decoder_res_blocks: int | None = None,
+        halving: str = "conv",
+        groups: int = 32,
+        quantizer: str = "lookup",
+        vocab: int = 4096,
+        code_dim: int = 64,
+        normalise: bool = False,
+        entropy_loss: bool = False,
+        entropy_temperature: float = 0.01,
+        entropy_gamma: float = 1.0,
+        across_ranks: bool = True,
+        usage_window: int = 0,
+    ):
+        shared = {
+            "entropy": entropy_loss,
+            "temperature": entropy_temperature,
+            "gamma": entropy_gamma,
+            "floor": "clamp",
+            "across_ranks": across_ranks,
+            "usage_window": usage_window,
+        }
         if quantizer == "lookup":
             built = VectorQuantizer(vocab, code_dim, normalise=normalise, **shared)
         elif quantizer == "lookup_free":

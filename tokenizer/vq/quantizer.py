@@ -12,8 +12,8 @@ Shape letters: B batch, N positions, D width of a code, V codebook size; (..., D
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Callable
 
 import torch
 from torch import Tensor, nn
@@ -68,8 +68,9 @@ def nearest_codes(z: Tensor, table: Tensor) -> Tensor:
         return torch.cat(found).view(z.shape[:-1])
 
 
-def entropy_terms(z: Tensor, affinity: Callable[[Tensor], Tensor], vocab: int, floor: str = "add",
-                  across_ranks: bool = True) -> tuple[Tensor, Tensor]:
+def entropy_terms(
+    z: Tensor, affinity: Callable[[Tensor], Tensor], vocab: int, floor: str = "add", across_ranks: bool = True
+) -> tuple[Tensor, Tensor]:
     """How undecided positions are, and how evenly the batch uses the codebook: two entropies in nats.
 
     Args:
@@ -82,6 +83,7 @@ def entropy_terms(z: Tensor, affinity: Callable[[Tensor], Tensor], vocab: int, f
     Returns:
         mean over positions of H(p), and H(mean over positions of p).
     """
+
     def sums(part: Tensor) -> tuple[Tensor, Tensor]:
         logits = affinity(part)
         p = logits.softmax(1)
@@ -126,8 +128,18 @@ class Quantizer(nn.Module):
 
     losses: tuple[str, ...]  # the terms besides entropy
 
-    def __init__(self, vocab: int, dim: int, *, entropy: bool = False, temperature: float = 0.01, gamma: float = 1.0,
-                 floor: str = "add", across_ranks: bool = True, usage_window: int = 0):
+    def __init__(
+        self,
+        vocab: int,
+        dim: int,
+        *,
+        entropy: bool = False,
+        temperature: float = 0.01,
+        gamma: float = 1.0,
+        floor: str = "add",
+        across_ranks: bool = True,
+        usage_window: int = 0,
+    ):
         super().__init__()
         if temperature <= 0:
             raise UserError(f"entropy temperature {temperature} must be more than 0")
@@ -150,8 +162,10 @@ class Quantizer(nn.Module):
             return {}, {}
         flat = z.reshape(-1, z.shape[-1])
         per_sample, batch = entropy_terms(flat, affinity, self.vocab, self.floor, self.across_ranks)
-        return ({"entropy": per_sample - self.gamma * batch},
-                {"per_sample_entropy": per_sample.detach(), "batch_entropy": batch.detach()})
+        return (
+            {"entropy": per_sample - self.gamma * batch},
+            {"per_sample_entropy": per_sample.detach(), "batch_entropy": batch.detach()},
+        )
 
     @torch.no_grad()
     def track(self, codes: Tensor, sample: int = 0, draws=None) -> Tensor:
@@ -178,9 +192,11 @@ class Quantizer(nn.Module):
 
     def check_codes(self, codes: Tensor) -> None:
         """UserError where a code is not in [0, V). Waits for the device: for input from outside, not for the loop."""
-        if codes.numel() and not (0 <= codes.min() and codes.max() < self.vocab):
-            raise UserError(f"codes run from {int(codes.min())} to {int(codes.max())}; this codebook has 0 to "
-                            f"{self.vocab - 1}. Were they made with another tokenizer?")
+        if codes.numel() and not (codes.min() >= 0 and codes.max() < self.vocab):
+            raise UserError(
+                f"codes run from {int(codes.min())} to {int(codes.max())}; this codebook has 0 to "
+                f"{self.vocab - 1}. Were they made with another tokenizer?"
+            )
 
 
 class VectorQuantizer(Quantizer):
@@ -196,10 +212,29 @@ class VectorQuantizer(Quantizer):
 
     losses = ("codebook", "commitment")
 
-    def __init__(self, vocab: int, dim: int, *, normalise: bool = True, entropy: bool = False,
-                 temperature: float = 0.01, gamma: float = 1.0, floor: str = "add", across_ranks: bool = True, usage_window: int = 0):
-        super().__init__(vocab, dim, entropy=entropy, temperature=temperature, gamma=gamma, floor=floor,
-                         across_ranks=across_ranks, usage_window=usage_window)
+    def __init__(
+        self,
+        vocab: int,
+        dim: int,
+        *,
+        normalise: bool = True,
+        entropy: bool = False,
+        temperature: float = 0.01,
+        gamma: float = 1.0,
+        floor: str = "add",
+        across_ranks: bool = True,
+        usage_window: int = 0,
+    ):
+        super().__init__(
+            vocab,
+            dim,
+            entropy=entropy,
+            temperature=temperature,
+            gamma=gamma,
+            floor=floor,
+            across_ranks=across_ranks,
+            usage_window=usage_window,
+        )
         self.normalise = normalise
         self.embedding = nn.Embedding(vocab, dim)
         nn.init.uniform_(self.embedding.weight, -1.0 / vocab, 1.0 / vocab)
@@ -243,8 +278,7 @@ class VectorQuantizer(Quantizer):
                 "codebook": _weighted_mean((rows - z.detach()).square().mean(-1), weight, self.across_ranks),
                 "commitment": _weighted_mean((rows.detach() - z).square().mean(-1), weight, self.across_ranks),
             }
-            entropy, logs = self._entropy(
-                z, lambda part: squared_distances(part, self.table()) / -self.temperature)
+            entropy, logs = self._entropy(z, lambda part: squared_distances(part, self.table()) / -self.temperature)
             return Quantized(z + (rows - z).detach(), codes, z, {**terms, **entropy}, logs)
 
 
@@ -258,12 +292,29 @@ class LookupFreeQuantizer(Quantizer):
 
     losses = ("commitment",)
 
-    def __init__(self, bits: int, *, entropy: bool = False, temperature: float = 0.01, gamma: float = 1.0,
-                 floor: str = "clamp", across_ranks: bool = True, usage_window: int = 0):
+    def __init__(
+        self,
+        bits: int,
+        *,
+        entropy: bool = False,
+        temperature: float = 0.01,
+        gamma: float = 1.0,
+        floor: str = "clamp",
+        across_ranks: bool = True,
+        usage_window: int = 0,
+    ):
         if not 1 <= bits <= 20:
             raise UserError(f"a look-up-free codebook of {bits} bits cannot be built: use 1 to 20")
-        super().__init__(2**bits, bits, entropy=entropy, temperature=temperature, gamma=gamma, floor=floor,
-                         across_ranks=across_ranks, usage_window=usage_window)
+        super().__init__(
+            2**bits,
+            bits,
+            entropy=entropy,
+            temperature=temperature,
+            gamma=gamma,
+            floor=floor,
+            across_ranks=across_ranks,
+            usage_window=usage_window,
+        )
         # Constants, but in the files: real also under torch.device("meta").
         powers = 2 ** torch.arange(bits, dtype=torch.int32, device="cpu")
         self.register_buffer("bits_to_indices", powers)
@@ -284,6 +335,5 @@ class LookupFreeQuantizer(Quantizer):
             z = z.float()
             signs = torch.where(z > 0, 1.0, -1.0)
             terms = {"commitment": _weighted_mean((signs - z).square().mean(-1), weight, self.across_ranks)}
-            entropy, logs = self._entropy(
-                z, lambda part: part @ self.codebook.t() * (2.0 / self.temperature))
+            entropy, logs = self._entropy(z, lambda part: part @ self.codebook.t() * (2.0 / self.temperature))
             return Quantized(z + (signs - z).detach(), self.encode(z), z, {**terms, **entropy}, logs)

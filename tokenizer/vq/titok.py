@@ -20,7 +20,6 @@ from core.specs import Codes
 from tokenizer.vq.maskgit import CodesOfOneBranch, ConvDecoder
 from tokenizer.vq.quantizer import VectorQuantizer
 
-
 SIZES = {"small": ViTSize(512, 8, 8), "base": ViTSize(768, 12, 12), "large": ViTSize(1024, 24, 16)}
 
 
@@ -93,10 +92,22 @@ class TiTok(CodesOfOneBranch):
         usage_window: latest assignments whose distinct share is logged in training; 0: not at all.
     """
 
-    def __init__(self, *, image_size: int = 256, patch_size: int = 16, decoder_patch_size: int | None = None,
-                 encoder: str | dict = "base", decoder: str | dict = "large", latents: int = 128, vocab: int = 8192, code_dim: int = 64,
-                 normalise: bool = False, legacy: bool = False, proxy: dict | bool | None = None,
-                 usage_window: int = 0):
+    def __init__(
+        self,
+        *,
+        image_size: int = 256,
+        patch_size: int = 16,
+        decoder_patch_size: int | None = None,
+        encoder: str | dict = "base",
+        decoder: str | dict = "large",
+        latents: int = 128,
+        vocab: int = 8192,
+        code_dim: int = 64,
+        normalise: bool = False,
+        legacy: bool = False,
+        proxy: dict | bool | None = None,
+        usage_window: int = 0,
+    ):
         super().__init__()
         painted = decoder_patch_size or patch_size
         for setting, size in (("patch_size", patch_size), ("decoder_patch_size", painted)):
@@ -105,7 +116,7 @@ class TiTok(CodesOfOneBranch):
         self.image_size, self.legacy, self.patch_size = image_size, legacy, painted
         self.spec = Codes(latents, 1, vocab, code_dim)
         sizes = ViTSize.parse(encoder, "encoder", SIZES), ViTSize.parse(decoder, "decoder", SIZES)
-        self.latent_tokens = nn.Parameter(torch.randn(latents, sizes[0].width) * sizes[0].width**-0.5)
+        self.latent_tokens = nn.Parameter(torch.randn(latents, sizes[0].width) * sizes[0].width ** -0.5)
         self.encoder = Encoder(sizes[0], image_size // patch_size, patch_size, latents, code_dim, legacy)
         self.quantizer = VectorQuantizer(vocab, code_dim, normalise=normalise, floor="clamp", usage_window=usage_window)
         width = sizes[1].width
@@ -115,8 +126,13 @@ class TiTok(CodesOfOneBranch):
             ffn = nn.Sequential(nn.Conv2d(width, 2 * width, 1), nn.Tanh(), nn.Conv2d(2 * width, proxy["vocab"], 1))
             if proxy["built"]:
                 self.pixel_codebook = nn.Embedding(proxy["vocab"], proxy["code_dim"])
-                self.pixel_decoder = ConvDecoder(proxy["channels"], tuple(proxy["channel_mult"]), proxy["res_blocks"],
-                                                 proxy["code_dim"], proxy["groups"])
+                self.pixel_decoder = ConvDecoder(
+                    proxy["channels"],
+                    tuple(proxy["channel_mult"]),
+                    proxy["res_blocks"],
+                    proxy["code_dim"],
+                    proxy["groups"],
+                )
         else:
             ffn = nn.Sequential(nn.Conv2d(width, 3 * painted**2, 1))
             self.conv_out = nn.Conv2d(3, 3, 3, padding=1)
@@ -146,8 +162,14 @@ class TiTok(CodesOfOneBranch):
         return pixels * 2 - 1
 
 
-_PROXY = {"vocab": 1024, "code_dim": 256, "channels": 128, "channel_mult": [1, 1, 2, 2, 4], "res_blocks": 2,
-          "groups": 32}
+_PROXY = {
+    "vocab": 1024,
+    "code_dim": 256,
+    "channels": 128,
+    "channel_mult": [1, 1, 2, 2, 4],
+    "res_blocks": 2,
+    "groups": 32,
+}
 
 
 def _proxy(value: dict | bool | None) -> dict:

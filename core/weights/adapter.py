@@ -1,0 +1,396 @@
+"""Official checkpoints to our state dicts and back: what every system's adapter has in common.
+
+An adapter knows the names of one family of released files; the instances are in tokenizer/adapters/ and
+generator/adapters/. Loading is strict: whatever does not match is named, nothing is skipped in silence.
+core/weights/layouts.py compares whole files with our models and says which tensor is at fault.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from core.errors import UserError
+from core.weights.pickles import plain
+
+State = dict[str, Tensor]
+
+# What training and sampling leave in state dicts of any model, and why it is no part of ours: pattern -> reason.
+NEVER_WEIGHTS = {
+    "*kv_cache.*": "a cache of keys and values",
+    "*.[kv]_cache": "a cache of keys and values",
+    "*.cached_[kv]": "a cache of keys and values",
+    "*freqs_cis": "a rotary table, which is rebuilt",
+    "*.freqs_cos": "a rotary table, which is rebuilt",
+    "*.freqs_sin": "a rotary table, which is rebuilt",
+    "*.inv_freq": "a rotary table, which is rebuilt",
+    "*causal_mask": "a mask, which is rebuilt",
+    "*.attn_mask": "a mask, which is rebuilt",
+    "*foundation_model*": "the frozen teacher, not part of the model",
+    "teacher*.*": "the frozen teacher",
+    "semantic_model.*": "the frozen teacher",
+    "detail_model.*": "a teacher that the official code cannot build",
+    "n_averaged": "a counter of averaged weights",
+    "*total_ops": "a profiler's count",
+    "*total_params": "a profiler's count",
+}
+_WRAPPERS = (
+    "_orig_mod.",
+    "_fsdp_wrapped_module.",
+    "_checkpoint_wrapped_module.",
+)  # of torch.compile and FSDP, anywhere
+_PREFIXES = ("module.", "model.", "_forward_module.")  # of DDP, of a class around the network, of DeepSpeed
+
+
+def entry(loaded: Mapping[str, Any], path: str) -> Any:
+    """The value at a dotted path, as in {"trainer": {"var": ...}} and "trainer.var"; None where there is none."""
+    for key in path.split("."):
+        if not isinstance(loaded, Mapping) or key not in loaded:
+            return None
+        loaded = loaded[key]
+    return loaded
+
+
+class Facts:
+    """What is known of a weight file beside its tensors.
+
+    Attributes:
+        given: constructor arguments that the user states; they overrule the file.
+        stored: what the trainer wrote into the file (args, config), by its own words, whatever section they are in.
+        open: questions that neither answers, (key, what it is).
+    """
+
+    PLACES = ("args", "config", "cfg", "hyper_parameters", "trainer.config")
+
+    def __init__(self, loaded: Mapping[str, Any] | None = None, given: Mapping[str, Any] | None = None):
+        self.loaded, self.given = loaded or {}, given or {}
+        self.stored: dict[str, Any] = {}
+        self.open: list[tuple[str, str]] = []
+        for place in self.PLACES:
+            self._gather(plain(entry(self.loaded, place)))
+
+    def _gather(self, told: Any, section: str = "") -> None:
+        """Outer sections win over inner ones; "section.word" is always that section's."""
+        words = told if isinstance(told, dict) else {}
+        for word, value in words.items():
+            if not isinstance(value, dict):
+                self.stored.setdefault(word, value)
+                self.stored.setdefault(f"{section}.{word}", value)
+        for word, value in words.items():
+            if isinstance(value, dict):
+                self._gather(value, word)
+
+    def said(self, word: str) -> Any:
+        """What the trainer stored under a word of its own, "word" or "section.word"; None where it stored nothing."""
+        return self.stored.get(word)
+
+    def ask(self, key: str, what: str, stand_in: Any, said: Any = None) -> Any:
+        """A fact that is in no tensor.
+
+        Args:
+            key: of our constructor with the kind in front, "generator.size.heads".
+            what: for the question: "the number of attention heads".
+            stand_in: a value with which the shapes of all tensors are right. `Adapter.describe` refuses to go on with it.
+            said: what the file itself says, where it does.
+        """
+        value = entry(self.given, key.partition(".")[2])
+        value = said if value is None else value
+        if value is None:
+            self.open.append((key, what))
+        return stand_in if value is None else value
+
+    def questions(self) -> str:
+        """One sentence that asks for everything that is open, "" where nothing is."""
+        if not self.open:
+            return ""
+        whats = " and ".join(dict.fromkeys(what for _, what in self.open))
+        keys = " ".join(f"{key}=..." for key, _ in self.open)
+        tell = " ".join(f"{key.partition('.')[2]}=..." for key, _ in self.open)
+        return (
+            f"these weights do not tell {whats}; give {keys} (or once for all: python -m scripts.convert FILE "
+            f"NEW.safetensors --set {tell})"
+        )
+
+
+def merged(known: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
+    """`known` overruled by `given`, part by part where both hold tables."""
+    return {
+        **known,
+        **{
+            key: merged(known[key], value) if isinstance(value, dict) and isinstance(known.get(key), dict) else value
+            for key, value in given.items()
+        },
+    }
+
+
+def nested(path: str, value: Any) -> dict[str, Any]:
+    """("trainer.var", x) -> {"trainer": {"var": x}}"""
+    for key in reversed(path.split(".")):
+        value = {key: value}
+    return value
+
+
+def plain_names(state: Mapping[str, Any]) -> State:
+    """The tensors of a state dict without what torch.compile and FSDP put into names."""
+    plain_state = {}
+    for name, value in state.items():
+        if isinstance(value, Tensor) and isinstance(name, str):
+            for wrapper in _WRAPPERS:
+                name = name.replace(wrapper, "")
+            plain_state[name] = value
+    return plain_state
+
+
+def unusable(state: State, like: State | None = None) -> str:
+    """A sentence about the first tensor that cannot be a weight: not finite, complex, or whole numbers where `like` has
+    fractions; "" where there is none. Tensors without data are taken as they are."""
+    for name, value in state.items():
+        if value.is_complex() or (
+            like is not None and like[name].is_floating_point() and not value.is_floating_point()
+        ):
+            return (
+                f"{name} holds {str(value.dtype).removeprefix('torch.')} numbers, a floating-point tensor was expected"
+            )
+        if value.is_floating_point() and not value.is_meta:
+            broken = int((~torch.isfinite(value.float() if value.itemsize == 1 else value)).sum())
+            if broken:
+                return (
+                    f"{name} holds {broken:,} NaN or infinite values of {value.numel():,}: the file is damaged, or of a "
+                    "run that diverged"
+                )
+    return ""
+
+
+def matching(name: str, patterns: Any) -> str | None:
+    """The first of the shell-style patterns that a tensor's name matches."""
+    return next((pattern for pattern in patterns if fnmatchcase(name, pattern)), None)
+
+
+def describe_differences(state: State, expected: State) -> list[str]:
+    """Sentences naming every tensor that is missing, unexpected or of another shape; empty when all is well."""
+
+    def listing(names: list[str]) -> str:
+        return ", ".join(names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "")
+
+    problems = []
+    if missing := [name for name in expected if name not in state]:
+        problems.append(f"missing {len(missing)}: {listing(missing)}")
+    if unexpected := [name for name in state if name not in expected]:
+        problems.append(f"unexpected {len(unexpected)}: {listing(unexpected)}")
+    shapes = [
+        f"{name} is {list(state[name].shape)}, the model has {list(expected[name].shape)}"
+        for name in expected
+        if name in state and state[name].shape != expected[name].shape
+    ]
+    if shapes:
+        problems.append(f"other shapes {len(shapes)}: {listing(shapes)}")
+    return problems
+
+
+def layer_count(state: State, prefix: str) -> int:
+    """How many different numbers follow `prefix` in the names ("blocks." -> number of blocks)."""
+    return len({name[len(prefix) :].split(".")[0] for name in state if name.startswith(prefix)})
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """One family of released files: all sizes and variants of one model class, as the official code saves them.
+
+    Writing one: give the first six, then whatever the files of the family need of the rest. "Official names" below are
+    those of a state dict after the container is opened (`averaged`, `raw`), the prefixes "module." and "_orig_mod."
+    are gone and `aliases` are applied; the functions see only such names. Patterns are shell-style ("blocks.*.attn.*").
+    Check a new adapter against every layout of its family: python -m scripts.convert --check-layout FILE.json ...
+
+    Attributes:
+        title: for messages, with its article: "the RecTok tokenizer".
+        build: constructor of our model.
+        inspect: (official state, Facts) -> constructor arguments that follow from names and shapes. Ignored tensors and
+            buffers are still there (tables of RoPE tell the number of heads). Index freely: a KeyError becomes "... is
+            missing". What no tensor tells and no published size settles is asked of Facts, never guessed. What a
+            setting's default says anyway may be left out.
+        rename: official names -> ours, split or fused tensors included.
+        fit: (renamed state, model) -> state, resizing or dropping what this very model allows: learned positions of
+            another grid, decoders it is built without. Also applied to our own checkpoints; usually the identity.
+        restore: model -> official state dict with every tensor of the released file, rebuilt buffers included, so that
+            official file -> model -> official file is the same bit for bit.
+        markers: patterns that together occur in no other family. The adapter with the largest share of its markers
+            present is asked, so one missing tensor still leads to the right adapter and is then named by it.
+        unlike: patterns that rule this family out, where another one has all its markers and more.
+        aliases: historical parts of names -> the official ones, replaced as text: {"aux_": "sem_"}.
+        ignored: pattern of official names -> why they are not part of the model, beside NEVER_WEIGHTS, which holds for
+            every family. They are dropped before `rename`; `convert.py` lists them. What `restore` gives of them is
+            asked of recorded layouts, not of files.
+        optional: patterns of our names that a file has all or none of (heads that only training needs). Where the file
+            lacks them the model keeps its own values; where the model lacks them they are dropped.
+        averaged, raw: where files keep EMA weights and weights, dotted paths, the first that exists wins. Neither
+            there: the file is bare. Buffers that an EMA dictionary lacks are taken from the raw weights.
+        container: dotted paths of (raw, EMA) weights in exported files, (path, None) where there is room for one set;
+            None where the released file is a bare state dict.
+        raw_only: official names that the EMA dictionary of an exported file leaves out, where raw weights hold them too.
+        beside: dotted path where a generator's file holds its tokenizer too; None where it has no place for one.
+    """
+
+    title: str
+    build: Callable[..., nn.Module]
+    inspect: Callable[[State, Facts], dict[str, Any]]
+    rename: Callable[[State], State]
+    fit: Callable[[State, nn.Module], State]
+    restore: Callable[[nn.Module], State]
+    markers: tuple[str, ...] = ()
+    unlike: tuple[str, ...] = ()
+    aliases: Mapping[str, str] = field(default_factory=dict)
+    ignored: Mapping[str, str] = field(default_factory=dict)
+    optional: tuple[str, ...] = ()
+    averaged: tuple[str, ...] = ("model_ema", "ema")
+    raw: tuple[str, ...] = ("model", "module", "state_dict")
+    container: tuple[str, str | None] | None = ("model", "model_ema")
+    raw_only: tuple[str, ...] = ()
+    beside: str | None = None
+
+    # -- opening a file -----------------------------------------------------------------------------------------------
+    def parts(self, loaded: Mapping[str, Any]) -> tuple[State, State]:
+        """(raw, averaged) weights under official names; {} for what the file does not hold."""
+        found = []
+        for paths in (self.raw, self.averaged):
+            entries = (entry(loaded, path) for path in paths)
+            found.append(next((entry for entry in entries if isinstance(entry, Mapping)), {}))
+        if not any(found):
+            found[0] = loaded
+        return self._official(found[0]), self._official(found[1])
+
+    def _marks(self, state: State) -> int:
+        return sum(any(fnmatchcase(name, marker) for name in state) for marker in self.markers)
+
+    def _unwrapped(self, state: State) -> State:
+        """What lies below "module.", "model." or both, where this family's markers are there and not beside it."""
+        for prefix in _PREFIXES:
+            inside = {name.removeprefix(prefix): t for name, t in state.items() if name.startswith(prefix)}
+            if inside and (len(inside) == len(state) or self._marks(inside) > self._marks(state)):
+                return self._unwrapped(inside)
+        return state
+
+    def _official(self, state: Mapping[str, Any]) -> State:
+        state = self._unwrapped(plain_names(state))
+        for old, new in self.aliases.items():
+            state = {name.replace(old, new): value for name, value in state.items()}
+        return state
+
+    def open(self, loaded: Mapping[str, Any], use_ema: bool = True) -> State:
+        """The averaged weights, or the raw ones where asked for or alone; UserError where there are none."""
+        raw, averaged = self.parts(loaded)
+        if not raw and not averaged:
+            raise UserError(f"no weights found in this checkpoint; it holds: {', '.join(map(str, list(loaded)[:10]))}")
+        return averaged if averaged and (use_ema or not raw) else raw
+
+    def likeness(self, loaded: Mapping[str, Any]) -> float:
+        """Share of this family's markers in a file, 0..1. One without markers takes what it can inspect."""
+        raw, averaged = self.parts(loaded)
+        state = raw or averaged
+        if any(matching(name, self.unlike) for name in state):
+            return 0.0
+        if self.markers:
+            return self._marks(state) / len(self.markers)
+        try:
+            self.describe(loaded)
+        except UserError:
+            return 0.0
+        return 1.0
+
+    # -- what is in it ------------------------------------------------------------------------------------------------
+    def describe(self, loaded: Mapping[str, Any], given: Mapping[str, Any] | None = None) -> dict[str, Any]:
+        """Constructor arguments for a weight file; UserError that asks for what neither it nor `given` tells."""
+        # The raw weights where there are any: EMA dictionaries may lack buffers, which tell the number of heads.
+        raw, averaged = self.parts(loaded)
+        facts = Facts(loaded, given)
+        try:
+            settings = self.inspect(raw or averaged, facts)
+        except KeyError as error:
+            raise UserError(f"these are not the weights of {self.title}: {error.args[0]} is missing") from error
+        if facts.open:
+            raise UserError(facts.questions())
+        return settings
+
+    def ignored_in(self, state: State) -> dict[str, str]:
+        """Name -> reason of every tensor that is not part of our model."""
+        reasons = {**NEVER_WEIGHTS, **self.ignored}
+        patterns = {name: matching(name, reasons) for name in state}
+        return {name: reasons[pattern] for name, pattern in patterns.items() if pattern}
+
+    def without_ignored(self, state: State) -> State:
+        ignored = self.ignored_in(state)
+        return {name: t for name, t in state.items() if name not in ignored}
+
+    # -- to our model -------------------------------------------------------------------------------------------------
+    def prepare(self, model: nn.Module, loaded: Mapping[str, Any], use_ema: bool = True) -> State:
+        """The checkpoint under our names, as far as it goes; differences are not looked at."""
+
+        def ours(state: State) -> State:
+            return self.fit(self.rename(self.without_ignored(state)), model)
+
+        state, own = ours(self.open(loaded, use_ema)), model.state_dict()
+        raw, averaged = self.parts(loaded)
+        buffers = {name for name, _ in model.named_buffers()}
+        if raw and averaged and any(name in own and name not in state for name in buffers):
+            state |= {name: t for name, t in ours(raw).items() if name in buffers and name not in state}
+        for pattern in self.optional:
+            theirs, mine = ([name for name in names if fnmatchcase(name, pattern)] for names in (state, own))
+            if not mine:
+                state = {name: t for name, t in state.items() if name not in theirs}
+            elif not theirs:
+                state |= {name: own[name] for name in mine}
+        return state
+
+    def convert(self, model: nn.Module, loaded: Mapping[str, Any], use_ema: bool = True) -> State:
+        """The checkpoint as a state dict that `model` loads strictly; UserError naming what does not match."""
+        if problem := unusable(self.without_ignored(self.open(loaded, use_ema))):
+            raise UserError(problem)
+        own = model.state_dict()
+        state = self.prepare(model, loaded, use_ema)
+        if problems := describe_differences(state, own):
+            raise UserError(f"these weights do not fit {self.title}: " + "; ".join(problems))
+        if problem := unusable({name: t.to("meta") for name, t in state.items()}, own):
+            raise UserError(problem)
+        return state
+
+    def load(self, model: nn.Module, loaded: Mapping[str, Any], use_ema: bool = True) -> None:
+        """Load a checkpoint into `model`. A model on the meta device takes over the checkpoint's tensors."""
+        on_meta = any(p.is_meta for p in model.parameters())
+        trainable = {name: p.requires_grad for name, p in model.named_parameters()}
+        model.load_state_dict(self.convert(model, loaded, use_ema), strict=True, assign=on_meta)
+        for name, p in model.named_parameters():
+            p.requires_grad_(trainable[name])
+
+    # -- to official files --------------------------------------------------------------------------------------------
+    def to_official(self, model: nn.Module) -> State:
+        """The model's weights under the names that the official code loads."""
+        return self.restore(model)
+
+    def pack(self, raw: State, averaged: State | None = None) -> dict[str, Any]:
+        """What the official file holds, from official state dicts. A file with room for one set gets the averaged one
+        where it is given. A set that comes alone lies where raw weights are expected too: some official programs look
+        nowhere else."""
+        if self.container is None:
+            return averaged or raw
+        first, second = self.container
+        packed = nested(first, (raw if second else averaged) or raw or averaged)
+        if averaged and second:
+            packed |= nested(second, {n: t for n, t in averaged.items() if not matching(n, self.raw_only)})
+        return packed
+
+    def check_layout(self, layout: dict[str, Any], **settings: Any) -> list[str]:
+        """Differences between a recorded layout (core/weights/layouts.py) and our model; `settings` override what it says."""
+        from core.weights.layouts import compare, read_layout
+
+        return compare(self, read_layout(layout), True, layout.get("parameters"), **settings).differences
+
+
+def recognise(adapters: Mapping[str, Adapter], loaded: Mapping[str, Any]) -> str | None:
+    """Name of the adapter whose family a file belongs to; None when it looks like none of them."""
+    scores = {name: (adapter.likeness(loaded), len(adapter.markers)) for name, adapter in adapters.items()}
+    best = max(scores, key=scores.__getitem__, default=None)
+    return best if best is not None and scores[best][0] >= 0.5 else None

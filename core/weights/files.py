@@ -1,0 +1,110 @@
+"""One network in one file of ours: safetensors whose header says what it is.
+
+Tensors lie under our names; what is used is plain, raw weights beside averaged ones start with "raw/", latent statistics
+with "constants/". The header's entry "tessera" is JSON: kind, settings (name and constructor arguments), provenance.
+Anyone can read the tensors with the safetensors library alone. Nothing is pickled.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from core.errors import UserError
+from core.files import explain_os_errors, fsync_file, fsync_folder
+from core.train.checkpoint import read_tensors
+
+KEY, RAW, CONSTANTS = "tessera", "raw/", "constants/"
+
+
+@dataclass
+class WeightFile:
+    """What such a file holds."""
+
+    kind: str  # "tokenizer" or "generator"
+    settings: dict[str, Any]
+    weights: dict[str, Tensor]  # the averaged ones where there are any
+    raw: dict[str, Tensor] = field(default_factory=dict)  # empty: `weights` are raw, or the only ones kept
+    constants: dict[str, Tensor] = field(default_factory=dict)
+    provenance: dict[str, Any] = field(default_factory=dict)
+
+
+def replace_with(path: str | os.PathLike, write: Callable[[Path], object], overwrite: bool = False) -> None:
+    """Let `write` make a file under a temporary name; it takes the place of `path` when it is whole and on disk."""
+    path = Path(path)
+    if path.exists() and not overwrite:
+        raise UserError(f"{path} exists already. Choose another name, or say --force to replace it.")
+    temporary = path.with_name(f".{path.stem}.tmp-{os.getpid()}-{threading.get_ident()}{path.suffix}")
+    with explain_os_errors(path):
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            write(temporary)
+            temporary.chmod(path.parent.stat().st_mode & 0o666)  # the safetensors library makes private files
+            fsync_file(temporary)
+            os.replace(temporary, path)
+        finally:
+            temporary.unlink(missing_ok=True)
+        fsync_folder(path.parent)
+
+
+def own(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The same tensors, each with memory of its own, as file formats want them."""
+    return {name: t.detach().cpu().clone().contiguous() for name, t in state.items()}
+
+
+def save(path: str | os.PathLike, content: WeightFile, overwrite: bool = False) -> None:
+    """Write the file, whole or not at all."""
+    from safetensors.torch import save_file
+
+    tensors = {
+        **content.weights,
+        **{RAW + name: t for name, t in content.raw.items()},
+        **{CONSTANTS + name: t for name, t in content.constants.items()},
+    }
+    about = {"kind": content.kind, "settings": content.settings, "provenance": content.provenance}
+    replace_with(
+        path, lambda place: save_file(own(tensors), place, {KEY: json.dumps(about, sort_keys=True)}), overwrite
+    )
+
+
+def read(path: str | os.PathLike) -> WeightFile | None:
+    """The contents, mapped from disk; None when this is not such a file."""
+    if Path(path).suffix != ".safetensors":
+        return None
+    from safetensors import SafetensorError, safe_open
+
+    with explain_os_errors(path):
+        try:
+            with safe_open(os.fspath(path), "pt") as file:
+                about = (file.metadata() or {}).get(KEY)
+        except SafetensorError:
+            return None  # the reader of other files says what is wrong with it
+    if about is None:
+        return None
+    try:
+        about = json.loads(about)
+        content = WeightFile(about["kind"], about["settings"], {}, provenance=about["provenance"])
+        if (
+            content.kind not in ("tokenizer", "generator")
+            or not isinstance(content.settings.get("name"), str)
+            or not isinstance(content.provenance, dict)
+        ):
+            raise ValueError("kind, settings with a name, and provenance were expected")
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(
+            f'{path}: its header entry "{KEY}" is not what Tessera writes ({error}). Make the file again with '
+            "convert.py."
+        ) from error
+    for name, tensor in read_tensors(path).items():
+        prefix = next((p for p in (RAW, CONSTANTS) if name.startswith(p)), "")
+        {RAW: content.raw, CONSTANTS: content.constants, "": content.weights}[prefix][name.removeprefix(prefix)] = (
+            tensor
+        )
+    return content

@@ -1,0 +1,1 @@
+"""Programs put together: what sees all other packages. scripts/ parses the arguments."""

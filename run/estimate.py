@@ -1,0 +1,234 @@
+"""What a run will cost: --dry-run of scripts/train.py. No weights, no data, no GPU: networks and tensors have sizes only.
+
+FLOPs are counted by torch over one training step with all that takes part (frozen tokenizer, teachers, loss networks,
+backward). Memory is that of one GPU: weights, gradients, AdamW, averages, frozen networks, and the most that is alive
+while a micro-batch goes forward and backward, by core.estimate.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from core.config import RunConfig
+from core.errors import UserError
+from core.estimate import Rehearsal, Step, number
+from core.images import to_model_range
+from core.rng import Draws
+from core.specs import Batch, Phase, Progress
+from core.train import parallel
+from run import assemble, blank
+
+GPUS, GPU_GB = 8, 80.0  # what the recipes are written for, where no GPU is found
+TFLOPS = {"bf16": 400.0, "fp32": 200.0}  # assumed per GPU: 40 % of an H100's peak (fp32: convolutions in TF32)
+LIBRARIES = 1.5e9  # bytes of the CUDA context, cuDNN, cuBLAS and NCCL
+IMAGENET = 1_281_167
+STAGE = 0.6  # of the run that is looked at: discriminators have begun, orders are still being permuted
+
+
+@dataclass
+class Cost:
+    """Of one trained network."""
+
+    name: str
+    parameters: int
+    trainable: int
+    forward_flops: float  # per image
+
+
+@dataclass
+class Memory:
+    """Of one GPU, in bytes."""
+
+    state: float  # weights, gradients, AdamW's moments and averages
+    frozen: float
+    peak: float  # of a micro-batch
+
+    @property
+    def total(self) -> float:
+        return self.state + self.frozen + self.peak + LIBRARIES
+
+
+class Plan:
+    """A run looked at before it starts.
+
+    Args:
+        gpus: that share the global batch.
+    """
+
+    def __init__(self, config: RunConfig, gpus: int = GPUS):
+        self.config, self.gpus = config, gpus
+        if config.train.global_batch % gpus:
+            raise UserError(
+                f"train.global_batch={config.train.global_batch} cannot be shared by {gpus} GPUs evenly; give --gpus N."
+            )
+        self.per_gpu = config.train.global_batch // gpus
+        self.micro = self.per_gpu // parallel.accumulation(self.per_gpu, config.train.micro_batch)
+        meta = torch.device("meta")
+        self.task = blank.make_task(config, None, meta, _num_classes(config))
+        self.tokenizer = self.task.tokenizer
+        trained, frozen = self.task.networks(), [n for n in self.task.frozen().values()]
+        if config.train.activation_checkpointing:
+            for network in trained.values():
+                parallel.checkpoint_activations(network)
+        for network in frozen:
+            network.eval().requires_grad_(False)
+        for network in trained.values():
+            network.train()
+        self.rehearsal = Rehearsal(trained, frozen, config.train.precision == "bf16")
+        self.state = sum(self._state(name, network) for name, network in trained.items())
+        self.frozen = 4.0 * sum(t.numel() for n in frozen for t in [*n.parameters(), *n.buffers()])
+        self.step = self._step(self.micro)
+        self.costs = [
+            Cost(
+                name,
+                _count(network.parameters()),
+                _count(p for p in network.parameters() if p.requires_grad),
+                self.step.forward[name] / self.micro,
+            )
+            for name, network in trained.items()
+        ]
+
+    def _state(self, name: str, network: nn.Module) -> float:
+        """Weights and averages in fp32, gradients and two moments of what is trained; shared out by FSDP."""
+        averages = len(self.config.train.ema) if name == self.task.primary else 0
+        trained = _count(p for p in network.parameters() if p.requires_grad)
+        size = 4.0 * (_count(network.parameters()) * (1 + averages) + 3 * trained)
+        return size / self.gpus if self.config.train.parallel == "fsdp" else size
+
+    def _step(self, micro: int) -> Step:
+        with self.rehearsal.mode:
+            batch = self._batch(micro)
+        return self.rehearsal.step(lambda networks: self._phases(networks, batch))
+
+    def _batch(self, micro: int) -> Batch:
+        """Pictures of nothing, or what is stored of them where the run has it stored."""
+        data, size = self.config.data, self.tokenizer.image_size
+        zeros, places = torch.zeros(micro, dtype=torch.int64), torch.arange(micro)
+        images = torch.zeros(micro, 3, size, size, dtype=torch.uint8)
+        if self.config.task == "generator" and (data.url.startswith("tokens://") or data.cache_latents or data.moments):
+            with torch.no_grad():
+                return Batch(zeros, places, stored=self.tokenizer.precompute(to_model_range(images)))
+        return Batch(zeros, places, images=images)
+
+    def _phases(self, networks: dict[str, Any], batch: Batch) -> Iterator[Phase]:
+        train = self.config.train
+        total = train.duration.images(IMAGENET, train.global_batch) or train.global_batch
+        step = max(1, round(STAGE * total / train.global_batch))
+        progress = Progress(step * train.global_batch, total, IMAGENET, step)
+        return self.task.phases(networks, batch, Draws(0, batch.positions), progress)
+
+    @property
+    def memory(self) -> Memory:
+        return Memory(self.state, self.frozen, self.step.peak)
+
+    def fitting(self, gpu_bytes: float) -> int | None:
+        """The largest equal part of a GPU's pictures that fits; None where not even one picture does."""
+        parts = [n for n in range(1, self.per_gpu + 1) if self.per_gpu % n == 0]
+        base = self.memory.total - self.step.peak
+        other = max(1, self.micro // 2) if self.micro > 1 else 2
+        each = (self.step.peak - self._step(other).peak) / (self.micro - other)  # bytes per picture
+        return max((n for n in parts if base + self.step.peak + (n - self.micro) * each <= gpu_bytes), default=None)
+
+
+def _count(tensors: Any) -> int:
+    return sum(t.numel() for t in tensors)
+
+
+def _num_classes(config: RunConfig) -> int:
+    with contextlib.suppress(UserError):  # without the data: ImageNet's
+        return assemble.open_train(config).num_classes
+    return blank.IMAGENET_CLASSES
+
+
+def check_networks(config: RunConfig) -> None:
+    """UserError where weights are of another network, or generator and tokenizer do not fit. Nothing is computed."""
+    if config.tokenizer.get("weights"):
+        assemble.read_weights("tokenizer", config.tokenizer["weights"], config.tokenizer)
+    if config.train.init_from:
+        assemble.read_weights(config.task, config.train.init_from, getattr(config, config.task))
+    if config.task == "generator":
+        with torch.device("meta"):
+            blank.generator_of(config, blank.tokenizer_of(config).to("meta"), _num_classes(config))
+
+
+def costs(config: RunConfig) -> tuple[nn.Module, list[Cost]]:
+    """The tokenizer and the cost of every trained network, by a step on one picture."""
+    alone = dataclasses.replace(config, train=dataclasses.replace(config.train, global_batch=1, micro_batch=1))
+    plan = Plan(alone, gpus=1)
+    return plan.tokenizer, plan.costs
+
+
+def describe(
+    config: RunConfig, gpus: int | None = None, gpu_gb: float | None = None, tflops: float | None = None
+) -> str:
+    """A table for the terminal.
+
+    Args:
+        gpus: that share the global batch; None: those found here, else 8.
+        gpu_gb: memory of each in 10^9 bytes; None: that of the first one here, else 80.
+        tflops: FLOPs per second of each in 10^12 that the hours are computed with; None: TFLOPS.
+    """
+    here = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    gpus = gpus or here or GPUS
+    gpu_gb = gpu_gb or (torch.cuda.get_device_properties(0).total_memory / 1e9 if here else GPU_GB)
+    plan, train = Plan(config, gpus), config.train
+    memory, parts = plan.memory, plan.per_gpu // plan.micro
+    lines = [f"latents        {plan.tokenizer.spec}"]
+    if config.task == "generator" and (note := blank.layout(config.tokenizer)[1]):
+        lines.append(f"               {note}")
+    for cost in plan.costs:
+        lines += [
+            f"{cost.name}",
+            f"  parameters   {cost.parameters:,} ({cost.trainable:,} trained)",
+            f"  forward      {number(cost.forward_flops)}FLOPs per image",
+        ]
+    each = plan.step.flops / plan.micro
+    lines += [
+        f"step           {number(each)}FLOPs per image with backward and frozen networks, "
+        f"{number(each * train.global_batch)}FLOPs for {train.global_batch} images",
+        f"batch          {train.global_batch} images on {gpus} GPU(s): {plan.per_gpu} each, {plan.micro} at a time in "
+        f"{parts} part(s)",
+        f"memory         {_gb(memory.total)} of {gpu_gb:.0f} GB per GPU: {_gb(memory.state)} weights, gradients, AdamW and "
+        f"{len(train.ema)} average(s), {_gb(memory.frozen)} frozen networks, {_gb(memory.peak)} for {plan.micro} images in "
+        f"{train.precision}, {_gb(LIBRARIES)} CUDA libraries (what the compiler saves is not counted)",
+        f"               {_verdict(plan, gpu_gb)}",
+        _length(config, each, gpus, tflops or TFLOPS[train.precision]),
+    ]
+    return "\n".join(lines)
+
+
+def _gb(size: float) -> str:
+    return f"{size / 1e9:.1f} GB"
+
+
+def _verdict(plan: Plan, gpu_gb: float) -> str:
+    fitting = plan.fitting(gpu_gb * 1e9)
+    state = "fits" if plan.memory.total <= gpu_gb * 1e9 else "does not fit"
+    if fitting is None:
+        return f"{state}; not even one image at a time would. Try train.activation_checkpointing=true" + (
+            " or train.parallel=fsdp" if plan.config.task == "generator" else ""
+        )
+    return f"{state}; the most that fits is train.micro_batch={fitting}"
+
+
+def _length(config: RunConfig, each: float, gpus: int, tflops: float) -> str:
+    train, assumed = config.train, ""
+    try:
+        per_epoch = len(assemble.open_train(config))
+    except UserError:
+        per_epoch = IMAGENET
+        assumed = f", if the data are ImageNet's {IMAGENET:,} pictures (not here: {config.data.url})"
+    total = train.duration.images(per_epoch, train.global_batch)
+    hours = each * total / (gpus * tflops * 1e12) / 3600
+    return (
+        f"run            {total:,} images, {total // train.global_batch:,} steps, {number(each * total)}FLOPs{assumed}\n"
+        f"               about {hours:.3g} hours on {gpus} GPU(s) at {tflops:g} TFLOP/s each, which is assumed (--tflops) "
+        "and not measured"
+    )

@@ -1,0 +1,1 @@
+"""The programs: python -m scripts.NAME. They take arguments apart; what they do is in run/."""

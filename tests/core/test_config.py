@@ -1,0 +1,326 @@
+"""Configs: every file we ship is valid, and every mistake is told in words."""
+
+from __future__ import annotations
+
+import copy
+import random
+import re
+import resource
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+from core.config import Duration, check, load, to_plain, to_yaml
+from core.errors import UserError
+from core.registry import Registry
+from run import assemble
+from tests.conftest import ROOT, TOY_GENERATOR, TOY_TOKENIZER
+
+CONFIGS = sorted(p for p in (ROOT / "configs").rglob("*.yaml") if "task:" in p.read_text() or "base:" in p.read_text())
+IDS = [str(p.relative_to(ROOT / "configs")) for p in CONFIGS]
+
+
+def problem(path, *overrides: str) -> str:
+    with pytest.raises(UserError) as caught:
+        assemble.load_config(str(path), list(overrides))
+    return str(caught.value)
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=IDS)
+def test_shipped_configs_are_valid(path):
+    config = assemble.load_config(str(path), [])
+    again = check(yaml.safe_load(to_yaml(config)), assemble.REGISTRIES, "dump")
+    assert to_plain(again) == to_plain(config)
+
+
+def test_configs_were_found():
+    assert len(CONFIGS) >= 6
+
+
+@pytest.mark.parametrize(
+    "text, images",
+    [
+        ("2ep", 2000),
+        ("0.5ep", 496),
+        ("3step", 24),
+        ("3steps", 24),
+        ("16img", 16),
+        ("1.6kimg", 1600),
+        ("0.001Mimg", 1000),
+        ("never", 0),
+        ("0ep", 0),
+        ("12img", 16),
+        ("11img", 8),
+        (" 2 ep ", 2000),
+    ],
+)
+def test_durations(text, images):
+    assert Duration.parse(text).images(images_per_epoch=1000, global_batch=8) == images
+
+
+@pytest.mark.parametrize("text", ["", "5", "ep", "-1ep", "5 epochs", "1e3step", 5, None, True, ["1ep"]])
+def test_malformed_durations(text):
+    with pytest.raises(ValueError, match="a duration such as"):
+        Duration.parse(text)
+
+
+def test_overrides():
+    config = assemble.load_config(
+        TOY_TOKENIZER,
+        [
+            "train.global_batch=16",
+            "train.ema=[0.5]",
+            "tokenizer.encoder.width=48",
+            "discriminator=null",
+            "train.optimizer.lr=1e-4",
+            "name=x",
+        ],
+    )
+    assert (config.train.global_batch, config.train.ema, config.name) == (16, [0.5], "x")
+    assert config.tokenizer["encoder"] == {"width": 48, "layers": 1, "heads": 2}
+    assert config.discriminator is None and config.train.optimizer.lr == 1e-4
+
+
+@pytest.mark.parametrize(
+    "override, message",
+    [
+        ("train.global_batsh=8", 'train.global_batsh: unknown key. Did you mean "global_batch"?'),
+        ("trane.seed=1", 'trane: unknown key. Did you mean "train"?'),
+        ("train.global_batch=eight", "train.global_batch: expected a whole number, got 'eight'"),
+        ("train.global_batch=0", "train.global_batch: must be at least 1, got 0"),
+        ("train.optimizer.lr=.nan", "train.optimizer.lr: must be a finite number"),
+        ("train.duration=20", "train.duration: expected a duration such as"),
+        ("train.precision=fp23", 'train.precision: expected "fp32" or "bf16", got \'fp23\'. Did you mean "fp32"?'),
+        ("tokenizer.name=rectokk", 'unknown tokenizer "rectokk". Did you mean "rectok"?'),
+        ("tokenizer.patch_sise=8", 'tokenizer "rectok" has no such setting. Did you mean "patch_size"?'),
+        ("tokenizer.patch_size=big", "tokenizer.patch_size: expected a whole number"),
+        ("train.optimizer.base_lr=1e-3", "give exactly one of lr and base_lr"),
+        ("train.micro_batch=-3", "train.micro_batch: must be at least 0, got -3"),
+        ("train.ema=[1.0]", "train.ema: decays lie in [0, 1)"),
+        ("name=a/b", "becomes a folder name"),
+        ("objective=null", "objective: is missing"),
+        ("train=fast", "train: expected a table of keys, got 'fast'"),
+    ],
+)
+def test_mistakes_are_named(override, message):
+    assert message in problem(TOY_TOKENIZER, override)
+
+
+def test_all_mistakes_at_once():
+    text = problem(TOY_TOKENIZER, "seed=-1", "train.duration=x", "data.flip=maybe")
+    assert "3 mistakes" in text and all(key in text for key in ("seed:", "train.duration:", "data.flip:"))
+
+
+@pytest.mark.parametrize("override", ["train.global_batch", "--train.global_batch=8", "-x=1"])
+def test_malformed_overrides(override):
+    assert "overrides look like train.global_batch=256" in problem(TOY_TOKENIZER, override)
+
+
+@pytest.mark.parametrize(
+    "override",
+    [
+        "train.ema=[0.5",
+        "=3",
+        "a.=1",
+        "train.ema={x",
+        "name=${nothing}",
+        "name=${a:b}",
+        "train.ema.0.1=3",
+        "data.url.x=1",
+    ],
+)
+def test_odd_overrides(override):
+    assert problem(TOY_TOKENIZER, override)
+
+
+def test_overrides_take_back_what_a_config_names():
+    """A teacher by false, and the arguments of a class by the name of another one."""
+    published = str(ROOT / "configs" / "fqgan" / "dual_ds16.yaml")
+    config = assemble.load_config(
+        published, ["discriminator.name=stylegan", "teachers.clip=false", "teachers.dinov2={}"]
+    )
+    assert config.discriminator == {"name": "stylegan"} and list(config.teachers) == ["dinov2"]
+    assert assemble.load_config(published, []).discriminator == {"name": "patchgan", "init": "normal"}
+    with pytest.raises(UserError, match='discriminator "stylegan" has no such setting'):
+        assemble.load_config(published, ["discriminator.name=stylegan", "discriminator.init=normal"])
+
+
+def test_missing_keys_are_named(tmp_path):
+    path = tmp_path / "empty.yaml"
+    path.write_text("name: x\n")
+    text = problem(path)
+    for key in ("task", "tokenizer", "data.url", "train.duration", "train.global_batch"):
+        assert f"{key}: is missing" in text
+
+
+def test_base_chain(tmp_path):
+    (tmp_path / "deeper").mkdir()
+    (tmp_path / "deeper" / "middle.yaml").write_text(f"base: {TOY_TOKENIZER}\nseed: 5\ntrain: {{ema: [0.5]}}\n")
+    (tmp_path / "top.yaml").write_text("base: deeper/middle.yaml\nname: top\ntrain: {global_batch: 4}\n")
+    config = assemble.load_config(str(tmp_path / "top.yaml"), ["seed=6"])
+    assert (config.name, config.seed, config.train.ema, config.train.global_batch) == ("top", 6, [0.5], 4)
+    assert config.train.duration == "20step"
+
+
+@pytest.mark.parametrize(
+    "text, message",
+    [
+        ("base: me.yaml\n", "is its own base"),
+        ("base: gone.yaml\n", "there is no config"),
+        ("base: [a]\n", "base should name another YAML file"),
+        ("a: [\n", "not valid YAML"),
+        ("\x00", "not valid YAML"),
+        ("- 1\n", "a table of keys"),
+        ("", "mistakes|table of keys"),
+        ("1: x\n", "unknown key"),
+    ],
+)
+def test_broken_files(tmp_path, text, message):
+    (tmp_path / "me.yaml").write_text(text)
+    assert re.search(message, problem(tmp_path / "me.yaml"))
+
+
+def test_missing_config_names_the_nearest():
+    assert 'rectok_tokenizer.yaml"?' in problem(ROOT / "configs" / "toy" / "rectok_tokeniser.yaml")
+    assert "there is no config" in problem(ROOT / "configs")
+
+
+class _Shape:
+    def __init__(self, width: int, ratio: float = 4.0, taps: list[int] | None = None, kind: str = "a"):
+        pass
+
+
+def test_components_are_checked_against_signatures(monkeypatch):
+    shapes = Registry("shape", {"square": "tests.test_config:_Shape", "round": "tests.test_config:_Shape"})
+    registries = {**assemble.REGISTRIES, "tokenizer": shapes}
+    path = TOY_TOKENIZER
+    base = yaml.safe_load(Path(path).read_text())
+
+    def verdict(**section) -> str:
+        try:
+            check({**base, "tokenizer": section}, registries, "x")
+        except UserError as error:
+            return str(error)
+        return ""
+
+    assert verdict(name="square", width=3, ratio=2, taps=[1]) == ""
+    assert verdict(name="square", width=3, taps=None) == ""
+    assert "tokenizer.ratio: expected a number, got 'x'" in verdict(name="square", ratio="x")
+    assert "tokenizer.taps: expected a list" in verdict(name="square", taps="x")
+    assert "tokenizer.weights: expected a text, got 3" in verdict(name="square", weights=3)
+    assert "tokenizer: needs a name" in verdict(width=3)
+    assert 'unknown shape "sqare". Did you mean "square"?' in verdict(name="sqare")
+    assert "tokenizer: needs a name" in verdict()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Fuzz
+# ---------------------------------------------------------------------------------------------------------------------
+DUMPER = getattr(yaml, "CSafeDumper", yaml.SafeDumper)
+STRANGE = [
+    None,
+    True,
+    -1,
+    0,
+    -0.5,
+    1e30,
+    float("nan"),
+    float("inf"),
+    "",
+    "x",
+    "1ep",
+    "${seed}",
+    "${gone}",
+    "é",
+    [],
+    [1, "a"],
+    [[]],
+    {},
+    {"name": "x"},
+    {"a": {"b": 1}},
+    {1: 2},
+    "0" * 400,
+]
+
+
+def places(tree, path=()):
+    """Every (parent, key) of nested tables."""
+    for key, value in tree.items():
+        yield tree, key
+        if isinstance(value, dict):
+            yield from places(value, (*path, key))
+
+
+def edit(tree: dict, rng: random.Random) -> str:
+    """One random mistake in place; what it was."""
+    parent, key = rng.choice(list(places(tree)))
+    kind = rng.choice(["typo", "strange", "strange", "remove", "add", "key"])
+    if kind == "typo":
+        text = str(key)
+        at = rng.randrange(len(text))
+        parent[text[:at] + rng.choice("xyz_é ") + text[at + 1 :]] = parent.pop(key)
+    elif kind == "strange":
+        parent[key] = copy.deepcopy(rng.choice(STRANGE))
+    elif kind == "remove":
+        del parent[key]
+    elif kind == "add":
+        parent[rng.choice(["extra", "name", "weights", "base", "lr", "kind"])] = copy.deepcopy(rng.choice(STRANGE))
+    else:
+        parent[rng.choice([3, None, True, 1.5])] = parent.pop(key)
+    return f"{kind} {key}"
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=IDS)
+def test_fuzz(path, tmp_path):
+    """Any edit of a config is accepted or explained, never a traceback."""
+    rng = random.Random(str(path.name))
+    original = yaml.safe_load(path.read_text())
+    edits = 200
+    if "base" in original:
+        original["base"], edits = str(path.parent / original["base"]), 40  # short, and its base has its own turn
+    caught = 0
+    for number in range(edits):
+        tree = copy.deepcopy(original)
+        what = [edit(tree, rng) for _ in range(rng.choice([1, 1, 2]))]
+        edited = tmp_path / "edited.yaml"
+        edited.write_text(yaml.dump(tree, Dumper=DUMPER, allow_unicode=True), encoding="utf-8")
+        try:
+            to_plain(load(str(edited), [], assemble.REGISTRIES))
+        except UserError as error:
+            caught += 1
+            assert str(error).strip() and "Traceback" not in str(error)
+        except Exception as error:
+            pytest.fail(f"edit {number} ({what}): {type(error).__name__}: {error}\n{edited.read_text()}")
+    assert caught > edits / 2
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Help
+# ---------------------------------------------------------------------------------------------------------------------
+def test_help_is_quick_and_complete():
+    code = (
+        "import sys; from scripts import train; code = train.main(['--help'])\n"
+        "assert 'torch' not in sys.modules, 'torch was imported'; sys.exit(code)"
+    )
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=600)
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    assert done.returncode == 0, done.stderr
+    for word in ("usage:", "train.global_batch", "train.optimizer.lr", "required", "exit codes"):
+        assert word.lower() in done.stdout.lower()
+    assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < 1.0
+
+
+def test_generator_config_needs_no_weights_to_load():
+    assert assemble.load_config(TOY_GENERATOR, []).generator["name"] == "dit_dh"
+
+
+@pytest.mark.parametrize("section", [{"weights": "work_dirs/mine"}, {"name": "rectok", "weights": "work_dirs/mine"}])
+def test_weights_of_a_tokenizer_that_is_trained(section):
+    """They would be left out in silence, or leave nothing to build from."""
+    plain = {**yaml.safe_load(Path(TOY_TOKENIZER).read_text()), "tokenizer": section}
+    with pytest.raises(UserError, match="train.init_from, not as tokenizer.weights"):
+        check(plain, assemble.REGISTRIES, "mine.yaml")

@@ -1,0 +1,72 @@
+"""Atomic writes, checksums, space and explained errors."""
+
+import errno
+import hashlib
+import json
+import os
+
+import pytest
+
+from core import files
+from core.errors import UserError
+
+
+def test_write_replaces_whole_file_and_leaves_nothing_else(tmp_path):
+    target = tmp_path / "a b é.txt"
+    for data in ("first ü", b"\x00\xff"):
+        files.write_atomic(target, data)
+        assert target.read_bytes() == (data.encode() if isinstance(data, str) else data)
+    assert [p.name for p in tmp_path.iterdir()] == [target.name]
+
+
+def test_failed_write_keeps_the_old_file(tmp_path, monkeypatch):
+    target = tmp_path / "a.txt"
+    files.write_atomic(target, "old")
+
+    def full(handle):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(UserError, match="a.txt: the disk is full"):
+        files.write_atomic(target, "new")
+    assert target.read_text() == "old" and len(list(tmp_path.iterdir())) == 1
+
+
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EACCES, errno.EROFS, errno.ENOENT])
+def test_errors_name_the_path_and_say_what_to_do(number):
+    with pytest.raises(UserError, match="^some/where: .*(Free|Delete|Raise|Choose|Check)"):
+        with files.explain_os_errors("some/where"):
+            raise OSError(number, "reason")
+
+
+def test_unknown_errors_pass_unchanged():
+    with pytest.raises(OSError, match="reason"), files.explain_os_errors("some/where"):
+        raise OSError(errno.EPIPE, "reason")
+
+
+def test_json_is_sorted_exact_and_readable(tmp_path):
+    value = {"b": 0.1 + 0.2, "a": [1, None, True, "ü"], "c": 2**60}
+    files.write_json(tmp_path / "x.json", value)
+    text = (tmp_path / "x.json").read_text(encoding="utf-8")
+    assert files.read_json(tmp_path / "x.json") == value == json.loads(text)
+    assert text.index('"a"') < text.index('"b"') and "ü" in text and text.endswith("\n")
+
+
+@pytest.mark.parametrize("content", [b"{", b"\xff\xfe", b"", b"[" * 200_000])
+def test_bad_json_names_the_file(tmp_path, content):
+    (tmp_path / "x.json").write_bytes(content)
+    with pytest.raises(UserError, match="x.json: not valid JSON"):
+        files.read_json(tmp_path / "x.json")
+
+
+def test_sha256_of_more_than_one_piece(tmp_path):
+    data = os.urandom(1 << 20) + b"rest"
+    (tmp_path / "x").write_bytes(data)
+    assert files.sha256_file(tmp_path / "x") == hashlib.sha256(data).hexdigest()
+
+
+def test_space_and_human_bytes(tmp_path):
+    files.require_space(tmp_path, 1)
+    with pytest.raises(UserError, match=r"1\.0 EiB|1024\.0 PiB are needed"):
+        files.require_space(tmp_path, 1 << 60)
+    assert [files.human_bytes(n) for n in (0, 1023, 1536, 5 << 30)] == ["0 bytes", "1023 bytes", "1.5 KiB", "5.0 GiB"]

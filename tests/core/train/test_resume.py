@@ -1,0 +1,273 @@
+"""A run that is interrupted, in whatever way, ends with the bits of one that was not.
+
+The violent part is tests/tools/torture.py, run here with small counts (in full with the marker slow).
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import time
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from core.train.checkpoint import CheckpointStore
+from core.train.run import read_metrics
+from core.train.trainer import Trainer
+from tests.conftest import TOY_GENERATOR, TOY_TOKENIZER
+from tests.tools import torture
+
+EVERY_STEP = ["train.time_limit_minutes=1e-9"]  # over before the first step ends
+
+
+@pytest.fixture
+def arena(tmp_path) -> torture.Arena:
+    return torture.Arena(TOY_TOKENIZER, tmp_path)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Real processes
+# ---------------------------------------------------------------------------------------------------------------------
+def test_kills(arena):
+    score = torture.survive_kills(arena, 4, seed=3)
+    assert score.full and score.total == 4, str(score)
+
+
+@pytest.mark.slow
+def test_many_kills(arena):
+    score = torture.survive_kills(arena, 20, seed=4)
+    assert score.full and score.total == 20, str(score)
+
+
+@pytest.mark.slow
+def test_kills_of_a_generator(tmp_path, tokenizer_run):
+    arena = torture.Arena(TOY_GENERATOR, tmp_path, [*torture.PERIODS, f"tokenizer.weights={tokenizer_run}"])
+    score = torture.survive_kills(arena, 8, seed=5)
+    assert score.full and score.total == 8, str(score)
+
+
+def test_damaged_checkpoints(arena):
+    score = torture.survive_mutations(arena, limit=3)
+    assert score.full and score.total == 4, str(score)
+
+
+@pytest.mark.slow
+def test_every_damage(arena):
+    score = torture.survive_mutations(arena)
+    assert score.full and score.total > 30, str(score)
+
+
+def test_layouts(arena):
+    score = torture.compare_layouts(arena, [torture.LAYOUTS[2], torture.LAYOUTS[4]])
+    assert score.full and score.total == 2, str(score)
+
+
+@pytest.mark.slow
+def test_every_layout(arena):
+    score = torture.compare_layouts(arena)
+    assert score.full and score.total == len(torture.LAYOUTS), str(score)
+
+
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGUSR1"])
+def test_a_signal_stops_politely(arena, name):
+    arena.overrides = [
+        "train.device=cpu",
+        "train.log_every=1step",
+        "train.checkpoint_every=100000step",
+        "train.duration=100000step",
+    ]
+    run = arena.folder / "stopped"
+    process = arena.start("stopped")
+    while not (run / "metrics.jsonl").is_file() and process.is_alive():
+        time.sleep(0.002)
+    seen = len(read_metrics(run / "metrics.jsonl"))
+    os.kill(process.pid, getattr(signal, name))
+    process.join(600)
+    assert process.exitcode == 75, arena.tail("stopped")
+    log = (run / "log.txt").read_text()
+    assert f"received {name}" in log and "run the same command again to continue" in log
+    (step,) = CheckpointStore(run / "checkpoints").steps()
+    assert seen <= step < 100_000 and f"stopped at step {step} " in log  # far from the end and from a period
+    assert read_metrics(run / "metrics.jsonl")[-1]["step"] == step
+
+
+def test_resume_with_other_workers_and_ranks(arena):
+    """Stop after some steps; continue with three workers; stop again; continue on two ranks with accumulation."""
+    reference, name = "one_piece", "pieces"
+    arena.overrides += torture.NO_GAN
+    assert arena.run(reference) == 0
+    assert arena.run(name, *EVERY_STEP) == 75
+    assert arena.run(name, "data.workers=3", *EVERY_STEP) == 75
+    assert arena.run(name, "data.workers=1", "train.checkpoint_every=1step") == 0
+    found = torture.differences(*(torture.read_result(arena.folder / n) for n in (reference, name)))
+    assert not found, found
+    shutil.rmtree(arena.folder / name / "checkpoints" / "step_00000020")
+    for path in sorted((arena.folder / name / "checkpoints").glob("step_*"))[1:]:
+        shutil.rmtree(path)  # back to an earlier step
+    assert arena.run_ranks(name, 2, "train.micro_batch=2") == [0, 0], arena.tail(name)
+    records = [torture.read_metrics(arena.folder / n) for n in (reference, name)]
+    assert torture.worst_difference(*records) <= 1
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# In this process
+# ---------------------------------------------------------------------------------------------------------------------
+@pytest.fixture
+def run_toy(train_main, tmp_path):
+    """run_toy(name, *overrides) -> (exit code, run folder, stderr) of the toy tokenizer with the periods of torture."""
+
+    def call(name: str, *overrides: str) -> tuple[int, Path, str]:
+        code, _, err = train_main(TOY_TOKENIZER, *torture.PERIODS, f"work_dir={tmp_path}", f"name={name}", *overrides)
+        return code, tmp_path / name, err
+
+    return call
+
+
+def stop_at(monkeypatch, step: int, number: int = signal.SIGTERM) -> None:
+    """Send ourselves a signal in the middle of the step after `step`."""
+    original = Trainer.train_step
+
+    def train_step(self, batch):
+        if self.step == step:
+            os.kill(os.getpid(), number)
+        return original(self, batch)
+
+    monkeypatch.setattr(Trainer, "train_step", train_step)
+
+
+def assert_equal(ours: Path, reference: Path) -> None:
+    found = torture.differences(torture.read_result(reference), torture.read_result(ours))
+    assert not found, found
+
+
+def test_stop_and_resume_at_every_step(run_toy):
+    code, reference, _ = run_toy("reference")
+    assert code == 0
+    codes = []
+    while not codes or (codes[-1] == 75 and len(codes) < 30):
+        code, run, _ = run_toy("stepwise", *EVERY_STEP)
+        codes.append(code)
+    assert codes == [75] * 19 + [0]
+    assert "reached the time limit" in (run / "log.txt").read_text()
+    assert_equal(run, reference)
+
+
+@pytest.mark.parametrize("step", [0, 6, 7, 18])
+def test_stop_within_one_step(monkeypatch, run_toy, step):
+    _, reference, _ = run_toy("reference")
+    with monkeypatch.context() as patch:
+        stop_at(patch, step)
+        code, run, _ = run_toy("stopped")
+    assert code == 75 and CheckpointStore(run / "checkpoints").steps()[-1] == step + 1
+    if (run / "metrics.jsonl").is_file():
+        assert read_metrics(run / "metrics.jsonl")[-1]["step"] <= step + 1
+    assert run_toy("stopped")[0] == 0
+    assert_equal(run, reference)
+
+
+def test_stop_in_the_last_step_is_no_stop(monkeypatch, run_toy):
+    stop_at(monkeypatch, 19)
+    assert run_toy("late")[0] == 0
+
+
+def test_finished_run_does_nothing(run_toy):
+    _, run, _ = run_toy("done")
+    before = torture.read_result(run)
+    code, _, _ = run_toy("done")
+    assert code == 0 and torture.read_result(run) == before
+
+
+def test_longer_duration_continues(run_toy):
+    assert run_toy("longer", "train.schedule.kind=constant", "train.duration=7step")[0] == 0
+    code, run, _ = run_toy("longer", "train.schedule.kind=constant")
+    assert code == 0 and "continuing from" in (run / "log.txt").read_text()
+    _, reference, _ = run_toy("reference", "train.schedule.kind=constant")
+    assert torture.read_result(run)["state step"] == 20
+    unequal = [
+        d for d in torture.differences(torture.read_result(reference), torture.read_result(run)) if "metrics" not in d
+    ]
+    assert not unequal, unequal  # the last log line of the short run is one more
+
+
+def test_metrics_are_rewound(monkeypatch, run_toy):
+    """Lines after the checkpoint, as a kill leaves them, and a line cut in the middle."""
+    _, reference, _ = run_toy("reference")
+    with monkeypatch.context() as patch:
+        stop_at(patch, 8)
+        _, run, _ = run_toy("stopped")
+    with (run / "metrics.jsonl").open("a") as file:
+        file.write(json.dumps({"step": 12, "total": 99.0}) + "\n" + '{"step": 15, "tot')
+    assert run_toy("stopped")[0] == 0
+    assert_equal(run, reference)
+
+
+def test_damaged_metrics_do_not_stop_a_run(monkeypatch, run_toy):
+    with monkeypatch.context() as patch:
+        stop_at(patch, 8)
+        _, run, _ = run_toy("stopped")
+    with (run / "metrics.jsonl").open("ab") as file:
+        file.write(b"\x00\x00\xff\xfe\n[1]\n{}\n")
+    assert run_toy("stopped")[0] == 0
+    assert [r["step"] for r in read_metrics(run / "metrics.jsonl")] == [3, 6, 9, 12, 15, 18, 20]
+
+
+def test_other_data_is_refused(run_toy, tmp_path):
+    folder = tmp_path / "pictures" / "class"
+    folder.mkdir(parents=True)
+    for number in range(10):
+        Image.new("RGB", (32, 32), (20 * number, 0, 0)).save(folder / f"{number}.png")
+    arguments = ["data.url=folder://" + str(folder.parent), "data.val_url=null"]
+    assert run_toy("shown", *arguments, "train.duration=4step")[0] == 0
+    Image.new("RGB", (32, 32)).save(folder / "more.png")
+    code, run, err = run_toy("shown", *arguments)
+    assert code == 2 and "was trained on other data" in err
+    (folder / "more.png").unlink()
+    code, run, err = run_toy("shown", *arguments)
+    assert code == 0 and CheckpointStore(run / "checkpoints").steps()[-1] == 20, err
+
+
+@pytest.mark.parametrize(
+    "override",
+    [
+        "seed=1",
+        "train.global_batch=4",
+        "train.optimizer.lr=2e-3",
+        "train.ema=[0.9]",
+        "tokenizer.channels=4",
+        "train.precision=bf16",
+        "data.flip=false",
+    ],
+)
+def test_another_recipe_is_refused(run_toy, override):
+    assert run_toy("recipe", "train.duration=4step")[0] == 0
+    code, _, err = run_toy("recipe", override)
+    assert code == 2 and override.split("=")[0] in err and "holds a run with another configuration" in err
+
+
+@pytest.mark.parametrize(
+    "override",
+    [
+        "data.workers=0",
+        "train.micro_batch=8",
+        "train.log_every=2step",
+        "train.keep_checkpoints=9",
+        "sample.steps=7",
+        "train.activation_checkpointing=true",
+    ],
+)
+def test_how_and_where_may_change(run_toy, override):
+    assert run_toy("recipe", "train.duration=4step")[0] == 0
+    assert run_toy("recipe", "train.duration=5step", override)[0] == 0
+
+
+def test_keep_and_milestones(run_toy):
+    _, run, _ = run_toy(
+        "kept", "train.keep_checkpoints=2", "train.checkpoint_every=2step", "train.milestone_every=8step"
+    )
+    store = CheckpointStore(run / "checkpoints")
+    assert store.steps() == [8, 16, 18, 20]
+    assert os.readlink(run / "checkpoints" / "latest") == "step_00000020"

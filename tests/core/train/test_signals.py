@@ -1,0 +1,61 @@
+"""Polite stopping: signals and the time limit set a flag and nothing else."""
+
+import signal
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import pytest
+
+from core.train import signals
+from core.train.signals import REQUEUE_EXIT_CODE, StopRequest
+
+ROOT = Path(__file__).resolve().parents[3]
+
+LOOP = """
+    import signal, sys, time
+    from core.train.signals import REQUEUE_EXIT_CODE, StopRequest
+    before = signal.getsignal(signal.SIGTERM)
+    with StopRequest() as request:
+        print("ready", flush=True)
+        while not (reason := request.requested()):
+            time.sleep(0.01)
+    assert signal.getsignal(signal.SIGTERM) == before
+    print(reason)
+    sys.exit(REQUEUE_EXIT_CODE)
+"""
+
+
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGINT", "SIGUSR1"])
+def test_signals_set_a_flag(name):
+    process = subprocess.Popen(
+        [sys.executable, "-c", textwrap.dedent(LOOP)], cwd=ROOT, text=True, stdout=subprocess.PIPE
+    )
+    assert process.stdout.readline() == "ready\n"
+    process.send_signal(getattr(signal, name))
+    out, _ = process.communicate(timeout=600)
+    assert (out, process.returncode) == (f"received {name}\n", REQUEUE_EXIT_CODE) and REQUEUE_EXIT_CODE == 75
+
+
+def test_time_limit(monkeypatch):
+    now = 1000.0
+    monkeypatch.setattr(signals.time, "monotonic", lambda: now)
+    request = StopRequest(2.5)
+    now += 149.0
+    assert request.requested() is None
+    now += 1.0
+    assert request.requested() == "reached the time limit of 2.5 minutes"
+
+
+def test_second_interrupt_means_now(monkeypatch):
+    now = 1000.0
+    monkeypatch.setattr(signals.time, "monotonic", lambda: now)
+    with StopRequest() as request:
+        signal.raise_signal(signal.SIGINT)
+        now += 0.1
+        signal.raise_signal(signal.SIGINT)  # within the same keypress, as under torchrun
+        assert request.requested() == "received SIGINT"
+        now += 0.7
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)

@@ -1,0 +1,218 @@
+"""The order of batches is a function of (seed, position): workers, ranks, micro-batches and restarts do not matter."""
+
+import itertools
+import multiprocessing
+import os
+import signal
+
+import pytest
+import torch
+from PIL import Image
+
+from core.errors import UserError
+from core.rng import permutation
+from core.specs import Sample
+from data.base import UnreadablePicture
+from data.loader import Loader, ordered_batches, part, split
+from data.sources import open_source
+from data.transforms import Transform
+from tests.conftest import ROOT
+from tests.counting import calls
+
+SOURCE = open_source("synthetic://?size=16&classes=3&count=22")
+RANDOM = Transform(8, crop="random", flip=True)
+
+
+class Damaged:
+    """A source in which the pictures with indices `bad` cannot be read."""
+
+    num_classes, class_names = 4, ["a", "b", "c", "d"]
+
+    def __init__(self, count: int, bad: set[int]):
+        self.count, self.bad = count, bad
+
+    def __len__(self):
+        return self.count
+
+    def __getitem__(self, index):
+        if index in self.bad:
+            raise UnreadablePicture(f"k{index}", "it is torn")
+        return Sample(Image.new("RGB", (8, 8), (index, 0, 0)), index % 4, f"k{index}")
+
+    def fingerprint(self):
+        return f"damaged {self.count}"
+
+
+def take(loader, count, images_seen=0):
+    return list(itertools.islice(loader.batches(images_seen), count))
+
+
+def equal(a, b):
+    same = all(torch.equal(getattr(a, name), getattr(b, name)) for name in ("labels", "positions", "images"))
+    return same and a.replaced == b.replaced
+
+
+def join(batches):
+    return [torch.cat([getattr(b, name) for b in batches]) for name in ("labels", "positions", "images")]
+
+
+def test_order_and_epochs():
+    """22 pictures in batches of 8: batches straddle epochs, each epoch is a permutation of its own."""
+    batches, others = (take(Loader(Damaged(22, set()), Transform(8), seed, 8), 11) for seed in (5, 6))
+    seen, other = (torch.cat([b.images[:, 0, 0, 0] for b in run]).tolist() for run in (batches, others))
+    for epoch in range(4):
+        assert seen[epoch * 22 : epoch * 22 + 22] == permutation(22, 5, epoch).tolist()
+    assert torch.cat([b.positions for b in batches]).tolist() == list(range(88))
+    assert seen[:22] != seen[22:44] and seen != other
+
+
+def test_augmentation_changes_from_epoch_to_epoch():
+    batch = take(Loader(open_source("synthetic://?size=16&count=1"), RANDOM, seed=0, global_batch=16), 1)[0]
+    assert len({image.numpy().tobytes() for image in batch.images}) > 8
+
+
+def test_batch_larger_than_the_set():
+    batch = take(Loader(Damaged(3, set()), Transform(8), seed=0, global_batch=8), 1)[0]
+    assert sorted(batch.images[:3, 0, 0, 0].tolist()) == sorted(batch.images[3:6, 0, 0, 0].tolist()) == [0, 1, 2]
+
+
+@pytest.mark.parametrize("source", [SOURCE, Damaged(22, {3, 4, 9, 21})], ids=["whole", "damaged"])
+def test_workers(source):
+    expected = take(Loader(source, RANDOM, seed=1, global_batch=8), 7)
+    for workers in (1, 3):
+        loader = Loader(source, RANDOM, seed=1, global_batch=8, workers=workers)
+        assert all(equal(a, b) for a, b in zip(expected, take(loader, 7), strict=True))
+    assert not multiprocessing.active_children()
+
+
+def test_spawned_workers():
+    loader = Loader(SOURCE, RANDOM, seed=1, global_batch=8, workers=1, start_method="spawn")
+    assert equal(take(loader, 1)[0], take(Loader(SOURCE, RANDOM, seed=1, global_batch=8), 1)[0])
+
+
+def test_ranks_and_micro_batches():
+    whole = take(Loader(SOURCE, RANDOM, seed=1, global_batch=8), 6)
+    for world, micro in ((2, 1), (4, 1), (2, 2), (1, 4)):
+        ranks = [take(Loader(SOURCE, RANDOM, 1, 8, rank, world, micro), 6) for rank in range(world)]
+        for step in range(6):
+            parts = [m for rank in ranks for m in split(rank[step], micro)]
+            assert len(parts) == world * micro
+            assert all(torch.equal(a, b) for a, b in zip(join(parts), join([whole[step]])))
+
+
+def test_resume_anywhere():
+    whole = take(Loader(SOURCE, RANDOM, seed=1, global_batch=8), 9)
+    for step in range(9):
+        for workers in (0, 1) if step in (0, 5) else (0,):
+            loader = Loader(SOURCE, RANDOM, seed=1, global_batch=8, workers=workers)
+            assert all(equal(a, b) for a, b in zip(whole[step:], take(loader, 9 - step, step * 8), strict=True))
+    odd = take(Loader(SOURCE, RANDOM, seed=1, global_batch=4), 2, images_seen=3)  # another batch size, an odd place
+    assert torch.equal(torch.cat([b.images for b in odd]), torch.cat([b.images for b in whole[:2]])[3:11])
+
+
+def test_a_long_run_resumes_at_once():
+    """As much work as at the start: nothing of what was seen before is gone through."""
+    counts = []
+    for seen in (0, 8 * 10**12):
+        with calls() as made:
+            batch = take(Loader(SOURCE, RANDOM, seed=1, global_batch=8), 1, images_seen=seen)[0]
+        assert batch.positions[0] == seen
+        counts.append(made.count)
+    assert counts[1] < 2 * counts[0]
+
+
+def test_global_generator_is_left_alone():
+    torch.manual_seed(0)
+    state = torch.get_rng_state()
+    take(Loader(SOURCE, RANDOM, seed=1, global_batch=8, workers=1), 1)
+    assert torch.equal(state, torch.get_rng_state())
+
+
+def test_replaced_pictures():
+    source = Damaged(10, {3, 4, 9})
+    loader = Loader(source, Transform(8), seed=2, global_batch=10)
+    batch = take(loader, 1)[0]
+    stands_for = {3: 5, 4: 5, 9: 0}
+    order = permutation(10, 2, 0).tolist()
+    assert batch.images[:, 0, 0, 0].tolist() == [stands_for.get(i, i) for i in order]
+    assert batch.labels.tolist() == [stands_for.get(i, i) % 4 for i in order]
+    assert sorted(batch.replaced) == ["k3", "k4", "k9"] and loader.replaced_count == 3
+    assert loader.replaced_names["k3"] == "it is torn"
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_corrupt_pictures_that_end_the_run(workers):
+    with pytest.raises(UserError, match="^k1 cannot be read \\(it is torn\\)\\. Repair"):
+        take(Loader(Damaged(2, {1}), Transform(8), 0, 2, on_corrupt="raise", workers=workers), 1)
+    with pytest.raises(UserError, match="^100 pictures in a row"):
+        take(Loader(Damaged(300, set(range(300))), Transform(8), 0, 2, workers=workers), 1)
+
+
+def test_names_of_replaced_pictures_are_limited():
+    loader = Loader(Damaged(60, set(range(0, 60, 2))), Transform(8), 0, 60)
+    take(loader, 2)
+    assert loader.replaced_count == 60 and len(loader.replaced_names) == 20
+
+
+def test_signals_do_not_kill_workers():
+    loader = Loader(SOURCE, RANDOM, seed=1, global_batch=8, workers=2)
+    batches = loader.batches()
+    next(batches)
+    for child in multiprocessing.active_children():
+        os.kill(child.pid, signal.SIGTERM)
+        os.kill(child.pid, signal.SIGINT)
+    expected = take(Loader(SOURCE, RANDOM, seed=1, global_batch=8), 12)
+    assert all(equal(a, b) for a, b in zip(expected[1:], batches))
+    batches.close()
+    assert not multiprocessing.active_children()
+
+
+def test_unclosed_loader_does_not_hang_at_exit():
+    import subprocess
+    import sys
+
+    program = (
+        "from data import *; s = open_source('synthetic://?size=8&count=9');"
+        "b = Loader(s, Transform(8), 0, 4, workers=2).batches(); next(b); print('done')"
+    )
+    root = str(ROOT)
+    result = subprocess.run([sys.executable, "-c", program], cwd=root, timeout=600, capture_output=True, text=True)
+    assert (result.returncode, result.stdout) == (0, "done\n") and "Traceback" not in result.stderr
+
+
+def test_ordered_batches():
+    batches = list(ordered_batches(Damaged(10, set()), Transform(8), 4))
+    assert [len(b) for b in batches] == [4, 4, 2]
+    assert torch.cat([b.images[:, 0, 0, 0] for b in batches]).tolist() == list(range(10))
+    ranks = [
+        b for rank in range(3) for b in ordered_batches(Damaged(10, set()), Transform(8), 2, rank, 3, workers=rank)
+    ]
+    assert all(torch.equal(a, b) for a, b in zip(join(ranks), join(batches)))
+    views = next(ordered_batches(SOURCE, Transform(8, flip=True), 2, all_views=True))
+    assert views.positions.tolist() == [0, 0, 1, 1] and torch.equal(views.images[0].flip(-1), views.images[1])
+    with pytest.raises(UserError, match="k2"):
+        list(ordered_batches(Damaged(4, {2}), Transform(8), 2))
+    assert list(ordered_batches(Damaged(4, {2}), Transform(8), 4, on_corrupt="replace"))[0].replaced == ["k2"]
+
+
+def test_part():
+    for count, world in ((10, 3), (1, 4), (8, 8), (0, 2)):
+        assert [i for rank in range(world) for i in part(count, rank, world)] == list(range(count))
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"global_batch": 6, "world": 4}, "multiple of 4"),
+        ({"global_batch": 0}, "multiple"),
+        ({"workers": -1}, "0 or more"),
+        ({"on_corrupt": "skip"}, "unknown on_corrupt"),
+        ({"source": None}, "neither"),
+        ({"global_batch": 6, "micro_batches": 4}, "micro"),
+    ],
+)
+def test_mistakes(options, message):
+    with pytest.raises(UserError, match=message):
+        Loader(**{"source": SOURCE, "transform": RANDOM, "seed": 0, "global_batch": 8, **options})
+    with pytest.raises(UserError, match="equal micro"):
+        split(take(Loader(SOURCE, RANDOM, 0, 8), 1)[0], 3)

@@ -1,0 +1,413 @@
+"""Metrics of feature sets against slow or foreign computations: scores, discrepancies, manifolds, codes, intervals."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+import torch
+import torch.multiprocessing as mp
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from core import cli, dist
+from core.errors import UserError
+from core.rng import Draws
+from evaluation import intervals
+from evaluation.codebook import CodebookUsage, Perturbation, RollingUsage
+from evaluation.frechet import FrechetMetric, frechet_distance, frechet_from_features
+from evaluation.image_metrics import PSNR, SSIM
+from evaluation.inception_score import (
+    FORMS,
+    StreamingInceptionScore,
+    inception_score,
+    inception_score_adm,
+    uneven_chunks,
+)
+from evaluation.kid import kid, squared_mmd
+from evaluation.manifold import manifold_radii, precision_recall
+from evaluation.moments import Moments
+from evaluation.naming import few_pictures, metric_name
+
+
+def normal(*shape: int, seed: int = 0) -> torch.Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Against torch-fidelity's library
+# ---------------------------------------------------------------------------------------------------------------------
+def test_equals_torch_fidelity():
+    """The same features through its private functions and through ours."""
+    pytest.importorskip("torch_fidelity")
+    from torch_fidelity import metric_fid, metric_isc, metric_kid, metric_prc
+
+    a, b = normal(400, 24).abs() * 0.5, normal(370, 24, seed=1).abs() * 0.6
+    theirs = metric_fid.fid_statistics_to_metric(*map(metric_fid.fid_features_to_statistics, (a, b)), False)
+    ours = frechet_distance(Moments.of(a), Moments.of(b))
+    assert ours == pytest.approx(theirs["frechet_inception_distance"], rel=2e-6, abs=1e-5)  # its means are float32
+    statistics = [metric_fid.fid_features_to_statistics(side.double()) for side in (a, b)]
+    theirs = metric_fid.fid_statistics_to_metric(*statistics, False)
+    assert ours == pytest.approx(theirs["frechet_inception_distance"], rel=1e-10)
+
+    logits = normal(403, 30, seed=2) * 3
+    theirs = metric_isc.isc_features_to_metric(logits)
+    theirs = tuple(theirs[f"inception_score_{name}"] for name in ("mean", "std"))
+    assert inception_score(logits) == pytest.approx(theirs, rel=1e-12)
+
+    theirs = metric_kid.kid_features_to_metric(a, b, kid_subsets=7, kid_subset_size=90, verbose=False)
+    ours = kid(a, b, subsets=7, size=90)
+    assert ours == pytest.approx(tuple(theirs[f"kernel_inception_distance_{n}"] for n in ("mean", "std")), abs=1e-6)
+
+    theirs = metric_prc.prc_features_to_metric(b, a, prc_neighborhood=3, prc_batch_size=1000, verbose=False)
+    found = precision_recall(real=a, generated=b)
+    assert found.precision == pytest.approx(float(theirs["precision"]), abs=1.5 / len(b))
+    assert found.recall == pytest.approx(float(theirs["recall"]), abs=1.5 / len(a))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Frechet
+# ---------------------------------------------------------------------------------------------------------------------
+def test_frechet_of_badly_conditioned_covariances():
+    """Variances over twelve orders of magnitude: roots of eigenvalues would lose digits, which has to be noticed."""
+    basis = torch.linalg.qr(normal(60, 60).double()).Q
+    a = normal(200, 60, seed=1).double() * torch.logspace(0, -6, 60, dtype=torch.float64) @ basis.T
+    b = normal(200, 60, seed=2).double() * torch.logspace(0, -6, 60, dtype=torch.float64) @ basis.T
+    x, y = a - a.mean(0), b - b.mean(0)
+    cross = np.linalg.svd((x @ y.T).numpy(), compute_uv=False).sum() / 199
+    want = float((a.mean(0) - b.mean(0)).square().sum() + (x.square().sum() + y.square().sum()) / 199 - 2 * cross)
+    assert frechet_distance(Moments.of(a), Moments.of(b)) == pytest.approx(want, rel=1e-10)
+
+
+@pytest.mark.parametrize("counts", [(30, 30), (30, 100), (100, 100)])
+def test_frechet_from_features_equals_from_moments(counts):
+    a, b = normal(counts[0], 40), normal(counts[1], 40, seed=1) + 0.1
+    want = frechet_distance(Moments.of(a), Moments.of(b))
+    assert frechet_from_features(a, b) == pytest.approx(want, rel=1e-10)
+
+
+def test_features_that_are_not_finite_are_refused():
+    good, bad = normal(20, 6), normal(20, 6)
+    bad[3, 2] = math.nan
+    for measure in (
+        lambda: frechet_distance(Moments.of(good), Moments.of(bad)),
+        lambda: frechet_from_features(bad, good),
+        lambda: inception_score(bad),
+        lambda: inception_score_adm(bad),
+        lambda: kid(good, bad, 2, 10),
+        lambda: precision_recall(real=good, generated=bad),
+        lambda: StreamingInceptionScore(6).update(bad).compute(),
+    ):
+        with pytest.raises(UserError, match="NaN or infinity"):
+            measure()
+
+
+def test_too_few_pictures_are_named():
+    one, some = normal(1, 6), normal(5, 6)
+    cases = (
+        (lambda: frechet_from_features(one, some), "at least 2 pictures"),
+        (lambda: Moments(6).mean, "before any picture"),
+        (lambda: inception_score(some), "at least 10 pictures, got 5"),
+        (lambda: kid(some, some), "subsets of 1000"),
+        (lambda: manifold_radii(some, k=5), "more than 5 pictures, got 5"),
+        (lambda: precision_recall(real=some, generated=normal(5, 7)), "same tap"),
+        (lambda: CodebookUsage(4).compute(), "before any code"),
+        (lambda: intervals.at_infinity(lambda rows: 0.0, 5), "at least 20 pictures"),
+    )
+    for measure, message in cases:
+        with pytest.raises(UserError, match=message):
+            measure()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Scores
+# ---------------------------------------------------------------------------------------------------------------------
+def test_inception_score_forms():
+    logits = normal(23, 7) * 2
+    p = logits.double().softmax(1).numpy()
+
+    def by_hand(rows):
+        return math.exp(np.mean(np.sum(rows * (np.log(rows) - np.log(rows.mean(0))), axis=1)))
+
+    chunks = [by_hand(p[:10]), by_hand(p[10:20]), by_hand(p[20:])]
+    assert inception_score_adm(logits, 10)[0] == pytest.approx(np.mean(chunks))
+    assert FORMS["single"](logits) == pytest.approx((by_hand(p), 0.0))
+    certain = torch.full((20, 4), -1e4).scatter(1, torch.arange(20)[:, None] % 4, 1e4)  # float32 softmax: 0 log 0
+    assert inception_score_adm(certain)[0] == pytest.approx(4.0, rel=1e-12)
+    assert StreamingInceptionScore(4).update(certain).compute()["is"] == pytest.approx(4.0, rel=1e-12)
+
+
+def test_sorted_labels_are_noticed():
+    assert "sorted" in uneven_chunks(torch.arange(10).repeat_interleave(100), chunk=200)
+    assert uneven_chunks(torch.arange(1000) % 10, chunk=200) == ""
+
+
+def test_squared_mmd_by_hand():
+    x, y = normal(5, 3).double(), normal(4, 3, seed=1).double()
+
+    def k(u, v):
+        return float((u @ v / 3 + 1) ** 3)
+
+    want = (
+        sum(k(x[i], x[j]) for i in range(5) for j in range(5) if i != j) / 20
+        + sum(k(y[i], y[j]) for i in range(4) for j in range(4) if i != j) / 12
+        - 2 * sum(k(u, v) for u in x for v in y) / 20
+    )
+    assert float(squared_mmd(x, y)) == pytest.approx(want)
+
+
+@pytest.mark.parametrize("mode", ["exact", "adm_fp16"])
+def test_precision_recall_equals_brute_force_for_any_block(mode):
+    real, generated = normal(57, 8), normal(43, 8, seed=1) * 0.7
+    whole = torch.cdist(real.double(), real.double()).square()
+    radii = whole.sort(1).values[:, 3]
+    across = torch.cdist(real.double(), generated.double()).square()
+    own = torch.cdist(generated.double(), generated.double()).square().sort(1).values[:, 3]
+    inside = ((across <= radii[:, None]).any(0), (across <= own).any(1))
+    want = tuple(float(points.double().mean()) for points in inside)
+    tight = mode == "exact"
+    for block in (7, 20, None):
+        torch.testing.assert_close(
+            manifold_radii(real, 3, mode, block).double(),
+            radii,
+            rtol=1e-9 if tight else 5e-3,
+            atol=1e-12 if tight else 0,
+        )
+        found = precision_recall(real=real, generated=generated, mode=mode, block=block)
+        assert (found.precision, found.recall) == pytest.approx(want, abs=0 if tight else 2 / 43)
+
+
+def test_points_on_a_rim_are_inside_whatever_rounding_says():
+    """Repeated pictures have balls of radius 0; a lattice has its neighbours on the rims."""
+    repeated = (normal(50, 333, seed=3) * 20).repeat_interleave(5, 0)
+    for count in (5, 35, 190, 245):
+        found = precision_recall(real=repeated, generated=repeated[:count].flip(0))
+        assert (found.precision, found.recall) == (1.0, count / 250)
+    steps = torch.arange(12.0)[:, None] * torch.full((1, 64), 0.1) + 7
+    found = precision_recall(real=steps[2:6], generated=steps[:10])  # the last ball ends at step 8
+    assert (found.precision, found.recall) == (9 / 10, 1.0)
+
+
+def test_half_precision_falls_back_and_warns():
+    real, generated = normal(20, 8) * 30, normal(20, 8, seed=1) * 30  # squared norms near 7,200: finite in half
+    assert precision_recall(real=real, generated=generated, mode="adm_fp16").note == ""
+    overflowing = real * 100
+    exact, half = (manifold_radii(overflowing, 3, mode).double() for mode in ("exact", "adm_fp16"))
+    torch.testing.assert_close(half, exact, rtol=1e-5, atol=0)  # recomputed in float32
+    assert "half precision overflows" in precision_recall(real=overflowing, generated=generated, mode="adm_fp16").note
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Codes
+# ---------------------------------------------------------------------------------------------------------------------
+def test_codebook_usage_per_branch_and_scale():
+    codes = torch.tensor([[[0, 1], [0, 2], [1, 3]], [[0, 1], [1, 2], [1, 3]]])  # (2, 3, 2), scales of 1 and 2 tokens
+    found = CodebookUsage(4, branches=2, scales=(1, 2), names=("semantic", "detail")).update(codes).compute()
+    assert found["codebook_usage_semantic"] == 0.5 and found["codebook_usage_detail"] == 0.75
+    assert found["codebook_usage_semantic_scale0"] == 0.25 and found["codebook_perplexity_semantic_scale0"] == 1.0
+    assert found["codebook_entropy_bits_detail_scale1"] == pytest.approx(1.0, abs=1e-6)
+    assert found["codebook_perplexity_detail_scale1"] == pytest.approx(2.0)
+    assert set(CodebookUsage(4).update(codes[..., 0]).compute()) == {
+        "codebook_usage",
+        "codebook_entropy_bits",
+        "codebook_perplexity",
+    }
+    with pytest.raises(UserError, match="A code is 3, but the codebook has 3"):
+        CodebookUsage(3, branches=2).update(codes)
+    with pytest.raises(UserError, match="2 branches expected"):
+        CodebookUsage(4, branches=2).update(codes[..., 0])
+
+
+def test_rolling_usage_drops_the_oldest():
+    rolling = RollingUsage(vocab=10, window=4)
+    assert rolling.update(torch.tensor([5, 6])) == pytest.approx(0.3)  # 0, 5, 6: the window began with zeros
+    assert rolling.update(torch.tensor([[7, 8]])) == pytest.approx(0.4)
+    assert rolling.update(torch.arange(10)) == pytest.approx(0.4)  # more than the window: the last four
+
+
+def test_perturbed_codes_are_near_and_belong_to_the_picture():
+    codes = torch.stack((torch.arange(64).view(8, 8), torch.arange(64).view(8, 8).flip(1)), -1) % 16  # (8, 8, 2)
+    codebooks = torch.stack((torch.arange(16.0), 100 - torch.arange(16.0)), 1)[..., None]  # (16, 2, 1)
+    positions, near = torch.arange(8), Perturbation(1.0, 1.0, 3)
+    noisy = near(codes, codebooks, Draws(0, positions))
+    assert (noisy - codes).abs().max() <= 2 and (noisy != codes).float().mean() > 0.4
+    assert (noisy - codes)[..., 0].ne((noisy - codes)[..., 1]).any()  # branches have noise of their own
+    assert torch.equal(Perturbation(1.0, 0.0, 3)(codes, codebooks, Draws(0, positions)), codes)
+    assert torch.equal(Perturbation(1.0, 1.0, 1)(codes, codebooks, Draws(0, positions)), codes)
+    part = near(codes[3:5], codebooks, Draws(0, positions[3:5]))
+    assert torch.equal(part, noisy[3:5])
+    few = Perturbation(0.5, 0.25, 16)(codes[:1].expand(400, -1, -1), codebooks, Draws(0, torch.arange(400)))
+    touched = (few != codes[:1]).flatten(1).float().mean(1)
+    assert (touched > 0).float().mean() == pytest.approx(0.25, abs=0.06)  # a share beta of the pictures
+    assert touched[touched > 0].mean() == pytest.approx(0.5 * 15 / 16, abs=0.04)  # alpha, less the code itself
+    with pytest.raises(UserError, match="delta = 17 nearest codes of a codebook with 16"):
+        Perturbation(1.0, 1.0, 17)(codes, codebooks, Draws(0, positions))
+
+
+@pytest.mark.parametrize("text", ["0.5", "0.5,0.1", "a,b,c", "1.5,0.1,3", "0.5,-1,3", "0.5,0.1,0", "0.5,0.1,2.5"])
+def test_perturbations_that_mean_nothing(text):
+    with pytest.raises(UserError, match="--perturb " + text):
+        Perturbation.parse(text)
+
+
+class Largest(TorchDispatchMode):
+    """Elements of the largest tensor that any operation makes."""
+
+    def __init__(self):
+        super().__init__()
+        self.elements = 0
+
+    def __torch_dispatch__(self, function, types, arguments=(), keywords=None):
+        made = function(*arguments, **(keywords or {}))
+        for tensor in made if isinstance(made, (tuple, list)) else (made,):
+            if isinstance(tensor, torch.Tensor):
+                self.elements = max(self.elements, tensor.numel())
+        return made
+
+
+@pytest.mark.parametrize("mode", ["exact", "adm_fp16"])
+def test_precision_and_recall_never_hold_all_distances(mode):
+    """The largest tensor is a block of distances, however many pictures there are."""
+    found = {}
+    for count in (300, 600, 1200):
+        real, generated = normal(count, 5), normal(count + 40, 5) + 0.1
+        with Largest() as largest:
+            found[count] = precision_recall(real=real, generated=generated, mode=mode, block=100), largest.elements
+        # the k + 1 nearest so far stand beside a block
+        assert largest.elements <= max(100 * (100 + 4), 5 * (count + 40))
+        assert found[count][0] == precision_recall(real=real, generated=generated, mode=mode, block=5000)
+
+
+def test_precision_and_recall_cut_into_blocks_by_themselves():
+    points = normal(4400, 2)
+    with Largest() as largest:
+        precision_recall(real=points, generated=points)
+    assert largest.elements <= 4096 * (4096 + 4) < 4400 * 4400
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Intervals and names
+# ---------------------------------------------------------------------------------------------------------------------
+def test_extrapolation_removes_the_bias():
+    """Two samples of one Gaussian: the distance at infinity is 0, at N it is not."""
+    features = normal(2000, 8).double()
+    reference = Moments.stored(10**6, torch.zeros(8), torch.eye(8))
+    found = intervals.at_infinity(lambda rows: frechet_distance(Moments.of(features[rows]), reference), 2000)
+    assert frechet_distance(Moments.of(features[:200]), reference) > 0.05
+    assert abs(found.value) < 0.02 and found.slope > 0 and 0 < found.error < 0.02
+    line = intervals.at_infinity(lambda rows: 3.0 + 40.0 / len(rows), 500)
+    assert (line.value, line.slope, line.error) == pytest.approx((3.0, 40.0, 0.0), abs=1e-9)
+
+
+def test_bootstrap_intervals_hold_what_they_should():
+    values = normal(400).double() + 5
+    low, high = intervals.bootstrap_percentile(lambda rows: float(values[rows].mean()), 400)
+    assert low < values.mean() < high and high - low == pytest.approx(2 * 1.96 / 20, rel=0.2)
+    features = normal(150, 4)
+    reference = Moments.stored(10**6, torch.zeros(4), torch.eye(4))
+
+    def measure(rows):
+        return frechet_distance(Moments.of(features[rows]), reference)
+
+    value = measure(torch.arange(150))
+    low, high = intervals.bootstrap_normal(measure, value, 150, replicates=20)
+    assert low < value < high and (low + high) / 2 == pytest.approx(value)
+
+
+def test_names_carry_protocol_and_count():
+    assert metric_name("fid", 50_000) == "fid_50k" and metric_name("fid", 49_999) == "fid_49999"
+    assert metric_name("is", 5000, "torch_fidelity") == "is_torch_fidelity_5k"
+    assert metric_name("fd_lite0_block4", 270) == "fd_lite0_block4_270"
+    assert "full rank" in few_pictures(100, 2048) and "equal numbers" in few_pictures(10_000, 2048)
+    assert few_pictures(50_000, 2048) == ""
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Parts and ranks
+# ---------------------------------------------------------------------------------------------------------------------
+X, Y = normal(90, 6) * 3 + 50, normal(90, 3, 12, 12).sigmoid()
+
+
+def gather(rows: torch.Tensor, batch: int) -> dict[str, object]:
+    """Every mergeable metric after seeing some pictures, `batch` at a time."""
+    metrics = {
+        "frechet": FrechetMetric("fd", Moments.of(normal(70, 6, seed=1) + 50)),
+        "is": StreamingInceptionScore(6),
+        "codes": CodebookUsage(5),
+        "psnr": PSNR(),
+        "ssim": SSIM(),
+    }
+    for part in rows.split(batch):
+        metrics["frechet"].update(X[part])
+        metrics["is"].update(X[part])
+        metrics["codes"].update((X[part] * 7).long() % 5)
+        for name in ("psnr", "ssim"):
+            metrics[name].update(Y[part], Y[part] * 0.9)
+    return metrics
+
+
+def numbers(metrics: dict[str, object]) -> dict[str, float]:
+    return {name: value for metric in metrics.values() for name, value in metric.compute().items()}
+
+
+@pytest.mark.parametrize("shards", [1, 2, 4])
+def test_shards_merge_to_the_whole(shards):
+    whole = numbers(gather(torch.arange(90), 90))
+    parts = [gather(rows, 7 + i) for i, rows in enumerate(torch.arange(90).tensor_split(shards))]
+    merged = gather(torch.arange(0), 1)
+    for part in parts:
+        for name, metric in merged.items():
+            metric.merge(part[name])
+    assert numbers(merged) == pytest.approx(whole, rel=1e-9)
+    restored = gather(torch.arange(0), 1)
+    for name, metric in restored.items():
+        metric.load({key: tensor.clone() for key, tensor in merged[name].state().items()})
+    assert numbers(restored) == numbers(merged)
+
+
+def _rank(rank: int, folder: str) -> None:
+    import os
+
+    torch.set_num_threads(1)
+    os.environ |= {
+        "RANK": str(rank),
+        "LOCAL_RANK": str(rank),
+        "WORLD_SIZE": "2",
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": (open(f"{folder}/port").read()),
+    }
+    world = dist.start("cpu")
+    metrics = gather(torch.arange(90)[:31] if rank == 0 else torch.arange(90)[31:], 8)
+    for metric in metrics.values():
+        metric.all_reduce(world)
+    lonely = Moments(6)
+    if rank == 1:
+        lonely.update(X)
+    lonely.all_reduce(world)
+    torch.save([numbers(metrics), lonely.covariance, metrics["psnr"].rows], f"{folder}/{rank}.pt")
+    world.stop()
+    cli.leave(0)
+
+
+@pytest.mark.slow
+def test_two_ranks_give_the_numbers_of_one(tmp_path):
+    import socket
+
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        (tmp_path / "port").write_text(str(probe.getsockname()[1]))
+    mp.spawn(_rank, args=(str(tmp_path),), nprocs=2)
+    whole = gather(torch.arange(90), 90)
+    for rank in range(2):
+        found, covariance, rows = torch.load(tmp_path / f"{rank}.pt", weights_only=True)
+        assert found == pytest.approx(numbers(whole), rel=1e-9)
+        torch.testing.assert_close(covariance, Moments.of(X).covariance, rtol=1e-9, atol=1e-9)
+        torch.testing.assert_close(rows, whole["psnr"].rows)
+
+
+@pytest.mark.parametrize("mode", ["exact", "adm_fp16"])
+def test_precision_and_recall_within_a_trainings_autocast(mode):
+    real, generated = normal(40, 64), normal(30, 64) + 0.1
+    alone = precision_recall(real=real, generated=generated, mode=mode)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert precision_recall(real=real, generated=generated, mode=mode) == alone

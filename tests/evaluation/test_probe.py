@@ -1,0 +1,103 @@
+"""The linear probe: it finds what is linear, says what it used, and computes features once."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from PIL import Image
+
+from core.errors import UserError
+from core.specs import Codes, Continuous
+from evaluation import probe_features
+from evaluation.probe import ProbeSettings, train_probe
+from scripts import linear_probe
+from tests.tools import known_answer
+
+
+def features(count: int, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Three classes, each a direction in eight dimensions, in noise."""
+    labels = torch.arange(count) % 3
+    noise = torch.randn(count, 8, generator=torch.Generator().manual_seed(seed))
+    return noise + 3 * torch.eye(8)[labels] + 50, labels  # a mean far from zero, as BatchNorm is there for
+
+
+def test_finds_classes_and_nothing_in_noise():
+    settings = ProbeSettings(epochs=8, batch=32, lr=1e-2)
+    found = train_probe(*features(300, 0), *features(150, 1), 3, settings)
+    assert found.last > 0.9 and found.best >= found.last and len(found.curve) == 8
+    again = train_probe(*features(300, 0), *features(150, 1), 3, settings)
+    assert again.curve == found.curve
+    noise = torch.randn(300, 8, generator=torch.Generator().manual_seed(2))
+    assert train_probe(noise, torch.arange(300) % 3, noise[:90].flip(1), torch.arange(90) % 3, 3, settings).last < 0.6
+    with pytest.raises(UserError, match="0 to 2 for 2 classes"):
+        train_probe(*features(30, 0), *features(30, 1), 2)
+
+
+def test_features_of_any_tokenizer():
+    class Grid(torch.nn.Module):
+        spec = Continuous((2, 2), 3)
+
+        def encode(self, images, draws=None):
+            return torch.nn.functional.adaptive_avg_pool2d(images, 2)
+
+    class Coded(Grid):
+        spec = Codes(4, 2, 5, 6, (2, 2), ("form", "hue"))
+
+        def encode(self, images, draws=None):
+            return torch.zeros(len(images), 4, 2, dtype=torch.int64)
+
+        def embed(self, codes):
+            return torch.arange(6.0).expand(*codes.shape, 6)
+
+    images = torch.randn(2, 3, 4, 4)
+    assert {k: tuple(v.shape) for k, v in probe_features.probe_features(Grid(), images).items()} == {
+        "latents": (2, 4, 3)
+    }
+    shapes = {k: tuple(v.shape) for k, v in probe_features.probe_features(Coded(), images).items()}
+    assert shapes == {"form": (2, 4, 6), "hue": (2, 4, 6), "all": (2, 4, 12)}
+
+
+def test_command(tokenizer_run, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    command = [
+        str(tokenizer_run),
+        "synthetic://?size=32&classes=4&count=60",
+        "--workers",
+        "0",
+        "--out",
+        "out",
+        "--epochs",
+        "3",
+    ]
+    assert linear_probe.main([*command, "--batch", "16"]) == 0
+    out = capsys.readouterr().out
+    assert "probe_top1_latents" in out and "linear probe" in out
+    record = json.loads((tmp_path / "out" / "metrics.json").read_text())
+    assert (
+        0
+        <= record["metrics"]["probe_top1_latents"]["value"]
+        <= record["metrics"]["probe_top1_latents_best_epoch"]["value"]
+        <= 1
+    )
+    assert record["context"]["settings"]["batch"] == 16 and record["context"]["views"].startswith("centre crop")
+    monkeypatch.setattr(probe_features, "probe_features", None)  # kept: the tokenizer is not asked again
+    assert linear_probe.main(command) == 0
+    for words, message in ((["--features", "x"], "offers no features x"),):
+        with pytest.raises(UserError, match=message):
+            linear_probe.main([*command, *words])
+    with pytest.raises(UserError, match="at least 2 classes"):
+        linear_probe.main([str(tokenizer_run), "synthetic://?size=32&classes=1&count=9", "--check"])
+    for name in ("train/a", "train/b", "val/a", "val/c"):
+        (tmp_path / name).mkdir(parents=True)
+        Image.new("RGB", (32, 32)).save(tmp_path / name / "x.png")
+    with pytest.raises(UserError, match="class 1 is b in train and c in val"):
+        linear_probe.main([str(tokenizer_run), f"folder://{tmp_path}", "--check"])
+
+
+def test_known_answers_are_compared_within_their_limits():
+    good = {name: value + 0.9 * limit for name, (value, limit) in known_answer.PUBLISHED.items()}
+    assert all(row[4] for row in known_answer.compare(good))
+    assert [row[0] for row in known_answer.compare({**good, "fid_50k": 3.95}) if not row[4]] == ["fid_50k"]
+    assert not any(row[4] for row in known_answer.compare({}))

@@ -1,0 +1,148 @@
+"""--dry-run: counts agree with the published ones, recipes fit their GPUs, nothing but the config is needed."""
+
+import re
+
+import pytest
+import torch
+from torch import nn
+
+from core.errors import UserError
+from core.estimate import Rehearsal
+from core.specs import Loss, Phase
+from run import assemble, estimate
+from tests.run.test_recipes import RECIPES
+
+# Of the same networks and batches as another one: they run with all tests.
+MOSTLY_ALIKE = {
+    p
+    for p in RECIPES
+    if any(
+        w in p
+        for w in (
+            "ablation_2",
+            "ablation_3",
+            "ablation_5",
+            "ablation_7",
+            "8192",
+            "16384",
+            "rear_vqplus",
+            "mix/maskgit",
+            "mix/fqgan",
+            "mix/vqgan",
+            "ditdh_l",
+            "far_b_triple",
+        )
+    )
+}
+
+
+def costs(path: str, *overrides: str):
+    return {c.name: c for c in estimate.costs(assemble.load_config(path, list(overrides)))[1]}
+
+
+def test_published_sizes_and_flops():
+    """Figures of the RecTok spec: 172 M + semantic decoder, 835 M; 46.3 GFLOPs to decode, 321.4 for DiT^DH-XL."""
+    tokenizer = costs("configs/rectok/tokenizer.yaml", "tokenizer.mask_ratio=0")["tokenizer"]
+    assert tokenizer.parameters == 171_970_900 + 1_606_336
+    assert tokenizer.forward_flops == pytest.approx((46.3 + 46.3 + 0.94) * 1e9, rel=0.01)
+    generator = costs("configs/rectok/ditdh_xl.yaml", "tokenizer.name=rectok")["generator"]
+    assert generator.parameters == 835_316_436 and generator.trainable == 835_021_268
+    assert generator.forward_flops == pytest.approx(321.4e9, rel=0.005)
+
+
+class Toy(nn.Module):
+    def __init__(self, width: int = 64):
+        super().__init__()
+        self.first, self.second = nn.Linear(4, width, bias=False), nn.Linear(width, 8, bias=False)
+
+    def forward(self, x):
+        return self.second(self.first(x).relu())
+
+
+def rehearse(images: int, half: bool, width: int = 64):
+    with torch.device("meta"):
+        network = Toy(width)
+
+    def phases(networks):
+        yield Phase("n", Loss(networks["n"](torch.zeros(images, 4)).float().sum()))
+
+    return Rehearsal({"n": network}, [], half).step(phases)
+
+
+def test_flops_and_peak_by_hand():
+    """Two layers and a ReLU: products of forward and backward, and what is alive when the second gradient is made."""
+    step = rehearse(32, half=False)
+    forward = 2 * 32 * 64 * (4 + 8)
+    assert step.forward["n"] == forward
+    assert step.flops == 2 * forward + 2 * 32 * 64 * 8  # the input needs no gradient
+    # At its peak, at the ReLU's backward: input, ReLU's output, both layers' gradients; before it the ReLU's input went.
+    assert 4 * 32 * (4 + 2 * 64 + 8) <= step.peak <= 4 * 32 * (4 + 2 * 64 + 2 * 8) + 2 * 4 * 64 * (4 + 8) + 64
+    grown = rehearse(320, half=False).peak
+    assert 9 < grown / step.peak <= 10.1
+
+
+def test_half_precision_is_measured_not_assumed():
+    """Under bf16 the weights' copies stay for backward and do not grow with the batch; activations take half."""
+    small, large = (rehearse(n, half=True, width=512).peak for n in (1024, 2048))
+    full = [rehearse(n, half=False, width=512).peak for n in (1024, 2048)]
+    assert (large - small) / (full[1] - full[0]) == pytest.approx(0.5, abs=0.06)
+
+
+def test_attention_dropout_lays_out_all_scores():
+    """RAR's recipe drops attention weights: its scores are kept for backward, which a fused kernel would not do."""
+
+    def peak(dropout: float) -> int:
+        config = assemble.load_config(
+            "configs/toy/rear.yaml",
+            [
+                f"generator.attention_dropout={dropout}",
+                "tokenizer.weights=null",
+                "tokenizer.name=maskgit_vqgan",
+                "generator.size={width: 32, layers: 2, heads: 8, hidden: 32}",
+                "train.global_batch=4",
+                "data.cache_latents=true",
+            ],
+        )
+        return estimate.Plan(config, 1).step.peak
+
+    scores = 2 * 4 * 8 * 258 * 258  # layers, pictures, heads, slots x slots; at least probabilities and masks are kept
+    assert peak(0.1) - peak(0.0) > 5 * scores
+
+
+@pytest.mark.parametrize(
+    "path", [pytest.param(p, marks=pytest.mark.slow if p in MOSTLY_ALIKE else []) for p in RECIPES]
+)
+def test_recipes_fit_their_hardware(path):
+    """Every published recipe keeps below 80 GB on each of 8 GPUs, without weights, data or GPU."""
+    plan = estimate.Plan(assemble.load_config(path, []), 8)
+    assert plan.memory.total < 80e9, f"{plan.memory.total / 1e9:.1f} GB; train.micro_batch={plan.fitting(80e9)} fits"
+
+
+def test_dry_run_compares_with_the_gpu(capsys):
+    """What fits is the largest equal part of a GPU's pictures."""
+    from scripts import train
+
+    words = ["configs/fqgan/far_b_dual.yaml", "train.micro_batch=0", "--dry-run"]
+    assert train.main([*words, "--gpus", "1", "--gpu-gb=40"]) == 0
+    printed = capsys.readouterr().out
+    assert "fqgan_dual_ds16.pt is not here; its sizes are those of configs/fqgan/dual_ds16.yaml" in printed
+    assert "256 images on 1 GPU(s): 256 each, 256 at a time" in printed and "does not fit" in printed
+    fitting = int(re.search(r"the most that fits is train.micro_batch=(\d+)", printed)[1])
+    assert fitting in (32, 64)
+    assert train.main([*words, f"train.micro_batch={fitting}", "--gpus=1", "--gpu-gb", "40"]) == 0
+    printed = capsys.readouterr().out
+    assert f"fits; the most that fits is train.micro_batch={fitting}" in printed
+    assert (
+        "if the data are ImageNet's" in printed and "hours on 1 GPU(s) at 400 TFLOP/s each, which is assumed" in printed
+    )
+    with pytest.raises(UserError, match="--gpus: a whole number"):
+        train.main([*words, "--gpus", "many"])
+
+
+def test_dry_run_prints_and_creates_nothing(tmp_path, capsys, monkeypatch):
+    from scripts import train
+
+    assert train.main(["configs/toy/rectok_tokenizer.yaml", f"work_dir={tmp_path}/runs", "--dry-run"]) == 0
+    printed = capsys.readouterr().out
+    assert "parameters" in printed and "FLOPs" in printed and "20 steps" in printed and "GB per GPU" in printed
+    assert not (tmp_path / "runs").exists()

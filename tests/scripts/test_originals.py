@@ -1,0 +1,601 @@
+"""Every answer of scripts/originals.toml, given back to the program that it is for, is accepted and arrives there."""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import importlib
+import re
+
+import pytest
+import torch
+from omegaconf import OmegaConf
+
+from core import config as config_module
+from core.config import to_plain
+from core.errors import UserError
+from run import assemble
+from scripts import flags
+from tests.conftest import ROOT
+
+RECIPES = {
+    "rectok": ("rectok/tokenizer", "rectok/ditdh_xl"),
+    "fqgan": ("fqgan/dual_ds16", "fqgan/far_b_dual"),
+    "rear": ("rear/vqgan_plus_tokenizer", "rear/rear_b"),
+    "dar": ("dar/tokenizer", "dar/ar_l"),
+    "imagefolder": ("imagefolder/ms_pq2_4096", "imagefolder/var_d17"),
+}
+SCRIPTS = {
+    "run_sample.sh": "sample",
+    "run_eval_generator.sh": "evaluate_generator",
+    "run_eval_tokenizer.sh": "evaluate",
+    "run_pretokenize.sh": "pretokenize",
+    "run_make_reference.sh": "make_reference",
+    "run_linear_probe.sh": "linear_probe",
+}
+# What users write where a number will not do.
+EXAMPLES = {
+    "vit_enc_model_size": "large",
+    "vit_dec_model_size": "large",
+    "vit_sem_model_size": "small",
+    "mask_ratio_min": "-0.1",
+    "label_drop_prob": "0.2",
+    "encoder_model": "vit_large_patch14_dinov2.lvd142m",
+    "decoder_model": "small",
+    "stats_key": "rectok",
+    "v_patch_nums": ["1", "2", "4"],
+    "beta1": "0.8",
+    "beta2": "0.99",
+    "gpt_ckpt": "a.pt",
+    "num_sampling_steps": "50",
+    "ema_rate": "0.99",
+    "cfg_interval": "10",
+    "crop_range": "1.05",
+    "randomness_anneal_start": "1000",
+    "randomness_anneal_end": "2000",
+    "top_p": "0.5",
+    "start_drop": "2",
+    "aug_fade_steps": "10",
+    "mask_ratio": "0.5",
+    "clip_norm": "true",
+    "compile": "true",
+    "disc_adaptive_weight": "false",
+    "use_checkpoint": "true",
+    "enable_wandb": "true",
+    "random_flip": "false",
+    "query_low_rank": "false",
+    "vq_enable": "false",
+    "mlp_head": "true",
+    "grad_checkpointing": "true",
+    "class_label_dropout": "0.2",
+    "dropout": "0.2",
+    "dropout_p": "0.2",
+    "token_dropout_p": "0.2",
+    "drop_path_rate": "0.2",
+    "attn_drop": "0.2",
+    "foundation_model_type": "dinov2,siglip",
+    "sche": "lin0.8",
+    "pg": "0.8",
+    "mid_reso": "1.125",
+    "learning_rate": "0.5",
+    "output_dir": "temp/rear_l",
+    "cloud_save_path": "output/exp-xx",
+    "load_from": "temp/a.pt",
+    **dict.fromkeys(
+        (
+            "data_path",
+            "val_data_path",
+            "entity",
+            "project",
+            "results_dir",
+            "vq_ckpt",
+            "sample_dir",
+            "load_tokenizer_from",
+            "stats_cache_path",
+            "cached_path",
+            "load_auto_guidance_from",
+            "fid_stats_path",
+            "code_path",
+            "folder_name",
+            "tokenizer_ckpt",
+            "vae_ckpt",
+            "infer_ckpt",
+            "tokenizer_checkpoint",
+            "generator_checkpoint",
+            "train_shards_path_or_url",
+            "eval_shards_path_or_url",
+            "pretokenization",
+            "config",
+            "resume_from",
+            "local_out_dir_path",
+        ),
+        "some/place",
+    ),
+    "exp_name": "mine",
+    "name": "mine",
+}
+
+
+def entries():
+    """(system, part, word, value as a user gives it, answer) of the whole file."""
+    for system in (*flags.SYSTEMS, "launch"):
+        for part, words in flags.DATA[system].items():
+            if not isinstance(words, dict) or part == "defaults":
+                continue
+            for word, entry in words.items():
+                name = word.split(".")[-1]
+                example = EXAMPLES.get(name, "1")
+                if isinstance(entry, str):
+                    yield system, part, word, example, entry
+                    continue
+                for value, answer in entry.items():
+                    yield (
+                        system,
+                        part,
+                        word,
+                        (example if example not in entry else "7") if value == "*" else value,
+                        answer,
+                    )
+
+
+ALL = list(entries())
+
+
+def programs_of(part: str) -> list[str]:
+    if part in ("one_scale", "pretokenized"):  # of YAML files
+        return ["tokenizer"]
+    return [name for name, program in flags.PROGRAMS.items() if part in (*program["parts"], "common")]
+
+
+@functools.cache
+def parser_of(program: str) -> argparse.ArgumentParser:
+    """The parser that a program makes."""
+    caught = []
+
+    def catch(parser, *_):
+        caught.append(parser)
+        raise StopIteration
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(flags, "parse", catch)
+        with pytest.raises(StopIteration):
+            importlib.import_module(f"scripts.{program}").main([])
+    return caught[0]
+
+
+@functools.cache
+def recipe(name: str):
+    return config_module._read_yaml(ROOT / "configs" / f"{name}.yaml")
+
+
+def load(name: str, overrides: list[str]) -> dict:
+    return to_plain(config_module.override(lambda: recipe(name), overrides, assemble.REGISTRIES, name))
+
+
+def check_settings(settings: list[str], system: str, program: str) -> None:
+    """They load together, and every value is in the configuration."""
+    if program in ("evaluate", "reconstruct", "make_reference", "linear_probe"):
+        assert all(word.startswith("eval.") for word in settings), settings
+    tokenizer, generator = RECIPES[system]
+    whole = generator if program not in ("tokenizer", "evaluate") or system == "rear" else tokenizer
+    extra = []
+    if any(word.startswith("generator.size.") for word in settings):  # the four of a size come together
+        extra = ["generator.size={width: 64, layers: 2, heads: 2, hidden: 64}"]
+    if any(word.startswith("generator.progressive.") for word in settings):
+        extra = ["generator.progressive={}"]
+    if "sample.guidance=auto" in settings:
+        extra = ["sample.guide=x"]
+    if any("train.schedule.kind=exponential" in word or "kind=bent" in word for word in settings):
+        extra += ["train.schedule.min_lr=1e-6"]
+    plain = load(whole, [*extra, *settings])
+    for key, value in flags.flatten(OmegaConf.to_container(OmegaConf.from_dotlist(settings))).items():
+        if key.startswith("teachers."):  # false takes one of the recipe's away
+            assert (key.removeprefix("teachers.") in plain["teachers"]) == (value is not False)
+            continue
+        place = plain
+        for part in key.split("."):
+            place = place[part] if place else place
+        assert place == value or ((key, value) == ("teachers", None) and not place), (key, place, value)
+
+
+def check_option(program: str, option: str, values: list[str]) -> None:
+    action = parser_of(program)._option_string_actions[option]
+    wanted = action.nargs if isinstance(action.nargs, int) else 0 if action.nargs in ("?", 0) and not values else 1
+    assert len(values) == wanted, (option, values)
+    for value in values:
+        value = (action.type or str)(value)
+        assert action.choices is None or value in action.choices, (option, value)
+
+
+def check_typed(words: list[str], system: str, program: str) -> None:
+    """Words of one answer: a command, a file, or settings and options of `program`."""
+    if words[0].endswith((".sh", ".py", ".yaml")):
+        assert (ROOT / words[0]).is_file(), words[0]
+        program = SCRIPTS.get(words[0], program)
+        assert all((ROOT / word).is_file() for word in words if word.endswith(".yaml"))
+        first = next((i for i, word in enumerate(words) if word.startswith("--") or "=" in word), len(words))
+        words = words[first:]
+    settings, place = [], 0
+    while place < len(words):
+        values = []
+        if words[place].startswith("--"):
+            while place + 1 + len(values) < len(words) and not words[place + 1 + len(values)].startswith("--"):
+                values.append(words[place + 1 + len(values)])
+            check_option(program, words[place], values)
+        else:
+            assert re.match(r"[a-z_]+(\.\w+)*=", words[place]), f"{words[place]} cannot be typed"
+            settings.append(words[place])
+        place += 1 + len(values)
+    if settings:
+        check_settings(settings, system, program)
+
+
+@pytest.mark.parametrize("system, part, word, value, answer", ALL, ids=["-".join(map(str, entry[:4])) for entry in ALL])
+def test_every_answer_is_accepted(system, part, word, value, answer):
+    names = {**flags.DATA[system].get("defaults", {}), word.split(".")[-1]: value}
+    programs = programs_of(part)
+    assert programs, f"[{system}.{part}] is looked into by no program"
+    for piece in flags.pieces(answer):
+        typed = flags.fill(piece, value, names)
+        if len(typed) == 1 and "=" not in typed[0] and not typed[0].endswith((".sh", ".py", ".yaml")):
+            if not typed[0].startswith("--"):  # the name of a setting in a sentence
+                typed = [f"{typed[0]}={shown(system, typed[0])}"]
+        for program in programs:
+            if program != "convert" or part != "common":
+                check_typed(typed, system if system != "launch" else "rectok", program)
+
+
+def test_files_are_ours():
+    for theirs, ours in flags.FILES.items():
+        assert (ROOT / ours).is_file() or ours in flags._released(), (theirs, ours)
+
+
+def shown(system: str, key: str):
+    """Any value that a setting can have: the one of the recipe."""
+    for name in RECIPES[system]:
+        place = load(name, [])
+        for part in key.split("."):
+            place = place.get(part) if isinstance(place, dict) else None
+        if place is not None:
+            return flags.shown_value(place)
+    raise AssertionError(f"there is no setting {key}")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The commands of the READMEs of the originals, with our program of the same purpose
+# ---------------------------------------------------------------------------------------------------------------------
+VIT, SCALES = "vit_base_patch14_dinov2.lvd142m", "1 1 2 3 3 4 5 6 8 11"
+VAR_WORDS = (
+    f"--encoder_model {VIT} --decoder_model {VIT} --product_quant 2 --semantic_guide dinov2 --num_latent_tokens 121 "
+    f"--v_patch_nums {SCALES} --pn {SCALES.replace(' ', '_')} --patch_size 11 --sem_half True"
+)
+COMMANDS = [
+    # FQGAN
+    (
+        "make_reference",
+        "--data-path /DATA/ImageNet/val --image-size 256 --per-proc-batch-size 128",
+        ["run_make_reference.sh folder:///DATA/ImageNet/val", "--size 256", "--batch 128"],
+    ),
+    (
+        "evaluate",
+        "--data-path /DATA/ImageNet/val --image-size 256 --vq-model VQ-16 --vq-ckpt results/fqgan_dual_ds16.pt "
+        "--codebook-size 16384 --codebook-embed-dim 8 --per-proc-batch-size 128 --with_clip_supervision --folder-name FQGAN_Dual_DS16",
+        [
+            "run_eval_tokenizer.sh WEIGHTS folder:///DATA/ImageNet/val",
+            "run_eval_tokenizer.sh results/fqgan_dual_ds16.pt",
+            "--vq-model VQ-16: the weights know",
+            "--codebook-size 16384: the weights",
+            "--batch 128",
+            "--with_clip_supervision: the weights know whether they have it",
+            "is written --out FQGAN_Dual_DS16",
+        ],
+    ),
+    (
+        "evaluate_generator",
+        "reconstructions/val_imagenet.npz reconstructions/FQGAN_Dual_DS16.npz",
+        [
+            "run_eval_tokenizer.sh --original reconstructions/val_imagenet.npz --reconstructed reconstructions/FQGAN_Dual_DS16.npz"
+        ],
+    ),
+    (
+        "evaluate",
+        "reconstructions/val_imagenet.npz reconstructions/FQGAN_Dual_DS16.npz",
+        ["--original reconstructions/val_imagenet.npz --reconstructed reconstructions/FQGAN_Dual_DS16.npz"],
+    ),
+    # reAR
+    (
+        "train",
+        "--num_machines=1 --num_processes=8 --machine_rank=0 --main_process_ip=127.0.0.1 --main_process_port=9999 --same_network "
+        "config=configs/rear_l.yaml experiment.entity=me experiment.output_dir=temp/rear_l",
+        [
+            "run_train_ar.sh configs/rear/rear_l.yaml",
+            "log.wandb_entity=me",
+            "work_dir=temp name=rear_l",
+            "NPROC=N",
+            "NNODES",
+        ],
+    ),
+    (
+        "sample",
+        "--nnodes=1 --nproc_per_node=8 --rdzv-endpoint=localhost:19999 config=configs/training/generator/rear_l.yaml "
+        "experiment.output_dir=rear_l experiment.generator_checkpoint=path/to/checkpoint",
+        ["experiment.output_dir is written --out rear_l", "run_sample.sh path/to/checkpoint", "NPROC=N"],
+    ),
+    (
+        "sample",
+        "ckpt/rear_l.safetensors --tokenizer ckpt/maskgitvq.bin --labels 207 --out samples",
+        ["there is no ckpt/rear_l.safetensors here", "bash run_download.sh reAR-L.safetensors fetches."],
+    ),
+    (
+        "pretokenize",
+        "configs/rear/rear_b.yaml --import dataset/pretokenized/maskgitvq.jsonl --out codes",
+        ["bash run_download.sh maskgitvq.jsonl fetches."],
+    ),
+    (
+        "evaluate_generator",
+        "VIRTUAL_imagenet256_labeled.npz rear_l.npz",
+        ["run_eval_generator.sh rear_l.npz eval.reference=VIRTUAL_imagenet256_labeled.npz"],
+    ),
+    # D-AR; the last is what sample_dar.sh does
+    (
+        "train",
+        "--stage=tokenizer configs/dar/tokenizer.yaml --vq-ckpt temp/tokenizer_v1.pt",
+        ["--vq-ckpt temp/tokenizer_v1.pt is written train.init_from=temp/tokenizer_v1.pt."],
+    ),
+    (
+        "train",
+        "--stage=tokenizer configs/dar/tokenizer.yaml --data-path wds://shards/a-{00..03}.tar",
+        ["is written data.url=wds://shards/a-{00..03}.tar."],
+    ),
+    (
+        "train",
+        "--stage=tokenizer configs/tokenizer_v1.yaml",
+        ["there is no configs/tokenizer_v1.yaml here", "configs/dar/tokenizer.yaml"],
+    ),
+    (
+        "sample",
+        "--gpt-model GPT-L --gpt-ckpt temp/D-AR-L-360K.pt --tokenizer-config configs/tokenizer_v1.yaml --tokenizer-ckpt "
+        "temp/tokenizer_v1.pt --cfg-scale 4.0 --top-k 0 --seed 2 --preview 8 --label 207",
+        [
+            "run_sample.sh temp/D-AR-L-360K.pt",
+            "tokenizer.weights=temp/tokenizer_v1.pt",
+            "sample.scale=4.0",
+            "sample.top_k=0",
+            "--preview alone shows",
+            "--labels 207",
+        ],
+    ),
+    # ImageFolder
+    ("train", "--stage=tokenizer --config configs/tokenizer.yaml", ["configs/imagefolder/ms_pq2_4096.yaml"]),
+    (
+        "train",
+        "--stage=tokenizer configs/tokenizer.yaml",
+        ["there is no configs/tokenizer.yaml", "configs/imagefolder/ms_pq2_4096.yaml"],
+    ),
+    (
+        "linear_probe",
+        "--config configs/tokenizer.yaml",
+        ["run_linear_probe.sh imagenet-4096.pt folder://data/imagenet"],
+    ),
+    (
+        "train",
+        "--stage=var --bs=768 --alng=1e-4 --fp16=1 --alng=1e-4 --wpe=0.01 --tblr=8e-5 --data_path /ssd/ImageNet2012/ "
+        f"{VAR_WORDS} --vae_ckpt ckpt.pt",
+        [
+            "train.global_batch=768",
+            "generator.gamma_init=1e-4",
+            "train.precision=bf16",
+            "train.schedule.min_lr=2.4e-06",
+            "train.optimizer.base_lr=8e-5",
+            "data.url=folder:///ssd/ImageNet2012/",
+            f"--v_patch_nums {SCALES}: the weights know",
+            "--patch_size 11: it only names the logs",
+            "tokenizer.weights=ckpt.pt",
+            "--sem_half True: it had no effect",
+        ],
+    ),
+    (
+        "sample",
+        f"--infer_ckpt ckpt.pt --data_path ImageNet {VAR_WORDS} --cfg 3.25 3.25 --top_k 750 --top_p 0.95",
+        [
+            "run_sample.sh ckpt.pt",
+            "--cfg 3.25 3.25 is written sample.scale=[4.25,4.25] sample.schedule=linear sample.start=1",
+            "sample.top_k=750",
+            "sample.top_p=0.95",
+            "--labels chooses classes",
+        ],
+    ),
+    (
+        "evaluate_generator",
+        f"--infer_ckpt ckpt.pt --data_path ImageNet {VAR_WORDS} --cfg 3.25 3.25 --top_k 750 --top_p 0.95",
+        ["run_eval_generator.sh ckpt.pt", "sample.scale=[4.25,4.25]", "eval.labels=val"],
+    ),
+]
+
+
+OURS = ("--stage", "--seed", "--tokenizer", "--labels", "--out", "--import")
+
+
+@pytest.mark.parametrize("program, words, answers", COMMANDS, ids=[f"{i}-{c[0]}" for i, c in enumerate(COMMANDS)])
+def test_commands_of_the_readmes_are_answered(program, words, answers):
+    """Every word of theirs in one sentence, and nothing of another system's."""
+    with pytest.raises(UserError) as refused:
+        importlib.import_module(f"scripts.{program}").main(words.split())
+    said = str(refused.value)
+    assert "\n" not in said and all(answer in said for answer in answers), said
+    for word in re.findall(r"--[\w-]+", words):
+        assert word in said or word in OURS, (word, said)
+    assert "is a word of" not in said and "there is no option" not in said
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# YAML files of the originals
+# ---------------------------------------------------------------------------------------------------------------------
+PLAIN_VQ = """vq_model: VQ-16
+codebook_size: 4096
+codebook_embed_dim: 32
+product_quant: {branches}
+v_patch_nums: [16]
+num_latent_tokens: 256
+semantic_guide: dinov2
+codebook_drop: 0.1
+start_drop: 3
+commit_loss_beta: 0.5
+share_quant_resi: 4
+"""
+
+
+def translated(tmp_path, text: str, *overrides: str, name: str = "theirs"):
+    file = tmp_path / f"{name}.yaml"
+    file.write_text(text)
+    return assemble.load_config(*flags.translate(str(file), list(overrides)))
+
+
+@pytest.mark.parametrize("branches, layout", [(2, "xqgan-VP2-4096"), (1, "XQGAN-4096")])
+def test_one_scale_trains_the_plain_quantiser(tmp_path, branches, layout):
+    """Whose tensors are those of the released files of that kind, and whose dropped pictures leave the contrast alone."""
+    import torch
+
+    from tokenizer.adapters.imagefolder import ADAPTER
+
+    config = translated(tmp_path, PLAIN_VQ.format(branches=branches), name="VP2-4096")
+    assert config.objective["weights"]["commitment"] == 0.5 and config.name == "VP2-4096"
+    with torch.device("meta"):
+        tokenizer = assemble.TOKENIZERS.build(
+            {**config.tokenizer, "pretrained": False, "semantic": {"teachers": {"dinov2_patch16": 768}}}
+        )
+    assert (
+        tokenizer.spec.length == 256 and tokenizer.spec.branches == branches and not tokenizer.quantizer.phi_weights()
+    )
+    names = {name for name in ADAPTER.to_official(tokenizer) if name.startswith("quantize")}
+    prefixes = ["quantize."] if branches == 1 else ["quantizes.0.", "quantizes.1."]
+    assert names == {prefix + leaf for prefix in prefixes for leaf in ("embedding.weight", "ema_vocab_hit_SV")}
+
+
+def test_keys_that_a_file_lacks_mean_what_they_mean_there(tmp_path, capsys):
+    config = translated(tmp_path, "codebook_size: 8192\ncloud_save_path: .\n", name="mine")
+    train = config.train
+    assert (train.schedule.kind, train.schedule.warmup, train.ema) == ("constant", "0ep", [])
+    assert (train.discriminator.schedule.kind, train.discriminator.schedule.warmup_from) == ("constant", "0ep")
+    assert (config.work_dir, config.name) == (".", "mine")
+    said = capsys.readouterr().out
+    assert (
+        "mine.yaml is a file of ImageFolder" in said
+        and "not in it, so as in the recipe: " in said
+        and "disc_type" in said
+    )
+    both = translated(
+        tmp_path,
+        "codebook_size: 8192\nlr_scheduler: cosine\nema: true\ndisc_epoch_start: 20\ncloud_save_path: out/exp\n",
+    )
+    assert (both.train.schedule.kind, both.train.ema, both.objective["gan_start"]) == ("cosine", [0.9999], "20ep")
+    assert both.train.discriminator.schedule.warmup_from == both.train.discriminator.schedule.decay_start == "20ep"
+    assert (both.work_dir, both.name) == ("out", "exp")
+
+
+@pytest.mark.parametrize(
+    "key, accepted",
+    [
+        ("aug_fade_steps: -1", ("augment", "fade", "never")),
+        ("aug_fade_steps: 0", ("augment", "fade", "0step")),
+        ("aug_fade_steps: 10", ("augment", "fade", "11step")),
+        ("disc_weight: 0.3", ("weights", "gan", 0.3)),
+        ("disc_loss: non-saturating", ("discriminator_loss", None, "vanilla")),
+        ("lecam_loss_weight: 0.01", ("lecam", None, 0.01)),
+        ("commit_loss_beta: 0.25", ("weights", "commitment", 0.25)),
+        ("sem_loss_weight: 0.2", ("weights", "contrast", 0.2)),
+    ],
+)
+def test_settings_of_the_objective_arrive(tmp_path, key, accepted):
+    section, leaf, value = accepted
+    objective = translated(tmp_path, f"codebook_size: 4096\n{key}\n").objective
+    assert (objective[section] if leaf is None else objective[section][leaf]) == value
+
+
+@pytest.mark.parametrize(
+    "key",
+    [
+        "abs_pos_embed: false",
+        "detail_guide: sam",
+        "guide_type_1: patch",
+        "guide_type_2: patch",
+        "norm_type: gn",
+        "disc_reinit: 10",
+        "commit_loss_beta: 1.0",
+        "lr_scheduler: step",
+        "entropy_loss_ratio: 0.1",
+        "disc_cr_loss_weight: 4.0",
+        "enc_type: cnn",
+        "vq_model: VQ-8",
+        "mixed_precision: fp16",
+        "num_latent_tokens: 256",
+        "disc_type: samdisc",
+        "no_such_key: 1",
+    ],
+)
+def test_what_cannot_be_honoured_is_refused_by_name(tmp_path, key):
+    with pytest.raises(UserError, match=rf"ImageFolder that must be said in another way(.|\n)*- {key.split(':')[0]}: "):
+        translated(tmp_path, f"codebook_size: 4096\nv_patch_nums: [1, 1, 2, 3, 3, 4, 5, 6, 8, 11]\n{key}\n")
+
+
+def test_a_setting_of_the_user_stands_in_for_a_refused_key(tmp_path):
+    config = translated(tmp_path, "codebook_size: 4096\ncommit_loss_beta: 1.0\n", "objective.weights.commitment=1.0")
+    assert config.objective["weights"]["commitment"] == 1.0
+
+
+DAR_V1 = """model: {encoder_patch_size: 16, num_encoder_layers: 8, num_decoder_layers: 8, query_low_rank: true, encoder_dim: 768,
+  decoder_dim: 768, vq_dim: 8, vq_codebook_size: 16384, num_denoising_steps: 8, num_query_groups: 8, num_all_queries: 256,
+  queries_per_step: 32, vq_enable: true, diff_decoder: {in_dim: 3, out_dim: 3, dim: 768, cond_dim: 768, patch_size: 8, depth: 12,
+  data_std: 0.6, time_shift: 2, mlp_head: false, share_time_encoding: false}}
+"""
+
+
+META = torch.device("meta")
+
+
+def test_a_file_of_dar_is_its_tokenizer(tmp_path):
+    """The published one builds the tensors of the recipe; others arrive, and what does not fit is named."""
+    from run import blank
+
+    shapes = [
+        {name: value.shape for name, value in blank.make_task(config, None, META).tokenizer.state_dict().items()}
+        for config in (translated(tmp_path, DAR_V1), assemble.load_config("configs/dar/tokenizer.yaml", []))
+    ]
+    assert shapes[0] == shapes[1]
+    other = translated(
+        tmp_path, DAR_V1.replace("num_query_groups: 8", "num_query_groups: 16").replace("data_std: 0.6, ", "")
+    )
+    assert other.tokenizer["groups"] == 16 and other.tokenizer["decoder"]["data_std"] == 1.0  # its default
+    with pytest.raises(UserError, match="cond_dim: 512 does not fit the other keys, by which it is 768"):
+        translated(tmp_path, DAR_V1.replace("cond_dim: 768", "cond_dim: 512"))
+
+
+REAR_L = """experiment: {project: rear, name: rear-b, output_dir: temp/rear_l, save_every: 50000}
+model:
+  vq_model: {model_type: maskgitvq, codebook_size: 1024}
+  generator: {hidden_size: 1024, num_hidden_layers: 24, num_attention_heads: 16, intermediate_size: 4096, guidance_scale: 15.0,
+    guidance_scale_pow: 2.5, perturb_mode: switch, randomness_anneal_start: 0, randomness_anneal_end: 187500,
+    encode_align_layer_idx: 0, decode_align_layer_idx: 18}
+dataset: {params: {pretokenization: codes.jsonl}, preprocessing: {random_crop: false, random_flip: true}}
+optimizer: {params: {learning_rate: 4e-4, beta1: 0.9, beta2: 0.96, weight_decay: 0.03}}
+lr_scheduler: {scheduler: cosine, params: {warmup_steps: 62500, end_lr: 1e-5}}
+training: {gradient_accumulation_steps: 2, per_gpu_batch_size: 128, mixed_precision: "no", max_train_steps: 250000, use_ema: false}
+"""
+
+
+def test_a_file_of_rear_is_its_recipe(tmp_path):
+    with pytest.raises(
+        UserError, match="pretokenization: codes.jsonl: once run_pretokenize.sh .*data.url=tokens://DIR"
+    ):
+        translated(tmp_path, REAR_L)
+    config = translated(tmp_path, REAR_L, "data.url=tokens://codes")
+    recipe = assemble.load_config("configs/rear/rear_l.yaml", [])
+    assert config.train.optimizer == recipe.train.optimizer and config.train.schedule == recipe.train.schedule
+    assert (config.train.global_batch, config.train.duration) == (
+        2048,
+        "250000step",
+    ) and config.train.precision == "fp32"
+    assert config.sample == recipe.sample and config.data.crop == recipe.data.crop
+    assert config.generator["size"] == {"width": 1024, "layers": 24, "heads": 16, "hidden": 4096}
+    assert {key: config.generator["rear"][key] for key in recipe.generator["rear"]} == recipe.generator["rear"]
+    assert (config.work_dir, config.name) == ("temp", "rear_l")

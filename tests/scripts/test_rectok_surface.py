@@ -1,0 +1,428 @@
+"""What the original README promises: the same words in the same places, on toy configs and embedded pictures."""
+
+from __future__ import annotations
+
+import io
+import os
+import pickle
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from core.errors import UserError
+from core.images import to_model_range
+from core.rng import Draws
+from core.train.parallel import accumulation
+from generator.adapters import ADAPTERS as GENERATOR_ADAPTERS
+from scripts import surface
+from tests.conftest import ROOT, TOY_GENERATOR, TOY_TOKENIZER
+from tokenizer.continuous.rectok import RecTok
+from tokenizer.continuous.stats import load_stats, read_stats, save_stats
+
+
+def shell(*command: object, **extra: str) -> subprocess.CompletedProcess:
+    environment = {**os.environ, "TESSERA_PYTHON": sys.executable, "OMP_NUM_THREADS": "1", "NPROC": "1", **extra}
+    return subprocess.run(
+        ["bash", *map(str, command)], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=600
+    )
+
+
+# -- words ------------------------------------------------------------------------------------------------------------
+@pytest.fixture
+def work_dir(tmp_path):
+    """A work folder with a run of ours and two in the layout of the original."""
+    (tmp_path / "mine" / "checkpoints").mkdir(parents=True)
+    for name, files in (("rectok", ["latest.pth"]), ("old", ["epoch_0099.pth", "epoch_0199.pth"])):
+        folder = tmp_path / "tokenizer_training" / name / "checkpoints"
+        folder.mkdir(parents=True)
+        for file in files:
+            (folder / file).touch()
+    return tmp_path
+
+
+def test_experiments_are_found(work_dir):
+    assert surface.find_run("mine", str(work_dir)) == str(work_dir / "mine")
+    theirs = work_dir / "tokenizer_training"
+    assert surface.find_run("rectok", str(work_dir)) == str(theirs / "rectok" / "checkpoints" / "latest.pth")
+    assert surface.find_run("old", str(work_dir)) == str(theirs / "old" / "checkpoints" / "epoch_0199.pth")
+    assert surface.find_run(str(work_dir / "mine"), "elsewhere") == str(work_dir / "mine")
+    assert surface.find_run("hf://a/b/c.pth", str(work_dir)) == "hf://a/b/c.pth"
+    with pytest.raises(UserError, match='no run "rektok".*Did you mean "rectok"'):
+        surface.find_run("rektok", str(work_dir))
+
+
+def test_words_become_arguments(work_dir):
+    place = f"work_dir={work_dir}"
+    assert surface.resolve("tokenizer", []) == ("configs/rectok/tokenizer.yaml", [])
+    config, overrides = surface.resolve("decoder", ["mine", place, "train.micro_batch=8"])
+    assert config == "configs/rectok/decoder_finetune.yaml"
+    assert overrides == [
+        f"train.init_from={work_dir / 'mine'}",
+        "name=mine_decoder_finetune",
+        place,
+        "train.micro_batch=8",
+    ]
+    config, overrides = surface.resolve("diffusion", ["rectok", "configs/rectok/ditdh_s.yaml", place])
+    assert config == "configs/rectok/ditdh_s.yaml" and "name=rectok_ditdh_s" in overrides
+    assert overrides[0].startswith("tokenizer.weights=") and overrides[0].endswith("latest.pth")
+    yaml = "configs/rectok/ditdh_xl.yaml"
+    assert surface.resolve("diffusion", [yaml, "name=x"]) == (yaml, ["name=x"])  # a config first keeps working
+    for stage, words in (("tokenizer", ["mine"]), ("decoder", ["mine", "rectok"]), ("diffusion", ["a.yaml", "b.yaml"])):
+        with pytest.raises(UserError, match="one word too many"):
+            surface.resolve(stage, words)
+
+
+@pytest.mark.parametrize(
+    "flags, answer",
+    [
+        (["--gamma", "1.0"], "--gamma 1.0 is written tokenizer.gamma=1.0."),
+        (["--gamma=1.0"], "tokenizer.gamma=1.0"),
+        (["--sem_target", "rec+align"], "objective.semantic_target=all"),
+        (
+            ["--milestone_interval", "50", "--enable_wandb"],
+            "train.milestone_every=50ep; --enable_wandb is written log.wandb=true",
+        ),
+        (["--auto_resume"], "give the same command again"),
+        (["--discriminator_weight", "0.5"], "objective.weights.gan=0.5"),
+        (["--gama", "1"], 'there is no option --gama 1; settings are key=value. Did you mean "gamma"?'),
+    ],
+)
+def test_old_flags_are_translated(train_main, flags, answer):
+    code, _, err = train_main("--stage=tokenizer", *flags)
+    assert code == 2 and answer in err and len(err.splitlines()) == 1
+
+
+# -- teachers ---------------------------------------------------------------------------------------------------------
+TEACHERS = [
+    "teachers.dinov3={pretrained: false, hidden_size: 16, intermediate_size: 32, num_hidden_layers: 1, "
+    "num_attention_heads: 2, teacher_train_mode: true}",
+    "teachers.dinov2={pretrained: false, model: vit_tiny_patch16_224}",
+    "tokenizer.semantic={size: {width: 16, layers: 1, heads: 2}}",
+    "objective.weights.semantic=1.0",
+]
+
+
+def test_two_teachers_train_two_semantic_decoders(build_trainer):
+    """One of them in the official train mode, whose positions are drawn at random in every step."""
+    trainer = build_trainer(TOY_TOKENIZER, *TEACHERS)
+    assert trainer.networks["tokenizer"].semantic.teachers == {"dinov3": 16, "dinov2": 192}
+    batch = next(trainer.batches(0))
+    tokenizer = trainer.networks["tokenizer"]
+    before = {n: p.clone() for n, p in tokenizer.named_parameters() if n.startswith("sem_decoders")}
+    for _ in range(2):  # the learning rate of the first step is 0
+        trainer.train_step(batch)
+    moved = [n for n, p in tokenizer.named_parameters() if n in before and not torch.equal(p, before[n])]
+    assert {n.split(".")[1] for n in moved} == {"dinov3", "dinov2"}
+    assert not any(m.training for m in trainer.task.teachers["dinov3"].modules())
+    with pytest.raises(UserError, match="cache_features=false"):
+        build_trainer(TOY_TOKENIZER, *TEACHERS, "data.cache_features=true")
+
+
+# -- latent statistics ------------------------------------------------------------------------------------------------
+def official_statistics(path: Path, channels: int = 8, keys: tuple[str, ...] = ("rectok",)) -> dict:
+    """A stats.pkl as the official code writes it."""
+    entry = {
+        "single": (torch.tensor(0.25), torch.tensor(2.0)),
+        "channel": (torch.arange(2.0 * channels), torch.arange(2.0 * channels) + 1),
+    }
+    path.write_bytes(pickle.dumps(dict.fromkeys(keys, entry)))
+    return entry
+
+
+def test_official_statistics_are_read_without_running_code(tmp_path):
+    path = tmp_path / "stats.pkl"
+    entry = official_statistics(path)
+    stats = read_stats(str(path), "any tokenizer")
+    assert torch.equal(stats.mean, entry["channel"][0][:8]) and torch.equal(stats.std, entry["channel"][1][:8])
+    assert stats.single_mean == 0.25 and stats.single_std == 2.0
+
+    official_statistics(path, keys=("rectok_BB", "other"))
+    with pytest.raises(UserError, match="choose one with .*#KEY. Known: other, rectok_BB"):
+        read_stats(str(path))
+    with pytest.raises(UserError, match='Did you mean "rectok_BB"'):
+        read_stats(f"{path}#rectok_B")
+    assert torch.equal(read_stats(f"{path}#rectok_BB").mean, entry["channel"][0][:8])
+
+    class Evil:
+        def __reduce__(self):
+            return os.system, (f"touch {tmp_path}/ran",)
+
+    path.write_bytes(pickle.dumps({"rectok": Evil()}))
+    with pytest.raises(UserError, match=f"{path}: not a file of latent statistics"):
+        read_stats(str(path))
+    # code inside the bytes of a storage, which torch's own pickle support would load freely
+    inner = io.BytesIO()
+    torch.save(Evil(), inner)
+    storage = (torch.storage._load_from_bytes, (inner.getvalue(),))
+    path.write_bytes(pickle.dumps({"rectok": type("Storage", (), {"__reduce__": lambda self: storage})()}))
+    with pytest.raises(UserError, match="not a file of latent statistics"):
+        read_stats(str(path))
+    path.write_bytes(b"\x80garbage")
+    with pytest.raises(UserError, match="not a whole PyTorch file"):
+        read_stats(str(path))
+    assert not (tmp_path / "ran").exists()
+
+
+@pytest.fixture
+def released(tmp_path):
+    """Section of a tokenizer known by one weight file alone, in the layout of the released ones."""
+    path = tmp_path / "toy.pth"
+    torch.manual_seed(0)
+    size = {"width": 192, "layers": 1, "heads": 4}
+    weights = RecTok(image_size=32, channels=8, encoder=size, decoder=size).state_dict()
+    torch.save({"model": weights, "model_ema": weights, "epoch": 99}, path)
+    return {"weights": str(path)}
+
+
+def test_statistics_are_found_beside_the_weights_and_checked(released, tmp_path):
+    from run import assemble
+
+    place = tmp_path / "toy.latent_stats.safetensors"
+    tokenizer, fingerprint = assemble.load_tokenizer(released)
+    assert not tokenizer.latent_stats_known
+    official_statistics(tmp_path / "stats.pkl")
+    save_stats(place, read_stats(str(tmp_path / "stats.pkl")), fingerprint)
+    tokenizer, _ = assemble.load_tokenizer(released)
+    assert tokenizer.latent_stats_known and tokenizer.latent_std.tolist() == [1, 2, 3, 4, 5, 6, 7, 8]
+    assert not assemble.load_tokenizer({**released, "latent_stats": "none"})[0].latent_stats_known
+    save_stats(place, read_stats(str(tmp_path / "stats.pkl")), "of-something-else")
+    with pytest.raises(UserError, match="computed with tokenizer weights of-something-else"):
+        assemble.load_tokenizer(released)
+    place.unlink()
+    official_statistics(tmp_path / "stats.pkl", channels=4)
+    with pytest.raises(UserError, match="4 values for 8 channels"):
+        assemble.load_tokenizer({**released, "latent_stats": str(tmp_path / "stats.pkl")})
+
+
+def test_statistics_program(tokenizer_run, tmp_path):
+    """Measured on a subset of held-out pictures, and converted from the official file."""
+    from scripts import latent_stats
+
+    out, data = tmp_path / "s.safetensors", "synthetic://?size=32&classes=4&count=20"
+    assert latent_stats.main([str(tokenizer_run), data, "--num", "6", "--split", "val", "--out", str(out)]) == 0
+    assert load_stats(out).images == 6
+    official_statistics(tmp_path / "stats.pkl")
+    assert latent_stats.main([str(tokenizer_run), "--from", str(tmp_path / "stats.pkl"), "--out", str(out)]) == 0
+    assert load_stats(out).channel_mean.tolist() == list(range(16))
+    with pytest.raises(UserError, match="give --out FILE"):
+        latent_stats.main([str(tokenizer_run), data])
+
+
+def test_training_uses_the_statistics_that_are_named(build_trainer, tokenizer_run, tmp_path):
+    official_statistics(tmp_path / "stats.pkl")
+    toy = [TOY_GENERATOR, f"tokenizer.weights={tokenizer_run}"]
+    named = build_trainer(*toy, f"tokenizer.latent_stats={tmp_path}/stats.pkl")
+    assert named.task.tokenizer.latent_std.tolist() == [1, 2, 3, 4, 5, 6, 7, 8]
+    assert not list((tmp_path / "cache").glob("latent_stats_*"))
+    few = build_trainer(
+        *toy, "data.stats_images=3", "data.stats_split=val", "data.val_url=synthetic://?size=32&classes=4"
+    )
+    assert load_stats(*(tmp_path / "cache").glob("latent_stats_*")).images == 3
+    assert torch.equal(few.task.constants()["std"], few.task.tokenizer.latent_std)
+
+
+def test_a_generator_refuses_another_tokenizer_and_missing_statistics(generator_run, tokenizer_run, released, tmp_path):
+    from run import assemble
+
+    tokenizer, _ = assemble.load_tokenizer({"weights": str(tokenizer_run)})
+    generator, _ = assemble.load_generator(str(generator_run), tokenizer)
+    assert tokenizer.latent_stats_known
+    raw, _ = assemble.load_tokenizer({"weights": str(tokenizer_run), "use_ema": False})
+    with pytest.raises(UserError, match=f"belong to another tokenizer. Use {tokenizer_run}"):
+        assemble.load_generator(str(generator_run), raw)
+
+    path = tmp_path / "dit.pth"
+    torch.save({"model": GENERATOR_ADAPTERS["dit_dh"].to_official(generator)}, path)
+    fresh, _ = assemble.load_tokenizer(released)
+    with pytest.raises(UserError, match="without the statistics.*latent_stats.py"):
+        assemble.load_generator(str(path), fresh)
+    fresh.set_latent_stats(0.5, 2.0)
+    assemble.load_generator(str(path), fresh)
+
+
+# -- official pre-tokenised moments -----------------------------------------------------------------------------------
+@pytest.fixture
+def moment_folder(tokenizer_run, tmp_path):
+    """Eight pictures in a list, and the moments of each and of its mirror image as the official loader wants them."""
+    from data.transforms import Transform
+    from run import assemble
+
+    tokenizer, _ = assemble.load_tokenizer({"weights": str(tokenizer_run)})
+    plain = Transform(image_size=32)
+    lines = []
+    for number in range(8):
+        key = f"n{number % 2}/{number}.JPEG"
+        picture = Image.fromarray(np.random.default_rng(number).integers(0, 256, (32, 32, 3), dtype=np.uint8))
+        for folder in ("pictures", "cached"):
+            (tmp_path / folder / key).parent.mkdir(parents=True, exist_ok=True)
+        picture.save(tmp_path / "pictures" / key, quality=95)
+        image = plain.apply_view(Image.open(tmp_path / "pictures" / key).convert("RGB"), 0)
+        both = torch.stack((image, image.flip(-1)))
+        with torch.no_grad():
+            moments = tokenizer.precompute(to_model_range(both)).numpy()
+        np.savez(tmp_path / "cached" / f"{key}.npz", moments=moments[0], moments_flip=moments[1])
+        lines.append(f"{key} {number % 2}")
+    (tmp_path / "train.txt").write_text("\n".join(lines))
+    return tmp_path / "cached"
+
+
+def test_official_moments_train_like_the_pictures(build_trainer, moment_folder, tokenizer_run, tmp_path):
+    toy = [
+        TOY_GENERATOR,
+        f"tokenizer.weights={tokenizer_run}",
+        f"data.url=list://{tmp_path}/train.txt?root={tmp_path}/pictures",
+    ]
+    online, stored = (build_trainer(*toy, *more) for more in ([], [f"data.moments={moment_folder}"]))
+    batches = [next(trainer.batches(0)) for trainer in (online, stored)]
+    assert batches[1].images is None and batches[1].stored.shape == (8, 4, 16)
+    assert torch.equal(batches[0].labels, batches[1].labels)
+    losses = []
+    for trainer, batch in zip((online, stored), batches):
+        phase = next(trainer.task.phases(trainer.networks, batch, Draws(0, batch.positions), None))
+        losses.append(phase.loss.total.item())
+    assert losses[0] == pytest.approx(losses[1], rel=1e-4)
+
+    np.savez(moment_folder / "n0" / "0.JPEG.npz", moments=np.zeros((4, 8)), moments_flip=np.zeros((4, 8)))
+    with pytest.raises(UserError, match=r"0.JPEG.npz: moments is float64 \[4, 8\].*\[4, 16\]"):
+        build_trainer(*toy, f"data.moments={moment_folder}")
+    (moment_folder / "n0" / "0.JPEG.npz").unlink()
+    with pytest.raises(UserError, match="0.JPEG.npz: no such file"):
+        build_trainer(*toy, f"data.moments={moment_folder}")
+
+
+# -- the batch and the GPUs -------------------------------------------------------------------------------------------
+@pytest.mark.parametrize(
+    "per_rank, largest, parts",
+    [(1024, 64, 16), (128, 64, 2), (64, 64, 1), (32, 64, 1), (96, 64, 2), (8, 0, 1), (7, 3, 7), (8, 5, 2)],
+)
+def test_a_rank_cuts_its_share_evenly(per_rank, largest, parts):
+    assert accumulation(per_rank, largest) == parts
+    assert per_rank % parts == 0 and (not largest or per_rank // parts <= largest)
+
+
+def test_out_of_memory_names_the_setting_that_helps(train_main, tmp_path, monkeypatch):
+    from core.train.trainer import Trainer
+
+    def full(self, batch):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 3 TiB.")
+
+    monkeypatch.setattr(Trainer, "train_step", full)
+    code, _, err = train_main(TOY_TOKENIZER, "train.device=cpu", f"work_dir={tmp_path}", "train.micro_batch=5")
+    assert (
+        code == 2
+        and "does not hold 4 picture(s) at once. Set train.micro_batch=2" in err
+        and len(err.splitlines()) == 1
+    )
+
+
+# -- what does not fit ------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize(
+    "what, message",
+    [
+        ("teacher", "teachers.dinov3.weights=nowhere.*no such file"),
+        ("system", "tokenizer"),
+        ("channels", "does not fit the latents"),
+    ],
+)
+def test_mistakes_of_this_system_in_one_sentence(
+    train_main, tmp_path, monkeypatch, generator_run, tokenizer_run, what, message
+):
+    monkeypatch.setenv("TESSERA_OFFLINE", "1")
+    monkeypatch.chdir(tmp_path)
+    common = ["train.device=cpu", f"work_dir={tmp_path}/runs", f"data.cache_dir={tmp_path}/cache"]
+    if what == "teacher":
+        arguments = [
+            TOY_TOKENIZER,
+            "teachers.dinov3={weights: nowhere/model.safetensors}",
+            "objective.weights.semantic=1",
+        ]
+    elif what == "system":
+        (weights,) = generator_run.glob("checkpoints/step_00000020/generator.safetensors")
+        arguments = [TOY_GENERATOR, f"tokenizer.weights={shutil.copy(weights, tmp_path / 'dit.safetensors')}"]
+    else:
+        arguments = [TOY_GENERATOR, f"tokenizer.weights={tokenizer_run}", "generator.channels=16"]
+    code, _, err = train_main(*arguments, *common)
+    assert code == 2 and re.search(message, err) and len(err.splitlines()) == 1, err
+
+
+# -- the commands of the README ---------------------------------------------------------------------------------------
+@pytest.mark.slow
+def test_every_training_command_of_the_readme(tmp_path, released):
+    """Stage 1, stage 2 by the name of stage 1, generator by the name of stage 2, and from a released file (option B)."""
+    common = [
+        f"work_dir={tmp_path}",
+        f"data.cache_dir={tmp_path}/cache",
+        "train.device=cpu",
+        "train.duration=2step",
+        "data.url=embedded://emoji64",
+        "data.split=val",
+        "data.val_url=null",
+    ]
+    finetune = ["tokenizer.gamma=0.0", "tokenizer.mask_ratio=0.0", "tokenizer.train_decoder_only=true"]
+    generator = ["generator.size.trunk_width=32"]
+    commands = [
+        ("run_train_tokenizer.sh", TOY_TOKENIZER, "name=stage1"),
+        ("run_decoder_finetune_tokenizer.sh", "stage1", TOY_TOKENIZER, *finetune),
+        ("run_train_diffusion.sh", "stage1_rectok_tokenizer", TOY_GENERATOR, *generator),
+    ]
+    for command in commands:
+        done = shell(*command, *common)
+        assert done.returncode == 0, f"{command}\n{done.stdout}\n{done.stderr}"
+    made = {p.name for p in tmp_path.iterdir() if (p / "checkpoints" / "latest").exists()}
+    assert made == {"stage1", "stage1_rectok_tokenizer", "stage1_rectok_tokenizer_rectok_generator"}
+
+    place = tmp_path / "tokenizer_training" / "rectok" / "checkpoints" / "latest.pth"  # mkdir and cp of the README
+    place.parent.mkdir(parents=True)
+    shutil.copy(released["weights"], place)
+    done = shell("run_train_diffusion.sh", "rectok", TOY_GENERATOR, *common)
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "rectok_rectok_generator" / "checkpoints" / "latest").exists()
+
+
+@pytest.mark.slow
+def test_every_evaluation_command_of_the_readme(tmp_path, tokenizer_run, generator_run):
+    """WEIGHTS, and TOKENIZER GENERATOR AUTOGUIDANCE in their places; pictures are written, unguided and guided."""
+    done = shell("run_eval_tokenizer.sh", tokenizer_run, "embedded://emoji64", "--num", 8, "--out", tmp_path / "eval")
+    assert done.returncode == 0 and (tmp_path / "eval" / "metrics.json").is_file(), done.stderr
+    done = shell(
+        "run_eval_diffusion.sh",
+        tokenizer_run,
+        generator_run,
+        generator_run,
+        f"out={tmp_path}/dit",
+        "sample.steps=4",
+        "train.device=cpu",
+        "--num",
+        8,
+        "--write",
+        "npz",
+    )
+    assert done.returncode == 0, done.stderr
+    made = {path.parent.name: np.load(path)["arr_0"] for path in (tmp_path / "dit").rglob("samples.npz")}
+    assert set(made) == {"scale_1.29", "scale_1.0"} and all(a.shape == (8, 32, 32, 3) for a in made.values())
+
+
+def test_the_default_recipes_need_no_argument(train_main):
+    """`bash run_train_tokenizer.sh` and its kin name the published recipes; without ImageNet they say what is missing."""
+    for stage in surface.STAGES:
+        code, _, err = train_main(f"--stage={stage}", "--check", "train.device=cpu", "train.init_from=null")
+        assert code == 2 and "data/imagenet/train" in err, err
+    scripts = [ROOT / f"run_{name}.sh" for name in ("train_tokenizer", "decoder_finetune_tokenizer", "train_diffusion")]
+    assert all(len(p.read_text().splitlines()) <= 15 and re.search(r"^exec ", p.read_text(), re.M) for p in scripts)
+
+
+def test_commands_of_the_documentation_exist():
+    text = (ROOT / "docs" / "rectok.md").read_text()
+    (block,) = re.findall(r"```bash\n(.*?)```", text, flags=re.S)
+    for line in block.strip().splitlines():
+        files = [word for word in line.split("#")[0].split() if re.search(r"\.(sh|py|yaml)$", word)]
+        assert files and all((ROOT / file).is_file() for file in files), line
+    for name in re.findall(r"`([a-z/_]+\.(?:py|yaml))`", text):
+        assert (ROOT / name).is_file() or (ROOT / "configs" / "rectok" / name).is_file(), name
