@@ -1,7 +1,7 @@
 """The objects through which tokenizers, generators, data and the trainer meet. Read this file first.
 
 A tokenizer turns images into latents and back; a generator models latents; a task says what one training step of
-either computes; a data source is a random-access list of samples. None of them imports another: `scripts/` builds
+either computes; a data source is a random-access list of samples. None of them imports another: `run/` builds
 them and hands them over. Nothing here has layers or touches a file.
 
 Shape letters: B batch, N tokens, C latent channels, K codebooks (branches), V codebook size, H x W pixels.
@@ -16,6 +16,8 @@ from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
+
+from core.rng import Draws
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -229,19 +231,19 @@ class Tokenizer(Protocol):
     image_size: int
     term_names: tuple[str, ...]  # what Recon.terms will hold
 
-    def forward(self, images: Tensor, draws) -> Recon:
+    def forward(self, images: Tensor, draws: Draws) -> Recon:
         """Training pass: reconstruct with every random draw taken from `draws` (core.rng.Draws)."""
 
-    def encode(self, images: Tensor, draws=None) -> Tensor:
+    def encode(self, images: Tensor, draws: Draws | None = None) -> Tensor:
         """Latents as `spec` says. Without draws the most likely ones, with draws a posterior sample."""
 
-    def decode(self, latents: Tensor, draws=None) -> Tensor:
+    def decode(self, latents: Tensor, draws: Draws | None = None) -> Tensor:
         """Images in [-1, 1], not clamped."""
 
     def precompute(self, images: Tensor) -> Tensor:
         """What is worth storing of `encode`, (B, ...): moments for a Gaussian posterior, codes for a quantiser."""
 
-    def from_stored(self, stored: Tensor, draws=None) -> Tensor:
+    def from_stored(self, stored: Tensor, draws: Draws | None = None) -> Tensor:
         """`encode` from what `precompute` returned: from_stored(precompute(x), d) == encode(x, d)."""
 
     # Only where spec is Continuous: set_latent_stats(mean, std), and moments(stored) (B, N, 2C) to measure them on.
@@ -289,10 +291,10 @@ class Generator(Protocol):
     def fits(self, spec: LatentSpec) -> list[str]:
         """Sentences for the user that say what does not match; empty when the pair works."""
 
-    def forward(self, latents: Tensor, labels: Tensor, draws, progress: Progress | None = None) -> Loss:
+    def forward(self, latents: Tensor, labels: Tensor, draws: Draws, progress: Progress | None = None) -> Loss:
         """Training loss of a batch."""
 
-    def sample(self, labels: Tensor, draws, guidance: Guidance = Guidance(), **options) -> Tensor:
+    def sample(self, labels: Tensor, draws: Draws, guidance: Guidance = Guidance(), **options) -> Tensor:
         """Latents for `labels` (B,), every random draw taken from `draws`."""
 
 
@@ -312,13 +314,13 @@ class Task(Protocol):
         """Tensors that are not trained but belong with the weights (latent statistics), themselves and not copies:
         a resumed run writes the saved values into them. {} for none."""
 
-    def phases(self, nets: dict[str, Any], batch: Batch, draws, progress: Progress) -> Iterator[Phase]:
+    def phases(self, nets: dict[str, Any], batch: Batch, draws: Draws, progress: Progress) -> Iterator[Phase]:
         """Yield one Phase per trained network. `nets` are the networks as wrapped by the trainer (DDP, compile).
 
         The trainer runs backward on a phase before it asks for the next one.
         """
 
-    def preview(self, network: nn.Module, draws, count: int) -> Tensor:
+    def preview(self, network: nn.Module, draws: Draws, count: int) -> Tensor:
         """(M, 3, H, W) in [-1, 1]: pictures that show the state of the run, the same ones each time."""
 
 

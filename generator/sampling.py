@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from core.errors import UserError
+from core.rng import Draws
 from core.specs import Guidance
 from generator.guidance import guide_logits, scales
 
@@ -92,7 +93,7 @@ class CodeSampler:
         self,
         length: int,
         branches: int,
-        draws,
+        draws: Draws,
         guidance: Guidance,
         device: torch.device,
         *,

@@ -16,6 +16,7 @@ from torch.nn import functional as F
 from core.errors import UserError
 from core.images import to_unit_range
 from core.nn.embed import resize_positions
+from core.rng import Draws
 from core.weights import hub
 from core.weights.adapter import describe_differences
 from core.weights.released import find_local_file, needs
@@ -139,7 +140,7 @@ class ClassToken(Teacher):
         """What the backbone sees of pictures in [-1, 1], (B, 3, image_size, image_size)."""
         return self.normalise(nearest_pixels(images, self.size))
 
-    def features(self, images: Tensor, draws=None) -> Tensor:
+    def features(self, images: Tensor, draws: Draws | None = None) -> Tensor:
         return self.backbone.forward_features(self.pixels(images))[:, :1]
 
 

@@ -24,6 +24,7 @@ from core.nn.frozen import Frozen
 from core.nn.offline import efficientnet_lite0_input, load_efficientnet_lite0
 from core.nn.vit import ViTSize, timm_shape
 from core.registry import Registry
+from core.rng import Draws
 from core.weights import hub
 from core.weights.adapter import describe_differences
 from core.weights.released import Released, find_local_file, helper, needs, timm_file
@@ -50,11 +51,11 @@ class Teacher(Frozen):
     grid: int
 
     @torch.no_grad()
-    def forward(self, images: Tensor, draws=None) -> Tensor:
+    def forward(self, images: Tensor, draws: Draws | None = None) -> Tensor:
         """(B, 3, H, W) in [-1, 1] -> (B, grid * grid, dim) fp32, without gradient."""
         return self.features(images, draws).float()
 
-    def features(self, images: Tensor, draws) -> Tensor:
+    def features(self, images: Tensor, draws: Draws) -> Tensor:
         raise NotImplementedError
 
 
@@ -303,7 +304,7 @@ class DINOv3Teacher(Teacher):
         """What the backbone sees, (B, 3, image_size, image_size)."""
         return F.interpolate(self.processed(images), size=(self.image_size, self.image_size), mode="bilinear")
 
-    def features(self, images: Tensor, draws=None) -> Tensor:
+    def features(self, images: Tensor, draws: Draws | None = None) -> Tensor:
         scale = 1.0
         if self.teacher_train_mode:
             if draws is None:
@@ -399,7 +400,7 @@ class TimmTeacher(Teacher):
         pixels = self.normalise(pixels[..., edge : edge + self.crop, edge : edge + self.crop])
         return F.interpolate(pixels, size=(self.size, self.size), mode="bilinear")
 
-    def features(self, images: Tensor, draws=None) -> Tensor:
+    def features(self, images: Tensor, draws: Draws | None = None) -> Tensor:
         return self.backbone.forward_features(self.pixels(images))[:, self.backbone.num_prefix_tokens :]  # (B, N, D)
 
 
@@ -445,7 +446,7 @@ class EfficientNetTeacher(Teacher):
         self.backbone.to(memory_format=torch.channels_last)  # 1.5 to 1.8 times as fast on a CPU
         self.freeze()
 
-    def features(self, images: Tensor, draws=None) -> Tensor:
+    def features(self, images: Tensor, draws: Draws | None = None) -> Tensor:
         size, grid = (self.input_size, self.input_size), (self.grid, self.grid)
         pixels = F.interpolate(to_unit_range(images.float()) * 255.0, size=size, mode="bilinear", antialias=True)
         found = self.backbone(efficientnet_lite0_input(pixels)).float()  # (B, 320, h, w)

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from core.errors import UserError
+from core.rng import Draws
 from core.specs import Codes, Continuous, LatentSpec, MultiScale
 from tokenizer.vq.quantizer import nearest_codes
 
@@ -35,7 +36,7 @@ class View(nn.Module):
         """The codes: what is stored does not depend on the view."""
         return self.tokenizer.precompute(images)
 
-    def encode(self, images: Tensor, draws=None) -> Tensor:
+    def encode(self, images: Tensor, draws: Draws | None = None) -> Tensor:
         return self.from_stored(self.precompute(images), draws)
 
     def probe_features(self, images: Tensor) -> dict[str, Tensor]:
@@ -53,13 +54,13 @@ class Sequence(View):
         super().__init__(tokenizer)
         self.spec = tokenizer.spec.flatten()
 
-    def from_stored(self, stored: Tensor, draws=None) -> Tensor:
+    def from_stored(self, stored: Tensor, draws: Draws | None = None) -> Tensor:
         return self.tokenizer.from_stored(stored, draws)
 
     def embed(self, codes: Tensor) -> Tensor:
         return self.tokenizer.embed(codes)
 
-    def decode(self, latents: Tensor, draws=None) -> Tensor:
+    def decode(self, latents: Tensor, draws: Draws | None = None) -> Tensor:
         return self.tokenizer.decode(latents, draws)
 
 
@@ -113,12 +114,12 @@ class Vectors(View):
         vectors = self.tokenizer.embed(self.tokenizer.from_stored(stored)).flatten(2)
         return torch.cat((vectors, torch.zeros_like(vectors)), dim=-1)
 
-    def from_stored(self, stored: Tensor, draws=None) -> Tensor:
+    def from_stored(self, stored: Tensor, draws: Draws | None = None) -> Tensor:
         vectors = self.tokenizer.embed(self.tokenizer.from_stored(stored, draws)).flatten(2)  # (B, L, K D)
         vectors = (vectors - self.latent_mean) / self.latent_std
         return vectors.transpose(1, 2).unflatten(2, self.spec.grid)
 
-    def decode(self, latents: Tensor, draws=None) -> Tensor:
+    def decode(self, latents: Tensor, draws: Draws | None = None) -> Tensor:
         vectors = latents.flatten(2).transpose(1, 2).float() * self.latent_std + self.latent_mean
         vectors = vectors.unflatten(2, (self.codes.branches, self.codes.dim))  # (B, L, K, D)
         codes = [nearest_codes(vectors[:, :, k], self.table[k]) for k in range(self.codes.branches)]

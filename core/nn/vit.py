@@ -19,6 +19,7 @@ from core.errors import UserError
 from core.nn.attention import Attention
 from core.nn.embed import resize_positions, sincos_2d
 from core.nn.mlp import MLP, SwiGLU
+from core.rng import Draws
 from core.sizes import pick
 from core.weights.released import Released, timm_file
 
@@ -182,7 +183,7 @@ class VisionTransformer(nn.Module):
         own = self.pos_embed[:, 1:]
         return own if grid == self.grid else resize_positions(own, (grid, grid), antialias=True)
 
-    def encode(self, x: Tensor, draws=None) -> Tensor:
+    def encode(self, x: Tensor, draws: Draws | None = None) -> Tensor:
         """Blocks and final norm over any tokens (B, T, D). `draws` (core.rng.Draws) switch stochastic depth on."""
         for index, block in enumerate(self.blocks):
             drops = draws.uniform(f"drop path {index}", (2,)) if draws is not None and block.drop > 0 else None

@@ -24,7 +24,7 @@ from core.nn.embed import LabelEmbedding
 from core.nn.kvcache import KVCache
 from core.nn.norms import RMSNorm
 from core.nn.rope import Rope, axial_rope, line_rope, with_class_row
-from core.rng import derive
+from core.rng import Draws, derive
 from core.specs import Codes, Guidance, LatentSpec, Loss, Progress
 from generator.ar import rear as rear_module
 from generator.ar.decode import Recordings, decode, uncompiled
@@ -205,10 +205,10 @@ class FAR(Sampled):
         return self._module("output", branch)(features).float()
 
     # -- training -----------------------------------------------------------------------------------------------------
-    def drop_labels(self, labels: Tensor, draws) -> Tensor:
+    def drop_labels(self, labels: Tensor, draws: Draws) -> Tensor:
         return self.cls_embedding.drop(labels, draws.uniform("label_drop"), self.label_drop)
 
-    def forward(self, latents: Tensor, labels: Tensor, draws, progress: Progress | None = None) -> Loss:
+    def forward(self, latents: Tensor, labels: Tensor, draws: Draws, progress: Progress | None = None) -> Loss:
         """Mean over codebooks of the cross-entropy, every one logged, plus reAR's alignment if there is any."""
         given, selected = latents, None
         if self.rear is not None and self.rear.noise != "none":
@@ -238,7 +238,7 @@ class FAR(Sampled):
     def sample(
         self,
         labels: Tensor,
-        draws,
+        draws: Draws,
         guidance: Guidance = Guidance(),
         temperature: float | list[float] = 1.0,
         top_k: int | list[int] = 0,

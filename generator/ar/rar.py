@@ -27,7 +27,7 @@ from core.nn.kvcache import KVCache, LayerCache
 from core.nn.mlp import MLP
 from core.nn.norms import modulate
 from core.nn.precision import no_autocast
-from core.rng import derive
+from core.rng import Draws, derive
 from core.specs import Codes, Guidance, LatentSpec, Loss, Progress
 from generator.ar import rear as rear_module
 from generator.ar.decode import Recordings, decode, uncompiled
@@ -229,10 +229,10 @@ class RAR(Sampled):
         return self.lm_head(self.adaln_before_head(x, condition)).float()
 
     # -- training -----------------------------------------------------------------------------------------------------
-    def drop_labels(self, labels: Tensor, draws) -> Tensor:
+    def drop_labels(self, labels: Tensor, draws: Draws) -> Tensor:
         return torch.where(draws.uniform("label_drop") < self.label_drop, self.num_classes, labels)
 
-    def orders(self, batch: int, draws, ratio: float) -> Tensor | None:
+    def orders(self, batch: int, draws: Draws, ratio: float) -> Tensor | None:
         """(B, N) orders of which a share `ratio` is random and the rest raster; None when all are raster."""
         if ratio == 0:
             return None
@@ -240,7 +240,7 @@ class RAR(Sampled):
         raster = torch.arange(self.length, device=permuted.device).expand(batch, -1)
         return torch.where(permuted[:, None], draws.uniform("permutation", (self.length,)).argsort(-1), raster)
 
-    def forward(self, latents: Tensor, labels: Tensor, draws, progress: Progress | None = None) -> Loss:
+    def forward(self, latents: Tensor, labels: Tensor, draws: Draws, progress: Progress | None = None) -> Loss:
         """Cross-entropy of every code, plus reAR's alignment; the share of codes that are the likeliest is logged."""
         codes, selected, order = latents, None, None  # (B, N, 1)
         if self.permute is not None:
@@ -277,7 +277,7 @@ class RAR(Sampled):
     def sample(
         self,
         labels: Tensor,
-        draws,
+        draws: Draws,
         guidance: Guidance = Guidance(),
         temperature: float = 1.0,
         top_k: int = 0,

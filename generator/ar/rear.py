@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from core.config import parse_section
 from core.errors import UserError
+from core.rng import Draws
 from core.specs import Progress, Tokenizer
 
 Noise = Literal["none", "switch", "mask"]
@@ -74,7 +75,9 @@ def settings(given: dict | None, layers: int) -> Settings | None:
     return Settings(**{**vars(checked), **chosen})
 
 
-def perturb(codes: Tensor, draws, ratio: float, vocab: int, mask_code: int | None = None) -> tuple[Tensor, Tensor]:
+def perturb(
+    codes: Tensor, draws: Draws, ratio: float, vocab: int, mask_code: int | None = None
+) -> tuple[Tensor, Tensor]:
     """Input codes with noise, and which were selected, both (B, N, K).
 
     Args:

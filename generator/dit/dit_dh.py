@@ -24,6 +24,7 @@ from core.nn.embed import LabelEmbedding, TimeEmbedding, sincos_2d
 from core.nn.mlp import SwiGLU
 from core.nn.norms import RMSNorm, modulate
 from core.nn.rope import Rope, axial_rope
+from core.rng import Draws
 from core.specs import Continuous, Guidance, LatentSpec, Loss, Progress
 from generator.dit import transport
 from generator.dit.ode import euler
@@ -183,17 +184,17 @@ class DiTDH(nn.Module):
         return self.network(x, self.t_embedder(t), self.y_embedder(labels))
 
     # -- training -----------------------------------------------------------------------------------------------------
-    def training_point(self, latents: Tensor, draws) -> tuple[Tensor, Tensor, Tensor]:
+    def training_point(self, latents: Tensor, draws: Draws) -> tuple[Tensor, Tensor, Tensor]:
         """(x_t, t, target velocity) for these latents, fp32."""
         latents = latents.float()
         noise = draws.normal("noise", latents.shape[1:])  # (B, C, h, w)
         t = transport.training_time(draws.uniform("time"), self.time_shift)  # (B,)
         return transport.mix(latents, noise, t), t, transport.target(latents, noise)
 
-    def drop_labels(self, labels: Tensor, draws) -> Tensor:
+    def drop_labels(self, labels: Tensor, draws: Draws) -> Tensor:
         return self.y_embedder.drop(labels, draws.uniform("label_drop"), self.label_drop)
 
-    def forward(self, latents: Tensor, labels: Tensor, draws, progress: Progress | None = None) -> Loss:
+    def forward(self, latents: Tensor, labels: Tensor, draws: Draws, progress: Progress | None = None) -> Loss:
         x, t, wanted = self.training_point(latents, draws)
         predicted = self.velocity(x, t, self.drop_labels(labels, draws))  # (B, C, h, w)
         loss = (predicted.float() - wanted).square().mean()
@@ -255,7 +256,7 @@ class DiTDH(nn.Module):
 
     @torch.no_grad()
     def sample(
-        self, labels: Tensor, draws, guidance: Guidance = Guidance(), steps: int = 150, cuda_graph: bool = False
+        self, labels: Tensor, draws: Draws, guidance: Guidance = Guidance(), steps: int = 150, cuda_graph: bool = False
     ) -> Tensor:
         """Latents (B, C, h, w), fp32. `steps` counts the points of the time grid, so there are steps - 1 updates.
 

@@ -31,6 +31,7 @@ from core.nn.mlp import MLP
 from core.nn.norms import modulate
 from core.nn.precision import no_autocast
 from core.nn.vit import drop_path
+from core.rng import Draws
 from core.specs import Guidance, LatentSpec, Loss, MultiScale, Progress, ScaleOps
 from generator.ar.decode import uncompiled
 from generator.engine import Sampled, Weights, fused_attention, modulated
@@ -263,7 +264,7 @@ class VAR(Sampled):
         logits = self.head(modulate(self.head_norm(x.float()), shift, scale))
         return logits.float().unflatten(-1, (self.branches, self.vocab))
 
-    def logits(self, inputs: Tensor, labels: Tensor, draws=None) -> Tensor:
+    def logits(self, inputs: Tensor, labels: Tensor, draws: Draws | None = None) -> Tensor:
         """Teacher-forced logits (B, N, K, V) from inputs (B, N - P_0^2, K C); label `num_classes` means "no class".
 
         N may end with any scale. `draws` switch stochastic depth on.
@@ -281,10 +282,10 @@ class VAR(Sampled):
         return self.classify(x, self.head_ada_lin(condition))
 
     # -- training -----------------------------------------------------------------------------------------------------------
-    def drop_labels(self, labels: Tensor, draws) -> Tensor:
+    def drop_labels(self, labels: Tensor, draws: Draws) -> Tensor:
         return self.class_emb.drop(labels, draws.uniform("label_drop"), self.label_drop)
 
-    def forward(self, latents: Tensor, labels: Tensor, draws, progress: Progress | None = None) -> Loss:
+    def forward(self, latents: Tensor, labels: Tensor, draws: Draws, progress: Progress | None = None) -> Loss:
         finest, ramp = len(self.scales) - 1, 1.0
         if self.progressive is not None and progress is not None:
             finest, ramp = self.progressive.stage(progress.fraction, len(self.scales))
@@ -361,7 +362,7 @@ class VAR(Sampled):
     def sample(
         self,
         labels: Tensor,
-        draws,
+        draws: Draws,
         guidance: Guidance = Guidance(),
         temperature: float | list[float] = 1.0,
         top_k: int | list[int] = 0,

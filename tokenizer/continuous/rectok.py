@@ -23,6 +23,7 @@ from core.nn.attention import Attention
 from core.nn.mlp import SwiGLU
 from core.nn.norms import RMSNorm
 from core.nn.rope import Rope, rectok_rope
+from core.rng import Draws
 from core.sizes import pick
 from core.specs import Continuous, Recon
 
@@ -309,7 +310,7 @@ class RecTok(nn.Module):
         return {name for name, p in self.named_parameters() if p.ndim < 2 or any(word in name for word in spared)}
 
     # -- training -----------------------------------------------------------------------------------------------------
-    def _draw_mask(self, draws) -> tuple[Tensor | None, Tensor | None]:
+    def _draw_mask(self, draws: Draws) -> tuple[Tensor | None, Tensor | None]:
         """(kept (B, K), restore (B, N)) token indices; (None, None) when masking is off."""
         if not self.mask_ratio:
             return None, None
@@ -320,7 +321,7 @@ class RecTok(nn.Module):
         order = draws.uniform("mask", (length,)).argsort(dim=1)  # (B, N)
         return order[:, : math.ceil(length * (1 - ratio))], order.argsort(dim=1)
 
-    def _draw_time(self, draws) -> Tensor:
+    def _draw_time(self, draws: Draws) -> Tensor:
         """Noise level of each image, (B,); 1 is pure noise. (In the generator 1 is data.)"""
         if self.noise_schedule == "lognorm":
             return torch.sigmoid(draws.normal("time"))
@@ -330,7 +331,7 @@ class RecTok(nn.Module):
         # parity: applied also when time_shift is below 1; only the generator switches there.
         return self.time_shift * u / (1 + (self.time_shift - 1) * u)
 
-    def forward(self, images: Tensor, draws) -> Recon:
+    def forward(self, images: Tensor, draws: Draws) -> Recon:
         kept, restore = self._draw_mask(draws)
         posterior = Posterior(self.encoder(images, kept))
         shape = posterior.mean.shape[1:]  # (K, C): only visible tokens have a posterior
@@ -381,7 +382,7 @@ class RecTok(nn.Module):
         """What latent statistics are measured on, (B, N, 2C): here it is what is stored."""
         return stored
 
-    def from_stored(self, stored: Tensor, draws=None) -> Tensor:
+    def from_stored(self, stored: Tensor, draws: Draws | None = None) -> Tensor:
         posterior = Posterior(stored.float())
         z = posterior.mean  # (B, N, C)
         if draws is not None:
@@ -389,9 +390,9 @@ class RecTok(nn.Module):
         z = (z - self.latent_mean) / self.latent_std
         return z.transpose(1, 2).unflatten(2, self.spec.grid)  # (B, C, h, w)
 
-    def encode(self, images: Tensor, draws=None) -> Tensor:
+    def encode(self, images: Tensor, draws: Draws | None = None) -> Tensor:
         return self.from_stored(self.precompute(images), draws)
 
-    def decode(self, latents: Tensor, draws=None) -> Tensor:
+    def decode(self, latents: Tensor, draws: Draws | None = None) -> Tensor:
         z = latents.flatten(2).transpose(1, 2)  # (B, N, C)
         return self.decoder(z * self.latent_std + self.latent_mean)

@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from core.config import Duration
+from core.rng import Draws
 from core.specs import Progress
 
 NUMBERS = 7  # draws per picture
@@ -121,7 +122,7 @@ class DiffAugment:
         length = self.fade.images(progress.images_per_epoch, batch)
         return max(0.0, 1.0 - since_start / length) if length else 0.0
 
-    def __call__(self, images: Tensor, draws, blur_amount: float) -> Tensor:
+    def __call__(self, images: Tensor, draws: Draws, blur_amount: float) -> Tensor:
         switches = [draws.shared_uniform(f"augment {what}") for what in ("translation", "colour", "cutout")]
         return augment(
             images,

@@ -19,6 +19,7 @@ from core.images import to_unit_range
 from core.nn.frozen import Frozen
 from core.nn.lpips import helper_weights
 from core.nn.vit import VisionTransformer, ViTSize
+from core.rng import Draws
 from core.weights.pickles import load_pickle
 from core.weights.released import needs
 
@@ -182,7 +183,7 @@ class DinoDiscriminator(nn.Module):
         self.features._apply(fn)
         return super()._apply(fn, recurse)
 
-    def forward(self, images: Tensor, draws=None) -> Tensor:
+    def forward(self, images: Tensor, draws: Draws | None = None) -> Tensor:
         """`draws` decide about the crop; without them pictures larger than 224 are shrunk."""
         crop = None
         if draws is not None and max(images.shape[-2:]) > INPUT:

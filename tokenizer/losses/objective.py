@@ -27,6 +27,7 @@ from core.dist import mean_over_ranks
 from core.errors import UserError, nearest
 from core.images import to_unit_range
 from core.nn.precision import no_autocast
+from core.rng import Draws
 from core.specs import Loss, Progress, Recon
 from core.weights.released import needs
 from tokenizer.losses.contrastive import info_nce
@@ -140,7 +141,7 @@ class Objective(nn.Module):
         )
         return progress.images_seen - start if self.gan_active(progress) else min(-1.0, progress.images_seen - start)
 
-    def _judge(self, discriminator: nn.Module, pictures: Tensor, use: str, draws, progress: Progress) -> Tensor:
+    def _judge(self, discriminator: nn.Module, pictures: Tensor, use: str, draws: Draws, progress: Progress) -> Tensor:
         """Logits of (augmented) pictures. `use` keys the draws: real and false pictures get draws of their own."""
         draws = draws.fork(use) if draws is not None else None
         if self.augment is not None:
@@ -159,7 +160,7 @@ class Objective(nn.Module):
         features: dict[str, Tensor],
         discriminator: nn.Module | None,
         progress: Progress,
-        draws=None,
+        draws: Draws | None = None,
     ) -> Loss:
         """Loss of the tokenizer.
 
@@ -211,7 +212,12 @@ class Objective(nn.Module):
         return Loss(total, {name: value.detach() for name, value in logs.items()})
 
     def discriminator_loss(
-        self, images: Tensor, recon_images: Tensor, discriminator: nn.Module, progress: Progress, draws=None
+        self,
+        images: Tensor,
+        recon_images: Tensor,
+        discriminator: nn.Module,
+        progress: Progress,
+        draws: Draws | None = None,
     ) -> Loss:
         """Loss of the discriminator on (B, 3, H, W) pictures in [-1, 1]; no gradient reaches `recon_images`.
 

@@ -22,6 +22,7 @@ from core.errors import UserError, nearest
 from core.nn.lora import TunedLayerNorm, adapt
 from core.nn.precision import no_autocast
 from core.nn.vit import VisionTransformer, ViTSize, dinov2_files, dinov2_weights
+from core.rng import Draws
 from core.specs import Codes, MultiScale, Progress, Recon
 from core.weights.released import needs
 from tokenizer.losses.contrastive import info_nce
@@ -209,7 +210,7 @@ class ImageFolder(nn.Module):
             trunk.norm = TunedLayerNorm(trunk.norm)
 
     # -- images and features --------------------------------------------------------------------------------------------
-    def features(self, images: Tensor, draws=None) -> Tensor:
+    def features(self, images: Tensor, draws: Draws | None = None) -> Tensor:
         """Maps before quantisation, (B, K, C, P, P)."""
         tokens = self.encoder(images, draws)  # (B, K P^2, D)
         return self.split_branches(self.quant_conv(tokens.transpose(1, 2)[..., None]))
@@ -218,13 +219,13 @@ class ImageFolder(nn.Module):
         """(B, C, K P^2, 1) -> (B, K, C, P, P)."""
         return z.view(len(z), self.code_dim, self.branches, self.latent_grid, self.latent_grid).transpose(1, 2)
 
-    def decode_features(self, f_hat: Tensor, draws=None) -> Tensor:
+    def decode_features(self, f_hat: Tensor, draws: Draws | None = None) -> Tensor:
         """Quantised maps (B, K, C, P, P) -> pictures (B, 3, H, W), not clamped."""
         tokens = self.post_quant_conv(f_hat.flatten(1, 2)).flatten(2).transpose(1, 2)  # (B, P^2, D)
         return self.decoder(tokens, draws)
 
     # -- training -------------------------------------------------------------------------------------------------------
-    def _draw_kept(self, draws) -> tuple[Tensor | None, Tensor | None]:
+    def _draw_kept(self, draws: Draws) -> tuple[Tensor | None, Tensor | None]:
         """(how many scales each picture keeps, which pictures keep all of them), (B,) each; None without dropout."""
         total = len(self.quantizer.scales)
         if not self.codebook_drop:
@@ -236,7 +237,7 @@ class ImageFolder(nn.Module):
         return torch.where(whole, total, count), whole
 
     def forward(
-        self, images: Tensor, draws, features: dict[str, Tensor] | None = None, progress: Progress | None = None
+        self, images: Tensor, draws: Draws, features: dict[str, Tensor] | None = None, progress: Progress | None = None
     ) -> Recon:
         """`features`: teacher name -> (B, N, D'), needed when there is a `semantic` teacher."""
         kept, whole = self._draw_kept(draws)
@@ -279,20 +280,20 @@ class ImageFolder(nn.Module):
             ).mean()
 
     # -- use ------------------------------------------------------------------------------------------------------------
-    def encode(self, images: Tensor, draws=None) -> Tensor:
+    def encode(self, images: Tensor, draws: Draws | None = None) -> Tensor:
         """(B, L, K) int64, coarse to fine."""
         return self.quantizer.encode(self.features(images))
 
     precompute = encode
 
-    def from_stored(self, stored: Tensor, draws=None) -> Tensor:
+    def from_stored(self, stored: Tensor, draws: Draws | None = None) -> Tensor:
         return stored.long()
 
-    def decode(self, latents: Tensor, draws=None) -> Tensor:
+    def decode(self, latents: Tensor, draws: Draws | None = None) -> Tensor:
         """Codes (B, L, K), or those of the first scales only -> pictures."""
         return self.decode_features(self.quantizer.partial_maps(latents)[-1])
 
-    def previews(self, latents: Tensor, draws=None) -> list[Tensor]:
+    def previews(self, latents: Tensor, draws: Draws | None = None) -> list[Tensor]:
         """The picture after each scale, (B, 3, H, W) each."""
         return [self.decode_features(f_hat) for f_hat in self.quantizer.partial_maps(latents)]
 

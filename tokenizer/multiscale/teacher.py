@@ -6,6 +6,7 @@ from torch import Tensor
 
 from core.images import to_unit_range
 from core.nn.vit import VisionTransformer, ViTSize, dinov2_files, dinov2_weights
+from core.rng import Draws
 from core.weights.released import needs
 from tokenizer.teachers import Teacher
 
@@ -39,5 +40,5 @@ class DINOv2ClassTeacher(Teacher):
             self.backbone.load_state_dict(dinov2_weights(size, image_size, patch_size, weights))
         self.freeze()
 
-    def features(self, images: Tensor, draws=None) -> Tensor:
+    def features(self, images: Tensor, draws: Draws | None = None) -> Tensor:
         return self.backbone(self.normalise(to_unit_range(images.float())))[:, :1]

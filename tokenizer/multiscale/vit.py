@@ -14,6 +14,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from core.nn.vit import VisionTransformer, ViTSize
+from core.rng import Draws
 
 
 def _levels(*counts: int) -> Tensor:
@@ -39,7 +40,7 @@ class Encoder(nn.Module):
         nn.init.trunc_normal_(self.lvl_embed.weight, std=(1 / size.width / 3) ** 0.5)
         self.register_buffer("lvl1LC", _levels(1 + grid * grid, *[side * side] * branches), persistent=False)
 
-    def forward(self, images: Tensor, draws=None) -> Tensor:
+    def forward(self, images: Tensor, draws: Draws | None = None) -> Tensor:
         patches = self.model.embed(self.model.patch_embed(images))  # (B, 1 + N, D)
         latents = self.latent_tokens + self.model.positions(self.side).repeat(1, self.branches, 1)
         x = torch.cat((patches, latents.expand(len(images), -1, -1)), dim=1) + self.lvl_embed(self.lvl1LC)
@@ -94,7 +95,7 @@ class Decoder(nn.Module):
         self.register_buffer("lvl1LC", _levels(1 + grid * grid, 1 + side * side), persistent=False)
         self.to_pixel = PixelHead(size.width, patch_size, grid, pixel_channels)
 
-    def forward(self, latents: Tensor, draws=None) -> Tensor:
+    def forward(self, latents: Tensor, draws: Draws | None = None) -> Tensor:
         batch, model = len(latents), self.model
         canvas = model.embed(self.mask_token.expand(batch, self.patches, -1))  # (B, 1 + N, D)
         # parity: the class token, with its position, stands a second time before the latents.

@@ -207,14 +207,14 @@ class DAR(nn.Module):
         x = plain_norm(x[:, -self.length :])
         return self.quant_in_conv(x.transpose(1, 2)[:, :, None])[:, :, 0].transpose(1, 2)
 
-    def encode(self, images: Tensor, draws=None) -> Tensor:
+    def encode(self, images: Tensor, draws: Draws | None = None) -> Tensor:
         """Codes (B, N, 1)."""
         self._needs_codes()
         return self.quantize.encode(self._project(images))[..., None]
 
     precompute = encode
 
-    def from_stored(self, stored: Tensor, draws=None) -> Tensor:
+    def from_stored(self, stored: Tensor, draws: Draws | None = None) -> Tensor:
         return stored.long()
 
     def embed(self, codes: Tensor) -> Tensor:
@@ -248,7 +248,7 @@ class DAR(nn.Module):
         return min(group * self.length // self.groups, self.length - self.window)
 
     # -- training -----------------------------------------------------------------------------------------------------
-    def forward(self, images: Tensor, draws) -> Recon:
+    def forward(self, images: Tensor, draws: Draws) -> Recon:
         u = draws.uniform("time")  # (B,)
         noise = draws.normal("noise", images.shape[1:])
         group = torch.floor(u * self.groups + 0.5).long()
@@ -284,7 +284,7 @@ class DAR(nn.Module):
         )
 
     @torch.no_grad()
-    def _code_logs(self, codes: Tensor, draws) -> dict[str, Tensor]:
+    def _code_logs(self, codes: Tensor, draws: Draws) -> dict[str, Tensor]:
         """Codebook usage, and the share of positions at which the whole batch has the same code."""
         logs = {"dead_positions": (codes == codes[:1]).all(0).float().mean()} if len(codes) > 1 else {}
         if self.training and self.quantize.usage_window:
@@ -295,7 +295,7 @@ class DAR(nn.Module):
     def stream(
         self,
         batch: int,
-        draws=None,
+        draws: Draws | None = None,
         *,
         steps: int | None = None,
         size: tuple[int, int] | None = None,
@@ -310,7 +310,7 @@ class DAR(nn.Module):
     def decode(
         self,
         latents: Tensor,
-        draws=None,
+        draws: Draws | None = None,
         *,
         steps: int | None = None,
         clip: int | None = None,
@@ -333,7 +333,7 @@ class DAR(nn.Module):
             raise UserError(f"{latents.shape[1]} codes are too few for a first picture: it needs {self.window}.")
         return images
 
-    def previews(self, latents: Tensor, draws=None) -> list[Tensor]:
+    def previews(self, latents: Tensor, draws: Draws | None = None) -> list[Tensor]:
         """The picture after each step: S tensors (B, 3, H, W); the last is what `decode` gives."""
         return list(self.stream(len(latents), draws).feed(latents))
 

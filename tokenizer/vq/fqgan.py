@@ -20,6 +20,7 @@ from torch.nn import functional as F
 from core.errors import UserError, nearest
 from core.nn.conv import AttnBlock, Downsample, Level, ResBlock, Upsample, group_norm
 from core.nn.transformer import Transformer
+from core.rng import Draws
 from core.specs import Codes, Recon
 from tokenizer.vq.quantizer import Quantized, VectorQuantizer, unit
 
@@ -296,7 +297,7 @@ class FQGAN(nn.Module):
         units = [unit(v) for v in vectors]
         return torch.stack([(a * b).sum(-1).square().mean() for a, b in itertools.combinations(units, 2)]).mean()
 
-    def forward(self, images: Tensor, draws) -> Recon:
+    def forward(self, images: Tensor, draws: Draws) -> Recon:
         found: dict[str, Quantized] = {name: self.quantizers[name](z) for name, z in self.vectors(images).items()}
         values = [found[name].values for name in self.names]
         terms = {term: sum(q.terms[term] for q in found.values()) for term in next(iter(found.values())).terms}
@@ -324,7 +325,7 @@ class FQGAN(nn.Module):
         )
 
     # -- use ----------------------------------------------------------------------------------------------------------
-    def encode(self, images: Tensor, draws=None) -> Tensor:
+    def encode(self, images: Tensor, draws: Draws | None = None) -> Tensor:
         """(B, 3, H, W) in [-1, 1] -> codes (B, L, K) int64, row by row, in the order of `names`."""
         vectors = self.vectors(images)
         return torch.stack([self.quantizers[name].encode(vectors[name]) for name in self.names], dim=-1)
@@ -333,12 +334,12 @@ class FQGAN(nn.Module):
         """Codes (B, L, K) -> the vectors behind them, (B, L, K, D) fp32."""
         return torch.stack([self.quantizers[name].embed(codes[..., k]) for k, name in enumerate(self.names)], dim=2)
 
-    def decode(self, latents: Tensor, draws=None) -> Tensor:
+    def decode(self, latents: Tensor, draws: Draws | None = None) -> Tensor:
         """Codes (B, L, K) -> images in [-1, 1], not clamped."""
         return self.paint(list(self.embed(latents).unbind(2)))
 
     def precompute(self, images: Tensor) -> Tensor:
         return self.encode(images)
 
-    def from_stored(self, stored: Tensor, draws=None) -> Tensor:
+    def from_stored(self, stored: Tensor, draws: Draws | None = None) -> Tensor:
         return stored.long()

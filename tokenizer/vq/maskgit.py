@@ -15,6 +15,7 @@ from torch.nn import functional as F
 from core.errors import UserError, nearest
 from core.images import to_unit_range
 from core.nn.conv import Downsample, Level, ResBlock, Upsample, group_norm
+from core.rng import Draws
 from core.specs import Codes, Recon
 from tokenizer.vq.quantizer import LookupFreeQuantizer, Quantizer, VectorQuantizer
 
@@ -86,7 +87,7 @@ class CodesOfOneBranch(nn.Module):
     def term_names(self) -> tuple[str, ...]:
         return self.quantizer.term_names
 
-    def forward(self, images: Tensor, draws) -> Recon:
+    def forward(self, images: Tensor, draws: Draws) -> Recon:
         found = self.quantizer(self.vectors(images))
         logs = dict(found.logs)
         if self.training and self.quantizer.usage_window:
@@ -107,7 +108,7 @@ class CodesOfOneBranch(nn.Module):
             if p.ndim < 2 or any(word in name for word in ("embedding", "token"))
         }
 
-    def encode(self, images: Tensor, draws=None) -> Tensor:
+    def encode(self, images: Tensor, draws: Draws | None = None) -> Tensor:
         """(B, 3, H, W) in [-1, 1] -> codes (B, L, 1) int64."""
         return self.quantizer.encode(self.vectors(images))[..., None]
 
@@ -115,14 +116,14 @@ class CodesOfOneBranch(nn.Module):
         """Codes (B, L, 1) -> rows of the codebook (B, L, 1, D) fp32."""
         return self.quantizer.embed(codes)
 
-    def decode(self, latents: Tensor, draws=None) -> Tensor:
+    def decode(self, latents: Tensor, draws: Draws | None = None) -> Tensor:
         """Codes (B, L, 1) -> images in [-1, 1], not clamped."""
         return self.paint(self.quantizer.embed(latents[..., 0]))
 
     def precompute(self, images: Tensor) -> Tensor:
         return self.encode(images)
 
-    def from_stored(self, stored: Tensor, draws=None) -> Tensor:
+    def from_stored(self, stored: Tensor, draws: Draws | None = None) -> Tensor:
         return stored.long()
 
 

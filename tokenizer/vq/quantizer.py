@@ -23,6 +23,7 @@ from torch.utils.checkpoint import checkpoint
 from core.dist import gather_over_ranks, mean_over_ranks
 from core.errors import UserError
 from core.nn.precision import no_autocast
+from core.rng import Draws
 
 CHUNK_ELEMENTS = 1 << 25  # fp32 values of one table of distances, 128 MiB
 
@@ -168,7 +169,7 @@ class Quantizer(nn.Module):
         )
 
     @torch.no_grad()
-    def track(self, codes: Tensor, sample: int = 0, draws=None) -> Tensor:
+    def track(self, codes: Tensor, sample: int = 0, draws: Draws | None = None) -> Tensor:
         """Remember the assignments of this batch (of all ranks) and return the share of codes in the window, ().
 
         Not part of `forward`, which activation checkpointing runs twice.
