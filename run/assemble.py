@@ -44,7 +44,7 @@ from evaluation.environment import environment
 from generator import GENERATORS
 from generator.adapters import ADAPTERS as GENERATOR_ADAPTERS
 from generator.task import GeneratorTask
-from scripts import flags
+from run import translate
 from tokenizer import TOKENIZERS
 from tokenizer.adapters import ADAPTERS as TOKENIZER_ADAPTERS
 from tokenizer.continuous.stats import default_place, read_stats, save_stats
@@ -64,8 +64,8 @@ ADAPTERS = {"tokenizer": TOKENIZER_ADAPTERS, "generator": GENERATOR_ADAPTERS}
 
 
 def load_config(path: str, overrides: list[str]) -> RunConfig:
-    """A checked config from a YAML file of ours, or one of an original's that flags.py can translate."""
-    return config_module.load(*flags.translate(path, overrides), REGISTRIES)
+    """A checked config from a YAML file of ours, or one of an original's that run/translate.py can translate."""
+    return config_module.load(*translate.translate(path, overrides), REGISTRIES)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

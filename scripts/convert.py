@@ -20,7 +20,7 @@ from pathlib import Path
 
 from core import cli
 from core.weights import released
-from scripts import flags
+from scripts import command_line
 
 
 def found_in(loaded: dict) -> list:
@@ -398,7 +398,7 @@ def main(arguments: list[str]) -> int:
     )
     parser.add_argument("--tokenizer", help="to be held by an official file of VAR beside the generator")
     parser.add_argument("--force", action="store_true", help="replace a file that exists")
-    options = flags.parse(parser, "convert", arguments)
+    options = command_line.parse(parser, "convert", arguments)
 
     from core.errors import UserError
 

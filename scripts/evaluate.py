@@ -33,7 +33,7 @@ import argparse
 import os
 
 from core import cli
-from scripts import flags
+from scripts import command_line
 
 
 def parse(arguments: list[str]) -> tuple[argparse.Namespace, list[str]]:
@@ -60,8 +60,8 @@ def parse(arguments: list[str]) -> tuple[argparse.Namespace, list[str]]:
     parser.add_argument("--write", choices=("npz", "png"), default=None, help=argparse.SUPPRESS)
     for flag in ("--raw", "--infinity", "--again", "--check"):
         parser.add_argument(flag, action="store_true", help=argparse.SUPPRESS)
-    words, known = flags.tokenizer_settings(arguments)
-    options = flags.parse(parser, "evaluate", words)
+    words, known = command_line.tokenizer_settings(arguments)
+    options = command_line.parse(parser, "evaluate", words)
     options.tokenizer = known
     settings = [w for w in options.words if "=" in w and "://" not in w.split("=")[0]]
     positional = [w for w in options.words if w not in settings]

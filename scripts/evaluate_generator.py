@@ -32,7 +32,7 @@ options:
 import argparse
 
 from core import cli
-from scripts import flags
+from scripts import command_line
 
 
 def parse(arguments: list[str]) -> tuple[argparse.Namespace, list[str]]:
@@ -52,8 +52,8 @@ def parse(arguments: list[str]) -> tuple[argparse.Namespace, list[str]]:
     parser.add_argument("--bootstrap", type=int, default=0, help=argparse.SUPPRESS)
     for flag in ("--infinity", "--keep", "--again", "--check"):
         parser.add_argument(flag, action="store_true", help=argparse.SUPPRESS)
-    options = flags.parse(parser, "evaluate_generator", arguments)
-    options.target, settings = flags.target_of(options.target, options.weights, options.settings)
+    options = command_line.parse(parser, "evaluate_generator", arguments)
+    options.target, settings = command_line.target_of(options.target, options.weights, options.settings)
     for key, value in (("tokenizer.weights", options.tokenizer), ("eval.num_images", options.num)):
         if value is not None:
             settings.append(f"{key}={value}")

@@ -12,7 +12,7 @@ import argparse
 from pathlib import Path
 
 from core import cli
-from scripts import flags
+from scripts import command_line
 
 
 def measured(tokenizer, source, count: int, device, workers: int = 4, on_corrupt: str = "replace"):
@@ -68,8 +68,8 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--from", dest="pickle", help="the official stats.pkl, or stats.pkl#KEY")
     parser.add_argument("--raw", action="store_true", help="of the raw weights instead of the averaged ones")
     parser.add_argument("--out", help="file to write")
-    words, known = flags.tokenizer_settings(arguments)
-    options = flags.parse(parser, "latent_stats", words)
+    words, known = command_line.tokenizer_settings(arguments)
+    options = command_line.parse(parser, "latent_stats", words)
 
     from core import dist
     from core.errors import UserError

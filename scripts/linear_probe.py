@@ -23,7 +23,7 @@ import os
 from pathlib import Path
 
 from core import cli
-from scripts import flags
+from scripts import command_line
 
 
 def parse(arguments: list[str]) -> argparse.Namespace:
@@ -51,8 +51,8 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--schedule", choices=("cosine", "constant"), default="cosine", help=argparse.SUPPRESS)
     for flag in ("--raw", "--check"):
         parser.add_argument(flag, action="store_true", help=argparse.SUPPRESS)
-    words, known = flags.tokenizer_settings(arguments)
-    options = flags.parse(parser, "linear_probe", words)
+    words, known = command_line.tokenizer_settings(arguments)
+    options = command_line.parse(parser, "linear_probe", words)
     options.tokenizer = known
     return options
 

@@ -28,7 +28,7 @@ import os
 from pathlib import Path
 
 from core import cli
-from scripts import flags
+from scripts import command_line
 
 
 def parse(arguments: list[str]) -> argparse.Namespace:
@@ -57,7 +57,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     ):
         parser.add_argument(name, type=int, default=default, help=argparse.SUPPRESS)
     parser.add_argument("--check", action="store_true", help=argparse.SUPPRESS)
-    return flags.parse(parser, "make_reference", arguments)
+    return command_line.parse(parser, "make_reference", arguments)
 
 
 def main(arguments: list[str]) -> int:

@@ -18,7 +18,7 @@ from pathlib import Path
 
 from core import cli
 from core.weights import released
-from scripts import flags
+from scripts import command_line
 
 SHOWN = 16  # pictures that are decoded for the preview
 AGREEMENT = 0.95  # share of imported codes that the tokenizer must make again
@@ -38,7 +38,7 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--precision", choices=("fp32", "bf16"), default="fp32", help="of the tokenizer")
     parser.add_argument("--verify", action="store_true", help="also read the whole store and compare its digests")
     parser.add_argument("--check", action="store_true", help="only look for mistakes")
-    options = flags.parse(parser, "pretokenize", arguments)
+    options = command_line.parse(parser, "pretokenize", arguments)
 
     from core import dist
     from core.errors import UserError

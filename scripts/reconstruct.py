@@ -15,7 +15,7 @@ import re
 from pathlib import Path
 
 from core import cli
-from scripts import flags
+from scripts import command_line
 
 BATCH = 8
 SHOWN = 64  # rows of grid.png
@@ -76,8 +76,8 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--gain", type=float, default=4.0, help="of the difference (default 4)")
     parser.add_argument("--stages", action="store_true", help="also what each part of the codes adds")
     parser.add_argument("--raw", action="store_true", help="raw weights instead of averaged ones")
-    words, known = flags.tokenizer_settings(arguments)
-    options = flags.parse(parser, "reconstruct", words)
+    words, known = command_line.tokenizer_settings(arguments)
+    options = command_line.parse(parser, "reconstruct", words)
 
     from core.errors import UserError
 

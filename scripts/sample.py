@@ -23,7 +23,7 @@ import re
 from pathlib import Path
 
 from core import cli
-from scripts import flags
+from scripts import command_line
 
 SHOWN = 64  # pictures in grid.png
 STRIPS = 8  # pictures in stages.png
@@ -275,11 +275,11 @@ def main(arguments: list[str]) -> int:
         f"{a}=webp" if a == "--preview" and following not in ANIMATIONS and not following.isdigit() else a
         for a, following in zip(arguments, [*arguments[1:], ""])
     ]
-    options = flags.parse(parser, "sample", arguments)
+    options = command_line.parse(parser, "sample", arguments)
 
     from core.errors import UserError
 
-    target, overrides = flags.target_of(options.generator, options.weights, options.overrides)
+    target, overrides = command_line.target_of(options.generator, options.weights, options.overrides)
     short = {
         "sample.scale": options.scale,
         "sample.guide": options.guide,

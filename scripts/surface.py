@@ -7,7 +7,7 @@
 
 EXP is the name of a run in work_dirs/ (ours, or work_dirs/tokenizer_training/EXP/checkpoints/*.pth of the original), the
 name of a released file in pretrained_models/, a path or hf://owner/repo/file. A CONFIG is told by its suffix .yaml and
-may stand first. Settings follow as key=value; a flag of the original programs is answered by flags.py.
+may stand first. Settings follow as key=value; a flag of the original programs is answered by run/translate.py.
 """
 
 from __future__ import annotations

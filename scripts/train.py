@@ -54,16 +54,17 @@ def main(arguments: list[str]) -> int:
         return 0 if arguments else 2
     modes = {a for a in arguments if a in ("--check", "--dry-run")}
     hardware, words = take_hardware([a for a in arguments if a not in modes])
-    from scripts import flags, surface
+    from run import translate
+    from scripts import surface
 
     if any(a.startswith("--") for a in words):
         # the tokenizer script runs RecTok's recipe by default, but users of every system type it
         recipes = [surface.STAGES[stage].config for stage in stages if stage != "tokenizer"]
         named = words if any(w.endswith((".yaml", ".yml")) for w in words) else [*words, *recipes]
         raise UserError(
-            flags.explain(named, flags.tasks_of(named, *stages), options=("--check", "--dry-run", "--help"))
+            translate.explain(named, translate.tasks_of(named, *stages), options=("--check", "--dry-run", "--help"))
         )
-    flags.refuse(words)
+    translate.refuse(words)
     path, overrides = surface.resolve(stages[0], words) if stages else (words[0], words[1:])
     given = {o.partition("=")[0] for o in overrides}
     asked = [setting for setting in launch.asked_by_accelerate() if setting.partition("=")[0] not in given]

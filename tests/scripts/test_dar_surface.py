@@ -11,7 +11,8 @@ import pytest
 from PIL import Image
 
 from core.errors import UserError
-from scripts import flags, reconstruct, sample
+from run import translate
+from scripts import reconstruct, sample
 from tests.conftest import ROOT, finished_run
 from tests.scripts.test_rectok_surface import shell
 from tests.tools import torture
@@ -236,7 +237,7 @@ def test_old_flags_are_translated(train_main, words, answer):
 )
 def test_whose_words_are_meant(words, programs, answer):
     """Systems are told by configs, released files and the words; where they cannot be told, the answer says both."""
-    assert answer in flags.explain(words, programs)
+    assert answer in translate.explain(words, programs)
 
 
 def test_old_flags_of_sampling(generator, tmp_path):

@@ -1,4 +1,4 @@
-"""Every answer of scripts/originals.toml, given back to the program that it is for, is accepted and arrives there."""
+"""Every answer of run/translate.toml, given back to the program that it is for, is accepted and arrives there."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from omegaconf import OmegaConf
 from core import config as config_module
 from core.config import to_plain
 from core.errors import UserError
-from run import assemble
-from scripts import flags
+from run import assemble, translate
+from scripts import command_line
 from tests.conftest import ROOT
 
 RECIPES = {
@@ -118,8 +118,8 @@ EXAMPLES = {
 
 def entries():
     """(system, part, word, value as a user gives it, answer) of the whole file."""
-    for system in (*flags.SYSTEMS, "launch"):
-        for part, words in flags.DATA[system].items():
+    for system in (*translate.SYSTEMS, "launch"):
+        for part, words in translate.DATA[system].items():
             if not isinstance(words, dict) or part == "defaults":
                 continue
             for word, entry in words.items():
@@ -144,7 +144,7 @@ ALL = list(entries())
 def programs_of(part: str) -> list[str]:
     if part in ("one_scale", "pretokenized"):  # of YAML files
         return ["tokenizer"]
-    return [name for name, program in flags.PROGRAMS.items() if part in (*program["parts"], "common")]
+    return [name for name, program in translate.PROGRAMS.items() if part in (*program["parts"], "common")]
 
 
 @functools.cache
@@ -157,7 +157,7 @@ def parser_of(program: str) -> argparse.ArgumentParser:
         raise StopIteration
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(flags, "parse", catch)
+        patch.setattr(command_line, "parse", catch)
         with pytest.raises(StopIteration):
             importlib.import_module(f"scripts.{program}").main([])
     return caught[0]
@@ -188,7 +188,7 @@ def check_settings(settings: list[str], system: str, program: str) -> None:
     if any("train.schedule.kind=exponential" in word or "kind=bent" in word for word in settings):
         extra += ["train.schedule.min_lr=1e-6"]
     plain = load(whole, [*extra, *settings])
-    for key, value in flags.flatten(OmegaConf.to_container(OmegaConf.from_dotlist(settings))).items():
+    for key, value in translate.flatten(OmegaConf.to_container(OmegaConf.from_dotlist(settings))).items():
         if key.startswith("teachers."):  # false takes one of the recipe's away
             assert (key.removeprefix("teachers.") in plain["teachers"]) == (value is not False)
             continue
@@ -232,11 +232,11 @@ def check_typed(words: list[str], system: str, program: str) -> None:
 
 @pytest.mark.parametrize("system, part, word, value, answer", ALL, ids=["-".join(map(str, entry[:4])) for entry in ALL])
 def test_every_answer_is_accepted(system, part, word, value, answer):
-    names = {**flags.DATA[system].get("defaults", {}), word.split(".")[-1]: value}
+    names = {**translate.DATA[system].get("defaults", {}), word.split(".")[-1]: value}
     programs = programs_of(part)
     assert programs, f"[{system}.{part}] is looked into by no program"
-    for piece in flags.pieces(answer):
-        typed = flags.fill(piece, value, names)
+    for piece in translate.pieces(answer):
+        typed = translate.fill(piece, value, names)
         if len(typed) == 1 and "=" not in typed[0] and not typed[0].endswith((".sh", ".py", ".yaml")):
             if not typed[0].startswith("--"):  # the name of a setting in a sentence
                 typed = [f"{typed[0]}={shown(system, typed[0])}"]
@@ -246,8 +246,8 @@ def test_every_answer_is_accepted(system, part, word, value, answer):
 
 
 def test_files_are_ours():
-    for theirs, ours in flags.FILES.items():
-        assert (ROOT / ours).is_file() or ours in flags._released(), (theirs, ours)
+    for theirs, ours in translate.FILES.items():
+        assert (ROOT / ours).is_file() or ours in translate._released(), (theirs, ours)
 
 
 def shown(system: str, key: str):
@@ -257,7 +257,7 @@ def shown(system: str, key: str):
         for part in key.split("."):
             place = place.get(part) if isinstance(place, dict) else None
         if place is not None:
-            return flags.shown_value(place)
+            return translate.shown_value(place)
     raise AssertionError(f"there is no setting {key}")
 
 
@@ -448,7 +448,7 @@ share_quant_resi: 4
 def translated(tmp_path, text: str, *overrides: str, name: str = "theirs"):
     file = tmp_path / f"{name}.yaml"
     file.write_text(text)
-    return assemble.load_config(*flags.translate(str(file), list(overrides)))
+    return assemble.load_config(*translate.translate(str(file), list(overrides)))
 
 
 @pytest.mark.parametrize("branches, layout", [(2, "xqgan-VP2-4096"), (1, "XQGAN-4096")])

@@ -17,7 +17,7 @@ from core.specs import Codes
 from core.train.run import read_metrics
 from core.train.trainer import Trainer
 from run import assemble, estimate
-from scripts import evaluate_generator, flags
+from scripts import evaluate_generator
 from tests.conftest import ROOT
 from tests.tools import torture
 from tokenizer.adapters.imagefolder import ADAPTER
@@ -480,7 +480,7 @@ cloud_save_path: output/exp-xx
 half_sem: true
 v_patch_nums: [1, 2, 4]
 """)
-    config = assemble.load_config(*flags.translate(str(theirs), ["codebook_drop=0.2"]))
+    config = assemble.load_config(*translate.translate(str(theirs), ["codebook_drop=0.2"]))
     tokenizer = config.tokenizer
     assert (config.work_dir, config.name, config.train.init_from) == ("output", "exp-xx", "ckpt_best.pt")
     assert (tokenizer["vocab"], tokenizer["branches"], tokenizer["codebook_drop"], tokenizer["scales"]) == (
@@ -497,11 +497,11 @@ v_patch_nums: [1, 2, 4]
     with pytest.raises(
         UserError, match="disc_type: samdisc: it is not supported; known are dinodisc, patchgan, stylegan"
     ):
-        flags.translate(str(theirs), [])
+        translate.translate(str(theirs), [])
 
 
 def test_flags_of_the_original_are_answered():
-    answer = flags.explain(["--bs=768", "--alng=1e-4", "--codebook_size", "4096", "--sem_half", "True"])
+    answer = translate.explain(["--bs=768", "--alng=1e-4", "--codebook_size", "4096", "--sem_half", "True"])
     for words in ("train.global_batch=768", "generator.gamma_init=1e-4", "tokenizer.vocab=4096", "had no effect"):
         assert words in answer
 

@@ -1,4 +1,4 @@
-"""Words of the original programs -> our settings and options, one sentence each; the words are in originals.toml.
+"""Words of the original programs -> our settings and options, one sentence each; the words are in translate.toml.
 
 Options of theirs are answered with what to write; whose they are follows from what else was typed (a config, a run, a
 released file), else from the words themselves. Dotted keys of reAR are answered too. YAML files of ImageFolder, D-AR and
@@ -7,7 +7,6 @@ reAR, and key names of ImageFolder, are translated: every key arrives in the run
 
 from __future__ import annotations
 
-import argparse
 import ast
 import difflib
 import functools
@@ -23,7 +22,7 @@ from core.errors import UserError
 from core.weights import released
 
 Answer = str | dict[str, str]
-DATA: dict[str, Any] = tomllib.loads(Path(__file__).with_name("originals.toml").read_text(encoding="utf-8"))
+DATA: dict[str, Any] = tomllib.loads(Path(__file__).with_name("translate.toml").read_text(encoding="utf-8"))
 PROGRAMS: dict[str, dict[str, Any]] = DATA["programs"]
 SYSTEMS = [name for name, table in DATA.items() if "models" in table]
 FILES: dict[str, str] = DATA["files"]
@@ -231,7 +230,7 @@ def split_flags(arguments: Sequence[str], switches: set[str]) -> list[tuple[str,
         values = [value] if given else []
         following = iter(arguments[place + 1 :] if not given and name not in switches else [])
         for word in following:
-            if word.startswith("--") or "=" in word or (values and not _numeric(values[-1], word)):
+            if word.startswith("--") or "=" in word or (values and not is_number(values[-1], word)):
                 break
             values.append(word)
         typed = f"--{flag} {' '.join(values)}".rstrip()
@@ -239,7 +238,7 @@ def split_flags(arguments: Sequence[str], switches: set[str]) -> list[tuple[str,
     return found
 
 
-def _numeric(*words: str) -> bool:
+def is_number(*words: str) -> bool:
     return all(isinstance(_number(word), (int, float)) for word in words)
 
 
@@ -345,76 +344,6 @@ def _whose(said: dict[str, list[tuple[str, str]]], text: str) -> str:
         title = [DATA[system]["title"]] if len(owners) > 1 else []
         names.append(" ".join([*title, *([PROGRAMS[program]["title"]] if len(owners[system]) > 1 else [])]))
     return ", ".join(dict.fromkeys(names))
-
-
-def tokenizer_settings(arguments: Sequence[str]) -> tuple[list[str], dict[str, Any]]:
-    """The other words, and what `tokenizer.key=value` words say: facts that the weights of a tokenizer do not tell."""
-    given = [word for word in arguments if re.match(r"tokenizer\.[\w.]+=", word)]
-    if not given:  # --help does without libraries
-        return list(arguments), {}
-    from core.config import read_overrides
-
-    return [word for word in arguments if word not in given], read_overrides(given).get("tokenizer", {})
-
-
-def parse(parser: argparse.ArgumentParser, program: str, arguments: Sequence[str]) -> argparse.Namespace:
-    """parser.parse_intermixed_args, where words of the original programs are answered with ours.
-
-    Args:
-        program: a key of PROGRAMS.
-    """
-    options = {word: action for action in parser._actions for word in action.option_strings}
-    foreign = [
-        a
-        for a, following in zip(arguments, [*arguments[1:], ""])
-        if a.startswith("--") and a != "--" and _foreign(a, following, options)
-    ]
-    if foreign:
-        raise UserError(explain(arguments, [program], foreign, options))
-    refuse(arguments, [program])
-    check_files(arguments)
-    arrays = [word for word in arguments if word.endswith(".npz") and "=" not in word]
-    if "pair" in PROGRAMS[program] and arrays == list(arguments) and len(arrays) == 2:
-        raise UserError(PROGRAMS[program]["pair"].replace("$1", arrays[0]).replace("$2", arrays[1]) + ".")
-    refused = parser.error
-
-    def error(message: str) -> None:
-        """An option of ours with a value of theirs."""
-        named = [
-            word
-            for word in re.findall(r"argument .*?(--[\w-]+)", message)
-            if any(lookup(s, program, word[2:].replace("-", "_")) is not None for s in SYSTEMS)
-        ]
-        if named:
-            raise UserError(explain(arguments, [program], named, options))
-        refused(message)
-
-    parser.error = error
-    return parser.parse_intermixed_args(arguments)
-
-
-def _foreign(word: str, following: str, options: dict[str, argparse.Action]) -> bool:
-    """Whether this is no option of ours, or one with a number behind it that takes none."""
-    name, given, value = word.partition("=")
-    if name not in options:
-        return True
-    value = value if given else following
-    return bool(options[name].choices) and _numeric(value) and value not in options[name].choices
-
-
-def target_of(target: str | None, weights: str | None, settings: Iterable[str]) -> tuple[str, list[str]]:
-    """(what is sampled from, settings) of a command `[TARGET] [--weights FILE] [key=value ...]`.
-
-    With a target --weights are other weights for it, else they are the target. UserError where there is neither.
-    """
-    settings = list(settings)
-    if target is not None and "=" in target and "://" not in target.split("=")[0] and not Path(target).exists():
-        target, settings = None, [target, *settings]
-    if target is not None and weights is not None:
-        return target, [*settings, f"generator.weights={weights}"]
-    if target is None and weights is None:
-        raise UserError("name a generator: a config, a run folder, a checkpoint or a released file; see --help.")
-    return target or weights, settings
 
 
 # ---------------------------------------------------------------------------------------------------------------------

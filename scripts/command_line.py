@@ -1,0 +1,82 @@
+"""Command lines of the programs: options of ours, words of the original programs answered with ours."""
+
+from __future__ import annotations
+
+import argparse
+import re
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from core.errors import UserError
+from run import translate
+
+
+def tokenizer_settings(arguments: Sequence[str]) -> tuple[list[str], dict[str, Any]]:
+    """The other words, and what `tokenizer.key=value` words say: facts that the weights of a tokenizer do not tell."""
+    given = [word for word in arguments if re.match(r"tokenizer\.[\w.]+=", word)]
+    if not given:  # --help does without libraries
+        return list(arguments), {}
+    from core.config import read_overrides
+
+    return [word for word in arguments if word not in given], read_overrides(given).get("tokenizer", {})
+
+
+def parse(parser: argparse.ArgumentParser, program: str, arguments: Sequence[str]) -> argparse.Namespace:
+    """parser.parse_intermixed_args, where words of the original programs are answered with ours.
+
+    Args:
+        program: a key of translate.PROGRAMS.
+    """
+    options = {word: action for action in parser._actions for word in action.option_strings}
+    foreign = [
+        a
+        for a, following in zip(arguments, [*arguments[1:], ""])
+        if a.startswith("--") and a != "--" and _foreign(a, following, options)
+    ]
+    if foreign:
+        raise UserError(translate.explain(arguments, [program], foreign, options))
+    translate.refuse(arguments, [program])
+    translate.check_files(arguments)
+    arrays = [word for word in arguments if word.endswith(".npz") and "=" not in word]
+    if "pair" in translate.PROGRAMS[program] and arrays == list(arguments) and len(arrays) == 2:
+        raise UserError(translate.PROGRAMS[program]["pair"].replace("$1", arrays[0]).replace("$2", arrays[1]) + ".")
+    refused = parser.error
+
+    def error(message: str) -> None:
+        """An option of ours with a value of theirs."""
+        named = [
+            word
+            for word in re.findall(r"argument .*?(--[\w-]+)", message)
+            if any(translate.lookup(s, program, word[2:].replace("-", "_")) is not None for s in translate.SYSTEMS)
+        ]
+        if named:
+            raise UserError(translate.explain(arguments, [program], named, options))
+        refused(message)
+
+    parser.error = error
+    return parser.parse_intermixed_args(arguments)
+
+
+def _foreign(word: str, following: str, options: dict[str, argparse.Action]) -> bool:
+    """Whether this is no option of ours, or one with a number behind it that takes none."""
+    name, given, value = word.partition("=")
+    if name not in options:
+        return True
+    value = value if given else following
+    return bool(options[name].choices) and translate.is_number(value) and value not in options[name].choices
+
+
+def target_of(target: str | None, weights: str | None, settings: Iterable[str]) -> tuple[str, list[str]]:
+    """(what is sampled from, settings) of a command `[TARGET] [--weights FILE] [key=value ...]`.
+
+    With a target --weights are other weights for it, else they are the target. UserError where there is neither.
+    """
+    settings = list(settings)
+    if target is not None and "=" in target and "://" not in target.split("=")[0] and not Path(target).exists():
+        target, settings = None, [target, *settings]
+    if target is not None and weights is not None:
+        return target, [*settings, f"generator.weights={weights}"]
+    if target is None and weights is None:
+        raise UserError("name a generator: a config, a run folder, a checkpoint or a released file; see --help.")
+    return target or weights, settings
