@@ -13,10 +13,9 @@ from torch import Tensor
 
 from core.errors import UserError
 from evaluation.classifier import Agreement, LinearClassifier
-from evaluation.features import FeatureNet
-from evaluation.frechet import frechet_distance
-from evaluation.moments import Moments
+from evaluation.distances import Moments, frechet_distance
 from evaluation.neighbours import nearest_neighbours
+from evaluation.networks import FeatureNet
 from evaluation.reference import Features, Reference, extract
 
 

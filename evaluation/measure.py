@@ -21,20 +21,16 @@ from core.weights.released import helper
 from data.base import require_labels, require_order
 from data.loader import ordered_batches
 from data.transforms import Transform
-from evaluation import labels as label_protocols
-from evaluation import protocols, runner, statistics
-from evaluation.codebook import CodebookUsage, Perturbation, count_codes
-from evaluation.features import EfficientNetLite0, FeatureNet
-from evaluation.image_metrics import PSNR, SSIM, LPIPSMetric, PictureMetric
-from evaluation.inception import WEIGHTS_FILE, Inception
-from evaluation.moments import Moments
-from evaluation.picture_sets import SourcePictures
-from evaluation.pictures import Pictures
+from evaluation import protocols, references, runner
+from evaluation.distances import Moments
+from evaluation.images import PSNR, SSIM, CodebookUsage, LPIPSMetric, Perturbation, PictureMetric, count_codes
+from evaluation.networks import WEIGHTS_FILE, EfficientNetLite0, FeatureNet, Inception
+from evaluation.pictures import Pictures, SourcePictures
 from evaluation.protocols import Protocol
 from evaluation.reference import Reference
+from evaluation.references import Facts, Statistics
 from evaluation.runner import Rebuilt
 from evaluation.scores import Score
-from evaluation.statistics import Facts, Statistics
 from evaluation.work import OWN, Work
 
 FEATURE_SIZE = 128  # pixels the offline feature network sees; nearly four times quicker than its own 224
@@ -141,7 +137,7 @@ def make_statistics(
     Every rank gathers whole chunks of pictures into one file of moments per chunk, merged in order at the end, so
     neither the number of ranks nor a restart changes a digit.
     """
-    taps = [tap for tap in statistics.MOMENTS if tap in net.dims]
+    taps = [tap for tap in references.MOMENTS if tap in net.dims]
     chunk = max(2048, -(-len(pictures) // 64))  # a covariance is as large as the features of 2,000 pictures
     work = Work(len(pictures), world, folder, {"pictures": pictures.fingerprint(), "network": net.name}, chunk)
 
@@ -189,8 +185,8 @@ def training_statistics(
     path = Path(config.data.cache_dir) / f"statistics_{net.name}_{pictures.fingerprint()}.safetensors"
     if not world.on_main(path.is_file):
         made = make_statistics(pictures, net, world, config.eval.batch, facts=Facts("generation"))
-        world.on_main(lambda: statistics.save(path, made))
-    found = statistics.load(path) if world.is_main else None
+        world.on_main(lambda: references.save(path, made))
+    found = references.load(path) if world.is_main else None
     return found and replace(found, name=pictures.name)
 
 
@@ -412,7 +408,7 @@ Sampler = Callable[[Tensor, Draws], Tensor]  # (labels (B,), draws) -> (B, 3, H,
 
 def labels_for(count: int, num_classes: int) -> Tensor:
     """Balanced: 0, 1, ... and round again, (count,) int64."""
-    return label_protocols.make("balanced", count, num_classes)
+    return protocols.make_labels("balanced", count, num_classes)
 
 
 def producer(
@@ -479,7 +475,7 @@ def choose_reference(
             )
         return path
     names = protocol.reference if purpose == "generation" else protocol.reconstruction_reference
-    name = next((n for n in names if statistics.KNOWN[n].image_size == image_size), None)
+    name = next((n for n in names if references.KNOWN[n].image_size == image_size), None)
     other_pictures = purpose == "generation" and not published
     if name is None or other_pictures or network_of(net) != "inception" or preprocess_of(net) != "tf1":
         return None
@@ -499,7 +495,7 @@ def load_reference(
     found: list[Statistics] = []
 
     def read() -> None:
-        found.append(statistics.load(path))
+        found.append(references.load(path))
         check_reference(found[0], net, purpose, image_size, source)
 
     world.on_main(read)
@@ -582,7 +578,7 @@ class Online:
             self.has_reference = True
         settings, seed = self.settings, self.config.seed
         kind = settings.labels or self.protocol.labels
-        labels = label_protocols.make(
+        labels = protocols.make_labels(
             kind,
             settings.num_images or 512,
             task.num_classes,

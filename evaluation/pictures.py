@@ -1,23 +1,40 @@
-"""Sets of uint8 pictures with random access: .npz files of ADM's evaluator and arrays in memory.
+"""Sets of uint8 pictures with random access: .npz files of ADM's evaluator, arrays in memory, folders and data sources; and
+what writes pictures.
 
-All answer `len(set)` and `set.read(start, stop)` -> (n, 3, H, W) uint8, so a long evaluation can be cut into pieces,
+All sets answer `len(set)` and `set.read(start, stop)` -> (n, 3, H, W) uint8, so a long evaluation can be cut into pieces,
 shared between ranks and continued. An .npz is mapped from disk, whatever its size; nothing in it is ever unpickled.
-Folders of pictures become such a set in evaluation/picture_sets.py, through the decoder of the data package.
+`open_any` makes a set of whatever a user names.
+
+Writers store pictures while the next ones are sampled: PNG files by several threads, or one .npz with `arr_0`. Pictures
+carry their index, so any rank may write any of them in any order, and a continued job writes what is missing.
 """
 
 from __future__ import annotations
 
+import os
+import shutil
+import zipfile
 import zlib
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Protocol
 
 import numpy as np
 import torch
+from numpy.lib import format as npy
 from torch import Tensor
 
 from core.arrays import NpzFile
 from core.errors import UserError
-from core.files import sha256_file
+from core.files import explain_os_errors, fsync_file, require_space, sha256_file
+from core.images import save_png
+from core.rng import hash64
+from core.specs import DataSource
+from data.base import UnreadablePicture, require_order
+from data.loader import listed_batches
+from data.sources import loose_pictures, open_source
+from data.transforms import Transform, to_tensor
 
 
 class Pictures(Protocol):
@@ -97,3 +114,298 @@ class NpzPictures(ArrayPictures):
 
     def fingerprint(self) -> str:
         return sha256_file(self.path)[:16]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# From what a user names
+# ---------------------------------------------------------------------------------------------------------------------
+
+THREADS = 8
+
+
+class SourcePictures:
+    """Pictures of a data source, cropped as ADM does, decoded ahead by worker processes.
+
+    Args:
+        image_size: side of the crop.
+        workers: processes; they read ahead once `expect` says what comes.
+        rows: which pictures, None for all.
+    """
+
+    def __init__(
+        self,
+        source: DataSource,
+        image_size: int,
+        workers: int = 0,
+        rows: Sequence[int] | None = None,
+        name: str = "pictures",
+    ):
+        require_order(source, "no number measured on them could be had again")
+        self.source, self.transform, self.workers, self.name = source, Transform(image_size=image_size), workers, name
+        self.rows = range(len(source)) if rows is None else rows
+        self.size = (image_size, image_size)
+        self._ahead: Iterator | None = None
+        self._expected: list[range] = []
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def expect(self, ranges: list[range]) -> None:
+        """Start reading these, of whatever lengths, in this order."""
+        if self.workers and ranges:
+            self._expected = list(ranges)
+            self._ahead = self._batches(self._expected.copy(), self.workers)
+
+    def _batches(self, ranges: list[range], workers: int) -> Iterator:
+        wanted = ([self.rows[i] for i in indices] for indices in ranges)
+        return listed_batches(self.source, self.transform, wanted, workers)
+
+    def labelled(self, start: int, stop: int) -> tuple[Tensor, Tensor]:
+        """(pictures, labels)"""
+        if self._expected and self._expected[0] == range(start, stop):
+            self._expected.pop(0)
+            batch = next(self._ahead)
+        else:
+            batch = next(self._batches([range(start, stop)], 0))
+        return batch.images, batch.labels
+
+    def read(self, start: int, stop: int) -> Tensor:
+        return self.labelled(start, stop)[0]
+
+    def fingerprint(self) -> str:
+        rows = "" if isinstance(self.rows, range) and len(self.rows) == len(self.source) else str(list(self.rows))
+        return f"{hash64(self.source.fingerprint(), repr(self.transform.describe()), rows):016x}"
+
+
+class FolderPictures:
+    """Pictures as they are: all of one size. Grey, CMYK, 16-bit and transparent ones become RGB (data/base.py)."""
+
+    def __init__(self, source: DataSource, name: str):
+        require_order(source, "no number measured on them could be had again")
+        self.source, self.name = source, name
+        self.pool = ThreadPoolExecutor(THREADS)
+        self.size = tuple(self._read(0).shape[1:])
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    def _read(self, index: int) -> Tensor:
+        try:
+            return to_tensor(self.source[index].image)
+        except UnreadablePicture as error:
+            raise UserError(
+                f"{self.name}: {error.key} cannot be read ({error.reason}). Repair or remove it."
+            ) from error
+
+    def read(self, start: int, stop: int) -> Tensor:
+        images = list(self.pool.map(self._read, range(start, stop)))
+        for index, image in enumerate(images, start):
+            if tuple(image.shape[1:]) != self.size:
+                found, expected = ("x".join(map(str, s)) for s in (image.shape[1:], self.size))
+                raise UserError(
+                    f"{self.name}: {self.source[index].key} is {found}, the first picture is {expected}. Make them "
+                    "equal first; run_eval_tokenizer.sh --original and run_make_reference.sh crop them with --size N."
+                )
+        return torch.stack(images)
+
+    def expect(self, ranges: list[range]) -> None:
+        """Threads decode what is read."""
+
+    def fingerprint(self) -> str:
+        return self.source.fingerprint()
+
+
+def open_any(reference: str, size: int | None = None, workers: int = 0, split: str = "val") -> Pictures:
+    """Pictures to evaluate.
+
+    Args:
+        reference: .npz with arr_0, a folder of pictures (directly inside, or one folder per class), or a data URL.
+        size: crop to this side; None takes pictures as they are.
+        split: of sources that have several.
+    """
+    path = Path(reference).expanduser()
+    if reference.endswith(".npz"):
+        pictures = NpzPictures(path)
+        if size is not None and pictures.size != (size, size):
+            raise UserError(
+                f"{reference} holds pictures of {pictures.size[0]} x {pictures.size[1]}; {size} x {size} was asked for."
+            )
+        return pictures
+    if "://" not in reference and not path.exists():
+        raise UserError(
+            f"{reference}: no such file or folder. Give an .npz, a folder of pictures or a URL such as "
+            "folder://data/imagenet/val."
+        )
+    if path.is_file() and path.suffix not in (".tar", ".txt"):
+        raise UserError(
+            f"{reference}: pictures are read from an .npz (np.savez(OUT, arr_0=pictures)), a folder, a .tar or a .txt list."
+        )
+    # samples may have folders beside them (previews); a data URL goes by its class folders
+    loose = loose_pictures(path) if path.is_dir() else None
+    source = loose or open_source(reference, split)
+    return FolderPictures(source, reference) if size is None else SourcePictures(source, size, workers, name=reference)
+
+
+def same_pictures(first: Pictures, second: Pictures) -> None:
+    """UserError unless both have as many pictures of the same size."""
+    if len(first) != len(second):
+        raise UserError(
+            f"{first.name} has {len(first)} pictures and {second.name} has {len(second)}: each reconstruction "
+            "needs its original, in the same order."
+        )
+    if first.size != second.size:
+        raise UserError(
+            f"{first.name} has pictures of {first.size[0]} x {first.size[1]}, {second.name} of "
+            f"{second.size[0]} x {second.size[1]}. Give --size N to crop both as ADM does."
+        )
+
+
+def first_pictures(pictures: Pictures, count: int | None) -> Pictures:
+    """The first `count` pictures of a set; all of them where that is 0, None or no fewer."""
+    return pictures if not count or count >= len(pictures) else First(pictures, count)
+
+
+class First:
+    """The first `count` pictures of a set."""
+
+    def __init__(self, pictures: Pictures, count: int):
+        self.pictures, self.count, self.name, self.size = pictures, count, pictures.name, pictures.size
+        self.source = getattr(pictures, "source", None)
+
+    def __len__(self) -> int:
+        return self.count
+
+    def read(self, start: int, stop: int) -> Tensor:
+        return self.pictures.read(start, stop)
+
+    def expect(self, ranges: list[range]) -> None:
+        self.pictures.expect(ranges)
+
+    def fingerprint(self) -> str:
+        return f"{self.pictures.fingerprint()}-{self.count}"
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Writing
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+class PngWriter:
+    """<folder>/000000.png and so on, by `threads` threads. Use as a context manager; leaving it waits for the rest.
+
+    Args:
+        unfinished: where the pictures lie until `finish` makes the folder of it; None: in the folder from the start.
+    """
+
+    def __init__(self, folder: str | Path, threads: int = 8, unfinished: str | Path | None = None):
+        self.final = Path(folder)
+        self.folder = Path(unfinished or folder)
+        with explain_os_errors(self.folder):
+            self.folder.mkdir(parents=True, exist_ok=True)
+        self.pool = ThreadPoolExecutor(threads)
+        self.pending: list[Future] = []
+
+    def write(self, start: int, images: Tensor) -> None:
+        """Queue (B, 3, H, W) uint8 pictures with the indices start, start + 1, ..."""
+        images = images.cpu()
+        self.pending += [
+            self.pool.submit(save_png, image, self.folder / f"{start + i:06d}.png") for i, image in enumerate(images)
+        ]
+
+    def flush(self) -> None:
+        """Wait until everything queued is on disk; raises what a thread met."""
+        pending, self.pending = self.pending, []
+        with explain_os_errors(self.folder):
+            for future in pending:
+                future.result()
+
+    def has(self, indices: range) -> bool:
+        """Whether an earlier part of the job wrote all of these."""
+        return all((self.folder / f"{i:06d}.png").is_file() for i in indices)
+
+    def finish(self) -> None:
+        """Put the pictures where they belong; to be called once, after all ranks have flushed."""
+        if self.folder != self.final:
+            with explain_os_errors(self.final):
+                if self.final.exists():
+                    shutil.rmtree(self.final)
+                os.replace(self.folder, self.final)
+
+    def __enter__(self) -> PngWriter:
+        return self
+
+    def __exit__(self, kind, *_) -> None:
+        try:
+            if kind is None:
+                self.flush()
+        finally:
+            self.pool.shutdown(wait=True, cancel_futures=True)
+
+
+class NpzWriter:
+    """One .npz with `arr_0` (count, H, W, 3) uint8, as ADM's evaluator reads it.
+
+    Every rank fills its rows of <path>.partial, a plain .npy mapped into memory; `finish`, on one rank, puts it into
+    the zip piece by piece. Memory stays at one batch whatever the count.
+
+    Args:
+        unfinished: folder of the .partial file, on the same disk; None: beside the .npz.
+    """
+
+    def __init__(self, path: str | Path, count: int, size: tuple[int, int], unfinished: str | Path | None = None):
+        self.path, self.shape = Path(path), (count, *size, 3)
+        if self.path.suffix != ".npz":
+            raise UserError(f"{path}: choose a name that ends in .npz.")
+        self.partial = Path(unfinished or self.path.parent) / f"{self.path.name}.partial"
+        needed = int(np.prod(self.shape))
+        with explain_os_errors(self.path):
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            self.partial.parent.mkdir(parents=True, exist_ok=True)
+            self.fresh = not self.partial.exists()
+            if self.fresh:
+                require_space(self.path.parent, 2 * needed)
+                temporary = self.partial.with_name(f".{self.partial.name}.{os.getpid()}.tmp")
+                np.lib.format.open_memmap(temporary, "w+", np.uint8, self.shape).flush()
+                try:
+                    os.link(temporary, self.partial)  # the first rank to come makes it
+                except FileExistsError:
+                    pass
+                temporary.unlink()
+            self.rows = npy.open_memmap(self.partial, "r+")
+        if self.rows.shape != self.shape:
+            raise UserError(f"{self.partial} was begun for {self.rows.shape} pictures, now {self.shape}. Delete it.")
+
+    def has(self, indices: range) -> bool:
+        """Whether an earlier part of the job kept its rows; which of them are written, that job knows."""
+        return not self.fresh
+
+    def write(self, start: int, images: Tensor) -> None:
+        """(B, 3, H, W) uint8 pictures with the indices start, start + 1, ..."""
+        self.rows[start : start + len(images)] = images.permute(0, 2, 3, 1).cpu().numpy()
+
+    def flush(self) -> None:
+        self.rows.flush()
+
+    def finish(self) -> None:
+        """Make the .npz; to be called once, after all ranks have flushed."""
+        temporary = self.path.with_name(f".{self.path.name}.{os.getpid()}.tmp")
+        with explain_os_errors(self.path):
+            try:
+                with (
+                    zipfile.ZipFile(temporary, "w", zipfile.ZIP_STORED, allowZip64=True) as archive,
+                    open(self.partial, "rb") as source,
+                    archive.open("arr_0.npy", "w", force_zip64=True) as member,
+                ):
+                    shutil.copyfileobj(source, member, 1 << 22)
+                fsync_file(temporary)
+                os.replace(temporary, self.path)
+            finally:
+                temporary.unlink(missing_ok=True)
+            self.partial.unlink(missing_ok=True)
+
+    def __enter__(self) -> NpzWriter:
+        return self
+
+    def __exit__(self, *_) -> None:
+        self.flush()
+        del self.rows

@@ -1,4 +1,5 @@
-"""What each published evaluation does, as data. Nothing else in the repository asks for a protocol's name.
+"""What each published evaluation does, as data: its metrics, their names, its labels. Nothing else in the repository asks
+for a protocol's name.
 
 A protocol says which metrics are reported, how floats became uint8, how the feature network saw the pictures, and which
 file was the reference. Where a repository is silent the entry follows guided-diffusion (ADM). docs/evaluation.md has
@@ -7,9 +8,18 @@ the same as a table, with the mistakes that each choice invites.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 
+import numpy as np
+import torch
+from torch import Tensor
+
+from core.arrays import read_npy
 from core.errors import UserError, nearest
+from core.files import explain_os_errors
+from core.rng import Draws, hash64
 
 
 @dataclass(frozen=True)
@@ -156,3 +166,131 @@ def describe() -> str:
     """One line per protocol, for --help."""
     width = max(map(len, PROTOCOLS))
     return "\n".join(f"  {p.name:<{width}}  {p.about}" for p in PROTOCOLS.values())
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Labels
+# ---------------------------------------------------------------------------------------------------------------------
+# Which class each generated picture is asked to show. This moves FID by a few hundredths, so it is recorded.
+#
+# | name | label of picture i | who does so |
+# |---|---|---|
+# | balanced | i mod classes | RecTok, reAR |
+# | random | uniform, drawn from (seed, i) | FQGAN, D-AR: torch.randint per batch and rank, not balanced |
+# | val | of picture i of the validation set, in its order | ImageFolder: 50 of each class, sorted by class |
+# | a path | line i of a text file, or entry i of an integer .npy | |
+#
+# The random labels of FQGAN and D-AR come from torch's generator of each rank, shared with the sampling of codes: they
+# change with the number of GPUs, the batch size and the torch version, so nobody can draw theirs again. Ours have the
+# same distribution.
+
+LABEL_KINDS = ("balanced", "random", "val")
+
+
+def make_labels(kind: str, count: int, num_classes: int, seed: int = 0, val: Sequence[int] | None = None) -> Tensor:
+    """(count,) int64 labels.
+
+    Args:
+        kind: a name of the table above, or the path of a file.
+        val: labels of the validation set, for kind "val".
+    """
+    if kind == "balanced":
+        return torch.arange(count) % num_classes
+    if kind == "random":
+        drawn = Draws(hash64(seed, "labels"), torch.arange(count)).uniform("label").flatten()
+        return (drawn.double() * num_classes).long().clamp(max=num_classes - 1)
+    if kind == "val":
+        if val is None:
+            raise UserError(
+                "labels: val needs the validation set, whose labels are used. Give eval.val_url (or "
+                "data.val_url), or a file of labels."
+            )
+        labels = torch.as_tensor(list(val), dtype=torch.int64)
+        if len(labels) < count:
+            raise UserError(
+                f"labels: val has {len(labels)} pictures and {count} samples are asked for. "
+                f"Use --num {len(labels)}, or labels: balanced."
+            )
+        return _check_range(labels[:count], num_classes, "the validation set")
+    return _check_range(_read_labels(Path(kind).expanduser(), count), num_classes, kind)
+
+
+def _read_labels(path: Path, count: int) -> Tensor:
+    if not path.is_file():
+        raise UserError(f'labels: "{path}" is neither {", ".join(LABEL_KINDS)} nor a file with one label per line.')
+    with explain_os_errors(path):
+        try:
+            if path.suffix == ".npy":
+                values = read_npy(path)
+                if values.ndim != 1 or values.dtype.kind not in "iu":
+                    found = f"{values.dtype} of shape {values.shape}"
+                    raise UserError(f"{path}: expected a row of whole numbers, got {found}.")
+                labels = torch.from_numpy(values.astype(np.int64))
+            else:
+                labels = torch.tensor([int(line.split()[-1]) for line in path.read_text().splitlines() if line.strip()])
+        except ValueError as error:
+            raise UserError(f"{path}: expected one whole number per line ({error}).") from error
+    if len(labels) < count:
+        raise UserError(f"{path} has {len(labels)} labels and {count} samples are asked for.")
+    return labels[:count]
+
+
+def _check_range(labels: Tensor, num_classes: int, name: str) -> Tensor:
+    if len(labels) and not (int(labels.min()) >= 0 and int(labels.max()) < num_classes):
+        raise UserError(
+            f"labels of {name} run from {int(labels.min())} to {int(labels.max())}; the generator knows "
+            f"classes 0 to {num_classes - 1}."
+        )
+    return labels.long()
+
+
+def describe_labels(labels: Tensor, num_classes: int) -> dict[str, int]:
+    """How even they are: fewest and most pictures of a class."""
+    counts = torch.bincount(labels, minlength=num_classes)
+    return {"classes": num_classes, "fewest_per_class": int(counts.min()), "most_per_class": int(counts.max())}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Names
+# ---------------------------------------------------------------------------------------------------------------------
+# What a measured number may be called. The name carries the protocol and N: neither can be guessed from a value.
+#
+#     metric_name("fid", 50_000)                        fid_50k
+#     metric_name("fid", 5_000, "pytorch_fid")          fid_pytorch_fid_5k
+#     metric_name("is", 50_000, "torch_fidelity")       is_torch_fidelity_50k
+#     metric_name("fd_lite0_block4", 270)               fd_lite0_block4_270
+#
+# Only the 2015 Inception network's pool features give a "fid" and its spatial ones an "sfid"; every other network's
+# Frechet distance is "fd_<network>_<tap>" (FeatureNet.distance_name says which).
+
+
+def short_count(count: int) -> str:
+    """50000 -> "50k", 5000 -> "5k", 270 -> "270", 12345 -> "12345"."""
+    return f"{count // 1000}k" if count >= 1000 and count % 1000 == 0 else str(count)
+
+
+def metric_name(base: str, count: int, variant: str = "") -> str:
+    """The name of metric `base` measured on `count` pictures.
+
+    Args:
+        variant: what sets the number apart from others called `base`: a protocol ("torch_fidelity"), a resize
+            ("pytorch_fid"), an arithmetic ("adm_fp16"). "" for the plain one.
+    """
+    if count < 1:
+        raise UserError(f"{base} of {count} pictures has no name: measure at least one.")
+    return "_".join(part for part in (base, variant, short_count(count)) if part)
+
+
+def few_pictures(count: int, dim: int) -> str:
+    """A sentence to print beside a Frechet distance of `count` pictures, or "" when there are enough.
+
+    The expectation of the distance is that of infinitely many pictures plus about c / N.
+    """
+    if count <= dim:
+        return (
+            f"{count} pictures in {dim} dimensions: the covariance has no full rank and the distance is far too high. "
+            "Compare it with nothing but the same number of pictures, or ask for --infinity."
+        )
+    if count < min(50 * dim, 50_000):
+        return f"A Frechet distance of {count} pictures is biased upwards: compare it with equal numbers only."
+    return ""

@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from core.errors import UserError
-from evaluation.features import FeatureNet
+from evaluation.networks import FeatureNet
 
 Batches = Iterable[tuple[Tensor, Tensor]]  # (images (B, 3, H, W) uint8, labels (B,) int64)
 

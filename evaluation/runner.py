@@ -17,12 +17,12 @@ from torch import Tensor
 
 from core.dist import World
 from core.errors import UserError
-from evaluation.features import FeatureNet
-from evaluation.image_metrics import PictureMetric
+from evaluation.images import PictureMetric
+from evaluation.networks import FeatureNet
 from evaluation.pictures import Pictures
 from evaluation.protocols import Protocol
+from evaluation.references import Statistics
 from evaluation.scores import Comparison, Score, score
-from evaluation.statistics import Statistics
 from evaluation.work import SUM, Chunk, Work
 
 Produce = Callable[[range], Tensor]  # indices -> (n, 3, H, W) uint8 on the network's device

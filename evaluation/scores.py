@@ -15,16 +15,19 @@ from torch import Tensor
 
 from core.errors import UserError
 from core.rng import permutation
-from evaluation.features import FeatureNet
-from evaluation.frechet import frechet_from_moments
-from evaluation.inception_score import FORMS, inception_score_adm, uneven_chunks
+from evaluation.distances import (
+    FORMS,
+    Moments,
+    frechet_from_moments,
+    inception_score_adm,
+    kid,
+    precision_recall,
+    uneven_chunks,
+)
 from evaluation.intervals import at_infinity, bootstrap_normal, bootstrap_percentile
-from evaluation.kid import kid
-from evaluation.manifold import precision_recall
-from evaluation.moments import Moments
-from evaluation.naming import few_pictures, metric_name
-from evaluation.protocols import Protocol
-from evaluation.statistics import Statistics
+from evaluation.networks import FeatureNet
+from evaluation.protocols import Protocol, few_pictures, metric_name
+from evaluation.references import Statistics
 
 T = TypeVar("T")
 PREFIXES = {"generation": "", "reconstruction": "r", "perturbed": "p"}  # of metrics' names, by purpose

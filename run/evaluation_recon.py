@@ -18,13 +18,13 @@ from core.dist import World
 from core.errors import UserError
 from core.train.checkpoint import Checkpoint
 from core.weights import released
-from evaluation import measure, picture_sets, protocols, runner
-from evaluation.codebook import Perturbation
-from evaluation.features import FeatureNet
-from evaluation.pictures import Pictures
+from evaluation import measure, protocols, references, runner
+from evaluation.images import Perturbation
+from evaluation.networks import FeatureNet
+from evaluation.pictures import Pictures, first_pictures, open_any, same_pictures
 from evaluation.protocols import Protocol
+from evaluation.references import Statistics
 from evaluation.runner import Rebuilt
-from evaluation.statistics import Statistics
 from evaluation.work import Work
 from run import assemble
 from run import evaluation_run as run
@@ -38,8 +38,8 @@ def check(options: argparse.Namespace, overrides: list[str]) -> None:
     """Find mistakes without loading a network."""
     settings = run.eval_settings(overrides)
     if options.original:
-        sides = [picture_sets.open_any(p, options.size) for p in (options.original, options.reconstructed)]
-        picture_sets.same_pictures(*sides)
+        sides = [open_any(p, options.size) for p in (options.original, options.reconstructed)]
+        same_pictures(*sides)
         run.enough(min(settings.num_images or len(sides[0]), len(sides[0])), options.original, options)
     else:
         if options.perturb:
@@ -67,9 +67,9 @@ def together(*checks: Callable[[], Any]) -> None:
 
 def originals(options: argparse.Namespace, settings: EvalConfig, size: int | None) -> Pictures:
     """The pictures to reconstruct, cropped to `size`: a data URL, a folder, or an .npz of pictures of that size."""
-    pictures = picture_sets.open_any(options.url, size, options.workers)
+    pictures = open_any(options.url, size, options.workers)
     run.enough(min(settings.num_images or len(pictures), len(pictures)), options.url, options)
-    return picture_sets.first(pictures, settings.num_images)
+    return first_pictures(pictures, settings.num_images)
 
 
 def tokenizer_section(target: str) -> dict[str, Any]:
@@ -112,7 +112,7 @@ def reference_for(
     """(what reconstructions are compared with, its statistics on the main rank or None for the originals)."""
     size = pictures.size[0]
     path = measure.choose_reference(settings.reference, protocol, net, size, "reconstruction", False)
-    known = measure.statistics.KNOWN.get(path.name) if path else None
+    known = references.KNOWN.get(path.name) if path else None
     if path and not settings.reference and known and known.count != len(pictures):
         path = None  # the protocol's file is about the whole validation set; this is a part of it or another set
     if path is None:
@@ -208,10 +208,8 @@ def by_folders(options: argparse.Namespace, overrides: list[str], world: World) 
     """Compare two sets of pictures, paired in order."""
     settings = run.eval_settings(overrides)
     protocol = protocols.get(settings.protocol, "reconstruction")
-    original, recon = (
-        picture_sets.open_any(p, options.size, options.workers) for p in (options.original, options.reconstructed)
-    )
-    picture_sets.same_pictures(original, recon)
+    original, recon = (open_any(p, options.size, options.workers) for p in (options.original, options.reconstructed))
+    same_pictures(original, recon)
     count = run.enough(min(settings.num_images or len(original), len(original)), options.original, options)
     net = measure.feature_net(world.device, settings.network, protocol)
     against, reference = reference_for(settings, protocol, net, original, world)

@@ -24,16 +24,14 @@ from core.rng import hash64
 from core.specs import DataSource
 from core.train.log import ProgressLine
 from data.sources import SCHEMES, has_pictures, open_source
-from evaluation import labels as label_protocols
-from evaluation import measure, picture_sets, protocols, record, runner
-from evaluation.features import FeatureNet
+from evaluation import measure, protocols, record, runner
 from evaluation.intervals import check_extras
-from evaluation.pictures import NpzPictures
+from evaluation.networks import FeatureNet
+from evaluation.pictures import NpzPictures, NpzWriter, PngWriter, open_any
 from evaluation.protocols import Protocol
 from evaluation.reference import Reference
-from evaluation.statistics import Statistics
+from evaluation.references import Statistics
 from evaluation.work import Work
-from evaluation.writers import NpzWriter, PngWriter
 from run import assemble, finished
 
 SAMPLES = 50_000  # what published numbers are measured on
@@ -84,7 +82,7 @@ def check(options: argparse.Namespace, overrides: list[str], existing: bool) -> 
     """Find mistakes without loading a network."""
     if existing:
         settings = eval_settings(overrides)
-        pictures = picture_sets.open_any(options.target)
+        pictures = open_any(options.target)
         enough(min(settings.num_images or len(pictures), len(pictures)), options.target, options)
     else:
         settings = finished.read_config(options.target, overrides)[0].eval
@@ -205,7 +203,7 @@ def existing_samples(options: argparse.Namespace, overrides: list[str], world: W
     """Measure samples that are there: an .npz or a folder."""
     settings = eval_settings(overrides)
     protocol = chosen_protocol(settings, "generation")
-    pictures = picture_sets.open_any(options.target)
+    pictures = open_any(options.target)
     count = enough(min(settings.num_images or len(pictures), len(pictures)), options.target, options)
     size = pictures.size[0]
     net = measure.feature_net(world.device, settings.network, protocol)
@@ -278,7 +276,7 @@ def generated_samples(options: argparse.Namespace, overrides: list[str], world: 
     count = settings.num_images or SAMPLES
     kind = settings.labels or protocol.labels
     val = validation_labels(config, made.num_classes) if kind == "val" else None
-    labels = label_protocols.make(kind, count, made.num_classes, config.seed, val)
+    labels = protocols.make_labels(kind, count, made.num_classes, config.seed, val)
     rounding = settings.rounding or protocol.rounding
     net = measure.feature_net(world.device, settings.network, protocol)
     published = made.num_classes == IMAGENET_CLASSES
@@ -327,7 +325,7 @@ def generated_samples(options: argparse.Namespace, overrides: list[str], world: 
         **sampling,
         "count": count,
         "net": net.name,
-        "label_counts": label_protocols.describe(labels, made.num_classes),
+        "label_counts": protocols.describe_labels(labels, made.num_classes),
     }
     return _measure_samples(
         options,

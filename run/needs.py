@@ -13,7 +13,7 @@ from core.errors import UserError
 from core.weights import hub, released
 from core.weights.released import Released, find_local_file, helper, needed
 from evaluation import measure, protocols
-from evaluation.inception import WEIGHTS_FILE
+from evaluation.networks import WEIGHTS_FILE
 from run import assemble
 
 

@@ -25,7 +25,7 @@ from evaluation.environment import environment
 from evaluation.generation import evaluate_samples
 from evaluation.metrics_json import write_metrics
 from evaluation.neighbours import nearest_neighbours
-from evaluation.picture_sets import SourcePictures
+from evaluation.pictures import SourcePictures
 from evaluation.reference import Features, Reference, extract
 from evaluation.report import Report
 from generator.task import GeneratorTask

@@ -90,9 +90,8 @@ def main(arguments: list[str]) -> int:
     from core import dist
     from core.files import human_bytes
     from core.rng import permutation
-    from evaluation.picture_sets import SourcePictures
-    from evaluation.probe import ProbeSettings, train_probe
-    from evaluation.probe_features import pooled_features
+    from evaluation.pictures import SourcePictures
+    from evaluation.probe import ProbeSettings, pooled_features, train_probe
     from evaluation.runner import Result, Stopwatch
     from evaluation.scores import Score
     from run import assemble

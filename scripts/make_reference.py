@@ -65,8 +65,8 @@ def main(arguments: list[str]) -> int:
     import numpy as np
 
     from core.errors import UserError
-    from evaluation import picture_sets, protocols, statistics
-    from evaluation.pictures import ArrayPictures
+    from evaluation import protocols, references
+    from evaluation.pictures import ArrayPictures, first_pictures, open_any
 
     out = Path(options.out)
     protocol = protocols.get(options.protocol, options.purpose or "generation")
@@ -76,10 +76,10 @@ def main(arguments: list[str]) -> int:
         raise UserError(f"{out}: pictures are kept in .npz files only. Choose a name that ends in .npz.")
     if out.exists():
         raise UserError(f"{out} is there already. Choose another name, or delete it first.")
-    pictures = picture_sets.open_any(
+    pictures = open_any(
         options.url, options.size, options.workers, "train" if options.purpose == "generation" else "val"
     )
-    pictures = picture_sets.first(pictures, options.num)
+    pictures = first_pictures(pictures, options.num)
     if len(pictures) < 2:
         raise UserError(f"{options.url} holds {len(pictures)} picture; a covariance needs at least 2.")
     if options.check:
@@ -87,14 +87,14 @@ def main(arguments: list[str]) -> int:
 
     from core import dist
     from evaluation import measure
-    from evaluation.naming import few_pictures
+    from evaluation.protocols import few_pictures
     from run import evaluation_run as run
 
     world = dist.start("auto")
     try:
         net = measure.feature_net(world.device, options.network, protocol)
         transform = f"ADM centre crop to {options.size}" if options.size else "as they are"
-        facts = statistics.Facts(options.purpose, transform=transform)
+        facts = references.Facts(options.purpose, transform=transform)
         with run.progress_line(world, len(pictures), "features") as progress:
             made = measure.make_statistics(
                 pictures, net, world, options.batch, out.with_name(f".{out.name}.work"), facts, progress
@@ -107,7 +107,7 @@ def main(arguments: list[str]) -> int:
             chosen = [i * len(pictures) // count for i in range(count)]
             kept = np.concatenate([pictures.read(i, i + 1).permute(0, 2, 3, 1).numpy() for i in chosen])
             ArrayPictures(kept)
-        statistics.save(out, made, kept, options.dtype)
+        references.save(out, made, kept, options.dtype)
         for tap, (mean, _) in made.moments.items():
             if note := few_pictures(len(pictures), len(mean)):
                 print(f"note ({tap}): {note}")

@@ -367,7 +367,7 @@ def show(store, tokenizer, pictures, device, say) -> None:
 
     from core.images import grid, save_png, to_uint8, to_unit_range
     from data.tokens import array_of
-    from evaluation.image_metrics import psnr
+    from evaluation.images import psnr
 
     chosen = spread(len(store), store.views)
     with torch.no_grad():

@@ -95,7 +95,7 @@ def main(arguments: list[str]) -> int:
     from core.rng import Draws, hash64
     from core.specs import Codes, MultiScale
     from data.transforms import center_crop, to_tensor
-    from evaluation.image_metrics import psnr
+    from evaluation.images import psnr
     from run import assemble, streaming
 
     section = {**known, "weights": options.weights, "use_ema": not options.raw}

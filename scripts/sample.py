@@ -358,7 +358,7 @@ def sample(options: argparse.Namespace, target: str, overrides: list[str], world
 def write_npz(path: Path, folder: Path, labels: list[int], count: int, size: int) -> None:
     """All pictures of the folder in one .npz."""
     from core.errors import UserError
-    from evaluation.writers import NpzWriter
+    from evaluation.pictures import NpzWriter
 
     if path.exists():
         raise UserError(f"{path} exists already; the pictures are in {folder}. Choose another --npz.")

@@ -16,7 +16,7 @@ from data.loader import Loader
 from data.sources import open_source
 from data.stream import RemoteShards
 from data.transforms import Transform
-from evaluation.picture_sets import SourcePictures, open_any
+from evaluation.pictures import SourcePictures, open_any
 from run import assemble
 from tests.conftest import TOY_TOKENIZER
 from tests.data.test_sources import png, write_tar

@@ -14,20 +14,23 @@ from core import cli, dist
 from core.errors import UserError
 from core.rng import Draws
 from evaluation import intervals
-from evaluation.codebook import CodebookUsage, Perturbation, RollingUsage
-from evaluation.frechet import FrechetMetric, frechet_distance, frechet_from_features
-from evaluation.image_metrics import PSNR, SSIM
-from evaluation.inception_score import (
+from evaluation.distances import (
     FORMS,
+    FrechetMetric,
+    Moments,
     StreamingInceptionScore,
+    frechet_distance,
+    frechet_from_features,
     inception_score,
     inception_score_adm,
+    kid,
+    manifold_radii,
+    precision_recall,
+    squared_mmd,
     uneven_chunks,
 )
-from evaluation.kid import kid, squared_mmd
-from evaluation.manifold import manifold_radii, precision_recall
-from evaluation.moments import Moments
-from evaluation.naming import few_pictures, metric_name
+from evaluation.images import PSNR, SSIM, CodebookUsage, Perturbation, RollingUsage
+from evaluation.protocols import few_pictures, metric_name
 
 
 def normal(*shape: int, seed: int = 0) -> torch.Tensor:

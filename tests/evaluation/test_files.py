@@ -12,12 +12,11 @@ import torch
 from core.arrays import NpzFile, read_npy
 from core.dist import World
 from core.errors import UserError
-from evaluation import labels, protocols, statistics
-from evaluation.frechet import frechet_from_moments
-from evaluation.pictures import ArrayPictures, NpzPictures
-from evaluation.statistics import Facts, Statistics
+from evaluation import protocols, references
+from evaluation.distances import frechet_from_moments
+from evaluation.pictures import ArrayPictures, NpzPictures, NpzWriter, PngWriter
+from evaluation.references import Facts, Statistics
 from evaluation.work import Work
-from evaluation.writers import NpzWriter, PngWriter
 
 ONE = World(0, 1, 0, torch.device("cpu"))
 
@@ -147,8 +146,8 @@ def test_statistics_round_trip(tmp_path, name):
     made = Statistics(
         {"pool": moments(), "spatial": moments(3, 1)}, Facts("generation", "inception", "tf1", 32, 40), name
     )
-    statistics.save(tmp_path / name, made)
-    read = statistics.load(tmp_path / name)
+    references.save(tmp_path / name, made)
+    read = references.load(tmp_path / name)
     assert read.facts == made.facts and read.pictures is None
     for tap, pair in made.moments.items():
         torch.testing.assert_close(read.moments[tap][0], pair[0], rtol=1e-7 if name.endswith("npz") else 0, atol=0)
@@ -182,9 +181,9 @@ def test_statistics_of_others(tmp_path):
         arr_0=pictures(),
     )
     for name in ("pytorch_fid.npz", "tf.pt"):
-        read = statistics.load(tmp_path / name)
+        read = references.load(tmp_path / name)
         assert [t.dtype for t in read.moments["pool"]] == [torch.float64] * 2 and read.facts == Facts()
-    virtual = statistics.load(tmp_path / "VIRTUAL_imagenet256_labeled.npz")
+    virtual = references.load(tmp_path / "VIRTUAL_imagenet256_labeled.npz")
     assert (
         set(virtual.moments) == {"pool", "spatial"} and len(virtual.pictures) == 7 and virtual.facts.count == 1_281_167
     )
@@ -196,7 +195,7 @@ def test_statistics_that_originals_assert(tmp_path):
     """torch-fidelity compares the types of both sides; its own come from float32 features."""
     made = Statistics({"pool": moments()}, Facts(), "x")
     for dtype, expected in (("torch-fidelity", "f8"), ("float32", "f4"), ("float64", "f8")):
-        statistics.save(tmp_path / f"{dtype}.npz", made, dtype=dtype)
+        references.save(tmp_path / f"{dtype}.npz", made, dtype=dtype)
         with np.load(tmp_path / f"{dtype}.npz") as file:
             assert file["mu"].dtype == ("f8" if dtype == "float64" else "f4") and file["sigma"].dtype == expected
             held = {name: file[name] for name in ("mu", "sigma")}
@@ -224,7 +223,7 @@ def test_caches_of_torch_fidelity(tmp_path):
     old = (tmp_path / f"{stem}-stat-fid-2048.pt").read_bytes()
     assert b"numpy._core" in old or b"numpy.core" in old
     for path in sorted(tmp_path.iterdir()):
-        read = statistics.load(path)
+        read = references.load(path)
         np.testing.assert_allclose(read.moments["pool"][0].numpy(), mean, rtol=1e-5, atol=1e-7)
         np.testing.assert_allclose(read.moments["pool"][1].numpy(), covariance, rtol=1e-5, atol=1e-7)
         assert read.facts.count == (40 if "features" in path.name else None)
@@ -236,10 +235,10 @@ def test_caches_of_torch_fidelity(tmp_path):
             read.check(network="inception", **check)
     torch.save(torch.arange(5), tmp_path / "x.pt")
     with pytest.raises(UserError, match=r"nor features of pictures; it holds torch.int64 \(5,\)"):
-        statistics.load(tmp_path / "x.pt")
+        references.load(tmp_path / "x.pt")
     (tmp_path / "x.npz").write_text("version https://git-lfs.github.com/spec/v1")
     with pytest.raises(UserError, match="git lfs pull"):
-        statistics.load(tmp_path / "x.npz")
+        references.load(tmp_path / "x.npz")
 
 
 def test_statistics_that_are_none(tmp_path):
@@ -257,9 +256,9 @@ def test_statistics_that_are_none(tmp_path):
     ):
         np.savez(path, **arrays)
         with pytest.raises(UserError, match=message):
-            statistics.load(path)
+            references.load(path)
     with pytest.raises(UserError, match="run_make_reference"):
-        statistics.load(tmp_path / "absent.npz")
+        references.load(tmp_path / "absent.npz")
 
 
 @pytest.mark.parametrize("dtype", ["<f2", "<f4", ">f4", "<f8", ">f8", "g"])
@@ -268,7 +267,7 @@ def test_rounded_statistics_of_any_type_are_taken(tmp_path, dtype, count):
     """Also of fewer pictures than dimensions, whose covariance has zeros that rounding makes negative."""
     features = np.random.default_rng(0).normal(size=(count, 12)) * np.geomspace(1e-3, 10, 12)
     np.savez(tmp_path / "x.npz", mu=features.mean(0).astype(dtype), sigma=np.cov(features.T).astype(dtype))
-    mean, covariance = statistics.load(tmp_path / "x.npz").moments["pool"]
+    mean, covariance = references.load(tmp_path / "x.npz").moments["pool"]
     assert mean.dtype == covariance.dtype == torch.float64
     np.testing.assert_allclose(covariance.numpy(), np.cov(features.T), rtol=1e-3, atol=1e-6)
 
@@ -277,15 +276,17 @@ def test_rounded_statistics_of_any_type_are_taken(tmp_path, dtype, count):
 # Labels, protocols
 # ---------------------------------------------------------------------------------------------------------------------
 def test_labels(tmp_path):
-    assert labels.make("balanced", 7, 3).tolist() == [0, 1, 2, 0, 1, 2, 0]
-    drawn = labels.make("random", 30_000, 10, seed=4)
-    assert torch.equal(drawn[:100], labels.make("random", 100, 10, seed=4))  # of (seed, i), not of the count
-    assert torch.bincount(drawn).min() > 2800 and not torch.equal(drawn[:100], labels.make("random", 100, 10, seed=5))
-    assert labels.make("val", 2, 3, val=[2, 1, 0]).tolist() == [2, 1]
+    assert protocols.make_labels("balanced", 7, 3).tolist() == [0, 1, 2, 0, 1, 2, 0]
+    drawn = protocols.make_labels("random", 30_000, 10, seed=4)
+    assert torch.equal(drawn[:100], protocols.make_labels("random", 100, 10, seed=4))  # of (seed, i), not of the count
+    assert torch.bincount(drawn).min() > 2800 and not torch.equal(
+        drawn[:100], protocols.make_labels("random", 100, 10, seed=5)
+    )
+    assert protocols.make_labels("val", 2, 3, val=[2, 1, 0]).tolist() == [2, 1]
     (tmp_path / "labels.txt").write_text("a/b.png 2\n1\n\n0\n")
     np.save(tmp_path / "labels.npy", np.array([1, 2, 0]))
-    assert labels.make(str(tmp_path / "labels.txt"), 3, 3).tolist() == [2, 1, 0]
-    assert labels.make(str(tmp_path / "labels.npy"), 2, 3).tolist() == [1, 2]
+    assert protocols.make_labels(str(tmp_path / "labels.txt"), 3, 3).tolist() == [2, 1, 0]
+    assert protocols.make_labels(str(tmp_path / "labels.npy"), 2, 3).tolist() == [1, 2]
     for kind, count, classes, message in (
         ("val", 1, 3, "eval.val_url"),
         ("balenced", 1, 3, "neither"),
@@ -293,7 +294,7 @@ def test_labels(tmp_path):
         (str(tmp_path / "labels.npy"), 3, 2, "classes 0 to 1"),
     ):
         with pytest.raises(UserError, match=message):
-            labels.make(kind, count, classes)
+            protocols.make_labels(kind, count, classes)
 
 
 def test_protocols_are_complete():
@@ -305,7 +306,7 @@ def test_protocols_are_complete():
             p = protocols.get(name, purpose)
             for rounding in (p.rounding, p.reconstruction_rounding, p.original_rounding):
                 assert rounding is None or to_uint8(image, rounding).dtype == torch.uint8
-            assert p.labels in labels.NAMES and p.preprocess in ("tf1", "pytorch_fid")
+            assert p.labels in protocols.LABEL_KINDS and p.preprocess in ("tf1", "pytorch_fid")
     with pytest.raises(UserError, match='mean "rectok"'):
         protocols.get("rectoc")
 

@@ -9,9 +9,8 @@ from safetensors.torch import save_file
 
 from core.errors import UserError
 from core.weights.released import Released
-from evaluation import inception
-from evaluation.features import full_precision
-from evaluation.inception import DIMS, Inception, InceptionV3, resize_tf1
+from evaluation import networks
+from evaluation.networks import DIMS, Inception, InceptionV3, full_precision, resize_tf1
 from tests.parity.evaluation_images import inception_recipe
 
 
@@ -93,7 +92,7 @@ def test_pytorch_fid_input(weights, pictures):
 def test_only_the_published_weights_give_a_fid(weights, monkeypatch):
     net = Inception(weights)
     assert net.distance_name("pool") == "fd_inception_custom_pool"
-    monkeypatch.setattr(inception, "load_inception_weights", lambda given: (weights, "6726825d" + "0" * 56))
+    monkeypatch.setattr(networks, "load_inception_weights", lambda given: (weights, "6726825d" + "0" * 56))
     assert Inception().distance_name("pool") == "fid" and Inception().distance_name("spatial") == "sfid"
     assert Inception(preprocess="pytorch_fid").distance_name("pool") == "fid_pytorch_fid"
     assert Inception().distance_name("logits") == "fd_inception_logits"
@@ -122,7 +121,7 @@ def test_missing_weights_say_what_to_do(monkeypatch, tmp_path):
         Inception()
     with pytest.raises(UserError, match="nowhere.pth"):
         Inception("nowhere.pth")
-    (tmp_path / inception.WEIGHTS_FILE).write_bytes(b"damaged")
+    (tmp_path / networks.WEIGHTS_FILE).write_bytes(b"damaged")
     monkeypatch.setattr(Released, "found", lambda self: tmp_path / self.name)
     with pytest.raises(UserError, match="not the published file"):
         Inception()

@@ -9,9 +9,8 @@ import torch
 from core.errors import UserError
 from core.nn.lpips import LPIPS
 from evaluation import classifier
-from evaluation.frechet import frechet_distance, frechet_from_moments
-from evaluation.image_metrics import PSNR, SSIM, SSIM_VARIANTS, LPIPSMetric, psnr, ssim
-from evaluation.moments import Moments
+from evaluation.distances import Moments, frechet_distance, frechet_from_moments
+from evaluation.images import PSNR, SSIM, SSIM_VARIANTS, LPIPSMetric, psnr, ssim
 from evaluation.neighbours import nearest_neighbours
 
 

@@ -10,7 +10,7 @@ from PIL import Image
 
 from core.errors import UserError
 from core.specs import Codes, Continuous
-from evaluation import probe_features
+from evaluation import probe
 from evaluation.probe import ProbeSettings, train_probe
 from scripts import linear_probe
 from tests.tools import known_answer
@@ -52,10 +52,8 @@ def test_features_of_any_tokenizer():
             return torch.arange(6.0).expand(*codes.shape, 6)
 
     images = torch.randn(2, 3, 4, 4)
-    assert {k: tuple(v.shape) for k, v in probe_features.probe_features(Grid(), images).items()} == {
-        "latents": (2, 4, 3)
-    }
-    shapes = {k: tuple(v.shape) for k, v in probe_features.probe_features(Coded(), images).items()}
+    assert {k: tuple(v.shape) for k, v in probe.probe_features(Grid(), images).items()} == {"latents": (2, 4, 3)}
+    shapes = {k: tuple(v.shape) for k, v in probe.probe_features(Coded(), images).items()}
     assert shapes == {"form": (2, 4, 6), "hue": (2, 4, 6), "all": (2, 4, 12)}
 
 
@@ -82,7 +80,7 @@ def test_command(tokenizer_run, tmp_path, monkeypatch, capsys):
         <= 1
     )
     assert record["context"]["settings"]["batch"] == 16 and record["context"]["views"].startswith("centre crop")
-    monkeypatch.setattr(probe_features, "probe_features", None)  # kept: the tokenizer is not asked again
+    monkeypatch.setattr(probe, "probe_features", None)  # kept: the tokenizer is not asked again
     assert linear_probe.main(command) == 0
     for words, message in ((["--features", "x"], "offers no features x"),):
         with pytest.raises(UserError, match=message):

@@ -10,9 +10,9 @@ import torch
 from PIL import Image
 
 from core.errors import UserError
-from evaluation import runner, statistics, work
-from evaluation.moments import Moments
-from evaluation.statistics import Facts, Statistics
+from evaluation import references, runner, work
+from evaluation.distances import Moments
+from evaluation.references import Facts, Statistics
 from scripts import evaluate, evaluate_generator, make_reference
 from tests.evaluation.test_run import SmallInception, metrics, save_folder, small_net  # noqa: F401 (a fixture)
 
@@ -61,7 +61,7 @@ def bad_pictures(tmp_path_factory):
     features = SmallInception()(torch.from_numpy(good).permute(0, 3, 1, 2))
     moments = {tap: Moments.of(features[tap]) for tap in ("pool", "spatial")}
     made = Statistics({tap: (m.mean, m.covariance) for tap, m in moments.items()}, Facts(), "")
-    statistics.save(folder / "reference.npz", made)
+    references.save(folder / "reference.npz", made)
     return folder
 
 
@@ -117,7 +117,7 @@ def test_features_that_are_not_finite_leave_nothing_behind(bad_pictures, tmp_pat
 
 
 def test_references_that_do_not_fit_leave_nothing_behind(bad_pictures, tmp_path, small_net):
-    fits = statistics.load(bad_pictures / "reference.npz")
+    fits = references.load(bad_pictures / "reference.npz")
     mean, covariance = fits.moments["pool"]
     for name, facts, moments, message in (
         ("input", dict(preprocess="pytorch_fid"), fits.moments, "distances would mix the two"),
@@ -128,7 +128,7 @@ def test_references_that_do_not_fit_leave_nothing_behind(bad_pictures, tmp_path,
         ("width", {}, {"pool": (mean[:5], covariance[:5, :5])}, "another feature network"),
     ):
         made = bad_pictures / f"reference_{name}.npz"
-        statistics.save(made, Statistics(moments, Facts(**facts), ""))
+        references.save(made, Statistics(moments, Facts(**facts), ""))
         with pytest.raises(UserError, match=message):
             commands(bad_pictures, "good", tmp_path / "out", made.name)["generator"]()
         assert not list(tmp_path.rglob("*")), name

@@ -19,11 +19,11 @@ from core.errors import UserError
 from core.specs import Codes
 from data.sources import SyntheticSource
 from evaluation import measure, protocols, runner, scores
-from evaluation.codebook import Perturbation
-from evaluation.features import FeatureNet
-from evaluation.moments import Moments
-from evaluation.picture_sets import SourcePictures
-from evaluation.statistics import Facts, Statistics
+from evaluation.distances import Moments
+from evaluation.images import Perturbation
+from evaluation.networks import FeatureNet
+from evaluation.pictures import SourcePictures
+from evaluation.references import Facts, Statistics
 from evaluation.work import Work
 from run import assemble
 from scripts import evaluate, evaluate_generator, make_reference

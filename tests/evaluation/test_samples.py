@@ -7,8 +7,8 @@ import torch
 
 from core.errors import UserError
 from evaluation import classifier
-from evaluation.features import EfficientNetLite0, FeatureNet
 from evaluation.generation import evaluate_samples
+from evaluation.networks import EfficientNetLite0, FeatureNet
 from evaluation.reference import Reference, extract
 
 

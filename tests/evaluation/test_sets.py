@@ -11,9 +11,9 @@ from PIL import Image
 
 from core.errors import UserError
 from data.sources import SyntheticSource
-from evaluation import measure, protocols, scores, statistics
-from evaluation.moments import Moments
-from evaluation.picture_sets import SourcePictures
+from evaluation import measure, protocols, references, scores
+from evaluation.distances import Moments
+from evaluation.pictures import SourcePictures
 from run import assemble
 from scripts import evaluate, evaluate_generator, make_reference
 from tests.evaluation.test_run import CPU, ONE, SmallInception, metrics, real, sample, small_net  # noqa: F401
@@ -135,7 +135,7 @@ def test_written_reconstructions_and_flat_folders(tokenizer_run, tmp_path, small
             make_reference.main([str(tmp_path / name), str(tmp_path / f"{Path(name).stem}.npz"), "--workers", "0"]) == 0
         )
     assert "18 pictures of 32 px" in capsys.readouterr().out
-    values = [statistics.load(tmp_path / f"{name}.npz").moments["pool"] for name in ("flat", "reconstructions")]
+    values = [references.load(tmp_path / f"{name}.npz").moments["pool"] for name in ("flat", "reconstructions")]
     taken = [Moments.of(SmallInception()(torch.from_numpy(a).permute(0, 3, 1, 2))["pool"]) for a in (arrays, kept)]
     for (mean, covariance), wanted in zip(values, taken):
         torch.testing.assert_close(mean, wanted.mean, rtol=1e-6, atol=1e-6)

@@ -7,12 +7,20 @@ import re
 import torch
 from torch import Tensor
 
-from evaluation.codebook import CodebookUsage, RollingUsage
-from evaluation.frechet import frechet_distance, frechet_from_features, frechet_from_moments
-from evaluation.inception_score import StreamingInceptionScore, inception_score, inception_score_adm
-from evaluation.kid import kid, squared_mmd
-from evaluation.manifold import manifold_radii, precision_recall
-from evaluation.moments import Moments
+from evaluation.distances import (
+    Moments,
+    StreamingInceptionScore,
+    frechet_distance,
+    frechet_from_features,
+    frechet_from_moments,
+    inception_score,
+    inception_score_adm,
+    kid,
+    manifold_radii,
+    precision_recall,
+    squared_mmd,
+)
+from evaluation.images import CodebookUsage, RollingUsage
 from tests.parity import Case, Tolerance, kind
 from tests.parity.fields import notes, only, reads
 

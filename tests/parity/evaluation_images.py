@@ -10,8 +10,8 @@ from torch import Tensor, nn
 from core.images import to_uint8, to_unit_range
 from core.nn.lpips import LPIPS
 from data.transforms import center_crop, to_tensor
-from evaluation.image_metrics import psnr, ssim
-from evaluation.inception import DIMS, Inception, InceptionV3, resize_tf1
+from evaluation.images import psnr, ssim
+from evaluation.networks import DIMS, Inception, InceptionV3, resize_tf1
 from tests.parity import Case, Tolerance, kind
 from tests.parity.fields import Known, notes, only, reads
 

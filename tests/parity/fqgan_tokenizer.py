@@ -11,7 +11,7 @@ from core.images import to_model_range, to_uint8, to_unit_range
 from core.nn.frozen import CLIP_MEAN, CLIP_STD, Frozen
 from core.nn.lpips import LPIPS
 from core.specs import Progress
-from evaluation.image_metrics import psnr, ssim
+from evaluation.images import psnr, ssim
 from tests.parity import Case, kind
 from tests.parity.fields import NOTE, FieldError, notes, only, reads
 from tests.parity.fqgan_quantizer import to_maps

@@ -13,10 +13,8 @@ from core.train.ema import Ema
 from core.train.optim import Schedule
 from data.loader import part
 from data.transforms import Transform
-from evaluation.frechet import frechet_distance
-from evaluation.image_metrics import psnr
-from evaluation.inception_score import inception_score
-from evaluation.moments import Moments
+from evaluation.distances import Moments, frechet_distance, inception_score
+from evaluation.images import psnr
 from tests.parity import Case, kind
 from tests.parity.fields import reads
 

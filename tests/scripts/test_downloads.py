@@ -249,7 +249,7 @@ def test_a_timm_teacher_comes_from_the_hubs_cache(monkeypatch):
 
 @pytest.mark.parametrize("make", ["lpips_vgg", "convnext_s", "resnet50", "dino", "inception"])
 def test_switched_off_means_no_download(make, monkeypatch):
-    from evaluation.inception import Inception
+    from evaluation.networks import Inception
     from tokenizer.losses import DISCRIMINATORS, PERCEPTUAL
 
     monkeypatch.setenv("TESSERA_OFFLINE", "1")

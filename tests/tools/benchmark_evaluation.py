@@ -66,9 +66,8 @@ def compare(options: argparse.Namespace) -> list[list[str]]:
     """Cells of the rows."""
     import torch
 
-    from evaluation.frechet import frechet_distance, frechet_from_moments
-    from evaluation.inception import Inception, InceptionV3
-    from evaluation.moments import Moments
+    from evaluation.distances import Moments, frechet_distance, frechet_from_moments
+    from evaluation.networks import Inception, InceptionV3
     from scripts.benchmark import device_name
 
     try:

@@ -31,7 +31,7 @@ from core.arrays import NpzFile
 from core.errors import UserError
 from core.files import explain_os_errors, fsync_file, sha256_file, write_atomic
 from core.weights.pickles import load_pickle
-from evaluation.moments import Moments
+from evaluation.distances import Moments
 from evaluation.pictures import ArrayPictures, check_pictures
 
 # Feature tap -> array names in a file: ADM's for FID's network, our own for the offline stand-in.
