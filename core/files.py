@@ -102,21 +102,36 @@ def fsync_folder(path: str | os.PathLike) -> None:
             raise
 
 
-def write_atomic(path: str | os.PathLike, data: bytes | str) -> None:
-    """Write a whole file: after a crash at any moment, `path` holds the old contents or the new, nothing between."""
+@contextmanager
+def replacing(path: str | os.PathLike, sync: bool = True) -> Iterator[Path]:
+    """A name beside `path`, whose folder is made, for the block to write a file under, whatever its format.
+
+    After the block the file takes the place of `path`; after a crash at any moment `path` holds the old contents or the
+    new, nothing between. An error in the block leaves the old file and nothing else.
+
+    Args:
+        sync: the file survives a power cut. False for many small ones that can be made again: it takes milliseconds.
+    """
     path = Path(path)
     temporary = path.with_name(f".{path.name}.tmp-{os.getpid()}-{threading.get_ident()}")
     with explain_os_errors(path):
         try:
-            with open(temporary, "wb") as file:
-                file.write(data.encode("utf-8") if isinstance(data, str) else data)
-                file.flush()
-                os.fsync(file.fileno())
+            path.parent.mkdir(parents=True, exist_ok=True)
+            yield temporary
+            if sync:
+                fsync_file(temporary)
             os.replace(temporary, path)
         except BaseException:
             temporary.unlink(missing_ok=True)
             raise
-        fsync_folder(path.parent)
+        if sync:
+            fsync_folder(path.parent)
+
+
+def write_atomic(path: str | os.PathLike, data: bytes | str) -> None:
+    """Write a whole file: after a crash at any moment, `path` holds the old contents or the new, nothing between."""
+    with replacing(path) as temporary:
+        temporary.write_bytes(data.encode("utf-8") if isinstance(data, str) else data)
 
 
 def to_json(value: Any) -> str:

@@ -8,6 +8,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from core.files import replacing
+
 ROUNDINGS = ("truncate", "nearest", "plus128")
 
 
@@ -55,8 +57,5 @@ def save_png(image: Tensor, path: str | Path) -> None:
     """Write one (3, H, W) uint8 picture atomically."""
     from PIL import Image
 
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.tmp")
-    Image.fromarray(image.permute(1, 2, 0).cpu().numpy()).save(temporary, format="PNG")
-    temporary.replace(path)
+    with replacing(path, sync=False) as temporary:
+        Image.fromarray(image.permute(1, 2, 0).cpu().numpy()).save(temporary, format="PNG")

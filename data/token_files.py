@@ -21,7 +21,7 @@ import numpy as np
 
 from core.arrays import read_npy
 from core.errors import UserError, nearest
-from core.files import explain_os_errors, read_json, write_json
+from core.files import explain_os_errors, read_json, replacing, write_json
 from core.specs import Codes, MultiScale
 from data.base import MAX_CLASSES
 from data.cache import Builder
@@ -147,10 +147,8 @@ def export_numbered(
         if not done.exists():  # written last
             for branch, suffix in enumerate(names):
                 np.save(codes / f"{index}{suffix}.npy", rows[index][None, :, :, branch].astype(np.int64))
-            temporary = labels / f".{index}.tmp"
-            with open(temporary, "wb") as file:
+            with replacing(done, sync=False) as temporary, open(temporary, "wb") as file:
                 np.save(file, classes[index : index + 1].astype(np.int64))
-            temporary.replace(done)
         if progress:
             progress(index - mine.start + 1)
     return codes
@@ -268,21 +266,14 @@ def export_jsonl(store: TokenStore, path: str | Path, progress: Progress | None 
     if path.exists():
         raise UserError(f"{path} exists. Delete it or choose another name.")
     codes, labels = store.rows("codes"), store.rows("labels")
-    temporary = path.with_name(f".{path.name}.tmp")
-    try:
-        with explain_os_errors(path), open(temporary, "w", encoding="ascii") as file:
-            for index in range(len(store)):
-                label = int(labels[index])
-                for view in codes[index]:
-                    listed = view[:, 0].tolist() if view.shape[1] == 1 else view.tolist()
-                    file.write(json.dumps({"class_id": label, "tokens": listed}) + "\n")
-                if progress:
-                    progress(index + 1)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with replacing(path) as temporary, open(temporary, "w", encoding="ascii") as file:
+        for index in range(len(store)):
+            label = int(labels[index])
+            for view in codes[index]:
+                listed = view[:, 0].tolist() if view.shape[1] == 1 else view.tolist()
+                file.write(json.dumps({"class_id": label, "tokens": listed}) + "\n")
+            if progress:
+                progress(index + 1)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

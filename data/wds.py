@@ -19,7 +19,6 @@ import json
 import os
 import re
 import tarfile
-import tempfile
 import zipfile
 from collections import OrderedDict
 from dataclasses import dataclass
@@ -29,6 +28,7 @@ from typing import TypeVar
 import numpy as np
 
 from core.errors import UserError
+from core.files import replacing
 from data.base import MAX_CLASSES, ListedSource, PackedStrings
 
 T = TypeVar("T")
@@ -207,11 +207,8 @@ def _load_index(place: Path, stamp: np.ndarray) -> ShardIndex | None:
 
 def _save_index(place: Path, stamp: np.ndarray, index: ShardIndex) -> bool:
     """Write atomically, so that ranks indexing the same shard at once do not disturb each other."""
-    temporary = None
     try:
-        place.parent.mkdir(parents=True, exist_ok=True)
-        handle, temporary = tempfile.mkstemp(prefix=f".{place.name}.", dir=place.parent)
-        with os.fdopen(handle, "wb") as file:
+        with replacing(place, sync=False) as temporary, open(temporary, "wb") as file:
             np.savez(
                 file,
                 stamp=stamp,
@@ -221,11 +218,8 @@ def _save_index(place: Path, stamp: np.ndarray, index: ShardIndex) -> bool:
                 sizes=index.sizes,
                 labels=index.labels,
             )
-        os.replace(temporary, place)
         return True
-    except OSError:
-        if temporary:
-            Path(temporary).unlink(missing_ok=True)
+    except (OSError, UserError):
         return False
 
 

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import json
 import math
-import os
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from core.files import write_atomic
 from evaluation.environment import environment
 
 
@@ -96,8 +96,4 @@ def write_metrics(path: str | Path, metrics: dict[str, Any], context: dict[str, 
         plain_number = isinstance(value, (int, float)) and not isinstance(value, bool)
         entries[name] = {"value": value} | asdict(describe(name)) if plain_number else {"value": value}
     record = _finite({"metrics": entries, "context": context, "environment": environment()})
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    temporary.write_text(json.dumps(record, indent=2, allow_nan=False) + "\n", encoding="utf-8")
-    temporary.replace(path)
+    write_atomic(path, json.dumps(record, indent=2, allow_nan=False) + "\n")

@@ -27,7 +27,7 @@ from torch import Tensor
 
 from core.arrays import NpzFile
 from core.errors import UserError
-from core.files import explain_os_errors, fsync_file, require_space, sha256_file
+from core.files import explain_os_errors, replacing, require_space, sha256_file
 from core.images import save_png
 from core.rng import hash64
 from core.specs import DataSource
@@ -388,20 +388,14 @@ class NpzWriter:
 
     def finish(self) -> None:
         """Make the .npz; to be called once, after all ranks have flushed."""
-        temporary = self.path.with_name(f".{self.path.name}.{os.getpid()}.tmp")
-        with explain_os_errors(self.path):
-            try:
-                with (
-                    zipfile.ZipFile(temporary, "w", zipfile.ZIP_STORED, allowZip64=True) as archive,
-                    open(self.partial, "rb") as source,
-                    archive.open("arr_0.npy", "w", force_zip64=True) as member,
-                ):
-                    shutil.copyfileobj(source, member, 1 << 22)
-                fsync_file(temporary)
-                os.replace(temporary, self.path)
-            finally:
-                temporary.unlink(missing_ok=True)
-            self.partial.unlink(missing_ok=True)
+        with (
+            replacing(self.path) as temporary,
+            zipfile.ZipFile(temporary, "w", zipfile.ZIP_STORED, allowZip64=True) as archive,
+            open(self.partial, "rb") as source,
+            archive.open("arr_0.npy", "w", force_zip64=True) as member,
+        ):
+            shutil.copyfileobj(source, member, 1 << 22)
+        self.partial.unlink(missing_ok=True)
 
     def __enter__(self) -> NpzWriter:
         return self

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +12,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from core.errors import UserError
+from core.files import replacing
 from evaluation.networks import FeatureNet
 
 Batches = Iterable[tuple[Tensor, Tensor]]  # (images (B, 3, H, W) uint8, labels (B,) int64)
@@ -52,12 +52,9 @@ class Reference(Features):
 
     def save(self, path: str | Path) -> None:
         """Write atomically."""
-        path = Path(path)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
         tensors = {f"taps/{name}": values.contiguous() for name, values in self.taps.items()} | {"labels": self.labels}
-        save_file(tensors, temporary, metadata={"net": self.net, "fingerprint": self.fingerprint})
-        temporary.replace(path)
+        with replacing(path) as temporary:
+            save_file(tensors, temporary, metadata={"net": self.net, "fingerprint": self.fingerprint})
 
     @classmethod
     def load(cls, path: str | Path) -> Reference:

@@ -15,7 +15,6 @@ Everything becomes float64. Files of others do not say how they were made; what 
 from __future__ import annotations
 
 import json
-import os
 import re
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -29,7 +28,7 @@ from torch import Tensor
 
 from core.arrays import NpzFile
 from core.errors import UserError
-from core.files import explain_os_errors, fsync_file, sha256_file, write_atomic
+from core.files import replacing, sha256_file, write_atomic
 from core.weights.pickles import load_pickle
 from evaluation.distances import Moments
 from evaluation.pictures import ArrayPictures, check_pictures
@@ -272,8 +271,6 @@ def save(
     path = Path(path)
     named = {name: value for tap, pair in statistics.moments.items() for name, value in zip(MOMENTS[tap], pair)}
     facts = json.dumps({k: v for k, v in vars(statistics.facts).items() if v is not None}, sort_keys=True)
-    with explain_os_errors(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
     if path.suffix == ".safetensors":
         if pictures is not None:
             raise UserError(f"{path}: pictures are kept in .npz files only. Choose a name that ends in .npz.")
@@ -286,11 +283,5 @@ def save(
     if pictures is not None:
         check_pictures(pictures, str(path))
         arrays["arr_0"] = pictures
-    temporary = path.with_name(f".{path.stem}.{os.getpid()}.tmp.npz")
-    with explain_os_errors(path):
-        try:
-            np.savez(temporary, **arrays)
-            fsync_file(temporary)
-            os.replace(temporary, path)
-        finally:
-            temporary.unlink(missing_ok=True)
+    with replacing(path) as temporary, open(temporary, "wb") as file:
+        np.savez(file, **arrays)

@@ -14,7 +14,6 @@ from __future__ import annotations
 import base64
 import io
 import math
-import os
 import re
 from collections.abc import Sequence
 from html import escape
@@ -24,6 +23,7 @@ from typing import Any
 from PIL import Image
 from torch import Tensor
 
+from core.files import write_atomic
 from evaluation.curves import NUM_COLOURS, Series, format_number, line_chart
 from evaluation.metrics_json import describe
 
@@ -198,8 +198,4 @@ class Report:
 
     def write(self, path: str | Path) -> None:
         """Write the page atomically."""
-        path = Path(path)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-        temporary.write_text(self.html(), encoding="utf-8")
-        temporary.replace(path)
+        write_atomic(path, self.html())

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from core.errors import UserError
+from core.files import replacing
 from core.images import grid, save_png, to_uint8
 from core.specs import Guidance
 
@@ -136,15 +137,13 @@ def write_animation(pictures: list[Tensor], path: Path, milliseconds: int = 350)
     frames = [Image.fromarray(grid(to_uint8(stage, "nearest").cpu()).permute(1, 2, 0).numpy()) for stage in pictures]
     durations = [milliseconds] * (len(frames) - 1) + [5 * milliseconds]
     options = {"lossless": True} if path.suffix == ".webp" else {}
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.tmp")
-    frames[0].save(
-        temporary,
-        format=path.suffix[1:].upper(),
-        save_all=True,
-        append_images=frames[1:],
-        duration=durations,
-        loop=0,
-        **options,
-    )
-    temporary.replace(path)
+    with replacing(path, sync=False) as temporary:
+        frames[0].save(
+            temporary,
+            format=path.suffix[1:].upper(),
+            save_all=True,
+            append_images=frames[1:],
+            duration=durations,
+            loop=0,
+            **options,
+        )

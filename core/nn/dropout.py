@@ -29,9 +29,19 @@ def dropout(x: Tensor, p: float, keys: Tensor | None, salt: int) -> Tensor:
     return x * kept.view(x.shape) * scale
 
 
-def drop_path(x: Tensor, p: float, keys: Tensor | None, salt: int) -> Tensor:
-    """Zero whole rows of x (stochastic depth, Huang et al. 2016) with probability p and scale the others."""
+def drop_path(x: Tensor, factors: Tensor | None) -> Tensor:
+    """Stochastic depth (Huang et al. 2016): each row of a residual branch times its factor, (rows,); None drops none."""
+    return x if factors is None else (x * factors.view(-1, *[1] * (x.ndim - 1))).to(x.dtype)
+
+
+def path_factors(uniform: Tensor | None, p: float, dtype: torch.dtype) -> Tensor | None:
+    """For drop_path: 0 where the (rows,) draw is below `p`, else 1 / (1 - p)."""
+    return None if uniform is None or p == 0 else (uniform >= p).to(dtype) / (1.0 - p)
+
+
+def keyed_path_factors(keys: Tensor | None, p: float, salt: int, rows: int) -> Tensor | None:
+    """The same from one key per sample, (B,); `rows` is a multiple of B."""
     if keys is None or p == 0:
-        return x
-    kept, scale = _kept(keys, salt, x.shape[0] // keys.shape[0], p)
-    return x * kept.view(-1, *[1] * (x.ndim - 1)) * scale
+        return None
+    kept, scale = _kept(keys, salt, rows // keys.shape[0], p)
+    return kept.flatten() * scale

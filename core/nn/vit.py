@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from core.errors import UserError
 from core.nn.attention import Attention
+from core.nn.dropout import drop_path, path_factors
 from core.nn.embed import resize_positions, sincos_2d
 from core.nn.mlp import MLP, SwiGLU
 from core.rng import Draws
@@ -76,15 +77,6 @@ class LayerScale(nn.Module):
         return x * self.gamma
 
 
-def drop_path(x: Tensor, uniform: Tensor | None, probability: float) -> Tensor:
-    """Stochastic depth (Huang et al. 2016): zero the residual branch of samples whose (B,) draw is below `probability`
-    and scale the others up; without draws nothing is dropped."""
-    if uniform is None or probability == 0.0:
-        return x
-    keep = (uniform >= probability).to(x.dtype) / (1.0 - probability)
-    return x * keep.view(-1, *[1] * (x.ndim - 1))
-
-
 class Block(nn.Module):
     """x += ls1(attn(norm1(x))); x += ls2(mlp(norm2(x))).
 
@@ -110,8 +102,10 @@ class Block(nn.Module):
     def forward(self, x: Tensor, drops: Tensor | None = None) -> Tensor:
         """x (B, T, D); `drops` (B, 2) uniform draws for stochastic depth, or None."""
         first, second = (None, None) if drops is None else drops.unbind(1)
-        x = x + drop_path(self.ls1(self.attn(self.norm1(x))), first, self.drop)
-        return x + drop_path(self.ls2(self.mlp(self.norm2(x))), second, self.drop)
+        branch = self.ls1(self.attn(self.norm1(x)))
+        x = x + drop_path(branch, path_factors(first, self.drop, branch.dtype))
+        branch = self.ls2(self.mlp(self.norm2(x)))
+        return x + drop_path(branch, path_factors(second, self.drop, branch.dtype))
 
 
 class VisionTransformer(nn.Module):

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 import os
-import threading
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,7 +17,7 @@ from typing import Any
 from torch import Tensor
 
 from core.errors import UserError
-from core.files import explain_os_errors, fsync_file, fsync_folder
+from core.files import explain_os_errors, replacing
 from core.train.checkpoint import read_tensors
 
 KEY, RAW, CONSTANTS = "tessera", "raw/", "constants/"
@@ -41,17 +40,9 @@ def replace_with(path: str | os.PathLike, write: Callable[[Path], object], overw
     path = Path(path)
     if path.exists() and not overwrite:
         raise UserError(f"{path} exists already. Choose another name, or say --force to replace it.")
-    temporary = path.with_name(f".{path.stem}.tmp-{os.getpid()}-{threading.get_ident()}{path.suffix}")
-    with explain_os_errors(path):
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            write(temporary)
-            temporary.chmod(path.parent.stat().st_mode & 0o666)  # the safetensors library makes private files
-            fsync_file(temporary)
-            os.replace(temporary, path)
-        finally:
-            temporary.unlink(missing_ok=True)
-        fsync_folder(path.parent)
+    with replacing(path) as temporary:
+        write(temporary)
+        temporary.chmod(path.parent.stat().st_mode & 0o666)  # the safetensors library makes private files
 
 
 def own(state: dict[str, Tensor]) -> dict[str, Tensor]:

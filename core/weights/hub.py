@@ -29,16 +29,7 @@ from torch import Tensor
 
 from core import launch
 from core.errors import UserError, nearest
-from core.files import (
-    explain_os_errors,
-    fsync_file,
-    fsync_folder,
-    human_bytes,
-    read_json,
-    refuse_text,
-    require_space,
-    sha256_file,
-)
+from core.files import explain_os_errors, human_bytes, read_json, refuse_text, replacing, require_space, sha256_file
 from core.train.checkpoint import MANIFEST, CheckpointStore, find_damage, read_tensors
 from core.weights.pickles import load_pickle
 from core.weights.released import in_hub_cache, put
@@ -335,11 +326,8 @@ def _from_web(url: str, sha256: str | None, cache: Path, to: Path | None) -> Pat
 
 def _download(url: str, sha256: str | None, target: Path) -> None:
     """Stream `url` into `target`, which appears only when it is whole."""
-    part = target.with_name(f"{target.name}.{os.getpid()}.part")
     digest, received = hashlib.sha256(), 0
-    with explain_os_errors(target):
-        target.parent.mkdir(parents=True, exist_ok=True)
-    try:
+    with replacing(target) as part:
         try:
             # An URLError is an OSError too: only what happens to our file is explained as such.
             with urllib.request.urlopen(url, timeout=_PATIENCE) as response, open(part, "wb") as file:
@@ -361,12 +349,6 @@ def _download(url: str, sha256: str | None, target: Path) -> None:
                 f"{url}: not the expected file (sha256 {digest.hexdigest()[:16]}..., "
                 f"expected {sha256.lower()[:16]}...). It was changed at its source; nothing was kept."
             )
-        with explain_os_errors(target):
-            fsync_file(part)
-            os.replace(part, target)
-            fsync_folder(target.parent)
-    finally:
-        part.unlink(missing_ok=True)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -233,19 +233,13 @@ def _in_package(requirement: str, path: str) -> Path | None:
 
 def put(source: Path, place: Path) -> None:
     """`source` under another name: one copy on disk where the file system can do that. `place` appears whole."""
-    from core.files import explain_os_errors
+    from core.files import replacing
 
-    with explain_os_errors(place):
-        place.parent.mkdir(parents=True, exist_ok=True)
-        temporary = place.with_name(f".{place.name}.{os.getpid()}.tmp")
+    with replacing(place) as temporary:
         try:
-            try:
-                os.link(source.resolve(), temporary)
-            except OSError:  # other disks, or a file system without links
-                shutil.copyfile(source, temporary)
-            os.replace(temporary, place)
-        finally:
-            temporary.unlink(missing_ok=True)
+            os.link(source.resolve(), temporary)
+        except OSError:  # other disks, or a file system without links
+            shutil.copyfile(source, temporary)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

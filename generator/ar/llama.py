@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from core.nn.attention import Attention
-from core.nn.dropout import drop_path, dropout
+from core.nn.dropout import drop_path, dropout, keyed_path_factors
 from core.nn.kvcache import LayerCache
 from core.nn.mlp import SwiGLU
 from core.nn.norms import RMSNorm
@@ -59,9 +59,9 @@ class Block(nn.Module):
         """x (B, N, width); `rope`, `cache` and `keys` as in core.nn.attention."""
         branch = self.attention(self.attention_norm(x), rope, cache, keys=keys)
         branch = dropout(branch, self.residual_dropout, keys, salt=1)
-        x = x + drop_path(branch, self.path_dropout, keys, salt=2)
+        x = x + drop_path(branch, keyed_path_factors(keys, self.path_dropout, 2, len(branch)))
         branch = dropout(self.feed_forward(self.ffn_norm(x)), self.ffn_dropout, keys, salt=3)
-        return x + drop_path(branch, self.path_dropout, keys, salt=4)
+        return x + drop_path(branch, keyed_path_factors(keys, self.path_dropout, 4, len(branch)))
 
 
 def make_blocks(

@@ -25,12 +25,12 @@ from core.errors import UserError, nearest
 from core.nn.attention import Attention
 from core.nn.blockcausal import prepare
 from core.nn.cuda_graph import Replayed, cuda_graphs_work
+from core.nn.dropout import drop_path, path_factors
 from core.nn.embed import LabelEmbedding
 from core.nn.kvcache import KVCache, LayerCache
 from core.nn.mlp import MLP
 from core.nn.norms import modulate
 from core.nn.precision import no_autocast
-from core.nn.vit import drop_path
 from core.rng import Draws
 from core.specs import Guidance, LatentSpec, Loss, MultiScale, Progress, ScaleOps
 from generator.ar.decode import uncompiled
@@ -120,9 +120,10 @@ class Block(nn.Module):
         """x (B, N, D). `drops` (B, 2) uniform, or None."""
         gamma1, gamma2, scale1, scale2, shift1, shift2 = self.modulation(condition).unbind(2)  # (B, 1, D) each
         first, second = (None, None) if drops is None else drops.unbind(1)
-        h = self.attn(modulate(self.norm(x), shift1, scale1), blocks=blocks)
-        x = x + drop_path(gamma1 * h, first, self.drop)
-        return x + drop_path(gamma2 * self.ffn(modulate(self.norm(x), shift2, scale2)), second, self.drop)
+        branch = gamma1 * self.attn(modulate(self.norm(x), shift1, scale1), blocks=blocks)
+        x = x + drop_path(branch, path_factors(first, self.drop, branch.dtype))
+        branch = gamma2 * self.ffn(modulate(self.norm(x), shift2, scale2))
+        return x + drop_path(branch, path_factors(second, self.drop, branch.dtype))
 
 
 class VAR(Sampled):

@@ -89,7 +89,6 @@ def save_stats(path: str | Path, stats: LatentStats, fingerprint: str) -> None:
         name: getattr(stats, name).contiguous() for name in ("channel_mean", "channel_std", "single_mean", "single_std")
     }
     metadata = {"format": "tessera latent statistics", "fingerprint": fingerprint, "images": str(stats.images)}
-    Path(path).parent.mkdir(parents=True, exist_ok=True)
     write_atomic(path, save(tensors, metadata))
 
 

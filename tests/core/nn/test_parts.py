@@ -11,7 +11,7 @@ import torch.nn.functional as F
 
 from core.errors import UserError
 from core.nn.attention import Attention, CrossAttention
-from core.nn.dropout import drop_path, dropout
+from core.nn.dropout import drop_path, dropout, keyed_path_factors
 from core.nn.kvcache import KVCache
 from core.nn.rope import apply_rope, axial_rope, line_rope, with_class_row
 from core.rng import Draws
@@ -130,7 +130,7 @@ def test_dropout_rate_and_scale():
     out = dropout(x, 0.1, keys(*range(8)), salt=0)
     assert abs((out == 0).double().mean().item() - 0.1) < 2e-3
     assert abs(out.mean().item() - 1) < 2e-3
-    paths = drop_path(torch.ones(4000, 3), 0.25, keys(*range(4000)), salt=0)
+    paths = drop_path(torch.ones(4000, 3), keyed_path_factors(keys(*range(4000)), 0.25, 0, 4000))
     assert abs((paths[:, 0] == 0).double().mean().item() - 0.25) < 0.03 and (paths == paths[:, :1]).all()
 
 
