@@ -19,15 +19,12 @@ from core.rng import Draws, hash64, permutation
 from core.specs import Codes, DataSource, MultiScale
 from core.weights.released import helper
 from data.base import require_labels, require_order
-from data.loader import ordered_batches
-from data.transforms import Transform
 from evaluation import protocols, references, runner
 from evaluation.distances import Moments
 from evaluation.images import PSNR, SSIM, CodebookUsage, LPIPSMetric, Perturbation, PictureMetric, count_codes
 from evaluation.networks import WEIGHTS_FILE, EfficientNetLite0, FeatureNet, Inception
 from evaluation.pictures import Pictures, SourcePictures
 from evaluation.protocols import Protocol
-from evaluation.reference import Reference
 from evaluation.references import Facts, Statistics
 from evaluation.runner import Rebuilt
 from evaluation.scores import Score
@@ -102,19 +99,6 @@ def check_reference(
         )
     for tap in fitting:
         reference.moment(tap, net.dims[tap])  # refuses other widths
-
-
-def real_features(config: RunConfig, source: DataSource, image_size: int, net: FeatureNet) -> Reference:
-    """Features of all pictures of `source`, computed once and kept in the cache folder."""
-    transform = Transform(image_size=image_size)
-    fingerprint = f"{hash64(source.fingerprint(), repr(transform.describe())):016x}"
-
-    def batches() -> Iterator[tuple[Tensor, Tensor]]:
-        for batch in ordered_batches(source, transform, 64, workers=config.data.workers):
-            yield batch.images, batch.labels
-
-    path = Path(config.data.cache_dir) / f"real_{net.name}_{fingerprint}.safetensors"
-    return Reference.cached(path, net, batches, fingerprint)
 
 
 def pieces(indices: range) -> list[range]:
@@ -406,11 +390,6 @@ def reconstruction_grid(tokenizer: nn.Module, pictures: Pictures, device: torch.
 Sampler = Callable[[Tensor, Draws], Tensor]  # (labels (B,), draws) -> (B, 3, H, W) in [-1, 1]
 
 
-def labels_for(count: int, num_classes: int) -> Tensor:
-    """Balanced: 0, 1, ... and round again, (count,) int64."""
-    return protocols.make_labels("balanced", count, num_classes)
-
-
 def producer(
     sample: Sampler,
     labels: Tensor,
@@ -432,24 +411,6 @@ def producer(
         return torch.cat(parts)
 
     return produce
-
-
-def samples(
-    sample: Sampler,
-    labels: Tensor,
-    seed: int,
-    batch: int,
-    device: torch.device,
-    progress: Callable[[int], None] | None = None,
-    rounding: str = "nearest",
-) -> Iterator[tuple[Tensor, Tensor]]:
-    """(uint8 images, labels) batches of all pictures in order, see `producer`."""
-    produce = producer(sample, labels, seed, batch, device, rounding)
-    for start in range(0, len(labels), batch):
-        stop = min(start + batch, len(labels))
-        yield produce(range(start, stop)), labels[start:stop].to(device)
-        if progress:
-            progress(stop)
 
 
 def choose_reference(

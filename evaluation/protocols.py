@@ -294,3 +294,67 @@ def few_pictures(count: int, dim: int) -> str:
     if count < min(50 * dim, 50_000):
         return f"A Frechet distance of {count} pictures is biased upwards: compare it with equal numbers only."
     return ""
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What the numbers mean
+# ---------------------------------------------------------------------------------------------------------------------
+@dataclass(frozen=True)
+class Meaning:
+    """What a number says: `better` is "lower", "higher" or "" when neither is."""
+
+    title: str
+    unit: str
+    better: str
+    sentence: str
+
+
+# The longest prefix of a metric's name counts. What follows it (network and tap) is put after the title.
+MEANINGS = {
+    "fid_": Meaning("FID", "", "lower", "Frechet Inception distance of samples to real pictures."),
+    "rfid_": Meaning("rFID", "", "lower", "Frechet Inception distance of reconstructions to their originals."),
+    "sfid_": Meaning("sFID", "", "lower", "The same on spatial features: composition rather than content."),
+    "pfid_": Meaning("pFID", "", "lower", "rFID of reconstructions from disturbed codes."),
+    "pfd_": Meaning("Perturbed Frechet", "", "lower", "Distance of reconstructions from disturbed codes. Not FID."),
+    "rsfid_": Meaning("rsFID", "", "lower", "sFID of reconstructions to their originals."),
+    "fd_": Meaning("Frechet", "", "lower", "Feature distance of samples to real pictures. Not FID."),
+    "rfd_": Meaning("Reconstruction Frechet", "", "lower", "Distance of reconstructions to originals. Not FID."),
+    "is_": Meaning(
+        "Inception Score", "", "higher", "How sure a classifier is of each picture, and how varied all are."
+    ),
+    "ris_": Meaning("Inception Score", "", "higher", "The same of reconstructions."),
+    "kid_": Meaning("KID", "", "lower", "Kernel distance of samples to real pictures."),
+    "precision_": Meaning("Precision", "", "higher", "Share of samples that lie among real pictures."),
+    "recall_": Meaning("Recall", "", "higher", "Share of real pictures that lie among samples."),
+    "ssim": Meaning("SSIM", "", "higher", "Structural likeness of reconstructions, at most 1 (uniform 7 x 7 window)."),
+    "ssim_llamagen": Meaning("SSIM (LlamaGen)", "", "higher", "With data range 2 on [0, 1] pictures: reads too high."),
+    "lpips_vgg": Meaning("LPIPS", "", "lower", "Perceptual distance of reconstructions (VGG16, version 0.1)."),
+    "codebook_usage": Meaning("Codebook usage", "share", "higher", "Codes that occur at all."),
+    "codebook_entropy_bits": Meaning("Code entropy", "bits", "higher", "Of the codes' frequencies."),
+    "codebook_perplexity": Meaning("Code perplexity", "codes", "higher", "Codes in effective use."),
+    "psnr": Meaning("PSNR", "dB", "higher", "Pixel error of reconstructions, averaged per picture."),
+    "ssim_gauss": Meaning("SSIM", "", "higher", "Structural likeness of reconstructions, at most 1 (Gaussian window)."),
+    "reconstruction_fd_": Meaning(
+        "Reconstruction Frechet", "", "lower", "Feature distance between reconstructions and their originals. Not FID."
+    ),
+    "class_accuracy": Meaning("Class accuracy", "share", "higher", "Samples recognised as the class asked for."),
+    "neighbour_similarity": Meaning(
+        "Neighbour similarity", "cosine", "", "To the nearest training picture, mean. Far above real means copying."
+    ),
+    "num_": Meaning("Number of", "pictures", "", "How many pictures the numbers are made of."),
+}
+
+
+def meaning_of(name: str) -> Meaning:
+    """Title, unit, direction and one line of meaning for a metric's name.
+
+    "real_" before a name says: the same measurement on real held-out pictures, what perfect samples would score.
+    """
+    if name.startswith("real_"):
+        of = meaning_of(name.removeprefix("real_"))
+        return Meaning(f"{of.title}, real", of.unit, "", "The same measurement on real held-out pictures.")
+    known = max((prefix for prefix in MEANINGS if name.startswith(prefix)), key=len, default=None)
+    if known is None:
+        return Meaning(name.replace("_", " "), "", "", "")
+    meaning = MEANINGS[known]
+    return replace(meaning, title=f"{meaning.title} {name.removeprefix(known)}".strip())

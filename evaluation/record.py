@@ -7,6 +7,8 @@ long each part took.
 
 from __future__ import annotations
 
+import json
+import math
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -14,8 +16,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from core.files import explain_os_errors
-from evaluation.metrics_json import describe, write_metrics
+from core.files import explain_os_errors, write_atomic
+from evaluation.environment import environment
+from evaluation.protocols import meaning_of
 from evaluation.report import Report
 from evaluation.runner import Result
 from evaluation.scores import Score
@@ -87,7 +90,7 @@ def page(
     """report.html in `folder`: numbers, pictures, tables, and what the numbers depend on. Opens without a network."""
     report = Report(title, f"{context.get('count', 0):,} pictures, protocol {context.get('protocol', '')}")
     for s in result.scores:
-        meaning = describe(s.name)
+        meaning = meaning_of(s.name)
         beside = f"{s.interval[0]:.3f} to {s.interval[1]:.3f}" if s.interval else ""
         against = f" Against {s.reference}." if s.reference else ""
         report.add_tile(s.name, f"{s.value:.4g}", f"{meaning.sentence}{against}".strip(), beside)
@@ -107,3 +110,29 @@ def page(
     path = Path(folder) / "report.html"
     report.write(path)
     return path
+
+
+def _finite(value: Any) -> Any:
+    """JSON has no NaN or infinity: they become null, and a run that wrote one still has a readable file."""
+    if isinstance(value, dict):
+        return {str(key): _finite(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def write_metrics(path: str | Path, metrics: dict[str, Any], context: dict[str, Any]) -> None:
+    """Write `metrics` (plain numbers, text, lists, dicts) atomically.
+
+    Args:
+        context: what the numbers depend on: "count" of pictures, "net" name, "reference_fingerprint", "seed" and
+            whatever else matters. The four named ones are always in the file, null when not given. Versions and
+            processors are added here.
+    """
+    context = {"count": None, "net": None, "reference_fingerprint": None, "seed": None} | context
+    entries: dict[str, Any] = {}
+    for name, value in metrics.items():
+        plain_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+        entries[name] = {"value": value} | asdict(meaning_of(name)) if plain_number else {"value": value}
+    record = _finite({"metrics": entries, "context": context, "environment": environment()})
+    write_atomic(path, json.dumps(record, indent=2, allow_nan=False) + "\n")

@@ -25,7 +25,6 @@ from torch import Tensor
 
 from core.files import write_atomic
 from evaluation.curves import NUM_COLOURS, Series, format_number, line_chart
-from evaluation.metrics_json import describe
 
 _SMALL = 320  # pictures with a shorter long side are enlarged by a whole factor, pixels kept sharp
 _MARKS = {True: ' <span class="ok">✓</span>', False: ' <span class="wrong">✗</span>', None: ""}
@@ -59,12 +58,6 @@ def _show(value: Any) -> str:
     return str(value)
 
 
-def _with_unit(value: float, unit: str) -> str:
-    if unit == "share":
-        return f"{value:.1%}"
-    return f"{value:.2f}" if unit == "cosine" else f"{format_number(value)} {unit if unit == 'dB' else ''}".strip()
-
-
 class Report:
     """Collects sections and writes them."""
 
@@ -86,15 +79,6 @@ class Report:
             f'<div class="tile"><div class="name">{escape(name)}</div><div class="value">{escape(_show(value))}{small}'
             f'</div><div class="meaning">{escape(meaning)}</div></div>'
         )
-        return self
-
-    def add_metrics(self, metrics: dict[str, Any]) -> Report:
-        """Tiles for what evaluate_samples returned, each beside its "real_" counterpart."""
-        for name, value in metrics.items():
-            if isinstance(value, float) and not name.startswith("real_"):
-                meaning, real = describe(name), metrics.get(f"real_{name}")
-                beside = "" if real is None else f"real: {_with_unit(real, meaning.unit)}"
-                self.add_tile(meaning.title, _with_unit(value, meaning.unit), meaning.sentence, beside)
         return self
 
     def add_text(self, title: str, text: str) -> Report:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import save as to_bytes
 from torch import Tensor
 
 from core import config as config_module
@@ -19,7 +20,7 @@ from core.arrays import NpzFile
 from core.config import EvalConfig, RunConfig
 from core.dist import World
 from core.errors import UserError
-from core.files import read_json
+from core.files import read_json, write_atomic
 from core.rng import hash64
 from core.specs import DataSource
 from core.train.log import ProgressLine
@@ -29,7 +30,6 @@ from evaluation.intervals import check_extras
 from evaluation.networks import FeatureNet
 from evaluation.pictures import NpzPictures, NpzWriter, PngWriter, open_any
 from evaluation.protocols import Protocol
-from evaluation.reference import Reference
 from evaluation.references import Statistics
 from evaluation.work import Work
 from run import assemble, finished
@@ -385,7 +385,9 @@ def _measure_samples(
             return 0
         if options.keep:
             held = labels if labels is not None else torch.full((count,), -1)
-            Reference(result.features, held, net.name, "samples").save(folder / "features.safetensors")
+            kept = {f"taps/{tap}": values for tap, values in result.features.items()} | {"labels": held}
+            facts = {"net": net.name, "fingerprint": "samples"}
+            write_atomic(folder / "features.safetensors", to_bytes(kept, metadata=facts))
         context |= {
             "protocol": protocol.name,
             "protocol_settings": asdict(protocol),

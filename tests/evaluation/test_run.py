@@ -216,8 +216,7 @@ def test_draws_of_a_picture_do_not_depend_on_its_neighbours():
     produce = measure.producer(sample, torch.arange(20), 5, 4, CPU)
     assert torch.equal(produce(range(0, 20))[7], produce(range(7, 8))[0])
     assert not torch.equal(produce(range(7, 8)), measure.producer(sample, torch.arange(20), 6, 4, CPU)(range(7, 8)))
-    (batch,) = measure.samples(sample, torch.arange(20), 5, 64, CPU)
-    assert torch.equal(batch[0], produce(range(0, 20)))
+    assert torch.equal(measure.producer(sample, torch.arange(20), 5, 64, CPU)(range(0, 20)), produce(range(0, 20)))
 
 
 def test_pixels_that_are_not_finite_are_no_picture():

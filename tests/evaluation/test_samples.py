@@ -1,4 +1,4 @@
-"""Feature networks, the reference cache and the evaluation of samples as a whole."""
+"""The offline feature network, and what the quickstart says of its samples."""
 
 from __future__ import annotations
 
@@ -6,10 +6,9 @@ import pytest
 import torch
 
 from core.errors import UserError
-from evaluation import classifier
-from evaluation.generation import evaluate_samples
+from evaluation import measure, runner, toy
 from evaluation.networks import EfficientNetLite0, FeatureNet
-from evaluation.reference import Reference, extract
+from evaluation.work import Work
 
 
 class ColourNet(FeatureNet):
@@ -34,11 +33,6 @@ def pictures(count: int, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
     images = torch.randint(0, 128, (count, 3, 12, 12), generator=generator)
     images[torch.arange(count), labels] += 100
     return images.to(torch.uint8), labels
-
-
-def batches(count: int, seed: int, size: int = 16):
-    images, labels = pictures(count, seed)
-    return zip(images.split(size), labels.split(size))
 
 
 @pytest.fixture(scope="module")
@@ -87,43 +81,40 @@ def test_float_pictures_are_refused():
         ColourNet()(torch.rand(1, 3, 8, 8))
 
 
-def test_reference_is_computed_once(tmp_path):
-    path, net, calls = tmp_path / "cache" / "train.safetensors", ColourNet(), []
-
-    def make():
-        calls.append(1)
-        return batches(20, 0)
-
-    first = Reference.cached(path, net, make, "pictures-1")
-    second = Reference.cached(path, net, make, "pictures-1")
-    assert len(calls) == 1 and len(second) == 20
-    assert torch.equal(first.labels, second.labels)
-    assert all(torch.equal(first.taps[name], second.taps[name]) for name in net.dims)
-    Reference.cached(path, net, make, "pictures-2")  # another list of pictures
-    other = ColourNet()
-    other.name = "other"
-    Reference.cached(path, other, make, "pictures-2")  # another network
-    assert len(calls) == 3
-    with pytest.raises(UserError, match="empty"):
-        extract(net, [])
+def labelled(net: FeatureNet, images: torch.Tensor, labels: torch.Tensor) -> toy.Labelled:
+    """Features as the quickstart takes them, on the commands' path."""
+    work = Work(len(images), measure.alone(torch.device("cpu")), chunk=16)
+    result = runner.evaluate_generation(
+        lambda indices: images[indices.start : indices.stop],
+        work,
+        net,
+        toy.FRECHET,
+        batch=16,
+        reference=None,
+        real={tap: torch.randn(20, width) for tap, width in net.dims.items()},
+    )
+    return toy.Labelled(result.features, labels)
 
 
-def test_evaluate_samples():
+def test_samples_beside_real_pictures():
     net = ColourNet()
-    train, val = (Reference(f.taps, f.labels, f.net, "x") for f in (extract(net, batches(90, s)) for s in (0, 1)))
-    model = classifier.fit(train.taps["penultimate"], train.labels, 3)
-    good = evaluate_samples(batches(60, 2), net, train, val, model, ["red", "green", "blue"])
+    train, val = (labelled(net, *pictures(90, seed)) for seed in (0, 1))
+    model = toy.fit(train.features[toy.CLASS_TAP], train.labels, 3)
+
+    def compare(images: torch.Tensor, labels: torch.Tensor) -> dict:
+        return toy.compare(labelled(net, images, labels), train, val, net, model, ["red", "green", "blue"])
+
+    images, labels = pictures(60, 2)
+    good = compare(images, labels)
     assert good["class_accuracy"] == 1.0 and good["real_class_accuracy"] == 1.0
     assert good["accuracy_by_class"] == {"red": 1.0, "green": 1.0, "blue": 1.0}
-    assert good["num_samples"] == 60 and good["num_train"] == 90
-    assert "60 pictures in 3 dimensions" in good["warning"] and "measured with 90" in good["warning"]
-    dark = [(images // 2, labels.flip(0)) for images, labels in batches(60, 2)]
-    bad = evaluate_samples(dark, net, train, val, model)
-    assert bad["fd_colours_block4"] > 10 * good["fd_colours_block4"]
-    assert bad["class_accuracy"] < 0.8
-    copies = evaluate_samples(batches(90, 0), net, train, val)
+    assert good["num_samples"] == 60 and good["num_train"] == 90 and good["num_val"] == 90
+    assert torch.tensor(good["confusion"]).diagonal().tolist() == [20, 20, 20]
+    assert "60 pictures in 3 dimensions is biased upwards" in good["warning"] and "measured with 90" in good["warning"]
+    dark = compare(images // 2, labels.flip(0))
+    assert dark["fd_colours_block4"] > 10 * good["fd_colours_block4"]
+    assert dark["class_accuracy"] < 0.8
+    copies = compare(*pictures(90, 0))
     assert copies["neighbour_similarity"] == pytest.approx(1.0, abs=1e-5)
     assert copies["real_neighbour_similarity"] < copies["neighbour_similarity"]
-    assert abs(copies["fd_colours_block4"]) < 1e-9 and "class_accuracy" not in copies
-    with pytest.raises(UserError, match="from network"):
-        evaluate_samples(batches(6, 0), net, Reference(train.taps, train.labels, "other", "x"))
+    assert abs(copies["fd_colours_block4"]) < 1e-9 < copies["real_fd_colours_block4"]

@@ -4,9 +4,11 @@ import dataclasses
 import json
 
 import pytest
+import torch
 
-from run import assemble
-from scripts import quickstart
+from run import assemble, quickstart
+from scripts.quickstart import main
+from tests.conftest import TOY_TOKENIZER
 
 SYSTEMS = sorted(path.parent.name for path in quickstart.FOLDER.glob("*/quickstart.yaml"))
 
@@ -31,14 +33,36 @@ def test_unknown_system_names_the_known_ones():
     from core.errors import UserError
 
     with pytest.raises(UserError, match='Did you mean "rectok"'):
-        quickstart.main(["rektok"])
+        main(["rektok"])
+
+
+def test_features_of_real_pictures_are_computed_once(tmp_path):
+    from data.sources import open_source
+    from evaluation.networks import EfficientNetLite0
+    from evaluation.pictures import SourcePictures
+
+    config = assemble.load_config(TOY_TOKENIZER, [f"data.cache_dir={tmp_path}"])
+    net, seen = EfficientNetLite0(64), []
+    taps = net.taps
+    net.taps = lambda pixels: seen.append(len(pixels)) or taps(pixels)
+
+    def features(count: int):
+        source = open_source(f"synthetic://?size=16&classes=4&count={count}")
+        return quickstart.real_features(SourcePictures(source, 16), net, config)
+
+    first, again = features(10), features(10)
+    assert sum(seen) == 10 and first.labels.tolist() == again.labels.tolist() and len(set(first.labels.tolist())) > 1
+    assert all(torch.equal(first.features[tap], again.features[tap]) for tap in net.dims)
+    assert len(features(9)) == 9 and sum(seen) == 19  # another list of pictures
+    net.name = "other"
+    assert len(features(9)) == 9 and sum(seen) == 28
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("system", SYSTEMS)
 def test_smoke(system, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    assert quickstart.main([system, "--smoke"]) == 0
+    assert main([system, "--smoke"]) == 0
     folder = tmp_path / "work_dirs" / f"quickstart_{system}_smoke"
     page = (folder / "report.html").read_text(encoding="utf-8")
     assert (
