@@ -23,7 +23,8 @@ from core.images import to_model_range
 from core.rng import Draws
 from core.specs import Batch, Phase, Progress
 from core.train import parallel
-from run import assemble, blank
+from run.data import open_train
+from run.load import IMAGENET_CLASSES, generator_of, make_task, read_weights, tokenizer_layout, tokenizer_of
 
 GPUS, GPU_GB = 8, 80.0  # what the recipes are written for, where no GPU is found
 TFLOPS = {"bf16": 400.0, "fp32": 200.0}  # assumed per GPU: 40 % of an H100's peak (fp32: convolutions in TF32)
@@ -71,7 +72,7 @@ class Plan:
         self.per_gpu = config.train.global_batch // gpus
         self.micro = self.per_gpu // parallel.accumulation(self.per_gpu, config.train.micro_batch)
         meta = torch.device("meta")
-        self.task = blank.make_task(config, None, meta, _num_classes(config))
+        self.task = make_task(config, None, meta, _num_classes(config))
         self.tokenizer = self.task.tokenizer
         trained, frozen = self.task.networks(), [n for n in self.task.frozen().values()]
         if config.train.activation_checkpointing:
@@ -143,19 +144,19 @@ def _count(tensors: Any) -> int:
 
 def _num_classes(config: RunConfig) -> int:
     with contextlib.suppress(UserError):  # without the data: ImageNet's
-        return assemble.open_train(config).num_classes
-    return blank.IMAGENET_CLASSES
+        return open_train(config).num_classes
+    return IMAGENET_CLASSES
 
 
 def check_networks(config: RunConfig) -> None:
     """UserError where weights are of another network, or generator and tokenizer do not fit. Nothing is computed."""
     if config.tokenizer.get("weights"):
-        assemble.read_weights("tokenizer", config.tokenizer["weights"], config.tokenizer)
+        read_weights("tokenizer", config.tokenizer["weights"], config.tokenizer)
     if config.train.init_from:
-        assemble.read_weights(config.task, config.train.init_from, getattr(config, config.task))
+        read_weights(config.task, config.train.init_from, getattr(config, config.task))
     if config.task == "generator":
         with torch.device("meta"):
-            blank.generator_of(config, blank.tokenizer_of(config).to("meta"), _num_classes(config))
+            generator_of(config, tokenizer_of(config).to("meta"), _num_classes(config))
 
 
 def costs(config: RunConfig) -> tuple[nn.Module, list[Cost]]:
@@ -181,7 +182,7 @@ def describe(
     plan, train = Plan(config, gpus), config.train
     memory, parts = plan.memory, plan.per_gpu // plan.micro
     lines = [f"latents        {plan.tokenizer.spec}"]
-    if config.task == "generator" and (note := blank.layout(config.tokenizer)[1]):
+    if config.task == "generator" and (note := tokenizer_layout(config.tokenizer)[1]):
         lines.append(f"               {note}")
     for cost in plan.costs:
         lines += [
@@ -221,7 +222,7 @@ def _verdict(plan: Plan, gpu_gb: float) -> str:
 def _length(config: RunConfig, each: float, gpus: int, tflops: float) -> str:
     train, assumed = config.train, ""
     try:
-        per_epoch = len(assemble.open_train(config))
+        per_epoch = len(open_train(config))
     except UserError:
         per_epoch = IMAGENET
         assumed = f", if the data are ImageNet's {IMAGENET:,} pictures (not here: {config.data.url})"

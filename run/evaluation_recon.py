@@ -26,8 +26,8 @@ from evaluation.protocols import Protocol
 from evaluation.references import Statistics
 from evaluation.runner import Rebuilt
 from evaluation.work import Work
-from run import assemble
 from run import evaluation_run as run
+from run.load import load_config, load_tokenizer, read_weights
 
 BEST_AND_WORST = 6
 CLASSES_SHOWN = 30
@@ -75,7 +75,7 @@ def originals(options: argparse.Namespace, settings: EvalConfig, size: int | Non
 def tokenizer_section(target: str) -> dict[str, Any]:
     """Where a tokenizer comes from: a run, a file, or the run of a config."""
     if target.endswith((".yaml", ".yml")):
-        config = assemble.load_config(target, [])
+        config = load_config(target, [])
         target = config.tokenizer.get("weights") if config.task == "generator" else str(config.run_dir)
     released.resolve(target)
     return {"weights": target}
@@ -86,13 +86,13 @@ def with_protocol(target: str, overrides: list[str], known: dict[str, Any] | Non
     if any(o.startswith("eval.protocol=") for o in overrides):
         return overrides
     if target.endswith((".yaml", ".yml")):
-        name = assemble.load_config(target, []).eval.protocol
+        name = load_config(target, []).eval.protocol
     else:
         path = released.resolve(target)
         name = (
             Checkpoint(path).state["config"]["eval"]["protocol"]
             if path.is_dir()
-            else protocols.of_tokenizer(assemble.read_weights("tokenizer", target, known).settings["name"])
+            else protocols.of_tokenizer(read_weights("tokenizer", target, known).settings["name"])
         )
     return [f"eval.protocol={name}", *overrides]
 
@@ -125,7 +125,7 @@ def by_tokenizer(options: argparse.Namespace, overrides: list[str], world: World
     check(options, overrides)  # before a network is loaded
     settings = run.eval_settings(with_protocol(options.weights, overrides, options.tokenizer))
     protocol = protocols.get(settings.protocol, "reconstruction")
-    tokenizer, fingerprint = assemble.load_tokenizer(
+    tokenizer, fingerprint = load_tokenizer(
         {**options.tokenizer, **tokenizer_section(options.weights), "use_ema": not options.raw}
     )
     tokenizer.to(world.device)

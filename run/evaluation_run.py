@@ -32,7 +32,8 @@ from evaluation.pictures import NpzPictures, NpzWriter, PngWriter, open_any
 from evaluation.protocols import Protocol
 from evaluation.references import Statistics
 from evaluation.work import Work
-from run import assemble, finished
+from run.data import open_pictures
+from run.sample import open_generator, read_config
 
 SAMPLES = 50_000  # what published numbers are measured on
 SHOWN = 40
@@ -85,7 +86,7 @@ def check(options: argparse.Namespace, overrides: list[str], existing: bool) -> 
         pictures = open_any(options.target)
         enough(min(settings.num_images or len(pictures), len(pictures)), options.target, options)
     else:
-        settings = finished.read_config(options.target, overrides)[0].eval
+        settings = read_config(options.target, overrides)[0].eval
         enough(settings.num_images or SAMPLES, "eval.num_images", options)
     chosen_protocol(settings, "generation")
     if settings.reference and measure.find_reference(settings.reference) is None:
@@ -251,7 +252,7 @@ def _training_pictures(config: RunConfig, stand_in: bool) -> DataSource:
     """What samples are compared with where there is no reference file."""
     problem = f"the run trained on stored tokens ({config.data.url})"
     try:
-        train = assemble.open_pictures(config)
+        train = open_pictures(config)
     except UserError as error:
         train, problem = None, str(error).rstrip(".")
     if train is None:
@@ -270,7 +271,7 @@ def _training_pictures(config: RunConfig, stand_in: bool) -> DataSource:
 def generated_samples(options: argparse.Namespace, overrides: list[str], world: World) -> int:
     """Sample and measure."""
     say = print if world.is_main else (lambda *_: None)
-    made = finished.open_generator(options.target, overrides, world, say)
+    made = open_generator(options.target, overrides, world, say)
     config, settings = made.config, made.config.eval
     protocol = chosen_protocol(settings, "generation")
     count = settings.num_images or SAMPLES

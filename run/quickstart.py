@@ -39,16 +39,9 @@ from evaluation.report import Report
 from evaluation.work import Work
 from generator.task import GeneratorTask
 from run import streaming
-from run.assemble import (
-    load_config,
-    load_generator,
-    load_tokenizer,
-    make_guidance,
-    open_train,
-    open_val,
-    sample_options,
-    train,
-)
+from run.data import open_train, open_val
+from run.load import load_config, load_generator, load_tokenizer, make_guidance, sample_options
+from run.train import train
 
 FOLDER = Path(__file__).resolve().parents[1] / "configs" / "quickstart"
 SHOWN_PER_CLASS = 8

@@ -201,11 +201,11 @@ def count(config, guide_config, what: str, batch: int, stored: bool = False) -> 
 
     from core.nn.kvcache import KVCache
     from core.specs import Progress
-    from run import blank
+    from run.load import make_task, networks_of
 
     device = torch.device("meta")
     try:
-        task = blank.make_task(config, guide_config, device)
+        task = make_task(config, guide_config, device)
         data = make_batch(task, batch, device, stored)
         call = None if what == "train" else make_call(task, what, batch, device, stored)
         half = 2 if config.train.precision == "bf16" else 4
@@ -220,7 +220,7 @@ def count(config, guide_config, what: str, batch: int, stored: bool = False) -> 
 
         KVCache.update = watched
         try:
-            with make_counter(blank.networks_of(task)) as counter:
+            with make_counter(networks_of(task)) as counter:
                 if what == "train":
                     for phase in task.phases(
                         task.networks(), data, draws_for(batch, device), Progress(IMAGENET, 2 * IMAGENET, IMAGENET, 1)
@@ -297,16 +297,16 @@ def measure(
     from core.estimate import number
     from core.files import human_bytes
     from core.train.parallel import compile_blocks
-    from run import blank
+    from run.load import make_task, networks_of
 
     config = copy.deepcopy(config)
     half = config.train.precision == "bf16"
     stored = stores(config, what)
     shares: list[float] = []  # of the first preview, of every call
-    task = blank.make_task(copy.deepcopy(config), guide_config, device)
+    task = make_task(copy.deepcopy(config), guide_config, device)
     if compiled and what != "train":
         torch._dynamo.reset()
-        for network in blank.networks_of(task):
+        for network in networks_of(task):
             compile_blocks(network)
     if what == "train":
         config.train.compile = compiled
@@ -393,13 +393,13 @@ def whole_numbers(text: str, option: str) -> list[int]:
 
 def read_config(path: str, overrides: list[str], tokenizer_config: str | None):
     """The config, with the tokenizer of another where one is named: tokenizer.* then changes that one."""
-    from run import assemble, blank
+    from run.load import load_config, tokenizer_layout
 
     if not tokenizer_config:
-        return assemble.load_config(path, overrides)
+        return load_config(path, overrides)
     for_tokenizer = [o for o in overrides if o.startswith("tokenizer.")]
-    config = assemble.load_config(path, [o for o in overrides if o not in for_tokenizer])
-    config.tokenizer = blank.layout(assemble.load_config(tokenizer_config, for_tokenizer).tokenizer)[0]
+    config = load_config(path, [o for o in overrides if o not in for_tokenizer])
+    config.tokenizer = tokenizer_layout(load_config(tokenizer_config, for_tokenizer).tokenizer)[0]
     return config
 
 
@@ -408,18 +408,19 @@ def check_words(config, wanted: list[str], steps: list[int]) -> None:
     import torch
 
     from core.errors import UserError
-    from run import assemble, blank, streaming
+    from run import streaming
+    from run.load import GENERATORS, TOKENIZERS, make_task, tokenizer_layout
 
-    tokenizer = blank.layout(config.tokenizer)[0]["name"]
-    if steps and "steps" not in assemble.TOKENIZERS.signature(tokenizer):
+    tokenizer = tokenizer_layout(config.tokenizer)[0]["name"]
+    if steps and "steps" not in TOKENIZERS.signature(tokenizer):
         raise UserError(f"--decode-steps: {tokenizer} decodes in one pass; leave the option out")
     if config.task == "tokenizer":
         return
     name = config.generator["name"]
-    if "uncached" in wanted and "cached" not in inspect.signature(assemble.GENERATORS.get(name).sample).parameters:
+    if "uncached" in wanted and "cached" not in inspect.signature(GENERATORS.get(name).sample).parameters:
         raise UserError(f"--what uncached: {name} samples in one way only; leave the word out")
     if "stream" in wanted:
-        task = blank.make_task(config, None, torch.device("meta"))
+        task = make_task(config, None, torch.device("meta"))
         streaming.check(task.generator, task.tokenizer)
 
 
@@ -427,7 +428,7 @@ def variants(config, wanted: list[str], steps: list[int]):
     """(word, its name in the table, config) of everything to measure."""
     import copy
 
-    from run import blank
+    from run.load import tokenizer_layout
 
     for word in wanted:
         if word != "decode" or not steps:
@@ -435,7 +436,7 @@ def variants(config, wanted: list[str], steps: list[int]):
             continue
         for count_ in steps:
             changed = copy.deepcopy(config)
-            changed.tokenizer = {**blank.layout(config.tokenizer)[0], "steps": count_}
+            changed.tokenizer = {**tokenizer_layout(config.tokenizer)[0], "steps": count_}
             yield word, f"decode ({count_} steps)", changed
 
 
@@ -476,11 +477,11 @@ def main(arguments: list[str]) -> int:
     import torch
 
     from core import dist
-    from run import assemble
+    from run.load import load_config
 
     overrides = [*options.overrides, *([f"train.precision={options.precision}"] if options.precision else [])]
     config = read_config(options.config, overrides, options.tokenizer_config)
-    guide = assemble.load_config(options.guide_config, []) if options.guide_config else None
+    guide = load_config(options.guide_config, []) if options.guide_config else None
     if guide is not None:
         config.sample.guidance = "auto"
         if not isinstance(config.sample.scale, list) and config.sample.scale <= 1:

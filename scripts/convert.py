@@ -26,10 +26,10 @@ from scripts import command_line
 def found_in(loaded: dict) -> list:
     """(kind, name, adapter) of every component that a file holds; a training file of VAR holds two."""
     from core.weights.adapter import recognise
-    from run import assemble
+    from run.load import ADAPTERS
 
-    named = [(kind, recognise(adapters, loaded)) for kind, adapters in assemble.ADAPTERS.items()]
-    return [(kind, name, assemble.ADAPTERS[kind][name]) for kind, name in named if name]
+    named = [(kind, recognise(adapters, loaded)) for kind, adapters in ADAPTERS.items()]
+    return [(kind, name, ADAPTERS[kind][name]) for kind, name in named if name]
 
 
 def parameter_count(model) -> str:
@@ -105,18 +105,19 @@ def plain(value: object) -> str:
 
 def describe(reference: str) -> bool:
     """Print what a file or run holds; whether it fits our model."""
+    from core.errors import UserError
     from core.files import human_bytes
     from core.train.checkpoint import Checkpoint
     from core.weights import files as weight_files
     from core.weights.layouts import build_on_meta
-    from run import assemble
+    from run.load import REGISTRIES, read_weights
 
     path = released.resolve(reference)
     if path.is_dir():
         checkpoint = Checkpoint(path)
         state = checkpoint.state
         kind = state["primary"]
-        settings = assemble.read_weights(kind, str(path)).settings
+        settings = read_weights(kind, str(path)).settings
         decays = ", ".join(map(str, state["ema"])) or "none"
         facts = [
             f"checkpoint of a run of ours, step {checkpoint.step:,}, EMA decays: {decays}",
@@ -129,8 +130,8 @@ def describe(reference: str) -> bool:
         facts = [f"weight file of ours: {sets}{constants}"]
     else:
         return describe_released(path)
-    described = assemble.read_weights(kind, str(path))
-    model = build_on_meta(lambda **s: assemble.REGISTRIES[kind].build(s), settings)
+    described = read_weights(kind, str(path))
+    model = build_on_meta(lambda **s: REGISTRIES[kind].build(s), settings)
     print(f'{path}: the {kind} "{settings["name"]}"')
     size = human_bytes(sum(t.nbytes for t in model.state_dict().values()))
     lines = [
@@ -144,7 +145,7 @@ def describe(reference: str) -> bool:
     for averaged in (True, False):
         try:
             described.read(model, averaged)
-        except assemble.UserError as error:
+        except UserError as error:
             good = False
             lines.append(f"does not fit: {error}")
     print("\n".join(f"  {line}" for line in dict.fromkeys(lines)))
@@ -271,12 +272,12 @@ def choose(path: Path, source: str, kind: str | None, keep: str) -> tuple[str, t
 def official_tokenizer(reference: str, given: dict) -> dict:
     """The averaged weights of a tokenizer under official names, for a generator's file that holds one too."""
     from core.weights import files as weight_files
-    from run import assemble
+    from run.load import ADAPTERS, REGISTRIES, read_weights
 
-    weights = assemble.read_weights("tokenizer", reference, given)
-    network = assemble.REGISTRIES["tokenizer"].build(weights.settings)
+    weights = read_weights("tokenizer", reference, given)
+    network = REGISTRIES["tokenizer"].build(weights.settings)
     weights.load(network)
-    return weight_files.own(assemble.ADAPTERS["tokenizer"][weights.settings["name"]].to_official(network))
+    return weight_files.own(ADAPTERS["tokenizer"][weights.settings["name"]].to_official(network))
 
 
 def write_official(out: Path, adapter, official: dict[bool, dict], overwrite: bool, tokenizer: dict | None) -> None:
@@ -328,7 +329,7 @@ def convert(source: str, target: str, options: argparse.Namespace) -> str:
     from core.errors import UserError
     from core.weights import files as weight_files
     from core.weights.adapter import merged
-    from run import assemble
+    from run.load import ADAPTERS, REGISTRIES, read_weights
 
     path, out, ours = released.resolve(source), Path(target), options.to == "tessera"
     if out.exists() and not options.force:
@@ -342,9 +343,9 @@ def convert(source: str, target: str, options: argparse.Namespace) -> str:
         raise UserError(f"{out}: {wanted}")
     kind, sets = choose(path, source, options.kind, options.weights)
     given = read_overrides([word.removeprefix(f"{kind}.") for word in options.set])
-    weights = assemble.read_weights(kind, str(path), given)
-    network = assemble.REGISTRIES[kind].build(merged(weights.settings, given))
-    adapter = assemble.ADAPTERS[kind].get(weights.settings["name"])
+    weights = read_weights(kind, str(path), given)
+    network = REGISTRIES[kind].build(merged(weights.settings, given))
+    adapter = ADAPTERS[kind].get(weights.settings["name"])
     if adapter is None and not ours:
         raise UserError(
             f'{source}: there is no official layout of "{weights.settings["name"]}"; leave --to official out.'
@@ -372,7 +373,7 @@ def convert(source: str, target: str, options: argparse.Namespace) -> str:
     write_official(out, adapter, found, options.force, tokenizer)
     if len(sets) > 1 and (adapter.container is None or adapter.container[1] is None):
         names = "averaged"
-    accepted = assemble.REGISTRIES[kind].signature(weights.settings["name"])
+    accepted = REGISTRIES[kind].signature(weights.settings["name"])
     return f"written to {out}: {adapter.title} in the official layout, {names} weights." + export_notes(
         adapter, weights, found[sets[0]], accepted, tokenizer
     )

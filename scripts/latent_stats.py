@@ -15,48 +15,6 @@ from core import cli
 from scripts import command_line
 
 
-def measured(tokenizer, source, count: int, device, workers: int = 4, on_corrupt: str = "replace"):
-    """LatentStats of `count` pictures (0: all) spread over `source`, not mirrored.
-
-    A TokenStore gives what it stored of them.
-    """
-    import torch
-
-    from core.images import to_model_range
-    from core.rng import permutation
-    from core.train.log import ProgressLine
-    from data.loader import ordered_batches
-    from data.tokens import TokenStore
-    from data.transforms import Transform
-    from tokenizer.continuous.stats import StatsAccumulator
-
-    count = min(count or len(source), len(source))
-    chosen = sorted(permutation(len(source), "latent statistics")[:count].tolist())  # from all classes alike
-    accumulator = StatsAccumulator(tokenizer.spec.channels)
-    tokenizer.to(device).eval()
-    if isinstance(source, TokenStore):
-        stored = (source.tokens(chosen[i : i + 64], [0] * len(chosen[i : i + 64])) for i in range(0, count, 64))
-    else:
-        batches = ordered_batches(
-            source,
-            Transform(image_size=tokenizer.image_size),
-            64,
-            workers=workers,
-            on_corrupt=on_corrupt,
-            chosen=chosen,
-        )
-        stored = (tokenizer.precompute(to_model_range(batch.images.to(device))) for batch in batches)
-    line = ProgressLine(count, label="latent statistics")
-    try:
-        with torch.no_grad():
-            for part in stored:
-                accumulator.update(tokenizer.moments(part.to(device)))
-                line.update(accumulator.images)
-    finally:
-        line.close()
-    return accumulator.compute()
-
-
 def main(arguments: list[str]) -> int:
     parser = argparse.ArgumentParser(
         prog="latent_stats.py", description=__doc__, formatter_class=argparse.RawTextHelpFormatter
@@ -75,15 +33,16 @@ def main(arguments: list[str]) -> int:
     from core.errors import UserError
     from core.specs import Continuous
     from data.sources import open_source
-    from run import assemble
+    from run.latent_stats import measured
+    from run.load import load_tokenizer, read_weights
     from tokenizer.continuous.stats import default_place, read_stats, save_stats
 
     source = None if options.pickle else open_source(options.url, options.split)
     section = {**known, "weights": options.weights, "use_ema": not options.raw, "latent_stats": "none"}
-    tokenizer, fingerprint = assemble.load_tokenizer(section)
+    tokenizer, fingerprint = load_tokenizer(section)
     if not isinstance(tokenizer.spec, Continuous):
         raise UserError(f"{options.weights} gives {tokenizer.spec}: only continuous latents have statistics.")
-    place = options.out or default_place(assemble.read_weights("tokenizer", options.weights, known).path)
+    place = options.out or default_place(read_weights("tokenizer", options.weights, known).path)
     if place is None:
         raise UserError(
             f"{options.weights} is a run of ours, whose generators measure statistics themselves: give --out FILE."

@@ -94,12 +94,12 @@ def main(arguments: list[str]) -> int:
     from evaluation.probe import ProbeSettings, pooled_features, train_probe
     from evaluation.runner import Result, Stopwatch
     from evaluation.scores import Score
-    from run import assemble
     from run import evaluation_run as run
+    from run.load import load_tokenizer
 
     world = dist.start("auto")
     try:
-        tokenizer, fingerprint = assemble.load_tokenizer(section)
+        tokenizer, fingerprint = load_tokenizer(section)
         tokenizer.to(world.device)
         count = min(options.num or len(train), len(train))
         rows = range(count) if count == len(train) else sorted(permutation(len(train), "probe")[:count].tolist())

@@ -44,13 +44,14 @@ def main(arguments: list[str]) -> int:
     from core.errors import UserError
     from data.base import require_labels
     from data.sources import exists
-    from run import assemble
+    from run.data import open_pictures
+    from run.load import load_config
 
     if options.batch < 1 or options.classes < 1:
         raise UserError(f"--batch {options.batch} and --classes {options.classes}: give at least 1.")
     if options.to and options.to[0] not in ("official", "jsonl"):
         raise UserError(f'--to {options.to[0]}: write "--to official DIR" or "--to jsonl FILE".')
-    config = assemble.load_config(options.config, options.overrides)
+    config = load_config(options.config, options.overrides)
     if not config.tokenizer.get("weights"):
         raise UserError("tokenizer.weights is not set, and tokens of an untrained tokenizer are useless.")
     released.resolve(config.tokenizer["weights"])
@@ -59,7 +60,7 @@ def main(arguments: list[str]) -> int:
     if options.foreign and not config.data.pictures and not exists(config.data.url):
         print(f"data.url={config.data.url} is not here: the tokens are taken without their pictures")
     else:
-        pictures = assemble.open_pictures(config)
+        pictures = open_pictures(config)
     require_labels(pictures)
     if not options.foreign and pictures is None and not store_folder(config, options.out).exists():
         raise UserError(f"data.url={config.data.url} is where the tokens go; set data.pictures to the pictures.")
@@ -82,7 +83,7 @@ def pretokenize(config, options, pictures) -> int:
     from core import dist
     from core.train.signals import REQUEUE_EXIT_CODE
     from data.tokens import TokenStore
-    from run import assemble
+    from run.load import load_tokenizer
 
     world = dist.start(config.train.device)
 
@@ -92,7 +93,7 @@ def pretokenize(config, options, pictures) -> int:
 
     try:
         folder = store_folder(config, options.out)
-        tokenizer, fingerprint = assemble.load_tokenizer(config.tokenizer)
+        tokenizer, fingerprint = load_tokenizer(config.tokenizer)
         tokenizer.to(world.device)
         finished = folder.exists()
         world.barrier()
@@ -145,9 +146,9 @@ def _encode(config, options, pictures, folder: Path, tokenizer, fingerprint: str
     """Tokens of the pictures."""
     from core.images import to_model_range
     from data import tokens
-    from run import assemble
+    from run.data import compute_once, make_transform
 
-    transform = assemble.make_transform(config, tokenizer.image_size)
+    transform = make_transform(config, tokenizer.image_size)
     transform.view_of((0, 0))  # refuses crops without views
     say(f"tokens of {len(pictures):,} pictures x {transform.views} views ({transform.crop}) -> {folder}")
 
@@ -165,7 +166,7 @@ def _encode(config, options, pictures, folder: Path, tokenizer, fingerprint: str
                 **rest,
             )
 
-    assemble.compute_once(
+    compute_once(
         config,
         "tokens",
         tokenizer,
@@ -185,11 +186,11 @@ def _import(config, options, pictures, folder: Path, tokenizer, fingerprint: str
     from core.train.log import ProgressLine
     from data import tokens
     from data.token_files import copy_to, open_import
-    from run import assemble
+    from run.data import make_transform
 
     if isinstance(tokenizer.spec, Continuous):
         raise UserError(f"--import reads codes; this tokenizer makes {tokenizer.spec}.")
-    transform = assemble.make_transform(config, tokenizer.image_size)
+    transform = make_transform(config, tokenizer.image_size)
     path = Path(options.foreign).expanduser()
     size = sum(p.stat().st_size for p in ([path] if path.is_file() else path.glob("*.jsonl")))
 

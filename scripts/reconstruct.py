@@ -96,12 +96,13 @@ def main(arguments: list[str]) -> int:
     from core.specs import Codes, MultiScale
     from data.transforms import center_crop, to_tensor
     from evaluation.images import psnr
-    from run import assemble, streaming
+    from run import streaming
+    from run.load import load_tokenizer
 
     section = {**known, "weights": options.weights, "use_ema": not options.raw}
     if options.size:
         section["image_size"] = options.size
-    tokenizer, _ = assemble.load_tokenizer(section)
+    tokenizer, _ = load_tokenizer(section)
     if options.stages:
         streaming.check_previews(tokenizer)
     device = dist.pick_device("auto")

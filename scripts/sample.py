@@ -296,12 +296,12 @@ def main(arguments: list[str]) -> int:
         raise UserError(f"--npz {options.npz}: choose a name that ends in .npz")
 
     from core import dist
-    from run import finished
+    from run.sample import read_config
 
     if options.check:
-        finished.read_config(target, overrides)
+        read_config(target, overrides)
         return 0
-    world = dist.start(finished.read_config(target, overrides)[0].train.device)
+    world = dist.start(read_config(target, overrides)[0].train.device)
     try:
         return sample(options, target, overrides, world)
     finally:
@@ -313,9 +313,10 @@ def sample(options: argparse.Namespace, target: str, overrides: list[str], world
     from dataclasses import asdict
 
     from core.images import grid, save_png
-    from run import finished, streaming
+    from run import streaming
+    from run.sample import open_generator
 
-    made = finished.open_generator(target, overrides, world, print if world.is_main else lambda *_: None)
+    made = open_generator(target, overrides, world, print if world.is_main else lambda *_: None)
     config, folder = made.config, Path(options.out)
     labels = parse_labels(options.labels, made.num_classes, class_names(config.data.url, config.data.split))
     count = options.num or len(labels) * max(1, -(-AT_LEAST // len(labels)))

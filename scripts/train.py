@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Train a tokenizer or a generator: python -m scripts.train CONFIG [key=value ...] [--check | --dry-run]
 
-The run_train_*.sh scripts call it with --stage=NAME; what they take instead of a CONFIG is in surface.py.
+The run_train_*.sh scripts call it with --stage=NAME; what they take instead of a CONFIG is in stages.py.
 
 Config -> task -> Trainer. This file only puts the pieces together; the loop is core/train/trainer.py.
 """
@@ -55,38 +55,46 @@ def main(arguments: list[str]) -> int:
     modes = {a for a in arguments if a in ("--check", "--dry-run")}
     hardware, words = take_hardware([a for a in arguments if a not in modes])
     from run import translate
-    from scripts import surface
+    from scripts.stages import STAGES, resolve
 
     if any(a.startswith("--") for a in words):
         # the tokenizer script runs RecTok's recipe by default, but users of every system type it
-        recipes = [surface.STAGES[stage].config for stage in stages if stage != "tokenizer"]
+        recipes = [STAGES[stage].config for stage in stages if stage != "tokenizer"]
         named = words if any(w.endswith((".yaml", ".yml")) for w in words) else [*words, *recipes]
         raise UserError(
             translate.explain(named, translate.tasks_of(named, *stages), options=("--check", "--dry-run", "--help"))
         )
     translate.refuse(words)
-    path, overrides = surface.resolve(stages[0], words) if stages else (words[0], words[1:])
+    path, overrides = resolve(stages[0], words) if stages else (words[0], words[1:])
     given = {o.partition("=")[0] for o in overrides}
     asked = [setting for setting in launch.asked_by_accelerate() if setting.partition("=")[0] not in given]
     if asked and launch.speaks():
         print(f"accelerate's config sets {' '.join(asked)}; the same key behind CONFIG overrules it.")
-    from run import assemble
+    from run.load import load_config
+    from run.missing import report
+    from run.train import check_inputs, train
 
-    config = assemble.load_config(path, asked + overrides)
+    config = load_config(path, asked + overrides)
     if "--check" in modes:
-        from run import estimate, needs
+        from run import estimate
+        from run.load import load_config
+        from run.missing import report
+        from run.train import check_inputs, train
 
-        assemble.check_inputs(config)
+        check_inputs(config)
         estimate.check_networks(config)
-        print(needs.report(config))
+        print(report(config))
         return 0
     if "--dry-run" in modes:
-        from run import estimate, needs
+        from run import estimate
+        from run.load import load_config
+        from run.missing import report
+        from run.train import check_inputs, train
 
         print(estimate.describe(config, **hardware))
-        print(needs.report(config))
+        print(report(config))
         return 0
-    return assemble.train(config)
+    return train(config)
 
 
 if __name__ == "__main__":

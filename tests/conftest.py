@@ -77,13 +77,14 @@ def train_main(monkeypatch, capfd):
 
 def finished_run(factory, config: str, *overrides: str) -> Path:
     """The folder of a training on the CPU, made by the programs' own code."""
-    from run import assemble
+    from run.load import load_config
+    from run.train import train
 
     folder = factory.mktemp("runs")
-    loaded = assemble.load_config(
+    loaded = load_config(
         config, [f"work_dir={folder}", f"data.cache_dir={folder / 'cache'}", "train.device=cpu", *overrides]
     )
-    assert assemble.train(loaded) == 0
+    assert train(loaded) == 0
     return loaded.run_dir
 
 
@@ -122,7 +123,8 @@ def tokenizer_copy(_tokenizer_run, tmp_path) -> Path:
 def build_trainer(monkeypatch, tmp_path):
     """build_trainer(config, *overrides) -> a Trainer as scripts/train.py makes it, on the CPU, before its first step."""
     from core.train.trainer import Trainer
-    from run import assemble
+    from run.load import load_config
+    from run.train import train
 
     built: list[Trainer] = []
 
@@ -135,7 +137,7 @@ def build_trainer(monkeypatch, tmp_path):
         ]
         with monkeypatch.context() as patch:
             patch.setattr(Trainer, "fit", lambda self: built.append(self) or 0)
-            assemble.train(assemble.load_config(config, [*common, *overrides]))
+            train(load_config(config, [*common, *overrides]))
         return built[-1]
 
     return build

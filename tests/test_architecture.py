@@ -58,9 +58,9 @@ def test_packages_do_not_know_each_other(path):
 
 def test_registries_stay_at_home():
     """What a package registers lives in it."""
-    from run import assemble
+    from run.load import REGISTRIES
 
-    for registry in assemble.REGISTRIES.values():
+    for registry in REGISTRIES.values():
         for entry in registry.entries.values():
             assert entry.split(".")[0].split(":")[0] in PACKAGES, entry
 
@@ -93,9 +93,9 @@ def test_optional_libraries_are_imported_late(path):
 @pytest.mark.parametrize("path", [p for p in FILES if p.is_relative_to(ROOT / "core")], ids=name_of)
 def test_core_knows_no_system(path):
     """No branch on what is being trained: names of tokenizers, generators and the like stay in their registries."""
-    from run import assemble
+    from run.load import REGISTRIES
 
-    systems = {name for registry in assemble.REGISTRIES.values() for name in registry.entries} - {""}
+    systems = {name for registry in REGISTRIES.values() for name in registry.entries} - {""}
     for node in ast.walk(tree(path)):
         if isinstance(node, (ast.Compare, ast.Match)):
             words = {c.value for c in ast.walk(node) if isinstance(c, ast.Constant) and isinstance(c.value, str)}

@@ -16,7 +16,7 @@ import yaml
 from core.config import Duration, check, load, to_plain, to_yaml
 from core.errors import UserError
 from core.registry import Registry
-from run import assemble
+from run.load import REGISTRIES, load_config
 from tests.conftest import ROOT, TOY_GENERATOR, TOY_TOKENIZER
 
 CONFIGS = sorted(p for p in (ROOT / "configs").rglob("*.yaml") if "task:" in p.read_text() or "base:" in p.read_text())
@@ -25,14 +25,14 @@ IDS = [str(p.relative_to(ROOT / "configs")) for p in CONFIGS]
 
 def problem(path, *overrides: str) -> str:
     with pytest.raises(UserError) as caught:
-        assemble.load_config(str(path), list(overrides))
+        load_config(str(path), list(overrides))
     return str(caught.value)
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=IDS)
 def test_shipped_configs_are_valid(path):
-    config = assemble.load_config(str(path), [])
-    again = check(yaml.safe_load(to_yaml(config)), assemble.REGISTRIES, "dump")
+    config = load_config(str(path), [])
+    again = check(yaml.safe_load(to_yaml(config)), REGISTRIES, "dump")
     assert to_plain(again) == to_plain(config)
 
 
@@ -68,7 +68,7 @@ def test_malformed_durations(text):
 
 
 def test_overrides():
-    config = assemble.load_config(
+    config = load_config(
         TOY_TOKENIZER,
         [
             "train.global_batch=16",
@@ -139,13 +139,11 @@ def test_odd_overrides(override):
 def test_overrides_take_back_what_a_config_names():
     """A teacher by false, and the arguments of a class by the name of another one."""
     published = str(ROOT / "configs" / "fqgan" / "dual_ds16.yaml")
-    config = assemble.load_config(
-        published, ["discriminator.name=stylegan", "teachers.clip=false", "teachers.dinov2={}"]
-    )
+    config = load_config(published, ["discriminator.name=stylegan", "teachers.clip=false", "teachers.dinov2={}"])
     assert config.discriminator == {"name": "stylegan"} and list(config.teachers) == ["dinov2"]
-    assert assemble.load_config(published, []).discriminator == {"name": "patchgan", "init": "normal"}
+    assert load_config(published, []).discriminator == {"name": "patchgan", "init": "normal"}
     with pytest.raises(UserError, match='discriminator "stylegan" has no such setting'):
-        assemble.load_config(published, ["discriminator.name=stylegan", "discriminator.init=normal"])
+        load_config(published, ["discriminator.name=stylegan", "discriminator.init=normal"])
 
 
 def test_missing_keys_are_named(tmp_path):
@@ -160,7 +158,7 @@ def test_base_chain(tmp_path):
     (tmp_path / "deeper").mkdir()
     (tmp_path / "deeper" / "middle.yaml").write_text(f"base: {TOY_TOKENIZER}\nseed: 5\ntrain: {{ema: [0.5]}}\n")
     (tmp_path / "top.yaml").write_text("base: deeper/middle.yaml\nname: top\ntrain: {global_batch: 4}\n")
-    config = assemble.load_config(str(tmp_path / "top.yaml"), ["seed=6"])
+    config = load_config(str(tmp_path / "top.yaml"), ["seed=6"])
     assert (config.name, config.seed, config.train.ema, config.train.global_batch) == ("top", 6, [0.5], 4)
     assert config.train.duration == "20step"
 
@@ -195,7 +193,7 @@ class _Shape:
 
 def test_components_are_checked_against_signatures(monkeypatch):
     shapes = Registry("shape", {"square": "tests.test_config:_Shape", "round": "tests.test_config:_Shape"})
-    registries = {**assemble.REGISTRIES, "tokenizer": shapes}
+    registries = {**REGISTRIES, "tokenizer": shapes}
     path = TOY_TOKENIZER
     base = yaml.safe_load(Path(path).read_text())
 
@@ -288,7 +286,7 @@ def test_fuzz(path, tmp_path):
         edited = tmp_path / "edited.yaml"
         edited.write_text(yaml.dump(tree, Dumper=DUMPER, allow_unicode=True), encoding="utf-8")
         try:
-            to_plain(load(str(edited), [], assemble.REGISTRIES))
+            to_plain(load(str(edited), [], REGISTRIES))
         except UserError as error:
             caught += 1
             assert str(error).strip() and "Traceback" not in str(error)
@@ -315,7 +313,7 @@ def test_help_is_quick_and_complete():
 
 
 def test_generator_config_needs_no_weights_to_load():
-    assert assemble.load_config(TOY_GENERATOR, []).generator["name"] == "dit_dh"
+    assert load_config(TOY_GENERATOR, []).generator["name"] == "dit_dh"
 
 
 @pytest.mark.parametrize("section", [{"weights": "work_dirs/mine"}, {"name": "rectok", "weights": "work_dirs/mine"}])
@@ -323,4 +321,4 @@ def test_weights_of_a_tokenizer_that_is_trained(section):
     """They would be left out in silence, or leave nothing to build from."""
     plain = {**yaml.safe_load(Path(TOY_TOKENIZER).read_text()), "tokenizer": section}
     with pytest.raises(UserError, match="train.init_from, not as tokenizer.weights"):
-        check(plain, assemble.REGISTRIES, "mine.yaml")
+        check(plain, REGISTRIES, "mine.yaml")

@@ -15,7 +15,8 @@ from core.errors import UserError
 from data.base import UnreadablePicture, decode_rgb, remarks, require_labels
 from data.sources import open_source
 from data.wds import expand_braces
-from run import assemble
+from run.data import open_train
+from run.load import load_config
 from tests.conftest import TOY_GENERATOR, TOY_TOKENIZER
 
 
@@ -322,19 +323,19 @@ def test_a_picture_without_its_label(tmp_path, task):
     """A tokenizer does not miss it; a generator, and what else needs labels, says which one it is."""
     write_tar(tmp_path / "s0.tar", {"a.png": png(), "a.cls": b"1"})
     write_tar(tmp_path / "s1.tar", {"b.png": png(), "b.cls": b"2", "c/d.png": png()})
-    config = assemble.load_config(task, [f"data.url=wds://{tmp_path}/s{{0..1}}.tar"])
+    config = load_config(task, [f"data.url=wds://{tmp_path}/s{{0..1}}.tar"])
     message = f"1 of 3 pictures have no label (.cls or .json), the first is c/d in {tmp_path}/s1.tar. Label all of them"
     if config.task == "tokenizer":
-        source = assemble.open_train(config)
+        source = open_train(config)
         assert len(source) == 3 and source.class_names == ["unlabelled"] and {source[i].label for i in range(3)} == {0}
         with pytest.raises(UserError, match=re.escape(message)):
             require_labels(source)
     else:
         with pytest.raises(UserError, match=re.escape(message)):
-            assemble.open_train(config)
+            open_train(config)
     (tmp_path / "s0.tar").unlink()
     write_tar(tmp_path / "s1.tar", {"b.png": png()})
-    assert assemble.open_train(assemble.load_config(task, [f"data.url=wds://{tmp_path}/s1.tar"])).num_classes == 1
+    assert open_train(load_config(task, [f"data.url=wds://{tmp_path}/s1.tar"])).num_classes == 1
 
 
 def test_torn_and_changed_shards(tmp_path):

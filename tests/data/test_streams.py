@@ -17,7 +17,8 @@ from data.sources import open_source
 from data.stream import RemoteShards
 from data.transforms import Transform
 from evaluation.pictures import SourcePictures, open_any
-from run import assemble
+from run.load import load_config
+from run.train import train
 from tests.conftest import TOY_TOKENIZER
 from tests.data.test_sources import png, write_tar
 
@@ -139,8 +140,8 @@ def test_missing_library(saved, monkeypatch):
 
 
 def test_training_from_a_dataset_is_exact(saved, tmp_path, capsys):
-    def train(name, duration):
-        config = assemble.load_config(
+    def trained(name, duration):
+        config = load_config(
             TOY_TOKENIZER,
             [
                 f"data.url=datasets://{saved}",
@@ -153,13 +154,13 @@ def test_training_from_a_dataset_is_exact(saved, tmp_path, capsys):
                 "train.preview_every=never",
             ],
         )
-        assert assemble.train(config) == 0
+        assert train(config) == 0
         lines = [json.loads(line) for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()]
         return [{k: v for k, v in line.items() if "time" not in k and "per_s" not in k} for line in lines]
 
-    whole = train("a", 4)
-    train("b", 2)
-    assert train("b", 4) == whole
+    whole = trained("a", 4)
+    trained("b", 2)
+    assert trained("b", 4) == whole
     assert "order and resume are exact" in capsys.readouterr().out
 
 
@@ -281,7 +282,7 @@ def test_mistakes_of_streams(web, tmp_path, monkeypatch):
 def test_training_from_a_stream_says_that_it_is_not_exact(web, tmp_path, capsys, monkeypatch):
     monkeypatch.setenv("no_proxy", "127.0.0.1")
     for steps in (2, 4):  # stopped and continued
-        config = assemble.load_config(
+        config = load_config(
             TOY_TOKENIZER,
             [
                 f"data.url=wds://{web[0]}/s-{{00..03}}.tar?samples=12",
@@ -292,7 +293,7 @@ def test_training_from_a_stream_says_that_it_is_not_exact(web, tmp_path, capsys,
                 "train.checkpoint_every=2step",
             ],
         )
-        assert assemble.train(config) == 0
+        assert train(config) == 0
     out = capsys.readouterr().out
     assert "data is streamed: the order depends on the number of processes" in out and "continuing from" in out
 

@@ -24,7 +24,8 @@ from data.sources import open_source
 from data.tokens import TokenStore
 from data.transforms import Transform
 from generator import GENERATORS
-from run import assemble
+from run.load import load_config
+from run.train import check_inputs, train
 from tests.conftest import ROOT
 from tests.counting import calls
 from tests.toy_codes import ToyCodes
@@ -74,7 +75,7 @@ train:
 @pytest.fixture
 def config(tmp_path, toy):
     (tmp_path / "toy.yaml").write_text(CONFIG + f"work_dir: {tmp_path}\n")
-    return lambda *overrides: assemble.load_config(str(tmp_path / "toy.yaml"), list(overrides))
+    return lambda *overrides: load_config(str(tmp_path / "toy.yaml"), list(overrides))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -96,7 +97,7 @@ def test_batches_equal_those_from_pictures(tmp_path, transform):
 
 
 def trained(config) -> dict[str, torch.Tensor]:
-    assert assemble.train(config) == 0
+    assert train(config) == 0
     (weights,) = config.run_dir.glob("checkpoints/*8/generator.safetensors")
     return load_file(weights)
 
@@ -108,7 +109,7 @@ def test_training_from_tokens_equals_training_from_pictures(tmp_path, config):
     stored = trained(config("name=c", f"data.url=tokens://{store.path}"))
     assert all(torch.equal(plain[name], other[name]) for other in (kept, stored) for name in plain)
     half = config("name=d", f"data.url=tokens://{store.path}", "train.duration=4step")
-    assert assemble.train(half) == 0
+    assert train(half) == 0
     rest = trained(config("name=d", f"data.url=tokens://{store.path}"))  # goes on at step 4
     assert all(torch.equal(plain[name], rest[name]) for name in plain)
 
@@ -160,9 +161,9 @@ def test_tokens_of_another_tokenizer(tmp_path, config):
         ([url + "?x=1"], 'tokens:// has no option "x"'),
     ):
         with pytest.raises(UserError, match=message):
-            assemble.train(config(*overrides))
+            train(config(*overrides))
     with pytest.raises(UserError, match="a tokenizer trains on pictures"):
-        assemble.check_inputs(config(url, "task=tokenizer", "objective={name: image}"))
+        check_inputs(config(url, "task=tokenizer", "objective={name: image}"))
 
 
 def test_codes_out_of_range(tmp_path):

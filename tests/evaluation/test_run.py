@@ -25,7 +25,9 @@ from evaluation.networks import FeatureNet
 from evaluation.pictures import SourcePictures
 from evaluation.references import Facts, Statistics
 from evaluation.work import Work
-from run import assemble
+from run import evaluation_recon
+from run.load import load_config
+from run.train import train
 from scripts import evaluate, evaluate_generator, make_reference
 from tests.conftest import TOY_GENERATOR, TOY_TOKENIZER
 
@@ -511,8 +513,8 @@ def test_online_evaluation(kind, tokenizer_run, tmp_path, small_net):
         "data.val_url=synthetic://?size=32&classes=4&count=16&seed=v",
     ]
     overrides += [f"tokenizer.weights={tokenizer_run}"] if kind == "generator" else []
-    config = assemble.load_config(TOY_GENERATOR if kind == "generator" else TOY_TOKENIZER, overrides)
-    assert assemble.train(config) == 0
+    config = load_config(TOY_GENERATOR if kind == "generator" else TOY_TOKENIZER, overrides)
+    assert train(config) == 0
     records = [r for r in read_metrics(config.run_dir / "metrics.jsonl") if any(k.startswith("eval/") for k in r)]
     assert [r["step"] for r in records] == [2, 4]
     wanted = {"eval/fid_20", "eval/is_20"} if kind == "generator" else {"eval/rfid_16", "eval/psnr", "eval/ssim"}
@@ -539,7 +541,7 @@ def test_perturbing_from_the_command_line(tokenizer_run, tmp_path, small_net, mo
     with pytest.raises(UserError, match="give ALPHA,BETA,DELTA"):
         evaluate.main([str(tokenizer_run), *val, "--perturb", "0.5", "--check"])
     assert not (tmp_path / "a").exists()
-    monkeypatch.setattr(assemble, "load_tokenizer", lambda section: (OneCode(), "one"))
+    monkeypatch.setattr(evaluation_recon, "load_tokenizer", lambda section: (OneCode(), "one"))
     monkeypatch.setattr(measure, "reconstruction_grid", lambda *a: torch.zeros(3, 8, 8, dtype=torch.uint8))
     assert evaluate.main([str(tokenizer_run), *val, "--perturb", "0.5,0.5,8"]) == 0
     assert {"rfid_24", "pfid_24", "psnr"} <= set(metrics(tmp_path / "a"))

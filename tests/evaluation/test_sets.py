@@ -14,7 +14,7 @@ from data.sources import SyntheticSource
 from evaluation import measure, protocols, references, scores
 from evaluation.distances import Moments
 from evaluation.pictures import SourcePictures
-from run import assemble
+from run import evaluation_recon
 from scripts import evaluate, evaluate_generator, make_reference
 from tests.evaluation.test_run import CPU, ONE, SmallInception, metrics, real, sample, small_net  # noqa: F401
 
@@ -69,7 +69,7 @@ def test_extras_that_mean_nothing_are_refused_before_anything_is_measured(tmp_pa
         raise AssertionError("measured")
 
     monkeypatch.setattr(measure, "feature_net", never)
-    monkeypatch.setattr(assemble, "load_tokenizer", never)
+    monkeypatch.setattr(evaluation_recon, "load_tokenizer", never)
     np.savez(tmp_path / "s.npz", arr_0=np.zeros((24, 16, 16, 3), np.uint8))
     for command, target in (
         (evaluate_generator, [str(tmp_path / "s.npz")]),

@@ -49,13 +49,13 @@ def main(project: str, place: str) -> None:
     import torchvision  # noqa: F401
 
     from run import (
-        assemble,
         estimate,  # noqa: F401
         evaluation_recon,  # noqa: F401
         evaluation_run,  # noqa: F401
+        train,
     )
 
-    assert assemble.__file__.startswith(project), assemble.__file__
+    assert train.__file__.startswith(project), train.__file__
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     listener = socket.socket(socket.AF_UNIX)
     listener.bind(place)

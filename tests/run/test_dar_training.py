@@ -8,7 +8,8 @@ from PIL import Image
 
 from core.errors import UserError
 from core.specs import Guidance
-from run import assemble, streaming
+from run import streaming
+from run.load import OBJECTIVES, TOKENIZERS, load_config, semantic_widths
 from tests.conftest import ROOT
 from tests.tokenizer.test_dar import draws, language_model, small
 from tests.tools import torture
@@ -31,16 +32,16 @@ def test_two_ranks(tmp_path):
 
 def test_every_recipe_builds():
     for name in ("tokenizer", "ar_l", "ar_xl"):
-        config = assemble.load_config(str(ROOT / "configs" / "dar" / f"{name}.yaml"), [])
+        config = load_config(str(ROOT / "configs" / "dar" / f"{name}.yaml"), [])
         if name != "tokenizer":
             assert (config.sample.start, config.sample.scale, config.sample.schedule) == (1.2, 8.0, "linear")
             continue
         settings = dict(config.tokenizer)
         with torch.device("meta"):
-            teachers = assemble.semantic_widths(config, settings, pretrained=False)
-            tokenizer = assemble.TOKENIZERS.build(settings)
+            teachers = semantic_widths(config, settings, pretrained=False)
+            tokenizer = TOKENIZERS.build(settings)
         assert teachers["dinov2"].dim == 768 and teachers["dinov2"].grid == 16
-        objective = assemble.OBJECTIVES.build({**config.objective, "perceptual": {"lpips": {"pretrained": False}}})
+        objective = OBJECTIVES.build({**config.objective, "perceptual": {"lpips": {"pretrained": False}}})
         objective.check_terms(tokenizer.term_names, True, False)
 
 

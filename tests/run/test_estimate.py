@@ -9,7 +9,8 @@ from torch import nn
 from core.errors import UserError
 from core.estimate import Rehearsal
 from core.specs import Loss, Phase
-from run import assemble, estimate
+from run import estimate
+from run.load import load_config
 from tests.run.test_recipes import RECIPES
 
 # Of the same networks and batches as another one: they run with all tests.
@@ -37,7 +38,7 @@ MOSTLY_ALIKE = {
 
 
 def costs(path: str, *overrides: str):
-    return {c.name: c for c in estimate.costs(assemble.load_config(path, list(overrides)))[1]}
+    return {c.name: c for c in estimate.costs(load_config(path, list(overrides)))[1]}
 
 
 def test_published_sizes_and_flops():
@@ -92,7 +93,7 @@ def test_attention_dropout_lays_out_all_scores():
     """RAR's recipe drops attention weights: its scores are kept for backward, which a fused kernel would not do."""
 
     def peak(dropout: float) -> int:
-        config = assemble.load_config(
+        config = load_config(
             "configs/toy/rear.yaml",
             [
                 f"generator.attention_dropout={dropout}",
@@ -114,7 +115,7 @@ def test_attention_dropout_lays_out_all_scores():
 )
 def test_recipes_fit_their_hardware(path):
     """Every published recipe keeps below 80 GB on each of 8 GPUs, without weights, data or GPU."""
-    plan = estimate.Plan(assemble.load_config(path, []), 8)
+    plan = estimate.Plan(load_config(path, []), 8)
     assert plan.memory.total < 80e9, f"{plan.memory.total / 1e9:.1f} GB; train.micro_batch={plan.fitting(80e9)} fits"
 
 

@@ -11,7 +11,8 @@ import yaml
 from core.errors import UserError
 from core.specs import Codes, Continuous, MultiScale
 from generator import GENERATORS
-from run import assemble
+from run.load import check_kind, load_config, pair
+from run.train import train
 from tests.conftest import ROOT
 from tokenizer import TOKENIZERS
 from tokenizer.views import Vectors, view
@@ -124,7 +125,7 @@ def test_every_registered_network_is_tried():
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
 def test_recipes_say_what_they_are(path):
-    config = assemble.load_config(str(path), [])
+    config = load_config(str(path), [])
     assert config.name == path.stem and config.generator["name"] == pair_of(path)[2]
 
 
@@ -152,7 +153,7 @@ def test_a_pair_trains_and_samples(tokenizer, seen_as, generator, tmp_path):
     }
     path = tmp_path / "pair.yaml"
     path.write_text(yaml.safe_dump(run))
-    assert assemble.train(assemble.load_config(str(path), [])) == 0
+    assert train(load_config(str(path), [])) == 0
     assert (tmp_path / "pair" / "samples" / "step_00000002.png").is_file()
 
 
@@ -164,8 +165,8 @@ def test_pairs_that_do_not_fit_say_why():
         tokenizer = toy_tokenizer(name)
         for kind in GENERATORS_TO_TRY:
             try:
-                assemble.check_kind(kind, tokenizer.spec)
-                assemble.pair(toy_generator(kind, tokenizer), tokenizer)
+                check_kind(kind, tokenizer.spec)
+                pair(toy_generator(kind, tokenizer), tokenizer)
             except UserError as error:
                 assert (name, kind) not in listed and len(str(error)) > 40, error
                 refused.append((name, kind))
@@ -183,7 +184,7 @@ def test_pairs_that_do_not_fit_say_why():
 )
 def test_another_kind_of_latents_comes_with_advice(name, kind, hint):
     with pytest.raises(UserError, match=hint):
-        assemble.check_kind(kind, toy_tokenizer(name).spec)
+        check_kind(kind, toy_tokenizer(name).spec)
 
 
 @pytest.mark.parametrize(

@@ -24,7 +24,8 @@ from data.sources import open_source
 from data.token_files import JsonLines, NumberedFiles, copy_to, export_jsonl, export_numbered, open_import
 from data.tokens import TokenStore
 from data.transforms import Transform
-from run import assemble
+from run.data import open_pictures
+from run.train import train
 from scripts import pretokenize
 from tests.conftest import TOY_TOKENIZER
 from tests.data.test_tokens import SOURCE, TEN, config, make, toy  # noqa: F401  (fixtures)
@@ -52,7 +53,7 @@ def options(**changes):
 
 def call(settings, **changes) -> TokenStore:
     given = options(**changes)
-    assert pretokenize.pretokenize(settings, given, assemble.open_pictures(settings)) == 0
+    assert pretokenize.pretokenize(settings, given, open_pictures(settings)) == 0
     return TokenStore(pretokenize.store_folder(settings, given.out))
 
 
@@ -63,7 +64,7 @@ def files(folder) -> dict[str, bytes]:
 # ---------------------------------------------------------------------------------------------------------------------
 # The program
 # ---------------------------------------------------------------------------------------------------------------------
-def test_store_and_its_preview(tmp_path, config, capsys):  # noqa: F811
+def test_store_and_its_preview(tmp_path, config, capsys):
     store = call(config())
     assert store.path == tmp_path / "tokens" / "run" and store.content == make(tmp_path / "direct").content
     out = capsys.readouterr().out
@@ -76,16 +77,16 @@ def test_store_and_its_preview(tmp_path, config, capsys):  # noqa: F811
         call(config("tokenizer.salt=1"))
 
 
-def test_the_store_a_config_trains_from_is_the_one_it_makes(tmp_path, config):  # noqa: F811
+def test_the_store_a_config_trains_from_is_the_one_it_makes(tmp_path, config):
     settings = config(f"data.url=tokens://{tmp_path}/mine", f"data.pictures={config().data.url}")
     assert call(settings).path == tmp_path / "mine"
-    assert assemble.train(settings) == 0
+    assert train(settings) == 0
     with pytest.raises(UserError, match="tokenizer.weights is not set"):
         pretokenize.main([str(tmp_path / "toy.yaml")])
 
 
 @pytest.mark.parametrize("crop", ["random", "resize_random"])
-def test_crops_without_views(config, crop):  # noqa: F811
+def test_crops_without_views(config, crop):
     with pytest.raises(UserError, match=f'crop "{crop}" has no fixed views'):
         call(config(f"data.crop={crop}"))
 
@@ -135,7 +136,7 @@ def test_ranks_and_kills_make_the_same_store(tmp_path, tokenizer_run):
 # ---------------------------------------------------------------------------------------------------------------------
 # Numbered files
 # ---------------------------------------------------------------------------------------------------------------------
-def test_numbered_files_round_trip(tmp_path, config):  # noqa: F811
+def test_numbered_files_round_trip(tmp_path, config):
     """The schema of FQGAN: names, shapes and types; and what a sampler appended to fill up a batch is left out."""
     store = make(tmp_path / "s")
     for rank in range(2):
@@ -317,7 +318,7 @@ def test_bad_lines(tmp_path, line, message):
         store_of(tmp_path / "t.jsonl", "s")
 
 
-def test_imported_tokens_are_compared_with_the_pictures(tmp_path, config, capsys):  # noqa: F811
+def test_imported_tokens_are_compared_with_the_pictures(tmp_path, config, capsys):
     """With the pictures at hand, tokens of another tokenizer are found out before they get its fingerprint."""
     export_jsonl(make(tmp_path / "s"), tmp_path / "t.jsonl")
     store = call(config(), out=str(tmp_path / "good"), foreign=str(tmp_path / "t.jsonl"))
@@ -341,7 +342,7 @@ RANKS = [("strided", r, e) for r, e in ((2, 24), (5, 24), (5, 25), (7, 28), (16,
     "merge, ranks, entries",
     [*RANKS, ("strided, ranks as words", 12, 24), ("alternating", 5, 24), ("shuffled 0", 1, 24), ("shuffled 0", 4, 24)],
 )
-def test_lines_of_several_ranks_are_given_to_their_pictures(tmp_path, config, capsys, merge, ranks, entries):  # noqa: F811
+def test_lines_of_several_ranks_are_given_to_their_pictures(tmp_path, config, capsys, merge, ranks, entries):
     """By a re-statement of the writers: rank r takes its pictures, the ranks' files are put together."""
     whole = make(tmp_path / "s")
     export_jsonl(whole, tmp_path / "t.jsonl")
@@ -372,7 +373,7 @@ def test_lines_of_several_ranks_are_given_to_their_pictures(tmp_path, config, ca
     assert call(config(), out=str(tmp_path / "joined"), foreign=str(tmp_path / "parts")).content == whole.content
 
 
-def test_lines_in_no_known_order_or_of_other_pictures_are_refused(tmp_path, config):  # noqa: F811
+def test_lines_in_no_known_order_or_of_other_pictures_are_refused(tmp_path, config):
     export_jsonl(make(tmp_path / "s"), tmp_path / "t.jsonl")
     lines = (tmp_path / "t.jsonl").read_bytes().splitlines(keepends=True)
 
@@ -391,12 +392,12 @@ def test_lines_in_no_known_order_or_of_other_pictures_are_refused(tmp_path, conf
     refused("reproduces only|its picture, number 0, has class 0", entries=swapped)
 
 
-def test_imported_without_pictures(tmp_path, config):  # noqa: F811
+def test_imported_without_pictures(tmp_path, config):
     export_jsonl(make(tmp_path / "s"), tmp_path / "t.jsonl")
     settings = config(f"data.url=tokens://{tmp_path}/mine")
     store = call(settings, foreign=str(tmp_path / "t.jsonl"))
     assert store.num_classes == 4 and store.tokenizer == hub.fingerprint(ToyCodes().state_dict())
-    assert assemble.train(settings) == 0
+    assert train(settings) == 0
     with pytest.raises(UserError, match='no .*t.jsonx. Did you mean "t.jsonl"'):
         call(settings, out=str(tmp_path / "x"), foreign=str(tmp_path / "t.jsonx"))
     again = call(settings, out=str(tmp_path / "mine"), to=("jsonl", str(tmp_path / "again.jsonl")))
@@ -405,7 +406,7 @@ def test_imported_without_pictures(tmp_path, config):  # noqa: F811
     assert open_source(f"tokens://{store.path}").views == 10
 
 
-def test_a_recipe_whose_pictures_are_not_on_this_disk(tmp_path, config, capsys):  # noqa: F811
+def test_a_recipe_whose_pictures_are_not_on_this_disk(tmp_path, config, capsys):
     """As reAR's users do it: download the lines, import them, train from the store. No folder is asked for."""
     export_jsonl(make(tmp_path / "s"), tmp_path / "t.jsonl")
     path = config().run_dir.parent / "toy.yaml"
@@ -420,9 +421,9 @@ def test_a_recipe_whose_pictures_are_not_on_this_disk(tmp_path, config, capsys):
     assert "folder:///gone/train is not here: the tokens are taken without" in capsys.readouterr().out
     call(settings, foreign=str(tmp_path / "t.jsonl"))
     assert "24 pictures x 10 views, without a comparison" in capsys.readouterr().out
-    assert assemble.train(settings) == 0
+    assert train(settings) == 0
     with pytest.raises(UserError, match="no such folder"):
-        assemble.train(config(f"data.url=tokens://{tmp_path}/mine", "train.eval_every=1step"))
+        train(config(f"data.url=tokens://{tmp_path}/mine", "train.eval_every=1step"))
     with pytest.raises(UserError, match="no such folder"):
         pretokenize.main(
             [

@@ -6,7 +6,8 @@ import json
 import pytest
 import torch
 
-from run import assemble, quickstart
+from run import quickstart
+from run.load import load_config
 from scripts.quickstart import main
 from tests.conftest import TOY_TOKENIZER
 
@@ -18,7 +19,7 @@ SYSTEMS = sorted(path.parent.name for path in quickstart.FOLDER.glob("*/quicksta
 def test_every_stage_is_a_valid_config_in_every_mode(system, mode):
     plan = quickstart.read_plan(system)
     for stage in plan["stages"]:
-        config = assemble.load_config(
+        config = load_config(
             str(quickstart.FOLDER / system / f"{stage}.yaml"),
             quickstart.overrides_for(plan, stage, [mode], "work_dirs/none"),
         )
@@ -41,7 +42,7 @@ def test_features_of_real_pictures_are_computed_once(tmp_path):
     from evaluation.networks import EfficientNetLite0
     from evaluation.pictures import SourcePictures
 
-    config = assemble.load_config(TOY_TOKENIZER, [f"data.cache_dir={tmp_path}"])
+    config = load_config(TOY_TOKENIZER, [f"data.cache_dir={tmp_path}"])
     net, seen = EfficientNetLite0(64), []
     taps = net.taps
     net.taps = lambda pixels: seen.append(len(pixels)) or taps(pixels)

@@ -54,7 +54,9 @@ def test_rear_recipes_start_from_a_tokenizer_file(recipe, maskgit_file, build_tr
 
 def test_tokens_alone_are_enough(maskgit_file, build_trainer, tmp_path):
     """The recommended way of reAR's README: stored codes, and nothing of ImageNet on disk."""
-    from run import assemble
+    from core.errors import UserError
+    from run.load import load_config
+    from run.train import check_inputs
     from scripts import pretokenize
 
     made = tmp_path / "tokens"
@@ -83,9 +85,9 @@ def test_tokens_alone_are_enough(maskgit_file, build_trainer, tmp_path):
     )
     assert trainer.config.data.val_url == "folder://data/imagenet/val"  # as the recipe has it, and not there
     assert trainer.fit() == 0
-    with pytest.raises(assemble.UserError, match=r"It is there for train.eval_every: give data.val_url=URL"):
-        assemble.check_inputs(
-            assemble.load_config(
+    with pytest.raises(UserError, match=r"It is there for train.eval_every: give data.val_url=URL"):
+        check_inputs(
+            load_config(
                 "configs/rear/rar_b.yaml",
                 [*common, f"data.url=tokens://{made}", "train.eval_every=1step", "train.device=cpu"],
             )

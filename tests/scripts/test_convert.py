@@ -13,13 +13,13 @@ from core.weights import hub
 from core.weights.adapter import recognise
 from core.weights.layouts import compare, read_layout
 from generator.dit.dit_dh import DiTDH
-from run import assemble
+from run.load import ADAPTERS, build, load_generator, read_weights
 from scripts import convert
 from tokenizer.continuous.rectok import RecTok
 
 TINY = {"width": 192, "layers": 2, "heads": 4}
-GENERATOR = assemble.ADAPTERS["generator"]["dit_dh"]
-TOKENIZER = assemble.ADAPTERS["tokenizer"]["rectok"]
+GENERATOR = ADAPTERS["generator"]["dit_dh"]
+TOKENIZER = ADAPTERS["tokenizer"]["rectok"]
 
 
 def dit(seed: int = 0) -> DiTDH:
@@ -160,7 +160,7 @@ def test_containers_inside_a_layout():
     """Names with slashes are nested, and prefixes of wrappers do not matter."""
     tensors = layout_of(GENERATOR, dit())["tensors"]
     loaded = read_layout({"tensors": {f"model/module._orig_mod.{n}": entry for n, entry in tensors.items()}})
-    assert recognise(assemble.ADAPTERS["generator"], loaded) == "dit_dh"
+    assert recognise(ADAPTERS["generator"], loaded) == "dit_dh"
     assert compare(GENERATOR, loaded, exact=True).differences == []
 
 
@@ -198,21 +198,21 @@ def test_buffers_that_an_ema_lacks_come_from_the_raw_weights():
 
 
 def test_every_adapter_can_be_recognised():
-    for adapters in assemble.ADAPTERS.values():
+    for adapters in ADAPTERS.values():
         assert recognise(adapters, {"something": torch.zeros(1)}) is None
 
 
 def test_the_other_kind_is_refused_in_one_sentence(released, tmp_path):
     with pytest.raises(UserError, match=r"released.pth holds the DiT\^DH generator, a tokenizer was asked for\.$"):
-        assemble.read_weights("tokenizer", str(released))
+        read_weights("tokenizer", str(released))
     torch.save({"a": torch.zeros(2)}, tmp_path / "odd.pt")
     with pytest.raises(UserError, match="not the weights of any generator that is known.*DiT"):
-        assemble.read_weights("generator", str(tmp_path / "odd.pt"))
+        read_weights("generator", str(tmp_path / "odd.pt"))
 
 
 def test_a_setting_that_contradicts_the_weights_is_named(released):
     with pytest.raises(UserError, match="generator.num_classes is 7, the weights were made with 10"):
-        assemble._build("generator", {"num_classes": 7}, assemble.read_weights("generator", str(released)))
+        build("generator", {"num_classes": 7}, read_weights("generator", str(released)))
 
 
 # -- conversion ---------------------------------------------------------------------------------------------------------
@@ -221,7 +221,7 @@ def test_released_to_ours_and_back_bit_for_bit(released, tmp_path, run):
     assert run(released, ours)[0] == 0
     for averaged, seed in ((True, 2), (False, 1)):
         network = dit(9)
-        assemble.read_weights("generator", str(ours)).load(network, averaged)
+        read_weights("generator", str(ours)).load(network, averaged)
         assert same(network.state_dict(), dit(seed).state_dict())
     assert run(ours, again, "--to", "official")[0] == 0
     before, after = hub.load_tensors(released), hub.load_tensors(again)
@@ -236,21 +236,21 @@ def test_one_set_of_weights(released, tmp_path, run, keep, seed):
     assert same(weight_files.read(ours).weights, dict(dit(seed).state_dict())) and not weight_files.read(ours).raw
     run(released, bare, "--weights", keep, "--to", "official")
     for path in (ours, bare):
-        generator, _ = assemble.load_generator(str(path))
+        generator, _ = load_generator(str(path))
         assert same(generator.state_dict(), dict(dit(seed).state_dict()))
 
 
 def test_runs_convert(generator_run, tokenizer_run, tmp_path, run):
     ours, official, again = (tmp_path / name for name in ("run.safetensors", "run.pth", "again.safetensors"))
     assert "averaged and raw" in run(generator_run, ours)[1]
-    straight, _ = assemble.load_generator(str(generator_run))
-    converted, weights = assemble.load_generator(str(ours))
+    straight, _ = load_generator(str(generator_run))
+    converted, weights = load_generator(str(ours))
     assert same(straight.state_dict(), converted.state_dict())
     assert {"mean", "std"} <= weights.constants.keys() and weights.provenance["tokenizer_fingerprint"]
     assert "no place" in run(generator_run, official, "--to", "official")[1]
     run(official, again)
     for path in (official, again):
-        assert same(assemble.load_generator(str(path))[0].state_dict(), straight.state_dict())
+        assert same(load_generator(str(path))[0].state_dict(), straight.state_dict())
     assert run(tokenizer_run, tmp_path / "tokenizer.pth", "--to", "official")[0] == 0
 
 

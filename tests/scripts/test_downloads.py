@@ -180,11 +180,12 @@ def test_the_table_of_helpers(file):
 
 def test_every_recipe_names_its_helpers_in_the_table():
     """The systems that a helper is said to be for are those whose recipes ask for it."""
-    from run import assemble, needs
+    from run.load import load_config
+    from run.missing import helpers_of
 
     asking: dict[str, set[str]] = {}
     for path in CONFIGS:
-        for file in needs.helpers_of(assemble.load_config(str(path), [])):
+        for file in helpers_of(load_config(str(path), [])):
             asking.setdefault(file.name, set()).add(path.parent.name)
     assert len(asking) >= 8
     for name, systems in asking.items():

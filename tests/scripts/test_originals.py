@@ -14,7 +14,8 @@ from omegaconf import OmegaConf
 from core import config as config_module
 from core.config import to_plain
 from core.errors import UserError
-from run import assemble, translate
+from run import translate
+from run.load import REGISTRIES, TOKENIZERS, load_config
 from scripts import command_line
 from tests.conftest import ROOT
 
@@ -169,7 +170,7 @@ def recipe(name: str):
 
 
 def load(name: str, overrides: list[str]) -> dict:
-    return to_plain(config_module.override(lambda: recipe(name), overrides, assemble.REGISTRIES, name))
+    return to_plain(config_module.override(lambda: recipe(name), overrides, REGISTRIES, name))
 
 
 def check_settings(settings: list[str], system: str, program: str) -> None:
@@ -448,7 +449,7 @@ share_quant_resi: 4
 def translated(tmp_path, text: str, *overrides: str, name: str = "theirs"):
     file = tmp_path / f"{name}.yaml"
     file.write_text(text)
-    return assemble.load_config(*translate.translate(str(file), list(overrides)))
+    return load_config(*translate.translate(str(file), list(overrides)))
 
 
 @pytest.mark.parametrize("branches, layout", [(2, "xqgan-VP2-4096"), (1, "XQGAN-4096")])
@@ -461,7 +462,7 @@ def test_one_scale_trains_the_plain_quantiser(tmp_path, branches, layout):
     config = translated(tmp_path, PLAIN_VQ.format(branches=branches), name="VP2-4096")
     assert config.objective["weights"]["commitment"] == 0.5 and config.name == "VP2-4096"
     with torch.device("meta"):
-        tokenizer = assemble.TOKENIZERS.build(
+        tokenizer = TOKENIZERS.build(
             {**config.tokenizer, "pretrained": False, "semantic": {"teachers": {"dinov2_patch16": 768}}}
         )
     assert (
@@ -555,11 +556,11 @@ META = torch.device("meta")
 
 def test_a_file_of_dar_is_its_tokenizer(tmp_path):
     """The published one builds the tensors of the recipe; others arrive, and what does not fit is named."""
-    from run import blank
+    from run.load import load_config, make_task
 
     shapes = [
-        {name: value.shape for name, value in blank.make_task(config, None, META).tokenizer.state_dict().items()}
-        for config in (translated(tmp_path, DAR_V1), assemble.load_config("configs/dar/tokenizer.yaml", []))
+        {name: value.shape for name, value in make_task(config, None, META).tokenizer.state_dict().items()}
+        for config in (translated(tmp_path, DAR_V1), load_config("configs/dar/tokenizer.yaml", []))
     ]
     assert shapes[0] == shapes[1]
     other = translated(
@@ -589,7 +590,7 @@ def test_a_file_of_rear_is_its_recipe(tmp_path):
     ):
         translated(tmp_path, REAR_L)
     config = translated(tmp_path, REAR_L, "data.url=tokens://codes")
-    recipe = assemble.load_config("configs/rear/rear_l.yaml", [])
+    recipe = load_config("configs/rear/rear_l.yaml", [])
     assert config.train.optimizer == recipe.train.optimizer and config.train.schedule == recipe.train.schedule
     assert (config.train.global_batch, config.train.duration) == (
         2048,

@@ -21,7 +21,7 @@ from core.images import to_model_range
 from core.rng import Draws
 from core.train.parallel import accumulation
 from generator.adapters import ADAPTERS as GENERATOR_ADAPTERS
-from scripts import surface
+from scripts import stages
 from tests.conftest import ROOT, TOY_GENERATOR, TOY_TOKENIZER
 from tokenizer.continuous.rectok import RecTok
 from tokenizer.continuous.stats import load_stats, read_stats, save_stats
@@ -48,20 +48,20 @@ def work_dir(tmp_path):
 
 
 def test_experiments_are_found(work_dir):
-    assert surface.find_run("mine", str(work_dir)) == str(work_dir / "mine")
+    assert stages.find_run("mine", str(work_dir)) == str(work_dir / "mine")
     theirs = work_dir / "tokenizer_training"
-    assert surface.find_run("rectok", str(work_dir)) == str(theirs / "rectok" / "checkpoints" / "latest.pth")
-    assert surface.find_run("old", str(work_dir)) == str(theirs / "old" / "checkpoints" / "epoch_0199.pth")
-    assert surface.find_run(str(work_dir / "mine"), "elsewhere") == str(work_dir / "mine")
-    assert surface.find_run("hf://a/b/c.pth", str(work_dir)) == "hf://a/b/c.pth"
+    assert stages.find_run("rectok", str(work_dir)) == str(theirs / "rectok" / "checkpoints" / "latest.pth")
+    assert stages.find_run("old", str(work_dir)) == str(theirs / "old" / "checkpoints" / "epoch_0199.pth")
+    assert stages.find_run(str(work_dir / "mine"), "elsewhere") == str(work_dir / "mine")
+    assert stages.find_run("hf://a/b/c.pth", str(work_dir)) == "hf://a/b/c.pth"
     with pytest.raises(UserError, match='no run "rektok".*Did you mean "rectok"'):
-        surface.find_run("rektok", str(work_dir))
+        stages.find_run("rektok", str(work_dir))
 
 
 def test_words_become_arguments(work_dir):
     place = f"work_dir={work_dir}"
-    assert surface.resolve("tokenizer", []) == ("configs/rectok/tokenizer.yaml", [])
-    config, overrides = surface.resolve("decoder", ["mine", place, "train.micro_batch=8"])
+    assert stages.resolve("tokenizer", []) == ("configs/rectok/tokenizer.yaml", [])
+    config, overrides = stages.resolve("decoder", ["mine", place, "train.micro_batch=8"])
     assert config == "configs/rectok/decoder_finetune.yaml"
     assert overrides == [
         f"train.init_from={work_dir / 'mine'}",
@@ -69,14 +69,14 @@ def test_words_become_arguments(work_dir):
         place,
         "train.micro_batch=8",
     ]
-    config, overrides = surface.resolve("diffusion", ["rectok", "configs/rectok/ditdh_s.yaml", place])
+    config, overrides = stages.resolve("diffusion", ["rectok", "configs/rectok/ditdh_s.yaml", place])
     assert config == "configs/rectok/ditdh_s.yaml" and "name=rectok_ditdh_s" in overrides
     assert overrides[0].startswith("tokenizer.weights=") and overrides[0].endswith("latest.pth")
     yaml = "configs/rectok/ditdh_xl.yaml"
-    assert surface.resolve("diffusion", [yaml, "name=x"]) == (yaml, ["name=x"])  # a config first keeps working
+    assert stages.resolve("diffusion", [yaml, "name=x"]) == (yaml, ["name=x"])  # a config first keeps working
     for stage, words in (("tokenizer", ["mine"]), ("decoder", ["mine", "rectok"]), ("diffusion", ["a.yaml", "b.yaml"])):
         with pytest.raises(UserError, match="one word too many"):
-            surface.resolve(stage, words)
+            stages.resolve(stage, words)
 
 
 @pytest.mark.parametrize(
@@ -182,23 +182,23 @@ def released(tmp_path):
 
 
 def test_statistics_are_found_beside_the_weights_and_checked(released, tmp_path):
-    from run import assemble
+    from run.load import load_tokenizer
 
     place = tmp_path / "toy.latent_stats.safetensors"
-    tokenizer, fingerprint = assemble.load_tokenizer(released)
+    tokenizer, fingerprint = load_tokenizer(released)
     assert not tokenizer.latent_stats_known
     official_statistics(tmp_path / "stats.pkl")
     save_stats(place, read_stats(str(tmp_path / "stats.pkl")), fingerprint)
-    tokenizer, _ = assemble.load_tokenizer(released)
+    tokenizer, _ = load_tokenizer(released)
     assert tokenizer.latent_stats_known and tokenizer.latent_std.tolist() == [1, 2, 3, 4, 5, 6, 7, 8]
-    assert not assemble.load_tokenizer({**released, "latent_stats": "none"})[0].latent_stats_known
+    assert not load_tokenizer({**released, "latent_stats": "none"})[0].latent_stats_known
     save_stats(place, read_stats(str(tmp_path / "stats.pkl")), "of-something-else")
     with pytest.raises(UserError, match="computed with tokenizer weights of-something-else"):
-        assemble.load_tokenizer(released)
+        load_tokenizer(released)
     place.unlink()
     official_statistics(tmp_path / "stats.pkl", channels=4)
     with pytest.raises(UserError, match="4 values for 8 channels"):
-        assemble.load_tokenizer({**released, "latent_stats": str(tmp_path / "stats.pkl")})
+        load_tokenizer({**released, "latent_stats": str(tmp_path / "stats.pkl")})
 
 
 def test_statistics_program(tokenizer_run, tmp_path):
@@ -229,22 +229,22 @@ def test_training_uses_the_statistics_that_are_named(build_trainer, tokenizer_ru
 
 
 def test_a_generator_refuses_another_tokenizer_and_missing_statistics(generator_run, tokenizer_run, released, tmp_path):
-    from run import assemble
+    from run.load import load_generator, load_tokenizer
 
-    tokenizer, _ = assemble.load_tokenizer({"weights": str(tokenizer_run)})
-    generator, _ = assemble.load_generator(str(generator_run), tokenizer)
+    tokenizer, _ = load_tokenizer({"weights": str(tokenizer_run)})
+    generator, _ = load_generator(str(generator_run), tokenizer)
     assert tokenizer.latent_stats_known
-    raw, _ = assemble.load_tokenizer({"weights": str(tokenizer_run), "use_ema": False})
+    raw, _ = load_tokenizer({"weights": str(tokenizer_run), "use_ema": False})
     with pytest.raises(UserError, match=f"belong to another tokenizer. Use {tokenizer_run}"):
-        assemble.load_generator(str(generator_run), raw)
+        load_generator(str(generator_run), raw)
 
     path = tmp_path / "dit.pth"
     torch.save({"model": GENERATOR_ADAPTERS["dit_dh"].to_official(generator)}, path)
-    fresh, _ = assemble.load_tokenizer(released)
+    fresh, _ = load_tokenizer(released)
     with pytest.raises(UserError, match="without the statistics.*latent_stats.py"):
-        assemble.load_generator(str(path), fresh)
+        load_generator(str(path), fresh)
     fresh.set_latent_stats(0.5, 2.0)
-    assemble.load_generator(str(path), fresh)
+    load_generator(str(path), fresh)
 
 
 # -- official pre-tokenised moments -----------------------------------------------------------------------------------
@@ -252,9 +252,9 @@ def test_a_generator_refuses_another_tokenizer_and_missing_statistics(generator_
 def moment_folder(tokenizer_run, tmp_path):
     """Eight pictures in a list, and the moments of each and of its mirror image as the official loader wants them."""
     from data.transforms import Transform
-    from run import assemble
+    from run.load import load_tokenizer
 
-    tokenizer, _ = assemble.load_tokenizer({"weights": str(tokenizer_run)})
+    tokenizer, _ = load_tokenizer({"weights": str(tokenizer_run)})
     plain = Transform(image_size=32)
     lines = []
     for number in range(8):
@@ -411,7 +411,7 @@ def test_every_evaluation_command_of_the_readme(tmp_path, tokenizer_run, generat
 
 def test_the_default_recipes_need_no_argument(train_main):
     """`bash run_train_tokenizer.sh` and its kin name the published recipes; without ImageNet they say what is missing."""
-    for stage in surface.STAGES:
+    for stage in stages.STAGES:
         code, _, err = train_main(f"--stage={stage}", "--check", "train.device=cpu", "train.init_from=null")
         assert code == 2 and "data/imagenet/train" in err, err
     scripts = [ROOT / f"run_{name}.sh" for name in ("train_tokenizer", "decoder_finetune_tokenizer", "train_diffusion")]

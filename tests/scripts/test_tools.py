@@ -11,7 +11,7 @@ from PIL import Image
 from core.devices import Peak, floor_seconds, peak_of
 from core.errors import UserError
 from core.weights import hub, released
-from run import blank
+from run.load import make_task
 from scripts import benchmark, download, reconstruct
 from tests.conftest import ROOT, TOY_GENERATOR, TOY_TOKENIZER
 from tests.fake_hub import serving
@@ -218,10 +218,11 @@ def test_benchmark_prints_no_table_before_a_mistake(capsys, monkeypatch, tmp_pat
 
 def test_flops_agree_with_the_estimate():
     """Guided sampling: 4 updates of 2 predictions, and one decoding; time and class are embedded once, not per update."""
-    from run import assemble, estimate
+    from run import estimate
+    from run.load import load_config
 
-    tokenizer_section = assemble.load_config(TOY_TOKENIZER, []).tokenizer
-    config = assemble.load_config(TOY_GENERATOR, [])
+    tokenizer_section = load_config(TOY_TOKENIZER, []).tokenizer
+    config = load_config(TOY_GENERATOR, [])
     config.tokenizer = {k: v for k, v in tokenizer_section.items()}
     forward = estimate.costs(config)[1][0].forward_flops
     sample = benchmark.count(config, None, "sample", 3, False)
@@ -251,7 +252,7 @@ def counted(config, what: str, batch: int = 3):
 def test_bytes_of_dar_by_hand():
     """Every step reads all weights, one row of a table, and the keys and values so far; every decoder step its network."""
     config = benchmark.read_config(DAR, [], DAR_TOKENIZER)
-    task = blank.make_task(config, None, torch.device("meta"))
+    task = make_task(config, None, torch.device("meta"))
     codes, width, rows = 16, 32, 6  # a guided batch of 3
     steps = numbers(task.generator, ("embedding",)) * codes
     tables = 3 * width * codes + rows * width
@@ -269,7 +270,7 @@ def test_bytes_of_var_by_hand():
     """Every scale reads all weights but those that depend on the class alone or are folded into others once, all but the
     first the layer of its inputs, and each the tokenizer's codes and phis."""
     config = benchmark.read_config(VAR, [], VAR_TOKENIZER)
-    task = blank.make_task(config, None, torch.device("meta"))
+    task = make_task(config, None, torch.device("meta"))
     model, width, rows, ends = task.generator, 32, 6, (1, 5, 14)
     folded = sum(p.numel() for name, p in model.named_parameters() if name.endswith(("q_bias", "v_bias", "scale_mul")))
     always = numbers(model, ("ada_lin", "emb.", "pos_", "lvl_embed", "word_embed", "q_bias", "v_bias", "scale_mul"))

@@ -11,7 +11,7 @@ from core.config import Duration
 from core.errors import UserError
 from core.rng import Draws
 from core.specs import Codes, Progress, Recon, Tokenizer
-from run import assemble
+from run.load import OBJECTIVES, TOKENIZERS, load_config, semantic_widths
 from tests.conftest import ROOT
 from tests.parity import fixture_folder
 from tests.tools import torture
@@ -405,13 +405,13 @@ def test_two_ranks(tmp_path):
 
 def test_every_recipe_builds():
     for name in ("dual_ds16", "triple_ds16", "dual_ds8", "triple_ds8"):
-        config = assemble.load_config(str(ROOT / "configs" / "fqgan" / f"{name}.yaml"), [])
+        config = load_config(str(ROOT / "configs" / "fqgan" / f"{name}.yaml"), [])
         settings = dict(config.tokenizer)
         with torch.device("meta"):
-            teachers = assemble.semantic_widths(config, settings, pretrained=False)
-            tokenizer = assemble.TOKENIZERS.build(settings)
+            teachers = semantic_widths(config, settings, pretrained=False)
+            tokenizer = TOKENIZERS.build(settings)
         perceptual = {"lpips": {"pretrained": False}}
-        objective = assemble.OBJECTIVES.build({**config.objective, "perceptual": perceptual})
+        objective = OBJECTIVES.build({**config.objective, "perceptual": perceptual})
         objective.check_terms(tokenizer.term_names, bool(teachers), True)
         widths = {"dual": {"clip": 1024}, "triple": {"clip": 768, "dinov2_class": 384}}[name.split("_")[0]]
         assert tokenizer.semantic["teachers"] == widths

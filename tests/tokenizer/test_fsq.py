@@ -10,7 +10,8 @@ import torch
 from core.errors import UserError
 from core.specs import Codes, Tokenizer
 from core.weights import files as weight_files
-from run import assemble
+from run.load import load_config, load_tokenizer
+from run.train import train
 from tokenizer.vq.fsq import FSQ, FiniteScalarQuantizer
 
 LEVELS = [[8, 5, 5, 5], [3], [2, 2, 2], [4, 3, 7]]
@@ -74,7 +75,7 @@ def test_the_tokenizer_is_one():
 
 def test_recipe_trains_and_its_run_is_read(tmp_path):
     """The published YAML at toy size; the generator's recipe names the run by its folder."""
-    run = assemble.load_config(
+    run = load_config(
         "configs/fsq/tokenizer.yaml",
         [
             f"work_dir={tmp_path}",
@@ -100,8 +101,8 @@ def test_recipe_trains_and_its_run_is_read(tmp_path):
             "tokenizer.usage_window=64",
         ],
     )
-    assert assemble.train(run) == 0
-    tokenizer, _ = assemble.load_tokenizer({"weights": str(tmp_path / "fsq")})
+    assert train(run) == 0
+    tokenizer, _ = load_tokenizer({"weights": str(tmp_path / "fsq")})
     assert isinstance(tokenizer, FSQ) and tokenizer.spec.vocab == 1000
 
 

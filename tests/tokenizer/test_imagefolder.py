@@ -16,7 +16,9 @@ from core.rng import Draws
 from core.specs import Codes
 from core.train.run import read_metrics
 from core.train.trainer import Trainer
-from run import assemble, estimate
+from run import estimate
+from run.load import load_config
+from run.train import hint_for_small_sets
 from scripts import evaluate_generator
 from tests.conftest import ROOT
 from tests.tools import torture
@@ -400,10 +402,10 @@ def test_a_small_set_gets_advice(run_toy, tmp_path):
     assert run_toy("small", *settings, "train.preview_every=never")[0] == 0
     log = (tmp_path / "small" / "log.txt").read_text()
     assert "4 pictures are few" in log and "train.init_from" in log and "enc_tuning=lora" in log and "data.flip" in log
-    config = assemble.load_config(str(TOY), [*settings, "train.init_from=x", "tokenizer.enc_tuning=lora"])
-    hint = assemble.hint_for_small_sets(config, 49_999)
+    config = load_config(str(TOY), [*settings, "train.init_from=x", "tokenizer.enc_tuning=lora"])
+    hint = hint_for_small_sets(config, 49_999)
     assert "49,999 pictures" in hint and "data.flip" in hint and not re.search("lora|init_from|global_batch", hint)
-    assert assemble.hint_for_small_sets(config, 50_000) is None
+    assert hint_for_small_sets(config, 50_000) is None
 
 
 def test_the_best_checkpoint_is_kept(run_toy):
@@ -480,7 +482,7 @@ cloud_save_path: output/exp-xx
 half_sem: true
 v_patch_nums: [1, 2, 4]
 """)
-    config = assemble.load_config(*translate.translate(str(theirs), ["codebook_drop=0.2"]))
+    config = load_config(*translate.translate(str(theirs), ["codebook_drop=0.2"]))
     tokenizer = config.tokenizer
     assert (config.work_dir, config.name, config.train.init_from) == ("output", "exp-xx", "ckpt_best.pt")
     assert (tokenizer["vocab"], tokenizer["branches"], tokenizer["codebook_drop"], tokenizer["scales"]) == (
@@ -492,7 +494,7 @@ v_patch_nums: [1, 2, 4]
     assert tokenizer["enc_tuning"] == "lora" and tokenizer["semantic"] is None and not config.teachers
     assert config.train.optimizer.lr == pytest.approx(1.2e-4) and config.discriminator["name"] == "patchgan"
     theirs.write_text("codebook_size: 4096\ncodebook_embed_dim: 12\nlfq: true\n")
-    assert assemble.load_config(str(theirs), []).tokenizer["quantizer"] == "binary"
+    assert load_config(str(theirs), []).tokenizer["quantizer"] == "binary"
     theirs.write_text("codebook_size: 4096\ndisc_type: samdisc\nlfq: true\n")
     with pytest.raises(
         UserError, match="disc_type: samdisc: it is not supported; known are dinodisc, patchgan, stylegan"
@@ -509,5 +511,5 @@ def test_flags_of_the_original_are_answered():
 @pytest.mark.parametrize("name", ["ms_pq2_4096", "ablation_1"])
 def test_cost_of_the_recipes(name):
     """They build, and take a step, without memory and without weights."""
-    tokenizer, costs = estimate.costs(assemble.load_config(str(ROOT / "configs" / "imagefolder" / f"{name}.yaml"), []))
+    tokenizer, costs = estimate.costs(load_config(str(ROOT / "configs" / "imagefolder" / f"{name}.yaml"), []))
     assert [cost.name for cost in costs] == ["tokenizer", "discriminator"] and costs[0].parameters > 170e6

@@ -9,7 +9,7 @@ import torch
 
 from core.errors import UserError
 from core.specs import Codes, Tokenizer
-from run import assemble
+from run.load import DISCRIMINATORS, OBJECTIVES, TOKENIZERS, load_config
 from tests.conftest import ROOT
 from tests.parity import fixture_folder
 from tests.tools import torture
@@ -228,10 +228,10 @@ def test_two_ranks(tmp_path):
 
 @pytest.mark.parametrize("name", ["vqgan_plus", "maskgit_vqgan"])
 def test_recipes_build(name):
-    config = assemble.load_config(str(ROOT / "configs" / "rear" / f"{name}_tokenizer.yaml"), [])
+    config = load_config(str(ROOT / "configs" / "rear" / f"{name}_tokenizer.yaml"), [])
     with torch.device("meta"):
-        tokenizer = assemble.TOKENIZERS.build(config.tokenizer)
-        assemble.DISCRIMINATORS.build(config.discriminator)
+        tokenizer = TOKENIZERS.build(config.tokenizer)
+        DISCRIMINATORS.build(config.discriminator)
     perceptual = {"resnet50": {"pretrained": False, "layers": [1, 1, 1, 1]}}
-    objective = assemble.OBJECTIVES.build({**config.objective, "perceptual": perceptual})
+    objective = OBJECTIVES.build({**config.objective, "perceptual": perceptual})
     objective.check_terms(tokenizer.term_names, False, True)

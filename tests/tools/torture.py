@@ -45,7 +45,7 @@ def fork_server():
     """A multiprocessing context whose children start with torch imported and no thread alive."""
     os.environ.update(OMP_NUM_THREADS="1")
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["assemble", "torch._dynamo", "omegaconf", "safetensors.torch"])
+    context.set_forkserver_preload(["run.train", "torch._dynamo", "omegaconf", "safetensors.torch"])
     return context
 
 
@@ -58,12 +58,13 @@ def _child(config: str, overrides: list[str], log: str, environment: dict[str, s
     import torch
 
     from core import cli
-    from run import assemble
+    from run.load import load_config
+    from run.train import train
 
     torch.set_num_threads(1)
     if spy:
         _record_batches(Path(spy))
-    cli.run(lambda _: assemble.train(assemble.load_config(config, overrides)))
+    cli.run(lambda _: train(load_config(config, overrides)))
 
 
 def _record_batches(path: Path) -> None:

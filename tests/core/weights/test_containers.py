@@ -11,7 +11,7 @@ import torch
 from core.errors import UserError
 from core.weights import files as weight_files
 from core.weights.adapter import NEVER_WEIGHTS, matching
-from run import assemble
+from run.load import ADAPTERS, REGISTRIES, read_weights
 from scripts import convert
 
 VIT = {"width": 64, "layers": 1, "heads": 1}
@@ -170,7 +170,7 @@ READS = {
 def build(name: str, seed: int):
     kind, cls, settings = MODELS[name]
     torch.manual_seed(seed)
-    network = assemble.REGISTRIES[kind].build({"name": cls, **settings})
+    network = REGISTRIES[kind].build({"name": cls, **settings})
     for value in network.state_dict().values():
         if value.is_floating_point():
             value.copy_(torch.randn(value.shape))
@@ -178,7 +178,7 @@ def build(name: str, seed: int):
 
 
 def adapter_of(name: str):
-    return assemble.ADAPTERS[MODELS[name][0]][MODELS[name][1]]
+    return ADAPTERS[MODELS[name][0]][MODELS[name][1]]
 
 
 def official(name: str, seed: int = 1) -> dict[str, torch.Tensor]:
@@ -241,7 +241,7 @@ def test_an_exported_var_can_hold_its_tokenizer(tmp_path):
     trainer = torch.load(out, weights_only=True)["trainer"]
     assert same(trainer["vae_local"], official("imagefolder")) and same(trainer["var_wo_ddp"], official("var"))
     # And back: the tokenizer in the file tells how many branches there are.
-    assert assemble.read_weights("generator", str(out)).settings["branches"] == 2
+    assert read_weights("generator", str(out)).settings["branches"] == 2
     with pytest.raises(UserError, match="hold no tokenizer"):
         convert.main(
             [
@@ -279,7 +279,7 @@ def test_what_no_tensor_tells_is_asked_for(name, tmp_path, capsys):
     given, stored = ASKED.get(name, ({}, {}))
     torch.save({"model": state}, path)
     if not given:
-        told = assemble.read_weights(kind, str(path)).settings
+        told = read_weights(kind, str(path)).settings
         assert all(told[key] == value for key, value in settings.items() if key in told and not isinstance(value, dict))
         return
     keys = [
@@ -290,14 +290,14 @@ def test_what_no_tensor_tells_is_asked_for(name, tmp_path, capsys):
     with pytest.raises(
         UserError, match="these weights do not tell .*; give " + ".*".join(f"{kind}.{k}=" for k in keys)
     ):
-        assemble.read_weights(kind, str(path))
+        read_weights(kind, str(path))
     assert convert.main(["--describe", str(path)]) == 0 and "not in the file: " in capsys.readouterr().out
-    weights = assemble.read_weights(kind, str(path), given)
+    weights = read_weights(kind, str(path), given)
     assert holds(weights.settings, given)
-    weights.load(assemble.REGISTRIES[kind].build({**weights.settings, **settings}))
+    weights.load(REGISTRIES[kind].build({**weights.settings, **settings}))
     if stored:
         torch.save({"model": state, **stored}, path)
-        assert holds(assemble.read_weights(kind, str(path)).settings, given)
+        assert holds(read_weights(kind, str(path)).settings, given)
     words = [
         f"{k}={[*given.values()][0][k.partition('.')[2]] if '.' in k else given[k]}".replace(" ", "") for k in keys
     ]
@@ -415,8 +415,8 @@ def test_describe_marks_what_is_open(name, shown, tmp_path, capsys):
 def test_exports_list_once_what_they_do_not_say(name, change, lost):
     kind, cls, settings = MODELS[name]
     settings, adapter = {**settings, **change}, adapter_of(name)
-    official_state = adapter.to_official(assemble.REGISTRIES[kind].build({"name": cls, **settings}))
-    said = convert.unrecorded(adapter, settings, official_state, assemble.REGISTRIES[kind].signature(cls))
+    official_state = adapter.to_official(REGISTRIES[kind].build({"name": cls, **settings}))
+    said = convert.unrecorded(adapter, settings, official_state, REGISTRIES[kind].signature(cls))
     assert [text for text in said if not text.startswith("grid")] == lost
 
 
@@ -446,7 +446,7 @@ def test_programs_take_the_keys_that_they_ask_for(tmp_path, capsys):
 
 def test_a_file_of_vars_trainer_samples_with_the_tokenizer_in_it(tmp_path):
     """No other is asked for, and one that is named wins."""
-    from run import finished
+    from run.sample import _unknown
 
     loaded = {
         "trainer": {
@@ -460,12 +460,12 @@ def test_a_file_of_vars_trainer_samples_with_the_tokenizer_in_it(tmp_path):
         {"model": official("imagefolder"), "args": argparse.Namespace(v_patch_nums=SCALES)}, tmp_path / "codes.pt"
     )
     torch.save({"trainer": {"var_wo_ddp": official("var")}}, tmp_path / "alone.pth")
-    given = finished._unknown("x", tmp_path / "ar-ckpt-last.pth", [])
+    given = _unknown("x", tmp_path / "ar-ckpt-last.pth", [])
     assert given["tokenizer"] == {"weights": str(tmp_path / "ar-ckpt-last.pth")} and given["generator"]["branches"] == 2
     named = [f"tokenizer.weights={tmp_path / 'codes.pt'}"]
-    assert finished._unknown("x", tmp_path / "ar-ckpt-last.pth", named)["tokenizer"] == {}
+    assert _unknown("x", tmp_path / "ar-ckpt-last.pth", named)["tokenizer"] == {}
     with pytest.raises(UserError, match="Say which tokenizer"):
-        finished._unknown("x", tmp_path / "alone.pth", [])
+        _unknown("x", tmp_path / "alone.pth", [])
 
 
 def test_a_gpt_of_several_codebooks_has_no_official_layout():
@@ -480,4 +480,4 @@ def test_a_gpt_of_several_codebooks_has_no_official_layout():
         num_classes=3,
     )
     with pytest.raises(UserError, match="no official layout of a GPT of 2 codebooks"):
-        assemble.ADAPTERS["generator"]["gpt"].to_official(model)
+        ADAPTERS["generator"]["gpt"].to_official(model)

@@ -11,7 +11,9 @@ import torch
 from core.errors import UserError
 from core.weights import released
 from evaluation import protocols
-from run import assemble, blank, evaluation_recon, finished
+from run import evaluation_recon
+from run.load import ADAPTERS, TOKENIZERS, load_config, tokenizer_layout
+from run.sample import read_config
 from scripts import evaluate_generator, sample
 from tests.conftest import ROOT
 
@@ -44,7 +46,7 @@ PUBLISHED = {
     "ditdhxl_epoch_0079.pth": ("pretrained_models/RecTok_decft.pth", "rectok", AUTO),
     "ditdhxl_epoch_0599.pth": ("pretrained_models/RecTok_decft.pth", "rectok", AUTO),
 }
-TOKENIZERS = {
+PROTOCOLS_OF_TOKENIZERS = {
     "RecTok": "rectok",
     "fqgan": "fqgan",
     "maskgit": "rear",
@@ -72,13 +74,13 @@ def site(tmp_path, monkeypatch) -> Path:
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_published_sampling(name, site):
     said = []
-    config, weights = finished.read_config(name, [], said.append)
+    config, weights = read_config(name, [], said.append)
     tokenizer, protocol, sampling = PUBLISHED[name]
     assert weights == f"pretrained_models/{name}" and config.tokenizer["weights"] == tokenizer
     assert config.eval.protocol == protocol
     assert {key: getattr(config.sample, key) for key in sampling} == sampling
     assert tokenizer in said[0] and protocol in said[0]
-    own, _ = finished.read_config(name, ["sample.scale=1.5", "tokenizer.weights=RecTok.pth", "eval.protocol=adm"])
+    own, _ = read_config(name, ["sample.scale=1.5", "tokenizer.weights=RecTok.pth", "eval.protocol=adm"])
     assert (own.sample.scale, Path(own.tokenizer["weights"]).name, own.eval.protocol) == (1.5, "RecTok.pth", "adm")
 
 
@@ -88,29 +90,29 @@ def test_every_generator_has_its_number():
 
 def test_guide_is_asked_for_only_where_it_guides(site):
     (site / "pretrained_models" / "ditdhs_epoch_0029.pth").unlink()
-    finished.read_config("ditdhxl_epoch_0599.pth", ["sample.scale=1"])
+    read_config("ditdhxl_epoch_0599.pth", ["sample.scale=1"])
     with pytest.raises(UserError, match="run_download.sh ditdhs_epoch_0029.pth"):
-        finished.read_config("ditdhxl_epoch_0599.pth", [])
+        read_config("ditdhxl_epoch_0599.pth", [])
 
 
 def test_neighbours_of_a_file_elsewhere(site, tmp_path):
     """A file in another folder takes the companions that lie beside it."""
     (site / "pretrained_models").rename(site / "other")
-    config, _ = finished.read_config("other/imagenet-var-4096.pt", [])
+    config, _ = read_config("other/imagenet-var-4096.pt", [])
     assert config.tokenizer["weights"] == "other/imagenet-var-4096.pt"
-    assert finished.read_config("other/rar_b.bin", [])[0].tokenizer["weights"] == f"other/{Path(MASKGIT).name}"
+    assert read_config("other/rar_b.bin", [])[0].tokenizer["weights"] == f"other/{Path(MASKGIT).name}"
 
 
 def test_a_config_without_a_run_takes_what_was_released_for_it(site):
     said = []
-    config, weights = finished.read_config(str(ROOT / "configs/rectok/ditdh_xl.yaml"), [], said.append)
+    config, weights = read_config(str(ROOT / "configs/rectok/ditdh_xl.yaml"), [], said.append)
     assert weights == "pretrained_models/ditdhxl_epoch_0599.pth" and weights in said[0]
     assert config.sample.steps == 50  # the config that was named says how to sample
     with pytest.raises(UserError, match="no such file or folder|folder without checkpoints"):
-        finished.read_config(str(ROOT / "configs/rectok/ditdh_xl.yaml"), ["name=mine"])
+        read_config(str(ROOT / "configs/rectok/ditdh_xl.yaml"), ["name=mine"])
     (site / "pretrained_models" / "rar_b.bin").unlink()
     with pytest.raises(UserError, match=r"Train it, fetch released weights \(bash run_download.sh rar_b.bin\)"):
-        finished.read_config(str(ROOT / "configs/rear/rar_b.yaml"), [])
+        read_config(str(ROOT / "configs/rear/rar_b.yaml"), [])
 
 
 def test_weights_on_the_command_line(site):
@@ -121,7 +123,7 @@ def test_weights_on_the_command_line(site):
         [str(ROOT / "configs/rear/rar_b.yaml"), "--weights", "rar_b.bin"],
     ):
         options, settings = evaluate_generator.parse([*words, "--check"])
-        assert finished.read_config(options.target, settings)[1].endswith("rar_b.bin")
+        assert read_config(options.target, settings)[1].endswith("rar_b.bin")
         assert evaluate_generator.main([*words, "--check"]) == 0
         assert sample.main([*words, "--labels", "1", "--out", "o", "--check"]) == 0
     with pytest.raises(UserError, match="name a generator"):
@@ -135,20 +137,20 @@ def test_weights_on_the_command_line(site):
 def test_what_the_table_says_is_true(file):
     """Recipes load; sizes, where the recorded layout of the file is at hand, are those of the file."""
     if file.recipe:
-        config = assemble.load_config(str(ROOT / file.recipe), list(file.settings))
+        config = load_config(str(ROOT / file.recipe), list(file.settings))
         if config.task == "generator":
             return
-    known, _ = blank.layout({"weights": file.name})
+    known, _ = tokenizer_layout({"weights": file.name})
     assert protocols.of_tokenizer(known["name"]) == next(
-        p for name, p in TOKENIZERS.items() if file.name.startswith(name)
+        p for name, p in PROTOCOLS_OF_TOKENIZERS.items() if file.name.startswith(name)
     )
     recorded = ROOT.parent / "shared" / "checkpoints" / f"{Path(file.name).stem}.json"
     if not recorded.is_file():
         pytest.skip(f"{recorded.name} is not at hand")
     from core.weights.layouts import build_on_meta, read_layout
 
-    described = assemble.ADAPTERS["tokenizer"][known["name"]].describe(read_layout(json.loads(recorded.read_text())))
-    build = assemble.TOKENIZERS.get(known["name"])
+    described = ADAPTERS["tokenizer"][known["name"]].describe(read_layout(json.loads(recorded.read_text())))
+    build = TOKENIZERS.get(known["name"])
     untrained = {"pretrained": False} if known["name"] == "imagefolder" else {}
     here, there = (
         build_on_meta(

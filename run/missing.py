@@ -14,7 +14,7 @@ from core.weights import hub, released
 from core.weights.released import Released, find_local_file, helper, needed
 from evaluation import measure, protocols, references
 from evaluation.networks import WEIGHTS_FILE
-from run import assemble
+from run.load import REGISTRIES
 
 
 def helpers_of(config: RunConfig) -> list[Released]:
@@ -27,10 +27,7 @@ def helpers_of(config: RunConfig) -> list[Released]:
         if "name" in section and not section.get("weights"):  # else what it would start from is replaced by them
             sections.append((kind, section))
     found = [
-        file
-        for kind, section in sections
-        if section
-        for file in needed(assemble.REGISTRIES[kind].get(section["name"]), section)
+        file for kind, section in sections if section for file in needed(REGISTRIES[kind].get(section["name"]), section)
     ]
     if config.train.eval_every != "never" and config.eval.network == "inception":
         found.append(helper(WEIGHTS_FILE))

@@ -32,7 +32,19 @@ from core.weights import hub, released
 from core.weights.adapter import recognise
 from data.sources import open_source
 from generator.task import GeneratorTask
-from run import assemble, streaming
+from run import streaming
+from run.latent_stats import latent_statistics
+from run.load import (
+    ADAPTERS,
+    REGISTRIES,
+    load_config,
+    load_generator,
+    load_tokenizer,
+    make_guidance,
+    pair,
+    read_weights,
+    sample_options,
+)
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -88,7 +100,7 @@ def read_config(target: str, overrides: list[str], log: Log = lambda _: None) ->
         log: is told what was chosen for the user.
     """
     if target.endswith((".yaml", ".yml")):
-        config = assemble.load_config(target, overrides)
+        config = load_config(target, overrides)
         weights = (config.generator or {}).get("weights") or _run_of(target, config, overrides, log)
     else:
         path = released.resolve(target)
@@ -110,7 +122,7 @@ def read_config(target: str, overrides: list[str], log: Log = lambda _: None) ->
 def guide_of(config: RunConfig) -> str | None:
     """The weaker model of autoguidance, where sampling uses one."""
     sample = config.sample
-    return sample.guide if sample.guidance == "auto" and assemble.make_guidance(sample).active else None
+    return sample.guide if sample.guidance == "auto" and make_guidance(sample).active else None
 
 
 def _run_of(target: str, config: RunConfig, overrides: list[str], log: Log) -> str:
@@ -134,12 +146,12 @@ def _config_of(target: str, path: Path, overrides: list[str], log: Log) -> RunCo
     """The config that belongs to a checkpoint or a file of generator weights."""
     if path.is_dir():
         given = Checkpoint(path).state["config"]
-        return config_module.override(lambda: given, overrides, assemble.REGISTRIES, source=target)
+        return config_module.override(lambda: given, overrides, REGISTRIES, source=target)
     file = released.find(path)
     if file is None or not file.recipe:
         given = _unknown(target, path, overrides)
-        return config_module.override(lambda: given, overrides, assemble.REGISTRIES, source=target)
-    config = assemble.load_config(str(ROOT / file.recipe), [f"name={path.stem}", *file.settings, *overrides])
+        return config_module.override(lambda: given, overrides, REGISTRIES, source=target)
+    config = load_config(str(ROOT / file.recipe), [f"name={path.stem}", *file.settings, *overrides])
     config.tokenizer["weights"] = _beside(config.tokenizer.get("weights"), path)
     config.sample.guide = _beside(config.sample.guide, path)
     if config.task == "generator":
@@ -166,16 +178,16 @@ def _unknown(target: str, path: Path, overrides: list[str]) -> dict[str, Any]:
     given = config_module.read_overrides([o for o in overrides if o.startswith(("generator.", "tokenizer."))])
     tokenizer = {}
     if not given.get("tokenizer", {}).get("weights"):
-        if weight_files.read(path) or not recognise(assemble.ADAPTERS["tokenizer"], hub.load_tensors(path)):
+        if weight_files.read(path) or not recognise(ADAPTERS["tokenizer"], hub.load_tensors(path)):
             raise UserError(
                 f"{target} is a file of generator weights, and no released one by its name. Say which tokenizer decodes its "
                 "latents: tokenizer.weights=pretrained_models/FILE"
             )
         tokenizer = {"weights": str(path)}  # VAR's trainer keeps its tokenizer beside it
     known = {**given.get("tokenizer", {}), **tokenizer}
-    codes = assemble.read_weights("tokenizer", known["weights"], known).settings
+    codes = read_weights("tokenizer", known["weights"], known).settings
     known = {key: codes[key] for key in ("branches", "scales") if key in codes}  # no VAR tells them itself
-    settings = assemble.read_weights("generator", str(path), {**known, **given.get("generator", {})}).settings
+    settings = read_weights("generator", str(path), {**known, **given.get("generator", {})}).settings
     return {
         "name": path.stem,
         "task": "generator",
@@ -205,7 +217,7 @@ def _pictures_for_statistics(config: RunConfig, reference: str) -> DataSource:
 def open_generator(target: str, overrides: list[str], world: World, log: Log = print) -> Finished:
     """Load it, on the world's device. Collective where latent statistics have to be measured first."""
     config, reference = read_config(target, overrides, log)
-    tokenizer, tokenizer_print = assemble.load_tokenizer(config.tokenizer)
+    tokenizer, tokenizer_print = load_tokenizer(config.tokenizer)
     use_ema = config.generator.get("use_ema", True)
     facts = {
         "weights": reference,
@@ -213,19 +225,19 @@ def open_generator(target: str, overrides: list[str], world: World, log: Log = p
         "tokenizer": config.tokenizer["weights"],
         "tokenizer_fingerprint": tokenizer_print,
     }
-    if not assemble.read_weights("generator", reference, config.generator).constants and not getattr(
+    if not read_weights("generator", reference, config.generator).constants and not getattr(
         tokenizer, "latent_stats_known", True
     ):
         # parity: no released generator carries the statistics of its latents
         source = _pictures_for_statistics(config, reference)
-        assemble.latent_statistics(config, tokenizer, tokenizer_print, source, world, log)
+        latent_statistics(config, tokenizer, tokenizer_print, source, world, log)
         facts["latent_statistics"] = f"measured on {config.data.url}"
-    generator, weights = assemble.load_generator(reference, tokenizer, use_ema, config.generator)
+    generator, weights = load_generator(reference, tokenizer, use_ema, config.generator)
     facts["weights_fingerprint"] = hub.fingerprint(generator.state_dict())
     guide = None
     if named := guide_of(config):
-        guide = assemble.load_generator(named)[0]
-        assemble.pair(guide, tokenizer)
+        guide = load_generator(named)[0]
+        pair(guide, tokenizer)
         facts |= {"guide": named, "guide_fingerprint": hub.fingerprint(guide.state_dict())}
         guide.to(world.device)
     num_classes = weights.settings.get("num_classes") or open_source(config.data.url, config.data.split).num_classes
@@ -233,7 +245,7 @@ def open_generator(target: str, overrides: list[str], world: World, log: Log = p
         generator.to(world.device),
         tokenizer.to(world.device),
         num_classes,
-        assemble.make_guidance(config.sample, guide),
-        assemble.sample_options(config.sample, generator),
+        make_guidance(config.sample, guide),
+        sample_options(config.sample, generator),
     )
     return Finished(config, reference, task, tokenizer.image_size, num_classes, facts)

@@ -1,0 +1,167 @@
+"""The pictures that a config names, and what is computed of them once and kept."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from core import dist
+from core.config import RunConfig
+from core.errors import UserError
+from core.images import to_model_range
+from core.rng import hash64
+from core.specs import DataSource, LatentSpec
+from core.train.log import ProgressLine
+from data import tokens
+from data.base import require_labels
+from data.cache import FeatureCache
+from data.cache import build as build_cache
+from data.sources import open_source
+from data.tokens import TokenStore
+from data.transforms import Transform
+from evaluation import protocols
+
+
+def open_train(config: RunConfig) -> DataSource:
+    """What the run trains on: pictures, or a TokenStore where data.url is tokens://."""
+    source = open_source(config.data.url, config.data.split)
+    if config.task == "tokenizer" and isinstance(source, TokenStore):
+        raise UserError(f"data.url={config.data.url} holds tokens; a tokenizer trains on pictures. Give those.")
+    if config.task == "generator":
+        require_labels(source)
+    return source
+
+
+def open_pictures(config: RunConfig) -> DataSource | None:
+    """The training pictures: data.pictures behind tokens://, else data.url; None when a run has tokens alone."""
+    if config.data.url.startswith("tokens://"):
+        return open_source(config.data.pictures, config.data.split) if config.data.pictures else None
+    return open_source(config.data.url, config.data.split)
+
+
+def make_transform(config: RunConfig, image_size: int) -> Transform:
+    """The crop that a config describes."""
+    data = config.data
+    flip = data.flip and data.crop != "ten"  # which has its mirror images
+    return Transform(
+        image_size,
+        data.crop,
+        flip,
+        tuple(data.scale),
+        short_side=data.short_side,
+        crop_range=data.crop_range,
+        resample=data.resample,
+    )
+
+
+def open_val(config: RunConfig) -> DataSource | None:
+    """Pictures to evaluate on, or None."""
+    if config.data.val_url:
+        return open_source(config.data.val_url, "val")
+    if config.data.url.startswith("embedded://"):
+        return open_source(config.data.url, "val")
+    return None
+
+
+def needed_val(config: RunConfig) -> DataSource | None:
+    """open_val where the run uses those pictures for more than previews; else None, whether they are here or not.
+
+    Raises UserError with what they are for where they are needed and missing.
+    """
+    uses, tokens_alone = [], config.data.url.startswith("tokens://") and not config.data.pictures
+    labels = config.eval.labels or protocols.get(config.eval.protocol, "generation").labels
+    if config.train.eval_every != "never" and (config.task == "tokenizer" or labels == "val" or tokens_alone):
+        uses.append("train.eval_every")
+    if config.task == "generator" and config.data.stats_split == "val":
+        uses.append("data.stats_split")
+    if not uses:
+        return None
+    advice = f"It is there for {' and '.join(uses)}: give data.val_url=URL" + (
+        ", or train.eval_every=never." if uses == ["train.eval_every"] else "."
+    )
+    try:
+        val = open_val(config)
+    except UserError as error:
+        raise UserError(
+            f"data.val_url={config.data.val_url} cannot be opened ({str(error).rstrip('.')}). {advice}"
+        ) from None
+    if val is None:
+        raise UserError(f"there are no validation pictures. {advice}")
+    return val
+
+
+def compute_once(
+    config: RunConfig,
+    label: str,
+    network: nn.Module,
+    world: dist.World,
+    log: Callable[[str], None],
+    build: Callable[..., FeatureCache],
+    precision: str,
+    batch: int = 64,
+) -> FeatureCache:
+    """Call data.cache.build or data.tokens.build with `network` on the run's device and a progress line."""
+    network.to(world.device).eval()
+    line = ProgressLine(1, label=label) if world.is_main else None
+    replaced: dict[str, str] = {}
+
+    def progress(done: int, total: int) -> None:
+        line.total = total * world.size  # of all ranks, which are about equally quick
+        line.update(done * world.size)
+
+    try:
+        with torch.no_grad(), torch.autocast(world.device.type, torch.bfloat16, enabled=precision == "bf16"):
+            made = build(
+                batch=batch,
+                progress=progress if line else None,
+                rank=world.rank,
+                world=world.size,
+                barrier=world.barrier,
+                workers=config.data.workers,
+                on_corrupt=config.data.on_corrupt,
+                replaced=replaced,
+            )
+    finally:
+        if line:
+            line.close()
+    if replaced:
+        log(f"{len(replaced)} pictures could not be read; the next one took their place: {', '.join([*replaced][:20])}")
+    return made
+
+
+def kept(
+    config: RunConfig,
+    name: str,
+    source: DataSource,
+    transform: Transform,
+    network: nn.Module,
+    fingerprint: str,
+    producer: Callable[[Tensor], Any],
+    world: dist.World,
+    log: Callable[[str], None],
+    spec: LatentSpec | None = None,
+) -> FeatureCache:
+    """Open or make the per-picture cache called `name`: a token store when `spec` is given."""
+    if transform.views is None:
+        raise UserError(
+            f'data.cache_{name}: data.crop="{config.data.crop}" shows a new crop each time, so nothing can '
+            "be kept. Use data.crop=center, or turn the cache off."
+        )
+    key = f"{hash64(source.fingerprint(), repr(transform.describe()), fingerprint):016x}"
+    folder = Path(config.data.cache_dir) / f"{name}_{key}"
+    if not folder.exists():
+        log(f"computing {name} once for {len(source):,} pictures x {transform.views} views -> {folder}")
+
+    def on_device(images: Tensor) -> Any:
+        return producer(to_model_range(images.to(world.device)))
+
+    if spec is None:
+        build = functools.partial(build_cache, folder, source, transform, on_device, fingerprint)
+    else:
+        build = functools.partial(tokens.build, folder, source, transform, spec, on_device, fingerprint)
+    return compute_once(config, name, network, world, log, build, config.train.precision)
