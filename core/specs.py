@@ -257,6 +257,13 @@ class Tokenizer(Protocol):
     #   how many codes the next one waits for.
 
 
+def codebook_rows(tokenizer: Tokenizer, device: torch.device) -> Tensor:
+    """Every row of every codebook of a tokenizer with codes, (vocab, branches, dim) fp32. `device`: the tokenizer's."""
+    spec = tokenizer.spec
+    every_code = torch.arange(spec.vocab, device=device)[None, :, None]
+    return tokenizer.embed(every_code.expand(1, -1, spec.branches))[0]
+
+
 @runtime_checkable
 class ScaleOps(Protocol):
     """What a scale-by-scale generator needs of a tokenizer with MultiScale codes; it gets it through `bind`.

@@ -16,7 +16,7 @@ from core.dist import World
 from core.errors import UserError
 from core.images import grid, to_model_range, to_uint8, to_unit_range
 from core.rng import Draws, hash64, permutation
-from core.specs import Codes, DataSource, MultiScale
+from core.specs import Codes, DataSource, MultiScale, codebook_rows
 from core.weights.released import helper
 from data.base import require_labels, require_order
 from evaluation import protocols, references, runner
@@ -186,15 +186,6 @@ def code_usage(tokenizer: nn.Module) -> CodebookUsage | None:
     return CodebookUsage(spec.vocab, spec.branches, scales, getattr(spec, "names", ()) or None)
 
 
-def codebooks_of(tokenizer: nn.Module, device: torch.device) -> Tensor:
-    """(V, K, D) rows of a tokenizer's codebooks; UserError for one without codes."""
-    if code_usage(tokenizer) is None:
-        raise UserError("--perturb disturbs codes (pFID), and this tokenizer has continuous latents. Leave it out.")
-    spec = tokenizer.spec
-    every = torch.arange(spec.vocab, device=device)[None, :, None].expand(1, -1, spec.branches)
-    return tokenizer.embed(every)[0]
-
-
 def rebuilder(
     tokenizer: nn.Module,
     pictures: Pictures,
@@ -212,7 +203,9 @@ def rebuilder(
         bf16: matrix products in bfloat16; the protocol then says whether rounding happens in it too.
         perturb: also decode codes that went through this; tokenizers with codes only.
     """
-    codebooks = codebooks_of(tokenizer, device) if perturb else None
+    if perturb and code_usage(tokenizer) is None:
+        raise UserError("--perturb disturbs codes (pFID), and this tokenizer has continuous latents. Leave it out.")
+    codebooks = codebook_rows(tokenizer, device) if perturb else None
     usage = code_usage(tokenizer) if "codebook" in protocol.reconstruction else None
 
     def rebuild(indices: range) -> Iterator[Rebuilt]:

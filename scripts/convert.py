@@ -79,7 +79,7 @@ def check_layout(path: str) -> bool:
     results, taken = [], set()
     for kind, name, adapter in found:
         taken |= {id(t) for part in adapter.parts(loaded) for t in part.values()}
-        results.append((kind, name, adapter, compare(adapter, loaded, True, layout.get("parameters"))))
+        results.append((kind, name, adapter, compare(adapter, loaded, exact=True)))
     outside = sum(id(t) not in taken for t in tensors_in(loaded))
     good = True
     for kind, name, adapter, result in results:
@@ -189,7 +189,7 @@ def describe_released(path: Path) -> bool:
             lines.append(f"unused  beside the weights: {', '.join(map(str, others))}")
         beside = {id(t) for key in others for t in tensors_in(loaded[key])}
         lines += unused_lines(result, sum(id(t) not in inside | beside for t in tensors_in(loaded)))
-        broken = [text for state in (raw, averaged) if (text := unusable(adapter.without_ignored(state)))]
+        broken = [text for state in (raw, averaged) if (text := unusable(adapter.names.weights(state)))]
         lines += [f"does not fit: {difference}" for difference in result.differences + broken] or [
             "every tensor of our model is there"
         ]
@@ -214,8 +214,8 @@ def unrecorded(adapter, settings: dict, official: dict, accepted: dict) -> list[
     from core.weights.adapter import Facts, entry
 
     facts = Facts()
-    adapter.inspect(official, facts)
-    told = adapter.inspect(official, Facts(given=settings))  # with the answers, on which other settings depend
+    adapter.settings(official, facts)
+    told = adapter.settings(official, Facts(given=settings))  # with the answers, on which other settings depend
     lost = []
     for key in dict.fromkeys(question.partition(".")[2] for question, _ in facts.open):
         lost.append(f"{key} {plain(entry(settings, key))}" if entry(settings, key) is not None else key)
@@ -277,7 +277,7 @@ def official_tokenizer(reference: str, given: dict) -> dict:
     weights = read_weights("tokenizer", reference, given)
     network = REGISTRIES["tokenizer"].build(weights.settings)
     weights.load(network)
-    return weight_files.own(ADAPTERS["tokenizer"][weights.settings["name"]].to_official(network))
+    return weight_files.own(ADAPTERS["tokenizer"][weights.settings["name"]].restore(network))
 
 
 def write_official(out: Path, adapter, official: dict[bool, dict], overwrite: bool, tokenizer: dict | None) -> None:
@@ -294,12 +294,12 @@ def write_official(out: Path, adapter, official: dict[bool, dict], overwrite: bo
     from core.weights.adapter import merged, nested
 
     if out.suffix != ".safetensors":
-        packed = adapter.pack(official.get(False) or {}, official.get(True))
+        packed = adapter.container.pack(official.get(False) or {}, official.get(True))
         if tokenizer is not None:
-            packed = merged(packed, nested(adapter.beside, tokenizer))
+            packed = merged(packed, nested(adapter.container.beside, tokenizer))
         weight_files.replace_with(out, lambda place: torch.save(packed, place), overwrite)
         return
-    if len(official) > 1 and adapter.container is not None and adapter.container[1]:
+    if len(official) > 1 and adapter.container.holds_both:
         raise UserError(f"{out}: a safetensors file has room for one set of weights; say --weights ema or raw.")
     from safetensors.torch import save_file
 
@@ -312,12 +312,12 @@ def export_notes(adapter, weights, official: dict, accepted: dict, tokenizer: di
     note = f" Constants ({', '.join(weights.constants)}) have no place in official files." if weights.constants else ""
     if lost := unrecorded(adapter, weights.settings, official, accepted):
         note += f" What such a file does not say: {', '.join(lost)}."
-    for pattern, reason in adapter.ignored.items():
+    for pattern, reason in adapter.names.ignored.items():
         if "teacher" in reason:
             note += f" Not in it: {pattern}, {reason}."
-    if adapter.beside and tokenizer is None:
+    if adapter.container.beside and tokenizer is None:
         note += (
-            f" The official program reads its tokenizer from {adapter.beside} where no other file is named: add it "
+            f" The official program reads its tokenizer from {adapter.container.beside} where no other file is named: add it "
             "with --tokenizer FILE."
         )
     return note
@@ -353,7 +353,7 @@ def convert(source: str, target: str, options: argparse.Namespace) -> str:
     found: dict[bool, dict] = {}
     for averaged in sets:
         weights.load(network, averaged)
-        found[averaged] = weight_files.own(network.state_dict() if ours else adapter.to_official(network))
+        found[averaged] = weight_files.own(network.state_dict() if ours else adapter.restore(network))
     names = " and ".join({True: "averaged", False: "raw"}[averaged] for averaged in sets)
     if ours:
         provenance = {**weights.provenance, "converted_from": path.name, "holds": names}
@@ -368,10 +368,10 @@ def convert(source: str, target: str, options: argparse.Namespace) -> str:
         weight_files.save(out, content, options.force)
         return f'written to {out}: {kind} "{weights.settings["name"]}", {names} weights'
     tokenizer = official_tokenizer(options.tokenizer, {}) if options.tokenizer else None
-    if tokenizer is not None and adapter.beside is None:
+    if tokenizer is not None and adapter.container.beside is None:
         raise UserError(f"--tokenizer: official files of {adapter.title} hold no tokenizer.")
     write_official(out, adapter, found, options.force, tokenizer)
-    if len(sets) > 1 and (adapter.container is None or adapter.container[1] is None):
+    if len(sets) > 1 and not adapter.container.holds_both:
         names = "averaged"
     accepted = REGISTRIES[kind].signature(weights.settings["name"])
     return f"written to {out}: {adapter.title} in the official layout, {names} weights." + export_notes(

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from core.errors import UserError
 from core.rng import Draws
-from core.specs import Codes, Continuous, LatentSpec, MultiScale
+from core.specs import Codes, Continuous, LatentSpec, MultiScale, codebook_rows
 from tokenizer.vq.quantizer import nearest_codes
 
 VIEWS = ("vectors", "sequence")
@@ -88,11 +88,9 @@ class Vectors(View):
                 f"latent_{name}", torch.full((self.spec.channels,), value, device="cpu"), persistent=False
             )
         self.latent_stats_known = False
-        # every row of every codebook, once: (K, V, D)
-        rows = torch.arange(spec.vocab, device=next(tokenizer.parameters()).device)[None, :, None]
         with torch.no_grad():
-            table = tokenizer.embed(rows.expand(1, -1, spec.branches))[0].transpose(0, 1).contiguous().float()
-        self.register_buffer("table", table, persistent=False)
+            rows = codebook_rows(tokenizer, next(tokenizer.parameters()).device)
+        self.register_buffer("table", rows.transpose(0, 1).contiguous().float(), persistent=False)  # (K, V, D)
 
     def state_dict(self, *arguments, **options):
         """That of the wrapped tokenizer, so that fingerprints do not depend on the view."""

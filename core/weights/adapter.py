@@ -198,13 +198,113 @@ def layer_count(state: State, prefix: str) -> int:
 
 
 @dataclass(frozen=True)
+class Names:
+    """What tensors of one family of files are called. All patterns are shell-style: "blocks.*.attn.*".
+
+    "Official names" are those of a state dict after the container is opened, the prefixes "module." and "_orig_mod." are
+    gone and `aliases` are applied.
+
+    Attributes:
+        markers: patterns that together occur in no other family. The adapter with the largest share of its markers
+            present is asked, so one missing tensor still leads to the right adapter and is then named by it.
+        aliases: historical parts of names -> the official ones, replaced as text: {"aux_": "sem_"}.
+        ignored: pattern of official names -> why they are not part of the model, beside NEVER_WEIGHTS, which holds for
+            every family. They are dropped before `Adapter.rename`; `convert.py` lists them. What `Adapter.restore`
+            gives of them is asked of recorded layouts, not of files.
+        optional: patterns of our names that a file has all or none of (heads that only training needs). Where the file
+            lacks them the model keeps its own values; where the model lacks them they are dropped.
+    """
+
+    markers: tuple[str, ...]
+    aliases: Mapping[str, str] = field(default_factory=dict)
+    ignored: Mapping[str, str] = field(default_factory=dict)
+    optional: tuple[str, ...] = ()
+
+    def share(self, state: State) -> float:
+        """Share of the markers that are present, 0..1."""
+        return sum(any(fnmatchcase(name, marker) for name in state) for marker in self.markers) / len(self.markers)
+
+    def official(self, state: Mapping[str, Any]) -> State:
+        """The tensors of a state dict under official names."""
+        state = self._unwrapped(plain_names(state))
+        for old, new in self.aliases.items():
+            state = {name.replace(old, new): value for name, value in state.items()}
+        return state
+
+    def _unwrapped(self, state: State) -> State:
+        """What lies below "module.", "model." or both, where this family's markers are there and not beside it."""
+        for prefix in _PREFIXES:
+            inside = {name.removeprefix(prefix): t for name, t in state.items() if name.startswith(prefix)}
+            if inside and (len(inside) == len(state) or self.share(inside) > self.share(state)):
+                return self._unwrapped(inside)
+        return state
+
+    def ignored_in(self, state: State) -> dict[str, str]:
+        """Official name -> reason of every tensor that is not part of our model."""
+        reasons = {**NEVER_WEIGHTS, **self.ignored}
+        patterns = {name: matching(name, reasons) for name in state}
+        return {name: reasons[pattern] for name, pattern in patterns.items() if pattern}
+
+    def weights(self, state: State) -> State:
+        """The tensors that are part of our model."""
+        ignored = self.ignored_in(state)
+        return {name: t for name, t in state.items() if name not in ignored}
+
+
+@dataclass(frozen=True)
+class Container:
+    """Where official files keep weights; all places are dotted paths ("trainer.var").
+
+    Attributes:
+        averaged, raw: of EMA weights and of weights, the first that exists wins. Neither there: the file is bare.
+        written: of (raw, EMA) weights in exported files, (path, None) where there is room for one set; None where the
+            released file is a bare state dict.
+        raw_only: official names that the EMA dictionary of an exported file leaves out, where raw weights hold them too.
+        beside: where a generator's file holds its tokenizer too; None where it has no place for one.
+    """
+
+    averaged: tuple[str, ...] = ("model_ema", "ema")
+    raw: tuple[str, ...] = ("model", "module", "state_dict")
+    written: tuple[str, str | None] | None = ("model", "model_ema")
+    raw_only: tuple[str, ...] = ()
+    beside: str | None = None
+
+    @property
+    def holds_both(self) -> bool:
+        """Whether exported files have room for raw and for averaged weights."""
+        return self.written is not None and self.written[1] is not None
+
+    def sets(self, loaded: Mapping[str, Any]) -> tuple[Mapping[str, Any], Mapping[str, Any]]:
+        """(raw, averaged) state dicts as they lie in a file; {} for what it does not hold."""
+        raw, averaged = (
+            next((place for path in paths if isinstance(place := entry(loaded, path), Mapping)), {})
+            for paths in (self.raw, self.averaged)
+        )
+        return (raw, averaged) if raw or averaged else (loaded, {})
+
+    def pack(self, raw: State, averaged: State | None = None) -> dict[str, Any]:
+        """What the official file holds, from official state dicts. A file with room for one set gets the averaged one
+        where it is given. A set that comes alone lies where raw weights are expected too: some official programs look
+        nowhere else."""
+        if self.written is None:
+            return averaged or raw
+        first, second = self.written
+        packed = nested(first, (raw if second else averaged) or raw or averaged)
+        if averaged and second:
+            packed |= nested(second, {n: t for n, t in averaged.items() if not matching(n, self.raw_only)})
+        return packed
+
+
+BARE = Container(written=None)
+
+
+@dataclass(frozen=True)
 class Adapter:
     """One family of released files: all sizes and variants of one model class, as the official code saves them.
 
-    Writing one: give the first six, then whatever the files of the family need of the rest. "Official names" below are
-    those of a state dict after the container is opened (`averaged`, `raw`), the prefixes "module." and "_orig_mod."
-    are gone and `aliases` are applied; the functions see only such names. Patterns are shell-style ("blocks.*.attn.*").
-    Check a new adapter against every layout of its family: python -m scripts.convert --check-layout FILE.json ...
+    Writing one: give the first four, then whatever the files of the family need of the rest. The functions see official
+    names only (see `Names`). Check a new adapter against every layout of its family:
+    python -m scripts.convert --check-layout FILE.json ...
 
     Attributes:
         title: for messages, with its article: "the RecTok tokenizer".
@@ -213,72 +313,28 @@ class Adapter:
             buffers are still there (tables of RoPE tell the number of heads). Index freely: a KeyError becomes "... is
             missing". What no tensor tells and no published size settles is asked of Facts, never guessed. What a
             setting's default says anyway may be left out.
+        names: see there.
+        container: see there.
         rename: official names -> ours, split or fused tensors included.
-        fit: (renamed state, model) -> state, resizing or dropping what this very model allows: learned positions of
-            another grid, decoders it is built without. Also applied to our own checkpoints; usually the identity.
         restore: model -> official state dict with every tensor of the released file, rebuilt buffers included, so that
             official file -> model -> official file is the same bit for bit.
-        markers: patterns that together occur in no other family. The adapter with the largest share of its markers
-            present is asked, so one missing tensor still leads to the right adapter and is then named by it.
-        unlike: patterns that rule this family out, where another one has all its markers and more.
-        aliases: historical parts of names -> the official ones, replaced as text: {"aux_": "sem_"}.
-        ignored: pattern of official names -> why they are not part of the model, beside NEVER_WEIGHTS, which holds for
-            every family. They are dropped before `rename`; `convert.py` lists them. What `restore` gives of them is
-            asked of recorded layouts, not of files.
-        optional: patterns of our names that a file has all or none of (heads that only training needs). Where the file
-            lacks them the model keeps its own values; where the model lacks them they are dropped.
-        averaged, raw: where files keep EMA weights and weights, dotted paths, the first that exists wins. Neither
-            there: the file is bare. Buffers that an EMA dictionary lacks are taken from the raw weights.
-        container: dotted paths of (raw, EMA) weights in exported files, (path, None) where there is room for one set;
-            None where the released file is a bare state dict.
-        raw_only: official names that the EMA dictionary of an exported file leaves out, where raw weights hold them too.
-        beside: dotted path where a generator's file holds its tokenizer too; None where it has no place for one.
+        fit: (renamed state, model) -> state, resizing or dropping what this very model allows: learned positions of
+            another grid, decoders it is built without. Also applied to our own checkpoints.
     """
 
     title: str
     build: Callable[..., nn.Module]
     inspect: Callable[[State, Facts], dict[str, Any]]
-    rename: Callable[[State], State]
-    fit: Callable[[State, nn.Module], State]
-    restore: Callable[[nn.Module], State]
-    markers: tuple[str, ...] = ()
-    unlike: tuple[str, ...] = ()
-    aliases: Mapping[str, str] = field(default_factory=dict)
-    ignored: Mapping[str, str] = field(default_factory=dict)
-    optional: tuple[str, ...] = ()
-    averaged: tuple[str, ...] = ("model_ema", "ema")
-    raw: tuple[str, ...] = ("model", "module", "state_dict")
-    container: tuple[str, str | None] | None = ("model", "model_ema")
-    raw_only: tuple[str, ...] = ()
-    beside: str | None = None
+    names: Names
+    container: Container = Container()
+    rename: Callable[[State], State] = dict
+    restore: Callable[[nn.Module], State] = nn.Module.state_dict
+    fit: Callable[[State, nn.Module], State] = lambda state, model: state
 
-    # -- opening a file -----------------------------------------------------------------------------------------------
     def parts(self, loaded: Mapping[str, Any]) -> tuple[State, State]:
-        """(raw, averaged) weights under official names; {} for what the file does not hold."""
-        found = []
-        for paths in (self.raw, self.averaged):
-            entries = (entry(loaded, path) for path in paths)
-            found.append(next((entry for entry in entries if isinstance(entry, Mapping)), {}))
-        if not any(found):
-            found[0] = loaded
-        return self._official(found[0]), self._official(found[1])
-
-    def _marks(self, state: State) -> int:
-        return sum(any(fnmatchcase(name, marker) for name in state) for marker in self.markers)
-
-    def _unwrapped(self, state: State) -> State:
-        """What lies below "module.", "model." or both, where this family's markers are there and not beside it."""
-        for prefix in _PREFIXES:
-            inside = {name.removeprefix(prefix): t for name, t in state.items() if name.startswith(prefix)}
-            if inside and (len(inside) == len(state) or self._marks(inside) > self._marks(state)):
-                return self._unwrapped(inside)
-        return state
-
-    def _official(self, state: Mapping[str, Any]) -> State:
-        state = self._unwrapped(plain_names(state))
-        for old, new in self.aliases.items():
-            state = {name.replace(old, new): value for name, value in state.items()}
-        return state
+        """(raw, averaged) weights of a file under official names; {} for what it does not hold."""
+        raw, averaged = self.container.sets(loaded)
+        return self.names.official(raw), self.names.official(averaged)
 
     def open(self, loaded: Mapping[str, Any], use_ema: bool = True) -> State:
         """The averaged weights, or the raw ones where asked for or alone; UserError where there are none."""
@@ -287,70 +343,48 @@ class Adapter:
             raise UserError(f"no weights found in this checkpoint; it holds: {', '.join(map(str, list(loaded)[:10]))}")
         return averaged if averaged and (use_ema or not raw) else raw
 
-    def likeness(self, loaded: Mapping[str, Any]) -> float:
-        """Share of this family's markers in a file, 0..1. One without markers takes what it can inspect."""
-        raw, averaged = self.parts(loaded)
-        state = raw or averaged
-        if any(matching(name, self.unlike) for name in state):
-            return 0.0
-        if self.markers:
-            return self._marks(state) / len(self.markers)
+    def settings(self, state: State, facts: Facts) -> dict[str, Any]:
+        """What `inspect` tells of an official state; UserError that names a tensor it misses."""
         try:
-            self.describe(loaded)
-        except UserError:
-            return 0.0
-        return 1.0
+            return self.inspect(state, facts)
+        except KeyError as error:
+            raise UserError(f"these are not the weights of {self.title}: {error.args[0]} is missing") from error
+        except (ValueError, IndexError, ZeroDivisionError) as error:
+            raise UserError(f"these are not the weights of {self.title}: their shapes fit none ({error})") from error
 
-    # -- what is in it ------------------------------------------------------------------------------------------------
     def describe(self, loaded: Mapping[str, Any], given: Mapping[str, Any] | None = None) -> dict[str, Any]:
         """Constructor arguments for a weight file; UserError that asks for what neither it nor `given` tells."""
         # The raw weights where there are any: EMA dictionaries may lack buffers, which tell the number of heads.
-        raw, averaged = self.parts(loaded)
         facts = Facts(loaded, given)
-        try:
-            settings = self.inspect(raw or averaged, facts)
-        except KeyError as error:
-            raise UserError(f"these are not the weights of {self.title}: {error.args[0]} is missing") from error
+        settings = self.settings(self.open(loaded, use_ema=False), facts)
         if facts.open:
             raise UserError(facts.questions())
         return settings
 
-    def ignored_in(self, state: State) -> dict[str, str]:
-        """Name -> reason of every tensor that is not part of our model."""
-        reasons = {**NEVER_WEIGHTS, **self.ignored}
-        patterns = {name: matching(name, reasons) for name in state}
-        return {name: reasons[pattern] for name, pattern in patterns.items() if pattern}
-
-    def without_ignored(self, state: State) -> State:
-        ignored = self.ignored_in(state)
-        return {name: t for name, t in state.items() if name not in ignored}
-
-    # -- to our model -------------------------------------------------------------------------------------------------
     def prepare(self, model: nn.Module, loaded: Mapping[str, Any], use_ema: bool = True) -> State:
         """The checkpoint under our names, as far as it goes; differences are not looked at."""
 
-        def ours(state: State) -> State:
-            return self.fit(self.rename(self.without_ignored(state)), model)
+        def ours(official: State) -> State:
+            return self.fit(self.rename(self.names.weights(official)), model)
 
         state, own = ours(self.open(loaded, use_ema)), model.state_dict()
         raw, averaged = self.parts(loaded)
-        buffers = {name for name, _ in model.named_buffers()}
-        if raw and averaged and any(name in own and name not in state for name in buffers):
+        buffers = {name for name, _ in model.named_buffers() if name in own}
+        if raw and averaged and buffers - state.keys():
             state |= {name: t for name, t in ours(raw).items() if name in buffers and name not in state}
-        for pattern in self.optional:
-            theirs, mine = ([name for name in names if fnmatchcase(name, pattern)] for names in (state, own))
-            if not mine:
-                state = {name: t for name, t in state.items() if name not in theirs}
-            elif not theirs:
-                state |= {name: own[name] for name in mine}
+        for pattern in self.names.optional:
+            in_file, in_model = ([n for n in names if fnmatchcase(n, pattern)] for names in (state, own))
+            if not in_model:
+                state = {name: t for name, t in state.items() if name not in in_file}
+            elif not in_file:
+                state |= {name: own[name] for name in in_model}
         return state
 
     def convert(self, model: nn.Module, loaded: Mapping[str, Any], use_ema: bool = True) -> State:
         """The checkpoint as a state dict that `model` loads strictly; UserError naming what does not match."""
-        if problem := unusable(self.without_ignored(self.open(loaded, use_ema))):
+        if problem := unusable(self.names.weights(self.open(loaded, use_ema))):
             raise UserError(problem)
-        own = model.state_dict()
-        state = self.prepare(model, loaded, use_ema)
+        state, own = self.prepare(model, loaded, use_ema), model.state_dict()
         if problems := describe_differences(state, own):
             raise UserError(f"these weights do not fit {self.title}: " + "; ".join(problems))
         if problem := unusable({name: t.to("meta") for name, t in state.items()}, own):
@@ -358,39 +392,17 @@ class Adapter:
         return state
 
     def load(self, model: nn.Module, loaded: Mapping[str, Any], use_ema: bool = True) -> None:
-        """Load a checkpoint into `model`. A model on the meta device takes over the checkpoint's tensors."""
-        on_meta = any(p.is_meta for p in model.parameters())
-        trainable = {name: p.requires_grad for name, p in model.named_parameters()}
-        model.load_state_dict(self.convert(model, loaded, use_ema), strict=True, assign=on_meta)
-        for name, p in model.named_parameters():
-            p.requires_grad_(trainable[name])
-
-    # -- to official files --------------------------------------------------------------------------------------------
-    def to_official(self, model: nn.Module) -> State:
-        """The model's weights under the names that the official code loads."""
-        return self.restore(model)
-
-    def pack(self, raw: State, averaged: State | None = None) -> dict[str, Any]:
-        """What the official file holds, from official state dicts. A file with room for one set gets the averaged one
-        where it is given. A set that comes alone lies where raw weights are expected too: some official programs look
-        nowhere else."""
-        if self.container is None:
-            return averaged or raw
-        first, second = self.container
-        packed = nested(first, (raw if second else averaged) or raw or averaged)
-        if averaged and second:
-            packed |= nested(second, {n: t for n, t in averaged.items() if not matching(n, self.raw_only)})
-        return packed
-
-    def check_layout(self, layout: dict[str, Any], **settings: Any) -> list[str]:
-        """Differences between a recorded layout (core/weights/layouts.py) and our model; `settings` override what it says."""
-        from core.weights.layouts import compare, read_layout
-
-        return compare(self, read_layout(layout), True, layout.get("parameters"), **settings).differences
+        """Load a checkpoint into `model`."""
+        model.load_state_dict(self.convert(model, loaded, use_ema))
 
 
 def recognise(adapters: Mapping[str, Adapter], loaded: Mapping[str, Any]) -> str | None:
     """Name of the adapter whose family a file belongs to; None when it looks like none of them."""
-    scores = {name: (adapter.likeness(loaded), len(adapter.markers)) for name, adapter in adapters.items()}
+
+    def likeness(name: str) -> tuple[float, int]:
+        raw, averaged = adapters[name].parts(loaded)
+        return adapters[name].names.share(raw or averaged), len(adapters[name].names.markers)
+
+    scores = {name: likeness(name) for name in adapters}
     best = max(scores, key=scores.__getitem__, default=None)
     return best if best is not None and scores[best][0] >= 0.5 else None

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import nn
 
-from core.weights.adapter import Adapter, Facts, State, layer_count
+from core.weights.adapter import Adapter, Container, Facts, Names, State, layer_count
 from generator.dit.dit_dh import SIZES, DiTDH, Size
 
 # Their RoPE tables are saved in "model" and absent from "model_ema"; ours are rebuilt, so they never need to be read.
@@ -65,9 +65,9 @@ ADAPTER = Adapter(
     title="the DiT^DH generator",
     build=DiTDH,
     inspect=_inspect,
-    rename=dict,  # our names are the official ones
-    fit=lambda state, model: state,
+    names=Names(  # ours are the official ones
+        ("x_embedder.proj.*", "s_embedder.proj.*", "blocks.*.adaLN_modulation.1.*", "final_layer.norm_final.*")
+    ),
+    container=Container(raw_only=tuple(_ROPE)),
     restore=_restore,
-    markers=("x_embedder.proj.*", "s_embedder.proj.*", "blocks.*.adaLN_modulation.1.*", "final_layer.norm_final.*"),
-    raw_only=tuple(_ROPE),
 )

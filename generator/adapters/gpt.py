@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from core.errors import UserError
-from core.weights.adapter import Adapter, Facts, State
+from core.weights.adapter import BARE, Adapter, Facts, Names, State
 from generator.adapters.llama import TRAINING_ONLY, decoder_size, to_ours, to_theirs
 from generator.ar.gpt import GPT, SIZES
 
@@ -41,10 +41,11 @@ ADAPTER = Adapter(
     title="the LlamaGen generator of D-AR",
     build=GPT,
     inspect=_inspect,
-    markers=("tok_embeddings.weight", "cls_embedding.embedding_table.weight", "output.weight"),
-    container=None,
-    optional=TRAINING_ONLY,
+    names=Names(
+        markers=("tok_embeddings.weight", "cls_embedding.embedding_table.weight", "output.weight"),
+        optional=TRAINING_ONLY,
+    ),
+    container=BARE,
     rename=lambda state: to_ours({_NAMES.get(name, name): value for name, value in state.items()}),
-    fit=lambda state, model: state,
     restore=_restore,
 )

@@ -6,7 +6,7 @@ from dataclasses import asdict
 from typing import Any
 
 from core.errors import UserError
-from core.weights.adapter import Adapter, Facts, State, layer_count
+from core.weights.adapter import BARE, Adapter, Facts, Names, State, layer_count
 from generator.ar.rar import EXTRA_POSITIONS, EXTRA_SLOTS, RAR, SIZES, Size
 
 _HEADS = {"encode_align_mlp.": "alignment.encode.", "decode_align_mlp.": "alignment.decode."}
@@ -51,10 +51,11 @@ ADAPTER = Adapter(
     title="the RAR generator",
     build=RAR,
     inspect=_inspect,
+    names=Names(
+        markers=("target_aware_pos_embed", "timesteps_embeddings", "adaln_before_head.*", "blocks.*.attn.q_norm.*"),
+        optional=tuple(f"{name}*" for name in _HEADS.values()),
+    ),
+    container=BARE,
     rename=lambda state: _renamed(state, _HEADS),
-    fit=lambda state, model: state,
     restore=lambda model: _renamed(model.state_dict(), {ours: theirs for theirs, ours in _HEADS.items()}),
-    markers=("target_aware_pos_embed", "timesteps_embeddings", "adaln_before_head.*", "blocks.*.attn.q_norm.*"),
-    optional=tuple(f"{name}*" for name in _HEADS.values()),
-    container=None,
 )

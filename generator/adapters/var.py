@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import math
-import re
 from typing import Any
 
 import torch
 
-from core.errors import UserError
-from core.weights.adapter import Adapter, Facts, State, entry, layer_count
+from core.weights.adapter import Adapter, Container, Facts, Names, State, entry, layer_count
 from generator.var.var import VAR
 
 BESIDE = "trainer.vae_local"  # the tokenizer, in the trainer's file
@@ -83,31 +81,25 @@ def _branches(state: State, facts: Facts) -> dict[str, int]:
 
 
 def _inspect(state: State, facts: Facts) -> dict[str, Any]:
-    try:
-        width = state["word_embed.weight"].shape[0]
-        depth = layer_count(state, "blocks.")
-        l2_norm = "blocks.0.attn.scale_mul_1H11" in state
-        heads = (
-            state["blocks.0.attn.scale_mul_1H11"].shape[1]
-            if l2_norm
-            else depth
-            if width == 64 * depth
-            else facts.ask("generator.heads", "the number of attention heads", 1)
-        )
-        settings = {
-            "depth": depth,
-            "width": width,
-            "heads": heads,
-            "scales": _scales(state, facts),
-            "mlp_ratio": state["blocks.0.ffn.fc1.weight"].shape[0] / width,
-            "num_classes": state["class_emb.weight"].shape[0] - 1,
-            **_branches(state, facts),
-        }
-    except KeyError as error:
-        raise UserError(f"these are not the weights of a VAR generator: {error.args[0]} is missing") from error
+    width, depth = len(state["word_embed.weight"]), layer_count(state, "blocks.")
+    l2_norm = "blocks.0.attn.scale_mul_1H11" in state
+    if l2_norm:
+        heads = state["blocks.0.attn.scale_mul_1H11"].shape[1]
+    else:
+        known = depth if width == 64 * depth else None
+        heads = facts.ask("generator.heads", "the number of attention heads", 1, known)
+    settings = {
+        "depth": depth,
+        "width": width,
+        "heads": heads,
+        "scales": _scales(state, facts),
+        "mlp_ratio": len(state["blocks.0.ffn.fc1.weight"]) / width,
+        "num_classes": len(state["class_emb.weight"]) - 1,
+        **_branches(state, facts),
+    }
     if not l2_norm:
         settings["l2_norm"] = False
-    if any(re.match(r"shared_ada_lin\.", name) for name in state):
+    if any(name.startswith("shared_ada_lin.") for name in state):
         settings["shared_adaln"] = True
     return settings
 
@@ -116,12 +108,13 @@ ADAPTER = Adapter(
     title="the VAR generator",
     build=VAR,
     inspect=_inspect,
+    names=Names(
+        markers=("pos_1LC", "lvl_embed.*", "word_embed.*", "head_nm.ada_lin.*", "blocks.*.attn.mat_qkv.*"),
+        ignored=_REBUILT,
+    ),
+    container=Container(
+        raw=("trainer.var_wo_ddp", "model", "module", "state_dict"), written=("trainer.var_wo_ddp", None), beside=BESIDE
+    ),
     rename=_rename,
-    fit=lambda state, model: state,
     restore=_restore,
-    markers=("pos_1LC", "lvl_embed.*", "word_embed.*", "head_nm.ada_lin.*", "blocks.*.attn.mat_qkv.*"),
-    ignored=_REBUILT,
-    raw=("trainer.var_wo_ddp", "model", "module", "state_dict"),
-    container=("trainer.var_wo_ddp", None),
-    beside=BESIDE,
 )

@@ -63,6 +63,7 @@ class FAR(Sampled):
     """
 
     models = Codes
+    size_type, sizes = Size, SIZES
 
     def __init__(
         self,
@@ -85,7 +86,7 @@ class FAR(Sampled):
         code_dim: int = 8,
     ):
         super().__init__()
-        s = sizes.pick(size, Size, SIZES)
+        s = sizes.pick(size, self.size_type, self.sizes)
         self.size = {**asdict(s), "hidden": s.hidden or ffn_width(s.width), "kv_heads": s.kv_heads or s.heads}
         self.length, self.branches, self.vocab, self.num_classes = length, branches, vocab, num_classes
         self.grid = tuple(grid) if grid else None

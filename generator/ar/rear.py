@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from core.config import parse_section
 from core.errors import UserError
 from core.rng import Draws
-from core.specs import Progress, Tokenizer
+from core.specs import Progress, Tokenizer, codebook_rows
 
 Noise = Literal["none", "switch", "mask"]
 
@@ -122,14 +122,10 @@ class CodeAlignment(nn.Module):
 
     def bind(self, tokenizer: Tokenizer) -> None:
         """Read the code vectors of every code once, normalised."""
-        spec, (branches, dim) = tokenizer.spec, self.shape
-        rows = -(-spec.vocab // spec.length)  # as many sequences as hold every code
-        device = next(self.parameters()).device
-        codes = torch.arange(rows * spec.length, device=device).clamp_max(spec.vocab - 1).view(rows, spec.length, 1)
-        vectors = tokenizer.embed(codes.expand(-1, -1, branches)).flatten(0, 1)[: spec.vocab]  # (V, K, Z)
-        if tuple(vectors.shape[1:]) != (branches, dim):
+        vectors = codebook_rows(tokenizer, next(self.parameters()).device)  # (V, K, Z)
+        if tuple(vectors.shape[1:]) != self.shape:
             raise UserError(
-                f"generator.code_dim is {dim}, the code vectors of the tokenizer are {vectors.shape[-1]} wide."
+                f"generator.code_dim is {self.shape[1]}, the code vectors of the tokenizer are {vectors.shape[-1]} wide."
             )
         self.set_codebook(vectors)
 

@@ -11,6 +11,7 @@ import torch
 from core.errors import UserError
 from core.rng import Draws, RecordedDraws
 from core.specs import Codes, Continuous, Generator, Guidance, Tokenizer
+from core.weights.layouts import check_layout
 from generator import GENERATORS
 from generator.adapters import ADAPTERS as GENERATOR_ADAPTERS
 from generator.dit import transport
@@ -430,17 +431,17 @@ def test_released_files_have_our_layout(name, adapter):
     if not path.is_file():
         pytest.skip(f"no layouts of released files in {path.parent}")
     layout = json.loads(path.read_text())
-    assert adapter.check_layout(layout) == []
+    assert check_layout(adapter, layout) == []
     layout["tensors"].pop("decoder.conv_out.bias" if adapter is TOKENIZER else "blocks.3.attn.qkv.bias")
-    assert "missing 1" in adapter.check_layout(layout)[0]
+    assert "missing 1" in check_layout(adapter, layout)[0]
 
 
 def test_tokenizer_adapter_round_trip():
     source, target = rectok(semantic=semantic()), rectok(semantic=semantic())
-    official = TOKENIZER.to_official(source)
+    official = TOKENIZER.restore(source)
     TOKENIZER.load(target, official)
     assert all(torch.equal(a, b) for a, b in zip(source.state_dict().values(), target.state_dict().values()))
-    assert set(TOKENIZER.to_official(target)) == set(official)
+    assert set(TOKENIZER.restore(target)) == set(official)
 
     old = {name.replace("sem_decoders", "aux_decoders"): t for name, t in official.items()}
     old["aux_foundation_models.dinov3.embeddings.cls_token"] = torch.zeros(1)
@@ -452,7 +453,7 @@ def test_tokenizer_adapter_round_trip():
 
 def test_adapters_choose_between_ema_and_raw():
     raw, ema, model = dit(), dit(), dit()
-    container = {"model": GENERATOR.to_official(raw), "model_ema": dict(ema.named_parameters()), "epoch": 79}
+    container = {"model": GENERATOR.restore(raw), "model_ema": dict(ema.named_parameters()), "epoch": 79}
     assert "enc_feat_rope.freqs_cos" in container["model"]
     for use_ema, wanted in ((True, ema), (False, raw)):
         GENERATOR.load(model, container, use_ema=use_ema)
@@ -464,13 +465,13 @@ def test_adapters_choose_between_ema_and_raw():
 
 
 def test_adapters_name_what_does_not_fit():
-    official = dict(TOKENIZER.to_official(rectok()))
+    official = dict(TOKENIZER.restore(rectok()))
     official["decoder.extra"] = official.pop("decoder.conv_out.bias")
     official["encoder.latent_head.bias"] = torch.zeros(3)
     with pytest.raises(UserError, match=r"decoder\.conv_out\.bias.*decoder\.extra.*latent_head\.bias is \[3\]"):
         TOKENIZER.load(rectok(), official)
     with pytest.raises(UserError, match="blocks.1.mlp.w3.weight"):
-        incomplete = GENERATOR.to_official(dit())
+        incomplete = GENERATOR.restore(dit())
         del incomplete["blocks.1.mlp.w3.weight"]
         GENERATOR.load(dit(), incomplete)
     for adapter in (TOKENIZER, GENERATOR):
@@ -479,12 +480,12 @@ def test_adapters_name_what_does_not_fit():
     with pytest.raises(UserError, match="no weights found"):
         TOKENIZER.load(rectok(), {"epoch": 3})
     with pytest.raises(UserError, match="heads"):
-        TOKENIZER.describe(TOKENIZER.to_official(rectok()))
+        TOKENIZER.describe(TOKENIZER.restore(rectok()))
 
 
 def test_positions_are_resized_to_another_grid():
     small, large = rectok(), rectok(image_size=128)
-    TOKENIZER.load(large, TOKENIZER.to_official(small))
+    TOKENIZER.load(large, TOKENIZER.restore(small))
     assert large.encoder.positional_embedding.shape == (1, 64, 48)
     corner = large.encoder.positional_embedding.view(8, 8, 48)[:2, :2].mean((0, 1))
     assert torch.nn.functional.cosine_similarity(corner, small.encoder.positional_embedding[0, 0], dim=0) > 0.8
@@ -494,7 +495,7 @@ def test_loading_onto_the_meta_device():
     source = dit()
     with torch.device("meta"):
         model = dit(wake=False)
-    GENERATOR.load(model, GENERATOR.to_official(source))
+    GENERATOR.load(model, GENERATOR.restore(source))
     x, t, y = torch.randn(1, 8, 4, 4), torch.rand(1), torch.tensor([1])
     assert torch.equal(model.velocity(x, t, y), source.velocity(x, t, y)) and not model.t_embedder.W.requires_grad
 
@@ -504,7 +505,7 @@ def test_head_as_wide_as_the_trunk_needs_no_projection():
     model = dit(size=size)
     assert not any(name.startswith("s_projector") for name in model.state_dict())
     assert model.velocity(torch.randn(1, 8, 4, 4), torch.rand(1), torch.tensor([1])).shape == (1, 8, 4, 4)
-    assert GENERATOR.describe(GENERATOR.to_official(model))["size"] == size
+    assert GENERATOR.describe(GENERATOR.restore(model))["size"] == size
 
 
 def test_guidance_tables():

@@ -12,6 +12,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from core.errors import UserError
 from core.rng import Draws
 from core.specs import Codes, Generator, Guidance, Progress
+from core.weights.layouts import check_layout
 from generator.adapters import ADAPTERS
 from generator.ar import rar as module
 from generator.ar.far import FAR
@@ -198,7 +199,7 @@ def test_far_takes_the_regularisers_too():
     assert "alignment" in loss.logs and model.alignment.encode[0].weight.grad.any()
     with pytest.raises(UserError, match="mask code"):
         FAR(size=size, length=16, vocab=20, rear={"noise": "mask"})
-    official = ADAPTERS["far"].to_official(model)
+    official = ADAPTERS["far"].restore(model)
     assert not any("alignment" in name for name in official)
     ADAPTERS["far"].load(model, official)
 
@@ -268,7 +269,7 @@ def layout(name: str) -> dict:
 @pytest.mark.parametrize("name", ["reAR-S", "reAR-B", "reAR-L", "rar_b", "rar_l", "rar_xl", "rar_xxl"])
 def test_recorded_layouts(name):
     recorded = layout(name)
-    assert ADAPTER.check_layout(recorded) == []
+    assert check_layout(ADAPTER, recorded) == []
     with torch.device("meta"):
         tensors = {n: torch.empty(shape) for n, (shape, _) in recorded["tensors"].items()}
         found = ADAPTER.describe(tensors)
@@ -276,7 +277,7 @@ def test_recorded_layouts(name):
     assert found["size"] == name.replace("-", "_").split("_")[1].lower() and ("rear" in found) == name.startswith(
         "reAR"
     )
-    official = ADAPTER.to_official(model)
+    official = ADAPTER.restore(model)
     assert {n: list(t.shape) for n, t in official.items()} == {
         n: shape for n, (shape, _) in recorded["tensors"].items()
     }
@@ -285,7 +286,7 @@ def test_recorded_layouts(name):
 
 def test_export_and_import():
     model = rar(rear=REAR)
-    official = ADAPTER.to_official(model)
+    official = ADAPTER.restore(model)
     assert "encode_align_mlp.0.weight" in official and not any("alignment" in name for name in official)
     other = rar(rear=REAR, wake=False)
     ADAPTER.load(other, {f"_orig_mod.module.{name}": value for name, value in official.items()})
@@ -295,23 +296,23 @@ def test_export_and_import():
 
 def test_heads_may_be_missing_or_surplus():
     full, bare = rar(rear=REAR), rar()
-    ADAPTER.load(bare, ADAPTER.to_official(full))
+    ADAPTER.load(bare, ADAPTER.restore(full))
     before = {name: value.clone() for name, value in full.alignment.state_dict().items()}
-    ADAPTER.load(full, ADAPTER.to_official(bare))
+    ADAPTER.load(full, ADAPTER.restore(bare))
     assert all(torch.equal(value, before[name]) for name, value in full.alignment.state_dict().items())
-    assert "rear" not in ADAPTER.describe(ADAPTER.to_official(bare))
-    one = {n: v for n, v in ADAPTER.to_official(full).items() if not n.startswith("decode_align")}
+    assert "rear" not in ADAPTER.describe(ADAPTER.restore(bare))
+    one = {n: v for n, v in ADAPTER.restore(full).items() if not n.startswith("decode_align")}
     assert ADAPTER.describe(one)["rear"]["decode_layer"] is None
-    broken = ADAPTER.to_official(full)
+    broken = ADAPTER.restore(full)
     broken.pop("encode_align_mlp.2.bias")
     with pytest.raises(UserError, match="missing 1: alignment.encode.2.bias"):
         ADAPTER.load(full, broken)
     with pytest.raises(UserError, match="unexpected 1: surplus"):
-        ADAPTER.load(full, {**ADAPTER.to_official(full), "surplus": torch.zeros(1)})
+        ADAPTER.load(full, {**ADAPTER.restore(full), "surplus": torch.zeros(1)})
 
 
 def test_tables_that_disagree_are_refused():
-    state = ADAPTER.to_official(rar())
+    state = ADAPTER.restore(rar())
     state["timesteps_embeddings"] = torch.zeros(1, 101, 32)
     with pytest.raises(UserError, match="rows for 9 codes, timesteps_embeddings for 1"):
         ADAPTER.describe(state)

@@ -253,7 +253,7 @@ def test_scales_of_a_file(table):
     """From the table of levels; one that was never filled says nothing, then the trainer's own words count."""
     scales = [1, 2, 3]
     model = VAR(scales=scales, branches=2, vocab=16, code_dim=4, depth=1, width=64, heads=1, num_classes=4)
-    state = dict(ADAPTERS["var"].to_official(model))
+    state = dict(ADAPTERS["var"].restore(model))
     if table != "filled":
         del state["lvl_1L"]
     if table == "zeros":

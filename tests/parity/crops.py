@@ -78,7 +78,7 @@ def fqgan_extract_codes(case: Case) -> dict[str, Tensor]:
     """From a picture to the codes of its ten crops, as they are stored."""
     tokenizer = build_tokenizer(dataclasses.replace(case, weights={}))  # the fixture has no decoder
     given = {name: tensor.float() for name, tensor in case.weights.items()}
-    ADAPTER.load(tokenizer.eval(), {**ADAPTER.to_official(tokenizer), **given})
+    ADAPTER.load(tokenizer.eval(), {**ADAPTER.restore(tokenizer), **given})
     images = to_model_range(ten(picture(case.inputs["image_uint8"]), tokenizer.image_size, case.config["crop_range"]))
     codes, vectors, result = tokenizer.precompute(images), tokenizer.vectors(images), {}
     for k, name in enumerate(tokenizer.names):

@@ -150,7 +150,7 @@ def official_gradients(tokenizer) -> dict[str, Tensor]:
     with torch.no_grad():
         for (_, target), source in zip(gradients.named_parameters(), tokenizer.parameters()):
             target.copy_(torch.zeros_like(source) if source.grad is None else source.grad)
-    return ADAPTERS["dar"].to_official(gradients)
+    return ADAPTERS["dar"].restore(gradients)
 
 
 def dead_code_rate(codes: Tensor) -> Tensor:

@@ -144,7 +144,7 @@ def full_far(case: Case) -> dict[str, Tensor]:
             grid=[side, side],
             num_classes=case.config["num_classes"],
         )
-        names = ADAPTER.to_official(model)
+        names = ADAPTER.restore(model)
     ADAPTER.load(model.eval(), recipe_weights({name: tensor.shape for name, tensor in names.items()}))
     columns, result = case.inputs["columns"], {}
     codes = codes_of(case, model.branches)

@@ -91,7 +91,7 @@ def build_tokenizer(case: Case) -> FQGAN:
     with torch.device("meta"):
         tokenizer = FQGAN(**settings)
     weights = {n: t for n, t in case.weights.items() if not n.startswith("discriminator.")}
-    weights = weights or recipe_weights({n: t.shape for n, t in ADAPTER.to_official(tokenizer).items()})
+    weights = weights or recipe_weights({n: t.shape for n, t in ADAPTER.restore(tokenizer).items()})
     ADAPTER.load(tokenizer, {name: tensor.float() for name, tensor in weights.items()})
     # The official constants that follow from others.
     given = {"adapter_width": small.get("adapter_width"), "grid": small.get("grid")}
@@ -273,7 +273,7 @@ def tok_train(case: Case) -> dict[str, Tensor]:
         out[f"semantic_loss{ending}"] = info_nce(recon.predictions[teacher][:, 0], features[teacher][:, 0])
     own = gradients(tokenizer)
     out["grad_norm_before_clip"] = own.pop("grad_norm")
-    official = {tensor.data_ptr(): name for name, tensor in ADAPTER.to_official(tokenizer).items()}
+    official = {tensor.data_ptr(): name for name, tensor in ADAPTER.restore(tokenizer).items()}
     out |= {f"grad/{official[p.data_ptr()]}": own[f"grad/{name}"] for name, p in tokenizer.named_parameters()}
     return out
 

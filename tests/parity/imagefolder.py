@@ -102,7 +102,7 @@ def official_gradients(model: ImageFolder) -> dict[str, Tensor]:
     with torch.no_grad():
         for parameter in model.parameters():  # the exporter renames values: let it rename gradients
             parameter.data = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
-    return {f"grad/{name}": value for name, value in ADAPTER.to_official(model).items()}
+    return {f"grad/{name}": value for name, value in ADAPTER.restore(model).items()}
 
 
 # -- the quantiser ----------------------------------------------------------------------------------------------------

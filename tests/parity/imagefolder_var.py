@@ -124,7 +124,7 @@ def var_train_step(case: Case) -> dict[str, Tensor]:
         "metric_Accm": loss.logs["acc_mean"],
         "metric_Acct": loss.logs["acc_tail"],
     }
-    return out | {f"after_step/{name}": value for name, value in ADAPTER.to_official(model).items()}
+    return out | {f"after_step/{name}": value for name, value in ADAPTER.restore(model).items()}
 
 
 @kind(

@@ -124,7 +124,7 @@ def recorded(inputs: dict[str, Tensor], vocab: int) -> RecordedDraws:
 
 
 def official(model: RAR, values: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
-    names = dict(zip(model.state_dict(keep_vars=True), ADAPTER.to_official(model)))
+    names = dict(zip(model.state_dict(keep_vars=True), ADAPTER.restore(model)))
     return {f"{prefix}/{names[name]}": value for name, value in values.items()}
 
 

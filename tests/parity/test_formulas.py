@@ -183,7 +183,7 @@ def test_continuous_tokens_are_unit_vectors():
     x = torch.rand(2, 3, 32, 32)
     recon = tokenizer(x, RecordedDraws({"time": torch.tensor([0.2, 0.6]), "noise": torch.randn(2, 3, 32, 32)}))
     assert set(recon.terms) == {"flow"}
-    official = ADAPTERS["dar"].to_official(tokenizer)
+    official = ADAPTERS["dar"].restore(tokenizer)
     assert not any(name.startswith("quantize.") for name in official)  # a file of it holds no codebook
     ADAPTERS["dar"].load(dar(quantize=False, low_rank_queries=False), official)
     unit = tokenizer._project(x)

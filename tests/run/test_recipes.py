@@ -28,7 +28,7 @@ def maskgit_file(tmp_path_factory) -> Path:
         {"name": "maskgit_vqgan", "channels": 32, "channel_mult": [1] * 5, "res_blocks": 1, "vocab": 64, "code_dim": 8}
     )
     path = tmp_path_factory.mktemp("weights") / "maskgit-vqgan-imagenet-f16-256.bin"
-    torch.save(ADAPTERS["maskgit_vqgan"].to_official(network), path)
+    torch.save(ADAPTERS["maskgit_vqgan"].restore(network), path)
     return path
 
 

@@ -468,7 +468,7 @@ def test_one_scale_trains_the_plain_quantiser(tmp_path, branches, layout):
     assert (
         tokenizer.spec.length == 256 and tokenizer.spec.branches == branches and not tokenizer.quantizer.phi_weights()
     )
-    names = {name for name in ADAPTER.to_official(tokenizer) if name.startswith("quantize")}
+    names = {name for name in ADAPTER.restore(tokenizer) if name.startswith("quantize")}
     prefixes = ["quantize."] if branches == 1 else ["quantizes.0.", "quantizes.1."]
     assert names == {prefix + leaf for prefix in prefixes for leaf in ("embedding.weight", "ema_vocab_hit_SV")}
 

@@ -239,7 +239,7 @@ def test_a_generator_refuses_another_tokenizer_and_missing_statistics(generator_
         load_generator(str(generator_run), raw)
 
     path = tmp_path / "dit.pth"
-    torch.save({"model": GENERATOR_ADAPTERS["dit_dh"].to_official(generator)}, path)
+    torch.save({"model": GENERATOR_ADAPTERS["dit_dh"].restore(generator)}, path)
     fresh, _ = load_tokenizer(released)
     with pytest.raises(UserError, match="without the statistics.*latent_stats.py"):
         load_generator(str(path), fresh)

@@ -149,7 +149,7 @@ def test_mistakes(changes, message):
 def test_official_file_and_back():
     """Fused here, separate there; bit for bit both ways."""
     tokenizer = small(semantic={"teachers": {"dinov2": 12}})
-    official = ADAPTERS["dar"].to_official(tokenizer)
+    official = ADAPTERS["dar"].restore(tokenizer)
     assert "encoder_layers.0.attention.q.weight" in official and not any("qkv" in name for name in official)
     again = small(semantic={"teachers": {"dinov2": 12}})
     ADAPTERS["dar"].load(again, {name: value.clone() for name, value in official.items()})

@@ -175,7 +175,7 @@ def test_tuning_leaves_the_trunk_alone(method):
 def test_files_go_out_and_come_back(settings):
     """Our model -> official names -> a model with other weights: all tensors equal."""
     model = build(**settings)
-    official = ADAPTER.to_official(model)
+    official = ADAPTER.restore(model)
     other = build(**settings)
     for parameter in other.parameters():
         parameter.data.add_(1)
@@ -183,7 +183,7 @@ def test_files_go_out_and_come_back(settings):
     skipped = ("updates",)
     for name, value in model.state_dict().items():
         assert name.endswith(skipped) or torch.equal(other.state_dict()[name], value), name
-    again = ADAPTER.to_official(other)
+    again = ADAPTER.restore(other)
     assert again.keys() == official.keys() and all(torch.equal(again[n], official[n]) for n in official)
 
 
@@ -198,7 +198,7 @@ def test_convolutions_reach_over_the_seams_of_patches():
         assert (int(rows.min()), int(rows.max())) == (int(columns.min()), int(columns.max())) == (8 - reach, 15 + reach)
         assert model.decoder.to_pixel.last_weight.shape[0] == (3 if channels else 192)
     with pytest.raises(UserError, match="pixel_channels=4 cannot be exported"):
-        ADAPTER.to_official(model)
+        ADAPTER.restore(model)
 
 
 def test_adapters_start_from_a_file_without_and_merge_into_a_model_without():
@@ -206,14 +206,14 @@ def test_adapters_start_from_a_file_without_and_merge_into_a_model_without():
     adapted = build(enc_tuning="lora", dec_tuning="lora", lora_rank=2, lora_alpha=2.0).eval()
     for parameter in adapted.encoder.model.norm.parameters():
         parameter.data.add_(1)
-    ADAPTER.load(adapted, ADAPTER.to_official(whole))
+    ADAPTER.load(adapted, ADAPTER.restore(whole))
     codes = whole.encode(pictures())
     assert torch.equal(adapted.encode(pictures()), codes)
     torch.testing.assert_close(adapted.decode(codes), whole.decode(codes))
     for name, parameter in adapted.named_parameters():
         if name.endswith("lora_B"):
             torch.nn.init.normal_(parameter, std=0.1)
-    ADAPTER.load(whole, ADAPTER.to_official(adapted))
+    ADAPTER.load(whole, ADAPTER.restore(adapted))
     torch.testing.assert_close(whole.decode(codes), adapted.decode(codes), atol=1e-5, rtol=1e-5)
     stronger = build(enc_tuning="lora", dec_tuning="lora", lora_rank=2, lora_alpha=6.0).eval()
     with torch.no_grad():

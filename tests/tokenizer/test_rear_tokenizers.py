@@ -9,6 +9,7 @@ import torch
 
 from core.errors import UserError
 from core.specs import Codes, Tokenizer
+from core.weights.layouts import check_layout
 from run.load import DISCRIMINATORS, OBJECTIVES, TOKENIZERS, load_config
 from tests.conftest import ROOT
 from tests.parity import fixture_folder
@@ -105,7 +106,7 @@ def test_titok_has_two_patch_sizes_and_unit_vectors_by_choice(legacy, normalise)
 @pytest.mark.parametrize("kind", BUILDERS)
 def test_export_and_back_bit_for_bit(kind):
     adapter, tokenizer = build(kind)
-    state = {name: tensor.clone() for name, tensor in adapter.to_official(tokenizer).items()}
+    state = {name: tensor.clone() for name, tensor in adapter.restore(tokenizer).items()}
     with pytest.raises(UserError, match="these weights do not tell .*; give tokenizer"):
         adapter.describe(state)
     told = {
@@ -120,7 +121,7 @@ def test_export_and_back_bit_for_bit(kind):
     adapter.load(again, state)
     x = images()
     assert torch.equal(again.encode(x), tokenizer.encode(x))
-    back = adapter.to_official(again)
+    back = adapter.restore(again)
     assert back.keys() == state.keys() and all(torch.equal(back[name], state[name]) for name in state)
     assert not any("codebook_used" in name for name in state)
 
@@ -138,7 +139,7 @@ def test_recorded_layouts(name, file):
     if not path.is_file():
         pytest.skip(f"no {path}")
     layout = json.loads(path.read_text())
-    assert ADAPTERS[name].check_layout(layout) == []
+    assert check_layout(ADAPTERS[name], layout) == []
     with torch.device("meta"):
         recorded = {n: torch.empty(shape) for n, (shape, _) in layout["tensors"].items()}
         model = ADAPTERS[name].build(**ADAPTERS[name].describe(recorded))

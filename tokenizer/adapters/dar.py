@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from core.weights.adapter import Adapter, Facts, State, layer_count
+from core.weights.adapter import BARE, Adapter, Facts, Names, State, layer_count
 from tokenizer.vq.dar import DAR, DECODER_DEFAULTS
 
 _FUSED = {"attention": ("qkv", ("q", "k", "v")), "cross_attn": ("kv", ("k", "v"))}
@@ -137,16 +137,16 @@ ADAPTER = Adapter(
     title="the D-AR tokenizer",
     build=DAR,
     inspect=_inspect,
-    rename=_rename,
-    fit=lambda state, model: state,
-    restore=_restore,
-    markers=(
-        "diff_decoder.net.conv_in.weight",
-        "query_embedding.weight",
-        "decoder_embedding.weight",
-        "quant_in_conv.weight",
+    names=Names(
+        markers=(
+            "diff_decoder.net.conv_in.weight",
+            "query_embedding.weight",
+            "decoder_embedding.weight",
+            "quant_in_conv.weight",
+        ),
+        optional=("diff_decoder.net.repa_out.*", "quantize.codebook_used"),
     ),
-    optional=("diff_decoder.net.repa_out.*", "quantize.codebook_used"),
-    averaged=("ema",),
-    container=None,
+    container=BARE,
+    rename=_rename,
+    restore=_restore,
 )

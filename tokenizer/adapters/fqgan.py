@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from core.errors import UserError
 from core.nn.embed import resize_positions
 from core.nn.transformer import rename_block
-from core.weights.adapter import Adapter, Facts, State, layer_count
+from core.weights.adapter import Adapter, Container, Facts, Names, State, layer_count
 from tokenizer.adapters.maskgit import ask_groups
 from tokenizer.vq.fqgan import FQGAN
 
@@ -189,10 +189,16 @@ ADAPTER = Adapter(
     title="the FQGAN tokenizer",
     build=FQGAN,
     inspect=_inspect,
+    names=Names(
+        markers=(
+            "encoder.visual_head.0.positional_embedding",
+            "quantize_vis.embedding.weight",
+            "post_quant_conv.weight",
+        ),
+        optional=("predictors.*", "quantizers.*.codebook_used"),
+    ),
+    container=Container(written=("model", "ema")),
     rename=_rename,
-    fit=_fit,
     restore=_restore,
-    markers=("encoder.visual_head.0.positional_embedding", "quantize_vis.embedding.weight", "post_quant_conv.weight"),
-    optional=("predictors.*", "quantizers.*.codebook_used"),
-    container=("model", "ema"),
+    fit=_fit,
 )

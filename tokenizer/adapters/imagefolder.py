@@ -11,7 +11,7 @@ from torch import nn
 
 from core.errors import UserError
 from core.nn.vit import VIT_SIZES, rename_gated
-from core.weights.adapter import Adapter, Facts, State, layer_count
+from core.weights.adapter import Adapter, Container, Facts, Names, State, layer_count
 from tokenizer.multiscale.imagefolder import RELEASED_SCALES, ImageFolder
 
 _TRUNKS = ("encoder.model.", "decoder.model.")
@@ -149,24 +149,21 @@ def _trunk(state: State, prefix: str, facts: Facts) -> str | dict[str, int]:
 
 def _inspect(state: State, facts: Facts) -> dict[str, Any]:
     state = _rename(state)
-    try:
-        branches = layer_count(state, "quantizer.quantizes.")
-        latents = state["encoder.latent_tokens"].shape[1] // branches
-        grid = math.isqrt(state["encoder.model.pos_embed"].shape[1] - 1)
-        patch = state["encoder.model.patch_embed.proj.weight"].shape[-1]
-        hits = state["quantizer.quantizes.0.ema_vocab_hit_SV"]
-        settings: dict[str, Any] = {
-            "image_size": grid * patch,
-            "patch_size": patch,
-            "encoder": _trunk(state, "encoder.model.", facts),
-            "decoder": _trunk(state, "decoder.model.", facts),
-            "latent_grid": math.isqrt(latents),
-            "branches": branches,
-            "vocab": hits.shape[1],
-            "code_dim": state["quant_conv.weight"].shape[0],
-        }
-    except KeyError as error:
-        raise UserError(f"these are not the weights of an ImageFolder tokenizer: {error.args[0]} is missing") from error
+    branches = layer_count(state, "quantizer.quantizes.")
+    latents = state["encoder.latent_tokens"].shape[1] // max(1, branches)
+    grid = math.isqrt(state["encoder.model.pos_embed"].shape[1] - 1)
+    patch = state["encoder.model.patch_embed.proj.weight"].shape[-1]
+    hits = state["quantizer.quantizes.0.ema_vocab_hit_SV"]
+    settings: dict[str, Any] = {
+        "image_size": grid * patch,
+        "patch_size": patch,
+        "encoder": _trunk(state, "encoder.model.", facts),
+        "decoder": _trunk(state, "decoder.model.", facts),
+        "latent_grid": math.isqrt(latents),
+        "branches": branches,
+        "vocab": hits.shape[1],
+        "code_dim": state["quant_conv.weight"].shape[0],
+    }
     phis = layer_count(state, "quantizer.quantizes.0.phis.")
     settings["quantizer"] = "residual" if phis else "plain"
     if phis and "quantizer.quantizes.0.embedding.weight" not in state:
@@ -204,11 +201,12 @@ ADAPTER = Adapter(
     title="the ImageFolder tokenizer",
     build=ImageFolder,
     inspect=_inspect,
+    names=Names(
+        markers=("encoder.latent_tokens", "decoder.mask_token", "decoder.to_pixel.*", "quantize*.ema_vocab_hit_SV"),
+        ignored=_IGNORED,
+    ),
+    container=Container(raw=("model", "module", "state_dict", "trainer.vae_local"), written=("model", "ema")),
     rename=_rename,
-    fit=_fit,
     restore=_restore,
-    markers=("encoder.latent_tokens", "decoder.mask_token", "decoder.to_pixel.*", "quantize*.ema_vocab_hit_SV"),
-    ignored=_IGNORED,
-    raw=("model", "module", "state_dict", "trainer.vae_local"),
-    container=("model", "ema"),
+    fit=_fit,
 )

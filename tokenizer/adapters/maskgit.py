@@ -8,7 +8,7 @@ from typing import Any
 from torch import nn
 
 from core.errors import UserError
-from core.weights.adapter import Adapter, Facts, State, layer_count
+from core.weights.adapter import BARE, Adapter, Facts, Names, State, layer_count
 from tokenizer.vq.maskgit import MaskGITVQGAN, VQGANPlus
 
 USAGE = "quantizer.codebook_used"  # ours; the published models have none
@@ -79,20 +79,21 @@ def halves(state: State, encoder: str = "encoder.", decoder: str = "decoder.") -
     }
 
 
-def _same(state: State, model: nn.Module) -> State:
-    return state
-
-
 MASKGIT = Adapter(
     title="MaskGIT-VQGAN",
     build=MaskGITVQGAN,
     inspect=_maskgit_inspect,
+    names=Names(
+        markers=(
+            "encoder.down.0.block.0.conv1.weight",
+            "decoder.up.0.block.0.conv1.weight",
+            "quantize.embedding.weight",
+        ),
+        optional=(USAGE,),
+    ),
+    container=BARE,
     rename=_maskgit_rename,
-    fit=_same,
     restore=_maskgit_restore,
-    markers=("encoder.down.0.block.0.conv1.weight", "decoder.up.0.block.0.conv1.weight", "quantize.embedding.weight"),
-    optional=(USAGE,),
-    container=None,
 )
 
 
@@ -162,14 +163,15 @@ VQGAN_PLUS = Adapter(
     title="VQGAN+",
     build=VQGANPlus,
     inspect=_plus_inspect,
-    rename=_plus_rename,
-    fit=_same,
-    restore=_plus_restore,
-    markers=(
-        "encoder.down.0.res_blocks.0.conv1.weight",
-        "decoder.up.0.res_blocks.0.conv1.weight",
-        "encoder.mid.res_blocks.0.conv1.weight",
+    names=Names(
+        markers=(
+            "encoder.down.0.res_blocks.0.conv1.weight",
+            "decoder.up.0.res_blocks.0.conv1.weight",
+            "encoder.mid.res_blocks.0.conv1.weight",
+        ),
+        optional=(USAGE,),
     ),
-    optional=(USAGE,),
-    container=None,
+    container=BARE,
+    rename=_plus_rename,
+    restore=_plus_restore,
 )

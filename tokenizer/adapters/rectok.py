@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from core.nn.embed import resize_positions
-from core.weights.adapter import Adapter, Facts, State, layer_count
+from core.weights.adapter import Adapter, Facts, Names, State, layer_count
 from tokenizer.continuous.rectok import SIZES, RecTok, Size
 
 
@@ -74,9 +74,9 @@ ADAPTER = Adapter(
     title="the RecTok tokenizer",
     build=RecTok,
     inspect=_inspect,
-    rename=dict,  # our names are the official ones
+    names=Names(  # ours are the official ones
+        markers=("encoder.patch_embed.0.*", "encoder.latent_head.*", "decoder.decoder_embed.*", "decoder.conv_out.*"),
+        aliases={"aux_": "sem_"},  # old files call the semantic decoders auxiliary
+    ),
     fit=_fit,
-    restore=lambda model: model.state_dict(),
-    markers=("encoder.patch_embed.0.*", "encoder.latent_head.*", "decoder.decoder_embed.*", "decoder.conv_out.*"),
-    aliases={"aux_": "sem_"},  # old files call the semantic decoders auxiliary
 )

@@ -8,7 +8,7 @@ from typing import Any
 from torch import nn
 
 from core.nn.transformer import rename_block
-from core.weights.adapter import Adapter, Facts, State, layer_count
+from core.weights.adapter import BARE, Adapter, Facts, Names, State, layer_count
 from tokenizer.adapters.maskgit import USAGE, ask_groups, halves, maskgit_name, published_maskgit_name
 from tokenizer.vq.titok import SIZES, TiTok
 
@@ -115,10 +115,15 @@ ADAPTER = Adapter(
     title="TiTok",
     build=TiTok,
     inspect=_inspect,
+    names=Names(
+        markers=(
+            "latent_tokens",
+            "encoder.latent_token_positional_embedding",
+            "decoder.latent_token_positional_embedding",
+        ),
+        optional=(USAGE,),
+    ),
+    container=BARE,
     rename=_rename,
-    fit=lambda state, model: state,
     restore=_restore,
-    markers=("latent_tokens", "encoder.latent_token_positional_embedding", "decoder.latent_token_positional_embedding"),
-    optional=(USAGE,),
-    container=None,
 )

@@ -182,7 +182,7 @@ def adapter_of(name: str):
 
 
 def official(name: str, seed: int = 1) -> dict[str, torch.Tensor]:
-    return {n: t.detach().clone() for n, t in adapter_of(name).to_official(build(name, seed)).items()}
+    return {n: t.detach().clone() for n, t in adapter_of(name).restore(build(name, seed)).items()}
 
 
 def same(a: dict, b: dict) -> bool:
@@ -206,7 +206,7 @@ def test_exports_are_what_the_original_programs_read(name, keep, tmp_path, capsy
     )
     said = capsys.readouterr().out
     file = torch.load(tmp_path / "out.pth", weights_only=True)  # as torch's own default reads it
-    raw_only = adapter_of(name).raw_only
+    raw_only = adapter_of(name).container.raw_only
     for read, averaged in READERS[READS.get(name, name)]:
         wanted = official(name, {"both": 1 if averaged else 2, "ema": 1, "raw": 2}[keep])
         found = read(file)
@@ -346,7 +346,7 @@ def test_wrappers_caches_and_teachers_do_not_matter(name):
 @pytest.mark.parametrize("name", MODELS)
 def test_tensors_that_are_no_weights_are_named(name, tmp_path):
     adapter, state, model = adapter_of(name), official(name), build(name, 9)
-    ignored = adapter.ignored_in(state)
+    ignored = adapter.names.ignored_in(state)
     victim = max((n for n in state if n not in ignored and state[n].is_floating_point() and "used" not in n), key=len)
     for change, what in (
         (lambda t: torch.full_like(t, torch.nan), "NaN or infinite"),
@@ -415,7 +415,7 @@ def test_describe_marks_what_is_open(name, shown, tmp_path, capsys):
 def test_exports_list_once_what_they_do_not_say(name, change, lost):
     kind, cls, settings = MODELS[name]
     settings, adapter = {**settings, **change}, adapter_of(name)
-    official_state = adapter.to_official(REGISTRIES[kind].build({"name": cls, **settings}))
+    official_state = adapter.restore(REGISTRIES[kind].build({"name": cls, **settings}))
     said = convert.unrecorded(adapter, settings, official_state, REGISTRIES[kind].signature(cls))
     assert [text for text in said if not text.startswith("grid")] == lost
 
@@ -480,4 +480,4 @@ def test_a_gpt_of_several_codebooks_has_no_official_layout():
         num_classes=3,
     )
     with pytest.raises(UserError, match="no official layout of a GPT of 2 codebooks"):
-        ADAPTERS["generator"]["gpt"].to_official(model)
+        ADAPTERS["generator"]["gpt"].restore(model)

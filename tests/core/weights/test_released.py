@@ -178,7 +178,7 @@ def test_a_bare_file_draws(tmp_path, monkeypatch):
     tokenizer = BUILD.build(
         {"name": "maskgit_vqgan", "channels": 32, "channel_mult": [1] * 5, "res_blocks": 1, "vocab": 64, "code_dim": 8}
     )
-    torch.save(ADAPTERS["maskgit_vqgan"].to_official(tokenizer), MASKGIT)
+    torch.save(ADAPTERS["maskgit_vqgan"].restore(tokenizer), MASKGIT)
     generator = GENERATORS.build(
         {
             "name": "rar",
@@ -189,7 +189,7 @@ def test_a_bare_file_draws(tmp_path, monkeypatch):
         **tokenizer.spec.sizes(),
     )
     save_file(
-        {k: v.contiguous() for k, v in GENERATOR_ADAPTERS["rar"].to_official(generator).items()},
+        {k: v.contiguous() for k, v in GENERATOR_ADAPTERS["rar"].restore(generator).items()},
         "pretrained_models/reAR-L.safetensors",
     )
     assert sample.main(["reAR-L.safetensors", "--labels", "207", "--num", "1", "--out", "s"]) == 0
