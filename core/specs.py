@@ -10,7 +10,7 @@ Shape letters: B batch, N tokens, C latent channels, K codebooks (branches), V c
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any, Protocol, runtime_checkable
 
@@ -107,21 +107,33 @@ class Batch:
     images: Tensor | None = None  # (B, 3, H, W) uint8
     stored: Tensor | None = None  # (B, ...) what Tokenizer.precompute returned for these samples (codes: any int dtype)
     features: dict[str, Tensor] = field(default_factory=dict)  # cached teacher features, name -> (B, N, D)
-    replaced: list[str] = field(default_factory=list)  # keys of pictures that could not be read
+    replaced: dict[str, str] = field(default_factory=dict)  # key -> reason, of pictures that could not be read
 
     def __len__(self) -> int:
         return self.labels.shape[0]
 
+    def map(self, change: Callable[[Tensor], Tensor]) -> Batch:
+        """The same batch with `change` applied to each of its tensors."""
+
+        def changed(tensor: Tensor | None) -> Tensor | None:
+            return None if tensor is None else change(tensor)
+
+        return Batch(
+            change(self.labels),
+            change(self.positions),
+            changed(self.images),
+            changed(self.stored),
+            {name: change(tensor) for name, tensor in self.features.items()},
+            self.replaced,
+        )
+
     def to(self, device: torch.device) -> Batch:
         """Same batch with its tensors on `device` (asynchronous when they are pinned)."""
+        return self.map(lambda tensor: tensor.to(device, non_blocking=True))
 
-        def move(t: Tensor | None) -> Tensor | None:
-            return None if t is None else t.to(device, non_blocking=True)
-
-        features = {k: v.to(device, non_blocking=True) for k, v in self.features.items()}
-        return Batch(
-            move(self.labels), move(self.positions), move(self.images), move(self.stored), features, self.replaced
-        )
+    def pin_memory(self) -> Batch:
+        """Same batch in pinned memory; DataLoader calls this."""
+        return self.map(Tensor.pin_memory)
 
 
 @dataclass(frozen=True)

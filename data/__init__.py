@@ -1,10 +1,10 @@
 """Pictures in, batches out.
 
-base.py        decode anything to RGB; what listed sources share
+decode.py      the bytes of one picture to RGB
+base.py        what sources share, listed and streamed ones
 sources.py     open_source(url): folder://, list://, wds://, datasets://, embedded://, synthetic://, tokens://
-wds.py         tar shards with random access
+shards.py      tar shards: on a disk with random access, on a web server or the hub as a stream
 hf.py          Hugging Face datasets
-stream.py      shards on a web server or the hub, without random access
 transforms.py  crops as pure functions, and the Transform a config describes
 loader.py      training batches in an order that depends on (seed, position) alone; ordered passes
 cache.py       tensors computed once from every view of every picture, memory-mapped
@@ -12,8 +12,8 @@ tokens.py      caches of what a tokenizer makes, to train from without pictures
 token_files.py tokens of other code bases, in and out
 """
 
-from data.base import UnreadablePicture
 from data.cache import FeatureCache, build
+from data.decode import UnreadablePicture
 from data.loader import Loader, listed_batches, ordered_batches, part, split
 from data.sources import open_source
 from data.transforms import Transform

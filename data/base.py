@@ -1,77 +1,36 @@
-"""From the bytes of one picture to a `Sample`: robust decoding, and the part that every listed source shares.
+"""What sources share: `ListedSource`, whose pictures are listed up front, and `StreamSource`, which has no fixed order.
 
-A picture that cannot be decoded raises `UnreadablePicture`, which the loader may replace; mistakes of the user raise
-`UserError`. Any input becomes 8-bit RGB:
-
-- transparent pictures (alpha channel, transparent palette entry or colour) are composed on white;
-- CMYK, grey, palette and 16-bit pictures are converted; of an animation the first frame is taken;
-- EXIF orientation is NOT applied: the ImageNet pipelines that published numbers come from ignore it too;
-- truncated files are errors, never half-grey pictures.
+Both hand out a `Sample` (8-bit RGB, label, key). A picture that cannot be decoded raises `UnreadablePicture`, which the
+loader may replace; mistakes of the user raise `UserError`.
 """
 
 from __future__ import annotations
 
 import hashlib
-import io
 import os
-from collections.abc import Iterable
+import re
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
-from PIL import Image, UnidentifiedImageError
+from torch.utils.data import get_worker_info
 
 from core.errors import UserError
+from core.rng import permutation, uniform_scalar
 from core.specs import Sample
+from data.decode import UnreadablePicture, decode_rgb
 
-# Pillow knows formats that run other programs (EPS starts Ghostscript): only these are ever opened.
-FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM")
-# Resizing the short side of a 1 x 50000 strip to 256 would need gigabytes.
-MAX_ASPECT = 100
 MAX_CLASSES = 1_000_000
+BUFFER = 1000  # pictures of a stream that a process shuffles, still compressed
 
 
-class UnreadablePicture(Exception):
-    """`key` names the picture, `reason` says why it could not be read."""
-
-    def __init__(self, key: str, reason: str):
-        super().__init__(key, reason)
-        self.key, self.reason = key, reason
-
-    def __str__(self) -> str:
-        return f"{self.key}: {self.reason}"
-
-
-def to_rgb(image: Image.Image) -> Image.Image:
-    """`image` as 8-bit RGB."""
-    if image.mode == "RGB" and "transparency" not in image.info:
-        return image
-    if image.mode.startswith("I"):  # 16-bit grey; Pillow's own conversion clips at 255 instead of scaling
-        values = np.asarray(image).astype(np.int64)
-        sixteen = image.mode != "I" or values.max(initial=0) > 255  # mode "I" holds 8-bit files too
-        image = Image.fromarray((values >> 8 if sixteen else values).clip(0, 255).astype(np.uint8))
-    if image.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in image.info:
-        image = image.convert("RGBA")
-        canvas = Image.new("RGB", image.size, (255, 255, 255))
-        canvas.paste(image, mask=image.getchannel("A"))
-        return canvas
-    return image.convert("RGB")
-
-
-def decode_rgb(data: bytes, key: str) -> Image.Image:
-    """Decode one picture to RGB; UnreadablePicture if that is impossible for whatever reason."""
-    if not data:
-        raise UnreadablePicture(key, "the file is empty")
-    try:
-        with Image.open(io.BytesIO(data), formats=FORMATS) as image:
-            width, height = image.size
-            if max(width, height) > MAX_ASPECT * min(width, height):
-                raise ValueError(f"{width} x {height} is too narrow (limit 1:{MAX_ASPECT})")
-            image.load()
-            return to_rgb(image)
-    except UnidentifiedImageError as error:  # its own text names a buffer
-        raise UnreadablePicture(key, "this is not a picture of a kind that is known") from error
-    except Exception as error:  # decoders raise almost anything on damaged input
-        raise UnreadablePicture(key, f"{type(error).__name__}: {error}") from error
+def whole_number(text: str, option: str, limit: int, where: str) -> int:
+    """The number that an option of a URL gives, from 1 to `limit`; UserError for anything else."""
+    if not re.fullmatch(r"[0-9]{1,12}", text) or not 1 <= int(text) <= limit:
+        raise UserError(f"{where}: {option}={text} must be a whole number from 1 to {limit}.")
+    return int(text)
 
 
 class PackedStrings:
@@ -99,6 +58,9 @@ class PackedStrings:
         return self.blob[start : self.ends[index]].tobytes()
 
 
+# ---------------------------------------------------------------------------------------------------------------------
+# What users of a source ask of it
+# ---------------------------------------------------------------------------------------------------------------------
 def require_labels(source: object) -> None:
     """UserError where some pictures of a source have labels and others have not; where none has, there is one class."""
     if missing := getattr(source, "unlabelled", None):
@@ -129,7 +91,10 @@ def remarks(source: object) -> list[str]:
     return [f"{len(empty)} of {len(names)} classes have no picture ({shown}){asked}"]
 
 
-class ListedSource:
+# ---------------------------------------------------------------------------------------------------------------------
+# Sources with random access
+# ---------------------------------------------------------------------------------------------------------------------
+class ListedSource(ABC):
     """A data source whose samples are listed up front; subclasses implement `read`.
 
     Args:
@@ -146,7 +111,8 @@ class ListedSource:
         class_names: list[str] | None = None,
         sizes: np.ndarray | None = None,
     ):
-        self.packed_keys, self.sizes = keys, sizes
+        self.packed_keys = keys
+        self.sizes = np.zeros(0, dtype=np.int64) if sizes is None else sizes
         self.labels = np.zeros(len(keys), dtype=np.int64) if labels is None else np.asarray(labels, dtype=np.int64)
         if class_names is None:
             class_names = ["unlabelled"] if labels is None else [str(i) for i in range(int(self.labels.max()) + 1)]
@@ -165,9 +131,9 @@ class ListedSource:
         """Name of a sample, safe to print."""
         return self.packed_keys[index].decode("utf-8", "replace")
 
+    @abstractmethod
     def read(self, index: int) -> bytes:
         """The undecoded picture. OSError if it cannot be read."""
-        raise NotImplementedError
 
     def __getitem__(self, index: int) -> Sample:
         if not 0 <= index < len(self):
@@ -182,10 +148,9 @@ class ListedSource:
     def fingerprint(self) -> str:
         if self._fingerprint is None:
             digest = hashlib.blake2b(digest_size=16)
-            sizes = np.zeros(0, dtype=np.int64) if self.sizes is None else self.sizes
-            for part in (self.packed_keys.blob, self.packed_keys.ends, self.labels, sizes):
-                digest.update(f"{part.nbytes};".encode())
-                digest.update(np.ascontiguousarray(part).data)
+            for array in (self.packed_keys.blob, self.packed_keys.ends, self.labels, self.sizes):
+                digest.update(f"{array.nbytes};".encode())
+                digest.update(np.ascontiguousarray(array).data)
             digest.update("\n".join(self.class_names).encode("utf-8", "replace"))
             self._fingerprint = digest.hexdigest()
         return self._fingerprint
@@ -197,12 +162,12 @@ class FileSource(ListedSource):
     def __init__(
         self,
         root: Path,
-        keys: PackedStrings,
+        paths: Iterable[str | bytes],
         labels: np.ndarray | None,
         class_names: list[str] | None = None,
         sizes: np.ndarray | None = None,
     ):
-        super().__init__(keys, labels, class_names, sizes)
+        super().__init__(PackedStrings(map(os.fsencode, paths)), labels, class_names, sizes)
         self.root = root
 
     def read(self, index: int) -> bytes:
@@ -223,3 +188,117 @@ def read_class_names(path: str | Path) -> list[str]:
     if not names:
         raise UserError(f"class names {path} is empty. Give a text file with one name per line.")
     return names
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Sources without
+# ---------------------------------------------------------------------------------------------------------------------
+Record = tuple[bytes, int, str]  # undecoded picture, label, key
+
+
+class StreamSource(ABC):
+    """Pictures in whatever order they arrive; `source[index]` is the next one of this process, whatever the index.
+
+    The order is NOT a function of (seed, position) alone: it also depends on how many processes read, and pictures pass
+    through a shuffle buffer. A resumed run goes on at the next part. `inexact` says so in the log.
+
+    Args:
+        name: for messages and the fingerprint.
+        samples: pictures per epoch.
+        class_names: names by label.
+    """
+
+    inexact = (
+        "data is streamed: the order depends on the number of processes, a resumed run goes on at another place "
+        "of the stream and may repeat or skip pictures"
+    )
+    one_process = False  # whether it cannot be read by workers
+    start_method: str | None = None  # of workers, where it matters
+
+    def __init__(self, name: str, samples: int, class_names: list[str]):
+        self.name, self.samples, self.class_names, self.num_classes = name, samples, class_names, len(class_names)
+        self._iterator: Iterator[Record] | None = None
+        self.start_at(0, 0, 0, 1)
+
+    def start_at(self, seed: int, images_seen: int, rank: int, world: int) -> None:
+        """Where the run is; called before its first batch."""
+        self.seed, self.images_seen, self.rank, self.world = seed, images_seen, rank, world
+        self._process = -1
+
+    def __len__(self) -> int:
+        return self.samples
+
+    def fingerprint(self) -> str:
+        return hashlib.blake2b(f"stream {self.name} {self.samples}".encode(), digest_size=16).hexdigest()
+
+    @abstractmethod
+    def count_shards(self) -> int:
+        """How many parts the stream has."""
+
+    @abstractmethod
+    def shard(self, number: int) -> Iterator[Record]:
+        """Records of one part."""
+
+    def records(self, reader: int, readers: int) -> Iterator[Record]:
+        """Endless records of one of `readers` readers, which share shards, or pictures where shards are few."""
+        epoch, seen = divmod(self.images_seen, self.samples)
+        shards = self.count_shards()
+        by_shard = shards >= readers
+        skipped = int(seen / self.samples * shards)
+        number = 0
+        while True:
+            before = number
+            for place, shard in enumerate(permutation(shards, self.seed, "shards", epoch)[skipped:].tolist()):
+                if by_shard and place % readers != reader:
+                    continue
+                for record in self.shard(shard):
+                    number += 1
+                    if by_shard or number % readers == reader:
+                        yield record
+            if number == before and not skipped:
+                raise UserError(
+                    f"{self.name}: no pictures in its shards. Check the name, and for tar files that members "
+                    "are called <key>.jpg, .png or .webp."
+                )
+            epoch, skipped = epoch + 1, 0
+
+    def _shuffled(self) -> Iterator[Record]:
+        worker = get_worker_info()
+        workers, number = (1, 0) if worker is None else (worker.num_workers, worker.id)
+        reader, readers = self.rank * workers + number, self.world * workers
+        buffer: list[Record] = []
+        for count, record in enumerate(self.records(reader, readers)):
+            buffer.append(record)
+            if len(buffer) >= min(BUFFER, max(1, self.samples // readers)):
+                chosen = int(len(buffer) * uniform_scalar(self.seed, self.images_seen, "stream", reader, count))
+                buffer[chosen], buffer[-1] = buffer[-1], buffer[chosen]
+                yield buffer.pop()
+
+    def __getitem__(self, index: int) -> Sample:
+        if self._process != os.getpid():  # also in a worker that inherited an iterator
+            self._process, self._iterator = os.getpid(), self._shuffled()
+        data, label, key = next(self._iterator)
+        if not 0 <= label < self.num_classes:
+            raise UserError(
+                f"{key} has label {label}, {self.num_classes} classes are known. Give ?num_classes=N or ?classes=FILE."
+            )
+        return Sample(decode_rgb(data, key), label, key)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """An open stream cannot be sent to a spawned worker."""
+        return {**self.__dict__, "_iterator": None, "_process": -1}
+
+
+def stream_options(url: str, options: dict[str, str], samples: int | None = None) -> tuple[int, list[str]]:
+    """(pictures per epoch, class names) from `samples`, `num_classes` and `classes` of a URL."""
+    if "samples" in options:
+        samples = whole_number(options["samples"], "samples", 10**11, url)
+    if samples is None:
+        raise UserError(
+            f"{url}: a stream does not know how many pictures it has. Add ?samples=N, the size of an epoch."
+        )
+    if "classes" in options:
+        return samples, read_class_names(options["classes"])
+    if "num_classes" in options:
+        return samples, [str(i) for i in range(whole_number(options["num_classes"], "num_classes", MAX_CLASSES, url))]
+    return samples, ["unlabelled"]

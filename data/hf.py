@@ -1,7 +1,7 @@
 """Hugging Face datasets: datasets://NAME, for a name on the hub, a folder written by save_to_disk, or a folder of files.
 
     datasets://ORG/NAME                      downloaded once, then random access: order and resume are exact
-    datasets://ORG/NAME?streaming=1          nothing is kept: order and resume are not exact (see data/stream.py)
+    datasets://ORG/NAME?streaming=1          nothing is kept: order and resume are not exact (see data/base.py)
     datasets://FOLDER?column=img&label=none  a column that is not found by itself; no labels
     datasets://ORG/NAME?name=CONFIG          one of several configurations
 
@@ -19,8 +19,7 @@ import numpy as np
 
 from core.errors import UserError, nearest
 from core.specs import DataSource
-from data.base import ListedSource, PackedStrings, read_class_names
-from data.stream import Record, StreamSource, stream_options
+from data.base import ListedSource, PackedStrings, Record, StreamSource, read_class_names, stream_options
 
 PICTURES = ("image", "img", "jpg", "jpeg", "png", "webp", "picture")
 LABELS = ("label", "labels", "cls", "class", "class_id", "fine_label")
@@ -34,25 +33,24 @@ def _load(path: str, split: str, options: dict[str, str], streaming: bool) -> An
         raise UserError(f"datasets://{path} needs the package datasets: pip install datasets") from None
     datasets.disable_progress_bars()
     folder = Path(path).expanduser()
+    saved = any((folder / name).is_file() for name in ("dataset_dict.json", "state.json"))  # by save_to_disk
     try:
-        if (folder / "dataset_dict.json").is_file() or (folder / "state.json").is_file():
-            loaded = datasets.load_from_disk(str(folder))
-            if isinstance(loaded, datasets.DatasetDict):
-                if split not in loaded:
-                    raise UserError(f'datasets://{path} has no split "{split}".{nearest(split, loaded)}')
-                loaded = loaded[split]
-            return loaded.to_iterable_dataset() if streaming else loaded
-        where = str(folder) if folder.is_dir() else path
-        return datasets.load_dataset(
-            where, options.get("name"), split=split, streaming=streaming, revision=options.get("revision")
-        )
-    except UserError:
-        raise
+        if not saved:
+            where = str(folder) if folder.is_dir() else path
+            return datasets.load_dataset(
+                where, options.get("name"), split=split, streaming=streaming, revision=options.get("revision")
+            )
+        loaded = datasets.load_from_disk(str(folder))
     except Exception as error:  # of many libraries
         raise UserError(
             f"datasets://{path}, split {split}: {type(error).__name__}: {' '.join(str(error).split())[:300]}. "
             "Check the name, the split and the network."
         ) from None
+    if isinstance(loaded, datasets.DatasetDict):
+        if split not in loaded:
+            raise UserError(f'datasets://{path} has no split "{split}".{nearest(split, loaded)}')
+        loaded = loaded[split]
+    return loaded.to_iterable_dataset() if streaming else loaded
 
 
 def _columns(path: str, features: dict[str, Any], options: dict[str, str]) -> tuple[str, str | None]:
@@ -126,18 +124,30 @@ class HuggingFaceStream(StreamSource):
                 yield data, int(label), key
 
 
+def _labels(cells: list[Any], where: str, column: str) -> tuple[np.ndarray, list[str] | None]:
+    """(class numbers, the words that they stand for or None) of a column; UserError for labels of another form."""
+    kinds = {type(cell) for cell in cells}  # may be lists, or missing
+    if kinds == {str}:
+        words, labels = np.unique(np.array(cells), return_inverse=True)
+        return labels, words.tolist()
+    if kinds != {int} or min(cells) < 0:
+        raise UserError(
+            f"{where}: column {column} holds labels that are missing, several for a picture, or "
+            "no class numbers. Set ?label=NAME, or ?label=none."
+        )
+    return np.array(cells), None
+
+
 def open_datasets(path: str, split: str | None, options: dict[str, str]) -> DataSource:
     """The opener of datasets://PATH."""
-    streaming, split = options.get("streaming", "0"), split or "train"
+    where, streaming, split = f"datasets://{path}", options.get("streaming", "0"), split or "train"
     if streaming not in ("0", "1"):
-        raise UserError(f"datasets://{path}: streaming={streaming} must be 0 or 1.")
+        raise UserError(f"{where}: streaming={streaming} must be 0 or 1.")
     dataset = _load(path, split, options, streaming == "1")
     import datasets
 
     if dataset.features is None:
-        raise UserError(
-            f"datasets://{path} does not say what its columns are, so it cannot be streamed. Leave out streaming=1."
-        )
+        raise UserError(f"{where} does not say what its columns are, so it cannot be streamed. Leave out streaming=1.")
     column, label = _columns(path, dataset.features, options)
     kind = dataset.features.get(label) if label else None
     if isinstance(dataset.features[column], datasets.Image):
@@ -148,31 +158,17 @@ def open_datasets(path: str, split: str | None, options: dict[str, str]) -> Data
     if streaming == "1":
         splits = dataset.info.splits or {}
         count = getattr(splits.get(split), "num_examples", None) or None
-        samples, listed = stream_options(f"datasets://{path}", options, count)
+        samples, numbered = stream_options(where, options, count)
         if label and names is None and "num_classes" not in options:
-            raise UserError(
-                f"datasets://{path}: streamed labels need ?num_classes=N or ?classes=FILE; ?label=none drops them."
-            )
-        return HuggingFaceStream(f"datasets://{path}", samples, names or listed, dataset, column, label)
+            raise UserError(f"{where}: streamed labels need ?num_classes=N or ?classes=FILE; ?label=none drops them.")
+        return HuggingFaceStream(where, samples, names or numbered, dataset, column, label)
     for key in ("samples", "num_classes"):
         if key in options:
-            raise UserError(f"datasets://{path}: {key} is for streaming=1. Leave it out.")
-    stem = f"{Path(path).name}/{split}"
-    keys = PackedStrings(f"{stem}/{i}".encode() for i in range(len(dataset)))
-    if not len(keys):
-        raise UserError(f"datasets://{path}, split {split}: no pictures.")
-    labels = None
-    if label:
-        cells = list(dataset.with_format(None)[label][:])  # may be lists, or missing
-        kinds = {type(cell) for cell in cells}
-        values = np.array(cells) if kinds in ({int}, {str}) else None
-        if kinds == {str}:
-            words, values = np.unique(values, return_inverse=True)
-            names = names or words.tolist()
-        if values is None or values.min() < 0:
-            raise UserError(
-                f"datasets://{path}: column {label} holds labels that are missing, several for a picture, or "
-                "no class numbers. Set ?label=NAME, or ?label=none."
-            )
-        labels = values
-    return HuggingFaceSource(dataset, column, keys, labels, names if label else None)
+            raise UserError(f"{where}: {key} is for streaming=1. Leave it out.")
+    if not len(dataset):
+        raise UserError(f"{where}, split {split}: no pictures.")
+    keys = PackedStrings(f"{Path(path).name}/{split}/{i}".encode() for i in range(len(dataset)))
+    if not label:
+        return HuggingFaceSource(dataset, column, keys, None, None)
+    labels, words = _labels(list(dataset.with_format(None)[label][:]), where, label)
+    return HuggingFaceSource(dataset, column, keys, labels, names or words)

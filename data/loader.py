@@ -11,22 +11,23 @@ function of the data alone, so caches built from the same source hold the same r
 from __future__ import annotations
 
 import atexit
+import dataclasses
 import functools
 import multiprocessing
 import os
 import signal
 import sys
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
 from torch.utils.data import DataLoader
 
 from core.errors import UserError, nearest
 from core.rng import permutation
 from core.specs import Batch, DataSource, Sample
-from data.base import UnreadablePicture
+from data.decode import UnreadablePicture
 from data.transforms import Transform
 
 if TYPE_CHECKING:  # caches are built with this module
@@ -51,21 +52,8 @@ def split(batch: Batch, count: int) -> list[Batch]:
     if len(batch) % count:
         raise UserError(f"a batch of {len(batch)} cannot be cut into {count} equal micro-batches.")
     size = len(batch) // count
-
-    def cut(tensor: Tensor | None, i: int) -> Tensor | None:
-        return None if tensor is None else tensor[i * size : (i + 1) * size]
-
-    return [
-        Batch(
-            cut(batch.labels, i),
-            cut(batch.positions, i),
-            cut(batch.images, i),
-            cut(batch.stored, i),
-            {k: cut(v, i) for k, v in batch.features.items()},
-            batch.replaced if i == 0 else [],
-        )
-        for i in range(count)
-    ]
+    first, *others = (batch.map(lambda tensor, i=i: tensor[i * size : (i + 1) * size]) for i in range(count))
+    return [first] + [dataclasses.replace(other, replaced={}) for other in others]
 
 
 def read_or_replace(source: DataSource, index: int, on_corrupt: str) -> tuple[Sample, dict[str, str]]:
@@ -88,38 +76,36 @@ def read_or_replace(source: DataSource, index: int, on_corrupt: str) -> tuple[Sa
     )
 
 
+@dataclass(eq=False)
 class _Reader:
-    """What runs in the workers: a list of entries -> the tensors of a batch. DataLoader calls `__getitems__`."""
+    """What runs in the workers: a list of entries -> a batch. DataLoader calls `__getitems__`."""
 
-    def __init__(
-        self,
-        source: DataSource | None,
-        transform: Transform,
-        seed: int = 0,
-        on_corrupt: str = "replace",
-        features: FeatureCache | None = None,
-        stored: FeatureCache | None = None,
-    ):
-        self.source, self.transform, self.seed, self.on_corrupt = source, transform, seed, on_corrupt
-        self.features, self.stored = features, stored
+    source: DataSource | None
+    transform: Transform
+    seed: int = 0
+    on_corrupt: str = "replace"
+    features: FeatureCache | None = None
+    stored: FeatureCache | None = None
 
-    def __getitems__(self, entries: list[Entry]) -> dict[str, Any]:
+    def __post_init__(self):
+        if self.on_corrupt not in POLICIES:
+            raise UserError(f'unknown on_corrupt "{self.on_corrupt}".{nearest(self.on_corrupt, POLICIES)}')
+
+    def __getitems__(self, entries: list[Entry]) -> Batch | str:
         try:
             return self._read(entries)
         except UserError as error:  # DataLoader would wrap it into a traceback
-            return {"error": str(error)}
+            return str(error)
 
-    def _read(self, entries: list[Entry]) -> dict[str, Any]:
-        positions, indices = [e[0] for e in entries], [e[1] for e in entries]
-        result: dict[str, Any] = {"positions": torch.tensor(positions, dtype=torch.int64)}
+    def _read(self, entries: list[Entry]) -> Batch:
+        positions, indices, _ = zip(*entries)
+        places = torch.tensor(positions, dtype=torch.int64)
         if self.features is not None or self.stored is not None:
-            views = [self.transform.view_of((self.seed, p)) for p in positions]
-        if self.features is not None:
-            result["features"] = self.features.get(indices, views)
+            views = [self.transform.view_of((self.seed, position)) for position in positions]
+        features = {} if self.features is None else self.features.get(indices, views)
         if self.stored is not None:
-            (result["stored"],) = self.stored.get(indices, views).values()
-            result["labels"] = self.stored.labels_of(indices)
-            return result
+            (stored,) = self.stored.get(indices, views).values()
+            return Batch(self.stored.labels_of(indices), places, stored=stored, features=features)
         size = self.transform.image_size
         images = torch.empty(len(entries), 3, size, size, dtype=torch.uint8)
         labels, replaced, last = [], {}, None
@@ -133,10 +119,10 @@ class _Reader:
                 images[i] = self.transform(sample.image, (self.seed, position))
             else:
                 images[i] = self.transform.apply_view(sample.image, view)
-        return result | {"images": images, "labels": torch.tensor(labels, dtype=torch.int64), "replaced": replaced}
+        return Batch(torch.tensor(labels, dtype=torch.int64), places, images, features=features, replaced=replaced)
 
 
-def _same(batch: dict[str, Any]) -> dict[str, Any]:
+def _same(batch: Batch | str) -> Batch | str:
     """The collate function: readers return whole batches."""
     return batch
 
@@ -158,19 +144,15 @@ def _prepare_worker(closing, worker: int) -> None:
     signal.pthread_sigmask(signal.SIG_UNBLOCK, _HELD)
 
 
-def _run(
-    reader: _Reader, order: Iterable[list[Entry]], workers: int, pin: bool, prefetch: int, start_method: str | None
-) -> Iterator[tuple[Batch, dict[str, str]]]:
+def _run(reader: _Reader, order: Iterable[list[Entry]], workers: int, pin: bool = False) -> Iterator[Batch]:
     """Batches for the lists of entries in `order`, in that order, read by `workers` processes (0: by this one)."""
-    options: dict[str, Any] = {}
-    context = multiprocessing.get_context(start_method or ("fork" if sys.platform == "linux" else "spawn"))
+    start_method = getattr(reader.source, "start_method", None) or ("fork" if sys.platform == "linux" else "spawn")
+    context = multiprocessing.get_context(start_method)
     closing = context.Event()
+    options: dict[str, Any] = {}
     if workers:
-        options = {
-            "prefetch_factor": prefetch,
-            "multiprocessing_context": context,
-            "worker_init_fn": functools.partial(_prepare_worker, closing),
-        }
+        worker_start = functools.partial(_prepare_worker, closing)
+        options = {"multiprocessing_context": context, "worker_init_fn": worker_start}
     # DataLoader draws a seed for its workers: from a generator of its own, so that torch's global one is left alone.
     loader = DataLoader(
         reader,
@@ -184,100 +166,53 @@ def _run(
     atexit.register(closing.set)
     mask = signal.pthread_sigmask(signal.SIG_BLOCK, _HELD)
     try:
-        items = iter(loader)
+        batches = iter(loader)
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, mask)
     try:
-        for item in items:
-            if "error" in item:
-                raise UserError(item["error"])
-            replaced = item.get("replaced", {})
-            yield (
-                Batch(
-                    item["labels"],
-                    item["positions"],
-                    item.get("images"),
-                    item.get("stored"),
-                    item.get("features", {}),
-                    list(replaced),
-                ),
-                replaced,
-            )
+        for batch in batches:
+            if isinstance(batch, str):
+                raise UserError(batch)
+            yield batch
     finally:
         if not closing.is_set():  # at exit it is, and setting it again would need modules that are gone
             closing.set()
         atexit.unregister(closing.set)
 
 
-def _check_policy(on_corrupt: str) -> None:
-    if on_corrupt not in POLICIES:
-        raise UserError(f'unknown on_corrupt "{on_corrupt}".{nearest(on_corrupt, POLICIES)}')
-
-
+@dataclass(eq=False)
 class Loader:
-    """This rank's part of an endless run.
+    """This rank's part of an endless run."""
 
-    Args:
-        source: the pictures; may be None when `stored` is given.
-        transform: crop and flip.
-        seed: of the run; keys order and augmentation.
-        global_batch: images per step over all ranks.
-        rank, world: this process and how many there are.
-        micro_batches: parts the trainer cuts a rank's batch into, see `split`; only checked here.
-        workers: processes that decode; 0 decodes in this one.
-        on_corrupt: "replace" unreadable pictures by the next readable one, or "raise".
-        pin: put batches into pinned memory when there is a GPU.
-        features: cached teacher features; handed out as Batch.features.
-        stored: cached latents; handed out as Batch.stored, and no picture is read.
-        prefetch: batches that every worker keeps ready.
-        start_method: of the workers, None means fork on Linux.
-    """
+    source: DataSource | None  # the pictures; may be None when `stored` is given
+    transform: Transform
+    seed: int  # of the run; keys order and augmentation
+    global_batch: int  # images per step over all ranks
+    rank: int = 0  # this process ...
+    world: int = 1  # ... of so many
+    workers: int = 0  # processes that decode; 0 decodes in this one
+    on_corrupt: str = "replace"  # unreadable pictures by the next readable one; or "raise"
+    pin: bool = False  # put batches into pinned memory when there is a GPU
+    features: FeatureCache | None = None  # cached teacher features; handed out as Batch.features
+    stored: FeatureCache | None = None  # cached latents; handed out as Batch.stored, and no picture is read
 
-    def __init__(
-        self,
-        source: DataSource | None,
-        transform: Transform,
-        seed: int,
-        global_batch: int,
-        rank: int = 0,
-        world: int = 1,
-        micro_batches: int = 1,
-        workers: int = 0,
-        on_corrupt: str = "replace",
-        pin: bool = False,
-        features: FeatureCache | None = None,
-        stored: FeatureCache | None = None,
-        prefetch: int = 2,
-        start_method: str | None = None,
-    ):
-        _check_policy(on_corrupt)
-        if global_batch < 1 or global_batch % (world * micro_batches):
-            raise UserError(
-                f"global batch {global_batch} must be a positive multiple of {world * micro_batches} "
-                f"({world} ranks x {micro_batches} micro-batches)."
-            )
-        if workers < 0:
-            raise UserError(f"workers = {workers} must be 0 or more.")
-        if source is None and stored is None:
+    def __post_init__(self):
+        if self.global_batch < 1 or self.global_batch % self.world:
+            raise UserError(f"global batch {self.global_batch} must be a positive multiple of {self.world} ranks.")
+        if self.workers < 0:
+            raise UserError(f"workers = {self.workers} must be 0 or more.")
+        if self.source is None and self.stored is None:
             raise UserError("a loader needs pictures or stored latents, and got neither.")
-        for cache in (features, stored):
+        for cache in (self.features, self.stored):
             if cache is not None:
-                cache.check(source, transform)
-        if stored is not None and len(stored.arrays) != 1:
-            raise UserError(f"{stored.path} holds {', '.join(stored.arrays)}; stored latents must be a single array.")
-        self.source, self.seed, self.global_batch, self.rank, self.world = source, seed, global_batch, rank, world
-        self.images_per_epoch = len(source) if source is not None else len(stored)
+                cache.check(self.source, self.transform)
+        if self.stored is not None and len(self.stored.arrays) != 1:
+            names = ", ".join(self.stored.arrays)
+            raise UserError(f"{self.stored.path} holds {names}; stored latents must be a single array.")
+        self._reader = _Reader(self.source, self.transform, self.seed, self.on_corrupt, self.features, self.stored)
+        self.images_per_epoch = len(self.stored if self.source is None else self.source)
         self.replaced_count = 0
         self.replaced_names: dict[str, str] = {}  # key -> reason, the first few
-        self._reader = _Reader(source, transform, seed, on_corrupt, features, stored)
-        if hasattr(source, "start_at"):
-            start_method = start_method or source.start_method
-            workers = 0 if source.one_process else workers
-        self._options = {"workers": workers, "pin": pin, "prefetch": prefetch, "start_method": start_method}
-
-    def fingerprint(self) -> str:
-        """Of the list of samples: resuming with another one must be refused."""
-        return self.source.fingerprint() if self.source is not None else self._reader.stored.source_fingerprint
 
     def order(self, images_seen: int) -> Iterator[list[Entry]]:
         """Entries of this rank's batches, from position `images_seen` of the run on, forever."""
@@ -296,11 +231,13 @@ class Loader:
 
     def batches(self, images_seen: int = 0) -> Iterator[Batch]:
         """This rank's batches from `images_seen` on (any number, normally a multiple of the global batch), forever."""
-        if hasattr(self.source, "start_at"):  # a stream, see data/stream.py
+        workers = self.workers
+        if hasattr(self.source, "start_at"):  # a stream
             self.source.start_at(self.seed, images_seen, self.rank, self.world)
-        for batch, replaced in _run(self._reader, self.order(images_seen), **self._options):
-            self.replaced_count += len(replaced)
-            for key, reason in replaced.items():
+            workers = 0 if self.source.one_process else workers
+        for batch in _run(self._reader, self.order(images_seen), workers, self.pin):
+            self.replaced_count += len(batch.replaced)
+            for key, reason in batch.replaced.items():
                 if len(self.replaced_names) < MAX_NAMES:
                     self.replaced_names.setdefault(key, reason)
             yield batch
@@ -313,21 +250,15 @@ def listed_batches(
     workers: int = 0,
     on_corrupt: str = "raise",
     views: Sequence[int | None] = (None,),
-    pin: bool = False,
-    prefetch: int = 2,
-    start_method: str | None = None,
 ) -> Iterator[Batch]:
     """One batch for each list of indices in `batches`, of whatever lengths, in that order. Positions are indices.
 
     Args:
         views: of every picture, in a row; None: the one that the transform draws.
     """
-    _check_policy(on_corrupt)
-    if hasattr(source, "start_at"):  # a stream gives each process other pictures
-        workers = 0
+    reader = _Reader(source, transform, 0, on_corrupt)
     order = ([(int(i), int(i), view) for i in indices for view in views] for indices in batches)
-    for result, _ in _run(_Reader(source, transform, 0, on_corrupt), order, workers, pin, prefetch, start_method):
-        yield result
+    return _run(reader, order, 0 if hasattr(source, "start_at") else workers)  # a stream gives each process others
 
 
 def ordered_batches(

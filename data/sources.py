@@ -3,8 +3,8 @@
     folder://PATH               one folder per class (ImageNet layout), sorted; PATH/<split> if there is such a folder;
                                 without class folders the pictures in it, which then have no labels
     list://FILE.txt?root=DIR    lines `relative/path.JPEG label`, the label optional; root defaults to the file's folder
-    wds://PATTERN.tar           WebDataset shards, with {0000..0012}, {a,b}, *, or a folder of them (see data/wds.py)
-    wds://https://HOST/PATTERN.tar?samples=N     streamed, also wds://hf://datasets/ORG/REPO/*.tar (see data/stream.py)
+    wds://PATTERN.tar           WebDataset shards, with {0000..0012}, {a,b}, *, or a folder of them (see data/shards.py)
+    wds://https://HOST/PATTERN.tar?samples=N     streamed, also wds://hf://datasets/ORG/REPO/*.tar
     datasets://NAME             Hugging Face datasets, by name or folder (see data/hf.py)
     embedded://emoji64          1,906 emoji at 64 px in 9 classes (train 1,724, val 182), part of this repository
     embedded://photos256        214 photographs at 256 px in 5 classes (train 169, val 45), part of this repository
@@ -31,11 +31,10 @@ from PIL import Image, ImageDraw
 from core.errors import UserError, nearest
 from core.rng import uniform_scalar
 from core.specs import DataSource, Sample
-from data.base import MAX_CLASSES, FileSource, PackedStrings, read_class_names
+from data.base import MAX_CLASSES, FileSource, read_class_names, whole_number
 from data.hf import open_datasets
-from data.stream import open_remote_shards
+from data.shards import ShardSource, expand_braces, find_shards, open_remote_shards
 from data.tokens import open_tokens
-from data.wds import ShardSource, expand_braces, find_shards
 
 EXTENSIONS = (".jpg", ".jpeg", ".jfif", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm")
 SPLITS = ("train", "val", "test")
@@ -107,21 +106,25 @@ def _class_names(options: dict[str, str]) -> list[str] | None:
 # ---------------------------------------------------------------------------------------------------------------------
 # Folders and lists
 # ---------------------------------------------------------------------------------------------------------------------
-def _subfolders(folder: Path) -> list[str]:
-    try:
-        return sorted(
-            e.name for e in os.scandir(folder) if e.is_dir() and not e.name.startswith(".") and e.name != "__MACOSX"
-        )  # of zip archives
-    except OSError as error:
-        raise UserError(f"{folder} cannot be listed: {error.strerror}. Check its permissions.") from error
+def is_picture(name: str) -> bool:
+    """Whether a file is taken for a picture: by its extension, and not hidden."""
+    return name.lower().endswith(EXTENSIONS) and not name.startswith(".")
 
 
 def has_pictures(folder: str | Path) -> bool:
     """Whether there is a picture anywhere in a folder."""
-    return any(f.suffix.lower() in EXTENSIONS for f in Path(folder).rglob("*"))
+    return any(is_picture(file.name) for file in Path(folder).rglob("*"))
 
 
-def natural(name: str) -> list:
+def _subfolders(folder: Path) -> list[str]:
+    try:
+        folders = [entry.name for entry in os.scandir(folder) if entry.is_dir()]
+    except OSError as error:
+        raise UserError(f"{folder} cannot be listed: {error.strerror}. Check its permissions.") from error
+    return sorted(name for name in folders if not name.startswith(".") and name != "__MACOSX")  # of zip archives
+
+
+def natural(name: str) -> list[tuple[int, int, str]]:
     """A key that sorts 2.png before 10.png, and the same whether or not numbers are filled up with zeros."""
     return [(0, int(word), "") if word.isdigit() else (1, 0, word) for word in re.split(r"([0-9]+)", name)]
 
@@ -132,23 +135,16 @@ def loose_pictures(folder: str | Path) -> FileSource | None:
     Sizes are part of the fingerprint: other samples often get the same names as those before. Of a folder that
     run_sample.sh wrote (it has sample.json) only the samples count, not the sheets and films of them.
     """
-    sampled = (Path(folder) / "sample.json").is_file()
-    with os.scandir(folder) as entries:
-        found = sorted(
-            (
-                (entry.name, entry.stat().st_size)
-                for entry in entries
-                if entry.name.lower().endswith(EXTENSIONS)
-                and not entry.name.startswith(".")
-                and entry.is_file()
-                and (not sampled or re.fullmatch(r"[0-9]+_[0-9]+\.png", entry.name))
-            ),
-            key=lambda pair: natural(pair[0]),
-        )
-    if not found:
+    folder = Path(folder)
+    files = [file for file in folder.iterdir() if is_picture(file.name) and file.is_file()]
+    if (folder / "sample.json").is_file():
+        files = [file for file in files if re.fullmatch(r"[0-9]+_[0-9]+\.png", file.name)]
+    if not files:
         return None
-    names, sizes = zip(*found)
-    return FileSource(Path(folder), PackedStrings([os.fsencode(n) for n in names]), None, sizes=np.array(sizes))
+    files.sort(key=lambda file: (natural(file.name), file.name))
+    return FileSource(
+        folder, [file.name for file in files], None, sizes=np.array([file.stat().st_size for file in files])
+    )
 
 
 def open_folder(path: str, split: str | None, options: dict[str, str]) -> DataSource:
@@ -156,31 +152,32 @@ def open_folder(path: str, split: str | None, options: dict[str, str]) -> DataSo
     folder of pictures, which have no labels."""
     root = Path(path).expanduser()
     if not root.is_dir():
-        found = "this is a file" if root.is_file() else "there is no such folder"
-        raise UserError(f"folder://{path}: {found}. Give the folder that holds one folder per class, or the pictures.")
-    inside = _subfolders(root)
-    if split is not None and split in inside:
-        root, inside = root / split, _subfolders(root / split)
-    elif split is not None and inside and set(inside) <= set(SPLITS):
-        raise UserError(f'folder://{path} has no split "{split}".{nearest(split, inside)}')
-    names = _class_names(options) or inside
-    numbers = {name: i for i, name in enumerate(names)}
-    unknown = [name for name in inside if name not in numbers]
-    if unknown:
-        raise UserError(f'{root}: folder "{unknown[0]}" is not in {options["classes"]}.{nearest(unknown[0], names)}')
-    keys, labels = [], []
-    for name in inside:
-        for folder, _, files in sorted(os.walk(root / name)):
-            kept = sorted(f for f in files if f.lower().endswith(EXTENSIONS) and not f.startswith("."))
-            keys += [os.fsencode(os.path.relpath(os.path.join(folder, f), root)) for f in kept]
-            labels += [numbers[name]] * len(kept)
-    if not keys:
-        if loose := loose_pictures(root):
-            return loose
+        problem = "this is a file" if root.is_file() else "there is no such folder"
         raise UserError(
-            f"{root} holds no pictures. Expected {', '.join(EXTENSIONS)} files in it, or in one folder per class."
+            f"folder://{path}: {problem}. Give the folder that holds one folder per class, or the pictures."
         )
-    return FileSource(root, PackedStrings(keys), np.array(labels), names)
+    folders = _subfolders(root)
+    if split is not None and split in folders:
+        root, folders = root / split, _subfolders(root / split)
+    elif split is not None and folders and set(folders) <= set(SPLITS):
+        raise UserError(f'folder://{path} has no split "{split}".{nearest(split, folders)}')
+    names = _class_names(options) or folders
+    numbers = {name: i for i, name in enumerate(names)}
+    if unknown := [name for name in folders if name not in numbers]:
+        raise UserError(f'{root}: folder "{unknown[0]}" is not in {options["classes"]}.{nearest(unknown[0], names)}')
+    paths, labels = [], []
+    for name in folders:
+        for folder, _, files in sorted(os.walk(root / name)):
+            pictures = sorted(filter(is_picture, files))
+            paths += [os.path.relpath(os.path.join(folder, file), root) for file in pictures]
+            labels += [numbers[name]] * len(pictures)
+    if paths:
+        return FileSource(root, paths, np.array(labels), names)
+    if loose := loose_pictures(root):
+        return loose
+    raise UserError(
+        f"{root} holds no pictures. Expected {', '.join(EXTENSIONS)} files in it, or in one folder per class."
+    )
 
 
 def _parse_line(line: bytes, where: str) -> tuple[bytes, int | None]:
@@ -205,27 +202,27 @@ def open_list(path: str, split: str | None, options: dict[str, str]) -> DataSour
     root = Path(options.get("root", file.parent)).expanduser()
     if not root.is_dir():
         raise UserError(f"list://{path}: the root folder {root} does not exist. Set ?root=DIR.")
-    keys, labels, unlabelled = [], [], 0
+    paths, labels, unlabelled = [], [], 0
     for number, line in enumerate(file.read_bytes().removeprefix(b"\xef\xbb\xbf").split(b"\n"), start=1):
         if not (line := line.strip()):
             continue
-        key, label = _parse_line(line, f"{file} line {number}")
-        keys.append(key)
+        picture, label = _parse_line(line, f"{file} line {number}")
+        paths.append(picture)
         labels.append(label)
         if label is None:
             unlabelled = unlabelled or number
-    if not keys:
+    if not paths:
         raise UserError(f"{file} lists no pictures. Expected lines `relative/path.JPEG label`.")
     if unlabelled and any(label is not None for label in labels):
         raise UserError(f"{file} line {unlabelled} has no label but other lines have one. Label all lines or none.")
     # One missing file is for the loader to replace; many from the start mean another root.
-    if not any(os.path.exists(root / os.fsdecode(key)) for key in keys[:100]):
-        first = str(root / os.fsdecode(keys[0]))[:200]
+    if not any(os.path.exists(root / os.fsdecode(picture)) for picture in paths[:100]):
+        first = str(root / os.fsdecode(paths[0]))[:200]
         raise UserError(
             f"{file}: {first} does not exist, nor do the pictures after it. "
             "Set ?root=DIR to the folder that the paths start from."
         )
-    return FileSource(root, PackedStrings(keys), None if unlabelled else np.array(labels), _class_names(options))
+    return FileSource(root, paths, None if unlabelled else np.array(labels), _class_names(options))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -308,12 +305,12 @@ def open_synthetic(path: str, split: str | None, options: dict[str, str]) -> Dat
     """Splits hold different pictures of the same classes."""
     if path:
         raise UserError(f"synthetic://{path}: write synthetic://?size=64&classes=4&count=256.")
-    numbers = {}
-    for key, limit in (("size", 4096), ("classes", 10_000), ("count", 10**8)):
-        if key in options:
-            if not re.fullmatch(r"[0-9]{1,9}", options[key]) or not 1 <= int(options[key]) <= limit:
-                raise UserError(f"synthetic://: {key}={options[key]} must be a whole number from 1 to {limit}.")
-            numbers[key] = int(options[key])
+    limits = {"size": 4096, "classes": 10_000, "count": 10**8}
+    numbers = {
+        name: whole_number(options[name], name, limit, "synthetic://")
+        for name, limit in limits.items()
+        if name in options
+    }
     suffix = "" if split in (None, "train") else f"-{split}"
     return SyntheticSource(**numbers, seed=options.get("seed", "0") + suffix)
 

@@ -18,6 +18,7 @@ and is never called so: its name is made of the network's name and the tap's, fo
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -55,7 +56,7 @@ def full_precision() -> Iterator[None]:
             setattr(holder, name, value)
 
 
-class FeatureNet(nn.Module):
+class FeatureNet(nn.Module, ABC):
     """Base of all feature networks. A subclass sets `name` and `dims` and writes `taps`.
 
     `name` stands for everything that changes the numbers (weights, input size), because it becomes part of metric
@@ -69,9 +70,9 @@ class FeatureNet(nn.Module):
         """What a Frechet distance on `tap` is called. Only FID's own network overrides this."""
         return f"fd_{self.name}_{tap}"
 
+    @abstractmethod
     def taps(self, pixels: Tensor) -> dict[str, Tensor]:
         """Features of (B, 3, H, W) fp32 pixels on 0..255, tap name -> (B, dims[name])."""
-        raise NotImplementedError
 
     @torch.no_grad()
     def forward(self, images: Tensor) -> dict[str, Tensor]:

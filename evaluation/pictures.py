@@ -31,7 +31,8 @@ from core.files import explain_os_errors, replacing, require_space, sha256_file
 from core.images import save_png
 from core.rng import hash64
 from core.specs import DataSource
-from data.base import UnreadablePicture, require_order
+from data.base import require_order
+from data.decode import UnreadablePicture
 from data.loader import listed_batches
 from data.sources import loose_pictures, open_source
 from data.transforms import Transform, to_tensor

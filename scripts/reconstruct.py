@@ -25,7 +25,7 @@ def read_files(names: list[str]):
     """(name, PIL picture) of each file; UserError for the first that cannot be read."""
     from core.errors import UserError
     from core.files import explain_os_errors
-    from data.base import UnreadablePicture, decode_rgb
+    from data.decode import UnreadablePicture, decode_rgb
 
     for name in names:
         with explain_os_errors(name):
@@ -38,7 +38,7 @@ def read_files(names: list[str]):
 
 def read_source(url: str, count: int):
     """(name, PIL picture) of `count` pictures spread over a data source."""
-    from data.base import UnreadablePicture
+    from data.decode import UnreadablePicture
     from data.sources import open_source
 
     source = open_source(url, "val")

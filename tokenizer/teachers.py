@@ -11,6 +11,7 @@ B batch, N = grid^2 tokens (row by row), D width, h heads, d = D / h.
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from pathlib import Path
 from typing import Any, Literal
 
@@ -43,7 +44,7 @@ TEACHERS = Registry(
 )
 
 
-class Teacher(Frozen):
+class Teacher(Frozen, ABC):
     """Interface. `name` keys Recon.predictions and Batch.features; `dim` is the width of a feature."""
 
     name: str
@@ -55,8 +56,9 @@ class Teacher(Frozen):
         """(B, 3, H, W) in [-1, 1] -> (B, grid * grid, dim) fp32, without gradient."""
         return self.features(images, draws).float()
 
-    def features(self, images: Tensor, draws: Draws) -> Tensor:
-        raise NotImplementedError
+    @abstractmethod
+    def features(self, images: Tensor, draws: Draws | None) -> Tensor:
+        """The same in whatever float type it comes."""
 
 
 # ---------------------------------------------------------------------------------------------------------------------

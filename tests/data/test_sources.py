@@ -12,9 +12,10 @@ import pytest
 from PIL import Image
 
 from core.errors import UserError
-from data.base import UnreadablePicture, decode_rgb, remarks, require_labels
+from data.base import remarks, require_labels
+from data.decode import UnreadablePicture, decode_rgb
+from data.shards import expand_braces
 from data.sources import open_source
-from data.wds import expand_braces
 from run.data import open_train
 from run.load import load_config
 from tests.conftest import TOY_GENERATOR, TOY_TOKENIZER
@@ -234,11 +235,11 @@ def test_shards(tmp_path):
 
 
 def test_shard_index_is_reused_and_renewed(tmp_path, monkeypatch):
-    import data.wds
+    import data.shards
 
     scans = []
-    scan = data.wds.scan_shard
-    monkeypatch.setattr(data.wds, "scan_shard", lambda path: scans.append(path) or scan(path))
+    scan = data.shards.scan_shard
+    monkeypatch.setattr(data.shards, "scan_shard", lambda path: scans.append(path) or scan(path))
     shard, index = tmp_path / "s.tar", tmp_path / "s.tar.index.npz"
     write_tar(shard, {"k.png": png((1, 0, 0)), "k.cls": b"0"})
     first = open_source(f"wds://{shard}").fingerprint()
@@ -254,11 +255,11 @@ def test_shard_index_is_reused_and_renewed(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("cache_works", [True, False])
 def test_shard_index_elsewhere(tmp_path, monkeypatch, cache_works):
-    import data.wds
+    import data.shards
 
     (tmp_path / "file").write_text("not a folder")
     places = [tmp_path / "file" / "x.npz", tmp_path / ("cache" if cache_works else "file") / "y" / "x.npz"]
-    monkeypatch.setattr(data.wds, "_index_places", lambda path: places)
+    monkeypatch.setattr(data.shards, "_index_places", lambda path: places)
     write_tar(tmp_path / "s.tar", {"k.png": png(), "k.cls": b"0"})
     assert open_source(f"wds://{tmp_path}/s.tar")[0].label == 0
     assert places[1].exists() == cache_works
@@ -354,7 +355,7 @@ def test_torn_and_changed_shards(tmp_path):
 def test_shards_open_few_files_and_pickle(tmp_path, monkeypatch):
     import pickle
 
-    monkeypatch.setattr("data.wds.MAX_OPEN_SHARDS", 2)
+    monkeypatch.setattr("data.shards.MAX_OPEN_SHARDS", 2)
     for i in range(4):
         write_tar(tmp_path / f"{i}.tar", {"k.png": png((i, 0, 0))})
     source = open_source(f"wds://{tmp_path}/{{0..3}}.tar")

@@ -13,8 +13,8 @@ from PIL import Image
 
 from core.errors import UserError
 from data.loader import Loader
+from data.shards import RemoteShards
 from data.sources import open_source
-from data.stream import RemoteShards
 from data.transforms import Transform
 from evaluation.pictures import SourcePictures, open_any
 from run.load import load_config
