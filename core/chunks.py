@@ -28,9 +28,10 @@ from numpy.lib import format as npy
 
 from core.dist import World
 from core.errors import UserError
-from core.files import explain_os_errors, read_json, require_space, write_json
+from core.files import explain_os_errors, read_json, write_json
 
 Share = Callable[[list[int]], None]
+ALONE = World(0, 1, 0, torch.device("cpu"))
 
 
 class Stopped(Exception):
@@ -154,7 +155,7 @@ def shared_array(path: Path, shape: Sequence[int], dtype: np.dtype | str) -> boo
     """Make a .npy file of zeros that several processes then fill through ordinary writes.
 
     All of them may call it at once, at any time, also after a kill: each writes the same header and never shortens the
-    file, so rows that are in it stay. UserError when the disk has no room, or when a file of another shape is there.
+    file, so rows that are in it stay. UserError when a file of another type or shape is there.
 
     Returns: whether there was none.
     """
@@ -163,10 +164,7 @@ def shared_array(path: Path, shape: Sequence[int], dtype: np.dtype | str) -> boo
     npy.write_array_header_1_0(
         header, {"descr": npy.dtype_to_descr(dtype), "fortran_order": False, "shape": tuple(shape)}
     )
-    rows = int(np.prod(shape)) * dtype.itemsize
     fresh = not path.exists()
-    if fresh:
-        require_space(path.parent, rows)
     with explain_os_errors(path):
         path.open("ab").close()
         with open(path, "r+b") as file:
@@ -175,7 +173,7 @@ def shared_array(path: Path, shape: Sequence[int], dtype: np.dtype | str) -> boo
                 raise UserError(f"{path} was begun for arrays other than {dtype} {list(shape)}. Delete it.")
             file.seek(0)
             file.write(header.getvalue())
-            file.truncate(len(header.getvalue()) + rows)
+            file.truncate(len(header.getvalue()) + int(np.prod(shape)) * dtype.itemsize)
     return fresh
 
 

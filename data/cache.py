@@ -4,9 +4,9 @@ A cache is a folder: one `<name>.npy` of shape (samples, views, ...) per tensor,
 every CHUNK samples) and `description.json`. The description says what the cache was made from (source, transform,
 producer); opening it for anything else is refused with a list of what differs.
 
-It is built under a temporary name and renamed when complete. Chunks that are done are recorded, so a build that was
-killed goes on where it stopped, on any number of ranks. Opening reads the description alone: the arrays are mapped, and
-the processes of a machine share one copy of them in the page cache.
+It is built under a temporary name and renamed when complete, in chunks that ranks share and that are kept through a
+kill (core/chunks.py). Opening reads the description alone: the arrays are mapped, and the processes of a machine share
+one copy of them in the page cache.
 """
 
 from __future__ import annotations
@@ -16,7 +16,8 @@ import json
 import os
 import shutil
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -24,18 +25,21 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from core.chunks import ALONE, Chunks, enter, shared_array, write_rows
+from core.dist import World
 from core.errors import UserError
-from core.files import fsync_file, require_space, write_json
+from core.files import fsync_file, read_json, require_space, write_json
 from core.specs import DataSource
 from data.base import require_order
-from data.loader import listed_batches, part
+from data.loader import listed_batches
 from data.transforms import Transform
 
 FORMAT = 2
 CHUNK = 256  # samples; what a killed build computes again at most, and the unit that is spread over ranks
-FLUSH_SECONDS = 10.0  # between two records of what is done
+FLUSH_SECONDS = 3.0  # between two records of what is done
 DIGEST = 16  # bytes
-LABELS = "labels"
+LABELS, RECORD = "labels", "chunks"  # names of arrays
+DESCRIPTION, ARRAYS = "description.json", "arrays.json"
 Producer = Callable[[Tensor], dict[str, Tensor]]
 
 
@@ -56,9 +60,9 @@ class FeatureCache:
     ):
         self.path = Path(path)
         try:
-            self.description = json.loads((self.path / "description.json").read_text())
-            if (found := self.description["format"]) != FORMAT:
-                raise UserError(f"{path} has cache format {found}, this code reads {FORMAT}. Build it again.")
+            self.description = json.loads((self.path / DESCRIPTION).read_text())
+            if (version := self.description["format"]) != FORMAT:
+                raise UserError(f"{path} has cache format {version}, this code reads {FORMAT}. Build it again.")
             self.samples, self.views = self.description["samples"], self.description["views"]
             self.arrays: dict[str, dict] = self.description["arrays"]
             self.source_fingerprint: str = self.description["source"]
@@ -79,19 +83,14 @@ class FeatureCache:
         self, source: DataSource | None = None, transform: Transform | None = None, fingerprint: str | None = None
     ) -> None:
         """UserError with every difference to what is given; None is not compared."""
-        found = self.description
-        wrong = []
-        if source is not None and found["source"] != source.fingerprint():
-            wrong.append(f"the list of pictures ({found['samples']} in the cache, {len(source)} now)")
-        if transform is not None:
-            now = transform.describe()
-            wrong += [
-                f"{k} ({found['transform'].get(k)} in the cache, {v} now)"
-                for k, v in now.items()
-                if found["transform"].get(k) != v
-            ]
-        if fingerprint is not None and found["producer"] != fingerprint:
-            wrong.append(f"what made it ({found['producer']} in the cache, {fingerprint} now)")
+        made_from, wrong = self.description, []
+        if source is not None and made_from["source"] != source.fingerprint():
+            wrong.append(f"the list of pictures ({made_from['samples']} in the cache, {len(source)} now)")
+        for key, now in (transform.describe() if transform is not None else {}).items():
+            if (before := made_from["transform"].get(key)) != now:
+                wrong.append(f"{key} ({before} in the cache, {now} now)")
+        if fingerprint is not None and made_from["producer"] != fingerprint:
+            wrong.append(f"what made it ({made_from['producer']} in the cache, {fingerprint} now)")
         if wrong:
             raise UserError(
                 f"cache {self.path} was made from something else: {'; '.join(wrong)}. "
@@ -199,185 +198,195 @@ def _convert(name: str, tensor: Tensor, dtype: np.dtype) -> np.ndarray:
     return stored
 
 
-def _claim(folder: Path, plan: dict[str, Any], chunks: int) -> None:
-    """Make the temporary folder, or take over the one of a killed build of the same cache."""
-    owner = folder / "owner"
-    try:
-        host, pid = owner.read_text().split()
-        if host == os.uname().nodename and int(pid) != os.getpid():
-            os.kill(int(pid), 0)
-            raise UserError(f"{folder} is being built by process {pid}. Wait for it, or delete the folder.")
-    except (FileNotFoundError, ProcessLookupError, ValueError):
-        pass  # no folder, no owner, or a dead one
-    try:
-        found = json.loads((folder / "plan.json").read_text())
-        differing = [
-            f"{key} ({found.get(key)} there, {value} now)" for key, value in plan.items() if found.get(key) != value
-        ]
-    except (OSError, ValueError, AttributeError):  # it died before it had a plan
-        shutil.rmtree(folder, ignore_errors=True)
-        folder.mkdir(parents=True)
-        np.save(folder / "chunks.npy", np.zeros((chunks, DIGEST), dtype=np.uint8))
-        write_json(folder / "plan.json", plan)
-    else:
-        if differing:
-            raise UserError(
-                f"{folder} is an unfinished build of something else: {'; '.join(differing)}. "
-                "Delete it, or choose another folder."
-            )
-    owner.write_text(f"{os.uname().nodename} {os.getpid()}")
-
-
-class Builder:
-    """A cache under construction, by one rank or several, in as many attempts as it takes.
-
-        builder = Builder(...)
-        for start, stop in builder.spans(64):
-            builder.write(start, {name: rows (stop - start, views, ...)}, labels)
-        builder.finish()
-
-    Rows go through ordinary writes, not a memory map: a full disk is then an error and not a bus error, and ranks on
-    several machines do not write each other's pages back.
+@dataclass(frozen=True)
+class Plan:
+    """What a cache is made from; noted in its folder before anything else.
 
     Args:
-        path: folder of the finished cache; must not exist.
         samples, views: how many.
         source, transform, producer: fingerprint of the pictures, Transform.describe(), fingerprint of the network.
         facts: anything JSON that belongs into the description.
-        rank, world, barrier: every rank makes its own Builder and computes its own chunks; `barrier` waits for all.
-        chunk: samples per chunk.
+        chunk: samples per chunk; an unfinished build keeps its own.
     """
 
-    def __init__(
-        self,
-        path: str | Path,
-        samples: int,
-        views: int,
-        source: str,
-        transform: dict[str, Any],
-        producer: str,
-        facts: dict[str, Any] | None = None,
-        rank: int = 0,
-        world: int = 1,
-        barrier: Callable[[], None] | None = None,
-        chunk: int = CHUNK,
-    ):
-        self.path, self.samples, self.views, self.chunk, self.rank = Path(path), samples, views, chunk, rank
+    samples: int
+    views: int
+    source: str
+    transform: dict[str, Any]
+    producer: str
+    facts: dict[str, Any] = field(default_factory=dict)
+    chunk: int = CHUNK
+    format: int = FORMAT
+
+
+Rows = tuple[dict[str, np.ndarray], np.ndarray]  # name -> (count, views, ...), and labels (count,)
+
+
+class Builder(Chunks):
+    """A cache under construction, by one rank or several, in as many attempts as it takes.
+
+        Builder(path, plan, world).fill(64, make)
+
+    A chunk is whole once its digest stands in chunks.npy, which is written after its rows have reached the disk.
+
+    Args:
+        path: folder of the finished cache; must not exist.
+        world: every rank makes its own Builder and computes its own chunks.
+    """
+
+    def __init__(self, path: str | Path, plan: Plan, world: World = ALONE):
+        self.path = Path(path)
         self.folder = self.path.with_name(f".{self.path.name}.building")
-        self.barrier = barrier or (lambda: None)
-        if self.path.exists():
-            raise UserError(f"{path} exists. Delete it or choose another folder.")
-        self.plan = {
-            "format": FORMAT,
-            "samples": samples,
-            "views": views,
-            "chunk": chunk,
-            "source": source,
-            "transform": transform,
-            "producer": producer,
-            "facts": facts or {},
-        }
-        if rank == 0:
-            self.folder.parent.mkdir(parents=True, exist_ok=True)
-            _claim(self.folder, self.plan, -(-samples // chunk))
-        self.barrier()
-        left = np.flatnonzero(~np.load(self._file("chunks")).any(axis=1))
-        share = part(len(left), rank, world)
-        self.mine = left[share.start : share.stop].tolist()
-        try:
-            self.arrays: dict[str, dict] = json.loads((self.folder / "arrays.json").read_text())
-        except FileNotFoundError:
-            self.arrays = {}  # the first rows tell
-        self.barrier()  # nobody writes before all have read
-        self._agreed = bool(self.arrays)
+        self.plan: dict[str, Any] = world.on_main(lambda: self._enter(asdict(plan)))
+        super().__init__(plan.samples, self.plan["chunk"], world, lambda chunk: self._recorded[chunk].any())
+        self._begun = False
         self._digests: dict[str, Any] = {}
-        self._done: list[tuple[int, bytes]] = []
+        self._unrecorded: list[tuple[int, bytes]] = []
         self._flushed = time.monotonic()
 
     def _file(self, name: str) -> Path:
         return self.folder / f"{name}.npy"
 
-    def __len__(self) -> int:
-        """Samples that this rank has to compute."""
-        return sum(min(self.chunk, self.samples - c * self.chunk) for c in self.mine)
+    def _enter(self, plan: dict[str, Any]) -> dict[str, Any]:
+        """Make the temporary folder, or take over the one of a killed build of the same cache. Returns its plan."""
+        if self.path.exists():
+            raise UserError(f"{self.path} exists. Delete it or choose another folder.")
+        owner = self.folder / "owner"
+        if (process := _live_owner(owner)) is not None:
+            raise UserError(f"{self.folder} is being built by process {process}. Wait for it, or delete the folder.")
+        if not (self.folder / ARRAYS).is_file():  # it died before it had written anything
+            shutil.rmtree(self.folder, ignore_errors=True)
+        advice = "Delete it, or choose another folder."
+        plan = enter(self.folder / "plan.json", plan, "an unfinished build of something else", advice, ("chunk",))
+        if not self._file(RECORD).is_file():
+            np.save(self._file(RECORD), np.zeros((-(-plan["samples"] // plan["chunk"]), DIGEST), dtype=np.uint8))
+        self._recorded = np.load(self._file(RECORD))
+        owner.write_text(f"{os.uname().nodename} {os.getpid()}")
+        return plan
 
-    def spans(self, batch: int) -> Iterator[tuple[int, int]]:
-        """(start, stop) of the samples this rank has to compute, at most `batch` at a time, never across chunks."""
-        for c in self.mine:
-            end = min((c + 1) * self.chunk, self.samples)
-            for start in range(c * self.chunk, end, batch):
-                yield start, min(start + batch, end)
+    def fill(
+        self,
+        batch: int,
+        make: Callable[[list[range]], Iterable[Rows]],
+        progress: Callable[[int, int], None] | None = None,
+        stop: Callable[[], str | None] | None = None,
+    ) -> None:
+        """Compute what is missing and give the folder its name. Collective.
 
-    def _create(self, arrays: dict[str, np.ndarray]) -> None:
-        """Make the files, once the first rows have told types and shapes."""
-        self.arrays = {name: {"shape": list(rows.shape[2:]), "dtype": rows.dtype.name} for name, rows in arrays.items()}
-        self._agreed = True
-        if self.rank == 0:
-            shapes = {name: ((self.samples, self.views, *rows.shape[2:]), rows.dtype) for name, rows in arrays.items()}
-            shapes[LABELS] = ((self.samples,), np.dtype(np.int32))
+        Args:
+            batch: samples at once, at most; never across chunks.
+            make: the spans of samples that this rank has to compute -> the rows of each, in that order.
+            progress: called with (samples done, samples in all) of this attempt, an estimate over all ranks.
+            stop: see Chunks.run.
+        """
+        before = self.items(self.done)
+
+        def share(mine: list[int]) -> None:
+            spans = [
+                range(start, min(start + batch, whole.stop))
+                for whole in map(self.indices, mine)
+                for start in range(whole.start, whole.stop, batch)
+            ]
+            try:
+                for span, (arrays, labels) in zip(spans, make(spans), strict=True):
+                    self.write(span.start, arrays, labels)
+                    self.advance(len(span))
+            finally:
+                self.flush()
+
+        try:
+            self.run(share, progress and (lambda done: progress(done - before, self.count - before)), stop)
+        except BaseException:
+            if self.world.is_main and not (self.folder / ARRAYS).is_file():
+                shutil.rmtree(self.folder, ignore_errors=True)  # nothing to go on from
+            raise
+        self.world.on_main(self._finish)
+
+    def _begin(self, arrays: dict[str, np.ndarray]) -> None:
+        """Make the files, now that the first rows have told types and shapes. Every rank does, see `shared_array`."""
+        kinds = {name: {"shape": list(rows.shape[2:]), "dtype": rows.dtype.name} for name, rows in arrays.items()}
+        shapes = {name: ((self.count, *rows.shape[1:]), rows.dtype) for name, rows in arrays.items()}
+        shapes[LABELS] = ((self.count,), np.dtype(np.int32))
+        if not (self.folder / ARRAYS).is_file():
             require_space(self.folder, sum(int(np.prod(shape)) * dtype.itemsize for shape, dtype in shapes.values()))
-            for name, (shape, dtype) in shapes.items():
-                np.lib.format.open_memmap(self._file(name), mode="w+", dtype=dtype, shape=shape).flush()
-            write_json(self.folder / "arrays.json", self.arrays)
-        self.barrier()
+        for name, (shape, dtype) in shapes.items():
+            shared_array(self._file(name), shape, dtype)
+        write_json(self.folder / ARRAYS, kinds)
+        self._begun = True
 
     def write(self, start: int, arrays: dict[str, np.ndarray], labels: np.ndarray) -> None:
-        """Samples from `start` on, in the order of `spans`: name -> (count, views, ...), and (count,) labels."""
-        if not self._agreed:
-            self._create(arrays)
-        c = start // self.chunk
+        """Samples from `start` on, in the order of the spans: name -> (count, views, ...), and (count,) labels."""
+        if not self._begun:
+            self._begin(arrays)
+        chunk = start // self.size
         for name, rows in {**arrays, LABELS: labels.astype(np.int32)}.items():
-            target = np.load(self._file(name), mmap_mode="r")
-            if rows.dtype != target.dtype or rows.shape[1:] != target.shape[1:]:
-                raise ValueError(f"{name}: rows {rows.dtype} {rows.shape[1:]}, file {target.dtype} {target.shape[1:]}")
             rows = np.ascontiguousarray(rows)
-            with open(self._file(name), "r+b") as file:
-                file.seek(target.offset + start * rows[0].nbytes)
-                file.write(rows.data)
-            if start == c * self.chunk:
+            write_rows(self._file(name), start, rows)
+            if start == self.indices(chunk).start:
                 self._digests[name] = hashlib.blake2b(digest_size=DIGEST)
             self._digests[name].update(rows.data)
-        if start + len(labels) == min((c + 1) * self.chunk, self.samples):
-            self._done.append((c, _combine(self._digests)))
+        if start + len(labels) == self.indices(chunk).stop:
+            self._unrecorded.append((chunk, _combine(self._digests)))
             if time.monotonic() - self._flushed > FLUSH_SECONDS:
                 self.flush()
 
     def flush(self) -> None:
         """Record what is done, after it has reached the disk."""
-        if self._done:
-            for name in (*self.arrays, LABELS):
+        if self._unrecorded:
+            for name in self._digests:
                 fsync_file(self._file(name))
-            offset = np.load(self._file("chunks"), mmap_mode="r").offset
-            with open(self._file("chunks"), "r+b") as file:
-                for c, digest in self._done:
-                    file.seek(offset + c * DIGEST)
-                    file.write(digest)
-            fsync_file(self._file("chunks"))
-        self._done, self._flushed = [], time.monotonic()
+            for chunk, digest in self._unrecorded:
+                write_rows(self._file(RECORD), chunk, np.frombuffer(digest, np.uint8)[None])
+            fsync_file(self._file(RECORD))
+        self._unrecorded, self._flushed = [], time.monotonic()
 
-    def abandon(self) -> None:
-        """After an error: record what is done; when that is nothing at all, leave nothing behind."""
-        if self.arrays:
-            self.flush()
-        elif self.rank == 0:
-            shutil.rmtree(self.folder, ignore_errors=True)
+    def _finish(self) -> None:
+        recorded = np.load(self._file(RECORD))
+        if not recorded.any(axis=1).all():
+            raise RuntimeError(f"{self.folder}: chunk {int(np.argmin(recorded.any(axis=1)))} was never written")
+        arrays = read_json(self.folder / ARRAYS)
+        write_json(self.folder / DESCRIPTION, {**self.plan, "arrays": arrays, "content": _hash(recorded)})
+        for name in ("owner", "plan.json", ARRAYS):
+            (self.folder / name).unlink()
+        os.rename(self.folder, self.path)
 
-    def finish(self) -> None:
-        """Give the folder its name, once every rank is here."""
-        if not self._agreed:
-            self.barrier()  # the one that waits for the files, which this rank has nothing to write to
-        self.flush()
-        self.barrier()
-        if self.rank == 0:
-            chunks = np.load(self._file("chunks"))
-            if not chunks.any(axis=1).all():
-                raise RuntimeError(f"{self.folder}: chunk {int(np.argmin(chunks.any(axis=1)))} was never written")
-            arrays = json.loads((self.folder / "arrays.json").read_text())
-            write_json(self.folder / "description.json", {**self.plan, "arrays": arrays, "content": _hash(chunks)})
-            for name in ("owner", "plan.json", "arrays.json"):
-                (self.folder / name).unlink()
-            os.rename(self.folder, self.path)
-        self.barrier()
+
+def _live_owner(owner: Path) -> int | None:
+    """The process that is building, where it is another one of this machine and alive."""
+    try:
+        host, process = owner.read_text().split()
+        if host != os.uname().nodename or int(process) == os.getpid():
+            return None
+        os.kill(int(process), 0)
+    except PermissionError:  # alive, and of somebody else
+        pass
+    except (FileNotFoundError, ProcessLookupError, ValueError):  # no folder, no owner, or a dead one
+        return None
+    return int(process)
+
+
+@dataclass
+class Pass:
+    """How the pictures of a cache are gone through.
+
+    Args:
+        world: every rank computes its part.
+        batch: pictures per call of the producer (all views of a picture go together), rounded down so that it divides
+            a chunk: batches, and with them rounding errors, are then the same on any number of ranks.
+        workers, on_corrupt: see data.loader.listed_batches.
+        progress, stop: see Builder.fill.
+        chunk: samples per chunk.
+        replaced: filled with the keys of pictures that could not be read by this rank.
+    """
+
+    world: World = ALONE
+    batch: int = 64
+    workers: int = 0
+    on_corrupt: str = "replace"
+    progress: Callable[[int, int], None] | None = None
+    stop: Callable[[], str | None] | None = None
+    chunk: int = CHUNK
+    replaced: dict[str, None] = field(default_factory=dict)
 
 
 def build(
@@ -386,70 +395,40 @@ def build(
     transform: Transform,
     producer: Producer,
     fingerprint: str,
-    batch: int = 64,
-    progress: Callable[[int, int], None] | None = None,
+    how: Pass | None = None,
     storage: dict[str, str] | None = None,
-    rank: int = 0,
-    world: int = 1,
-    barrier: Callable[[], None] | None = None,
-    workers: int = 0,
-    on_corrupt: str = "replace",
     facts: dict[str, Any] | None = None,
-    chunk: int = CHUNK,
-    replaced: dict[str, str] | None = None,
 ) -> FeatureCache:
-    """Make a cache, or open the one at `path` if it was made from the same things.
+    """Make a cache, or open the one at `path` if it was made from the same things. Collective.
 
     Args:
         path: folder of the cache.
         transform: must have views ("center", "ten").
         producer: (B, 3, H, W) uint8 images on the CPU -> name -> (B, ...).
         fingerprint: names the producer and its weights.
-        batch: pictures per call of the producer (all views of a picture go together), rounded down so that it divides
-            `chunk`: batches, and with them rounding errors, are then the same on any number of ranks.
-        progress: called with (pictures done, pictures in all) of this rank and attempt.
+        how: None: on one rank, as it stands.
         storage: name -> numpy type ("float16", "uint16" ...); see `_storage_type` for the rest.
-        rank, world, barrier: every rank computes its part; `barrier` waits for all of them.
         facts: anything JSON that belongs into the description.
-        replaced: filled with the keys of pictures that could not be read by this rank.
     """
-    path = Path(path)
-    if path.exists():
+    path, how, storage = Path(path), how or Pass(), storage or {}
+    if how.world.on_main(path.exists):
         return FeatureCache(path, source, transform, fingerprint)
     transform.view_of((0, 0))  # refuses transforms without views
     require_order(source, "nothing can be stored of them (data.cache_latents, data.cache_features, tokens)")
-    views, storage = transform.views, storage or {}
-    batch = next(size for size in range(min(batch, chunk), 0, -1) if chunk % size == 0)
-    builder = Builder(
-        path,
-        len(source),
-        views,
-        source.fingerprint(),
-        transform.describe(),
-        fingerprint,
-        facts,
-        rank,
-        world,
-        barrier,
-        chunk,
-    )
-    spans = [range(start, stop) for start, stop in builder.spans(batch)]
-    read = listed_batches(source, transform, spans, workers, on_corrupt, views=range(views))
-    done, total = 0, sum(map(len, spans))
-    try:
-        for span, images in zip(spans, read):
+    views = transform.views
+    plan = Plan(len(source), views, source.fingerprint(), transform.describe(), fingerprint, facts or {}, how.chunk)
+    builder = Builder(path, plan, how.world)
+
+    def make(spans: list[range]) -> Iterator[Rows]:
+        read = listed_batches(source, transform, spans, how.workers, how.on_corrupt, views=range(views))
+        for span, images in zip(spans, read, strict=True):
             rows = {}
             for name, tensor in producer(images.images).items():
                 dtype = _storage_type(tensor, storage.get(name))
                 rows[name] = _convert(name, tensor, dtype).reshape(len(span), views, *tensor.shape[1:])
-            builder.write(span.start, rows, images.labels[::views].numpy())
-            done += len(span)
-            if replaced is not None:
-                replaced.update(dict.fromkeys(images.replaced, ""))
-            if progress:
-                progress(done, total)
-    except BaseException:
-        builder.abandon()
-        raise
-    builder.finish()
+            how.replaced.update(dict.fromkeys(images.replaced))
+            yield rows, images.labels[::views].numpy()
+
+    batch = next(size for size in range(min(how.batch, builder.size), 0, -1) if builder.size % size == 0)
+    builder.fill(batch, make, how.progress, how.stop)
     return FeatureCache(path, source, transform, fingerprint)

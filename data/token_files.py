@@ -14,7 +14,7 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -24,14 +24,15 @@ from core.errors import UserError, nearest
 from core.files import explain_os_errors, read_json, replacing, write_json
 from core.specs import Codes, MultiScale
 from data.base import MAX_CLASSES
-from data.cache import Builder
+from data.cache import Builder, Rows
 from data.loader import part
-from data.tokens import TokenStore, check_codes, shape_of, write_codes
+from data.tokens import TokenStore, check_codes, rows_of, shape_of
 
 CodeSpec = Codes | MultiScale
 Progress = Callable[[int], None]
 MAX_DUPLICATES = 1024  # samples that a distributed sampler may have appended to fill up its last batch
 PIECE = 1 << 22  # bytes
+ROWS = 64  # samples at once
 MARKER = "tessera_export.json"
 
 
@@ -245,7 +246,7 @@ class JsonLines:
                 f"{sorted({c for _, c in lines})}. Set data.crop=ten for ten views, data.flip=true for two, "
                 "data.flip=false for one."
             )
-        return _stack(lines)[0], lines[0][1]
+        return np.stack([codes for codes, _ in lines]), lines[0][1]
 
 
 def rank_files(folder: Path) -> list[Path]:
@@ -282,11 +283,6 @@ def export_jsonl(store: TokenStore, path: str | Path, progress: Progress | None 
 TokenFiles = NumberedFiles | JsonLines
 
 
-def _stack(rows: list[tuple[np.ndarray, int]]) -> tuple[np.ndarray, np.ndarray]:
-    """Codes and labels of several rows."""
-    return np.stack([codes for codes, _ in rows]), np.array([label for _, label in rows])
-
-
 def open_import(path: str | Path, spec: CodeSpec, views: int, progress: Progress | None = None) -> TokenFiles:
     """The token files at `path`: a folder of numbered .npy files, a .jsonl file or a folder of these."""
     path = Path(path).expanduser()
@@ -301,32 +297,38 @@ def open_import(path: str | Path, spec: CodeSpec, views: int, progress: Progress
 def copy_to(
     files: TokenFiles,
     target: Builder,
-    progress: Progress | None = None,
     places: np.ndarray | None = None,
     labels: np.ndarray | None = None,
+    progress: Callable[[int, int], None] | None = None,
+    stop: Callable[[], str | None] | None = None,
 ) -> None:
-    """Write this rank's part of a store from token files.
+    """Make a store from token files. Collective.
 
     Args:
         places: entry of each picture; None: they are as the store has them.
         labels: of the pictures, which the entries must have too; None: those of the entries are taken.
+        progress, stop: see Builder.fill.
     """
-    done, classes = 0, len(target.plan["facts"]["classes"])
-    for start, stop in target.spans(64):
-        entries = range(start, stop) if places is None else places[start:stop].tolist()
-        rows = [files.row(entry) for entry in entries]
-        for index, (entry, (_, label)) in enumerate(zip(entries, rows), start=start):
-            if not 0 <= label < classes:
-                raise UserError(
-                    f"{files.where(entry)}: class {label} does not exist, there are {classes} (0 to {classes - 1})."
-                )
-            if labels is not None and label != labels[index]:
-                raise UserError(
-                    f"{files.where(entry)}: class {label}, but its picture, number {index}, has class "
-                    f"{labels[index]}. The classes of the pictures are in another order: give their names in "
-                    "the order of the tokens with ?classes=FILE."
-                )
-        write_codes(target, start, *_stack(rows), files.spec)
-        done += stop - start
-        if progress:
-            progress(done)
+    classes = len(target.plan["facts"]["classes"])
+
+    def checked(index: int) -> tuple[np.ndarray, int]:
+        entry = index if places is None else int(places[index])
+        codes, label = files.row(entry)
+        if not 0 <= label < classes:
+            raise UserError(
+                f"{files.where(entry)}: class {label} does not exist, there are {classes} (0 to {classes - 1})."
+            )
+        if labels is not None and label != labels[index]:
+            raise UserError(
+                f"{files.where(entry)}: class {label}, but its picture, number {index}, has class "
+                f"{labels[index]}. The classes of the pictures are in another order: give their names in "
+                "the order of the tokens with ?classes=FILE."
+            )
+        return codes, label
+
+    def make(spans: list[range]) -> Iterator[Rows]:
+        for span in spans:
+            codes, classes_of = zip(*(checked(index) for index in span))
+            yield rows_of(np.stack(codes), span.start, files.spec), np.array(classes_of)
+
+    target.fill(ROWS, make, progress, stop)

@@ -19,7 +19,7 @@ from torch import Tensor
 from core.errors import UserError
 from core.specs import Codes, Continuous, DataSource, LatentSpec, MultiScale, Sample
 from data import cache
-from data.cache import Builder, FeatureCache
+from data.cache import CHUNK, FeatureCache, Pass, Plan
 from data.transforms import Transform
 
 KIND = "tokens"
@@ -190,6 +190,25 @@ def open_tokens(path: str, split: str | None = None, options: dict[str, str] | N
     return TokenStore(Path(path).expanduser())
 
 
+def plan(
+    samples: int,
+    views: int,
+    source: str,
+    transform: Transform,
+    spec: LatentSpec,
+    fingerprint: str,
+    class_names: Sequence[str],
+    chunk: int = CHUNK,
+) -> Plan:
+    """Of a store whose tokens come from elsewhere (data/token_files.py); UserError if the views are others."""
+    if transform.views != views:
+        raise UserError(
+            f'{views} views of each picture do not fit data.crop="{transform.crop}", which has '
+            f"{transform.views or 'no fixed number'}."
+        )
+    return Plan(samples, views, source, transform.describe(), fingerprint, facts(spec, class_names), chunk)
+
+
 def build(
     path: str | Path,
     source: DataSource,
@@ -197,14 +216,14 @@ def build(
     spec: LatentSpec,
     precompute: Callable[[Tensor], Tensor],
     fingerprint: str,
-    **options: Any,
+    how: Pass | None = None,
 ) -> TokenStore:
-    """Make a store, or open the one at `path` if it was made from the same things; a killed build goes on.
+    """Make a store, or open the one at `path` if it was made from the same things; a killed build goes on. Collective.
 
     Args:
         precompute: (B, 3, H, W) uint8 images on the CPU -> (B, ...) as Tokenizer.precompute.
         fingerprint: of the tokenizer's weights.
-        options: of data.cache.build (batch, progress, rank, world, barrier, workers, on_corrupt, replaced, chunk).
+        how: None: on one rank, as it stands.
     """
     name = array_of(spec)
 
@@ -214,41 +233,11 @@ def build(
             check_codes(spec, tokens.cpu().numpy(), "the tokenizer")
         return {name: tokens}
 
-    if not Path(path).exists():
-        cache.build(
-            path,
-            source,
-            transform,
-            producer,
-            fingerprint,
-            storage=storage_of(spec),
-            facts=facts(spec, source.class_names),
-            **options,
-        )
+    cache.build(path, source, transform, producer, fingerprint, how, storage_of(spec), facts(spec, source.class_names))
     return TokenStore(path, source, transform, fingerprint)
 
 
-def builder(
-    path: str | Path,
-    samples: int,
-    views: int,
-    source: str,
-    transform: Transform,
-    spec: LatentSpec,
-    fingerprint: str,
-    class_names: Sequence[str],
-    **options: Any,
-) -> Builder:
-    """A Builder for tokens that come from elsewhere (data/token_files.py)."""
-    if transform.views != views:
-        raise UserError(
-            f'{views} views of each picture do not fit data.crop="{transform.crop}", which has '
-            f"{transform.views or 'no fixed number'}."
-        )
-    return Builder(path, samples, views, source, transform.describe(), fingerprint, facts(spec, class_names), **options)
-
-
-def write_codes(target: Builder, start: int, codes: np.ndarray, labels: np.ndarray, spec: Codes | MultiScale) -> None:
-    """(count, views, length, branches) integers into a builder, in their storage type."""
+def rows_of(codes: np.ndarray, start: int, spec: Codes | MultiScale) -> dict[str, np.ndarray]:
+    """(count, views, length, branches) integers, of the samples from `start` on, as a Builder takes them."""
     check_codes(spec, codes, f"samples {start} to {start + len(codes) - 1}")
-    target.write(start, {"codes": codes.astype(storage_of(spec)["codes"])}, labels)
+    return {"codes": codes.astype(storage_of(spec)["codes"])}

@@ -19,7 +19,7 @@ from core.specs import DataSource, LatentSpec
 from core.train.log import ProgressLine
 from data import tokens
 from data.base import require_labels
-from data.cache import FeatureCache
+from data.cache import FeatureCache, Pass
 from data.cache import build as build_cache
 from data.sources import open_source
 from data.tokens import TokenStore
@@ -104,34 +104,27 @@ def compute_once(
     build: Callable[..., FeatureCache],
     precision: str,
     batch: int = 64,
+    stop: Callable[[], str | None] | None = None,
 ) -> FeatureCache:
     """Call data.cache.build or data.tokens.build with `network` on the run's device and a progress line."""
     network.to(world.device).eval()
     line = ProgressLine(1, label=label) if world.is_main else None
-    replaced: dict[str, str] = {}
 
     def progress(done: int, total: int) -> None:
-        line.total = total * world.size  # of all ranks, which are about equally quick
-        line.update(done * world.size)
+        line.total = total
+        line.update(done)
 
+    how = Pass(world, batch, config.data.workers, config.data.on_corrupt, progress if line else None, stop)
     try:
         with torch.no_grad(), torch.autocast(world.device.type, torch.bfloat16, enabled=precision == "bf16"):
-            made = build(
-                batch=batch,
-                progress=progress if line else None,
-                rank=world.rank,
-                world=world.size,
-                barrier=world.barrier,
-                workers=config.data.workers,
-                on_corrupt=config.data.on_corrupt,
-                replaced=replaced,
-            )
+            cache = build(how=how)
     finally:
         if line:
             line.close()
-    if replaced:
-        log(f"{len(replaced)} pictures could not be read; the next one took their place: {', '.join([*replaced][:20])}")
-    return made
+    if how.replaced:
+        names = ", ".join([*how.replaced][:20])
+        log(f"{len(how.replaced)} pictures could not be read; the next one took their place: {names}")
+    return cache
 
 
 def kept(

@@ -81,6 +81,7 @@ def store_folder(config, out: str | None) -> Path:
 def pretokenize(config, options, pictures) -> int:
     """Make, check and export one store. Returns the exit code."""
     from core import dist
+    from core.chunks import Stopped
     from core.train.signals import REQUEUE_EXIT_CODE
     from data.tokens import TokenStore
     from run.load import load_tokenizer
@@ -123,28 +124,12 @@ def pretokenize(config, options, pictures) -> int:
     return 0
 
 
-class Stopped(Exception):
-    """Raised between two batches when a signal asks for it."""
-
-
-def _stoppable(report):
-    """(context, progress function that reports and raises Stopped when a signal came)"""
-    from core.train.signals import StopRequest
-
-    request = StopRequest()
-
-    def progress(*done: int) -> None:
-        if report:
-            report(*done)
-        if reason := request.requested():
-            raise Stopped(reason)
-
-    return request, progress
-
-
 def _encode(config, options, pictures, folder: Path, tokenizer, fingerprint: str, world, say) -> None:
     """Tokens of the pictures."""
+    import functools
+
     from core.images import to_model_range
+    from core.train.signals import StopRequest
     from data import tokens
     from run.data import compute_once, make_transform
 
@@ -152,30 +137,13 @@ def _encode(config, options, pictures, folder: Path, tokenizer, fingerprint: str
     transform.view_of((0, 0))  # refuses crops without views
     say(f"tokens of {len(pictures):,} pictures x {transform.views} views ({transform.crop}) -> {folder}")
 
-    def build(progress, **rest):
-        request, stoppable = _stoppable(progress)
-        with request:
-            return tokens.build(
-                folder,
-                pictures,
-                transform,
-                tokenizer.spec,
-                lambda images: tokenizer.precompute(to_model_range(images.to(world.device))),
-                fingerprint,
-                progress=stoppable,
-                **rest,
-            )
+    def encode(images):
+        return tokenizer.precompute(to_model_range(images.to(world.device)))
 
-    compute_once(
-        config,
-        "tokens",
-        tokenizer,
-        world,
-        say,
-        build,
-        options.precision,
-        batch=max(1, options.batch // transform.views),
-    )
+    build = functools.partial(tokens.build, folder, pictures, transform, tokenizer.spec, encode, fingerprint)
+    batch = max(1, options.batch // transform.views)
+    with StopRequest() as request:
+        compute_once(config, "tokens", tokenizer, world, say, build, options.precision, batch, request.requested)
 
 
 def _import(config, options, pictures, folder: Path, tokenizer, fingerprint: str, world, say) -> None:
@@ -184,7 +152,9 @@ def _import(config, options, pictures, folder: Path, tokenizer, fingerprint: str
     from core.rng import hash64
     from core.specs import Continuous
     from core.train.log import ProgressLine
+    from core.train.signals import StopRequest
     from data import tokens
+    from data.cache import Builder
     from data.token_files import copy_to, open_import
     from run.data import make_transform
 
@@ -212,31 +182,21 @@ def _import(config, options, pictures, folder: Path, tokenizer, fingerprint: str
         places = order.places(pictures, reader.samples)
         count, names, source = len(pictures), pictures.class_names, pictures.fingerprint()
         labels = getattr(pictures, "labels", None) if pictures.num_classes > 1 else None
-    target = tokens.builder(
-        folder,
-        count,
-        views,
-        source,
-        transform,
-        tokenizer.spec,
-        fingerprint,
-        names,
-        rank=world.rank,
-        world=world.size,
-        barrier=world.barrier,
-    )
+    plan = tokens.plan(count, views, source, transform, tokenizer.spec, fingerprint, names)
     bar = line(count, "img", "import")
-    request, progress = _stoppable((lambda done: bar.update(done * world.size)) if bar else None)
     try:
-        with request:
-            copy_to(reader, target, progress, places, labels)
-    except BaseException:
-        target.abandon()
-        raise
+        with StopRequest() as request:
+            copy_to(
+                reader,
+                Builder(folder, plan, world),
+                places,
+                labels,
+                (lambda done, total: bar.update(done)) if bar else None,
+                request.requested,
+            )
     finally:
         if bar:
             bar.close()
-    target.finish()
 
 
 def check_count(reader, pictures, path: Path) -> None:

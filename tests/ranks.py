@@ -14,8 +14,6 @@ from torch import multiprocessing
 from core import dist
 from core.dist import OtherRankFailed, World
 
-ONE = World(0, 1, 0, torch.device("cpu"))
-
 
 class ThreadRank(World):
     """A rank whose peers are threads; every collective is one exchange of values."""

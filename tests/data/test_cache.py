@@ -4,18 +4,19 @@ import itertools
 import json
 import os
 import pickle
-import threading
 
 import numpy as np
 import pytest
 import torch
 
+from core.chunks import ALONE
 from core.errors import UserError
-from data.cache import Builder, FeatureCache, build
+from data.cache import Builder, FeatureCache, Pass, Plan, build
 from data.loader import Loader
 from data.sources import open_source
 from data.transforms import Transform
 from tests.data.test_loader import Damaged
+from tests.ranks import in_threads
 
 SOURCE = open_source("synthetic://?size=8&classes=3&count=11")
 TRANSFORM = Transform(8, flip=True)
@@ -26,16 +27,15 @@ def producer(images):
     return {"mean": flat[:, :6].reshape(-1, 2, 3), "code": images[:, 0, 0].long() * 200}
 
 
-def make(path, **options):
+def make(path, chunk=4, batch=4, world=ALONE, progress=None, **options):
     return build(
         path,
+        how=Pass(world, batch, progress=progress, chunk=chunk),
         **{
             "source": SOURCE,
             "transform": TRANSFORM,
             "producer": producer,
             "fingerprint": "p1",
-            "batch": 4,
-            "chunk": 4,
             "storage": {"code": "uint16"},
             **options,
         },
@@ -96,7 +96,7 @@ def test_interrupted_build_goes_on(tmp_path, error):
     with pytest.raises(error):
         make(tmp_path / "c", producer=failing)
     assert sorted(os.listdir(tmp_path)) == [".c.building", "whole"]
-    with pytest.raises(UserError, match="unfinished build of something else: producer .p1 there, p2 now"):
+    with pytest.raises(UserError, match="an unfinished build of something else .producer was 'p1', now 'p2'."):
         make(tmp_path / "c", fingerprint="p2")
     rest = []
     cache = make(tmp_path / "c", producer=lambda images: rest.append(len(images)) or producer(images))
@@ -106,32 +106,62 @@ def test_interrupted_build_goes_on(tmp_path, error):
         assert (tmp_path / "whole" / name).read_bytes() == (tmp_path / "c" / name).read_bytes()
 
 
+def rows(cache, span):
+    """Those that a builder takes, from a finished cache."""
+    part = slice(span.start, span.stop)
+    return {name: cache.rows(name)[part] for name in cache.arrays}, cache.rows("labels")[part]
+
+
 def test_killed_build_of_two_ranks_is_finished_by_three(tmp_path):
     """Killed without any chance to tidy up: only what had been recorded counts."""
     whole = make(tmp_path / "whole", chunk=2)
-    builders = [
-        Builder(tmp_path / "c", 11, 2, SOURCE.fingerprint(), TRANSFORM.describe(), "p1", rank=rank, world=2, chunk=2)
-        for rank in range(2)
-    ]
-    for builder, chunks in zip(builders, (2, 1)):
-        for start, stop in list(builder.spans(2))[:chunks]:
-            builder.write(start, {n: whole.rows(n)[start:stop] for n in whole.arrays}, whole.rows("labels")[start:stop])
+    plan = Plan(11, 2, SOURCE.fingerprint(), TRANSFORM.describe(), "p1", chunk=2)
+    builders = in_threads(2, lambda world: Builder(tmp_path / "c", plan, world))
+    for builder, chunks in zip(builders, ([0, 2], [1])):
+        for chunk in chunks:
+            builder.write(builder.indices(chunk).start, *rows(whole, builder.indices(chunk)))
         builder.flush()
-    builders[0].write(4, {n: whole.rows(n)[4:5] for n in whole.arrays}, whole.rows("labels")[4:5])  # half a chunk
-    barrier, counts = threading.Barrier(3), [0, 0, 0]
+    builders[1].write(6, *rows(whole, range(6, 7)))  # half a chunk
+    counts = [0, 0, 0]
 
-    def go_on(rank):
+    def go_on(world):
         def counting(images):
-            counts[rank] += len(images)
+            counts[world.rank] += len(images)
             return producer(images)
 
-        make(tmp_path / "c", chunk=2, rank=rank, world=3, barrier=barrier.wait, producer=counting)
+        make(tmp_path / "c", chunk=2, world=world, producer=counting)
 
-    threads = [threading.Thread(target=go_on, args=(rank,)) for rank in range(3)]
-    [t.start() for t in threads]
-    [t.join(600) for t in threads]
-    assert counts == [4, 4, 2]  # pictures 4, 5 | 8, 9 | 10, two views each
+    in_threads(3, go_on)
+    assert counts == [4, 4, 2]  # pictures 6, 7 | 8, 9 | 10, two views each
     assert FeatureCache(tmp_path / "c").content == whole.content
+
+
+def test_caches_of_earlier_versions_are_used_and_continued(tmp_path):
+    """As they lie on users' disks since format 2, to the letter; an unfinished one too."""
+    plan = (
+        '{"chunk": 4, "facts": {}, "format": 2, "producer": "p1", "samples": 11, '
+        '"source": "41a19b7e864879a53f0da09235d48904", '
+        '"transform": {"crop": "center", "flip": true, "image_size": 8}, "views": 2}'
+    )
+    arrays = '{"code": {"dtype": "uint16", "shape": [8]}, "mean": {"dtype": "float32", "shape": [2, 3]}}'
+    finished = {**json.loads(plan), "arrays": json.loads(arrays), "content": "b716d37fcfe447f07e6025e5693adb5e"}
+    whole = make(tmp_path / "whole")
+    assert json.loads((tmp_path / "whole" / "description.json").read_text()) == finished
+    assert sorted(os.listdir(tmp_path / "whole")) == sorted(
+        ["description.json", "chunks.npy", "labels.npy", "code.npy", "mean.npy"]
+    )
+    begun = tmp_path / ".c.building"
+    begun.mkdir()
+    (begun / "plan.json").write_text(plan)
+    (begun / "arrays.json").write_text(arrays)
+    (begun / "owner").write_text(f"{os.uname().nodename} 4194304")
+    for name, done in (("chunks", 2), ("labels", 8), ("code", 8), ("mean", 8)):
+        array = np.load(tmp_path / "whole" / f"{name}.npy")
+        array[done:] = 0
+        np.save(begun / f"{name}.npy", array)
+    rest = []
+    cache = make(tmp_path / "c", producer=lambda images: rest.append(len(images)) or producer(images))
+    assert rest == [6] and cache.content == whole.content and sorted(os.listdir(tmp_path)) == ["c", "whole"]
 
 
 def test_build_that_died_before_it_had_a_plan(tmp_path):
@@ -157,20 +187,10 @@ def test_verify(tmp_path):
 
 def test_ranks_write_the_same_files(tmp_path):
     make(tmp_path / "one")
-    for world in (2, 3, 16):
-        barrier = threading.Barrier(world)
-        threads = [
-            threading.Thread(
-                target=make,
-                args=(tmp_path / str(world),),
-                kwargs={"rank": rank, "world": world, "barrier": barrier.wait},
-            )
-            for rank in range(world)
-        ]
-        [t.start() for t in threads]
-        [t.join(600) for t in threads]
+    for size in (2, 3, 16):
+        in_threads(size, lambda world: make(tmp_path / str(world.size), world=world))
         for name in os.listdir(tmp_path / "one"):
-            assert (tmp_path / "one" / name).read_bytes() == (tmp_path / str(world) / name).read_bytes()
+            assert (tmp_path / "one" / name).read_bytes() == (tmp_path / str(size) / name).read_bytes()
 
 
 def test_values_that_do_not_fit(tmp_path):

@@ -18,7 +18,7 @@ from core.images import to_model_range
 from core.specs import Codes, Continuous, MultiScale
 from core.weights import hub
 from data import tokens
-from data.cache import FORMAT
+from data.cache import FORMAT, Pass
 from data.loader import Loader
 from data.sources import open_source
 from data.tokens import TokenStore
@@ -48,7 +48,7 @@ def make(path, tokenizer=None, **options) -> TokenStore:
         tokenizer.spec,
         lambda images: tokenizer.precompute(to_model_range(images)),
         fingerprint(tokenizer),
-        batch=8,
+        Pass(batch=8),
         **options,
     )
 
@@ -135,7 +135,7 @@ def test_every_kind_of_latents(tmp_path, spec):
         rows = torch.randint(spec.vocab, (240, *tokens.shape_of(spec)), generator=generator)
         rows[0, 0, 0] = spec.vocab - 1
     rest = iter(rows.split(40))
-    store = tokens.build(tmp_path / "s", SOURCE, TEN, spec, lambda images: next(rest), "f", batch=4)
+    store = tokens.build(tmp_path / "s", SOURCE, TEN, spec, lambda images: next(rest), "f", Pass(batch=4))
     assert store.spec == spec and tokens.spec_from_json(json.loads(json.dumps(tokens.spec_to_json(spec)))) == spec
     got = store.tokens(list(range(24)) * 10, [v for v in range(10) for _ in range(24)])
     assert torch.equal(got.reshape(10, 24, *rows.shape[1:]).transpose(0, 1).reshape(rows.shape), rows)

@@ -20,6 +20,7 @@ from core.rng import hash64
 from core.specs import Codes
 from core.weights import hub
 from data import tokens
+from data.cache import Builder, Pass
 from data.sources import open_source
 from data.token_files import JsonLines, NumberedFiles, copy_to, export_jsonl, export_numbered, open_import
 from data.tokens import TokenStore
@@ -27,7 +28,7 @@ from data.transforms import Transform
 from run.data import open_pictures
 from run.train import train
 from scripts import pretokenize
-from tests.conftest import TOY_TOKENIZER
+from tests.conftest import TOY_GENERATOR
 from tests.data.test_tokens import SOURCE, TEN, config, make, toy  # noqa: F401  (fixtures)
 from tests.scripts.test_launch import run, start
 from tests.toy_codes import ToyCodes
@@ -96,7 +97,7 @@ def test_ranks_and_kills_make_the_same_store(tmp_path, tokenizer_run):
     """One rank; two; and one that is killed without warning, then asked to stop, then finished by two."""
     data = "data.url=synthetic://?size=32&classes=4&count=8000"
     common = [
-        TOY_TOKENIZER,
+        TOY_GENERATOR,
         f"tokenizer.weights={tokenizer_run}",
         data,
         "data.flip=true",
@@ -180,8 +181,8 @@ def test_mistakes_in_numbered_files(tmp_path):
     labels = codes.with_name("imagenet16_labels")
 
     def imported(name):
-        target = tokens.builder(tmp_path / name, 24, 10, "x", TEN, SPEC, "f", ["a", "b", "c", "d"])
-        copy_to(NumberedFiles(tmp_path / "o", SPEC), target)
+        plan = tokens.plan(24, 10, "x", TEN, SPEC, "f", ["a", "b", "c", "d"])
+        copy_to(NumberedFiles(tmp_path / "o", SPEC), Builder(tmp_path / name, plan))
 
     np.save(codes / "5_red.npy", np.full((1, 10, 16), 16))
     with pytest.raises(UserError, match=r"imagenet16_codes/5\*.npy: code 16 does not exist"):
@@ -219,14 +220,11 @@ def write_lines(path, count: int, views: int = 10, nested: bool = False) -> np.n
     return codes
 
 
-def store_of(path, name, spec=LINES, views=10, chunk=4, **builder) -> TokenStore:
+def store_of(path, name, spec=LINES, views=10, progress=None) -> TokenStore:
     reader = open_import(path, spec, views)
     transform = TEN if views == 10 else Transform(16)
-    target = tokens.builder(
-        path.parent / name, reader.samples, views, "x", transform, spec, "f", list("abcd"), chunk=chunk, **builder
-    )
-    copy_to(reader, target)
-    target.finish()
+    plan = tokens.plan(reader.samples, views, "x", transform, spec, "f", list("abcd"), chunk=4)
+    copy_to(reader, Builder(path.parent / name, plan), progress=progress)
     return TokenStore(path.parent / name)
 
 
@@ -266,20 +264,17 @@ def test_blocks_are_found_wherever_the_file_is_cut(tmp_path, monkeypatch):
 def test_killed_conversion_goes_on(tmp_path):
     write_lines(tmp_path / "t.jsonl", 11)
     whole = store_of(tmp_path / "t.jsonl", "whole")
-    reader = JsonLines(tmp_path / "t.jsonl", LINES, 10)
+    told = []
 
-    def die(done):
+    def die(done, total):
+        told.append((done, total))
         if done == 8:
             raise KeyboardInterrupt
 
-    target = tokens.builder(tmp_path / "s", 11, 10, "x", TEN, LINES, "f", list("abcd"), chunk=4)
     with pytest.raises(KeyboardInterrupt):
-        copy_to(reader, target, die)
-    target.abandon()
-    target = tokens.builder(tmp_path / "s", 11, 10, "x", TEN, LINES, "f", list("abcd"), chunk=4)
-    assert len(target) == 3
-    copy_to(reader, target)
-    target.finish()
+        store_of(tmp_path / "t.jsonl", "s", progress=die)
+    store_of(tmp_path / "t.jsonl", "s", progress=die)
+    assert told == [(4, 11), (8, 11), (3, 3)]
     assert files(tmp_path / "s") == files(whole.path)
 
 
@@ -327,7 +322,13 @@ def test_imported_tokens_are_compared_with_the_pictures(tmp_path, config, capsys
     backwards = ToyCodes()
     backwards.levels.data = backwards.levels.data.flip(0)
     made = tokens.build(
-        tmp_path / "b", SOURCE, TEN, SPEC, lambda images: backwards.encode(to_model_range(images)), "other", batch=8
+        tmp_path / "b",
+        SOURCE,
+        TEN,
+        SPEC,
+        lambda images: backwards.encode(to_model_range(images)),
+        "other",
+        Pass(batch=8),
     )
     export_jsonl(made, tmp_path / "b.jsonl")
     with pytest.raises(UserError, match="reproduces only .*% of the codes in the best of"):
