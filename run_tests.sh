@@ -12,6 +12,7 @@ for word in "$@"; do
     # pytest.ini leaves slow ones out
     if [ "$word" = --all ]; then words+=(-m "") which="all of them"; else words+=("$word") chosen=yes; fi
 done
+TESSERA_DEV=yes
 source scripts/environment.sh
 if [ -z "$chosen" ] && "$PYTHON" -c 'import xdist' 2>/dev/null; then # a process per core, each test with one thread
     words+=(-n logical --dist worksteal)

@@ -3,7 +3,8 @@
 #   TESSERA_PYTHON=/path/to/python   use that one as it is
 #   --help, -h, --list               any Python: they need the standard library alone, so nothing is installed for them
 #   otherwise                        .venv in the repository, made with uv (or venv + pip) and stamped with the hash of
-#                                    requirements.txt, so that the next start takes no time
+#                                    what was installed, so that the next start takes no time
+#   TESSERA_EXTRAS=yes               requirements-extras.txt too (wandb, tensorboard, datasets)
 
 ROOT="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
 ASKS= # only a question
@@ -17,21 +18,56 @@ check_python() {
         fail "$1 is $("$1" --version 2>&1); Tessera needs Python 3.11 or newer. Set PYTHON_FOR_VENV=/path/to/python3.11"
 }
 
-install() { # requirements.txt into $venv, made with $base
+# The builds of torch that PyPI offers, newest first: from which driver of NVIDIA on, torch, torchvision.
+# CUDA 13 needs driver 580, CUDA 12 (its minor versions are compatible with each other) needs 525.
+BUILDS="
+580 -      -        # as requirements.txt says (CUDA 13)
+525 2.10.0 0.25.0   # the last one for CUDA 12 (12.8)
+"
+
+choose_build() { # sets TORCH and VISION, "-" for those of requirements.txt
+    local from driver
+    TORCH=- VISION=-
+    driver="$(nvidia-smi --query-gpu=driver_version --format=csv,noheader 2>/dev/null | head -n 1)" || true
+    [[ "$driver" =~ ^[0-9]+ ]] || return 0 # no GPU: the newest runs on the CPU
+    while read -r from TORCH VISION _; do
+        if [ -n "$from" ] && [ "${driver%%.*}" -ge "$from" ]; then return 0; fi
+    done <<<"$BUILDS"
+    fail "the driver $driver of this machine's GPU is older than 525, and no torch >= 2.8 on PyPI runs on it. Update the driver," \
+        "or install torch for it yourself and set TESSERA_PYTHON"
+}
+
+pinned() { # FILE: its lines, with the torch that this machine can use
+    sed -E -e "$([ "$TORCH" = - ] || echo "s/^torch==[^ ]+/torch==$TORCH/;s/^torchvision==[^ ]+/torchvision==$VISION/")" "$ROOT/$1"
+}
+
+install() { # the files $needed into $venv, made with $base
+    local free_mb lists file site
+    choose_build
     free_mb="$(df -Pm "$ROOT" | awk 'NR==2 {print $4}')"
     [ "$free_mb" -ge 9000 ] || [ -x "$PYTHON" ] ||
         fail "only ${free_mb} MB free in $ROOT; the environment needs about 9000. Free some space or set TESSERA_PYTHON"
-    echo "Installing requirements.txt into .venv (once, a few minutes) ..."
+    echo "Installing $needed into .venv (once, a few minutes)$([ "$TORCH" = - ] || echo ", with torch $TORCH for this driver") ..."
+    lists="$(mktemp -d)"
+    for file in $needed; do pinned "$file" >"$lists/$file"; done
+    set -- # -r FILE -r FILE ...
+    for file in $needed; do set -- "$@" -r "$lists/$file"; done
     if command -v uv >/dev/null; then
         uv venv --quiet --allow-existing --python "$base" "$venv" &&
-            uv pip install --quiet --python "$PYTHON" -r "$ROOT/requirements.txt" || fail "uv could not install the requirements"
+            uv pip install --quiet --python "$PYTHON" "$@" || fail "uv could not install the requirements"
     else
         "$base" -m venv "$venv" || fail "$base cannot make virtual environments (on Debian: apt install python3-venv)"
-        "$PYTHON" -m pip install --quiet --disable-pip-version-check -r "$ROOT/requirements.txt" ||
+        "$PYTHON" -m pip install --quiet --disable-pip-version-check "$@" ||
             fail "pip could not install the requirements (see above; is the disk full or the network down?)"
     fi
-    echo "$wanted" >"$stamp"
+    rm -rf "$lists"
+    # What an editable installation would write: python scripts/NAME.py and notebooks find the packages from any folder.
+    site="$("$PYTHON" -c 'import sysconfig; print(sysconfig.get_path("purelib"))')"
+    if [ -d "$site" ]; then echo "$ROOT" >"$site/tessera.pth"; fi
+    for file in $needed; do stamp "$file" >"$venv/$file.sha256"; done
 }
+
+stamp() { (sha256sum "$ROOT/$1" 2>/dev/null || shasum -a 256 "$ROOT/$1") | cut -d' ' -f1; }
 
 if [ -n "${TESSERA_PYTHON:-}" ]; then
     command -v "$TESSERA_PYTHON" >/dev/null || fail "TESSERA_PYTHON=$TESSERA_PYTHON is not a program"
@@ -39,10 +75,13 @@ if [ -n "${TESSERA_PYTHON:-}" ]; then
     PYTHON="$TESSERA_PYTHON"
 else
     venv="$ROOT/.venv"
-    stamp="$venv/requirements.sha256"
     PYTHON="$venv/bin/python"
-    wanted="$( (sha256sum "$ROOT/requirements.txt" 2>/dev/null || shasum -a 256 "$ROOT/requirements.txt") | cut -d' ' -f1)"
-    if [ "$(cat "$stamp" 2>/dev/null)" != "$wanted" ]; then
+    needed="requirements.txt${TESSERA_EXTRAS:+ requirements-extras.txt}${TESSERA_DEV:+ requirements-extras.txt requirements-dev.txt}"
+    missing=
+    for file in $needed; do
+        if [ "$(cat "$venv/$file.sha256" 2>/dev/null)" != "$(stamp "$file")" ]; then missing=yes; fi
+    done
+    if [ -n "$missing" ]; then
         base="${PYTHON_FOR_VENV:-}"
         for candidate in python3.13 python3.12 python3.11 python3; do  # a name on PATH may be a shim that does not run
             if [ -z "$base" ] && "$candidate" -c '' 2>/dev/null; then base="$candidate"; fi

@@ -621,7 +621,7 @@ def test_environment_is_made_once(repository, tmp_path):
     program(tmp_path / "bin" / "df", 'echo header; echo "disk 1 1 99999 1% /"')
     first, second = install(repository, tmp_path / "bin"), install(repository, tmp_path / "bin")
     assert first.returncode == second.returncode == 0, first.stderr
-    assert "Installing requirements.txt" in first.stdout and second.stdout == "ran program.py\n"
+    assert "Installing requirements.txt" in first.stdout and second.stdout == "ran -m program\n"
     assert [line.split()[1] for line in (tmp_path / "bin" / "uv.log").read_text().splitlines()] == ["venv", "pip"]
     (repository / "requirements.txt").write_text("something else\n")
     assert "Installing requirements.txt" in install(repository, tmp_path / "bin").stdout
@@ -659,3 +659,44 @@ def test_help_needs_no_installation(script, tmp_path):
         )
         assert done.returncode == 0 and len(done.stdout) > 60 and not done.stderr, (words, done.stderr)
         assert not (copy / ".venv").exists()
+
+
+@pytest.mark.parametrize(
+    ("driver", "torch_line"),
+    [
+        ("", r"torch==2\.15\.0 "),
+        ("590.44.01", r"torch==2\.15\.0 "),
+        ("580.65.06", r"torch==2\.15\.0 "),
+        ("570.124.06", r"torch==2\.10\.0 .*\ntorchvision==0\.25\.0 "),
+        ("525.60.13", r"torch==2\.10\.0 .*\ntorchvision==0\.25\.0 "),
+    ],
+)
+def test_torch_is_chosen_for_the_driver(repository, tmp_path, driver, torch_line):
+    shutil.copy(ROOT / "requirements.txt", repository)
+    keep = 'while [ $# -gt 0 ]; do [ "$1" = -r ] && cat "$2" >>"$(dirname "$0")/lists"; shift; done'
+    program(tmp_path / "bin" / "uv", FAKE_UV + keep)
+    program(tmp_path / "bin" / "df", 'echo header; echo "disk 1 1 99999 1% /"')
+    program(tmp_path / "bin" / "nvidia-smi", f"echo {driver}" if driver else "echo no devices were found; exit 6")
+    done = install(repository, tmp_path / "bin")
+    assert done.returncode == 0, done.stderr
+    assert re.search("^" + torch_line, (tmp_path / "bin" / "lists").read_text(), re.MULTILINE)
+
+
+def test_a_driver_that_is_too_old(repository, tmp_path):
+    program(tmp_path / "bin" / "nvidia-smi", "echo 470.82.01")
+    program(tmp_path / "bin" / "df", 'echo header; echo "disk 1 1 99999 1% /"')
+    done = install(repository, tmp_path / "bin")
+    assert done.returncode == 2 and "driver 470.82.01 of this machine's GPU is older than 525" in done.stderr
+
+
+def test_programs_by_path(tmp_path):
+    """The environment knows its clone; a program of another one says so instead of running half of each."""
+    other = tmp_path / "clone" / "scripts" / "train.py"
+    other.parent.mkdir(parents=True)
+    shutil.copy(ROOT / "scripts" / "train.py", other)
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}  # stands for .venv's tessera.pth
+    for path, code, said in ((ROOT / "scripts" / "train.py", 0, "usage:"), (other, 2, "python -m scripts.train")):
+        done = subprocess.run(
+            [sys.executable, path, "--help"], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=600
+        )
+        assert done.returncode == code and said in done.stdout + done.stderr
