@@ -13,6 +13,7 @@ the registry and the remaining keys are its constructor arguments, checked again
 from __future__ import annotations
 
 import dataclasses
+import inspect
 import os
 import re
 import sys
@@ -429,7 +430,6 @@ class _Checker:
         except UserError as error:
             self.wrong(f"{path}.name", str(error))
             return given
-        hints = typing.get_type_hints(_init_of(registry.get(given["name"])))
         result = dict(given)
         for key, item in given.items():
             if key in RESERVED and key not in accepted:
@@ -437,7 +437,8 @@ class _Checker:
             elif key not in accepted:
                 self.wrong(f"{path}.{key}", f'{kind} "{given["name"]}" has no such setting.{nearest(key, accepted)}')
             else:
-                result[key] = self.value(f"{path}.{key}", item, hints.get(key, Any))
+                hint = accepted[key].annotation
+                result[key] = self.value(f"{path}.{key}", item, Any if hint is inspect.Parameter.empty else hint)
         return result
 
 
@@ -459,10 +460,6 @@ def parse_section(path: str, given: Any, schema: type) -> Any:
     if checker.problems:
         raise UserError(" ".join(checker.problems))
     return section
-
-
-def _init_of(constructor: Any) -> Any:
-    return constructor.__init__ if isinstance(constructor, type) else constructor
 
 
 def linear_scales(text: str) -> tuple[float, float]:

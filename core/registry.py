@@ -43,6 +43,20 @@ def with_defaults(**defaults: Any) -> Callable[[Class], Class]:
     return decorate
 
 
+def parameters(constructor: Callable[..., Any]) -> dict[str, inspect.Parameter]:
+    """Keyword arguments of a constructor, with their defaults, and with types as annotations.
+
+    A class may name by `Settings` the dataclass whose fields they are; `**others` stands for what its base class takes.
+    """
+    schema = getattr(constructor, "Settings", constructor)
+    accepted = dict(inspect.signature(schema, eval_str=True).parameters)
+    others = next((p.name for p in accepted.values() if p.kind is p.VAR_KEYWORD), None)
+    if others is not None:
+        del accepted[others]
+        accepted = {**parameters(constructor.__base__), **accepted}
+    return {name: p for name, p in accepted.items() if p.kind is not p.POSITIONAL_ONLY}
+
+
 class Registry:
     """A table of lazily imported constructors of one kind.
 
@@ -65,8 +79,8 @@ class Registry:
         return getattr(importlib.import_module(module), attribute)
 
     def signature(self, name: str) -> dict[str, inspect.Parameter]:
-        """Keyword arguments that the constructor accepts, with their defaults and annotations."""
-        return dict(inspect.signature(self.get(name)).parameters)
+        """Keyword arguments that the constructor accepts, see `parameters`."""
+        return parameters(self.get(name))
 
     def build(self, config: dict[str, Any], **defaults: Any) -> Any:
         """Construct config["name"] from the other keys of `config`; `defaults` fill in what it accepts and lacks."""

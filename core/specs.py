@@ -144,6 +144,7 @@ class Progress:
     total_images: int
     images_per_epoch: int
     step: int
+    global_batch: int = 1  # pictures per step
 
     @property
     def epoch(self) -> float:

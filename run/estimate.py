@@ -122,7 +122,7 @@ class Plan:
         train = self.config.train
         total = train.duration.images(IMAGENET, train.global_batch) or train.global_batch
         step = max(1, round(STAGE * total / train.global_batch))
-        progress = Progress(step * train.global_batch, total, IMAGENET, step)
+        progress = Progress(step * train.global_batch, total, IMAGENET, step, train.global_batch)
         return self.task.phases(networks, batch, Draws(0, batch.positions), progress)
 
     @property

@@ -69,7 +69,7 @@ class TokenizerTask:
         )
         if self.discriminator is not None:
             self.discriminator.requires_grad_(True)
-            if self.objective.skip_idle and not self.objective.gan_active(progress):
+            if self.objective.settings.skip_idle and not self.objective.gan_active(progress):
                 return
             fake = recon.images.detach()
             loss = self.objective.discriminator_loss(images, fake, nets["discriminator"], progress, random)

@@ -240,7 +240,9 @@ class Trainer:
 
     def train_step(self, batch: Batch) -> dict[str, Tensor | float]:
         """Update all networks once on this rank's part of a global batch; returns device scalars to log."""
-        progress = Progress(self.images_seen, self.total_images, self.images_per_epoch, self.step)
+        progress = Progress(
+            self.images_seen, self.total_images, self.images_per_epoch, self.step, self.settings.global_batch
+        )
         parts = self.split(batch.to(self.world.device), self.accumulation)
         for i, part in enumerate(parts):
             draws = Draws(self.config.seed, part.positions, self.step)

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import functools
 import importlib.metadata
-import inspect
 import os
 import shutil
 import tomllib
@@ -20,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from core.errors import UserError
+from core.registry import parameters
 
 ROOT = Path(__file__).resolve().parents[2]
 HELPERS = Path(__file__).with_name("helpers.toml")
@@ -260,7 +260,7 @@ def needs(*names: str | Callable[[dict[str, Any]], Iterable[Released]]) -> Calla
 
 def needed(constructor: Any, settings: dict[str, Any]) -> list[Released]:
     """The helpers that `constructor` will load with these settings, here or not."""
-    defaults = {name: p.default for name, p in inspect.signature(constructor).parameters.items()}
+    defaults = {name: p.default for name, p in parameters(constructor).items()}
     known = {**defaults, **settings}
     if known.get("pretrained", True) is not True or isinstance(known.get("weights"), str):
         return []

@@ -199,7 +199,7 @@ def build_objective(case: Case, teachers: int, start: int | None = None) -> Obje
 
 def adaptive_weight(objective: Objective, logs: dict[str, Tensor]) -> Tensor:
     """Without the constant weight that ours includes; 1 where it is off."""
-    if not objective.adaptive_weight or not objective.weights["gan"]:
+    if not objective.settings.adaptive_weight or not objective.weights["gan"]:
         return torch.ones(())
     return logs["gan_weight"] / objective.weights["gan"]
 

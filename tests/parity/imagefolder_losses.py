@@ -189,7 +189,7 @@ def vqloss(case: Case) -> dict[str, Tensor]:
         "reconstruction": recon,
         **{f"grad_disc/{name}": p.grad for name, p in discriminator.named_parameters()},
     }
-    if objective.lecam:
+    if objective.settings.lecam:
         out["lecam_ema_real_fake"] = objective.lecam_means
     if dino:  # a bias in front of a normalisation: its gradient is rounding noise, theirs about 1e-8
         for name in case.outputs:

@@ -63,7 +63,9 @@ def test_semantic_loss_at_masked_tokens_is_that_of_gathered_ones(kind, distance,
     prediction, target = torch.randn(2, 8, 5, requires_grad=True), torch.randn(2, 8, 5)
     places = torch.stack([torch.randperm(8)[:hidden] for _ in range(2)])
     masked = torch.zeros(2, 8, dtype=torch.bool).scatter(1, places, True)
-    objective = Objective({"semantic": 1.0, "reconstruction": 0.0}, semantic_loss=kind, semantic_target="masked")
+    objective = Objective(
+        weights={"semantic": 1.0, "reconstruction": 0.0}, semantic_loss=kind, semantic_target="masked"
+    )
     images = torch.zeros(2, 3, 4, 4)
     loss = objective.generator_loss(
         images, Recon(images, {}, {"t": prediction}, masked=masked), {"t": target}, None, Progress(0, 1, 1, 0)
@@ -76,7 +78,7 @@ def test_semantic_loss_at_masked_tokens_is_that_of_gathered_ones(kind, distance,
 
 # -- FQGAN ------------------------------------------------------------------------------------------------------------
 class Judge(torch.nn.Module):
-    def forward(self, pictures):
+    def forward(self, pictures, draws=None):
         return pictures.mean((1, 2, 3))
 
 
@@ -88,7 +90,7 @@ def test_weighted_reconstruction_and_adaptive_weight(kind, step):
     features, images = torch.randn(2, 4, 5, 5), torch.randn(2, 3, 5, 5)
     paint = lambda weight: F.conv2d(features, weight[..., None, None])
     objective = Objective(
-        {"reconstruction": 3.0, "gan": 0.5},
+        weights={"reconstruction": 3.0, "gan": 0.5},
         reconstruction=kind,
         pixels="signed",
         gan_start="2step",
@@ -216,7 +218,9 @@ def test_output_size_is_a_bicubic_resize():
 def test_adversarial_losses(kind, real, false, mine, generator):
     """D: half of both means; G: -D or softplus(-D)."""
     x, y = torch.randn(4, 3, 2, 2), torch.randn(4, 3, 2, 2)
-    objective = Objective({"gan": 2.0, "reconstruction": 0.0}, pixels="signed", gan_loss=mine, discriminator_loss=kind)
+    objective = Objective(
+        weights={"gan": 2.0, "reconstruction": 0.0}, pixels="signed", gan_loss=mine, discriminator_loss=kind
+    )
     judged = [Judge()(p).numpy() for p in (x, y)]
     loss = objective.discriminator_loss(x, y, Judge(), Progress(1, 10, 10, 1)).total
     assert loss.item() == pytest.approx(0.5 * (real(judged[0]).mean() + false(judged[1]).mean()), rel=1e-5)

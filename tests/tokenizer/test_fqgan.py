@@ -210,7 +210,7 @@ def test_only_published_variants_have_an_official_layout():
 def test_start_in_steps_counts_both_losses():
     x, recon, judge = images(), images().flip(0).requires_grad_(), PatchGAN(ndf=4, n_layers=1)
     loss = Objective(
-        {"gan": 0.5, "discriminator": 0.25},
+        weights={"gan": 0.5, "discriminator": 0.25},
         pixels="signed",
         gan_start="20step",
         discriminator_loss="vanilla",
@@ -244,7 +244,9 @@ def test_adaptive_weight_by_hand():
         "reconstruction": 2.0,
     }
     recon = tokenizer(x, None)
-    result = Objective(weights, pixels="signed", adaptive_weight=True).generator_loss(x, recon, {}, judge, at(0))
+    result = Objective(weights=weights, pixels="signed", adaptive_weight=True).generator_loss(
+        x, recon, {}, judge, at(0)
+    )
     layer = tokenizer.decoder.conv_out.weight
     norms = [
         torch.autograd.grad(loss, layer, retain_graph=True)[0].norm()
@@ -258,7 +260,7 @@ def test_adaptive_weight_by_hand():
         torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-6)
     torch.testing.assert_close(result.total, plain)
     with pytest.raises(UserError, match="adaptive_weight: false"):
-        Objective({"gan": 0.5}, adaptive_weight=True).generator_loss(x, Recon(x), {}, judge, at(0))
+        Objective(weights={"gan": 0.5}, adaptive_weight=True).generator_loss(x, Recon(x), {}, judge, at(0))
 
 
 def features(seed: int) -> torch.Tensor:

@@ -261,12 +261,13 @@ def test_shift_and_hole_stay_in_the_picture():
 
 
 def test_blur_ends_with_the_start_of_the_discriminator():
+    from core.config import Duration
     from core.specs import Progress
 
-    now = Progress(800, 8000, 8000, 100)
+    now = Progress(800, 8000, 8000, 100, 8)
     assert DiffAugment().blur_amount(-1, now) == 1 and DiffAugment().blur_amount(0, now) == 0
-    assert DiffAugment(fade="100step").blur_amount(200, now) == pytest.approx(0.75)
-    assert DiffAugment(fade="never").blur_amount(-1, now) == 0
+    assert DiffAugment(fade=Duration("100step")).blur_amount(200, now) == pytest.approx(0.75)
+    assert DiffAugment(fade=Duration("never")).blur_amount(-1, now) == 0
 
 
 def test_groups_of_eight_are_normalised_apart():

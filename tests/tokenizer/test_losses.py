@@ -60,7 +60,7 @@ def test_semantic_distance_averages_over_tokens_and_teachers(kind):
     x = pictures()
     predicted = {name: torch.randn(2, 4, 8) for name in ("a", "b")}
     true = {name: torch.randn(2, 4, 8) for name in ("a", "b")}
-    loss = Objective({"semantic": 2.0, "reconstruction": 0.0}, semantic_loss=kind)
+    loss = Objective(weights={"semantic": 2.0, "reconstruction": 0.0}, semantic_loss=kind)
     result = loss.generator_loss(x, Recon(x, predictions=predicted), true, None, at(0))
     difference = torch.stack([predicted[n] - true[n] for n in "ab"])
     expected = {
@@ -76,7 +76,7 @@ def test_masked_target_counts_masked_tokens_only():
     x, true = pictures(), torch.randn(2, 4, 8)
     predicted = torch.randn(2, 4, 8, requires_grad=True)
     masked = torch.tensor([[True, False, True, False]] * 2)
-    loss = Objective({"semantic": 1.0, "reconstruction": 0.0}, semantic_loss="l2", semantic_target="masked")
+    loss = Objective(weights={"semantic": 1.0, "reconstruction": 0.0}, semantic_loss="l2", semantic_target="masked")
 
     result = loss.generator_loss(x, Recon(x, {}, {"t": predicted}, masked), {"t": true}, None, at(0))
     torch.testing.assert_close(result.total, (predicted - true)[:, ::2].square().mean())
@@ -97,7 +97,7 @@ def test_l1_reconstruction_still_reports_psnr_of_the_squared_error():
 def test_discriminator_counts_from_its_start_epoch():
     x, recon = pictures(), pictures(seed=1).requires_grad_()
     judge = PatchGAN(ndf=4, n_layers=2)
-    loss = Objective({"gan": 0.5}, gan_start_epoch=3)
+    loss = Objective(weights={"gan": 0.5}, gan_start_epoch=3)
 
     before = loss.generator_loss(x, Recon(recon), {}, judge, at(2.99))
     assert before.logs["gan"] == 0 and before.logs["gan_weight"] == 0 and before.total == before.logs["reconstruction"]
@@ -126,7 +126,7 @@ def test_default_gan_weight_is_the_one_that_trained_the_release():
 def test_terms_of_the_tokenizer_are_weighted_by_name():
     x = pictures()
     recon = Recon(x, {"kl": torch.tensor(3.0), "entropy": torch.tensor(5.0)})
-    result = Objective({"kl": 0.1, "entropy": 0.0}).generator_loss(x, recon, {}, None, at(0))
+    result = Objective(weights={"kl": 0.1, "entropy": 0.0}).generator_loss(x, recon, {}, None, at(0))
     assert result.total.item() == pytest.approx(0.3) and result.logs["entropy"] == 5
     assert not result.logs["kl"].requires_grad
 
@@ -144,7 +144,7 @@ def test_terms_of_the_tokenizer_are_weighted_by_name():
 def test_weights_and_terms_must_match(weights, recon, says):
     x = pictures()
     with pytest.raises(UserError, match=says):
-        Objective(weights).generator_loss(x, Recon(x, **recon), {}, None, at(0))
+        Objective(weights=weights).generator_loss(x, Recon(x, **recon), {}, None, at(0))
 
 
 def test_settings_are_checked():
@@ -164,7 +164,7 @@ def test_settings_are_checked():
 def test_losses_are_fp32_under_autocast():
     x = pictures()
     parts = {"lpips": {"widths": [4, 4, 4, 4, 4], "pretrained": False}}
-    loss, judge = Objective({"perceptual": 1.0}, parts), PatchGAN(ndf=4, n_layers=2)
+    loss, judge = Objective(weights={"perceptual": 1.0}, perceptual=parts), PatchGAN(ndf=4, n_layers=2)
     plain = loss.generator_loss(x, Recon(x * 0.5), {}, judge, at(0))
     with torch.autocast("cpu", dtype=torch.bfloat16):
         cast = loss.generator_loss(x, Recon(x * 0.5), {}, judge, at(0))
@@ -188,7 +188,7 @@ def test_released_size():
 def gan_step(images, recon, seed=3):
     """Losses, gradients of the discriminator and of the reconstruction, of one share of a batch."""
     torch.manual_seed(seed)
-    judge, loss = PatchGAN(ndf=4, n_layers=2), Objective({"gan": 1.0})
+    judge, loss = PatchGAN(ndf=4, n_layers=2), Objective(weights={"gan": 1.0})
     recon = recon.clone().requires_grad_()
     generator = loss.generator_loss(images, Recon(recon), {}, judge, at(0))
     generator.total.backward()

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -100,35 +101,32 @@ def augment(
     return images
 
 
+@dataclass
 class DiffAugment:
     """How an objective augments what its discriminator sees.
 
-    Args:
+    Attributes:
         probability, cutout: see `augment`.
         fade: how long after the start of the discriminator pictures are still blurred, less and less; "never": no blur
             at all, not even before. Until the start they are blurred in full.
     """
 
-    def __init__(self, probability: float = 1.0, cutout: float = 0.2, fade: str = "0step"):
-        self.probability, self.cutout, self.fade = probability, cutout, Duration.parse(fade)
+    probability: float = 1.0
+    cutout: float = 0.2
+    fade: Duration = Duration("0step")
 
-    def blur_amount(self, since_start: float, progress: Progress) -> float:
+    def blur_amount(self, since_start: int, progress: Progress) -> float:
         """`since_start`: pictures since the discriminator began, negative before."""
         if self.fade == "never":
             return 0.0
         if since_start < 0:
             return 1.0
-        batch = progress.images_seen // progress.step if progress.step else 1
-        length = self.fade.images(progress.images_per_epoch, batch)
+        length = self.fade.images(progress.images_per_epoch, progress.global_batch)
         return max(0.0, 1.0 - since_start / length) if length else 0.0
 
     def __call__(self, images: Tensor, draws: Draws, blur_amount: float) -> Tensor:
         switches = [draws.shared_uniform(f"augment {what}") for what in ("translation", "colour", "cutout")]
+        numbers = draws.uniform("augment", (NUMBERS,)).t()
         return augment(
-            images,
-            switches,
-            draws.uniform("augment", (NUMBERS,)).t(),
-            probability=self.probability,
-            cutout=self.cutout,
-            blur_amount=blur_amount,
+            images, switches, numbers, probability=self.probability, cutout=self.cutout, blur_amount=blur_amount
         )

@@ -146,7 +146,6 @@ class DinoDiscriminator(nn.Module):
         crop_probability: how often pictures larger than 224 are cropped together, in place of being shrunk.
     """
 
-    takes_draws = True
     fake_first = True  # spectral norms iterate with every pass
 
     def __init__(

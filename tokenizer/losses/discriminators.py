@@ -3,7 +3,7 @@
 PatchGAN is the one of pix2pix (Isola et al. 2017, "NLayer"): strided 4x4 convolutions, one logit per overlapping patch.
 StyleGANDiscriminator is the residual one of StyleGAN2 (Karras et al. 2020) as VQGAN's descendants simplified it.
 BlurDiscriminator smooths before it halves (Zhang 2019), as VQGAN+ does.
-Weight names are those of the official codes.
+Weight names are those of the official codes. All take `draws`, for those that look at their pictures at random.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from torch.nn import functional as F
 from core.dist import gather_over_ranks
 from core.errors import UserError
 from core.nn.conv import group_norm
+from core.rng import Draws
 
 
 def _global_moments(x: Tensor) -> tuple[Tensor, Tensor]:
@@ -108,7 +109,7 @@ class PatchGAN(nn.Module):
             elif isinstance(layer, nn.BatchNorm2d):
                 nn.init.normal_(layer.weight, 1.0, 0.02)
 
-    def forward(self, images: Tensor) -> Tensor:
+    def forward(self, images: Tensor, draws: Draws | None = None) -> Tensor:
         return self.main(images)  # (B, 1, H', W')
 
 
@@ -152,7 +153,7 @@ class BlurDiscriminator(nn.Module):
             ]
         self.main = nn.Sequential(*layers, nn.Conv2d(widths[-1], 1, 3, padding=1))
 
-    def forward(self, images: Tensor) -> Tensor:
+    def forward(self, images: Tensor, draws: Draws | None = None) -> Tensor:
         return self.main(images)
 
 
@@ -200,5 +201,5 @@ class StyleGANDiscriminator(nn.Module):
         self.final_conv = nn.Sequential(nn.Conv2d(last, last, 3, padding=1), nn.LeakyReLU(0.2))
         self.final_linear = nn.Sequential(nn.Linear(last * 16, last), nn.LeakyReLU(0.2), nn.Linear(last, 1))
 
-    def forward(self, images: Tensor) -> Tensor:
+    def forward(self, images: Tensor, draws: Draws | None = None) -> Tensor:
         return self.final_linear(self.final_conv(self.blocks(images)).flatten(1))
