@@ -192,7 +192,7 @@ class _Shape:
 
 
 def test_components_are_checked_against_signatures(monkeypatch):
-    shapes = Registry("shape", {"square": "tests.test_config:_Shape", "round": "tests.test_config:_Shape"})
+    shapes = Registry("shape", {"square": "tests.core.test_config:_Shape", "round": "tests.core.test_config:_Shape"})
     registries = {**REGISTRIES, "tokenizer": shapes}
     path = TOY_TOKENIZER
     base = yaml.safe_load(Path(path).read_text())
