@@ -138,7 +138,7 @@ def make_statistics(
         }
 
     with work:
-        work.run(compute, progress)
+        work.compute(compute, progress)
     whole = {tap: Moments(net.dims[tap]) for tap in taps}
     for result in work.chunks():
         for tap, moments in whole.items():

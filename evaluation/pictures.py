@@ -26,6 +26,7 @@ from numpy.lib import format as npy
 from torch import Tensor
 
 from core.arrays import NpzFile
+from core.chunks import shared_array
 from core.errors import UserError
 from core.files import explain_os_errors, replacing, require_space, sha256_file
 from core.images import save_png
@@ -358,23 +359,13 @@ class NpzWriter:
         if self.path.suffix != ".npz":
             raise UserError(f"{path}: choose a name that ends in .npz.")
         self.partial = Path(unfinished or self.path.parent) / f"{self.path.name}.partial"
-        needed = int(np.prod(self.shape))
         with explain_os_errors(self.path):
             self.path.parent.mkdir(parents=True, exist_ok=True)
             self.partial.parent.mkdir(parents=True, exist_ok=True)
-            self.fresh = not self.partial.exists()
-            if self.fresh:
-                require_space(self.path.parent, 2 * needed)
-                temporary = self.partial.with_name(f".{self.partial.name}.{os.getpid()}.tmp")
-                np.lib.format.open_memmap(temporary, "w+", np.uint8, self.shape).flush()
-                try:
-                    os.link(temporary, self.partial)  # the first rank to come makes it
-                except FileExistsError:
-                    pass
-                temporary.unlink()
+            if not self.partial.exists():
+                require_space(self.path.parent, 2 * int(np.prod(self.shape)))
+            self.fresh = shared_array(self.partial, self.shape, np.uint8)
             self.rows = npy.open_memmap(self.partial, "r+")
-        if self.rows.shape != self.shape:
-            raise UserError(f"{self.partial} was begun for {self.rows.shape} pictures, now {self.shape}. Delete it.")
 
     def has(self, indices: range) -> bool:
         """Whether an earlier part of the job kept its rows; which of them are written, that job knows."""

@@ -76,7 +76,7 @@ def pooled_features(
         return {name: torch.cat(values) for name, values in parts.items()}
 
     with work:
-        work.run(compute, progress)
+        work.compute(compute, progress)
         found = work.gather()
     if found is None:
         return None

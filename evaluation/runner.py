@@ -74,7 +74,7 @@ def picture_features(
     """Features of a set, on the main rank. Collective."""
     work = Work(len(pictures), world)
     expect(work, pictures)
-    work.run(lambda indices: features_of(net, pictures.read(indices.start, indices.stop), batch), progress)
+    work.compute(lambda indices: features_of(net, pictures.read(indices.start, indices.stop), batch), progress)
     return work.gather()
 
 
@@ -127,7 +127,7 @@ def evaluate_generation(
                 writer.flush()
         return features
 
-    work.run(compute, progress)
+    work.compute(compute, progress)
     features = work.gather()
     if features is None:
         return None
@@ -223,7 +223,7 @@ def evaluate_reconstruction(
             writer.flush()
         return {**{name: torch.cat(values) for name, values in parts.items()}, **sums}
 
-    work.run(compute, progress)
+    work.compute(compute, progress)
     found = work.gather()
     if found is None:
         return None

@@ -1,8 +1,7 @@
-"""A long evaluation as pieces: shared between ranks, kept in a folder, continued after a kill.
+"""A long evaluation in chunks (core/chunks.py): results that are kept in a folder, or in memory, and put together.
 
-Indices 0 ... N - 1 are cut into chunks of fixed size. A chunk's result is a dictionary of tensors that depends on the
-chunk alone, so neither the number of ranks nor a restart changes a bit of it. With a folder every finished chunk is one
-file, written atomically; without one it stays in memory and travels to the main rank at the end.
+A chunk's result is a dictionary of tensors. With a folder every finished chunk is one file, written atomically; without
+one it stays in memory and travels to the main rank at the end.
 
 The folder holds everything that is unfinished; results leave it whole. A killed job, a full disk or the death of
 another rank leave it to be continued. A refusal (torn or unequal pictures, values that are not finite) deletes it: the
@@ -26,9 +25,10 @@ from safetensors.torch import load_file
 from safetensors.torch import save as to_bytes
 from torch import Tensor
 
+from core.chunks import Chunks, enter
 from core.dist import OtherRankFailed, World
 from core.errors import UserError
-from core.files import explain_os_errors, is_machines_fault, read_json, write_atomic, write_json
+from core.files import is_machines_fault, write_atomic
 
 LARGEST_CHUNK, SMALLEST_CHUNK = 256, 16
 SUM, OWN = "sum/", "chunk/"
@@ -36,16 +36,16 @@ Chunk = dict[str, Tensor]
 
 
 def default_chunk(count: int) -> int:
-    """A function of the count alone, so that ranks and restarts agree."""
+    """A function of the count alone, so that ranks and restarts agree: a sixteenth as a power of two, within limits."""
     return min(LARGEST_CHUNK, max(SMALLEST_CHUNK, 1 << (count // 16).bit_length() - 1 if count >= 16 else 0))
 
 
-class Work:
-    """The chunks of one job. Use as a context manager around all that may be refused.
+class Work(Chunks):
+    """The chunks of one evaluation. Use as a context manager around all that may be refused.
 
     Args:
-        count: N.
-        world: this rank; chunks go round and round the ranks.
+        count: how many pictures.
+        world: this rank.
         folder: where finished chunks are kept; None keeps them in memory.
         job: JSON facts that decide the results (weights, seed, protocol ...). A folder with other facts is refused.
         chunk: indices per chunk; 0: a power of two that gives every rank something. A folder that is continued keeps
@@ -62,13 +62,14 @@ class Work:
     ):
         if count < 1:
             raise UserError(f"There is nothing to evaluate: {count} pictures.")
-        self.count, self.world, self.chunk = count, world, chunk or default_chunk(count)
+        size = chunk or default_chunk(count)
         self.folder = Path(folder) if folder is not None else None
-        self.kept: dict[int, Chunk] = {}
+        self.kept: dict[int, Chunk] = {}  # without a folder
         self.made_parent = self.folder is not None and not self.folder.parent.exists()
         if self.folder is not None:
-            self.chunk = world.on_main(lambda: self._open({**(job or {}), "count": count}))
-        self.done: set[int] = set(world.on_main(lambda: [c for c in range(self.num_chunks) if self._is_whole(c)]))
+            facts = {**(job or {}), "count": count, "chunk": size}
+            size = world.on_main(lambda: self._enter(facts)["chunk"])
+        super().__init__(count, size, world, self._is_whole)
 
     def __enter__(self) -> Work:
         return self
@@ -77,41 +78,22 @@ class Work:
         if isinstance(error, UserError) and not isinstance(error, OtherRankFailed) and not is_machines_fault(error):
             self._delete()
 
+    def _enter(self, facts: dict[str, Any]) -> dict[str, Any]:
+        return enter(
+            self.folder / "job.json",
+            facts,
+            "the unfinished work of another evaluation",
+            "Delete that folder, or write this one elsewhere with --out.",
+            ("chunk",),
+        )
+
     def keep_only(self, holds: Callable[[range], bool]) -> None:
         """Do again the finished chunks for whose indices something else is missing (their pictures). Collective."""
-        self.done = set(self.world.on_main(lambda: [c for c in self.done if holds(self.indices(c))]))
-
-    @property
-    def num_chunks(self) -> int:
-        return -(-self.count // self.chunk)
-
-    def indices(self, chunk: int) -> range:
-        return range(chunk * self.chunk, min(self.count, (chunk + 1) * self.chunk))
+        done = self.done
+        self.look(lambda chunk: chunk in done and holds(self.indices(chunk)))
 
     def path(self, chunk: int) -> Path:
         return self.folder / f"chunk_{chunk:06d}.safetensors"
-
-    def _open(self, job: dict[str, Any]) -> int:
-        """Make the folder or check that it is of this job; returns its chunk size."""
-        record = self.folder / "job.json"
-        if record.is_file():
-            before = read_json(record)
-            chunk = before.pop("chunk")
-            changed = [
-                f"{k} was {before.get(k)!r}, now {job.get(k)!r}"
-                for k in sorted(before.keys() | job.keys())
-                if before.get(k) != job.get(k)
-            ]
-            if changed:
-                raise UserError(
-                    f"{self.folder} holds the unfinished work of another evaluation ({'; '.join(changed)}). "
-                    "Delete that folder, or write this one elsewhere with --out."
-                )
-            return chunk
-        with explain_os_errors(self.folder):
-            self.folder.mkdir(parents=True, exist_ok=True)
-            write_json(record, {**job, "chunk": self.chunk})
-        return self.chunk
 
     def _is_whole(self, chunk: int) -> bool:
         if self.folder is None or not self.path(chunk).is_file():
@@ -122,22 +104,16 @@ class Work:
         except SafetensorError:
             return False
 
-    def mine(self) -> list[int]:
-        """Chunks that this rank still has to do."""
-        return [c for c in range(self.num_chunks) if c not in self.done][self.world.rank :: self.world.size]
-
-    def run(self, compute: Callable[[range], Chunk], progress: Callable[[int], None] | None = None) -> None:
+    def compute(self, compute: Callable[[range], Chunk], progress: Callable[[int], None] | None = None) -> None:
         """Do what is missing of this rank's share. Collective: if one rank fails, all of them raise.
 
         Args:
             compute: indices -> result.
             progress: called with an estimate of the indices done over all ranks.
         """
-        done = sum(len(self.indices(c)) for c in self.done)
 
-        def work() -> None:
-            nonlocal done
-            for chunk in self.mine():
+        def share(mine: list[int]) -> None:
+            for chunk in mine:
                 indices = self.indices(chunk)
                 result = {name: t.detach().cpu().contiguous() for name, t in compute(indices).items()}
                 result["index"] = torch.arange(indices.start, indices.stop)
@@ -146,12 +122,9 @@ class Work:
                     self.kept[chunk] = result
                 else:
                     write_atomic(self.path(chunk), to_bytes(result))
-                done = min(self.count, done + len(indices) * self.world.size)
-                if progress:
-                    progress(done)
+                self.advance(len(indices))
 
-        self.world.together(work)
-        self.done = set(range(self.num_chunks))
+        self.run(share, progress)
 
     @staticmethod
     def _check(result: Chunk, indices: range) -> None:
