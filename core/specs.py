@@ -10,10 +10,12 @@ Shape letters: B batch, N tokens, C latent channels, K codebooks (branches), V c
 from __future__ import annotations
 
 import dataclasses
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any, Protocol, runtime_checkable
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -353,16 +355,28 @@ class Sample:
     key: str  # names the sample in messages
 
 
-@runtime_checkable
-class DataSource(Protocol):
-    """Random access to labelled pictures."""
+class DataSource(ABC):
+    """Base of all data sources: labelled pictures by index. What a source lacks of the optional is said by the default."""
 
     num_classes: int
     class_names: list[str]
+    labels: np.ndarray | None = None  # (N,) integers, where they are known without reading a picture
+    unlabelled: str | None = (
+        None  # a sentence about pictures without label where others have one; all labels are 0 then
+    )
+    inexact: str | None = None  # of a stream: why its order is not a function of (seed, position)
+    one_process: bool = False  # whether the loader's workers cannot read it
+    start_method: str | None = None  # of those workers, where it matters
 
+    @abstractmethod
     def __len__(self) -> int: ...
 
+    @abstractmethod
     def __getitem__(self, index: int) -> Sample: ...
 
+    @abstractmethod
     def fingerprint(self) -> str:
         """Changes when the list of samples changes. Stored with checkpoints and caches."""
+
+    def start_at(self, seed: int, images_seen: int, rank: int, world: int) -> None:  # noqa: B027 - only streams need it
+        """Where the run is, told before its first batch; streams go on from there."""

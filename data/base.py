@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import os
 import re
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,7 @@ from torch.utils.data import get_worker_info
 
 from core.errors import UserError
 from core.rng import permutation, uniform_scalar
-from core.specs import Sample
+from core.specs import DataSource, Sample
 from data.decode import UnreadablePicture, decode_rgb
 
 MAX_CLASSES = 1_000_000
@@ -61,24 +61,24 @@ class PackedStrings:
 # ---------------------------------------------------------------------------------------------------------------------
 # What users of a source ask of it
 # ---------------------------------------------------------------------------------------------------------------------
-def require_labels(source: object) -> None:
+def require_labels(source: DataSource) -> None:
     """UserError where some pictures of a source have labels and others have not; where none has, there is one class."""
-    if missing := getattr(source, "unlabelled", None):
-        raise UserError(f"{missing} Label all of them or none: only a tokenizer trains without.")
+    if source.unlabelled:
+        raise UserError(f"{source.unlabelled} Label all of them or none: only a tokenizer trains without.")
 
 
-def require_order(source: object, purpose: str) -> None:
+def require_order(source: DataSource, purpose: str) -> None:
     """UserError for a stream, whose picture number i is another one each time and on each process."""
-    if hasattr(source, "inexact"):
+    if isinstance(source, StreamSource):
         raise UserError(
             f"{source.name}: streamed pictures have no fixed order, so {purpose}. Copy them to a disk, and name "
             "the folder or the shards."
         )
 
 
-def remarks(source: object) -> list[str]:
+def remarks(source: DataSource) -> list[str]:
     """What a training of a generator should tell about the classes of its pictures, where they look like a mistake."""
-    names, labels = source.class_names, getattr(source, "labels", None)
+    names, labels = source.class_names, source.labels
     if names == ["unlabelled"]:
         return ["the pictures have no labels: all of them are one class"]
     if labels is None:
@@ -94,7 +94,7 @@ def remarks(source: object) -> list[str]:
 # ---------------------------------------------------------------------------------------------------------------------
 # Sources with random access
 # ---------------------------------------------------------------------------------------------------------------------
-class ListedSource(ABC):
+class ListedSource(DataSource):
     """A data source whose samples are listed up front; subclasses implement `read`.
 
     Args:
@@ -196,7 +196,7 @@ def read_class_names(path: str | Path) -> list[str]:
 Record = tuple[bytes, int, str]  # undecoded picture, label, key
 
 
-class StreamSource(ABC):
+class StreamSource(DataSource):
     """Pictures in whatever order they arrive; `source[index]` is the next one of this process, whatever the index.
 
     The order is NOT a function of (seed, position) alone: it also depends on how many processes read, and pictures pass
@@ -212,8 +212,6 @@ class StreamSource(ABC):
         "data is streamed: the order depends on the number of processes, a resumed run goes on at another place "
         "of the stream and may repeat or skip pictures"
     )
-    one_process = False  # whether it cannot be read by workers
-    start_method: str | None = None  # of workers, where it matters
 
     def __init__(self, name: str, samples: int, class_names: list[str]):
         self.name, self.samples, self.class_names, self.num_classes = name, samples, class_names, len(class_names)
@@ -221,7 +219,6 @@ class StreamSource(ABC):
         self.start_at(0, 0, 0, 1)
 
     def start_at(self, seed: int, images_seen: int, rank: int, world: int) -> None:
-        """Where the run is; called before its first batch."""
         self.seed, self.images_seen, self.rank, self.world = seed, images_seen, rank, world
         self._process = -1
 

@@ -146,7 +146,7 @@ def _prepare_worker(closing, worker: int) -> None:
 
 def _run(reader: _Reader, order: Iterable[list[Entry]], workers: int, pin: bool = False) -> Iterator[Batch]:
     """Batches for the lists of entries in `order`, in that order, read by `workers` processes (0: by this one)."""
-    start_method = getattr(reader.source, "start_method", None) or ("fork" if sys.platform == "linux" else "spawn")
+    start_method = (reader.source and reader.source.start_method) or ("fork" if sys.platform == "linux" else "spawn")
     context = multiprocessing.get_context(start_method)
     closing = context.Event()
     options: dict[str, Any] = {}
@@ -232,7 +232,7 @@ class Loader:
     def batches(self, images_seen: int = 0) -> Iterator[Batch]:
         """This rank's batches from `images_seen` on (any number, normally a multiple of the global batch), forever."""
         workers = self.workers
-        if hasattr(self.source, "start_at"):  # a stream
+        if self.source is not None:
             self.source.start_at(self.seed, images_seen, self.rank, self.world)
             workers = 0 if self.source.one_process else workers
         for batch in _run(self._reader, self.order(images_seen), workers, self.pin):
@@ -258,7 +258,7 @@ def listed_batches(
     """
     reader = _Reader(source, transform, 0, on_corrupt)
     order = ([(int(i), int(i), view) for i in indices for view in views] for indices in batches)
-    return _run(reader, order, 0 if hasattr(source, "start_at") else workers)  # a stream gives each process others
+    return _run(reader, order, 0 if source.inexact else workers)  # a stream gives each process others
 
 
 def ordered_batches(

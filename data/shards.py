@@ -276,12 +276,7 @@ class ShardSource(ListedSource):
         shards: tar files.
         class_names: names by label; None numbers the classes.
         keep_index: False for small shards that are not worth an index file.
-
-    Attributes:
-        unlabelled: which picture lacks its label while others have theirs; None where all or none have one.
     """
-
-    unlabelled: str | None = None
 
     def __init__(self, shards: list[Path], class_names: list[str] | None = None, keep_index: bool = True):
         indices = [shard_index(path, keep_index) for path in shards]

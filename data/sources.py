@@ -251,7 +251,7 @@ def open_embedded(path: str, split: str | None, options: dict[str, str]) -> Data
     return ShardSource([shard], read_class_names(EMBEDDED / f"{path}.classes.txt"), keep_index=False)
 
 
-class SyntheticSource:
+class SyntheticSource(DataSource):
     """Coloured shapes on a plain background, drawn from (seed, index): class c is a shape and a hue of its own.
 
     Args:

@@ -79,7 +79,7 @@ def facts(spec: LatentSpec, class_names: Sequence[str]) -> dict[str, Any]:
     return {"kind": KIND, "spec": spec_to_json(spec), "classes": list(class_names)}
 
 
-class TokenStore(FeatureCache):
+class TokenStore(FeatureCache, DataSource):
     """A finished store; also the data source of a run from `tokens://DIR`, without pictures.
 
     Args: as FeatureCache. Opening reads no tokens, so its size does not matter.

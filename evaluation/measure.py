@@ -459,8 +459,9 @@ def load_reference(
 def source_labels(source: DataSource) -> list[int]:
     """Labels of all pictures, without decoding them where the source lists them."""
     require_labels(source)
-    listed = getattr(source, "labels", None)
-    return [int(x) for x in listed] if listed is not None else [source[i].label for i in range(len(source))]
+    if source.labels is not None:
+        return source.labels.tolist()
+    return [source[i].label for i in range(len(source))]
 
 
 def val_labels(val: DataSource, num_classes: int) -> list[int]:

@@ -222,7 +222,7 @@ def _train(config: RunConfig, world: dist.World) -> int:
         f"{world.device.type}, in {trainer.accumulation} part(s) each; ready after "
         f"{time.perf_counter() - started:.1f} s"
     )
-    run.log(f"data {config.data.url}: {getattr(source, 'inexact', 'order and resume are exact')}")
+    run.log(f"data {config.data.url}: {source.inexact or 'order and resume are exact'}")
     for remark in remarks(source) if config.task == "generator" else ():
         run.log(remark)
     if hint := hint_for_small_sets(config, len(source)):

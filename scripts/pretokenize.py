@@ -181,7 +181,7 @@ def _import(config, options, pictures, folder: Path, tokenizer, fingerprint: str
         order = world.on_main(lambda: pair(reader, pictures, transform, tokenizer, world.device, path, say))
         places = order.places(pictures, reader.samples)
         count, names, source = len(pictures), pictures.class_names, pictures.fingerprint()
-        labels = getattr(pictures, "labels", None) if pictures.num_classes > 1 else None
+        labels = pictures.labels if pictures.num_classes > 1 else None
     plan = tokens.plan(count, views, source, transform, tokenizer.spec, fingerprint, names)
     bar = line(count, "img", "import")
     try:

@@ -11,7 +11,7 @@ from PIL import Image
 
 from core.errors import UserError
 from core.rng import permutation
-from core.specs import Sample
+from core.specs import DataSource, Sample
 from data.decode import UnreadablePicture
 from data.loader import Loader, ordered_batches, part, split
 from data.sources import open_source
@@ -23,7 +23,7 @@ SOURCE = open_source("synthetic://?size=16&classes=3&count=22")
 RANDOM = Transform(8, crop="random", flip=True)
 
 
-class Damaged:
+class Damaged(DataSource):
     """A source in which the pictures with indices `bad` cannot be read."""
 
     num_classes, class_names = 4, ["a", "b", "c", "d"]
