@@ -53,7 +53,7 @@ def fetch(file: Released) -> str:
     if file.unpack and Path(file.unpack).is_dir():
         return f"here     {file.unpack}/"
     if here := file.found():
-        if problem := file.size_problem(here.stat().st_size):
+        if problem := file.problem(here):
             raise UserError(f"{here} {problem}: it is damaged, cut short or another version. Delete it and run again.")
         if here != file.place and not file.systems:  # helpers are found wherever they are, other files by place
             released.put(here, file.place)

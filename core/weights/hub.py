@@ -29,13 +29,12 @@ from torch import Tensor
 
 from core import launch
 from core.errors import UserError, nearest
-from core.files import explain_os_errors, human_bytes, read_json, refuse_text, replacing, require_space, sha256_file
+from core.files import explain_os_errors, read_json, refuse_text, replacing, require_space
 from core.train.checkpoint import MANIFEST, CheckpointStore, find_damage, read_tensors
 from core.weights.pickles import load_pickle
 from core.weights.released import in_hub_cache, put
 
-# reference -> sha256 of the released file; checked on every use.
-KNOWN_SHA256: dict[str, str] = {}
+CACHE = Path("pretrained_models")  # where downloads go and bare names are looked up
 WEIGHTS = (".safetensors", ".pt", ".pth", ".ckpt", ".bin", ".tar")  # how files of weights end
 _PIECE = 1 << 20
 _PATIENCE = 15  # seconds without any answer
@@ -70,63 +69,40 @@ def is_offline() -> bool:
     return any(value.lower() in ("1", "true", "yes", "on") for value in values)
 
 
-def resolve(
-    reference: str, *, sha256: str | None = None, cache: str | os.PathLike = "pretrained_models", to: Path | None = None
-) -> Path:
+def resolve(reference: str, to: Path | None = None) -> Path:
     """The file (or checkpoint folder) that `reference` stands for, downloaded first if need be.
 
     Args:
         reference: one of the forms in this file's docstring.
-        sha256: what the file must hash to, or how that begins. None: what KNOWN_SHA256 says, if anything.
-        cache: where downloads go and bare names are looked up.
-        to: where this download goes instead.
+        to: where a download goes instead of pretrained_models/.
     """
-    sha256 = sha256 or KNOWN_SHA256.get(reference)
-    cache = Path(cache)
     scheme, separator, rest = reference.partition("://")
     if not separator:
-        path = _local(reference, cache)
-    elif scheme == "hf":
-        return _from_hugging_face(reference, rest, sha256, cache, to)
-    elif scheme == "https" or (scheme == "http" and sha256):
-        return _from_web(reference, sha256, cache, to)
-    elif scheme == "http":
-        raise UserError(f"{reference}: http:// can be altered on the way. Use https://, or give the file's sha256.")
-    else:
-        raise UserError(f'"{reference}": unknown kind of address "{scheme}://". Known: hf://, https:// and file paths.')
-    if path.is_dir():
-        return _newest_checkpoint(path)
-    _check(path, sha256)
-    return path
-
-
-def _check(path: Path, sha256: str | None) -> None:
-    if sha256 is None:
-        return
-    with explain_os_errors(path):
-        actual = sha256_file(path)
-    if not actual.startswith(sha256.lower()):
-        raise UserError(
-            f"{path}: not the expected file (sha256 {actual[:16]}..., expected {sha256.lower()[:16]}...; "
-            f"{human_bytes(path.stat().st_size)}). It is damaged, cut short or another version: "
-            "delete it and get it again."
-        )
+        path = _local(reference)
+        return _newest_checkpoint(path) if path.is_dir() else path
+    if scheme == "hf":
+        return _from_hugging_face(reference, rest, to)
+    if scheme == "https":
+        return _from_web(reference, to)
+    if scheme == "http":
+        raise UserError(f"{reference}: http:// can be altered on the way. Use https://.")
+    raise UserError(f'"{reference}": unknown kind of address "{scheme}://". Known: hf://, https:// and file paths.')
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Files that are here
 # ---------------------------------------------------------------------------------------------------------------------
-def _local(reference: str, cache: Path) -> Path:
+def _local(reference: str) -> Path:
     path = Path(reference).expanduser()
     if path.exists():
         return path
-    if path.name == reference and (cache / reference).exists():
-        return cache / reference
+    if path.name == reference and (CACHE / reference).exists():
+        return CACHE / reference
     folder = path.parent
     while not folder.exists():
         folder = folder.parent
     if path.name == reference:
-        raise UserError(f'"{reference}" is neither here nor in {cache}/.{_near(reference, cache, folder)}')
+        raise UserError(f'"{reference}" is neither here nor in {CACHE}/.{_near(reference, CACHE, folder)}')
     hint = _near(path.name, folder) if folder == path.parent else f" The last folder that exists is {folder.resolve()}."
     raise UserError(f"{path}: no such file or folder.{hint}")
 
@@ -145,20 +121,13 @@ def _newest_checkpoint(path: Path) -> Path:
     checkpoint = CheckpointStore(folder).latest(clean=False)  # the run may be alive: only look
     if checkpoint is not None:
         return checkpoint.path
-    found = _weights_of_others(path)
-    if found is None:
-        raise UserError(f"{path} is a folder without checkpoints{_instead(path)}")
-    return found
-
-
-def _weights_of_others(folder: Path) -> Path | None:
-    """The weight file that stands for a folder which another program wrote; None where no rule names one."""
-    found = _first_weights(folder)
-    return _taken(folder, *found) if found else None
+    if weights := _first_weights(path):
+        return _taken(path, *weights)
+    raise UserError(f"{path} is a folder without checkpoints{_instead(path)}")
 
 
 def _first_weights(folder: Path) -> tuple[Path, str] | None:
-    """(file, why this one)"""
+    """(weight file that stands for a folder which another program wrote, why this one); None where no rule names one."""
     for name, why in FOLDERS.items():
         place = folder / name
         if place.is_dir() and (inside := _first_weights(place)):
@@ -212,23 +181,23 @@ def _require_online(reference: str, url: str, target: Path) -> None:
         )
 
 
-def _from_hugging_face(reference: str, rest: str, sha256: str | None, cache: Path, to: Path | None) -> Path:
+def _from_hugging_face(reference: str, rest: str, to: Path | None) -> Path:
     parts = rest.split("/")
     if len(parts) < 3 or any(part in ("", ".", "..") for part in parts):
         raise UserError(f'"{reference}" should read hf://owner/repository/path/of/file.')
     owner, (name, _, revision), filename = parts[0], parts[1].partition("@"), "/".join(parts[2:])
     repository, revision = f"{owner}/{name}", revision or "main"
-    folder = cache / owner / parts[1]
+    folder = CACHE / owner / parts[1]
     target = to or folder / filename
-    if not target.exists():
-        if cached := in_hub_cache(repository, filename, revision):
-            if to:
-                put(cached, to)
-            else:
-                target = cached
-        else:
-            _ask_hugging_face(reference, repository, revision, filename, folder, target)
-    _check(target, sha256)
+    if target.exists():
+        return target
+    cached = in_hub_cache(repository, filename, revision)
+    if cached and to is None:
+        return cached
+    if cached:
+        put(cached, target)
+    else:
+        _ask_hugging_face(reference, repository, revision, filename, folder, target)
     return target
 
 
@@ -310,23 +279,21 @@ def _near_remote(repository: str, revision: str, filename: str, endpoint: str) -
         return ""
 
 
-def _from_web(url: str, sha256: str | None, cache: Path, to: Path | None) -> Path:
+def _from_web(url: str, to: Path | None = None) -> Path:
     parsed = urllib.parse.urlparse(url)
     parts = [parsed.netloc, *urllib.parse.unquote(parsed.path).strip("/").split("/")]
     if len(parts) < 2 or any(part in ("", ".", "..") for part in parts):
         raise UserError(f'"{url}" does not name a file.')
-    target = to or cache.joinpath(*parts)
+    target = to or CACHE.joinpath(*parts)
     if not target.exists():
         _require_online(url, url, target)
-        _download(url, sha256, target)
-    else:
-        _check(target, sha256)
+        _download(url, target)
     return target
 
 
-def _download(url: str, sha256: str | None, target: Path) -> None:
+def _download(url: str, target: Path) -> None:
     """Stream `url` into `target`, which appears only when it is whole."""
-    digest, received = hashlib.sha256(), 0
+    received = 0
     with replacing(target) as part:
         try:
             # An URLError is an OSError too: only what happens to our file is explained as such.
@@ -336,7 +303,6 @@ def _download(url: str, sha256: str | None, target: Path) -> None:
                 while piece := response.read(_PIECE):
                     with explain_os_errors(target):
                         file.write(piece)
-                    digest.update(piece)
                     received += len(piece)
         except OSError as error:
             raise UserError(
@@ -344,11 +310,6 @@ def _download(url: str, sha256: str | None, target: Path) -> None:
             ) from error
         if expected is not None and received != int(expected):
             raise UserError(f"{url}: the connection broke after {received} of {expected} bytes. Try again.")
-        if sha256 is not None and not digest.hexdigest().startswith(sha256.lower()):
-            raise UserError(
-                f"{url}: not the expected file (sha256 {digest.hexdigest()[:16]}..., "
-                f"expected {sha256.lower()[:16]}...). It was changed at its source; nothing was kept."
-            )
 
 
 # ---------------------------------------------------------------------------------------------------------------------

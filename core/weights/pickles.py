@@ -87,11 +87,8 @@ def load_pickle(path: str | Path, kinds: tuple[type, ...] = (dict,)) -> Any:
     refuse_text(path)
     try:
         with explain_os_errors(path), open(path, "rb") as file:
-            whole = (
-                torch.UntypedStorage.from_file(os.fspath(path), False, os.path.getsize(path))
-                if os.path.getsize(path)
-                else torch.UntypedStorage(0)
-            )
+            size = os.path.getsize(path)
+            whole = torch.UntypedStorage.from_file(os.fspath(path), False, size) if size else torch.UntypedStorage(0)
             content = _load(file, whole)
     except UserError as error:
         raise error if str(error).startswith(f"{path}: ") else UserError(f"{path}: {error}") from None
@@ -206,27 +203,22 @@ def _tensor(storage: Any, offset: int, size: tuple, stride: tuple, *rest: Any) -
     return torch.empty(0, dtype=dtype).set_(storage.content, offset, size, stride)
 
 
-def _dtype(told: Any) -> np.dtype | None:
+def _dtype(record: Any) -> np.dtype | None:
     """Of numbers; None for anything else."""
-    if not isinstance(told, Inert) or told.kind != "numpy.dtype" or not re.fullmatch(r"[biufc]\d{1,2}", told.args[0]):
+    if not isinstance(record, Inert) or record.kind != "numpy.dtype":
         return None
-    order = told.state[1] if told.state else "="
-    return np.dtype((order if order in "<>" else "=") + told.args[0])
+    if not re.fullmatch(r"[biufc]\d{1,2}", record.args[0]):
+        return None
+    order = record.state[1] if record.state else "="
+    return np.dtype((order if order in "<>" else "=") + record.args[0])
 
 
 def _array(data: Any, dtype: Any, shape: tuple, order: str = "C") -> np.ndarray | None:
-    found = _dtype(dtype)
+    numbers = _dtype(dtype)
     data = data.encode("latin-1") if isinstance(data, str) else data  # of Python 2
-    if found is None or not isinstance(data, (bytes, bytearray)) or math.prod(shape) * found.itemsize != len(data):
+    if numbers is None or not isinstance(data, (bytes, bytearray)) or math.prod(shape) * numbers.itemsize != len(data):
         return None
-    return np.frombuffer(bytes(data), found).reshape(shape, order=order).astype(found.newbyteorder("="))
-
-
-def _fill(array: np.ndarray, state: Any) -> None:
-    """Give an array of `_reconstruct` its contents, in place; one of objects stays empty."""
-    _, shape, dtype, fortran, data = state
-    if (made := _array(data, dtype, shape, "F" if fortran else "C")) is not None:
-        array.__setstate__((1, made.shape, made.dtype, False, made.tobytes()))
+    return np.frombuffer(bytes(data), numbers).reshape(shape, order=order).astype(numbers.newbyteorder("="))
 
 
 def _bytes(*args: Any) -> bytes | None:
@@ -240,9 +232,8 @@ def _listed(values: Any = ()) -> list | None:
 
 
 def _mapped(values: Any = ()) -> dict:
-    made: dict = {}
-    _set(made, [x for pair in (values.items() if isinstance(values, dict) else values) for x in pair])
-    return made
+    pairs = values.items() if isinstance(values, dict) else values
+    return _set({}, [word for pair in pairs for word in pair])
 
 
 _BUILDERS: dict[str, Callable[..., Any]] = {
@@ -277,10 +268,11 @@ _INDIRECT: dict[str, Callable[..., tuple]] = {  # calls of functions that call w
 }
 
 
-def _modern(name: str) -> str:
+def _name(text: str) -> Name:
+    """What a file names, by today's word for it."""
     for old, new in (("__builtin__.", "builtins."), ("copy_reg.", "copyreg."), ("numpy._core.", "numpy.core.")):
-        name = new + name.removeprefix(old) if name.startswith(old) else name
-    return name
+        text = new + text.removeprefix(old) if text.startswith(old) else text
+    return Name(text)
 
 
 def _memory(data: bytes) -> torch.UntypedStorage:
@@ -291,15 +283,26 @@ def _extend(target: Any, values: list) -> None:
     (target.items if isinstance(target, Inert) else target).extend(values)
 
 
-def _set(target: Any, values: list) -> None:
-    """Keys and values in turn. A key that is no plain one is kept as an object, for hashing may run code or never end."""
-    target = target.entries if isinstance(target, Inert) else target
+def _set(target: Any, values: list) -> Any:
+    """Put keys and values, which come in turn, into `target`. A key that is no plain one is kept as an object, for hashing
+    may run code or never end."""
+    entries = target.entries if isinstance(target, Inert) else target
     for key, value in zip(values[::2], values[1::2], strict=True):
-        simple = all(
-            isinstance(part, (str, bytes, int, float, bool, type(None), Inert))
-            for part in (key if isinstance(key, tuple) else (key,))
-        )
-        target[key if simple else Inert("a key", (key,))] = value
+        parts = key if isinstance(key, tuple) else (key,)
+        simple = all(isinstance(part, (str, bytes, int, float, type(None), Inert)) for part in parts)
+        entries[key if simple else Inert("a key", (key,))] = value
+    return target
+
+
+def _give_state(target: Any, state: Any) -> None:
+    """What an object's __setstate__ would be given; an array takes its contents."""
+    if isinstance(target, Inert):
+        target.state = state
+    elif isinstance(target, np.ndarray):
+        _, shape, dtype, fortran, data = state
+        array = _array(data, dtype, shape, "F" if fortran else "C")
+        if array is not None:  # one of objects stays empty
+            target.__setstate__((1, array.shape, array.dtype, False, array.tobytes()))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -319,11 +322,12 @@ def _plain(value: Any, done: dict[int, Any], depth: int) -> Any:
         return done.get(id(value))
     done[id(value)] = None
     if isinstance(held, dict):
-        made = {key: _plain(item, done, depth - 1) for key, item in held.items()}
+        done[id(value)] = {key: _plain(item, done, depth - 1) for key, item in held.items()}
+    elif isinstance(held, Inert):
+        done[id(value)] = _plain(held, done, depth - 1)
     else:
-        made = _plain(held, done, depth - 1) if isinstance(held, Inert) else [_plain(v, done, depth - 1) for v in held]
-    done[id(value)] = made
-    return made
+        done[id(value)] = [_plain(item, done, depth - 1) for item in held]
+    return done[id(value)]
 
 
 def _held(thing: Inert) -> Any:
@@ -356,41 +360,15 @@ def tensors_in(content: Any) -> Iterator[Tensor]:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# The machine: one method for every opcode that does more than push its argument
+# The machine
 # ---------------------------------------------------------------------------------------------------------------------
 _MARK = object()
-_EMPTY = {
-    "EMPTY_TUPLE": tuple,
-    "EMPTY_LIST": list,
-    "EMPTY_DICT": dict,
-    "EMPTY_SET": list,
-    "NONE": lambda: None,
-    "NEWTRUE": lambda: True,
-    "NEWFALSE": lambda: False,
+_VALUES = {  # opcodes whose argument is the value: numbers, words, bytes
+    opcode.name
+    for opcode in pickletools.opcodes
+    if opcode.arg and not opcode.stack_before and opcode.stack_after and opcode.stack_after != [pickletools.anyobject]
 }
-_PUSHED = {
-    "INT",
-    "BININT",
-    "BININT1",
-    "BININT2",
-    "LONG",
-    "LONG1",
-    "LONG4",
-    "FLOAT",
-    "BINFLOAT",
-    "STRING",
-    "BINSTRING",
-    "SHORT_BINSTRING",
-    "UNICODE",
-    "SHORT_BINUNICODE",
-    "BINUNICODE",
-    "BINUNICODE8",
-    "BINBYTES",
-    "SHORT_BINBYTES",
-    "BINBYTES8",
-    "BYTEARRAY8",
-}
-_TUPLES = {"TUPLE1": 1, "TUPLE2": 2, "TUPLE3": 3}
+_CONSTANTS = {"NONE": None, "NEWTRUE": True, "NEWFALSE": False, "EMPTY_TUPLE": (), "MARK": _MARK}
 
 
 class _Machine:
@@ -398,6 +376,7 @@ class _Machine:
 
     Args:
         storage: (dtype, key, number of elements, view) -> the bytes of a tensor.
+        nesting: how many files this one is in.
     """
 
     def __init__(self, file: BinaryIO, storage: Callable[..., _Storage], nesting: int):
@@ -407,20 +386,67 @@ class _Machine:
 
     def run(self) -> Any:
         for opcode, argument, _ in pickletools.genops(self.file):
-            name = opcode.name
-            if name in _PUSHED:
+            if opcode.name in _VALUES:
                 self.stack.append(argument)
-            elif name in _EMPTY:
-                self.stack.append(_EMPTY[name]())
-            elif name in _TUPLES:
-                self.stack.append(tuple(self._take(_TUPLES[name])))
-            elif name in ("MEMOIZE", "PUT", "BINPUT", "LONG_BINPUT"):
-                self.memo[len(self.memo) if name == "MEMOIZE" else argument] = self.stack[-1]
-            elif name in ("GET", "BINGET", "LONG_BINGET"):
-                self.stack.append(self.memo[argument])
-            elif name not in ("PROTO", "FRAME", "STOP"):
-                getattr(self, f"_{name.lower()}")(argument)
+            elif opcode.name in _CONSTANTS:
+                self.stack.append(_CONSTANTS[opcode.name])
+            else:
+                self._step(opcode.name, argument)
         return self.stack.pop()
+
+    def _step(self, opcode: str, argument: Any) -> None:
+        stack = self.stack
+        match opcode:
+            case "PROTO" | "FRAME" | "STOP":
+                pass
+            case "MEMOIZE" | "PUT" | "BINPUT" | "LONG_BINPUT":
+                self.memo[len(self.memo) if argument is None else argument] = stack[-1]
+            case "GET" | "BINGET" | "LONG_BINGET":
+                stack.append(self.memo[argument])
+            case "POP":
+                del stack[-1]
+            case "POP_MARK":
+                self._take_to_mark()
+            # containers
+            case "EMPTY_LIST" | "EMPTY_SET":
+                stack.append([])
+            case "EMPTY_DICT":
+                stack.append({})
+            case "TUPLE1" | "TUPLE2" | "TUPLE3":
+                stack.append(tuple(self._take(int(opcode[-1]))))
+            case "TUPLE":
+                stack.append(tuple(self._take_to_mark()))
+            case "LIST" | "FROZENSET":
+                stack.append(self._take_to_mark())
+            case "DICT":
+                stack.append(_set({}, self._take_to_mark()))
+            case "APPEND":
+                values = self._take(1)
+                _extend(stack[-1], values)
+            case "APPENDS" | "ADDITEMS":
+                values = self._take_to_mark()
+                _extend(stack[-1], values)
+            case "SETITEM":
+                values = self._take(2)
+                _set(stack[-1], values)
+            case "SETITEMS":
+                values = self._take_to_mark()
+                _set(stack[-1], values)
+            # what would be code
+            case "GLOBAL":
+                stack.append(_name(argument.replace(" ", ".", 1)))
+            case "STACK_GLOBAL":
+                stack.append(_name(".".join(self._take(2))))
+            case "REDUCE" | "NEWOBJ" | "NEWOBJ_EX":
+                kind, args, *_ = self._take(3 if opcode == "NEWOBJ_EX" else 2)
+                stack.append(self._made(kind, args if isinstance(args, tuple) else (args,)))
+            case "BUILD":
+                (state,) = self._take(1)
+                _give_state(stack[-1], state)
+            case "BINPERSID":
+                stack.append(self._stored(*self._take(1)))
+            case _:  # of Python 2's old classes, of registered extensions: in no file of weights
+                raise ValueError(f"{opcode} is not read here")
 
     def _take(self, count: int) -> list:
         """The last `count` values of the stack, which must be there."""
@@ -436,112 +462,25 @@ class _Machine:
         del self.stack[place:]
         return values
 
-    # -- the stack ----------------------------------------------------------------------------------------------------
-    def _mark(self, _: Any) -> None:
-        self.stack.append(_MARK)
-
-    def _pop(self, _: Any) -> None:
-        del self.stack[-1]
-
-    def _pop_mark(self, _: Any) -> None:
-        self._take_to_mark()
-
-    def _dup(self, _: Any) -> None:
-        self.stack.append(self.stack[-1])
-
-    # -- containers ---------------------------------------------------------------------------------------------------
-    def _tuple(self, _: Any) -> None:
-        self.stack.append(tuple(self._take_to_mark()))
-
-    def _list(self, _: Any) -> None:
-        self.stack.append(self._take_to_mark())
-
-    _frozenset = _list
-
-    def _dict(self, _: Any) -> None:
-        values = self._take_to_mark()
-        self.stack.append({})
-        _set(self.stack[-1], values)
-
-    def _append(self, _: Any) -> None:
-        _extend(self.stack[-2], self._take(1))
-
-    def _appends(self, _: Any) -> None:
-        values = self._take_to_mark()
-        _extend(self.stack[-1], values)
-
-    _additems = _appends
-
-    def _setitem(self, _: Any) -> None:
-        values = self._take(2)
-        _set(self.stack[-1], values)
-
-    def _setitems(self, _: Any) -> None:
-        values = self._take_to_mark()
-        _set(self.stack[-1], values)
-
-    # -- what would be code -------------------------------------------------------------------------------------------
-    def _global(self, argument: str) -> None:
-        self.stack.append(Name(_modern(argument.replace(" ", ".", 1))))
-
-    def _stack_global(self, _: Any) -> None:
-        module, name = self._take(2)
-        self.stack.append(Name(_modern(f"{module}.{name}")))
-
-    def _ext1(self, number: int) -> None:
-        self.stack.append(Name(f"copyreg.extension_{number}"))
-
-    _ext2 = _ext4 = _ext1
-
-    def _inst(self, argument: str) -> None:
-        args = tuple(self._take_to_mark())
-        self._make(Name(_modern(argument.replace(" ", ".", 1))), args)
-
-    def _obj(self, _: Any) -> None:
-        kind, *args = self._take_to_mark()
-        self._make(kind, tuple(args))
-
-    def _reduce(self, _: Any) -> None:
-        self._make(*self._take(2))
-
-    _newobj = _reduce
-
-    def _newobj_ex(self, _: Any) -> None:
-        kind, args, _keywords = self._take(3)
-        self._make(kind, args)
-
-    def _make(self, kind: Any, args: Any) -> None:
-        self.stack.append(self._made(kind, args if isinstance(args, tuple) else (args,)))
-
     def _made(self, kind: Any, args: tuple) -> Any:
+        """What a call of `kind` stands for: an object of _BUILDERS, else a record of the call."""
         kind = kind if isinstance(kind, Name) else Name(getattr(kind, "kind", type(kind).__name__))
         if kind in _INDIRECT:
             return self._made(*_INDIRECT[kind](*args))
         if kind == "torch.storage._load_from_bytes":
             return _load(io.BytesIO(args[0]), _memory(args[0]), self.nesting + 1)
         try:
-            made = _BUILDERS[kind](*args) if kind in _BUILDERS else None
+            thing = _BUILDERS[kind](*args) if kind in _BUILDERS else None
         except UserError:
             raise
         except Exception:  # not what such a call looks like
-            made = None
-        return Inert(kind, args) if made is None else made
+            thing = None
+        return Inert(kind, args) if thing is None else thing
 
-    def _build(self, _: Any) -> None:
-        (state,) = self._take(1)
-        if isinstance(self.stack[-1], Inert):
-            self.stack[-1].state = state
-        elif isinstance(self.stack[-1], np.ndarray):
-            _fill(self.stack[-1], state)
-
-    def _binpersid(self, _: Any) -> None:
-        (identity,) = self._take(1)
-        if isinstance(identity, tuple) and len(identity) >= 5 and identity[0] == "storage":
-            kind, key, _, count = identity[1:5]
-            dtype = _DTYPES[str(kind).rpartition(".")[2].removesuffix("Storage")]
-            self.stack.append(self.storage(dtype, key, int(count), identity[5] if len(identity) > 5 else None))
-        else:
-            self.stack.append(Inert("persistent object", (identity,)))
-
-    def _persid(self, argument: str) -> None:
-        self.stack.append(Inert("persistent object", (argument,)))
+    def _stored(self, identity: Any) -> _Storage | Inert:
+        """The storage behind torch.save's ("storage", class, key, device, number of elements, view)."""
+        if not isinstance(identity, tuple) or len(identity) < 5 or identity[0] != "storage":
+            return Inert("persistent object", (identity,))
+        kind, key, _, count = identity[1:5]
+        dtype = _DTYPES[str(kind).rpartition(".")[2].removesuffix("Storage")]
+        return self.storage(dtype, key, int(count), identity[5] if len(identity) > 5 else None)

@@ -66,14 +66,17 @@ class Released:
     def command(self) -> str:
         return f"bash run_download.sh {self.name}"
 
-    def size_problem(self, size: int) -> str | None:
-        """A sentence when a file of `size` bytes cannot be this one."""
-        from core.files import human_bytes
+    def problem(self, path: Path) -> str | None:
+        """What is wrong with a file that should be this one: its size, or its sha256 where that is known."""
+        from core.files import human_bytes, sha256_file
 
+        size = path.stat().st_size
         if self.bytes is not None and size != self.bytes:
             return f"has {size:,} bytes instead of {self.bytes:,}"
         if size < self.at_least:
             return f"has only {human_bytes(size)}; at least {human_bytes(self.at_least)} were expected"
+        if self.sha256 and not (digest := sha256_file(path)).startswith(self.sha256):
+            return f"has sha256 {digest[:16]}... instead of {self.sha256[:16]}..."
         return None
 
     def found(self) -> Path | None:
@@ -82,9 +85,8 @@ class Released:
             return self.place
         names = [self.name, *self.also]
         if self.repo:
-            names.append(
-                f"{self.repo.split('/')[-1]}/{self.path or self.name}"
-            )  # hf download --local-dir, as it is often used
+            # hf download --local-dir, as it is often used
+            names.append(f"{self.repo.split('/')[-1]}/{self.path or self.name}")
         for name in names:
             if file := find_local_file(name):
                 return file
@@ -113,8 +115,8 @@ class Released:
         """Download it to its place; UserError when it cannot be had or is not what was expected."""
         from core.weights import hub
 
-        path = hub.resolve(self.reference, sha256=self.sha256, to=self.place)
-        if problem := self.size_problem(path.stat().st_size):
+        path = hub.resolve(self.reference, to=self.place)
+        if problem := self.problem(path):
             path.unlink()
             raise UserError(f"{self.reference} {problem}: it was cut short or is another version, and was not kept.")
         return path

@@ -24,7 +24,6 @@ import torch
 from safetensors.torch import save_file
 
 from core.errors import UserError
-from core.files import sha256_file
 from core.train.checkpoint import CheckpointStore
 from core.weights import hub
 from core.weights.pickles import Inert, plain, tensors_in
@@ -54,17 +53,6 @@ def test_paths_and_bare_names(tmp_path):
         hub.resolve("pretrained_models/a/b/c.pt")
     with pytest.raises(UserError, match="unknown kind of address"):
         hub.resolve("s3://bucket/file")
-
-
-def test_sha256_is_checked(tmp_path, monkeypatch):
-    (tmp_path / "x.pt").write_bytes(b"data")
-    good = sha256_file(tmp_path / "x.pt")
-    assert hub.resolve("x.pt", sha256=good.upper()).name == "x.pt"
-    with pytest.raises(UserError, match="x.pt: not the expected file"):
-        hub.resolve("x.pt", sha256="0" * 64)
-    monkeypatch.setitem(hub.KNOWN_SHA256, "x.pt", "1" * 64)
-    with pytest.raises(UserError, match="expected 1111"):
-        hub.resolve("x.pt")
 
 
 def test_run_and_checkpoint_folders(tmp_path):
@@ -203,32 +191,24 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
 
 def test_web_downloads_are_whole_or_absent(tmp_path):
-    import hashlib
-
-    good = hashlib.sha256(Handler.body).hexdigest()
     server = http.server.HTTPServer(("127.0.0.1", 0), Handler)
     thread = threading.Thread(target=server.serve_forever)
     thread.start()
     try:
         address = f"http://127.0.0.1:{server.server_port}"
-        path = hub.resolve(f"{address}/a/x.bin?download=1", sha256=good)
+        path = hub._from_web(f"{address}/a/x.bin?download=1")
         assert path.read_bytes() == Handler.body and path.name == "x.bin"
-        failures = (
-            ("half.bin", good, "broke after 1000 of 2304000"),
-            ("y.bin", "0" * 64, "nothing was kept"),
-            ("missing.bin", good, "404"),
-        )
-        for name, sha, message in failures:
+        for name, message in (("half.bin", "broke after 1000 of 2304000"), ("missing.bin", "404")):
             with pytest.raises(UserError, match=message):
-                hub.resolve(f"{address}/a/{name}", sha256=sha)
+                hub._from_web(f"{address}/a/{name}")
         assert [p.name for p in path.parent.iterdir()] == ["x.bin"]
     finally:
         server.shutdown()
         thread.join()
         server.server_close()
-    assert hub.resolve(f"{address}/a/x.bin?download=1", sha256=good) == path  # kept: no network needed
+    assert hub._from_web(f"{address}/a/x.bin?download=1") == path  # kept: no network needed
     with pytest.raises(UserError, match="could not be downloaded"):
-        hub.resolve(f"{address}/a/z.bin", sha256=good)
+        hub._from_web(f"{address}/a/z.bin")
 
 
 # -- loading ----------------------------------------------------------------------------------------------------------

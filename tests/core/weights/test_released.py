@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import hashlib
 import json
 from pathlib import Path
 
@@ -69,6 +71,23 @@ def site(tmp_path, monkeypatch) -> Path:
             (tmp_path / file.place).touch()
     monkeypatch.chdir(tmp_path)
     return tmp_path
+
+
+def test_a_download_is_kept_if_its_bytes_are_the_known_ones(tmp_path, monkeypatch):
+    def download(reference: str, to: Path) -> Path:
+        to.parent.mkdir(exist_ok=True)
+        to.write_bytes(b"data")
+        return to
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("core.weights.hub.resolve", download)
+    digest = hashlib.sha256(b"data").hexdigest()
+    file = released.Released("auxiliary", "a.pth", "a file", url="https://host/a.pth", sha256=digest[:8], bytes=4)
+    assert file.fetch().read_bytes() == b"data"
+    for wrong in ({"sha256": "0" * 64}, {"bytes": 5}, {"at_least": 100, "bytes": None}):
+        with pytest.raises(UserError, match="https://host/a.pth has .*: it was cut short .* and was not kept"):
+            dataclasses.replace(file, **wrong).fetch()
+        assert not file.place.exists()
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
