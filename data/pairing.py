@@ -2,7 +2,7 @@
 
 Files of tokens name classes, not pictures: an entry is told by its place alone, and the place follows from how the
 programs that wrote the file walked through the pictures. `orders` lists the known walks; whoever has the tokenizer tries
-them on a few pictures (scripts/pretokenize.py) and takes the one that the tokenizer agrees with.
+them on a few pictures and takes the one that the tokenizer agrees with (`best_order`).
 
 A walk is a list of the pictures (as our source has them, by name, by class and name, or shuffled by torch's
 DistributedSampler) that ranks share: each takes every W-th picture, or a contiguous part. The file then holds the ranks'
@@ -12,16 +12,23 @@ the last round with the first pictures, so that there are more entries than pict
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import torch
 
+from core.errors import UserError
 from core.specs import DataSource
 
 MAX_RANKS = 1024
 SEEDS = (0, 42)  # of shuffling samplers: torch's own, and the one of reAR's recipes
+VIEWS = {  # of a picture: the settings that ask for them
+    1: "data.crop=center data.flip=false",
+    2: "data.crop=center data.flip=true",
+    10: "data.crop=ten",
+}
 WALKS = {
     "listed": "the order of the source",
     "name": "sorted by name",
@@ -108,8 +115,47 @@ def orders(source: DataSource, entries: int, chosen: list[int]) -> Iterator[tupl
                     yield Order(walk, merge, ranks), merged(positions, entries, merge, ranks).tolist()
 
 
+def best_order(
+    source: DataSource, entries: int, chosen: list[int], share: Callable[[int, int], float]
+) -> tuple[float, Order | None, int]:
+    """The known order in which a tokenizer agrees best with a file, if more than half; stops at a perfect one.
+
+    Args:
+        chosen: pictures to look at.
+        share: (number in `chosen`, entry) -> share of the entry's codes that the tokenizer makes of that picture.
+
+    Returns: (mean share, 0 without an order; the order; how many were tried).
+    """
+    best, order, tried = 0.0, None, 0
+    for candidate, places in orders(source, entries, chosen):
+        tried, total = tried + 1, 0.0
+        for row, place in enumerate(places):
+            total += share(row, place)
+            if (total + len(places) - row - 1) / len(places) <= max(best, 0.5):
+                break  # cannot become the best any more
+        else:
+            best, order = total / len(places), candidate
+        if best == 1.0:
+            break
+    return best, order, tried
+
+
 def filled_up(entries: int, count: int) -> bool:
     """Whether a file of `entries` can be about `count` pictures."""
     return entries == count or any(
         -(-count // ranks) * ranks == entries for ranks in range(2, min(MAX_RANKS, count) + 1)
     )
+
+
+def check_count(path: Path, entries: int, views: int, pictures: int) -> None:
+    """UserError unless the entries of a token file, of so many views, can be about as many pictures."""
+    if filled_up(entries, pictures):
+        return
+    lines = entries * views
+    fitting = [v for v in VIEWS if lines % v == 0 and filled_up(lines // v, pictures)]
+    advice = (
+        f"with {fitting[-1]} views of a picture it would fit: {VIEWS[fitting[-1]]}"
+        if fitting
+        else "name its pictures (data.pictures), or take it without: data.url=tokens://DIR"
+    )
+    raise UserError(f"{path} has {entries:,} entries of {views} views, {pictures:,} pictures are given; {advice}.")

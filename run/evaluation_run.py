@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import os
-from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -23,7 +22,7 @@ from core.errors import UserError
 from core.files import read_json, write_atomic
 from core.rng import hash64
 from core.specs import DataSource
-from core.train.log import ProgressLine
+from core.train.log import progress_line
 from data.sources import SCHEMES, has_pictures, open_source
 from evaluation import measure, protocols, record, runner
 from evaluation.intervals import check_extras
@@ -122,16 +121,6 @@ def print_stored(folder: Path) -> int:
         print(f"{name:<32} {entry['value']}")
     print(f"measured before, in {folder}; --again measures anew")
     return 0
-
-
-@contextlib.contextmanager
-def progress_line(world: World, total: int, label: str) -> Iterator[Any]:
-    line = ProgressLine(total, label=label) if world.is_main else None
-    try:
-        yield line.update if line else None
-    finally:
-        if line:
-            line.close()
 
 
 def enough(count: int, name: str, options: argparse.Namespace) -> int:

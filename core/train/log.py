@@ -5,6 +5,8 @@ from __future__ import annotations
 import math
 import sys
 import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -197,6 +199,17 @@ class ProgressLine:
     def close(self) -> None:
         if self.bar:
             self.bar.stop()
+
+
+@contextmanager
+def progress_line(world: World, total: int, label: str, unit: str = "img") -> Iterator[Callable[[int], None] | None]:
+    """A ProgressLine's `update` on the main rank; None on the others, and where there is nothing to do."""
+    line = ProgressLine(total, unit, label) if world.is_main and total else None
+    try:
+        yield line.update if line else None
+    finally:
+        if line:
+            line.close()
 
 
 def clock(seconds: float) -> str:

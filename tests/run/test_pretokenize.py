@@ -6,7 +6,6 @@ import json
 import os
 import signal
 import time
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -25,9 +24,10 @@ from data.sources import open_source
 from data.token_files import JsonLines, NumberedFiles, copy_to, export_jsonl, export_numbered, open_import
 from data.tokens import TokenStore
 from data.transforms import Transform
+from run import pretokenize
 from run.data import open_pictures
 from run.train import train
-from scripts import pretokenize
+from scripts.pretokenize import main
 from tests.conftest import TOY_GENERATOR
 from tests.data.test_tokens import SOURCE, TEN, config, make, toy  # noqa: F401  (fixtures)
 from tests.scripts.test_launch import run, start
@@ -37,25 +37,10 @@ SPEC = ToyCodes().spec
 LINES = Codes(16, 1, 16, 1)
 
 
-def options(**changes):
-    return SimpleNamespace(
-        **{
-            "out": None,
-            "foreign": None,
-            "classes": 4,
-            "to": None,
-            "batch": 40,
-            "precision": "fp32",
-            "verify": True,
-            **changes,
-        }
-    )
-
-
 def call(settings, **changes) -> TokenStore:
-    given = options(**changes)
-    assert pretokenize.pretokenize(settings, given, open_pictures(settings)) == 0
-    return TokenStore(pretokenize.store_folder(settings, given.out))
+    request = pretokenize.Request(**{"classes": 4, "batch": 40, "verify": True, **changes})
+    assert pretokenize.pretokenize(settings, request, open_pictures(settings)) == 0
+    return TokenStore(request.folder(settings))
 
 
 def files(folder) -> dict[str, bytes]:
@@ -83,7 +68,7 @@ def test_the_store_a_config_trains_from_is_the_one_it_makes(tmp_path, config):
     assert call(settings).path == tmp_path / "mine"
     assert train(settings) == 0
     with pytest.raises(UserError, match="tokenizer.weights is not set"):
-        pretokenize.main([str(tmp_path / "toy.yaml")])
+        main([str(tmp_path / "toy.yaml")])
 
 
 @pytest.mark.parametrize("crop", ["random", "resize_random"])
@@ -418,7 +403,7 @@ def test_a_recipe_whose_pictures_are_not_on_this_disk(tmp_path, config, capsys):
     save_file(ToyCodes().state_dict(), weights)
     settings = config(f"data.url=tokens://{tmp_path}/mine")
     settings.tokenizer.pop("weights")  # the stand-in's are made, not read
-    assert pretokenize.main([str(path), "--import", str(tmp_path / "t.jsonl"), "--check"]) == 0
+    assert main([str(path), "--import", str(tmp_path / "t.jsonl"), "--check"]) == 0
     assert "folder:///gone/train is not here: the tokens are taken without" in capsys.readouterr().out
     call(settings, foreign=str(tmp_path / "t.jsonl"))
     assert "24 pictures x 10 views, without a comparison" in capsys.readouterr().out
@@ -426,7 +411,7 @@ def test_a_recipe_whose_pictures_are_not_on_this_disk(tmp_path, config, capsys):
     with pytest.raises(UserError, match="no such folder"):
         train(config(f"data.url=tokens://{tmp_path}/mine", "train.eval_every=1step"))
     with pytest.raises(UserError, match="no such folder"):
-        pretokenize.main(
+        main(
             [
                 str(path),
                 "data.pictures=folder:///gone",
