@@ -89,7 +89,8 @@ def check(config: RunConfig, request: Request) -> DataSource | None:
         print(f"data.url={config.data.url} is not here: the tokens are taken without their pictures")
     else:
         pictures = open_pictures(config)
-    require_labels(pictures)
+    if pictures is not None:
+        require_labels(pictures)
     if not request.foreign and pictures is None and not request.folder(config).exists():
         raise UserError(f"data.url={config.data.url} is where the tokens go; set data.pictures to the pictures.")
     return pictures
