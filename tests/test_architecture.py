@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import hashlib
+import re
 from functools import lru_cache
 from pathlib import Path
 
@@ -16,7 +17,7 @@ ALLOWED = {"core": {"core"}, **{name: {"core", name} for name in PACKAGES[1:]}}
 ALLOWED["evaluation"] |= {"data"}
 ALLOWED["run"] = {*PACKAGES, "run"}
 OPTIONAL = {"wandb", "tensorboard", "datasets", "webdataset", "transformers", "huggingface_hub", "accelerate"}
-LONGEST_FILE = 600
+LONGEST_FILE = 700
 SHORTEST_COPY = 6  # lines: shorter bodies may well be equal by chance
 
 FILES = sorted(p for name in (*PACKAGES, "run", "scripts", "tests") for p in (ROOT / name).rglob("*.py"))
@@ -138,3 +139,58 @@ def test_no_paths_of_one_machine():
         text = path.read_text(encoding="utf-8")
         for place in (f"/{name}/" for name in ("home", "root", "work", "opt")):
             assert place not in text, f"{name_of(path)} contains {place}"
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# docs/architecture.md
+# ---------------------------------------------------------------------------------------------------------------------
+ROOMS = {"nn": "core/nn/", "train": "core/train/", "weights": "core/weights/"}
+ROOMS |= {name: f"{name}/" for name in ("core", *ALLOWED, "scripts") if name not in ROOMS}
+
+
+def room_of(module: str) -> str | None:
+    place = module.replace(".", "/") + "/"
+    return next((room for room, folder in ROOMS.items() if place.startswith(folder)), None)
+
+
+def imported_modules(module: ast.Module) -> set[str]:
+    """Dotted names of our modules that are imported anywhere in a file."""
+    names = set()
+    for node in ast.walk(module):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            for alias in node.names:
+                inner = ROOT.joinpath(*node.module.split("."), alias.name)
+                is_module = inner.is_dir() or inner.with_suffix(".py").exists()
+                names.add(f"{node.module}.{alias.name}" if is_module else node.module)
+    return names
+
+
+def reachable(arrows: set[tuple[str, str]], start: str) -> set[str]:
+    seen, waiting = set(), [start]
+    while waiting:
+        for source, target in arrows:
+            if source == waiting[0] and target not in seen:
+                seen.add(target)
+                waiting.append(target)
+        waiting.pop(0)
+    return seen
+
+
+def test_the_picture_of_the_house_is_true():
+    """Its solid arrows are the imports between rooms, those left out that follow from others; and none runs in a circle."""
+    real = set()
+    for path in FILES:
+        here = room_of(".".join(path.relative_to(ROOT).with_suffix("").parts))
+        if here is not None:
+            real |= {
+                (here, room_of(name)) for name in imported_modules(tree(path)) if room_of(name) not in (None, here)
+            }
+    assert not [room for room in ROOMS if room in reachable(real, room)], "rooms import each other in a circle"
+    needed = {
+        (a, b) for a, b in real if not any(b in reachable(real, middle) for source, middle in real if source == a)
+    }
+    text = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
+    drawn = set(re.findall(r"^ +(\w+) --> (\w+)$", text, re.MULTILINE))
+    assert drawn == needed, f"drawn but not needed: {drawn - needed}; not drawn: {needed - drawn}"

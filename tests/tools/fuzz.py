@@ -1,0 +1,266 @@
+"""Random edits of the toy configs: each is checked, and whatever the check accepts is trained, previewed and evaluated.
+
+    python -m tests.tools.fuzz [--edits 200] [--seed 0] [--first 0] [--out FOLDER]
+
+An edit sets, removes or misspells one or two keys: those of the file, all others that a config knows, and the constructor
+arguments of what it names. It may end in two ways: refused by --check in one sentence, or run for two steps. A traceback, a
+run that dies after the check was content, and a program that does not end are findings: they are printed with the edit, and
+the exit code is 1. Edit number N of a seed is always the same one: --first N --edits 1 repeats it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import dataclasses
+import inspect
+import os
+import random
+import resource
+import signal
+import sys
+import tempfile
+import time
+import typing
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+ROOT = Path(__file__).resolve().parents[2]
+TOKENIZERS = {"toy_rectok_tokenizer": "rectok_tokenizer", "toy_fqgan_tokenizer": "fqgan_tokenizer"}
+TOKENIZERS |= {"toy_dar_tokenizer": "dar_tokenizer", "toy_imagefolder_tokenizer": "imagefolder_tokenizer"}
+TOKENIZERS |= {"toy_vqgan_plus_tokenizer": "vqgan_plus_tokenizer"}
+VALUES: list[Any] = [None, True, False, -1, 0, 1, 2, 3, 7, 1000, 10**9, -0.5, 0.5, 1.0, 1e-30, 1e30]
+VALUES += [
+    float("nan"),
+    float("inf"),
+    "",
+    "x",
+    "auto",
+    "none",
+    "1step",
+    "3ep",
+    "0ep",
+    "007",
+    "1:30",
+    "maybe",
+    "${seed}",
+    "é",
+]
+VALUES += [[], [0], [1, 2], [2, 1], [0.5, 0.5], [1, "a"], [[]], {}, {"name": "x"}, {"a": 1}]
+SHORT = {  # what makes a run short; an edit of the same key wins
+    "train.duration": "2step",
+    "train.preview_every": "2step",
+    "train.checkpoint_every": "2step",
+    "train.eval_every": "2step",
+    "eval.network": "lite0",
+    "eval.num_images": 4,
+    "eval.batch": 4,
+    "data.val_url": "synthetic://?size=32&classes=4&count=8",
+}
+CHECK_SECONDS, RUN_SECONDS = 10, 90  # of processor time; a process that sleeps for ten times as long hangs as well
+
+
+def known_keys(config: dict[str, Any]) -> list[str]:
+    """Dotted keys of a config's schema and of the constructors that it names."""
+    from core.config import RunConfig
+    from run.load import REGISTRIES
+
+    def of_class(cls: type, prefix: str) -> list[str]:
+        keys: list[str] = []
+        for field, kind in typing.get_type_hints(cls).items():
+            inner = next((k for k in (kind, *typing.get_args(kind)) if dataclasses.is_dataclass(k)), None)
+            keys += of_class(inner, f"{prefix}{field}.") if inner else [f"{prefix}{field}"]
+        return keys
+
+    keys = [key for key in of_class(RunConfig, "") if not key.endswith("GUIDANCE")]
+    for section in ("tokenizer", "generator", "objective", "discriminator"):
+        part = config.get(section) or {}
+        name = part.get("name") or (section == "objective" and next(iter(REGISTRIES[section].entries)))
+        if name in REGISTRIES[section].entries:
+            arguments = inspect.signature(REGISTRIES[section].get(name)).parameters
+            keys += [f"{section}.{argument}" for argument in arguments]
+    return sorted(set(keys) | set(paths(config)))
+
+
+def paths(table: dict[str, Any], prefix: str = "") -> list[str]:
+    keys: list[str] = []
+    for key, value in table.items():
+        keys.append(f"{prefix}{key}")
+        if isinstance(value, dict):
+            keys += paths(value, f"{prefix}{key}.")
+    return keys
+
+
+def put(table: dict[str, Any], path: str, value: Any) -> None:
+    *outer, last = path.split(".")
+    for key in outer:
+        if not isinstance(table.get(key), dict):
+            table[key] = {}
+        table = table[key]
+    table[last] = value
+
+
+def remove(table: dict[str, Any], path: str) -> None:
+    *outer, last = path.split(".")
+    for key in outer:
+        table = table.get(key) if isinstance(table, dict) else None
+    if isinstance(table, dict):
+        table.pop(last, None)
+
+
+def value_at(table: Any, path: str) -> Any:
+    for key in path.split("."):
+        table = table.get(key) if isinstance(table, dict) else None
+    return table
+
+
+def near(value: Any) -> list[Any]:
+    """What somebody may well try in its place."""
+    if isinstance(value, bool) or value is None:
+        return [True, False, 1, "true"]
+    if isinstance(value, int | float):
+        return [value + 1, value - 1, value * 2, value / 2, -value, 0, 1, str(value), [value]]
+    if isinstance(value, list):
+        return [value[:-1], value + value, value[::-1], [*value, "x"], value[0] if value else 0, [0 for _ in value]]
+    if isinstance(value, str):
+        return [value + "x", value[:-1], value.upper(), value.replace("step", "ep"), [value], 0]
+    return [{}, [], "x", None]
+
+
+def edit(config: dict[str, Any], chance: random.Random, keys: list[str]) -> tuple[dict[str, Any], list[str]]:
+    """A changed copy, and what was changed in words."""
+    changed, words = copy.deepcopy(config), []
+    for _ in range(chance.choice((1, 1, 2))):
+        path = chance.choice(keys)
+        kind = chance.random()
+        if kind < 0.08:
+            remove(changed, path)
+            words.append(f"without {path}")
+        elif kind < 0.14:
+            at = chance.randrange(len(path))
+            put(changed, path[:at] + path[at + 1 :] or "a", 1)
+            words.append(f"{path} misspelt")
+        else:
+            value = chance.choice(VALUES if kind < 0.6 else near(value_at(config, path)))
+            put(changed, path, value)
+            words.append(f"{path}={value!r}")
+    return changed, words
+
+
+def in_child(arguments: list[str], folder: Path, seconds: int) -> tuple[int | str, str]:
+    """(exit code, or "hangs", or a signal; what it printed) of scripts/train.py in a process of its own."""
+    output = folder / "output.txt"
+    child = os.fork()
+    if child == 0:
+        code = 1
+        try:
+            sink = os.open(output, os.O_CREAT | os.O_TRUNC | os.O_WRONLY)
+            os.dup2(sink, 1), os.dup2(sink, 2)
+            resource.setrlimit(resource.RLIMIT_CPU, (seconds, seconds + 5))
+            resource.setrlimit(resource.RLIMIT_DATA, (12 << 30, 12 << 30))
+            os.setsid()
+            os.chdir(folder)
+            from core import cli
+            from scripts import train
+
+            sys.argv = ["train", *arguments]
+            cli.run(train.main)
+        except SystemExit as stopped:
+            code = stopped.code if isinstance(stopped.code, int) else 0
+        except BaseException:
+            import traceback
+
+            traceback.print_exc()
+        finally:
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(code)
+    until = time.monotonic() + 10 * seconds
+    while time.monotonic() < until:
+        ended, status = os.waitpid(child, os.WNOHANG)
+        if ended:
+            said = output.read_text(errors="replace") if output.exists() else ""
+            if os.WIFSIGNALED(status):
+                number = os.WTERMSIG(status)
+                return "hangs" if number in (signal.SIGXCPU, signal.SIGKILL) else signal.Signals(number).name, said
+            return os.waitstatus_to_exitcode(status), said
+        time.sleep(0.02)
+    os.killpg(child, signal.SIGKILL)
+    os.waitpid(child, 0)
+    return "hangs", output.read_text(errors="replace")
+
+
+def verdict(path: Path, changed: dict[str, Any], folder: Path) -> tuple[str, str]:
+    """("refused" | "ran" | a finding, what was printed)."""
+    code, said = in_child([str(path), "--check"], folder, CHECK_SECONDS)
+    if "Traceback" in said:
+        return "traceback in --check", said
+    if code == 2:
+        return ("refused", said) if "error: " in said else ("refused without a sentence", said)
+    if code != 0:
+        return f"--check ended with {code}", said
+    here = set(paths(changed))
+    short = [f"{key}={value}" for key, value in SHORT.items() if key not in here or key == "train.duration"]
+    code, said = in_child([str(path), *short], folder, RUN_SECONDS)
+    if "Traceback" in said:
+        return "traceback after --check was content", said
+    return ("ran", said) if code == 0 else (f"ended with {code} after --check was content", said)
+
+
+def run(edits: int, seed: int, first: int, out: Path) -> Counter[str]:
+    """Counts by verdict; findings are printed as they come."""
+    import torch
+
+    import run.data
+    import run.estimate
+    import run.train  # noqa: F401  (imported once, inherited by the forks)
+
+    torch.set_num_threads(1)
+    os.environ.update(CUDA_VISIBLE_DEVICES="", TESSERA_OFFLINE="1", OMP_NUM_THREADS="1")
+    for name, config in TOKENIZERS.items():
+        if not (out / "work_dirs" / name).exists():
+            toy = [
+                str(ROOT / "configs" / "toy" / f"{config}.yaml"),
+                "train.duration=1step",
+                "train.preview_every=never",
+            ]
+            code, said = in_child(toy, out, RUN_SECONDS)
+            assert code == 0, said
+    configs = sorted((ROOT / "configs" / "toy").glob("*.yaml"))
+    keys = {path: known_keys(yaml.safe_load(path.read_text())) for path in configs}
+    counts: Counter[str] = Counter()
+    for number in range(first, first + edits):
+        chance = random.Random(f"{seed} {number}")
+        path = chance.choice(configs)
+        changed, words = edit(yaml.safe_load(path.read_text()), chance, keys[path])
+        place = out / f"edit_{number}.yaml"
+        if changed.get("name") == yaml.safe_load(path.read_text())["name"]:
+            changed["name"] = f"edit_{number}"
+        place.write_text(yaml.safe_dump(changed, sort_keys=False, allow_unicode=True))
+        result, said = verdict(place, changed, out)
+        counts[result] += 1
+        if result not in ("refused", "ran"):
+            print(f"--- {number}: {path.stem} with {', '.join(words)}: {result}\n{said[-1500:]}", flush=True)
+    return counts
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--edits", type=int, default=200)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--first", type=int, default=0)
+    parser.add_argument("--out", type=Path, help="keep the files here")
+    options = parser.parse_args()
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = options.out or Path(scratch)
+        folder.mkdir(parents=True, exist_ok=True)
+        counts = run(options.edits, options.seed, options.first, folder.resolve())
+    print(", ".join(f"{count} {result}" for result, count in counts.most_common()))
+    return int(bool(set(counts) - {"refused", "ran"}))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
