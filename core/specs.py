@@ -238,38 +238,79 @@ class Guidance:
 # ---------------------------------------------------------------------------------------------------------------------
 # Who implements what
 # ---------------------------------------------------------------------------------------------------------------------
-@runtime_checkable
-class Tokenizer(Protocol):
-    """nn.Module that maps images (B, 3, H, W) in [-1, 1] to latents and back."""
+class Tokenizer(nn.Module):
+    """Base of all tokenizers: maps images (B, 3, H, W) in [-1, 1] to latents and back."""
 
     spec: LatentSpec
     image_size: int
-    term_names: tuple[str, ...]  # what Recon.terms will hold
+    term_names: tuple[str, ...] = ()  # what Recon.terms will hold
+    reads_features: bool = False  # whether `forward` also takes the teachers' features and the progress of the run
+    latent_stats_known: bool = True  # False while `set_latent_stats` has to be called before latents are unit variance
 
     def forward(self, images: Tensor, draws: Draws) -> Recon:
-        """Training pass: reconstruct with every random draw taken from `draws` (core.rng.Draws)."""
+        """Training pass: reconstruct with every random draw taken from `draws`."""
+        raise NotImplementedError
 
     def encode(self, images: Tensor, draws: Draws | None = None) -> Tensor:
         """Latents as `spec` says. Without draws the most likely ones, with draws a posterior sample."""
+        raise NotImplementedError
 
     def decode(self, latents: Tensor, draws: Draws | None = None) -> Tensor:
         """Images in [-1, 1], not clamped."""
+        raise NotImplementedError
 
     def precompute(self, images: Tensor) -> Tensor:
         """What is worth storing of `encode`, (B, ...): moments for a Gaussian posterior, codes for a quantiser."""
+        raise NotImplementedError
 
     def from_stored(self, stored: Tensor, draws: Draws | None = None) -> Tensor:
         """`encode` from what `precompute` returned: from_stored(precompute(x), d) == encode(x, d)."""
+        raise NotImplementedError
 
-    # Only where spec is Continuous: set_latent_stats(mean, std), and moments(stored) (B, N, 2C) to measure them on.
-    # Only where spec is Codes or MultiScale:
-    #   embed(codes (B, L, K)) -> (B, L, K, dim) fp32, the codebook rows behind the codes.
-    # Only where spec is MultiScale: ScaleOps.
-    # Only where the first part of the latents is a picture already:
-    #   previews(latents, draws=None) -> list of (B, 3, H, W): what each further part adds; the last is `decode`'s.
-    # Only where it can decode while latents arrive: groups, the number of parts, and
-    #   stream(batch, draws=None) with feed(new codes) -> iterator of the pictures that they make possible, and needed,
-    #   how many codes the next one waits for.
+    def set_latent_stats(self, mean: Tensor, std: Tensor) -> None:
+        """Only where spec is Continuous: statistics that make latents unit variance, per channel (C,) or scalars; they
+        are kept in the buffers latent_mean and latent_std."""
+        raise NotImplementedError
+
+    def moments(self, stored: Tensor) -> Tensor:
+        """Only where spec is Continuous: (B, N, 2C), means and log variances on which those are measured."""
+        raise NotImplementedError
+
+    def embed(self, codes: Tensor) -> Tensor:
+        """Only where spec is Codes or MultiScale: (B, L, K) -> (B, L, K, dim) fp32, the codebook rows behind them."""
+        raise NotImplementedError
+
+    def probe_features(self, images: Tensor) -> dict[str, Tensor]:
+        """name -> (B, N, D) features for linear probing; {} for the latents or the embedded codes."""
+        return {}
+
+
+@runtime_checkable
+class Previews(Protocol):
+    """A tokenizer whose first latents are a picture already."""
+
+    def previews(self, latents: Tensor, draws: Draws | None = None) -> list[Tensor]:
+        """(B, 3, H, W) each: what every further part of the latents adds; the last is what `decode` gives."""
+        ...
+
+
+class Decoding(Protocol):
+    """One batch of a tokenizer that `Streams`, on its way."""
+
+    needed: int  # how many codes the next picture waits for, counted from the first
+
+    def feed(self, codes: Tensor) -> Iterator[Tensor]:
+        """The pictures (B, 3, H, W) that the next codes (B, n, K) make possible."""
+        ...
+
+
+@runtime_checkable
+class Streams(Protocol):
+    """A tokenizer that decodes while codes arrive."""
+
+    groups: int  # parts of the codes, and so pictures
+
+    def stream(self, batch: int, draws: Draws | None = None) -> Decoding: ...
 
 
 def codebook_rows(tokenizer: Tokenizer, device: torch.device) -> Tensor:
@@ -297,27 +338,51 @@ class ScaleOps(Protocol):
         """
 
 
-@runtime_checkable
-class Generator(Protocol):
-    """nn.Module that models the latents of any tokenizer it `fits`; `models` is the kind of spec these have.
+class Generator(nn.Module):
+    """Base of all generators: models the latents of any tokenizer it `fits`; `models` is the kind of spec these have.
 
     Constructor arguments named like an entry of `spec.sizes()`, and `num_classes`, are filled in from the tokenizer and
     the data. The keyword arguments that `sample` takes beyond the three below are the keys of the config's `sample`
-    section that this generator understands (steps, temperature, top_k ...).
-    A generator that also needs the tokenizer's frozen parts (codebook rows for reAR's regulariser, VAR's inputs) has a
-    method `bind(tokenizer)`; it may keep what it gets, but not as a submodule: weights stay the tokenizer's.
+    section that this generator understands (steps, temperature, top_k ...) and what it can do while it samples:
+    `on_codes` is called with all codes so far, `prefix` are codes to go on from.
     """
 
     models: type
 
     def fits(self, spec: LatentSpec) -> list[str]:
         """Sentences for the user that say what does not match; empty when the pair works."""
+        raise NotImplementedError
+
+    def bind(self, tokenizer: Tokenizer) -> None:
+        """Take what training or sampling needs of the tokenizer's frozen parts (codebook rows for reAR's regulariser,
+        VAR's inputs), but not as a submodule: weights stay the tokenizer's."""
 
     def forward(self, latents: Tensor, labels: Tensor, draws: Draws, progress: Progress | None = None) -> Loss:
         """Training loss of a batch."""
+        raise NotImplementedError
 
     def sample(self, labels: Tensor, draws: Draws, guidance: Guidance = Guidance(), **options) -> Tensor:
         """Latents for `labels` (B,), every random draw taken from `draws`."""
+        raise NotImplementedError
+
+
+class Discriminator(nn.Module):
+    """Base of all discriminators."""
+
+    fake_first: bool = False  # whether one that remembers earlier batches was published seeing false pictures first
+
+    def forward(self, images: Tensor, draws: Draws | None = None) -> Tensor:
+        """(B, 3, H, W) in [-1, 1], or [0, 1] where the objective says so -> logits of any shape, positive for real."""
+        raise NotImplementedError
+
+
+@runtime_checkable
+class SparesWeightDecay(Protocol):
+    """A network that says itself which parameters do not decay; of others those with fewer than two dimensions."""
+
+    def no_weight_decay(self) -> set[str]:
+        """Names of parameters."""
+        ...
 
 
 @runtime_checkable

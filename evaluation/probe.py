@@ -33,8 +33,8 @@ from evaluation.work import Work
 
 def probe_features(tokenizer: nn.Module, images: Tensor) -> dict[str, Tensor]:
     """name -> (B, N, D) features of pictures in [-1, 1]: those the tokenizer names, else latents or embedded codes."""
-    if hasattr(tokenizer, "probe_features"):
-        return tokenizer.probe_features(images)
+    if features := tokenizer.probe_features(images):
+        return features
     latents = tokenizer.encode(images)
     if (usage := measure.code_usage(tokenizer)) is None:
         return {"latents": latents.flatten(2).transpose(1, 2)}

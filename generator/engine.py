@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from core.nn.cuda_graph import Kept, addresses
 from core.nn.kvcache import LayerCache, activation_dtype
 from core.nn.norms import RMSNorm
+from core.specs import Generator
 
 CAST = (nn.Linear, RMSNorm)  # modules that take and give the precision of the products
 
@@ -89,7 +90,7 @@ class Weights:
             self._versions = now
 
 
-class Sampled(nn.Module):
+class Sampled(Generator):
     """A generator that keeps what sampling needs from call to call, until it is trained or its weights are replaced."""
 
     def __init__(self):

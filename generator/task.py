@@ -10,15 +10,14 @@ from torch import Tensor, nn
 
 from core.images import to_model_range
 from core.rng import Draws
-from core.specs import Batch, Guidance, Phase, Progress
+from core.specs import Batch, Continuous, Generator, Guidance, Phase, Progress, Tokenizer
 
 
 class GeneratorTask:
     """Trains a generator on the latents of a frozen tokenizer.
 
     Args:
-        generator: core.specs.Generator.
-        tokenizer: core.specs.Tokenizer with its latent statistics set.
+        tokenizer: with its latent statistics set.
         num_classes: of the data set.
         guidance: used for previews.
         sample_options: passed to generator.sample (number of steps ...).
@@ -28,8 +27,8 @@ class GeneratorTask:
 
     def __init__(
         self,
-        generator: nn.Module,
-        tokenizer: nn.Module,
+        generator: Generator,
+        tokenizer: Tokenizer,
         num_classes: int,
         guidance: Guidance = Guidance(),
         sample_options: dict[str, Any] | None = None,
@@ -46,7 +45,7 @@ class GeneratorTask:
 
     def constants(self) -> dict[str, Tensor]:
         """What a sampler needs beside the weights: the normalisation of the latents."""
-        if not hasattr(self.tokenizer, "set_latent_stats"):
+        if not isinstance(self.tokenizer.spec, Continuous):
             return {}
         return {"mean": self.tokenizer.latent_mean, "std": self.tokenizer.latent_std}
 

@@ -212,7 +212,7 @@ def load_generator(
             )
         if weights.constants:
             tokenizer.set_latent_stats(weights.constants["mean"], weights.constants["std"])
-        elif getattr(tokenizer, "latent_stats_known", True) is False:
+        elif not tokenizer.latent_stats_known:
             raise UserError(
                 f"{weights.path} comes without the statistics of the latents it models. Measure them once: "
                 "python -m scripts.latent_stats TOKENIZER [URL], or give tokenizer.latent_stats=FILE."
@@ -247,8 +247,7 @@ def pair(generator: nn.Module, tokenizer: nn.Module) -> None:
             f"{type(generator).__name__} does not fit the latents of {type(tokenizer).__name__} "
             f"({tokenizer.spec}): {' '.join(problems)}"
         )
-    if hasattr(generator, "bind"):
-        generator.bind(tokenizer)
+    generator.bind(tokenizer)
 
 
 def make_guidance(settings: SampleConfig, guide: nn.Module | None = None) -> Guidance:

@@ -26,7 +26,7 @@ from core.config import EvalConfig, RunConfig, to_yaml
 from core.errors import UserError, nearest
 from core.files import read_json, write_atomic, write_json
 from core.rng import Draws, hash64
-from core.specs import DataSource
+from core.specs import DataSource, Previews
 from core.train.log import ProgressLine
 from core.train.run import read_metrics
 from evaluation import measure, runner, toy
@@ -243,7 +243,7 @@ def report(
     rebuilt = measure.reconstruction(toys.tokenizer, toys.val, toys.size, EvalConfig(), toys.device, toys.net)
     shown = {"reconstructions": measure.reconstruction_grid(toys.tokenizer, toys.pictures(toys.val), toys.device)}
     variants = {settings["label"]: toys.sample(**settings) for settings in toys.settings["variants"]}
-    if hasattr(toys.tokenizer, "previews"):
+    if isinstance(toys.tokenizer, Previews):
         shown["stages"] = toys.stages(variants[toys.settings["headline"]].task)
     for name, variant in variants.items():
         chosen = torch.cat(toys.by_class(variant.samples.labels))

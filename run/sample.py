@@ -225,9 +225,8 @@ def open_generator(target: str, overrides: list[str], world: World, log: Log = p
         "tokenizer": config.tokenizer["weights"],
         "tokenizer_fingerprint": tokenizer_print,
     }
-    if not read_weights("generator", reference, config.generator).constants and not getattr(
-        tokenizer, "latent_stats_known", True
-    ):
+    carried = read_weights("generator", reference, config.generator).constants
+    if not carried and not tokenizer.latent_stats_known:
         # parity: no released generator carries the statistics of its latents
         source = _pictures_for_statistics(config, reference)
         latent_statistics(config, tokenizer, tokenizer_print, source, world, log)

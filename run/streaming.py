@@ -1,8 +1,7 @@
 """Pictures while their codes are still being made: what `sample.py --preview` and `reconstruct.py --stages` share.
 
-A tokenizer that can decode a growing sequence has `stream(batch, draws)`, whose `feed(new codes)` yields a picture for
-every stage that has become possible; a generator that makes codes one after another takes `on_codes`. One trajectory
-serves all previews: nothing is computed twice (D-AR, arXiv 2505.23660).
+A tokenizer that Streams (core/specs.py) decodes a growing sequence; a generator that makes codes one after another takes
+`on_codes`. One trajectory serves all previews: nothing is computed twice (D-AR, arXiv 2505.23660).
 """
 
 from __future__ import annotations
@@ -20,7 +19,8 @@ from torch import Tensor, nn
 from core.errors import UserError
 from core.files import replacing
 from core.images import grid, save_png, to_uint8
-from core.specs import Guidance
+from core.rng import Draws
+from core.specs import Guidance, Previews, Streams
 
 
 @dataclass
@@ -39,7 +39,7 @@ class Streamed:
 
 def check_previews(tokenizer: nn.Module) -> None:
     """UserError unless a part of this tokenizer's codes is a picture already."""
-    if not hasattr(tokenizer, "previews"):
+    if not isinstance(tokenizer, Previews):
         raise UserError(
             f"{type(tokenizer).__name__} decodes all of its latents at once, so there are no stages to show. "
             "D-AR's and ImageFolder's tokenizers have them."
@@ -48,7 +48,7 @@ def check_previews(tokenizer: nn.Module) -> None:
 
 def check(generator: nn.Module | None, tokenizer: nn.Module) -> None:
     """UserError unless this pair can show pictures before it is done."""
-    if not hasattr(tokenizer, "stream"):
+    if not isinstance(tokenizer, Streams):
         raise UserError(
             f"{type(tokenizer).__name__} needs all codes for its first picture, so there is nothing to preview."
             " D-AR's tokenizer decodes as codes arrive."
@@ -64,7 +64,7 @@ def stream(
     generator: nn.Module,
     tokenizer: nn.Module,
     labels: Tensor,
-    draws: Any,
+    draws: Draws,
     guidance: Guidance,
     options: dict[str, Any],
     show: Callable[[int, Tensor], None] | None = None,

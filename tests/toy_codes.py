@@ -6,10 +6,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from core.specs import Codes, Guidance, Loss, Recon
+from core.specs import Codes, Generator, Guidance, Loss, Recon, Tokenizer
 
 
-class ToyCodes(nn.Module):
+class ToyCodes(Tokenizer):
     """Each patch becomes one code per colour: its mean value in `vocab` levels of a learned grey ladder."""
 
     term_names = ()
@@ -44,7 +44,7 @@ class ToyCodes(nn.Module):
         return self.levels[codes][..., None].float()
 
 
-class ToyCounts(nn.Module):
+class ToyCounts(Generator):
     """Logits per class, place and branch, with noise, so that draws matter."""
 
     models = Codes

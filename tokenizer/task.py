@@ -10,15 +10,14 @@ from torch import Tensor, nn
 
 from core.images import to_model_range
 from core.rng import Draws
-from core.specs import Batch, Phase, Progress
+from core.specs import Batch, Discriminator, Phase, Progress, Tokenizer
+from tokenizer.losses.objective import Objective
 
 
 class TokenizerTask:
     """Trains a tokenizer, and its discriminator if there is one.
 
     Args:
-        tokenizer: core.specs.Tokenizer.
-        objective: tokenizer.losses.objective.Objective.
         discriminator: trained in a second phase on the same reconstructions; None for no GAN.
         teachers: frozen feature networks by name, for the semantic terms.
         preview_images: (M, 3, H, W) uint8, the pictures shown in every sample grid.
@@ -28,9 +27,9 @@ class TokenizerTask:
 
     def __init__(
         self,
-        tokenizer: nn.Module,
-        objective: nn.Module,
-        discriminator: nn.Module | None = None,
+        tokenizer: Tokenizer,
+        objective: Objective,
+        discriminator: Discriminator | None = None,
         teachers: dict[str, nn.Module] | None = None,
         preview_images: Tensor | None = None,
     ):
@@ -56,7 +55,7 @@ class TokenizerTask:
             name: batch.features[name].float() if name in batch.features else teacher(images, draws)
             for name, teacher in self.teachers.items()
         }
-        if getattr(self.tokenizer, "reads_features", False):  # its teacher's features meet layers of its own
+        if self.tokenizer.reads_features:  # its teacher's features meet layers of its own
             recon = nets["tokenizer"](images, draws, features, progress)
         else:
             recon = nets["tokenizer"](images, draws)
@@ -71,8 +70,8 @@ class TokenizerTask:
             self.discriminator.requires_grad_(True)
             if self.objective.settings.skip_idle and not self.objective.gan_active(progress):
                 return
-            fake = recon.images.detach()
-            loss = self.objective.discriminator_loss(images, fake, nets["discriminator"], progress, random)
+            fake, judge, order = recon.images.detach(), nets["discriminator"], self.discriminator.fake_first
+            loss = self.objective.discriminator_loss(images, fake, judge, progress, random, order)
             yield Phase("discriminator", loss)
 
     @torch.no_grad()

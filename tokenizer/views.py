@@ -18,13 +18,13 @@ from torch import Tensor, nn
 
 from core.errors import UserError
 from core.rng import Draws
-from core.specs import Codes, Continuous, LatentSpec, MultiScale, codebook_rows
+from core.specs import Codes, Continuous, LatentSpec, MultiScale, Tokenizer, codebook_rows
 from tokenizer.vq.quantizer import nearest_codes
 
 VIEWS = ("vectors", "sequence")
 
 
-class View(nn.Module):
+class View(Tokenizer):
     """What all views share: the wrapped tokenizer does the work."""
 
     def __init__(self, tokenizer: nn.Module):

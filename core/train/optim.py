@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from core.config import OptimizerConfig, ScheduleConfig
+from core.specs import SparesWeightDecay
 
 
 @dataclass(frozen=True)
@@ -97,11 +98,10 @@ def weight_decay_at(config: OptimizerConfig, fraction: float) -> float:
 def make_adamw(network: nn.Module, config: OptimizerConfig) -> torch.optim.AdamW:
     """AdamW over the trainable parameters of `network`, in two groups: decayed and not.
 
-    A network says which parameters are not decayed through `no_weight_decay() -> set of names`; without that method
-    tensors of fewer than two dimensions are spared. Each group carries its parameter names, for checkpoints.
+    See core.specs.SparesWeightDecay for which is which. Each group carries its parameter names, for checkpoints.
     """
     trainable = {name: p for name, p in network.named_parameters() if p.requires_grad}
-    if hasattr(network, "no_weight_decay"):
+    if isinstance(network, SparesWeightDecay):
         spared = network.no_weight_decay()
     else:
         spared = {name for name, p in trainable.items() if p.ndim < 2}

@@ -25,7 +25,7 @@ from core.nn.mlp import SwiGLU
 from core.nn.norms import RMSNorm, modulate
 from core.nn.rope import Rope, axial_rope
 from core.rng import Draws
-from core.specs import Continuous, Guidance, LatentSpec, Loss, Progress
+from core.specs import Continuous, Generator, Guidance, LatentSpec, Loss, Progress
 from generator.dit import transport
 from generator.dit.ode import euler
 from generator.guidance import guide, in_interval
@@ -88,7 +88,7 @@ class FinalLayer(nn.Module):
         return self.linear(modulate(self.norm_final(x), shift, scale))
 
 
-class DiTDH(nn.Module):
+class DiTDH(Generator):
     """core.specs.Generator of continuous latents by flow matching.
 
     Args:

@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 
 from core.errors import UserError
-from core.specs import Codes, Continuous
+from core.specs import Codes, Continuous, Tokenizer
 from evaluation import probe
 from evaluation.probe import ProbeSettings, train_probe
 from scripts import linear_probe
@@ -36,7 +36,7 @@ def test_finds_classes_and_nothing_in_noise():
 
 
 def test_features_of_any_tokenizer():
-    class Grid(torch.nn.Module):
+    class Grid(Tokenizer):
         spec = Continuous((2, 2), 3)
 
         def encode(self, images, draws=None):

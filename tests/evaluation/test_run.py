@@ -16,7 +16,7 @@ from PIL import Image
 from core import dist
 from core.dist import World
 from core.errors import UserError
-from core.specs import Codes
+from core.specs import Codes, Tokenizer
 from data.sources import SyntheticSource
 from evaluation import measure, protocols, runner, scores
 from evaluation.distances import Moments
@@ -54,7 +54,7 @@ class SmallInception(FeatureNet):
         return {"pool": x[:, :12], "spatial": x[:, 12:19], "logits": x[:, 19:]}
 
 
-class OneCode(torch.nn.Module):
+class OneCode(Tokenizer):
     """A tokenizer with codes: every 8 x 8 block becomes one of 16 greys, twice."""
 
     spec, image_size, term_names = Codes(16, 2, 16, 1, (4, 4), ("mean", "peak")), 32, ()

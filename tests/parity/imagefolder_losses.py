@@ -173,7 +173,7 @@ def vqloss(case: Case) -> dict[str, Tensor]:
     found = objective.generator_loss(images, painted, {}, discriminator, progress, recorded)
     found.total.backward()
     discriminator.zero_grad()
-    judged = objective.discriminator_loss(images, recon, discriminator, progress, recorded)
+    judged = objective.discriminator_loss(images, recon, discriminator, progress, recorded, discriminator.fake_first)
     judged.total.backward()
     logs, weighed = found.logs, (reported or found).logs["gan_weight"] / (config["disc_weight"] or 1.0)
     with torch.no_grad():

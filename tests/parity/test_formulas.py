@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 from core.config import Duration, OptimizerConfig, ScheduleConfig
 from core.rng import RecordedDraws
-from core.specs import Progress, Recon
+from core.specs import Discriminator, Progress, Recon
 from core.train.optim import Schedule
 from tokenizer.adapters import ADAPTERS
 from tokenizer.losses import diffaug
@@ -77,9 +77,9 @@ def test_semantic_loss_at_masked_tokens_is_that_of_gathered_ones(kind, distance,
 
 
 # -- FQGAN ------------------------------------------------------------------------------------------------------------
-class Judge(torch.nn.Module):
-    def forward(self, pictures, draws=None):
-        return pictures.mean((1, 2, 3))
+class Judge(Discriminator):
+    def forward(self, images, draws=None):
+        return images.mean((1, 2, 3))
 
 
 @pytest.mark.parametrize("kind", ["mse", "l1"])

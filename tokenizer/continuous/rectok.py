@@ -25,7 +25,7 @@ from core.nn.norms import RMSNorm
 from core.nn.rope import Rope, rectok_rope
 from core.rng import Draws
 from core.sizes import pick
-from core.specs import Continuous, Recon
+from core.specs import Continuous, Recon, Tokenizer
 
 
 @dataclass(frozen=True)
@@ -209,7 +209,7 @@ class Posterior:
 # ---------------------------------------------------------------------------------------------------------------------
 # The tokenizer
 # ---------------------------------------------------------------------------------------------------------------------
-class RecTok(nn.Module):
+class RecTok(Tokenizer):
     """core.specs.Tokenizer with continuous latents. The defaults are the published stage-1 recipe.
 
     Args:

@@ -20,6 +20,7 @@ from core.nn.frozen import Frozen
 from core.nn.lpips import helper_weights
 from core.nn.vit import VisionTransformer, ViTSize
 from core.rng import Draws
+from core.specs import Discriminator
 from core.weights.pickles import load_pickle
 from core.weights.released import needs
 
@@ -134,7 +135,7 @@ def _layer(width: int, kernel: int) -> nn.Sequential:
 
 
 @needs(_WEIGHTS)
-class DinoDiscriminator(nn.Module):
+class DinoDiscriminator(Discriminator):
     """(B, 3, H, W) pictures in [-1, 1] -> (B, M N) logits.
 
     Args:

@@ -17,6 +17,7 @@ from core.dist import gather_over_ranks
 from core.errors import UserError
 from core.nn.conv import group_norm
 from core.rng import Draws
+from core.specs import Discriminator
 
 
 def _global_moments(x: Tensor) -> tuple[Tensor, Tensor]:
@@ -75,7 +76,7 @@ class BatchNorm(nn.BatchNorm2d):
         self.running_var.lerp_(variance, self.momentum)
 
 
-class PatchGAN(nn.Module):
+class PatchGAN(Discriminator):
     """(B, 3, H, W) pictures -> (B, 1, H', W') logits.
 
     Args:
@@ -128,7 +129,7 @@ class Blur(nn.Module):
         return F.conv2d(x, weight.view(1, 1, 1, 3).expand(channels, 1, 1, 3), stride=(1, stride), groups=channels)
 
 
-class BlurDiscriminator(nn.Module):
+class BlurDiscriminator(Discriminator):
     """(B, 3, H, W) pictures -> (B, 1, H / 2^stages, W / 2^stages) logits.
 
     The one of VQGAN+ in the terms that MaskBit's paper gives: blurred resampling, group norm, `stages` of doubling
@@ -175,7 +176,7 @@ class _StyleBlock(nn.Module):
         return (self.downsample(self.net(x)) + self.conv_res(x)) * 2**-0.5
 
 
-class StyleGANDiscriminator(nn.Module):
+class StyleGANDiscriminator(Discriminator):
     """(B, 3, S, S) pictures -> (B, 1) logits.
 
     Args:

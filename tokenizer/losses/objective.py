@@ -270,16 +270,16 @@ class Objective(nn.Module):
         discriminator: nn.Module,
         progress: Progress,
         draws: Draws | None = None,
+        fake_first: bool = False,
     ) -> Loss:
         """Loss of the discriminator on (B, 3, H, W) pictures in [-1, 1]; no gradient reaches `recon_images`.
 
-        Before the start epoch the loss is exactly 0 with zero gradients.
+        Before the start epoch the loss is exactly 0 with zero gradients. `fake_first`: see core.specs.Discriminator.
         """
         with no_autocast(images):
-            # parity: two forwards, since a joint batch has other BatchNorm statistics; networks that remember earlier
-            # batches say in which order they were published.
+            # parity: two forwards, since a joint batch has other BatchNorm statistics.
             seen = {"real": self._seen(images), "fake": self._seen(recon_images.detach())}
-            order = ("fake", "real") if getattr(_bare(discriminator), "fake_first", False) else ("real", "fake")
+            order = ("fake", "real") if fake_first else ("real", "fake")
             logits = {use: self._judge(discriminator, seen[use], use, draws, progress) for use in order}
             real, fake = logits["real"], logits["fake"]
             cost = JUDGEMENT_LOSSES[self.settings.discriminator_loss]

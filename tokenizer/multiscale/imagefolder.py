@@ -23,7 +23,7 @@ from core.nn.lora import TunedLayerNorm, adapt
 from core.nn.precision import no_autocast
 from core.nn.vit import VisionTransformer, ViTSize, dinov2_files, dinov2_weights
 from core.rng import Draws
-from core.specs import Codes, MultiScale, Progress, Recon
+from core.specs import Codes, MultiScale, Progress, Recon, Tokenizer
 from core.weights.released import needs
 from tokenizer.losses.contrastive import info_nce
 from tokenizer.multiscale.quantizer import MultiScaleQuantizer, Quantized
@@ -75,7 +75,7 @@ class Semantic:
 
 
 @needs(dinov2_files("encoder", "decoder"))
-class ImageFolder(nn.Module):
+class ImageFolder(Tokenizer):
     """core.specs.Tokenizer with multi-scale codes. The defaults are the published imagenet-4096.
 
     Args:

@@ -24,7 +24,7 @@ from core.nn.kvcache import KVCache
 from core.nn.mlp import MLP
 from core.nn.rope import AxialRope, Rope
 from core.rng import Draws
-from core.specs import Codes, Recon
+from core.specs import Codes, Recon, Tokenizer
 from tokenizer.vq.diffusion_decoder import DiffusionCore, Trajectory, plain_norm, shifted_time
 from tokenizer.vq.quantizer import VectorQuantizer
 
@@ -61,7 +61,7 @@ class Block(nn.Module):
         return x + self.gate2 * self.mlp(self.norm2(x))
 
 
-class DAR(nn.Module):
+class DAR(Tokenizer):
     """core.specs.Tokenizer: N ordered codes, decoded by S denoising steps.
 
     Args:

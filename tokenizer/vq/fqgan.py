@@ -21,7 +21,7 @@ from core.errors import UserError, nearest
 from core.nn.conv import AttnBlock, Downsample, Level, ResBlock, Upsample, group_norm
 from core.nn.transformer import Transformer
 from core.rng import Draws
-from core.specs import Codes, Recon
+from core.specs import Codes, Recon, Tokenizer
 from tokenizer.vq.quantizer import Quantized, VectorQuantizer, unit
 
 SIZES = {"vq16": (1, 1, 2, 2, 4), "vq8": (1, 2, 2, 4)}  # widths of the levels; each but the last halves the picture
@@ -176,7 +176,7 @@ def _semantic(value: dict[str, Any] | None, names: tuple[str, ...]) -> dict[str,
     }
 
 
-class FQGAN(nn.Module):
+class FQGAN(Tokenizer):
     """core.specs.Tokenizer with K codes per position. The defaults are the published dual tokenizer with stride 16.
 
     Args:

@@ -16,7 +16,7 @@ from core.errors import UserError, nearest
 from core.images import to_unit_range
 from core.nn.conv import Downsample, Level, ResBlock, Upsample, group_norm
 from core.rng import Draws
-from core.specs import Codes, Recon
+from core.specs import Codes, Recon, Tokenizer
 from tokenizer.vq.quantizer import LookupFreeQuantizer, Quantizer, VectorQuantizer
 
 _BLOCK = {"bias": False, "shortcut": "branch"}  # parity: the published weights were trained with this shortcut
@@ -76,7 +76,7 @@ class ConvDecoder(nn.Module):
         return self.conv_out(F.silu(self.norm_out(x)))
 
 
-class CodesOfOneBranch(nn.Module):
+class CodesOfOneBranch(Tokenizer):
     """What tokenizers with one code per token share: everything between their `vectors` and their `paint`.
 
     Subclasses have `quantizer`, `last_layer`, vectors(images) -> (B, L, D) before quantisation, and
