@@ -17,6 +17,7 @@ from core.specs import Codes
 from core.train.run import read_metrics
 from core.train.trainer import Trainer
 from run import estimate
+from run import translate as original_words
 from run.load import load_config
 from run.train import hint_for_small_sets
 from scripts import evaluate_generator
@@ -483,7 +484,7 @@ cloud_save_path: output/exp-xx
 half_sem: true
 v_patch_nums: [1, 2, 4]
 """)
-    config = load_config(*translate.translate(str(theirs), ["codebook_drop=0.2"]))
+    config = load_config(*original_words.translate(str(theirs), ["codebook_drop=0.2"]))
     tokenizer = config.tokenizer
     assert (config.work_dir, config.name, config.train.init_from) == ("output", "exp-xx", "ckpt_best.pt")
     assert (tokenizer["vocab"], tokenizer["branches"], tokenizer["codebook_drop"], tokenizer["scales"]) == (
@@ -500,11 +501,11 @@ v_patch_nums: [1, 2, 4]
     with pytest.raises(
         UserError, match="disc_type: samdisc: it is not supported; known are dinodisc, patchgan, stylegan"
     ):
-        translate.translate(str(theirs), [])
+        original_words.translate(str(theirs), [])
 
 
 def test_flags_of_the_original_are_answered():
-    answer = translate.explain(["--bs=768", "--alng=1e-4", "--codebook_size", "4096", "--sem_half", "True"])
+    answer = original_words.explain(["--bs=768", "--alng=1e-4", "--codebook_size", "4096", "--sem_half", "True"])
     for words in ("train.global_batch=768", "generator.gamma_init=1e-4", "tokenizer.vocab=4096", "had no effect"):
         assert words in answer
 
