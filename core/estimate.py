@@ -44,13 +44,12 @@ class Step:
     peak: int = 0  # most bytes alive at once, weights, gradients and optimiser state not counted
 
 
-class _Meter(TorchDispatchMode):
-    """Counts FLOPs and living bytes of the operations inside it. Storages in `known` are not counted."""
+class FlopCounter(TorchDispatchMode):
+    """Counts the FLOPs of the operations inside it; subclasses look at those in `see` too."""
 
-    def __init__(self, known: set[int]):
+    def __init__(self):
         super().__init__()
-        self.flops, self.now, self.peak = 0.0, 0, 0
-        self._alive = dict.fromkeys(known)
+        self.flops = 0.0
 
     def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
         kwargs = kwargs or {}
@@ -60,12 +59,27 @@ class _Meter(TorchDispatchMode):
             self.flops += _ATTENTION[packet](*args, **kwargs)
         elif packet in flop_registry:
             self.flops += flop_registry[packet](*args, **kwargs, out_val=result)
-        for tensor in tree_leaves(result):
-            if isinstance(tensor, Tensor):
-                self._see(tensor.untyped_storage())
+        self.see(operation, (args, kwargs), result)
         return result
 
-    def _see(self, storage: torch.UntypedStorage) -> None:
+    def see(self, operation: Any, arguments: Any, result: Any) -> None:
+        """Called after each operation."""
+
+
+class _Meter(FlopCounter):
+    """Counts living bytes as well. Storages in `known` are not counted."""
+
+    def __init__(self, known: set[int]):
+        super().__init__()
+        self.now, self.peak = 0, 0
+        self._alive = dict.fromkeys(known)
+
+    def see(self, operation: Any, arguments: Any, result: Any) -> None:
+        for tensor in tree_leaves(result):
+            if isinstance(tensor, Tensor):
+                self._note(tensor.untyped_storage())
+
+    def _note(self, storage: torch.UntypedStorage) -> None:
         key = storage._cdata
         if key in self._alive:
             return
@@ -104,13 +118,13 @@ class Rehearsal:
 
     def step(self, phases: Callable[[dict[str, Any]], Any]) -> Step:
         """Run `phases(networks)`, an iterator of core.specs.Phase as core.specs.Task.phases gives it, to its end."""
-        found = Step()
+        step = Step()
 
         def watched(name: str) -> Callable[..., Any]:
             def call(*args: Any, **kwargs: Any) -> Any:
                 before = meter.flops
                 result = self.trained[name](*args, **kwargs)
-                found.forward.setdefault(name, meter.flops - before)
+                step.forward.setdefault(name, meter.flops - before)
                 return result
 
             return call
@@ -124,8 +138,8 @@ class Rehearsal:
                     break
                 phase.loss.total.backward()
                 del phase
-        found.flops, found.peak = meter.flops, meter.peak
-        return found
+        step.flops, step.peak = meter.flops, meter.peak
+        return step
 
 
 def number(value: float) -> str:

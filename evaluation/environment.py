@@ -13,7 +13,7 @@ import torch
 _PACKAGES = ("torch", "torchvision", "timm", "numpy", "scipy", "pillow", "safetensors")
 
 
-def _cpu_name() -> str:
+def cpu_name() -> str:
     info = Path("/proc/cpuinfo")
     if info.exists():
         for line in info.read_text().splitlines():
@@ -44,7 +44,7 @@ def environment() -> dict[str, str]:
     result = {"commit": _commit(), "python": platform.python_version()}
     result |= {package: _version(package) for package in _PACKAGES}
     result["platform"] = f"{platform.system()} {platform.release()} {platform.machine()}"
-    result["cpu"] = f"{_cpu_name()}, {os.cpu_count()} cores"
+    result["cpu"] = f"{cpu_name()}, {os.cpu_count()} cores"
     result["torch threads"] = str(torch.get_num_threads())
     if torch.cuda.is_available():
         names = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]

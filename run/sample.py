@@ -24,6 +24,7 @@ from core import config as config_module
 from core.config import RunConfig, SampleConfig
 from core.dist import World
 from core.errors import UserError
+from core.nn.precision import bf16_products
 from core.rng import Draws
 from core.specs import DataSource
 from core.train.checkpoint import Checkpoint
@@ -75,14 +76,14 @@ class Finished:
     @torch.no_grad()
     def sample(self, labels: Tensor, draws: Draws) -> Tensor:
         """Pictures (B, 3, H, W) in [-1, 1] of the classes `labels`, in the precision of the config."""
-        with torch.autocast(labels.device.type, torch.bfloat16, enabled=self.bf16):
+        with bf16_products(labels.device, self.bf16):
             return self.task.sample(self.generator, labels, draws)
 
     def stream(
         self, labels: Tensor, draws: Draws, show: Callable[[int, Tensor], None] | None = None
     ) -> streaming.Streamed:
         """The same pictures, with what can be seen of them while their codes are being made."""
-        with torch.autocast(labels.device.type, torch.bfloat16, enabled=self.bf16):
+        with bf16_products(labels.device, self.bf16):
             return streaming.stream(
                 self.generator, self.tokenizer, labels, draws, self.task.guidance, self.task.sample_options, show
             )

@@ -1,4 +1,4 @@
-"""Where arithmetic must not follow the caller's autocast: distances, softmax over logits, losses."""
+"""Precision of products: bfloat16 for networks where a config says so, never for distances, softmax over logits, losses."""
 
 from __future__ import annotations
 
@@ -6,6 +6,13 @@ import contextlib
 
 import torch
 from torch import Tensor
+
+
+def bf16_products(device: torch.device, enabled: bool):
+    """Context in which matrix products on `device` happen in bfloat16, if `enabled`."""
+    if device.type == "meta":
+        return contextlib.nullcontext()
+    return torch.autocast(device.type, torch.bfloat16, enabled=enabled)
 
 
 def no_autocast(like: Tensor):

@@ -68,7 +68,7 @@ def compare(options: argparse.Namespace) -> list[list[str]]:
 
     from evaluation.distances import Moments, frechet_distance, frechet_from_moments
     from evaluation.networks import Inception, InceptionV3
-    from scripts.benchmark import device_name
+    from run.benchmark import device_name
 
     try:
         import torch_fidelity
