@@ -11,6 +11,7 @@ import torch
 from core.errors import UserError
 from core.weights import files as weight_files
 from core.weights.adapter import NEVER_WEIGHTS, matching
+from run.convert import unrecorded
 from run.load import ADAPTERS, REGISTRIES, read_weights
 from scripts import convert
 
@@ -416,7 +417,7 @@ def test_exports_list_once_what_they_do_not_say(name, change, lost):
     kind, cls, settings = MODELS[name]
     settings, adapter = {**settings, **change}, adapter_of(name)
     official_state = adapter.restore(REGISTRIES[kind].build({"name": cls, **settings}))
-    said = convert.unrecorded(adapter, settings, official_state, REGISTRIES[kind].signature(cls))
+    said = unrecorded(adapter, settings, official_state, REGISTRIES[kind].signature(cls))
     assert [text for text in said if not text.startswith("grid")] == lost
 
 
