@@ -3,6 +3,8 @@
     numbered   FQGAN and LlamaGen: NAME_codes/<i>_<branch>.npy, int64 (1, views, length), NAME_labels/<i>.npy, (1,)
     jsonl      reAR and RAR: one {"class_id": c, "tokens": [...]} per line, the views of a picture in adjacent lines;
                ranks wrote it one after another (data/pairing.py finds out which line is which picture)
+    moments    RecTok (--use_cached_tokens): <root>/<path of the picture>.npz with the posterior's `moments` and, of the
+               mirror image, `moments_flip`, (N, 2C) each; a run reads one of them per picture, nothing is imported
 
 Importing is a conversion that is done once: rows go straight into the memory-mapped store, so memory does not grow with
 the number of lines, a killed conversion goes on, and ranks share the work. Every row is checked; a bad one is reported
@@ -14,25 +16,30 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
+import torch
+from torch import Tensor
 
-from core.arrays import read_npy
+from core.arrays import NpzFile, read_npy
+from core.chunks import ALONE, Chunks, enter
+from core.dist import World
 from core.errors import UserError, nearest
-from core.files import explain_os_errors, read_json, replacing, write_json
+from core.files import explain_os_errors, replacing
 from core.specs import Codes, MultiScale
-from data.base import MAX_CLASSES
+from data.base import MAX_CLASSES, FileSource
 from data.cache import Builder, Rows
-from data.loader import part
 from data.tokens import TokenStore, check_codes, rows_of, shape_of
+from data.transforms import Transform
 
 CodeSpec = Codes | MultiScale
 Progress = Callable[[int], None]
 MAX_DUPLICATES = 1024  # samples that a distributed sampler may have appended to fill up its last batch
 PIECE = 1 << 22  # bytes
 ROWS = 64  # samples at once
+MOMENTS = ("moments", "moments_flip")  # by view
 MARKER = "tessera_export.json"
 
 
@@ -124,34 +131,37 @@ class NumberedFiles:
 
 
 def export_numbered(
-    store: TokenStore, folder: str | Path, rank: int = 0, world: int = 1, progress: Progress | None = None
+    store: TokenStore, folder: str | Path, world: World = ALONE, progress: Progress | None = None
 ) -> Path:
-    """Write a store as numbered files; a killed export goes on. Returns the folder of the codes."""
+    """Write a store as numbered files; a killed export goes on. Returns the folder of the codes. Collective."""
     names = [f"_{name}" for name in store.spec.names] if isinstance(store.spec, Codes) and store.spec.names else [""]
     if len(names) != shape_of(store.spec)[1]:
         raise UserError(f"{store.path} holds {store.spec} without branch names, which the files are named after.")
-    folder = Path(folder)
-    codes, labels = (folder / f"imagenet{store.transform.image_size}_{kind}" for kind in ("codes", "labels"))
-    marker = folder / MARKER
-    if marker.is_file():
-        if (found := read_json(marker)["content"]) != store.content:
-            raise UserError(f"{folder} holds codes of another store ({found}). Choose another folder.")
-    elif codes.exists():
-        raise UserError(f"{codes} exists and was not written from this store. Choose another folder.")
-    for made in (codes, labels):
-        made.mkdir(parents=True, exist_ok=True)
-    write_json(marker, {"content": store.content, "tokenizer": store.tokenizer})
+    marker = Path(folder) / MARKER
+    codes, labels = (marker.with_name(f"imagenet{store.transform.image_size}_{kind}") for kind in ("codes", "labels"))
     rows, classes = store.rows("codes"), store.rows("labels")
-    mine = part(len(store), rank, world)
-    for index in mine:
-        done = labels / f"{index}.npy"
-        if not done.exists():  # written last
+    written: set[str] = set()  # files of labels, on the main rank
+
+    def claim() -> None:
+        if not marker.is_file() and codes.exists():
+            raise UserError(f"{codes} exists and was not written from this store. Choose another folder.")
+        facts = {"content": store.content, "tokenizer": store.tokenizer}
+        enter(marker, facts, "codes of another store", "Choose another folder.")
+        for place in (codes, labels):
+            place.mkdir(parents=True, exist_ok=True)
+        written.update(os.listdir(labels))
+
+    def share(mine: list[int]) -> None:
+        for index in mine:
             for branch, suffix in enumerate(names):
                 np.save(codes / f"{index}{suffix}.npy", rows[index][None, :, :, branch].astype(np.int64))
-            with replacing(done, sync=False) as temporary, open(temporary, "wb") as file:
-                np.save(file, classes[index : index + 1].astype(np.int64))
-        if progress:
-            progress(index - mine.start + 1)
+            with replacing(labels / f"{index}.npy", sync=False) as temporary, open(temporary, "wb") as file:
+                np.save(file, classes[index : index + 1].astype(np.int64))  # last: it tells that the others are whole
+            chunks.advance(1)
+
+    world.on_main(claim)
+    chunks = Chunks(len(store), 1, world, lambda index: f"{index}.npy" in written)
+    chunks.run(share, progress)
     return codes
 
 
@@ -172,15 +182,15 @@ class JsonLines:
         self.path, self.spec, self.views = Path(path), spec, views
         self.files = [self.path] if self.path.is_file() else rank_files(self.path)
         self.spans: list[np.ndarray] = []  # of each file: where its entries start, and its end
-        read = 0
+        read = 0  # bytes of the files before
         for file in self.files:
             with explain_os_errors(file):
-                self.spans.append(self._scan(file, (lambda done: progress(read + done)) if progress else None))
+                self.spans.append(self._scan(file, read, progress))
             read += file.stat().st_size
         self.firsts = np.cumsum([0] + [len(starts) - 1 for starts in self.spans])  # entry that each file begins with
         self.samples = int(self.firsts[-1])
 
-    def _scan(self, path: Path, progress: Progress | None) -> np.ndarray:
+    def _scan(self, path: Path, before: int, progress: Progress | None) -> np.ndarray:
         ends, lines, offset, last = [np.zeros(1, dtype=np.int64)], 0, 0, b"\n"
         with open(path, "rb") as file:
             while piece := file.read(PIECE):
@@ -188,7 +198,7 @@ class JsonLines:
                 ends.append(found[(self.views - 1 - lines) % self.views :: self.views] + (offset + 1))
                 lines, offset, last = lines + len(found), offset + len(piece), piece[-1:]
                 if progress:
-                    progress(offset)
+                    progress(before + offset)
         if last != b"\n":
             lines += 1
             ends.append(np.array([offset] if lines % self.views == 0 else [], dtype=np.int64))
@@ -332,3 +342,51 @@ def copy_to(
             yield rows_of(np.stack(codes), span.start, files.spec), np.array(classes_of)
 
     target.fill(ROWS, make, progress, stop)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Moments of RecTok's latents, read where they lie
+# ---------------------------------------------------------------------------------------------------------------------
+class MomentFiles:
+    """What data.cache.FeatureCache is to a loader, from one file per picture.
+
+    Args:
+        root: folder of the .npz files, in the layout of the pictures.
+        source: the pictures, by files: their paths name the .npz files.
+        shape: (N, 2C) that the tokenizer's moments have.
+    """
+
+    def __init__(self, root: str | Path, source: FileSource, shape: tuple[int, int]):
+        self.arrays = {"latents": {}}
+        self.path, self.source, self.shape = Path(root).expanduser(), source, shape
+        if not isinstance(source, FileSource):
+            raise UserError("data.moments names .npz files after picture files: data.url must be folder:// or list://.")
+        self._read(0, 0)  # a wrong folder or tokenizer is found before training
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    def check(self, source: object, transform: Transform) -> None:
+        """UserError unless views are the picture and its mirror image."""
+        if transform.crop != "center":
+            raise UserError(f"data.moments holds centre crops and their mirror images, data.crop is {transform.crop}.")
+
+    def _read(self, index: int, view: int) -> np.ndarray:
+        path = self.path / (os.fsdecode(self.source.packed_keys[index]) + ".npz")
+        with NpzFile(path) as file:
+            moments = file.load(MOMENTS[view])
+        if moments.shape != self.shape or moments.dtype.kind != "f" or not np.isfinite(moments).all():
+            raise UserError(
+                f"{path}: {MOMENTS[view]} is {moments.dtype} {list(moments.shape)} or not finite, this tokenizer's "
+                f"moments are floats {list(self.shape)}. Use moments of this tokenizer."
+            )
+        return moments.astype(np.float32)
+
+    def get(self, indices: Sequence[int], views: Sequence[int]) -> dict[str, Tensor]:
+        """{"latents": (B, N, 2C) fp32} of (index, view) pairs."""
+        rows = [self._read(index, view) for index, view in zip(indices, views)]
+        return {"latents": torch.from_numpy(np.stack(rows))}
+
+    def labels_of(self, indices: Sequence[int]) -> Tensor:
+        """(B,) int64."""
+        return torch.from_numpy(self.source.labels[np.asarray(indices)].astype(np.int64))

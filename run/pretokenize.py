@@ -229,7 +229,7 @@ class Pretokenizing:
             raise UserError(f"--to {form} writes codes; {store.path} holds {store.spec}.")
         with progress_line(self.world, len(store), f"write {form}") as report:
             if form == "official":
-                export_numbered(store, path, self.world.rank, self.world.size, report)
+                export_numbered(store, path, self.world, report)
             elif self.world.is_main:
                 export_jsonl(store, path, report)
         self.say(f"written to {path}")

@@ -19,7 +19,7 @@ from core.train.trainer import PREVIEW_IMAGES, Trainer
 from core.weights import hub
 from data.base import remarks
 from data.loader import Loader, read_or_replace, split
-from data.moments import MomentFiles
+from data.token_files import MomentFiles
 from data.tokens import TokenStore
 from data.transforms import Transform
 from evaluation.environment import environment

@@ -30,6 +30,7 @@ from run.train import train
 from scripts.pretokenize import main
 from tests.conftest import TOY_GENERATOR
 from tests.data.test_tokens import SOURCE, TEN, config, make, toy  # noqa: F401  (fixtures)
+from tests.ranks import in_threads
 from tests.scripts.test_launch import run, start
 from tests.toy_codes import ToyCodes
 
@@ -125,8 +126,7 @@ def test_ranks_and_kills_make_the_same_store(tmp_path, tokenizer_run):
 def test_numbered_files_round_trip(tmp_path, config):
     """The schema of FQGAN: names, shapes and types; and what a sampler appended to fill up a batch is left out."""
     store = make(tmp_path / "s")
-    for rank in range(2):
-        codes = export_numbered(store, tmp_path / "official", rank, 2)
+    codes, _ = in_threads(2, lambda world: export_numbered(store, tmp_path / "official", world))
     assert codes.name == "imagenet16_codes" and len(list(codes.iterdir())) == 24 * 3
     labels = codes.with_name("imagenet16_labels")
     green, label = np.load(codes / "7_green.npy"), np.load(labels / "7.npy")
