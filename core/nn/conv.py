@@ -8,7 +8,8 @@ B batch, C channels, H x W pixels.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import itertools
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 from torch import Tensor, nn
@@ -128,3 +129,60 @@ class Level(nn.Module):
             if self.attn:
                 x = self.attn[i](x)
         return x if self.resize is None else self.resize(x)
+
+
+def shrinking_levels(
+    channels: int,
+    mult: Sequence[int],
+    blocks: int,
+    *,
+    halve: Callable[[int], nn.Module] = Downsample,
+    attention: bool = False,
+    **block: Any,
+) -> nn.ModuleList:
+    """One Level per entry of `mult`, from the finest of `channels` on; each but the last halves the map.
+
+    Args:
+        mult: widths of the levels, as factors of `channels`.
+        attention: at the coarsest level.
+        block: `groups` and settings of the residual blocks.
+    """
+    widths = [channels * m for m in (1, *mult)]
+    coarsest = len(mult) - 1
+    return nn.ModuleList(
+        Level(
+            widths[i],
+            widths[i + 1],
+            blocks,
+            attention=attention and i == coarsest,
+            resize=None if i == coarsest else halve,
+            **block,
+        )
+        for i in range(len(mult))
+    )
+
+
+def growing_levels(
+    channels: int, mult: Sequence[int], blocks: int, *, attention: bool = False, **block: Any
+) -> nn.ModuleList:
+    """The same backwards: from the coarsest, which keeps its width, to the finest; each but the last doubles the map."""
+    widths = [channels * m for m in reversed((*mult, mult[-1]))]
+    finest = len(mult) - 1
+    return nn.ModuleList(
+        Level(
+            widths[i],
+            widths[i + 1],
+            blocks,
+            attention=attention and i == 0,
+            resize=None if i == finest else Upsample,
+            **block,
+        )
+        for i in range(len(mult))
+    )
+
+
+def through(x: Tensor, *stacks: Iterable[nn.Module]) -> Tensor:
+    """`x` through the modules of each stack, one after the other."""
+    for module in itertools.chain(*stacks):
+        x = module(x)
+    return x

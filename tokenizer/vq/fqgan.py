@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from core.errors import UserError, nearest
-from core.nn.conv import AttnBlock, Downsample, Level, ResBlock, Upsample, group_norm
+from core.nn.conv import AttnBlock, ResBlock, group_norm, growing_levels, shrinking_levels, through
 from core.nn.transformer import Transformer
 from core.rng import Draws
 from core.specs import Codes, Recon, Tokenizer
@@ -77,26 +77,11 @@ class Encoder(nn.Module):
     def __init__(self, channels: int, mult: tuple[int, ...], res_blocks: int, groups: int):
         super().__init__()
         self.conv_in = nn.Conv2d(3, channels, 3, padding=1)
-        widths = [channels * m for m in (1, *mult)]
-        last = len(mult) - 1
-        self.conv_blocks = nn.ModuleList(
-            Level(
-                widths[i],
-                widths[i + 1],
-                res_blocks,
-                attention=i == last,
-                groups=groups,
-                resize=None if i == last else Downsample,
-            )
-            for i in range(len(mult))
-        )
-        self.mid = _middle(widths[-1], groups)
+        self.conv_blocks = shrinking_levels(channels, mult, res_blocks, attention=True, groups=groups)
+        self.mid = _middle(channels * mult[-1], groups)
 
     def forward(self, images: Tensor) -> Tensor:
-        x = self.conv_in(images)
-        for block in (*self.conv_blocks, *self.mid):
-            x = block(x)
-        return x
+        return through(self.conv_in(images), self.conv_blocks, self.mid)
 
 
 class Decoder(nn.Module):
@@ -104,28 +89,14 @@ class Decoder(nn.Module):
 
     def __init__(self, channels: int, mult: tuple[int, ...], res_blocks: int, z_channels: int, groups: int):
         super().__init__()
-        widths = [channels * m for m in reversed((*mult, mult[-1]))]  # the coarsest level keeps its width
-        self.conv_in = nn.Conv2d(z_channels, widths[0], 3, padding=1)
-        self.mid = _middle(widths[0], groups)
-        last = len(mult) - 1
-        self.conv_blocks = nn.ModuleList(
-            Level(
-                widths[i],
-                widths[i + 1],
-                res_blocks + 1,
-                attention=i == 0,
-                groups=groups,
-                resize=None if i == last else Upsample,
-            )
-            for i in range(len(mult))
-        )
-        self.norm_out = group_norm(widths[-1], groups)
-        self.conv_out = nn.Conv2d(widths[-1], 3, 3, padding=1)
+        self.conv_in = nn.Conv2d(z_channels, channels * mult[-1], 3, padding=1)
+        self.mid = _middle(channels * mult[-1], groups)
+        self.conv_blocks = growing_levels(channels, mult, res_blocks + 1, attention=True, groups=groups)
+        self.norm_out = group_norm(channels * mult[0], groups)
+        self.conv_out = nn.Conv2d(channels * mult[0], 3, 3, padding=1)
 
     def forward(self, z: Tensor) -> Tensor:
-        x = self.conv_in(z)
-        for block in (*self.mid, *self.conv_blocks):
-            x = block(x)
+        x = through(self.conv_in(z), self.mid, self.conv_blocks)
         return self.conv_out(F.silu(self.norm_out(x)))
 
 

@@ -9,6 +9,7 @@ Shape letters: D channels of a code, L_d levels of channel d, V = product of the
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -90,18 +91,5 @@ class FSQ(ConvTokenizer):
         others: see ConvTokenizer.
     """
 
-    def __init__(
-        self,
-        *,
-        image_size: int = 256,
-        channels: int = 128,
-        channel_mult: list[int] = (1, 1, 2, 2, 4),
-        res_blocks: int = 2,
-        decoder_res_blocks: int | None = None,
-        halving: str = "conv",
-        groups: int = 32,
-        levels: list[int] = (8, 5, 5, 5),
-        usage_window: int = 0,
-    ):
-        quantizer = FiniteScalarQuantizer(list(levels), usage_window=usage_window)
-        super().__init__(image_size, channels, channel_mult, res_blocks, decoder_res_blocks, halving, groups, quantizer)
+    def __init__(self, *, levels: list[int] = (8, 5, 5, 5), usage_window: int = 0, **others: Any):
+        super().__init__(FiniteScalarQuantizer(list(levels), usage_window=usage_window), **others)

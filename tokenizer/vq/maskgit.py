@@ -9,12 +9,14 @@ Shape letters: B batch, C channels, h x w the grid, L = h w, V codebook size, D 
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from core.errors import UserError, nearest
 from core.images import to_unit_range
-from core.nn.conv import Downsample, Level, ResBlock, Upsample, group_norm
+from core.nn.conv import Downsample, ResBlock, group_norm, growing_levels, shrinking_levels, through
 from core.rng import Draws
 from core.specs import Codes, Recon, Tokenizer
 from tokenizer.vq.quantizer import LookupFreeQuantizer, Quantizer, VectorQuantizer
@@ -28,28 +30,15 @@ class ConvEncoder(nn.Module):
 
     def __init__(self, channels: int, mult: tuple[int, ...], blocks: int, out_channels: int, halving: str, groups: int):
         super().__init__()
-        widths = [channels * m for m in (1, *mult)]
-        last = len(mult) - 1
+        width = channels * mult[-1]
         self.conv_in = nn.Conv2d(3, channels, 3, padding=1, bias=False)
-        self.levels = nn.ModuleList(
-            Level(
-                widths[i],
-                widths[i + 1],
-                blocks,
-                groups=groups,
-                resize=None if i == last else HALVING[halving],
-                **_BLOCK,
-            )
-            for i in range(len(mult))
-        )
-        self.mid = nn.ModuleList(ResBlock(widths[-1], widths[-1], groups=groups, **_BLOCK) for _ in range(blocks))
-        self.norm_out = group_norm(widths[-1], groups)
-        self.conv_out = nn.Conv2d(widths[-1], out_channels, 1)
+        self.levels = shrinking_levels(channels, mult, blocks, halve=HALVING[halving], groups=groups, **_BLOCK)
+        self.mid = nn.ModuleList(ResBlock(width, width, groups=groups, **_BLOCK) for _ in range(blocks))
+        self.norm_out = group_norm(width, groups)
+        self.conv_out = nn.Conv2d(width, out_channels, 1)
 
     def forward(self, pixels: Tensor) -> Tensor:
-        x = self.conv_in(pixels)
-        for block in (*self.levels, *self.mid):
-            x = block(x)
+        x = through(self.conv_in(pixels), self.levels, self.mid)
         return self.conv_out(F.silu(self.norm_out(x)))
 
 
@@ -58,21 +47,15 @@ class ConvDecoder(nn.Module):
 
     def __init__(self, channels: int, mult: tuple[int, ...], blocks: int, in_channels: int, groups: int):
         super().__init__()
-        widths = [channels * m for m in reversed((*mult, mult[-1]))]  # the coarsest level keeps its width
-        last = len(mult) - 1
-        self.conv_in = nn.Conv2d(in_channels, widths[0], 3, padding=1)
-        self.mid = nn.ModuleList(ResBlock(widths[0], widths[0], groups=groups, **_BLOCK) for _ in range(blocks))
-        self.levels = nn.ModuleList(
-            Level(widths[i], widths[i + 1], blocks, groups=groups, resize=None if i == last else Upsample, **_BLOCK)
-            for i in range(len(mult))
-        )
-        self.norm_out = group_norm(widths[-1], groups)
-        self.conv_out = nn.Conv2d(widths[-1], 3, 3, padding=1)
+        width = channels * mult[-1]
+        self.conv_in = nn.Conv2d(in_channels, width, 3, padding=1)
+        self.mid = nn.ModuleList(ResBlock(width, width, groups=groups, **_BLOCK) for _ in range(blocks))
+        self.levels = growing_levels(channels, mult, blocks, groups=groups, **_BLOCK)
+        self.norm_out = group_norm(channels * mult[0], groups)
+        self.conv_out = nn.Conv2d(channels * mult[0], 3, 3, padding=1)
 
     def forward(self, z: Tensor) -> Tensor:
-        x = self.conv_in(z)
-        for block in (*self.mid, *self.levels):
-            x = block(x)
+        x = through(self.conv_in(z), self.mid, self.levels)
         return self.conv_out(F.silu(self.norm_out(x)))
 
 
@@ -88,14 +71,14 @@ class CodesOfOneBranch(Tokenizer):
         return self.quantizer.term_names
 
     def forward(self, images: Tensor, draws: Draws) -> Recon:
-        found = self.quantizer(self.vectors(images))
-        logs = dict(found.logs)
+        quantized = self.quantizer(self.vectors(images))
+        logs = dict(quantized.logs)
         if self.training and self.quantizer.usage_window:
-            logs["usage"] = self.quantizer.track(found.codes)
+            logs["usage"] = self.quantizer.track(quantized.codes)
         return Recon(
-            images=self.paint(found.values),
-            terms=found.terms,
-            details={"quantized": found},
+            images=self.paint(quantized.values),
+            terms=quantized.terms,
+            details={"quantized": quantized},
             logs=logs,
             last_layer=self.last_layer,
         )
@@ -129,26 +112,29 @@ class CodesOfOneBranch(Tokenizer):
 
 class ConvTokenizer(CodesOfOneBranch):
     """core.specs.Tokenizer with one code per position. `decode` and `embed` also take maps of codes, (B, h, w, 1) with
-    any h and w.
+    any h and w. Defaults are those of the released files.
 
     Args:
+        quantizer: of vectors of `quantizer.dim` channels.
         image_size: any multiple of the stride: nothing in the weights depends on it.
         channels, channel_mult: width of the first level, and factors; every level but the last halves the picture.
         res_blocks, decoder_res_blocks: residual blocks per level, and in the middle of each half.
         halving: "pool" or "conv".
-        quantizer: of vectors of `quantizer.dim` channels.
+        groups: of the norms.
     """
 
     def __init__(
         self,
-        image_size: int,
-        channels: int,
-        channel_mult: list[int],
-        res_blocks: int,
-        decoder_res_blocks: int | None,
-        halving: str,
-        groups: int,
         quantizer: Quantizer,
+        /,
+        *,
+        image_size: int = 256,
+        channels: int = 128,
+        channel_mult: list[int] = (1, 1, 2, 2, 4),
+        res_blocks: int = 2,
+        decoder_res_blocks: int | None = None,
+        halving: str = "conv",
+        groups: int = 32,
     ):
         super().__init__()
         if halving not in HALVING:
@@ -189,19 +175,10 @@ class MaskGITVQGAN(ConvTokenizer):
     """
 
     def __init__(
-        self,
-        *,
-        image_size: int = 256,
-        channels: int = 128,
-        channel_mult: list[int] = (1, 1, 2, 2, 4),
-        res_blocks: int = 2,
-        groups: int = 32,
-        vocab: int = 1024,
-        code_dim: int = 256,
-        usage_window: int = 0,
+        self, *, vocab: int = 1024, code_dim: int = 256, usage_window: int = 0, halving: str = "pool", **others: Any
     ):
         quantizer = VectorQuantizer(vocab, code_dim, normalise=False, usage_window=usage_window)
-        super().__init__(image_size, channels, channel_mult, res_blocks, None, "pool", groups, quantizer)
+        super().__init__(quantizer, halving=halving, **others)
 
 
 class VQGANPlus(ConvTokenizer):
@@ -221,13 +198,6 @@ class VQGANPlus(ConvTokenizer):
     def __init__(
         self,
         *,
-        image_size: int = 256,
-        channels: int = 128,
-        channel_mult: list[int] = (1, 1, 2, 2, 4),
-        res_blocks: int = 2,
-        decoder_res_blocks: int | None = None,
-        halving: str = "conv",
-        groups: int = 32,
         quantizer: str = "lookup",
         vocab: int = 4096,
         code_dim: int = 64,
@@ -237,7 +207,11 @@ class VQGANPlus(ConvTokenizer):
         entropy_gamma: float = 1.0,
         across_ranks: bool = True,
         usage_window: int = 0,
+        **others: Any,
     ):
+        known = ("lookup", "lookup_free")
+        if quantizer not in known:
+            raise UserError(f'quantizer "{quantizer}" is not known.{nearest(str(quantizer), known)}')
         shared = {
             "entropy": entropy_loss,
             "temperature": entropy_temperature,
@@ -247,10 +221,6 @@ class VQGANPlus(ConvTokenizer):
             "usage_window": usage_window,
         }
         if quantizer == "lookup":
-            built = VectorQuantizer(vocab, code_dim, normalise=normalise, **shared)
-        elif quantizer == "lookup_free":
-            built = LookupFreeQuantizer(code_dim, **shared)
+            super().__init__(VectorQuantizer(vocab, code_dim, normalise=normalise, **shared), **others)
         else:
-            known = ("lookup", "lookup_free")
-            raise UserError(f'quantizer "{quantizer}" is not known.{nearest(str(quantizer), known)}')
-        super().__init__(image_size, channels, channel_mult, res_blocks, decoder_res_blocks, halving, groups, built)
+            super().__init__(LookupFreeQuantizer(code_dim, **shared), **others)

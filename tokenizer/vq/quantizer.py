@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -65,8 +66,8 @@ def nearest_codes(z: Tensor, table: Tensor) -> Tensor:
     with no_autocast(z):
         flat, table = z.float().reshape(-1, z.shape[-1]), table.float()
         norms = table.square().sum(1)  # |z|^2 is the same for all rows
-        found = [torch.addmm(norms, part, table.t(), alpha=-2).argmin(1) for part in _chunks(flat, len(table))]
-        return torch.cat(found).view(z.shape[:-1])
+        codes = [torch.addmm(norms, part, table.t(), alpha=-2).argmin(1) for part in _chunks(flat, len(table))]
+        return torch.cat(codes).view(z.shape[:-1])
 
 
 def entropy_terms(
@@ -213,29 +214,8 @@ class VectorQuantizer(Quantizer):
 
     losses = ("codebook", "commitment")
 
-    def __init__(
-        self,
-        vocab: int,
-        dim: int,
-        *,
-        normalise: bool = True,
-        entropy: bool = False,
-        temperature: float = 0.01,
-        gamma: float = 1.0,
-        floor: str = "add",
-        across_ranks: bool = True,
-        usage_window: int = 0,
-    ):
-        super().__init__(
-            vocab,
-            dim,
-            entropy=entropy,
-            temperature=temperature,
-            gamma=gamma,
-            floor=floor,
-            across_ranks=across_ranks,
-            usage_window=usage_window,
-        )
+    def __init__(self, vocab: int, dim: int, *, normalise: bool = True, **others: Any):
+        super().__init__(vocab, dim, **others)
         self.normalise = normalise
         self.embedding = nn.Embedding(vocab, dim)
         nn.init.uniform_(self.embedding.weight, -1.0 / vocab, 1.0 / vocab)
@@ -293,29 +273,10 @@ class LookupFreeQuantizer(Quantizer):
 
     losses = ("commitment",)
 
-    def __init__(
-        self,
-        bits: int,
-        *,
-        entropy: bool = False,
-        temperature: float = 0.01,
-        gamma: float = 1.0,
-        floor: str = "clamp",
-        across_ranks: bool = True,
-        usage_window: int = 0,
-    ):
+    def __init__(self, bits: int, *, floor: str = "clamp", **others: Any):
         if not 1 <= bits <= 20:
             raise UserError(f"a look-up-free codebook of {bits} bits cannot be built: use 1 to 20")
-        super().__init__(
-            2**bits,
-            bits,
-            entropy=entropy,
-            temperature=temperature,
-            gamma=gamma,
-            floor=floor,
-            across_ranks=across_ranks,
-            usage_window=usage_window,
-        )
+        super().__init__(2**bits, bits, floor=floor, **others)
         # Constants, but in the files: real also under torch.device("meta").
         powers = 2 ** torch.arange(bits, dtype=torch.int32, device="cpu")
         self.register_buffer("bits_to_indices", powers)
