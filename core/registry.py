@@ -8,39 +8,12 @@ A YAML file can only reach what is listed in a registry; it never names a Python
 
 from __future__ import annotations
 
-import functools
 import importlib
 import inspect
 from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import Any
 
 from core.errors import UserError, nearest
-
-Class = TypeVar("Class", bound=type)
-
-
-def with_defaults(**defaults: Any) -> Callable[[Class], Class]:
-    """Decorator of a class whose constructor is its parent's with other defaults, for an entry that is a variant.
-
-    Its signature, which configs are checked against and files are described by, shows the new defaults.
-    """
-
-    def decorate(variant: Class) -> Class:
-        parent = variant.__init__
-
-        @functools.wraps(parent)
-        def init(self: Any, **arguments: Any) -> None:
-            parent(self, **{**defaults, **arguments})
-
-        signature = inspect.signature(parent)
-        if unknown := defaults.keys() - signature.parameters.keys():
-            raise TypeError(f"{variant.__name__} has no argument {', '.join(sorted(unknown))}")
-        parameters = [p.replace(default=defaults.get(p.name, p.default)) for p in signature.parameters.values()]
-        init.__signature__ = signature.replace(parameters=parameters)
-        variant.__init__ = init
-        return variant
-
-    return decorate
 
 
 def parameters(constructor: Callable[..., Any]) -> dict[str, inspect.Parameter]:

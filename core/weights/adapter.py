@@ -392,8 +392,12 @@ class Adapter:
         return state
 
     def load(self, model: nn.Module, loaded: Mapping[str, Any], use_ema: bool = True) -> None:
-        """Load a checkpoint into `model`."""
-        model.load_state_dict(self.convert(model, loaded, use_ema))
+        """Load a checkpoint into `model`, which may be on the meta device: then it takes the tensors themselves."""
+        on_meta = any(p.is_meta for p in model.parameters())
+        trained = {name: p.requires_grad for name, p in model.named_parameters()}
+        model.load_state_dict(self.convert(model, loaded, use_ema), assign=on_meta)
+        for name, p in model.named_parameters():
+            p.requires_grad_(trained[name])
 
 
 def recognise(adapters: Mapping[str, Adapter], loaded: Mapping[str, Any]) -> str | None:

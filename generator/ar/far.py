@@ -29,8 +29,8 @@ from core.specs import Codes, Guidance, LatentSpec, Loss, Progress
 from generator.ar import rear as rear_module
 from generator.ar.decode import Recordings, decode, uncompiled
 from generator.ar.llama import decode_blocks, ffn_width, init_weights, make_blocks, normed, run_blocks
-from generator.ar.rear import CodeAlignment, annealed, perturb
-from generator.engine import Sampled, Weights, turning
+from generator.ar.rear import Regularised
+from generator.engine import Weights, turning
 from generator.sampling import CodeSampler
 
 
@@ -49,7 +49,7 @@ class Size:
 SIZES = {"b": Size(1024, 24, 16, 3), "l": Size(1280, 36, 20, 4)}
 
 
-class FAR(Sampled):
+class FAR(Regularised):
     """core.specs.Generator of Codes, K per position.
 
     Args:
@@ -133,8 +133,7 @@ class FAR(Sampled):
         )
         for name, part in zip(("cos", "sin"), table):
             self.register_buffer(f"rope_{name}", part, persistent=False)
-        layers = (self.rear.encode_layer, self.rear.decode_layer) if self.rear else (None, None)
-        self.alignment = CodeAlignment(s.width, code_dim, branches, self.rear) if layers != (None, None) else None
+        self.alignment = self.make_alignment(s.width, code_dim, branches)
         init_weights(self)
         for k in range(branches):  # the first loss is ln V exactly
             nn.init.zeros_(self._module("output", k).weight)
@@ -160,10 +159,6 @@ class FAR(Sampled):
         if self.grid and spec.grid and tuple(spec.grid) != self.grid:
             problems.append(f"generator.grid is {list(self.grid)}, the tokenizer has {list(spec.grid)}")
         return problems
-
-    def bind(self, tokenizer) -> None:
-        if self.alignment is not None:
-            self.alignment.bind(tokenizer)
 
     # -- the network --------------------------------------------------------------------------------------------------
     def _embed(self, codes: Tensor) -> list[Tensor]:
@@ -211,27 +206,17 @@ class FAR(Sampled):
 
     def forward(self, latents: Tensor, labels: Tensor, draws: Draws, progress: Progress | None = None) -> Loss:
         """Mean over codebooks of the cross-entropy, every one logged, plus reAR's alignment if there is any."""
-        given, selected = latents, None
-        if self.rear is not None and self.rear.noise != "none":
-            given, selected = perturb(latents, draws, annealed(progress, *self.rear.anneal), self.vocab)
+        context, selected = self.context(latents, draws, progress)
         keys = draws.keys("dropout") if self.training and self.drops else None
-        taps = self.alignment.taps() if self.alignment is not None else None
-        features = self.features(given, self.drop_labels(labels, draws), keys, taps)
+        taps = self.taps()
+        features = self.features(context, self.drop_labels(labels, draws), keys, taps)
         losses = [
             F.cross_entropy(self.logits(features[:, :, k], k).flatten(0, 1), latents[..., k].flatten())
             for k in range(self.branches)
         ]
-        ce = torch.stack(losses).mean()
-        logs = {"ce": ce.detach(), **{f"ce_{k + 1}": loss.detach() for k, loss in enumerate(losses)}}
-        if self.alignment is None:
-            return Loss(ce, {"loss": ce.detach(), **logs})
-        reading, predicting = (
-            None if layer is None else taps[layer] for layer in (self.rear.encode_layer, self.rear.decode_layer)
-        )
+        logs = {f"ce_{k + 1}": loss for k, loss in enumerate(losses)}
         # Slot 0 holds the class, slot 1 + i position i, of which the last is never read; slot i predicts position i.
-        alignment = self.alignment(None if reading is None else reading[:, 1:], predicting, latents, selected)
-        total = ce + self.rear.weight * alignment
-        return Loss(total, {"loss": total.detach(), **logs, "alignment": alignment.detach()})
+        return self.training_loss(torch.stack(losses).mean(), logs, taps, 0, latents, selected)
 
     # -- sampling -----------------------------------------------------------------------------------------------------
     @uncompiled

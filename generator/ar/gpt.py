@@ -4,8 +4,8 @@ positions on a line."""
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any, Literal
 
-from core.registry import with_defaults
 from generator.ar import far
 
 
@@ -28,7 +28,6 @@ SIZES = {
 }
 
 
-@with_defaults(size="l", branches=1, rotary="line")
 class GPT(far.FAR):
     """core.specs.Generator of one sequence of codes.
 
@@ -39,3 +38,8 @@ class GPT(far.FAR):
     """
 
     size_type, sizes = Size, SIZES
+
+    def __init__(
+        self, *, size: str | dict = "l", branches: int = 1, rotary: Literal["auto", "line"] = "line", **others: Any
+    ):
+        super().__init__(size=size, branches=branches, rotary=rotary, **others)

@@ -31,8 +31,8 @@ from core.rng import Draws, derive
 from core.specs import Codes, Guidance, LatentSpec, Loss, Progress
 from generator.ar import rear as rear_module
 from generator.ar.decode import Recordings, decode, uncompiled
-from generator.ar.rear import CodeAlignment, annealed, perturb
-from generator.engine import Sampled, Weights, attend, modulated
+from generator.ar.rear import Regularised, annealed
+from generator.engine import Weights, attend, modulated
 from generator.sampling import CodeSampler
 
 EXTRA_POSITIONS, EXTRA_SLOTS = 1024, 100  # rows that the official tables have beyond the codes
@@ -99,7 +99,7 @@ class FinalNorm(nn.Module):
         return modulate(F.layer_norm(x, x.shape[-1:], eps=1e-6), shift, scale)
 
 
-class RAR(Sampled):
+class RAR(Regularised):
     """core.specs.Generator of one code per position.
 
     Args:
@@ -154,8 +154,7 @@ class RAR(Sampled):
         self.blocks = nn.ModuleList(Block(self.size, dropout, attention_dropout) for _ in range(self.size.layers))
         self.adaln_before_head = FinalNorm(width)
         self.lm_head = nn.Linear(width, vocab)
-        layers = (self.rear.encode_layer, self.rear.decode_layer) if self.rear else (None, None)
-        self.alignment = CodeAlignment(width, code_dim, 1, self.rear) if layers != (None, None) else None
+        self.alignment = self.make_alignment(width, code_dim, 1)
         self._init_weights()
 
     def _init_weights(self) -> None:
@@ -185,10 +184,6 @@ class RAR(Sampled):
             for name, ours, theirs in (("vocab", self.vocab, spec.vocab), ("length", self.length, spec.length))
             if ours != theirs
         ]
-
-    def bind(self, tokenizer) -> None:
-        if self.alignment is not None:
-            self.alignment.bind(tokenizer)
 
     # -- the network --------------------------------------------------------------------------------------------------
     def condition_ids(self, labels: Tensor) -> Tensor:
@@ -246,30 +241,15 @@ class RAR(Sampled):
         if self.permute is not None:
             order = self.orders(len(labels), draws, annealed(progress, *self.permute))
             codes = codes if order is None else codes.gather(1, order[..., None])
-        given = codes
-        if self.rear is not None and self.rear.noise != "none":
-            mask = self.vocab if self.rear.noise == "mask" else None
-            given, selected = perturb(codes, draws, annealed(progress, *self.rear.anneal), self.vocab, mask)
+        context, selected = self.context(codes, draws, progress, mask_code=self.vocab)
         keys = draws.keys("dropout") if self.training and self.drops else None
-        taps = self.alignment.taps() if self.alignment is not None else None
-        x, condition = self.slots(given[..., 0], self.drop_labels(labels, draws), order)
+        taps = self.taps()
+        x, condition = self.slots(context[..., 0], self.drop_labels(labels, draws), order)
         x = self.run(x, condition, keys, taps)
         logits = self.logits(x[:, 1:-1], condition[:, 1:-1])  # (B, N, V)
         ce = F.cross_entropy(logits.flatten(0, 1), codes.flatten())
-        logs = {"ce": ce.detach(), "accuracy": (logits.argmax(-1) == codes[..., 0]).float().mean()}
-        if self.alignment is None:
-            return Loss(ce, {"loss": ce.detach(), **logs})
-        reading, predicting = (
-            None if layer is None else taps[layer] for layer in (self.rear.encode_layer, self.rear.decode_layer)
-        )
-        alignment = self.alignment(
-            None if reading is None else reading[:, 2:],
-            None if predicting is None else predicting[:, 1:-1],
-            codes,
-            selected,
-        )
-        total = ce + self.rear.weight * alignment
-        return Loss(total, {"loss": total.detach(), **logs, "alignment": alignment.detach()})
+        accuracy = (logits.argmax(-1) == codes[..., 0]).float().mean()
+        return self.training_loss(ce, {"accuracy": accuracy}, taps, 1, codes, selected)
 
     # -- sampling -----------------------------------------------------------------------------------------------------
     @uncompiled

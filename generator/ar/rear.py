@@ -21,7 +21,8 @@ from torch import Tensor, nn
 from core.config import parse_section
 from core.errors import UserError
 from core.rng import Draws
-from core.specs import Progress, Tokenizer, codebook_rows
+from core.specs import Loss, Progress, Tokenizer, codebook_rows
+from generator.engine import Sampled
 
 Noise = Literal["none", "switch", "mask"]
 
@@ -57,11 +58,11 @@ class Settings:
     count_once: bool = False
 
 
-def settings(given: dict | None, layers: int) -> Settings | None:
+def settings(section: dict | None, layers: int) -> Settings | None:
     """Checked settings for a trunk of `layers` blocks; UserError naming a layer that does not exist."""
-    if given is None:
+    if section is None:
         return None
-    checked = parse_section("generator.rear", given, Settings)
+    checked = parse_section("generator.rear", section, Settings)
     if len(checked.anneal) != 2 or not 0 <= checked.anneal[0] <= checked.anneal[1]:
         raise UserError(f"generator.rear.anneal: expected [start, end] as shares of the run, got {checked.anneal}.")
     chosen = {}
@@ -73,6 +74,70 @@ def settings(given: dict | None, layers: int) -> Settings | None:
             raise UserError(f"generator.rear.{name} is {layer}, but the network has the layers 0 to {layers - 1}.")
         chosen[name] = layer
     return Settings(**{**vars(checked), **chosen})
+
+
+class Regularised(Sampled):
+    """A generator of codes on whose training reAR's regularisers may act.
+
+    Subclasses set `rear`, the checked settings or None for none, and `alignment`, what `make_alignment` gives.
+    """
+
+    rear: Settings | None
+    alignment: CodeAlignment | None
+    vocab: int
+
+    def make_alignment(self, width: int, code_dim: int, branches: int) -> CodeAlignment | None:
+        """The MLPs on a trunk of this width, where a layer is to be read."""
+        if self.rear is None or (self.rear.encode_layer is None and self.rear.decode_layer is None):
+            return None
+        return CodeAlignment(width, code_dim, branches, self.rear)
+
+    def bind(self, tokenizer: Tokenizer) -> None:
+        if self.alignment is not None:
+            self.alignment.bind(tokenizer)
+
+    def context(
+        self, codes: Tensor, draws: Draws, progress: Progress | None, mask_code: int | None = None
+    ) -> tuple[Tensor, Tensor | None]:
+        """The codes (B, N, K) that the trunk reads in training, and which of them are noise; None: none are."""
+        if self.rear is None or self.rear.noise == "none":
+            return codes, None
+        mask_code = mask_code if self.rear.noise == "mask" else None
+        return perturb(codes, draws, annealed(progress, *self.rear.anneal), self.vocab, mask_code)
+
+    def taps(self) -> dict[int, Tensor | None]:
+        """The blocks whose output is wanted in training."""
+        return {} if self.alignment is None else self.alignment.taps()
+
+    def training_loss(
+        self,
+        ce: Tensor,
+        logs: dict[str, Tensor],
+        taps: dict[int, Tensor | None],
+        first: int,
+        codes: Tensor,
+        selected: Tensor | None,
+    ) -> Loss:
+        """Cross-entropy plus alignment.
+
+        Args:
+            taps: filled.
+            first: the slot that predicts the first code; the next one holds it.
+            codes, selected: (B, N, K), clean, and which of them were given as noise.
+        """
+        logs = {"ce": ce, **logs}
+        if self.alignment is None:
+            total = ce
+        else:
+            reading, predicting = taps.get(self.rear.encode_layer), taps.get(self.rear.decode_layer)
+            logs["alignment"] = self.alignment(
+                None if reading is None else reading[:, first + 1 :],
+                None if predicting is None else predicting[:, first : first + codes.shape[1]],
+                codes,
+                selected,
+            )
+            total = ce + self.rear.weight * logs["alignment"]
+        return Loss(total, {name: value.detach() for name, value in {"loss": total, **logs}.items()})
 
 
 def perturb(
@@ -153,12 +218,11 @@ class CodeAlignment(nn.Module):
         if self.codebook is None:
             raise RuntimeError("bind(tokenizer) comes first: the alignment loss needs the code vectors")
         read = None if self.encode is None else self._cosine(self.encode(reading), codes[:, : reading.shape[1]])
-        told = None if self.decode is None else self._cosine(self.decode(predicting), codes)
+        predicted = None if self.decode is None else self._cosine(self.decode(predicting), codes)
         if not self.settings.count_once:
             # parity: a missing MLP is stood in for by the other one, which then counts twice, once under the noise mask.
-            read, told = (told if read is None else read), (read if told is None else told)
+            read, predicted = (predicted if read is None else read), (read if predicted is None else predicted)
         loss = torch.zeros((), device=codes.device)
         if read is not None:
-            seen = read if selected is None else read * ~selected[:, : read.shape[1]]
-            loss = loss - seen.mean()
-        return loss if told is None else loss - told.mean()
+            loss = loss - (read if selected is None else read * ~selected[:, : read.shape[1]]).mean()
+        return loss if predicted is None else loss - predicted.mean()
