@@ -215,7 +215,7 @@ def _train(config: RunConfig, world: dist.World) -> int:
         initial_ema=initial_ema,
         provenance=provenance,
     )
-    run.open(environment())
+    world.on_main(lambda: run.open(environment()))
     run.log(
         f"{config.task}: {sum(p.numel() for p in trainer.networks[task.primary].parameters()):,} parameters, "
         f"{len(source):,} pictures, {trainer.total_steps:,} steps of {config.train.global_batch} on {world.size} x "
@@ -227,7 +227,10 @@ def _train(config: RunConfig, world: dist.World) -> int:
         run.log(remark)
     if hint := hint_for_small_sets(config, len(source)):
         run.log(hint)
-    code = trainer.fit()
+    try:
+        code = trainer.fit()
+    finally:
+        run.close()
     if loader.replaced_count:
         names = "; ".join(f"{key}: {reason}" for key, reason in loader.replaced_names.items())
         run.log(f"{loader.replaced_count} times a picture could not be read and the next one took its place ({names})")

@@ -15,6 +15,7 @@ from typing import Any
 from core.config import RunConfig, to_plain, to_yaml
 from core.errors import UserError
 from core.files import explain_os_errors, write_atomic, write_json
+from core.lock import Lock
 
 # Keys that may differ between the parts of one run: they change where and how fast it runs, not what it computes.
 FREE = (
@@ -71,6 +72,7 @@ class RunFolder:
         self.config, self.path, self.is_main = config, config.run_dir, is_main
         self.metrics_path = self.path / "metrics.jsonl"
         self.saved = self.path / "config.yaml"
+        self._lock = Lock(self.path)
         if self.saved.is_file() and any(self.path.glob("checkpoints/step_*")):
             import yaml
 
@@ -90,13 +92,20 @@ class RunFolder:
                 )
 
     def open(self, environment: dict[str, Any]) -> None:
-        """Make the folder, or reopen it, and note what was asked for and in what environment."""
+        """Make the folder, or reopen it, and note what was asked for and in what environment.
+
+        UserError on the main rank where another program is at work in it.
+        """
         if self.is_main:
+            self._lock.take()
             with explain_os_errors(self.path):
-                self.path.mkdir(parents=True, exist_ok=True)
                 write_atomic(self.saved, to_yaml(self.config))
                 self._append("command.txt", shlex.join(sys.argv))
                 write_json(self.path / "environment.json", environment)
+
+    def close(self) -> None:
+        """Let other programs in."""
+        self._lock.release()
 
     def log(self, message: str) -> None:
         """A dated line in log.txt and on the terminal."""

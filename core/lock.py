@@ -1,0 +1,91 @@
+"""One program at a time writes into a folder, also where several machines share the disk.
+
+The first to come leaves `.owner` there, with its host and process, and renews its time every minute. A second one is
+refused while the first lives: on the same host that is asked of the system; on another one the file's age tells.
+"""
+
+from __future__ import annotations
+
+import atexit
+import contextlib
+import json
+import os
+import threading
+import time
+from pathlib import Path
+
+from core.errors import UserError
+from core.files import explain_os_errors, write_atomic
+
+RENEW, STALE = 60.0, 300.0  # seconds; a node that was asleep for that long counts as gone
+
+
+class Lock:
+    """The right to write into `folder`. `take` it before the first file, `release` it after the last."""
+
+    def __init__(self, folder: Path):
+        self.file = folder / ".owner"
+        self._me = {"host": os.uname().nodename, "process": os.getpid(), "started": _started(os.getpid())}
+        self._released = threading.Event()
+
+    def take(self) -> None:
+        """UserError that names the program which is at work there, if one is."""
+        with explain_os_errors(self.file):
+            self.file.parent.mkdir(parents=True, exist_ok=True)
+            try:
+                with open(self.file, "x", encoding="utf-8") as file:
+                    json.dump(self._me, file)
+            except FileExistsError:
+                if (owner := self._living()) is not None:
+                    raise UserError(
+                        f"{self.file.parent} is in use by process {owner['process']} on {owner['host']}. Wait for it or "
+                        f"stop it; if it is gone for good, delete {self.file}."
+                    ) from None
+                write_atomic(self.file, json.dumps(self._me))
+        atexit.register(self.release)
+        threading.Thread(target=self._renew, name="lock", daemon=True).start()
+
+    def release(self) -> None:
+        """Let others in. Again: nothing."""
+        if not self._released.is_set() and os.getpid() == self._me["process"]:  # not from a forked worker
+            self._released.set()
+            if self._read() == self._me:
+                self.file.unlink(missing_ok=True)
+
+    def _renew(self) -> None:
+        while not self._released.wait(RENEW):
+            with contextlib.suppress(OSError):
+                os.utime(self.file)
+
+    def _read(self) -> dict | None:
+        try:
+            owner = json.loads(self.file.read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            return None
+        return owner if isinstance(owner, dict) and owner.keys() == self._me.keys() else None
+
+    def _living(self) -> dict | None:
+        owner = self._read()
+        if owner is None or owner == self._me:
+            return None
+        if owner["host"] == self._me["host"]:
+            return owner if _started(owner["process"]) == owner["started"] is not None else None
+        try:
+            return owner if time.time() - self.file.stat().st_mtime < STALE else None
+        except FileNotFoundError:
+            return None
+
+
+def _started(process: int) -> str | None:
+    """When a process of this host began, None for none: numbers are given again."""
+    try:
+        return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[19]
+    except OSError:
+        pass
+    try:  # no /proc, as on a Mac
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return None
+    except (PermissionError, OverflowError):
+        pass
+    return "unknown"
