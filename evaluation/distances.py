@@ -12,9 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from core.dist import World
 from core.errors import UserError, nearest
-from evaluation.metric import SumMetric
 from evaluation.networks import full_precision
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -49,16 +47,6 @@ class Moments:
             gathered.update(rows)
         return gathered
 
-    @classmethod
-    def stored(cls, count: int, mean: Tensor, covariance: Tensor) -> Moments:
-        """From a file of statistics: (D,) mean and (D, D) unbiased covariance of `count` pictures, any float dtype."""
-        if covariance.shape != (mean.numel(), mean.numel()):
-            raise UserError(f"Statistics with a mean of {mean.numel()} and a covariance of {tuple(covariance.shape)}.")
-        result = cls(mean.numel())
-        result.count, result.shift = count, mean.detach().cpu().double().flatten()
-        result.squares = covariance.detach().cpu().double() * (count - 1)
-        return result
-
     @property
     def dim(self) -> int:
         return self.total.numel()
@@ -84,41 +72,20 @@ class Moments:
         return self
 
     def merge(self, other: Moments) -> Moments:
-        """Add what another one has gathered."""
+        """Add what another one on the same device has gathered."""
         if other.dim != self.dim:
             raise UserError(f"Moments of {self.dim} and of {other.dim} dimensions cannot be merged.")
         if other.count == 0:
             return self
-        device = self.total.device
         if self.count == 0:
-            self.count, self.shift = other.count, other.shift.to(device, copy=True)
-            self.total, self.squares = other.total.to(device, copy=True), other.squares.to(device, copy=True)
+            self.count, self.shift = other.count, other.shift
+            self.total, self.squares = other.total.clone(), other.squares.clone()
             return self
-        total, squares = other._around(self.shift)
-        self.total, self.squares, self.count = self.total + total, self.squares + squares, self.count + other.count
-        return self
-
-    def _around(self, shift: Tensor) -> tuple[Tensor, Tensor]:
-        """(total, squares) around another shift, on its device: x - shift = (x - ours) + offset."""
-        total, squares = self.total.to(shift.device), self.squares.to(shift.device)
-        offset = self.shift.to(shift.device) - shift
-        cross = torch.outer(total, offset)
-        return total + self.count * offset, squares + cross + cross.T + self.count * torch.outer(offset, offset)
-
-    def all_reduce(self, world: World) -> Moments:
-        """Every rank gets the moments of all ranks' pictures. Every rank must call it, also one without pictures."""
-        if world.size == 1:
-            return self
-        count = world.sum(torch.tensor([float(self.count)], dtype=torch.float64, device=self.total.device))
-        if count == 0:
-            return self
-        # around the mean of all ranks, their sums add
-        shift = world.sum(self.mean * self.count if self.count else torch.zeros_like(self.total)) / count
-        if self.count:
-            self.total, self.squares = self._around(shift)
-        self.shift, self.count = shift, int(count)
-        world.sum(self.total)
-        world.sum(self.squares)
+        offset = other.shift - self.shift  # x - our shift = (x - the other's) + offset
+        cross = torch.outer(other.total, offset)
+        squares = other.squares + cross + cross.T + other.count * torch.outer(offset, offset)
+        self.total, self.squares = self.total + (other.total + other.count * offset), self.squares + squares
+        self.count += other.count
         return self
 
     @property
@@ -136,19 +103,16 @@ class Moments:
         return torch.addr(self.squares, self.total, self.total, alpha=-1 / self.count).div_(self.count - 1)
 
     def state(self) -> dict[str, Tensor]:
-        """What `load` takes back: tensors only, fit for a safetensors file."""
-        shift = torch.zeros_like(self.total) if self.shift is None else self.shift
-        return {"count": torch.tensor([self.count]), "shift": shift, "total": self.total, "squares": self.squares}
+        """What `restored` takes back: tensors only, fit for a safetensors file. Of at least one picture."""
+        return {"count": torch.tensor([self.count]), "shift": self.shift, "total": self.total, "squares": self.squares}
 
-    def load(self, state: dict[str, Tensor]) -> Moments:
-        """Go on from a stored `state`."""
-        device = self.total.device
-        if state["total"].numel() != self.dim:
-            raise UserError(f"Stored moments have {state['total'].numel()} dimensions, {self.dim} were expected.")
-        self.count = int(state["count"])
-        self.shift = state["shift"].to(device, copy=True) if self.count else None
-        self.total, self.squares = (state[name].to(device, copy=True) for name in ("total", "squares"))
-        return self
+    @classmethod
+    def restored(cls, state: dict[str, Tensor]) -> Moments:
+        """What a stored `state` had gathered."""
+        result = cls(0)
+        result.count = int(state["count"])
+        result.shift, result.total, result.squares = state["shift"], state["total"], state["squares"]
+        return result
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -173,57 +137,20 @@ def frechet_distance(first: Moments, second: Moments) -> float:
     return frechet_from_moments(first.mean, first.covariance, second.mean, second.covariance)
 
 
-class FrechetMetric(Moments):
-    """The distance of what is gathered from a reference.
-
-    Args:
-        name: of the result, `FeatureNet.distance_name(tap)`.
-    """
-
-    def __init__(self, name: str, reference: Moments, device: torch.device | str = "cpu"):
-        super().__init__(reference.dim, device)
-        self.name, self.reference = name, reference
-
-    def compute(self) -> dict[str, float]:
-        return {self.name: frechet_distance(self, self.reference)}
-
-
 def frechet_from_moments(mean1: Tensor, covariance1: Tensor, mean2: Tensor, covariance2: Tensor) -> float:
     """Of stored means (D,) and covariances (D, D), any float dtype."""
     mean1, mean2 = mean1.double().flatten(), mean2.to(mean1.device).double().flatten()
     covariance1, covariance2 = (c.to(mean1.device).double() for c in (covariance1, covariance2))
-    _same_width(mean1.numel(), mean2.numel())
+    if mean1.numel() != mean2.numel():
+        raise UserError(
+            f"Frechet distance of features with {mean1.numel()} and {mean2.numel()} dimensions: "
+            "both sides must come from the same tap of the same network."
+        )
     for side, tensors in (("first", (mean1, covariance1)), ("second", (mean2, covariance2))):
         if not all(bool(torch.isfinite(t.sum())) for t in tensors):  # NaN and infinity survive a sum
             raise UserError(f"The {side} set's statistics hold NaN or infinity: a picture or a feature was not finite.")
     means = (mean1 - mean2).square().sum()
     return float(means + covariance1.trace() + covariance2.trace() - 2.0 * _trace_of_root(covariance1, covariance2))
-
-
-def frechet_from_features(first: Tensor, second: Tensor) -> float:
-    """Of (N, D) and (M, D) features at hand: singular values of an N x M matrix, the quickest and most exact way while
-    N, M <= D. Larger sets go through their moments."""
-    _same_width(first.shape[1], second.shape[1])
-    if min(first.shape[0], second.shape[0]) < 2:
-        raise UserError(f"A covariance needs at least 2 pictures, got {first.shape[0]} and {second.shape[0]}.")
-    if max(first.shape[0], second.shape[0]) > first.shape[1]:
-        return frechet_distance(Moments.of(first), Moments.of(second))
-    first, second = first.double(), second.to(first.device).double()
-    mean1, mean2 = first.mean(0), second.mean(0)
-    first, second = (first - mean1) / (first.shape[0] - 1) ** 0.5, (second - mean2) / (second.shape[0] - 1) ** 0.5
-    if not (torch.isfinite(first).all() and torch.isfinite(second).all()):
-        raise UserError("The features hold NaN or infinity: a Frechet distance has no value there.")
-    cross = torch.linalg.svdvals(first @ second.T).sum()
-    spread = first.square().sum() + second.square().sum()
-    return float((mean1 - mean2).square().sum() + spread - 2.0 * cross)
-
-
-def _same_width(first: int, second: int) -> None:
-    if first != second:
-        raise UserError(
-            f"Frechet distance of features with {first} and {second} dimensions: "
-            "both sides must come from the same tap of the same network."
-        )
 
 
 def _trace_of_root(covariance1: Tensor, covariance2: Tensor) -> Tensor:
@@ -583,29 +510,3 @@ def uneven_chunks(labels: Tensor, chunk: int = CHUNK) -> str:
                 "sorted by label and the score is too low. Order them by index with balanced labels, or shuffle."
             )
     return ""
-
-
-class StreamingInceptionScore(SumMetric):
-    """The "single" form from running sums: no picture's outputs are kept. exp(H(mean p) - mean H(p))."""
-
-    def __init__(self, classes: int = 1008, device: torch.device | str = "cpu"):
-        self.sums = torch.zeros(classes + 2, dtype=torch.float64, device=device)  # of p, of p log p, and the count
-
-    @torch.no_grad()
-    def update(self, logits: Tensor) -> StreamingInceptionScore:
-        """Add (B, classes) logits without bias."""
-        log_p = logits.to(self.sums.device).double().log_softmax(1)
-        p = log_p.exp()
-        negative_entropy = (p * log_p).sum().view(1)
-        self.sums += torch.cat((p.sum(0), negative_entropy, self.sums.new_tensor([float(len(p))])))
-        return self
-
-    def compute(self) -> dict[str, float]:
-        count = float(self.sums[-1])
-        if count < 1:
-            raise UserError("An Inception Score was asked for before any picture was added.")
-        marginal, negative_entropy = self.sums[:-2] / count, self.sums[-2] / count
-        score = (negative_entropy - torch.special.xlogy(marginal, marginal).sum()).exp()
-        if not torch.isfinite(score):
-            raise UserError("The classifier's outputs hold NaN or infinity: an Inception Score has no value there.")
-        return {"is": float(score)}

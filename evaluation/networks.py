@@ -34,6 +34,7 @@ from core.nn.offline import efficientnet_lite0_input, load_efficientnet_lite0
 from core.weights.hub import resolve
 from core.weights.pickles import load_pickle
 from core.weights.released import helper
+from evaluation.protocols import PROTOCOLS, Protocol
 
 
 @contextmanager
@@ -65,6 +66,13 @@ class FeatureNet(nn.Module, ABC):
 
     name: str
     dims: dict[str, int]  # tap name -> width
+    is_published = False  # whether these are FID's own weights, so that a distance may be called FID
+    preprocess: str | None = None  # how pictures become its input, where that is not told by the name
+    weights_sha256: str | None = None  # of the file of weights, where there is one
+
+    def facts(self) -> dict[str, str]:
+        """What reference files call the network and its input. The same weights with another input are one network."""
+        return {"network": "inception" if self.is_published else self.name, "preprocess": self.preprocess or self.name}
 
     def distance_name(self, tap: str) -> str:
         """What a Frechet distance on `tap` is called. Only FID's own network overrides this."""
@@ -84,6 +92,13 @@ class FeatureNet(nn.Module, ABC):
             )
         with full_precision():
             return self.taps(images.float())
+
+
+def features_of(net: FeatureNet, images: Tensor, batch: int) -> dict[str, Tensor]:
+    """Features of (N, 3, H, W) uint8 pictures, `batch` at a time, on the network's device."""
+    device = next(net.parameters()).device
+    parts = [net(piece.to(device, non_blocking=True)) for piece in images.split(batch)]
+    return {tap: torch.cat([p[tap] for p in parts]) for tap in parts[0]}
 
 
 class EfficientNetLite0(FeatureNet):
@@ -197,14 +212,14 @@ class Mixed(nn.Module):
         self.branch_pool = ConvBN(channels, pool_width, 1) if pool_width else nn.Identity()
 
     def forward(self, x: Tensor) -> Tensor:
-        found = []
+        outputs = []
         for chain in self.chains:
             y = x
             for names in chain:
-                outputs = [self.get_submodule(name)(y) for name in names]
-                y = outputs[0] if len(outputs) == 1 else torch.cat(outputs, 1)
-            found.append(y)
-        return torch.cat([*found, self.branch_pool(self.pool(x))], 1)
+                parts = [self.get_submodule(name)(y) for name in names]
+                y = parts[0] if len(parts) == 1 else torch.cat(parts, 1)
+            outputs.append(y)
+        return torch.cat([*outputs, self.branch_pool(self.pool(x))], 1)
 
 
 def _mixed_35(channels: int, pool_width: int) -> Mixed:
@@ -390,10 +405,9 @@ class Inception(FeatureNet):
         self.net = InceptionV3()
         load_strictly(self.net, tensors, str(weights) if isinstance(weights, (str, Path)) else "the state dict")
         self.net.fold(dtype)
-        #: whether these are the published weights, so that a distance may be called FID
         self.is_published = self.weights_sha256.startswith(WEIGHTS_SHA256)
-        own = "" if self.is_published else f"_{self.weights_sha256[:8] or 'custom'}"
-        self.name = "inception" + own + ("" if preprocess == "tf1" else f"_{preprocess}")
+        weights_name = "" if self.is_published else f"_{self.weights_sha256[:8] or 'custom'}"
+        self.name = "inception" + weights_name + ("" if preprocess == "tf1" else f"_{preprocess}")
         self.name += "_float64" if dtype == torch.float64 else ""
 
     def distance_name(self, tap: str) -> str:
@@ -411,16 +425,16 @@ class Inception(FeatureNet):
         on_cpu = pixels.device.type == "cpu" and self.dtype == torch.float32
         layout = torch.channels_last if on_cpu else torch.contiguous_format
         self.net.arrange(layout)
-        found = self.net(PREPROCESS[self.preprocess](pixels).to(self.dtype).contiguous(memory_format=layout))
-        return {name: found[name] for name in self.dims}
+        features = self.net(PREPROCESS[self.preprocess](pixels).to(self.dtype).contiguous(memory_format=layout))
+        return {name: features[name] for name in self.dims}
 
 
 def load_strictly(net: InceptionV3, tensors: Mapping[str, Tensor], source: str) -> None:
     """Every tensor must be there with its shape; only BatchNorm's batch counters may be missing."""
-    own = net.state_dict()
-    counters = {name for name in own if name.endswith("num_batches_tracked")}
-    missing, unknown = sorted(own.keys() - tensors.keys() - counters), sorted(tensors.keys() - own.keys())
-    wrong = [name for name in own.keys() & tensors.keys() if own[name].shape != tensors[name].shape]
+    expected = net.state_dict()
+    counters = {name for name in expected if name.endswith("num_batches_tracked")}
+    missing, unknown = sorted(expected.keys() - tensors.keys() - counters), sorted(tensors.keys() - expected.keys())
+    wrong = [name for name in expected.keys() & tensors.keys() if expected[name].shape != tensors[name].shape]
     if missing or unknown or wrong:
         what = [f"no {missing[0]}" for _ in missing[:1]] + [f"an unknown {unknown[0]}" for _ in unknown[:1]]
         what += [f"{name} of shape {tuple(tensors[name].shape)}" for name in sorted(wrong)[:1]]
@@ -428,7 +442,7 @@ def load_strictly(net: InceptionV3, tensors: Mapping[str, Tensor], source: str) 
             f"{source} is not the network of FID: it has {' and '.join(what)}. torchvision's InceptionV3 is another "
             f"network and its distances are not FID; use {WEIGHTS_FILE} of torch-fidelity."
         )
-    net.load_state_dict({**{name: own[name] for name in counters}, **tensors})
+    net.load_state_dict({**{name: expected[name] for name in counters}, **tensors})
 
 
 def load_inception_weights(weights: str | Path | Mapping[str, Tensor] | None) -> tuple[Mapping[str, Tensor], str]:
@@ -447,3 +461,26 @@ def load_inception_weights(weights: str | Path | Mapping[str, Tensor] | None) ->
             "It is damaged or another network; delete it and get it again, or name a file of your own by path."
         )
     return load_pickle(path), digest
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Which one
+# ---------------------------------------------------------------------------------------------------------------------
+OFFLINE_SIZE = 128  # pixels the offline network sees; nearly four times quicker than its own 224
+
+
+def feature_net(device: torch.device, name: str = "lite0", protocol: Protocol = PROTOCOLS["adm"]) -> FeatureNet:
+    """The network that metrics see pictures through.
+
+    Args:
+        name: "inception" (FID's own), "lite0" (the offline stand-in, whose distances are never called FID), "auto"
+            (Inception if its weights are here, else the stand-in) or a file of Inception weights.
+        protocol: says how pictures become the network's input.
+    """
+    if name == "auto":
+        name = "inception" if helper(WEIGHTS_FILE).found() is not None else "lite0"
+    if name == "lite0":
+        return EfficientNetLite0(OFFLINE_SIZE).to(device)
+    dtype = torch.float64 if protocol.dtype == "float64" else torch.float32
+    weights = None if name == "inception" else name
+    return Inception(weights, preprocess=protocol.preprocess, dtype=dtype).to(device)

@@ -18,7 +18,6 @@ import zlib
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import Protocol
 
 import numpy as np
 import torch
@@ -39,21 +38,31 @@ from data.sources import loose_pictures, open_source
 from data.transforms import Transform, to_tensor
 
 
-class Pictures(Protocol):
+class Pictures:
     """What every set of pictures offers."""
 
     name: str  # for messages and records
+    size: tuple[int, int]  # (H, W)
+    source: DataSource | None = None  # where the pictures are from, if that lists their classes
 
-    def __len__(self) -> int: ...
+    def __len__(self) -> int:
+        raise NotImplementedError
 
     def read(self, start: int, stop: int) -> Tensor:
         """Pictures start ... stop - 1, (n, 3, H, W) uint8."""
+        raise NotImplementedError
 
     def expect(self, ranges: list[range]) -> None:
         """What will be read, in this order: a set that decodes may start at once."""
 
     def fingerprint(self) -> str:
         """Changes when the pictures change."""
+        raise NotImplementedError
+
+
+def pieces(indices: range) -> list[range]:
+    """`indices` in parts that fit into memory as pictures."""
+    return [range(i, min(i + READ, indices.stop)) for i in range(indices.start, indices.stop, READ)]
 
 
 def check_pictures(pictures: np.ndarray, name: str) -> None:
@@ -71,7 +80,7 @@ def check_pictures(pictures: np.ndarray, name: str) -> None:
         raise UserError(f"{name} holds no pictures.")
 
 
-class ArrayPictures:
+class ArrayPictures(Pictures):
     """Pictures in memory.
 
     Args:
@@ -82,12 +91,7 @@ class ArrayPictures:
         if isinstance(pictures, Tensor):
             pictures = pictures.permute(0, 2, 3, 1).cpu().numpy() if pictures.ndim == 4 else pictures.cpu().numpy()
         check_pictures(pictures, name)
-        self.pictures, self.name = pictures, name
-
-    @property
-    def size(self) -> tuple[int, int]:
-        """(H, W)"""
-        return self.pictures.shape[1:3]
+        self.pictures, self.name, self.size = pictures, name, pictures.shape[1:3]
 
     def __len__(self) -> int:
         return len(self.pictures)
@@ -95,9 +99,6 @@ class ArrayPictures:
     def read(self, start: int, stop: int) -> Tensor:
         piece = np.ascontiguousarray(self.pictures[start:stop].transpose(0, 3, 1, 2))
         return torch.from_numpy(piece)
-
-    def expect(self, ranges: list[range]) -> None:
-        """Nothing is decoded here."""
 
     def fingerprint(self) -> str:
         return f"{zlib.crc32(np.ascontiguousarray(self.pictures).data):08x}-{len(self)}"
@@ -123,9 +124,10 @@ class NpzPictures(ArrayPictures):
 # ---------------------------------------------------------------------------------------------------------------------
 
 THREADS = 8
+READ = 256  # pictures of a source decoded at a time
 
 
-class SourcePictures:
+class SourcePictures(Pictures):
     """Pictures of a data source, cropped as ADM does, decoded ahead by worker processes.
 
     Args:
@@ -179,7 +181,7 @@ class SourcePictures:
         return f"{hash64(self.source.fingerprint(), repr(self.transform.describe()), rows):016x}"
 
 
-class FolderPictures:
+class FolderPictures(Pictures):
     """Pictures as they are: all of one size. Grey, CMYK, 16-bit and transparent ones become RGB (data/base.py)."""
 
     def __init__(self, source: DataSource, name: str):
@@ -209,9 +211,6 @@ class FolderPictures:
                     "equal first; run_eval_tokenizer.sh --original and run_make_reference.sh crop them with --size N."
                 )
         return torch.stack(images)
-
-    def expect(self, ranges: list[range]) -> None:
-        """Threads decode what is read."""
 
     def fingerprint(self) -> str:
         return self.source.fingerprint()
@@ -267,12 +266,12 @@ def first_pictures(pictures: Pictures, count: int | None) -> Pictures:
     return pictures if not count or count >= len(pictures) else First(pictures, count)
 
 
-class First:
+class First(Pictures):
     """The first `count` pictures of a set."""
 
     def __init__(self, pictures: Pictures, count: int):
         self.pictures, self.count, self.name, self.size = pictures, count, pictures.name, pictures.size
-        self.source = getattr(pictures, "source", None)
+        self.source = pictures.source
 
     def __len__(self) -> int:
         return self.count

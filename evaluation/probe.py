@@ -22,8 +22,8 @@ from core.images import to_model_range
 from core.nn.probe import LinearProbe
 from core.rng import hash64, permutation
 from core.train.optim import Schedule
-from evaluation import measure
-from evaluation.pictures import SourcePictures
+from evaluation.images import Codebooks
+from evaluation.pictures import SourcePictures, pieces
 from evaluation.work import Work
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -36,10 +36,10 @@ def probe_features(tokenizer: nn.Module, images: Tensor) -> dict[str, Tensor]:
     if features := tokenizer.probe_features(images):
         return features
     latents = tokenizer.encode(images)
-    if (usage := measure.code_usage(tokenizer)) is None:
+    if (codebooks := Codebooks.of(tokenizer.spec)) is None:
         return {"latents": latents.flatten(2).transpose(1, 2)}
     vectors = tokenizer.embed(latents)  # (B, L, K, D)
-    branches = {name or "codes": vectors[:, :, k] for k, name in enumerate(usage.names)}
+    branches = {name or "codes": vectors[:, :, k] for k, name in enumerate(codebooks.labels)}
     return branches | ({"all": vectors.flatten(2)} if len(branches) > 1 else {})
 
 
@@ -62,11 +62,11 @@ def pooled_features(
         {"weights": fingerprint, "pictures": pictures.fingerprint()},
         min(4096, max(64, len(pictures) // 64)),
     )
-    pictures.expect([piece for c in work.mine() for piece in measure.pieces(work.indices(c))])
+    pictures.expect([piece for c in work.mine() for piece in pieces(work.indices(c))])
 
     def compute(indices: range) -> dict[str, Tensor]:
         parts: dict[str, list[Tensor]] = {}
-        for piece in measure.pieces(indices):
+        for piece in pieces(indices):
             images, labels = pictures.labelled(piece.start, piece.stop)
             parts.setdefault("labels", []).append(labels)
             for start in range(0, len(images), batch):

@@ -162,12 +162,6 @@ def of_tokenizer(name: str) -> str:
     return next((p.name for p in PROTOCOLS.values() if name in p.tokenizers), "adm")
 
 
-def describe() -> str:
-    """One line per protocol, for --help."""
-    width = max(map(len, PROTOCOLS))
-    return "\n".join(f"  {p.name:<{width}}  {p.about}" for p in PROTOCOLS.values())
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 # Labels
 # ---------------------------------------------------------------------------------------------------------------------
@@ -223,8 +217,7 @@ def _read_labels(path: Path, count: int) -> Tensor:
             if path.suffix == ".npy":
                 values = read_npy(path)
                 if values.ndim != 1 or values.dtype.kind not in "iu":
-                    found = f"{values.dtype} of shape {values.shape}"
-                    raise UserError(f"{path}: expected a row of whole numbers, got {found}.")
+                    raise UserError(f"{path}: expected a row of whole numbers, got {values.dtype} {values.shape}.")
                 labels = torch.from_numpy(values.astype(np.int64))
             else:
                 labels = torch.tensor([int(line.split()[-1]) for line in path.read_text().splitlines() if line.strip()])

@@ -18,9 +18,9 @@ from torch import Tensor
 
 from core.files import explain_os_errors, write_atomic
 from evaluation.environment import environment
+from evaluation.measure import Result
 from evaluation.protocols import meaning_of
 from evaluation.report import Report
-from evaluation.runner import Result
 from evaluation.scores import Score
 
 

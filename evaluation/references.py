@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -27,11 +28,18 @@ from safetensors.torch import save as to_safetensors
 from torch import Tensor
 
 from core.arrays import NpzFile
+from core.config import RunConfig
+from core.dist import World
 from core.errors import UserError
 from core.files import replacing, sha256_file, write_atomic
+from core.rng import permutation
+from core.specs import DataSource
 from core.weights.pickles import load_pickle
 from evaluation.distances import Moments
-from evaluation.pictures import ArrayPictures, check_pictures
+from evaluation.networks import FeatureNet, features_of
+from evaluation.pictures import ArrayPictures, Pictures, SourcePictures, check_pictures, pieces
+from evaluation.protocols import Protocol
+from evaluation.work import OWN, Work
 
 # Feature tap -> array names in a file: ADM's for FID's network, our own for the offline stand-in.
 MOMENTS = {"pool": ("mu", "sigma"), "spatial": ("mu_s", "sigma_s"), "block4": ("mu_block4", "sigma_block4")}
@@ -189,12 +197,12 @@ def _read_safetensors(path: Path) -> tuple[dict[str, Tensor], Facts]:
 
 def _read_cache(path: Path) -> tuple[dict[str, Any], Facts]:
     """A .pt file: torch-fidelity's cached statistics, or its cached features. Its name tells the feature network."""
-    found = re.search(r"-(inception-v3-compat|vgg16|clip-[\w-]+?|dinov2-[\w-]+?)-(stat-fid|features)-", path.name)
-    network = found and {"inception-v3-compat": "inception"}.get(found[1], found[1])
+    match = re.search(r"-(inception-v3-compat|vgg16|clip-[\w-]+?|dinov2-[\w-]+?)-(stat-fid|features)-", path.name)
+    network = match and {"inception-v3-compat": "inception"}.get(match[1], match[1])
     facts = Facts(
         network=network,
         preprocess="tf1" if network == "inception" else None,
-        made_by="torch-fidelity" if found else None,
+        made_by="torch-fidelity" if match else None,
     )
     content = load_pickle(path, (dict, Tensor))
     if isinstance(content, dict):
@@ -210,8 +218,8 @@ def _read_cache(path: Path) -> tuple[dict[str, Any], Facts]:
 
 def _parse_facts(path: Path, text: str) -> Facts:
     try:
-        given = json.loads(text)
-        return Facts(**{k: given[k] for k in Facts.__dataclass_fields__ if k in given})
+        record = json.loads(text)
+        return Facts(**{k: record[k] for k in Facts.__dataclass_fields__ if k in record})
     except (ValueError, TypeError) as error:
         raise UserError(f"{path}: its record of how it was made is damaged ({error}).") from error
 
@@ -220,12 +228,9 @@ def _moments(path: Path, arrays: dict[str, Any], mean_name: str, covariance_name
     mean, covariance = arrays[mean_name], arrays.get(covariance_name)
     for name, value, dims in ((mean_name, mean, 1), (covariance_name, covariance, 2)):
         if not isinstance(value, Tensor) or value.ndim != dims or not value.is_floating_point():
-            found = (
-                "nothing"
-                if value is None
-                else f"{getattr(value, 'dtype', type(value).__name__)} {tuple(getattr(value, 'shape', ()))}"
-            )
-            raise UserError(f"{path}: {name} should be {dims}-dimensional and of floats, found {found}.")
+            kind = f"{getattr(value, 'dtype', type(value).__name__)} {tuple(getattr(value, 'shape', ()))}"
+            kind = "nothing" if value is None else kind
+            raise UserError(f"{path}: {name} should be {dims}-dimensional and of floats, found {kind}.")
     if covariance.shape != (len(mean), len(mean)):
         raise UserError(
             f"{path}: {covariance_name} is {tuple(covariance.shape)} for {len(mean)} dimensions of {mean_name}."
@@ -285,3 +290,154 @@ def save(
         arrays["arr_0"] = pictures
     with replacing(path) as temporary, open(temporary, "wb") as file:
         np.savez(file, **arrays)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Choosing
+# ---------------------------------------------------------------------------------------------------------------------
+FOLDERS = ("data/fid_stats", "pretrained_models")  # where references named by a protocol are looked for
+
+
+def find_reference(name: str | None) -> Path | None:
+    """A reference file by path, or by the name a protocol gives it, where such files are kept; else None."""
+    if name is None:
+        return None
+    return next((p for p in (Path(name).expanduser(), *(Path(f) / name for f in FOLDERS)) if p.is_file()), None)
+
+
+def choose_reference(
+    asked: str | None, protocol: Protocol, net: FeatureNet, image_size: int, purpose: str, published: bool
+) -> Path | None:
+    """The file to compare with; None: statistics of the pictures themselves are to be made. Reads nothing.
+
+    Args:
+        asked: what the user asked for; a UserError if it is absent.
+        published: whether numbers are to be like the published ones (ImageNet, 1000 classes), so that the protocol's
+            own file is needed and statistics of whatever is at hand will not do.
+    """
+    if asked:
+        path = find_reference(asked)
+        if path is None and (Path(asked).expanduser().is_dir() or "://" in asked):
+            raise UserError(
+                f"eval.reference: {asked} stands for pictures, and a file is needed: make one of them with bash "
+                f"run_make_reference.sh {asked} FILE.npz"
+            )
+        if path is None:
+            raise UserError(
+                f"eval.reference: there is no {asked}, neither as a path nor in {' or '.join(FOLDERS)}. "
+                "docs/evaluation.md says where to get it; run_make_reference.sh makes one from pictures."
+            )
+        return path
+    names = protocol.reference if purpose == "generation" else protocol.reconstruction_reference
+    name = next((n for n in names if KNOWN[n].image_size == image_size), None)
+    other_pictures = purpose == "generation" and not published
+    if name is None or other_pictures or net.facts() != {"network": "inception", "preprocess": "tf1"}:
+        return None
+    path = find_reference(name)
+    if path is None and published:
+        raise UserError(
+            f'protocol "{protocol.name}" compares with {name}, which is not in {" or ".join(FOLDERS)}. Put it there '
+            "(docs/evaluation.md says where to get it), or give eval.reference=FILE."
+        )
+    return path
+
+
+def check_reference(
+    reference: Statistics, net: FeatureNet, purpose: str, image_size: int, source: str | None = None
+) -> None:
+    """UserError if pictures seen through `net` must not be compared with it."""
+    reference.check(purpose=purpose, image_size=image_size, source=source, **net.facts())
+    fitting = [tap for tap in reference.moments if tap in net.dims]
+    if reference.moments and not fitting:
+        raise UserError(
+            f"{reference.name} holds moments of {', '.join(reference.moments)} features and the network {net.name} makes "
+            f"{', '.join(net.dims)}: it was made with another feature network."
+        )
+    for tap in fitting:
+        reference.moment(tap, net.dims[tap])  # refuses other widths
+
+
+def load_reference(
+    path: Path, net: FeatureNet, purpose: str, image_size: int, world: World, source: str | None = None
+) -> Statistics | None:
+    """Read and check it on the main rank; if it is not fit, all ranks raise. Collective."""
+    loaded: list[Statistics] = []
+
+    def read() -> None:
+        loaded.append(load(path))
+        check_reference(loaded[0], net, purpose, image_size, source)
+
+    world.on_main(read)
+    return loaded[0] if loaded else None
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Making
+# ---------------------------------------------------------------------------------------------------------------------
+TRAINING_PICTURES = 50_000  # of a training set whose statistics are made on the fly
+
+
+def make_statistics(
+    pictures: Pictures,
+    net: FeatureNet,
+    world: World,
+    batch: int,
+    folder: Path | None = None,
+    facts: Facts = Facts(),
+    progress: Callable[[int], None] | None = None,
+) -> Statistics | None:
+    """Moments of a set of pictures, on the main rank. Collective; with `folder` a killed pass continues.
+
+    Every rank gathers whole chunks of pictures into one file of moments per chunk, merged in order at the end, so
+    neither the number of ranks nor a restart changes a digit.
+    """
+    taps = [tap for tap in MOMENTS if tap in net.dims]
+    chunk = max(2048, -(-len(pictures) // 64))  # a covariance is as large as the features of 2,000 pictures
+    work = Work(len(pictures), world, folder, {"pictures": pictures.fingerprint(), "network": net.name}, chunk)
+
+    pictures.expect([piece for c in work.mine() for piece in pieces(work.indices(c))])
+
+    def compute(indices: range) -> dict[str, Tensor]:
+        gathered = {tap: Moments(net.dims[tap], world.device) for tap in taps}
+        for piece in pieces(indices):
+            features = features_of(net, pictures.read(piece.start, piece.stop), batch)
+            for tap in taps:
+                gathered[tap].update(features[tap])
+        return {
+            f"{OWN}{tap}/{key}": value for tap, moments in gathered.items() for key, value in moments.state().items()
+        }
+
+    with work:
+        work.compute(compute, progress)
+    whole = {tap: Moments(net.dims[tap]) for tap in taps}
+    for result in work.chunks():
+        for tap, moments in whole.items():
+            prefix = f"{OWN}{tap}/"
+            state = {key.removeprefix(prefix): value for key, value in result.items() if key.startswith(prefix)}
+            moments.merge(Moments.restored(state))
+    if not world.is_main:
+        return None
+    facts = replace(
+        facts,
+        **net.facts(),
+        image_size=pictures.size[0],
+        count=len(pictures),
+        source=pictures.fingerprint(),
+        made_by="tessera",
+    )
+    work.forget()
+    return Statistics({tap: (m.mean, m.covariance) for tap, m in whole.items()}, facts, pictures.name)
+
+
+def training_statistics(
+    config: RunConfig, source: DataSource, image_size: int, net: FeatureNet, world: World
+) -> Statistics | None:
+    """Of (at most TRAINING_PICTURES of) the training set, made once and kept in the cache folder. Collective."""
+    count = min(len(source), TRAINING_PICTURES)
+    rows = range(count) if count == len(source) else sorted(permutation(len(source), "real pictures")[:count].tolist())
+    pictures = SourcePictures(source, image_size, config.data.workers, rows, f"{count:,} training pictures")
+    path = Path(config.data.cache_dir) / f"statistics_{net.name}_{pictures.fingerprint()}.safetensors"
+    if not world.on_main(path.is_file):
+        statistics = make_statistics(pictures, net, world, config.eval.batch, facts=Facts("generation"))
+        world.on_main(lambda: save(path, statistics))
+    return replace(load(path), name=pictures.name) if world.is_main else None

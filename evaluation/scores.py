@@ -79,11 +79,8 @@ class Comparison:
 
     def __post_init__(self):
         self.count = len(next(iter(self.samples.values())))
-        self.against = (
-            self.reference.name
-            if self.reference is not None
-            else ("real pictures" if self.purpose == "generation" else "originals")
-        )
+        other_side = "real pictures" if self.purpose == "generation" else "originals"
+        self.against = other_side if self.reference is None else self.reference.name
         self._moments: dict[str, tuple[Tensor, Tensor]] = {}
 
     def named(self, base: str, variant: str = "") -> str:
@@ -156,7 +153,7 @@ def _both_sides(comparison: Comparison) -> tuple[Tensor, Tensor]:
 # ---------------------------------------------------------------------------------------------------------------------
 # One function per name in a protocol's list
 # ---------------------------------------------------------------------------------------------------------------------
-def _frechet(comparison: Comparison, *taps: str) -> list[Score]:
+def frechet(comparison: Comparison, *taps: str) -> list[Score]:
     tap = _tap(comparison, *taps)
     if comparison.count < 2:
         raise Unavailable(f"a covariance needs at least 2 pictures, there is {comparison.count}")
@@ -168,6 +165,10 @@ def _frechet(comparison: Comparison, *taps: str) -> list[Score]:
     interval = _interval(comparison, name, lambda n: bootstrap_normal(measure, value, comparison.count, n))
     note = few_pictures(comparison.count, comparison.net.dims[tap])
     return [comparison.score(name, value, interval=interval, note=note), *_limit(comparison, name, measure)]
+
+
+def fid(comparison: Comparison) -> list[Score]:
+    return frechet(comparison, *DISTANCE_TAPS)
 
 
 def _interval(
@@ -188,28 +189,10 @@ def _limit(
         return []
     label = comparison.named(name, "infinity_from")
     limit = comparison.unless_impossible(label, lambda: at_infinity(measure, comparison.count))
-    return (
-        []
-        if limit is None
-        else [
-            comparison.score(
-                name,
-                limit.value,
-                "infinity_from",
-                reference,
-                std=limit.error,
-                note="extrapolated by least squares on 1/N; the deviation is its standard error",
-            )
-        ]
-    )
-
-
-def fid(comparison: Comparison) -> list[Score]:
-    return _frechet(comparison, *DISTANCE_TAPS)
-
-
-def sfid(comparison: Comparison) -> list[Score]:
-    return _frechet(comparison, "spatial")
+    if limit is None:
+        return []
+    note = "extrapolated by least squares on 1/N; the deviation is its standard error"
+    return [comparison.score(name, limit.value, "infinity_from", reference, std=limit.error, note=note)]
 
 
 def inception_score(comparison: Comparison) -> list[Score]:
@@ -227,10 +210,9 @@ def inception_score(comparison: Comparison) -> list[Score]:
         return form(logits[rows])[0]
 
     interval = _interval(comparison, name, lambda n: bootstrap_percentile(measure, len(logits), n))
-    found = comparison.score(
-        name, mean, IS_VARIANTS[comparison.protocol.inception_score], "", std=std or None, interval=interval, note=note
-    )
-    return [found, *_limit(comparison, name, measure, "")]
+    variant = IS_VARIANTS[comparison.protocol.inception_score]
+    whole = comparison.score(name, mean, variant, "", std=std or None, interval=interval, note=note)
+    return [whole, *_limit(comparison, name, measure, "")]
 
 
 def kernel_distance(comparison: Comparison) -> list[Score]:
@@ -239,24 +221,16 @@ def kernel_distance(comparison: Comparison) -> list[Score]:
     return [comparison.score(_not_inception(comparison, "kid"), mean, std=std)]
 
 
-def precision(comparison: Comparison) -> list[Score]:
-    return _manifold(comparison)[:1]
-
-
-def recall(comparison: Comparison) -> list[Score]:
-    return _manifold(comparison)[1:]
-
-
-def _manifold(comparison: Comparison) -> list[Score]:
+def manifold(comparison: Comparison) -> list[Score]:
     """Precision and recall, computed once."""
     if comparison.manifold is None:
         real, samples = _both_sides(comparison)
         mode = comparison.protocol.precision_recall
-        found = precision_recall(real=real, generated=samples, mode=mode)
+        shares = precision_recall(real=real, generated=samples, mode=mode)
         variant = "" if mode == "exact" else mode
         comparison.manifold = [
-            comparison.score(_not_inception(comparison, name), getattr(found, name), variant, note=found.note)
-            for name in ("precision", "recall")
+            comparison.score(_not_inception(comparison, name), share, variant, note=shares.note)
+            for name, share in (("precision", shares.precision), ("recall", shares.recall))
         ]
     return comparison.manifold
 
@@ -270,11 +244,11 @@ def _not_inception(comparison: Comparison, name: str) -> str:
 IS_VARIANTS = {"adm": "", "shuffled": "torch_fidelity", "single": "streaming"}
 METRICS: dict[str, Callable[[Comparison], list[Score]]] = {
     "fid": fid,
-    "sfid": sfid,
+    "sfid": lambda comparison: frechet(comparison, "spatial"),
     "is": inception_score,
     "kid": kernel_distance,
-    "precision": precision,
-    "recall": recall,
+    "precision": lambda comparison: manifold(comparison)[:1],
+    "recall": lambda comparison: manifold(comparison)[1:],
 }
 
 

@@ -2,7 +2,7 @@
 
 A number alone says little at a few hundred pictures, so each comes with what real pictures that were not trained on
 score: the Frechet distance between real sets is its floor, the classifier's accuracy on real pictures its ceiling.
-Features are the commands' own (evaluation/runner.py) of the offline network.
+Features are the commands' own (evaluation/measure.py) of the offline network.
 """
 
 from __future__ import annotations

@@ -12,7 +12,7 @@ from core.config import RunConfig
 from core.errors import UserError
 from core.weights import hub, released
 from core.weights.released import Released, find_local_file, helper, needed
-from evaluation import measure, protocols, references
+from evaluation import protocols, references
 from evaluation.networks import WEIGHTS_FILE
 from run.load import REGISTRIES
 
@@ -50,7 +50,7 @@ def lacking(config: RunConfig) -> list[str]:
             licence = f" ({file.licence})" if file.gated else ""
             lines.append(f"{file.about}, {file.place}: fetch it with {file.command}{licence}")
     reference = config.eval.reference if config.train.eval_every != "never" else None
-    if reference and measure.find_reference(reference) is None:
+    if reference and references.find_reference(reference) is None:
         lines.append(f"eval.reference={reference}: {_how_to_get(reference)}")
     return lines
 
@@ -82,7 +82,7 @@ def later(config: RunConfig) -> list[str]:
     size = config.tokenizer.get("image_size") or 256
     names = protocol.reference if purpose == "generation" else protocol.reconstruction_reference
     reference = next((n for n in names if references.KNOWN[n].image_size == size), None)
-    if reference and measure.find_reference(reference) is None:
+    if reference and references.find_reference(reference) is None:
         lines.append(f"reference statistics {reference} of protocol {protocol.name}: {_how_to_get(reference)}")
     return lines
 

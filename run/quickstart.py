@@ -29,8 +29,9 @@ from core.rng import Draws, hash64
 from core.specs import DataSource, Previews
 from core.train.log import ProgressLine
 from core.train.run import read_metrics
-from evaluation import measure, runner, toy
+from evaluation import measure, networks, toy
 from evaluation.environment import environment
+from evaluation.measure import Evaluation
 from evaluation.networks import FeatureNet
 from evaluation.pictures import SourcePictures
 from evaluation.protocols import make_labels
@@ -134,7 +135,7 @@ class Finished:
         self.tokenizer = load_tokenizer({"weights": str(folder / plan["tokenizer"])})[0].to(self.device)
         self.generator = self._generator("generator")
         self.size = self.tokenizer.image_size
-        self.net = measure.feature_net(self.device)
+        self.net = networks.feature_net(self.device)
         self.train = real_features(self.pictures(self.source), self.net, self.config)
         self.unseen = real_features(self.pictures(self.val), self.net, self.config)
         self.classifier = toy.fit(self.train.features[toy.CLASS_TAP], self.train.labels, self.source.num_classes)
@@ -165,17 +166,8 @@ class Finished:
         produce = measure.producer(
             lambda part, draws: task.sample(task.generator, part, draws), labels, self.config.seed, batch, self.device
         )
-        result = runner.evaluate_generation(
-            produce,
-            Work(len(labels), measure.alone(self.device), chunk=batch),
-            self.net,
-            toy.FRECHET,
-            batch=batch,
-            reference=None,
-            real=self.train.features,
-            writers=(kept,),
-            progress=line.update,
-        )
+        how = Evaluation(toy.FRECHET, self.net, measure.alone(self.device), batch, real=self.train.features)
+        result = how.of_samples(produce, Work(len(labels), how.world, chunk=batch), (kept,), line.update)
         line.close()
         samples = toy.Labelled(result.features, labels)
         metrics = toy.compare(samples, self.train, self.unseen, self.net, self.classifier, self.source.class_names)
@@ -209,7 +201,7 @@ def real_features(pictures: SourcePictures, net: FeatureNet, config: RunConfig) 
     path = Path(config.data.cache_dir) / f"real_{net.name}_{pictures.fingerprint()}.safetensors"
     if not path.is_file():
         device = next(net.parameters()).device
-        features = runner.picture_features(pictures, net, measure.alone(device), config.eval.batch)
+        features = measure.picture_features(pictures, net, measure.alone(device), config.eval.batch)
         labels = torch.tensor(measure.source_labels(pictures.source))
         write_atomic(path, to_bytes({**features, "labels": labels}))
     features = load_file(path)

@@ -83,17 +83,17 @@ def parse(arguments: list[str]) -> tuple[argparse.Namespace, list[str]]:
 
 def main(arguments: list[str]) -> int:
     options, settings = parse(arguments)
-    from run import evaluation_recon
+    from run import evaluate
 
     if options.check:
-        evaluation_recon.check(options, settings)
+        evaluate.check_reconstructions(options, settings)
         return 0
     from core import dist
 
     world = dist.start("auto")
     try:
-        measure = evaluation_recon.by_folders if options.original else evaluation_recon.by_tokenizer
-        return measure(options, settings, world)
+        measurement = evaluate.by_folders if options.original else evaluate.by_tokenizer
+        return measurement(options, settings, world).run()
     finally:
         world.stop()
 

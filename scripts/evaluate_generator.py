@@ -62,19 +62,19 @@ def parse(arguments: list[str]) -> tuple[argparse.Namespace, list[str]]:
 
 def main(arguments: list[str]) -> int:
     options, settings = parse(arguments)
-    from run import evaluation_run as run
+    from run import evaluate
 
-    existing = run.holds_pictures(options.target)
+    existing = evaluate.holds_pictures(options.target)
     if options.check or not existing:  # before a network is loaded
-        run.check(options, settings, existing)
+        evaluate.check_samples(options, settings, existing)
     if options.check:
         return 0
     from core import dist
 
     world = dist.start("auto")
     try:
-        measure = run.existing_samples if existing else run.generated_samples
-        return measure(options, settings, world)
+        measurement = evaluate.existing_samples if existing else evaluate.generated_samples
+        return measurement(options, settings, world).run()
     finally:
         world.stop()
 

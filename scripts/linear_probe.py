@@ -62,9 +62,9 @@ def main(arguments: list[str]) -> int:
     from core.errors import UserError
     from data.base import require_labels
     from data.sources import open_source
-    from run import evaluation_recon
+    from run import evaluate
 
-    section = {**options.tokenizer, **evaluation_recon.tokenizer_section(options.weights), "use_ema": not options.raw}
+    section = {**options.tokenizer, **evaluate.tokenizer_section(options.weights), "use_ema": not options.raw}
     train, val = open_source(options.url, "train"), open_source(options.url, "val")
     require_labels(train)
     require_labels(val)
@@ -90,12 +90,13 @@ def main(arguments: list[str]) -> int:
     from core import dist
     from core.files import human_bytes
     from core.rng import permutation
+    from core.train.log import progress_line
+    from evaluation.measure import Result, Stopwatch
     from evaluation.pictures import SourcePictures
     from evaluation.probe import ProbeSettings, pooled_features, train_probe
-    from evaluation.runner import Result, Stopwatch
     from evaluation.scores import Score
-    from run import evaluation_run as run
     from run.load import load_tokenizer
+    from run.measurement import write_result
 
     world = dist.start("auto")
     try:
@@ -106,7 +107,7 @@ def main(arguments: list[str]) -> int:
         watch, sides = Stopwatch(world.device), []
         for name, source, chosen in (("train", train, rows), ("val", val, range(len(val)))):
             pictures = SourcePictures(source, tokenizer.image_size, options.workers, chosen, f"{options.url} ({name})")
-            with run.progress_line(world, len(pictures), f"features of {name}") as progress, watch("features"):
+            with progress_line(world, len(pictures), f"features of {name}") as progress, watch("features"):
                 sides.append(pooled_features(tokenizer, pictures, world, options.encode_batch, fingerprint, progress))
         if not world.is_main:
             return 0
@@ -151,14 +152,8 @@ def main(arguments: list[str]) -> int:
             "views": "centre crop, no augmentation",
             "kept": human_bytes(sum(f.nbytes for f in features.values())),
         }
-        run.finish(
-            folder,
-            f"Linear probe of {options.weights}",
-            Result(scores, seconds=dict(watch.seconds)),
-            context,
-            world,
-            [],
-        )
+        result = Result(scores, seconds=dict(watch.seconds))
+        write_result(folder, f"Linear probe of {options.weights}", result, context, world.device)
         return 0
     finally:
         world.stop()

@@ -86,17 +86,17 @@ def main(arguments: list[str]) -> int:
         return 0
 
     from core import dist
-    from evaluation import measure
+    from core.train.log import progress_line
+    from evaluation.networks import feature_net
     from evaluation.protocols import few_pictures
-    from run import evaluation_run as run
 
     world = dist.start("auto")
     try:
-        net = measure.feature_net(world.device, options.network, protocol)
+        net = feature_net(world.device, options.network, protocol)
         transform = f"ADM centre crop to {options.size}" if options.size else "as they are"
         facts = references.Facts(options.purpose, transform=transform)
-        with run.progress_line(world, len(pictures), "features") as progress:
-            made = measure.make_statistics(
+        with progress_line(world, len(pictures), "features") as progress:
+            made = references.make_statistics(
                 pictures, net, world, options.batch, out.with_name(f".{out.name}.work"), facts, progress
             )
         if made is None:

@@ -7,20 +7,16 @@ import math
 import numpy as np
 import pytest
 import torch
-import torch.multiprocessing as mp
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from core import cli, dist
 from core.errors import UserError
 from core.rng import Draws
 from evaluation import intervals
 from evaluation.distances import (
     FORMS,
-    FrechetMetric,
     Moments,
-    StreamingInceptionScore,
     frechet_distance,
-    frechet_from_features,
+    frechet_from_moments,
     inception_score,
     inception_score_adm,
     kid,
@@ -29,7 +25,7 @@ from evaluation.distances import (
     squared_mmd,
     uneven_chunks,
 )
-from evaluation.images import PSNR, SSIM, CodebookUsage, Perturbation, RollingUsage
+from evaluation.images import Codebooks, Perturbation
 from evaluation.protocols import few_pictures, metric_name
 
 
@@ -83,10 +79,13 @@ def test_frechet_of_badly_conditioned_covariances():
 
 
 @pytest.mark.parametrize("counts", [(30, 30), (30, 100), (100, 100)])
-def test_frechet_from_features_equals_from_moments(counts):
-    a, b = normal(counts[0], 40), normal(counts[1], 40, seed=1) + 0.1
-    want = frechet_distance(Moments.of(a), Moments.of(b))
-    assert frechet_from_features(a, b) == pytest.approx(want, rel=1e-10)
+def test_frechet_equals_singular_values_of_the_features(counts):
+    """The cross term is the nuclear norm of an N x M matrix, whatever the ranks of the covariances."""
+    a, b = normal(counts[0], 40).double(), normal(counts[1], 40, seed=1).double() + 0.1
+    x, y = ((side - side.mean(0)) / (len(side) - 1) ** 0.5 for side in (a, b))
+    cross = torch.linalg.svdvals(x @ y.T).sum()
+    want = (a.mean(0) - b.mean(0)).square().sum() + x.square().sum() + y.square().sum() - 2 * cross
+    assert frechet_distance(Moments.of(a), Moments.of(b)) == pytest.approx(float(want), rel=1e-10)
 
 
 def test_features_that_are_not_finite_are_refused():
@@ -94,12 +93,11 @@ def test_features_that_are_not_finite_are_refused():
     bad[3, 2] = math.nan
     for measure in (
         lambda: frechet_distance(Moments.of(good), Moments.of(bad)),
-        lambda: frechet_from_features(bad, good),
         lambda: inception_score(bad),
         lambda: inception_score_adm(bad),
         lambda: kid(good, bad, 2, 10),
         lambda: precision_recall(real=good, generated=bad),
-        lambda: StreamingInceptionScore(6).update(bad).compute(),
+        lambda: FORMS["single"](bad),
     ):
         with pytest.raises(UserError, match="NaN or infinity"):
             measure()
@@ -108,13 +106,12 @@ def test_features_that_are_not_finite_are_refused():
 def test_too_few_pictures_are_named():
     one, some = normal(1, 6), normal(5, 6)
     cases = (
-        (lambda: frechet_from_features(one, some), "at least 2 pictures"),
+        (lambda: frechet_distance(Moments.of(one), Moments.of(some)), "at least 2 pictures"),
         (lambda: Moments(6).mean, "before any picture"),
         (lambda: inception_score(some), "at least 10 pictures, got 5"),
         (lambda: kid(some, some), "subsets of 1000"),
         (lambda: manifold_radii(some, k=5), "more than 5 pictures, got 5"),
         (lambda: precision_recall(real=some, generated=normal(5, 7)), "same tap"),
-        (lambda: CodebookUsage(4).compute(), "before any code"),
         (lambda: intervals.at_infinity(lambda rows: 0.0, 5), "at least 20 pictures"),
     )
     for measure, message in cases:
@@ -137,7 +134,7 @@ def test_inception_score_forms():
     assert FORMS["single"](logits) == pytest.approx((by_hand(p), 0.0))
     certain = torch.full((20, 4), -1e4).scatter(1, torch.arange(20)[:, None] % 4, 1e4)  # float32 softmax: 0 log 0
     assert inception_score_adm(certain)[0] == pytest.approx(4.0, rel=1e-12)
-    assert StreamingInceptionScore(4).update(certain).compute()["is"] == pytest.approx(4.0, rel=1e-12)
+    assert FORMS["single"](certain)[0] == pytest.approx(4.0, rel=1e-12)
 
 
 def test_sorted_labels_are_noticed():
@@ -203,29 +200,28 @@ def test_half_precision_falls_back_and_warns():
 # ---------------------------------------------------------------------------------------------------------------------
 # Codes
 # ---------------------------------------------------------------------------------------------------------------------
+def usage(codebooks: Codebooks, codes: torch.Tensor) -> dict[str, float]:
+    return codebooks.usage(codebooks.count(codes))
+
+
 def test_codebook_usage_per_branch_and_scale():
     codes = torch.tensor([[[0, 1], [0, 2], [1, 3]], [[0, 1], [1, 2], [1, 3]]])  # (2, 3, 2), scales of 1 and 2 tokens
-    found = CodebookUsage(4, branches=2, scales=(1, 2), names=("semantic", "detail")).update(codes).compute()
-    assert found["codebook_usage_semantic"] == 0.5 and found["codebook_usage_detail"] == 0.75
-    assert found["codebook_usage_semantic_scale0"] == 0.25 and found["codebook_perplexity_semantic_scale0"] == 1.0
-    assert found["codebook_entropy_bits_detail_scale1"] == pytest.approx(1.0, abs=1e-6)
-    assert found["codebook_perplexity_detail_scale1"] == pytest.approx(2.0)
-    assert set(CodebookUsage(4).update(codes[..., 0]).compute()) == {
+    both = Codebooks(4, branches=2, scales=(1, 2), names=("semantic", "detail"))
+    measured = usage(both, codes)
+    assert measured["codebook_usage_semantic"] == 0.5 and measured["codebook_usage_detail"] == 0.75
+    assert measured["codebook_usage_semantic_scale0"] == 0.25 and measured["codebook_perplexity_semantic_scale0"] == 1.0
+    assert measured["codebook_entropy_bits_detail_scale1"] == pytest.approx(1.0, abs=1e-6)
+    assert measured["codebook_perplexity_detail_scale1"] == pytest.approx(2.0)
+    assert set(usage(Codebooks(4), codes[..., :1])) == {
         "codebook_usage",
         "codebook_entropy_bits",
         "codebook_perplexity",
     }
     with pytest.raises(UserError, match="A code is 3, but the codebook has 3"):
-        CodebookUsage(3, branches=2).update(codes)
+        Codebooks(3, branches=2).count(codes)
     with pytest.raises(UserError, match="2 branches expected"):
-        CodebookUsage(4, branches=2).update(codes[..., 0])
-
-
-def test_rolling_usage_drops_the_oldest():
-    rolling = RollingUsage(vocab=10, window=4)
-    assert rolling.update(torch.tensor([5, 6])) == pytest.approx(0.3)  # 0, 5, 6: the window began with zeros
-    assert rolling.update(torch.tensor([[7, 8]])) == pytest.approx(0.4)
-    assert rolling.update(torch.arange(10)) == pytest.approx(0.4)  # more than the window: the last four
+        Codebooks(4, branches=2).count(codes[..., 0])
+    assert torch.equal(both.count(codes), both.count(codes[:1]) + both.count(codes[1:]))  # chunks add
 
 
 def test_perturbed_codes_are_near_and_belong_to_the_picture():
@@ -294,9 +290,14 @@ def test_precision_and_recall_cut_into_blocks_by_themselves():
 def test_extrapolation_removes_the_bias():
     """Two samples of one Gaussian: the distance at infinity is 0, at N it is not."""
     features = normal(2000, 8).double()
-    reference = Moments.stored(10**6, torch.zeros(8), torch.eye(8))
-    found = intervals.at_infinity(lambda rows: frechet_distance(Moments.of(features[rows]), reference), 2000)
-    assert frechet_distance(Moments.of(features[:200]), reference) > 0.05
+    mean, covariance = torch.zeros(8), torch.eye(8)
+
+    def measure(rows):
+        part = Moments.of(features[rows])
+        return frechet_from_moments(part.mean, part.covariance, mean, covariance)
+
+    found = intervals.at_infinity(measure, 2000)
+    assert measure(torch.arange(200)) > 0.05
     assert abs(found.value) < 0.02 and found.slope > 0 and 0 < found.error < 0.02
     line = intervals.at_infinity(lambda rows: 3.0 + 40.0 / len(rows), 500)
     assert (line.value, line.slope, line.error) == pytest.approx((3.0, 40.0, 0.0), abs=1e-9)
@@ -307,10 +308,10 @@ def test_bootstrap_intervals_hold_what_they_should():
     low, high = intervals.bootstrap_percentile(lambda rows: float(values[rows].mean()), 400)
     assert low < values.mean() < high and high - low == pytest.approx(2 * 1.96 / 20, rel=0.2)
     features = normal(150, 4)
-    reference = Moments.stored(10**6, torch.zeros(4), torch.eye(4))
 
     def measure(rows):
-        return frechet_distance(Moments.of(features[rows]), reference)
+        part = Moments.of(features[rows])
+        return frechet_from_moments(part.mean, part.covariance, torch.zeros(4), torch.eye(4))
 
     value = measure(torch.arange(150))
     low, high = intervals.bootstrap_normal(measure, value, 150, replicates=20)
@@ -326,86 +327,20 @@ def test_names_carry_protocol_and_count():
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Parts and ranks
+# Parts
 # ---------------------------------------------------------------------------------------------------------------------
-X, Y = normal(90, 6) * 3 + 50, normal(90, 3, 12, 12).sigmoid()
-
-
-def gather(rows: torch.Tensor, batch: int) -> dict[str, object]:
-    """Every mergeable metric after seeing some pictures, `batch` at a time."""
-    metrics = {
-        "frechet": FrechetMetric("fd", Moments.of(normal(70, 6, seed=1) + 50)),
-        "is": StreamingInceptionScore(6),
-        "codes": CodebookUsage(5),
-        "psnr": PSNR(),
-        "ssim": SSIM(),
-    }
-    for part in rows.split(batch):
-        metrics["frechet"].update(X[part])
-        metrics["is"].update(X[part])
-        metrics["codes"].update((X[part] * 7).long() % 5)
-        for name in ("psnr", "ssim"):
-            metrics[name].update(Y[part], Y[part] * 0.9)
-    return metrics
-
-
-def numbers(metrics: dict[str, object]) -> dict[str, float]:
-    return {name: value for metric in metrics.values() for name, value in metric.compute().items()}
-
-
 @pytest.mark.parametrize("shards", [1, 2, 4])
-def test_shards_merge_to_the_whole(shards):
-    whole = numbers(gather(torch.arange(90), 90))
-    parts = [gather(rows, 7 + i) for i, rows in enumerate(torch.arange(90).tensor_split(shards))]
-    merged = gather(torch.arange(0), 1)
-    for part in parts:
-        for name, metric in merged.items():
-            metric.merge(part[name])
-    assert numbers(merged) == pytest.approx(whole, rel=1e-9)
-    restored = gather(torch.arange(0), 1)
-    for name, metric in restored.items():
-        metric.load({key: tensor.clone() for key, tensor in merged[name].state().items()})
-    assert numbers(restored) == numbers(merged)
-
-
-def _rank(rank: int, folder: str) -> None:
-    import os
-
-    torch.set_num_threads(1)
-    os.environ |= {
-        "RANK": str(rank),
-        "LOCAL_RANK": str(rank),
-        "WORLD_SIZE": "2",
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": (open(f"{folder}/port").read()),
-    }
-    world = dist.start("cpu")
-    metrics = gather(torch.arange(90)[:31] if rank == 0 else torch.arange(90)[31:], 8)
-    for metric in metrics.values():
-        metric.all_reduce(world)
-    lonely = Moments(6)
-    if rank == 1:
-        lonely.update(X)
-    lonely.all_reduce(world)
-    torch.save([numbers(metrics), lonely.covariance, metrics["psnr"].rows], f"{folder}/{rank}.pt")
-    world.stop()
-    cli.leave(0)
-
-
-@pytest.mark.slow
-def test_two_ranks_give_the_numbers_of_one(tmp_path):
-    import socket
-
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        (tmp_path / "port").write_text(str(probe.getsockname()[1]))
-    mp.spawn(_rank, args=(str(tmp_path),), nprocs=2)
-    whole = gather(torch.arange(90), 90)
-    for rank in range(2):
-        found, covariance, rows = torch.load(tmp_path / f"{rank}.pt", weights_only=True)
-        assert found == pytest.approx(numbers(whole), rel=1e-9)
-        torch.testing.assert_close(covariance, Moments.of(X).covariance, rtol=1e-9, atol=1e-9)
-        torch.testing.assert_close(rows, whole["psnr"].rows)
+def test_moments_of_shards_merge_to_the_whole(shards):
+    """Gathered batch by batch, stored and restored, merged: what chunks of a reference go through."""
+    features = normal(90, 6) * 3 + 50
+    whole, merged = Moments.of(features), Moments(6)
+    for i, shard in enumerate(features.tensor_split(shards)):
+        gathered = Moments(6)
+        for part in shard.split(7 + i):
+            gathered.update(part)
+        merged.merge(Moments.restored({key: tensor.clone() for key, tensor in gathered.state().items()}))
+    torch.testing.assert_close(merged.mean, whole.mean, rtol=1e-12, atol=0)
+    torch.testing.assert_close(merged.covariance, whole.covariance, rtol=1e-9, atol=1e-9)
 
 
 @pytest.mark.parametrize("mode", ["exact", "adm_fp16"])

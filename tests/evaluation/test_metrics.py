@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
 
 from core.errors import UserError
 from core.nn.lpips import LPIPS
-from evaluation import toy
+from evaluation import protocols, toy
 from evaluation.distances import Moments, frechet_distance, frechet_from_moments
-from evaluation.images import PSNR, SSIM, SSIM_VARIANTS, LPIPSMetric, psnr, ssim
+from evaluation.images import SSIM_VARIANTS, interval_of, lpips_metric, mean_of, picture_metrics, psnr, ssim
 
 
 def normal(*shape: int, seed: int = 0) -> torch.Tensor:
@@ -137,21 +139,20 @@ def test_lpips_equals_the_lpips_package():
     a, b = (torch.rand(2, 3, 40, 36, generator=torch.Generator().manual_seed(seed)) for seed in range(2))
     with torch.no_grad():
         want = theirs(a * 2 - 1, b * 2 - 1).flatten()
-    metric = LPIPSMetric(ours)
-    torch.testing.assert_close(metric.update(a, b).float(), want, rtol=1e-4, atol=0)
-    assert metric.compute()["lpips_vgg"] == pytest.approx(float(want.mean()), rel=1e-4)
+    name, metric = lpips_metric(ours)
+    values = metric(a, b).double()
+    torch.testing.assert_close(values.float(), want, rtol=1e-4, atol=0)
+    assert mean_of(name, values)["lpips_vgg"] == pytest.approx(float(want.mean()), rel=1e-4)
 
 
 def test_identical_pictures_are_counted_and_nan_is_refused():
     a = torch.rand(3, 3, 12, 12, generator=torch.Generator().manual_seed(0))
-    metric = PSNR()
-    metric.update(a, torch.stack((a[0], a[1] * 0.9, a[2])))
-    assert metric.compute()["psnr_clipped"] == 2
-    low, high = metric.interval(replicates=50)
-    assert low <= metric.compute()["psnr"] <= high <= 100
-    metric.update(a, a * float("nan"))
+    values = psnr(a, torch.stack((a[0], a[1] * 0.9, a[2])))
+    assert mean_of("psnr", values)["psnr_clipped"] == 2 and set(mean_of("ssim", values)) == {"ssim"}
+    low, high = interval_of(values, replicates=50)
+    assert low <= mean_of("psnr", values)["psnr"] <= high <= 100
     with pytest.raises(UserError, match="NaN"):
-        metric.compute()
+        mean_of("psnr", torch.cat((values, psnr(a, a * float("nan")))))
 
 
 def test_psnr_known_values():
@@ -160,23 +161,21 @@ def test_psnr_known_values():
     torch.testing.assert_close(psnr(a, b), torch.tensor([20.0, 40.0, 100.0], dtype=torch.float64), rtol=1e-6, atol=0)
 
 
-def test_metrics_merge_clamp_and_check():
+def test_metrics_of_a_protocol():
+    """What it names, picture by picture, whatever the batch; a network that is not here leaves its metric out."""
     a = torch.rand(5, 3, 12, 12, generator=torch.Generator().manual_seed(0))
-    b = a + 0.2 * normal(5, 3, 12, 12).float()
-    for build in (PSNR, SSIM, lambda: SSIM("ssim_gauss")):
-        whole, first, second = build(), build(), build()
-        whole.update(a, b.clamp(0, 1))
-        first.update(a[:2], b[:2])
-        second.update(a[2:], b[2:])
-        first.merge(second)
-        assert first.count == 5
-        assert first.compute() == pytest.approx(whole.compute(), rel=1e-6)
-        with pytest.raises(UserError, match="before any picture"):
-            build().compute()
-        with pytest.raises(UserError, match="float pictures"):
-            build().update((a * 255).to(torch.uint8), b)
+    b = (a + 0.2 * normal(5, 3, 12, 12).float()).clamp(0, 1)
+    protocol = replace(
+        protocols.get("adm", "reconstruction"), reconstruction=("psnr", "ssim"), ssim=("ssim", "ssim_gauss")
+    )
+    metrics, left_out = picture_metrics(protocol, torch.device("cpu"))
+    assert list(metrics) == ["psnr", "ssim", "ssim_gauss"] and not left_out
+    for metric in metrics.values():
+        torch.testing.assert_close(torch.cat((metric(a[:2], b[:2]), metric(a[2:], b[2:]))), metric(a, b))
     with pytest.raises(UserError, match="at least 11"):
         ssim(a[..., :8, :8], a[..., :8, :8], "ssim_gauss")
+    with pytest.raises(UserError, match='unknown SSIM "sim"'):
+        ssim(a, a, "sim")
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -10,11 +10,12 @@ import torch
 from PIL import Image
 
 from core.errors import UserError
-from evaluation import references, runner, work
+from evaluation import measure, references, work
 from evaluation.distances import Moments
 from evaluation.references import Facts, Statistics
 from scripts import evaluate, evaluate_generator, make_reference
-from tests.evaluation.test_run import SmallInception, metrics, save_folder, small_net  # noqa: F401 (a fixture)
+from tests.evaluation.conftest import SmallInception, metrics
+from tests.evaluation.test_run import save_folder
 
 BAD_PICTURES = {
     "empty": "holds no pictures|is empty",
@@ -106,11 +107,12 @@ def test_features_that_are_not_finite_leave_nothing_behind(bad_pictures, tmp_pat
     good = np.load(bad_pictures / "good.npz")["arr_0"]
     last = float(good[39, 0, 0, 0])
     monkeypatch.setattr(SmallInception, "taps", broken)
-    monkeypatch.setattr(
-        runner,
-        "features_of",
-        lambda net, images, batch: {tap: torch.cat([net(x[None])[tap] for x in images]) for tap in net.dims},
-    )
+
+    def one_by_one(net, images, batch):
+        return {tap: torch.cat([net(x[None])[tap] for x in images]) for tap in net.dims}
+
+    for module in (measure, references):
+        monkeypatch.setattr(module, "features_of", one_by_one)
     with pytest.raises(UserError, match="(pictures 32 to 39|pictures 0 to 39|.*) (is|was|are) not finite|hold NaN"):
         commands(bad_pictures, "good.npz", tmp_path / "out")[command]()
     assert not list(tmp_path.rglob("*"))
@@ -189,7 +191,7 @@ def test_other_samples_of_the_same_names_are_measured_anew(tmp_path, small_net, 
 @pytest.mark.parametrize("given", ["{}", "folder://{}"])
 def test_a_reference_that_is_pictures_is_not_called_absent(tmp_path, given):
     from evaluation import protocols
-    from evaluation.measure import choose_reference
+    from evaluation.references import choose_reference
 
     given = given.format(tmp_path)
     with pytest.raises(UserError, match=f"run_make_reference.sh {given} FILE.npz"):

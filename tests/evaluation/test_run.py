@@ -16,74 +16,18 @@ from PIL import Image
 from core import dist
 from core.dist import World
 from core.errors import UserError
-from core.specs import Codes, Tokenizer
 from data.sources import SyntheticSource
-from evaluation import measure, protocols, runner, scores
-from evaluation.distances import Moments
-from evaluation.images import Perturbation
-from evaluation.networks import FeatureNet
+from evaluation import measure, protocols, references, scores
+from evaluation.images import Perturbation, picture_metrics
+from evaluation.measure import ByTokenizer, Evaluation
 from evaluation.pictures import SourcePictures
-from evaluation.references import Facts, Statistics
 from evaluation.work import Work
-from run import evaluation_recon
+from run import evaluate as evaluation
 from run.load import load_config
 from run.train import train
 from scripts import evaluate, evaluate_generator, make_reference
 from tests.conftest import TOY_GENERATOR, TOY_TOKENIZER
-
-CPU = torch.device("cpu")
-ONE = World(0, 1, 0, CPU)
-
-
-class SmallInception(FeatureNet):
-    """The taps of FID's network from a fixed random projection of a thumbnail."""
-
-    name, preprocess, is_published = "inception", "tf1", True
-    dims = {"pool": 12, "spatial": 7, "logits": 5}
-
-    def __init__(self):
-        super().__init__()
-        random_numbers = torch.Generator().manual_seed(0)
-        self.weight = torch.nn.Parameter(torch.randn(48, 24, generator=random_numbers), requires_grad=False)
-
-    def distance_name(self, tap):
-        return {"pool": "fid", "spatial": "sfid"}.get(tap, f"fd_small_{tap}")
-
-    def taps(self, pixels):
-        x = torch.nn.functional.adaptive_avg_pool2d(pixels / 255.0, 4).flatten(1) @ self.weight
-        return {"pool": x[:, :12], "spatial": x[:, 12:19], "logits": x[:, 19:]}
-
-
-class OneCode(Tokenizer):
-    """A tokenizer with codes: every 8 x 8 block becomes one of 16 greys, twice."""
-
-    spec, image_size, term_names = Codes(16, 2, 16, 1, (4, 4), ("mean", "peak")), 32, ()
-
-    def encode(self, images, draws=None):
-        pools = torch.nn.functional.avg_pool2d, torch.nn.functional.max_pool2d
-        grey = torch.stack([pool(images.mean(1, keepdim=True), 8).flatten(1) for pool in pools], -1)
-        return ((grey + 1) * 8).long().clamp(0, 15)
-
-    def embed(self, codes):
-        return codes[..., None].float()
-
-    def decode(self, latents, draws=None):
-        grey = (latents.float().mean(-1) / 8 - 1).view(-1, 1, 4, 4)
-        noise = 0.01 * draws.normal("pixels", (3, 32, 32))
-        return torch.nn.functional.interpolate(grey, scale_factor=8).expand(-1, 3, -1, -1) + noise
-
-
-def sample(labels, draws):
-    """A generator: colour by label, texture by chance."""
-    shade = torch.stack([labels % 3, labels % 5, labels % 7], 1).float()[:, :, None, None] / 4 - 0.7
-    return shade + 0.5 * draws.normal("x", (3, 16, 16))
-
-
-def real(count: int = 60) -> Statistics:
-    images = measure.producer(sample, torch.arange(count) % 10, 99, 8, CPU)(range(count))
-    features = SmallInception()(images)
-    moments = {tap: Moments.of(features[tap]) for tap in ("pool", "spatial")}
-    return Statistics({tap: (m.mean, m.covariance) for tap, m in moments.items()}, Facts(), "real")
+from tests.evaluation.conftest import CPU, ONE, OneCode, SmallInception, metrics, real, sample
 
 
 def generated(world: World, folder=None, batch: int = 8, interrupt=lambda: None, count: int = 70):
@@ -101,34 +45,31 @@ def generated(world: World, folder=None, batch: int = 8, interrupt=lambda: None,
 
     work = Work(count, world, folder, {"seed": 3})
     real_side = net(measure.producer(sample, torch.arange(30) % 10, 7, 8, CPU)(range(30)))
-    result = runner.evaluate_generation(
-        produce,
-        work,
-        net,
-        protocol,
-        batch=batch,
-        reference=real(),
-        writers=(Keep(),),
-        real={tap: x for tap, x in real_side.items()},
-    )
+    how = Evaluation(protocol, net, world, batch, reference=real(), real=real_side)
+    result = how.of_samples(produce, work, (Keep(),))
     return result, seen
 
 
-def rebuilt(world: World, folder=None, batch: int = 8):
+def rebuilt(world: World, batch: int = 8):
     pictures = SourcePictures(SyntheticSource(size=40, count=50), 32)
     protocol = replace(
         protocols.get("adm", "reconstruction"),
         reconstruction=("fid", "psnr", "ssim", "codebook"),
         ssim=("ssim", "ssim_gauss"),
     )
-    return measure.reconstruction_result(
-        OneCode(), pictures, protocol, SmallInception(), world, batch=batch, folder=folder
-    )
+    return reconstruct(pictures, protocol, world, batch)
+
+
+def reconstruct(pictures, protocol, world: World, batch: int, perturb: Perturbation | None = None):
+    how = Evaluation(protocol, SmallInception(), world, batch, metrics=picture_metrics(protocol, CPU)[0])
+    rebuild = ByTokenizer(OneCode(), pictures, protocol, batch, CPU, perturb=perturb)
+    with Work(len(pictures), world) as work:
+        return how.of_reconstructions(rebuild, work)
 
 
 def summed(world: World):
     pictures = SourcePictures(SyntheticSource(size=32, count=90), 32)
-    return measure.make_statistics(pictures, SmallInception(), world, 8)
+    return references.make_statistics(pictures, SmallInception(), world, 8)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -218,7 +159,7 @@ def test_draws_of_a_picture_do_not_depend_on_its_neighbours():
     produce = measure.producer(sample, torch.arange(20), 5, 4, CPU)
     assert torch.equal(produce(range(0, 20))[7], produce(range(7, 8))[0])
     assert not torch.equal(produce(range(7, 8)), measure.producer(sample, torch.arange(20), 6, 4, CPU)(range(7, 8)))
-    assert torch.equal(measure.producer(sample, torch.arange(20), 5, 64, CPU)(range(0, 20)), produce(range(0, 20)))
+    assert torch.equal(measure.producer(sample, torch.arange(20), 5, 64, CPU)(range(20)), produce(range(20)))
 
 
 def test_pixels_that_are_not_finite_are_no_picture():
@@ -248,9 +189,7 @@ def test_pfid_is_measured_beside_rfid(tmp_path):
     protocol = replace(protocols.get("adm", "reconstruction"), reconstruction=("fid", "sfid", "psnr", "codebook"))
 
     def measured(perturb, batch=8):
-        return measure.reconstruction_result(
-            OneCode(), pictures, protocol, SmallInception(), ONE, batch=batch, perturb=perturb
-        )
+        return reconstruct(pictures, protocol, ONE, batch, perturb)
 
     plain = measured(None)
     mild, none, strong = (measured(Perturbation(0.9, beta, delta)) for beta, delta in ((0.3, 4), (0.9, 1), (0.9, 16)))
@@ -268,7 +207,7 @@ def test_pfid_is_measured_beside_rfid(tmp_path):
 def test_d_ar_rounds_its_originals():
     """63 of the 256 levels come back one lower (spec of the evaluation, 6.4)."""
     source = SyntheticSource(size=32, count=1)
-    rebuild = measure.rebuilder(OneCode(), SourcePictures(source, 32), protocols.get("dar", "reconstruction"), 8, CPU)
+    rebuild = ByTokenizer(OneCode(), SourcePictures(source, 32), protocols.get("dar", "reconstruction"), 8, CPU)
     pictures = SourcePictures(source, 32).read(0, 1)
     lost = pictures.int() - next(rebuild(range(1))).original.int()
     assert set(lost.unique().tolist()) <= {0, 1}
@@ -296,21 +235,6 @@ def test_what_cannot_be_measured_is_left_out_with_its_reason():
 # ---------------------------------------------------------------------------------------------------------------------
 # Commands
 # ---------------------------------------------------------------------------------------------------------------------
-@pytest.fixture
-def small_net(monkeypatch):
-    """The small network in place of FID's, and no download for LPIPS."""
-
-    def absent(device):
-        raise UserError("vgg16 is not here")
-
-    monkeypatch.setattr(measure, "LPIPSMetric", absent)
-    monkeypatch.setattr(measure, "feature_net", lambda *a, **k: SmallInception())
-
-
-def metrics(folder) -> dict[str, float]:
-    return {k: v["value"] for k, v in json.loads((folder / "metrics.json").read_text())["metrics"].items()}
-
-
 def test_generator_command(generator_run, tmp_path, small_net, capsys):
     common = [str(generator_run), "--num", "20", "eval.batch=8", "seed=4"]
     assert evaluate_generator.main([*common, "--out", str(tmp_path / "a"), "--write", "npz", "--keep"]) == 0
@@ -371,7 +295,7 @@ def test_a_continued_command_writes_every_picture(generator_run, tmp_path, small
     class Killed(BaseException):
         pass
 
-    calls, original = [], runner.features_of
+    calls, original = [], measure.features_of
 
     def dies(net, images, batch):
         calls.append(1)
@@ -380,7 +304,7 @@ def test_a_continued_command_writes_every_picture(generator_run, tmp_path, small
         return original(net, images, batch)
 
     command = [str(generator_run), "--num", "40", "--out", str(tmp_path / "a"), "--write", "npz"]
-    monkeypatch.setattr(runner, "features_of", dies)
+    monkeypatch.setattr(measure, "features_of", dies)
     with pytest.raises(Killed):
         evaluate_generator.main(command)
     assert (tmp_path / "a" / "work" / "samples.npz.partial").is_file()
@@ -541,7 +465,7 @@ def test_perturbing_from_the_command_line(tokenizer_run, tmp_path, small_net, mo
     with pytest.raises(UserError, match="give ALPHA,BETA,DELTA"):
         evaluate.main([str(tokenizer_run), *val, "--perturb", "0.5", "--check"])
     assert not (tmp_path / "a").exists()
-    monkeypatch.setattr(evaluation_recon, "load_tokenizer", lambda section: (OneCode(), "one"))
+    monkeypatch.setattr(evaluation, "load_tokenizer", lambda section: (OneCode(), "one"))
     monkeypatch.setattr(measure, "reconstruction_grid", lambda *a: torch.zeros(3, 8, 8, dtype=torch.uint8))
     assert evaluate.main([str(tokenizer_run), *val, "--perturb", "0.5,0.5,8"]) == 0
     assert {"rfid_24", "pfid_24", "psnr"} <= set(metrics(tmp_path / "a"))

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from core.errors import UserError
-from evaluation import measure, runner, toy
+from evaluation import measure, toy
 from evaluation.networks import EfficientNetLite0, FeatureNet
 from evaluation.work import Work
 
@@ -83,16 +83,10 @@ def test_float_pictures_are_refused():
 
 def labelled(net: FeatureNet, images: torch.Tensor, labels: torch.Tensor) -> toy.Labelled:
     """Features as the quickstart takes them, on the commands' path."""
-    work = Work(len(images), measure.alone(torch.device("cpu")), chunk=16)
-    result = runner.evaluate_generation(
-        lambda indices: images[indices.start : indices.stop],
-        work,
-        net,
-        toy.FRECHET,
-        batch=16,
-        reference=None,
-        real={tap: torch.randn(20, width) for tap, width in net.dims.items()},
-    )
+    real = {tap: torch.randn(20, width) for tap, width in net.dims.items()}
+    how = measure.Evaluation(toy.FRECHET, net, measure.alone(torch.device("cpu")), 16, real=real)
+    work = Work(len(images), how.world, chunk=16)
+    result = how.of_samples(lambda indices: images[indices.start : indices.stop], work)
     return toy.Labelled(result.features, labels)
 
 

@@ -11,12 +11,13 @@ from PIL import Image
 
 from core.errors import UserError
 from data.sources import SyntheticSource
-from evaluation import measure, protocols, references, scores
+from evaluation import measure, networks, protocols, references, scores
+from evaluation import pictures as pictures_module
 from evaluation.distances import Moments
 from evaluation.pictures import SourcePictures
-from run import evaluation_recon
+from run import evaluate as evaluation
 from scripts import evaluate, evaluate_generator, make_reference
-from tests.evaluation.test_run import CPU, ONE, SmallInception, metrics, real, sample, small_net  # noqa: F401
+from tests.evaluation.conftest import CPU, ONE, SmallInception, metrics, real, sample
 
 
 @pytest.mark.parametrize("workers", [0, 1, 3])
@@ -34,8 +35,8 @@ def test_pictures_read_ahead_are_the_ones_asked_for(workers, monkeypatch):
             torch.equal(a, pictures.transform.apply_view(source[rows[i]].image, 0))
             for a, i in zip(images, wanted, strict=True)
         )
-    monkeypatch.setattr(measure, "READ", 7)  # 50 = 7 x 7 + 1
-    made = measure.make_statistics(pictures, SmallInception(), ONE, 4)
+    monkeypatch.setattr(pictures_module, "READ", 7)  # 50 = 7 x 7 + 1
+    made = references.make_statistics(pictures, SmallInception(), ONE, 4)
     whole = Moments.of(SmallInception()(pictures.read(0, 50))["pool"])
     assert made.facts.count == 50
     torch.testing.assert_close(made.moments["pool"], (whole.mean, whole.covariance))
@@ -68,8 +69,8 @@ def test_extras_that_mean_nothing_are_refused_before_anything_is_measured(tmp_pa
     def never(*_, **__):
         raise AssertionError("measured")
 
-    monkeypatch.setattr(measure, "feature_net", never)
-    monkeypatch.setattr(evaluation_recon, "load_tokenizer", never)
+    monkeypatch.setattr(networks, "feature_net", never)
+    monkeypatch.setattr(evaluation, "load_tokenizer", never)
     np.savez(tmp_path / "s.npz", arr_0=np.zeros((24, 16, 16, 3), np.uint8))
     for command, target in (
         (evaluate_generator, [str(tmp_path / "s.npz")]),

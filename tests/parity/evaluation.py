@@ -9,18 +9,17 @@ from torch import Tensor
 
 from evaluation.distances import (
     Moments,
-    StreamingInceptionScore,
     frechet_distance,
-    frechet_from_features,
     frechet_from_moments,
     inception_score,
     inception_score_adm,
+    inception_score_single,
     kid,
     manifold_radii,
     precision_recall,
     squared_mmd,
 )
-from evaluation.images import CodebookUsage, RollingUsage
+from evaluation.images import Codebooks
 from tests.parity import Case, Tolerance, kind
 from tests.parity.fields import notes, only, reads
 
@@ -52,7 +51,6 @@ def frechet(case: Case) -> dict[str, Tensor]:
     first, second = Moments.of(a), Moments.of(b)
     distance = scalar(frechet_distance(first, second))
     result = {name: distance for name in case.outputs if name.startswith("fid_")}
-    result["fid_eigh_f64"] = scalar(frechet_from_features(a, b))
     # Recorded: whether scipy called the product of covariances exactly singular, which a dead channel makes it.
     dead = [(gathered.covariance.diagonal() == 0).any() for gathered in (first, second)]
     result["adm_used_eps"] = (dead[0] | dead[1]).long()
@@ -80,10 +78,7 @@ def score(case: Case) -> dict[str, Tensor]:
     logits = {"unbiased": unbiased, "biased": unbiased + bias}
     result = {"logits_unbiased_head": unbiased[: len(case.outputs["logits_unbiased_head"])]}
     result["isc_adm"] = scalar(inception_score_adm(unbiased, case.config["adm_split_size"])[0])
-    streaming = StreamingInceptionScore(unbiased.shape[1])
-    for part in unbiased.split(64):
-        streaming.update(part)
-    result["isc_rear_evaluator"] = scalar(streaming.compute()["is"])
+    result["isc_rear_evaluator"] = scalar(inception_score_single(unbiased)[0])
     for name in case.outputs:
         if found := re.fullmatch(r"isc_(std_)?torch_fidelity_(biased|unbiased)_splits(\d+)_shuffle([01])", name):
             seed = case.config["rng_seed"] if found[4] == "1" else None
@@ -143,14 +138,16 @@ def prc(case: Case) -> dict[str, Tensor]:
 @kind("evaluation", "codebook_usage", reads("codebook_size rolling_window"), lambda case, name: Tolerance(1e-9, 0.0))
 def codebook_usage(case: Case) -> dict[str, Tensor]:
     indices, vocab = case.inputs["indices"], case.config["codebook_size"]
-    usage, rolling, by_step = CodebookUsage(vocab), RollingUsage(vocab, case.config["rolling_window"]), []
-    for step in indices:
-        usage.update(step)
-        by_step.append(rolling.update(step))
-    found = usage.compute()
+    codebooks, steps = Codebooks(vocab), [step.view(1, -1, 1) for step in indices]
+    whole = codebooks.usage(sum(codebooks.count(step) for step in steps))
+    # A training's log counts the codes of a window that starts full of zeros.
+    window, by_step = torch.zeros(1, case.config["rolling_window"], 1, dtype=indices.dtype), []
+    for step in steps:
+        window = torch.cat((window, step), 1)[:, -window.shape[1] :]
+        by_step.append(scalar(codebooks.usage(codebooks.count(window))["codebook_usage"]))
     return {
-        "rear_usage": scalar(found["codebook_usage"]),
-        "rear_entropy_bits": scalar(found["codebook_entropy_bits"]),
-        "perplexity": scalar(found["codebook_perplexity"]),
+        "rear_usage": scalar(whole["codebook_usage"]),
+        "rear_entropy_bits": scalar(whole["codebook_entropy_bits"]),
+        "perplexity": scalar(whole["codebook_perplexity"]),
         "rolling_usage": torch.stack(by_step),
     }

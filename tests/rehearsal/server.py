@@ -50,8 +50,7 @@ def main(project: str, place: str) -> None:
 
     from run import (
         estimate,  # noqa: F401
-        evaluation_recon,  # noqa: F401
-        evaluation_run,  # noqa: F401
+        evaluate,  # noqa: F401
         train,
     )
 

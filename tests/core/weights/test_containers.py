@@ -430,7 +430,7 @@ def test_programs_take_the_keys_that_they_ask_for(tmp_path, capsys):
     """Everything that opens a tokenizer alone answers an open question with the key to give; it takes that key."""
     from PIL import Image
 
-    from run import evaluation_recon
+    from run import evaluate as evaluation
     from scripts import evaluate, reconstruct
 
     Image.new("RGB", (40, 40), (200, 30, 60)).save(tmp_path / "red.png")
@@ -442,7 +442,7 @@ def test_programs_take_the_keys_that_they_ask_for(tmp_path, capsys):
     assert reconstruct.main(words + known) == 0 and "1 x 16 codes from 32" in capsys.readouterr().out
     options, settings = evaluate.parse([str(tmp_path / "a.pt"), str(tmp_path), "eval.num_images=1", *known])
     assert options.tokenizer == {"length": 16, "groups": 4, "image_size": 32} and settings == ["eval.num_images=1"]
-    assert evaluation_recon.with_protocol(options.weights, settings, options.tokenizer)[0] == "eval.protocol=dar"
+    assert evaluation.with_protocol(options.weights, settings, options.tokenizer)[0] == "eval.protocol=dar"
 
 
 def test_a_file_of_vars_trainer_samples_with_the_tokenizer_in_it(tmp_path):

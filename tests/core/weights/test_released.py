@@ -13,7 +13,7 @@ import torch
 from core.errors import UserError
 from core.weights import released
 from evaluation import protocols
-from run import evaluation_recon
+from run import evaluate
 from run.load import ADAPTERS, TOKENIZERS, load_config, tokenizer_layout
 from run.sample import read_config
 from scripts import evaluate_generator, sample
@@ -214,5 +214,5 @@ def test_a_bare_file_draws(tmp_path, monkeypatch):
     assert sample.main(["reAR-L.safetensors", "--labels", "207", "--num", "1", "--out", "s"]) == 0
     facts = json.loads((tmp_path / "s" / "sample.json").read_text())
     assert facts["sample.scale"] == 15.0 and facts["tokenizer"] == MASKGIT and facts["precision"] == "fp32"
-    assert evaluation_recon.with_protocol(MASKGIT, []) == ["eval.protocol=rear"]
-    assert evaluation_recon.with_protocol(MASKGIT, ["eval.protocol=adm"]) == ["eval.protocol=adm"]
+    assert evaluate.with_protocol(MASKGIT, []) == ["eval.protocol=rear"]
+    assert evaluate.with_protocol(MASKGIT, ["eval.protocol=adm"]) == ["eval.protocol=adm"]

@@ -1,0 +1,545 @@
+"""What run_eval_tokenizer.sh and run_eval_generator.sh do: one `Measurement` per command.
+
+    by_tokenizer(options, overrides, world).run()        reconstructions by a tokenizer
+    by_folders(options, overrides, world).run()          two sets of pictures that are there
+    generated_samples(options, overrides, world).run()   samples of a generator
+    existing_samples(options, overrides, world).run()    an .npz or a folder of samples
+
+Each of these four functions reads what was asked for, loads the networks and says what decides the result. The rest is the
+same for all: a folder that is continued or refused, measuring in chunks, the table, the report and metrics.json.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save as to_bytes
+from torch import Tensor, nn
+
+from core import images as image_tools
+from core.arrays import NpzFile
+from core.config import EvalConfig, RunConfig
+from core.dist import World
+from core.errors import UserError
+from core.files import write_atomic
+from core.rng import hash64
+from core.specs import DataSource
+from core.train.checkpoint import Checkpoint
+from core.train.log import progress_line
+from core.weights import released
+from data.sources import SCHEMES, has_pictures, open_source
+from evaluation import measure, networks, protocols, references
+from evaluation.images import Perturbation, picture_metrics
+from evaluation.measure import ByPairs, ByTokenizer, Evaluation, Produce, Progress, Rebuild, Result
+from evaluation.networks import FeatureNet
+from evaluation.pictures import NpzPictures, Pictures, first_pictures, open_any, same_pictures
+from evaluation.protocols import Protocol
+from evaluation.references import Statistics
+from evaluation.work import Work
+from run.data import open_pictures
+from run.load import load_config, load_tokenizer, read_weights
+from run.measurement import Measurement, Shown, Table, enough, eval_settings
+from run.sample import open_generator, read_config
+
+SAMPLES = 50_000  # what published numbers are measured on
+SHOWN = 40
+BEST_AND_WORST = 6
+CLASSES_SHOWN = 30
+IMAGENET_CLASSES, IMAGENET_VAL_EACH = 1000, 50
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Samples
+# ---------------------------------------------------------------------------------------------------------------------
+def holds_pictures(target: str) -> bool:
+    """Whether `target` names samples (a file, a folder or a data URL) rather than a generator."""
+    path = Path(target)
+    if target.endswith((".npz", ".npy", ".tar")) or target.partition("://")[0] in SCHEMES:
+        return True
+    if path.is_dir() and not any(path.iterdir()):
+        raise UserError(
+            f"{target} is empty. Name a run, a checkpoint or weights, or samples: an .npz or a folder of pictures."
+        )
+    if not path.is_dir() or (path / "checkpoints").is_dir() or (path / "manifest.json").is_file():
+        return False
+    return has_pictures(path)
+
+
+def check_samples(options: argparse.Namespace, overrides: list[str], existing: bool) -> None:
+    """Find mistakes without loading a network."""
+    if existing:
+        settings = eval_settings(overrides)
+        enough(settings.num_images, len(open_any(options.target)), options.target, options)
+    else:
+        settings = read_config(options.target, overrides)[0].eval
+        enough(settings.num_images, settings.num_images or SAMPLES, "eval.num_images", options)
+    protocol = protocols.get(settings.protocol)
+    if settings.reference:
+        references.choose_reference(settings.reference, protocol, None, 0, "generation", True)
+
+
+class FirstSamples:
+    """A writer that keeps the first pictures as a grid."""
+
+    def __init__(self, path: Path):
+        self.path = path
+
+    def write(self, start: int, images: Tensor) -> None:
+        if start == 0:
+            image_tools.save_png(image_tools.grid(images[:SHOWN].cpu(), columns=8), self.path)
+
+    def flush(self) -> None:
+        """Written at once."""
+
+
+@dataclass(kw_only=True)
+class Samples(Measurement):
+    """Samples, by indices, against a reference.
+
+    Args:
+        produce: indices -> pictures, a function of the indices alone.
+        reference_path: the file of the reference, whose pictures (arr_0) some metrics need.
+    """
+
+    produce: Produce
+    reference_path: Path | None
+
+    noun = "samples"
+    not_in_chunks = ("bootstrap", "infinity", "reference")
+
+    def prepare(self) -> None:
+        """Features of the pictures in the reference's file, where a metric needs them."""
+        how, path = self.how, self.reference_path
+        has_moments = how.world.on_main(lambda: bool(how.reference.moments))
+        needs = {"kid", "precision", "recall"} & set(how.protocol.generation) or not has_moments
+        if path is None or path.suffix != ".npz" or not needs:
+            return
+        with NpzFile(path) as file:
+            if "arr_0" not in file.names:
+                return
+        pictures = NpzPictures(path)
+        with progress_line(how.world, len(pictures), "features of the reference") as progress:
+            how.real = measure.picture_features(pictures, how.net, how.world, how.batch, progress)
+
+    def measure(self, work: Work, writers: tuple, progress: Progress) -> Result | None:
+        writers = (FirstSamples(work.folder / "samples.png"), *writers)
+        return self.how.of_samples(self.produce, work, writers, progress)
+
+    def shown(self, result: Result, folder: Path) -> list[Shown]:
+        return [("Samples", folder / "samples.png", "The first samples in index order.")]
+
+    def write(self, result: Result, folder: Path, unfinished: Path) -> None:
+        if self.options.keep:
+            labels = self.how.labels if self.how.labels is not None else torch.full((self.count,), -1)
+            tensors = {f"taps/{tap}": values for tap, values in result.features.items()} | {"labels": labels}
+            facts = {"net": self.how.net.name, "fingerprint": "samples"}
+            write_atomic(folder / "features.safetensors", to_bytes(tensors, metadata=facts))
+        super().write(result, folder, unfinished)
+
+
+def existing_samples(options: argparse.Namespace, overrides: list[str], world: World) -> Samples:
+    """Samples that are there: an .npz or a folder."""
+    settings = eval_settings(overrides)
+    protocol = protocols.get(settings.protocol)
+    pictures = open_any(options.target)
+    count = enough(settings.num_images, len(pictures), options.target, options)
+    size = pictures.size[0]
+    net = networks.feature_net(world.device, settings.network, protocol)
+    path = references.choose_reference(settings.reference, protocol, net, size, "generation", True)
+    if path is None:
+        raise UserError(
+            f'nothing to compare with: protocol "{protocol.name}" names no reference for pictures of {size} px and '
+            f'the network "{net.name}". Give eval.reference=FILE (run_make_reference.sh makes one).'
+        )
+    reference = references.load_reference(path, net, "generation", size, world)
+    job = {
+        "samples": options.target,
+        "pictures": pictures.fingerprint(),
+        "count": count,
+        "protocol": protocol.name,
+        "network": net.name,
+        "reference": str(path),
+        "bootstrap": options.bootstrap,
+        "infinity": options.infinity,
+    }
+    return Samples(
+        options=options,
+        how=Evaluation(
+            protocol, net, world, settings.batch, reference, replicates=options.bootstrap, infinity=options.infinity
+        ),
+        title=f"Samples of {options.target}",
+        stem=Path(options.target).stem,
+        count=count,
+        image_size=size,
+        job=job,
+        produce=lambda indices: pictures.read(indices.start, indices.stop),
+        reference_path=path,
+    )
+
+
+def generated_samples(options: argparse.Namespace, overrides: list[str], world: World) -> Samples:
+    """Samples of a generator."""
+    say = print if world.is_main else (lambda *_: None)
+    generator = open_generator(options.target, overrides, world, say)
+    config, settings, size = generator.config, generator.config.eval, generator.image_size
+    protocol = protocols.get(settings.protocol)
+    count = settings.num_images or SAMPLES
+    kind = settings.labels or protocol.labels
+    val = validation_labels(config, generator.num_classes) if kind == "val" else None
+    labels = protocols.make_labels(kind, count, generator.num_classes, config.seed, val)
+    rounding = settings.rounding or protocol.rounding
+    net = networks.feature_net(world.device, settings.network, protocol)
+    published = generator.num_classes == IMAGENET_CLASSES
+    path = references.choose_reference(settings.reference, protocol, net, size, "generation", published)
+    if path is not None:
+        reference = references.load_reference(path, net, "generation", size, world)
+    else:
+        train = training_pictures(config, published and net.name == "lite0")
+        say(f"reference: statistics of the training pictures ({config.data.pictures or config.data.url})")
+        reference = references.training_statistics(config, train, size, net, world)
+    dtype = measure.pixel_dtype(protocol, generator.bf16)
+    job = {
+        **generator.facts,
+        "sample": {k: v for k, v in asdict(config.sample).items() if v is not None},
+        "seed": config.seed,
+        "labels": kind,
+        "labels_fingerprint": f"{hash64(labels.numpy().tobytes().hex()):016x}",
+        "rounding": rounding,
+        "precision": config.train.precision,
+        "bf16_pixels": generator.bf16 and protocol.bf16_pixels,
+        "count": count,
+        "protocol": protocol.name,
+        "network": net.name,
+        "write": options.write,
+        "reference": str(path) if path else config.data.url,
+        "bootstrap": options.bootstrap,
+        "infinity": options.infinity,
+    }
+    return Samples(
+        options=options,
+        how=Evaluation(
+            protocol,
+            net,
+            world,
+            settings.batch,
+            reference,
+            labels=labels,
+            replicates=options.bootstrap,
+            infinity=options.infinity,
+        ),
+        title=f"Samples of {job.get('weights')}",
+        stem=Path(options.target.rstrip("/")).stem,
+        count=count,
+        image_size=size,
+        job=job,
+        context={"label_counts": protocols.describe_labels(labels, generator.num_classes)},
+        produce=measure.producer(generator.sample, labels, config.seed, settings.batch, world.device, rounding, dtype),
+        reference_path=path,
+    )
+
+
+def validation_labels(config: RunConfig, num_classes: int) -> list[int] | None:
+    """Of data.val_url. ImageNet's are known without its pictures, 50 of each class in the order of folders."""
+    try:
+        return measure.val_labels(open_source(config.data.val_url, "val"), num_classes) if config.data.val_url else None
+    except UserError:
+        if num_classes != IMAGENET_CLASSES or not config.data.val_url.rstrip("/").endswith("imagenet/val"):
+            raise
+        return [i // IMAGENET_VAL_EACH for i in range(IMAGENET_CLASSES * IMAGENET_VAL_EACH)]
+
+
+def training_pictures(config: RunConfig, stand_in: bool) -> DataSource:
+    """What samples are compared with where there is no reference file."""
+    problem = f"the run trained on stored tokens ({config.data.url})"
+    try:
+        train = open_pictures(config)
+    except UserError as error:
+        train, problem = None, str(error).rstrip(".")
+    if train is None:
+        advice = (
+            " For FID as published fetch its network and its reference: bash run_download.sh evaluation."
+            if stand_in
+            else ""
+        )
+        raise UserError(
+            f"nothing to compare with: {problem}. Name the training pictures, data.pictures=folder://... (or data.url), or "
+            f"give eval.reference=FILE (run_make_reference.sh makes one).{advice}"
+        )
+    return train
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Reconstructions
+# ---------------------------------------------------------------------------------------------------------------------
+def together(*checks: Callable[[], Any]) -> None:
+    """Run them all; UserError with every mistake that they find."""
+    problems = []
+    for look in checks:
+        try:
+            look()
+        except UserError as error:
+            problems.append(str(error))
+    if len(problems) == 1:
+        raise UserError(problems[0])
+    if problems:
+        raise UserError(f"{len(problems)} mistakes:\n" + "\n".join(f"  - {problem}" for problem in problems))
+
+
+def check_reconstructions(options: argparse.Namespace, overrides: list[str]) -> None:
+    """Find mistakes without loading a network."""
+    settings = eval_settings(overrides)
+    if options.original:
+        sides = [open_any(p, options.size) for p in (options.original, options.reconstructed)]
+        same_pictures(*sides)
+        enough(settings.num_images, len(sides[0]), options.original, options)
+    else:
+        if options.perturb:
+            Perturbation.parse(options.perturb)
+        together(lambda: tokenizer_section(options.weights), lambda: originals(options, settings, None))
+        settings = eval_settings(with_protocol(options.weights, overrides, options.tokenizer))
+    protocol = protocols.get(settings.protocol, "reconstruction")
+    if settings.reference:
+        references.choose_reference(settings.reference, protocol, None, 0, "reconstruction", False)
+
+
+def originals(options: argparse.Namespace, settings: EvalConfig, size: int | None) -> Pictures:
+    """The pictures to reconstruct, cropped to `size`: a data URL, a folder, or an .npz of pictures of that size."""
+    pictures = open_any(options.url, size, options.workers)
+    enough(settings.num_images, len(pictures), options.url, options)
+    return first_pictures(pictures, settings.num_images)
+
+
+def tokenizer_section(target: str) -> dict[str, Any]:
+    """Where a tokenizer comes from: a run, a file, or the run of a config."""
+    if target.endswith((".yaml", ".yml")):
+        config = load_config(target, [])
+        target = config.tokenizer.get("weights") if config.task == "generator" else str(config.run_dir)
+    released.resolve(target)
+    return {"weights": target}
+
+
+def with_protocol(target: str, overrides: list[str], known: dict[str, Any] | None = None) -> list[str]:
+    """`overrides` with a protocol: the one they name, that of a run or config, or that of the tokenizer's authors."""
+    if any(o.startswith("eval.protocol=") for o in overrides):
+        return overrides
+    if target.endswith((".yaml", ".yml")):
+        name = load_config(target, []).eval.protocol
+    else:
+        path = released.resolve(target)
+        name = (
+            Checkpoint(path).state["config"]["eval"]["protocol"]
+            if path.is_dir()
+            else protocols.of_tokenizer(read_weights("tokenizer", target, known).settings["name"])
+        )
+    return [f"eval.protocol={name}", *overrides]
+
+
+@dataclass(kw_only=True)
+class Reconstructions(Measurement):
+    """Reconstructions against their originals.
+
+    Args:
+        rebuild: indices -> pairs, a function of the indices alone.
+        pictures: the originals.
+        left_out: metrics of pictures that cannot be had -> why.
+        tokenizer: what reconstructs; None where the reconstructions are there.
+    """
+
+    rebuild: Rebuild
+    pictures: Pictures
+    left_out: dict[str, str]
+    tokenizer: nn.Module | None = None
+
+    noun = "reconstructions"
+
+    def measure(self, work: Work, writers: tuple, progress: Progress) -> Result | None:
+        result = self.how.of_reconstructions(self.rebuild, work, writers, progress)
+        if result is not None:
+            result.left_out |= self.left_out
+        return result
+
+    def shown(self, result: Result, folder: Path) -> list[Shown]:
+        if self.tokenizer is None:
+            return self.extremes(result, folder)
+        path = folder / "reconstructions.png"
+        image_tools.save_png(measure.reconstruction_grid(self.tokenizer, self.pictures, self.how.world.device), path)
+        grid = ("Reconstructions", path, "Originals; below each row its reconstructions.")
+        return [grid, *self.extremes(result, folder)]
+
+    @torch.no_grad()
+    def extremes(self, result: Result, folder: Path) -> list[Shown]:
+        """The worst and the best reconstructions; originals above."""
+        if "psnr" not in result.per_picture:
+            return []
+        order = result.per_picture["psnr"].argsort()
+        shown = []
+        for name, chosen in (("worst", order[:BEST_AND_WORST]), ("best", order.flip(0)[:BEST_AND_WORST])):
+            pairs = [next(self.rebuild(range(i, i + 1))) for i in chosen.tolist()]
+            rows = torch.cat([pair.original for pair in pairs] + [pair.recon for pair in pairs]).cpu()
+            image_tools.save_png(image_tools.grid(rows, columns=len(chosen)), folder / f"{name}.png")
+            values = ", ".join(f"{float(result.per_picture['psnr'][i]):.1f}" for i in chosen)
+            shown.append((f"The {name} by PSNR", folder / f"{name}.png", f"Originals above; {values} dB."))
+        return shown
+
+    def tables(self, result: Result) -> list[Table]:
+        """Means by class, worst PSNR first, where there are classes."""
+        source = self.pictures.source if self.tokenizer is not None else None
+        if source is None or len(source.class_names) < 2 or not result.per_picture:
+            return []
+        labels = torch.tensor(measure.source_labels(source)[: self.count])
+        columns = list(result.per_picture)
+        rows = []
+        for label in torch.unique(labels).tolist():
+            chosen = labels == label
+            means = [f"{float(result.per_picture[column][chosen].mean()):.4f}" for column in columns]
+            rows.append([source.class_names[label], int(chosen.sum()), *means])
+        rows.sort(key=lambda row: float(row[2]))
+        title = (
+            "By class" if len(rows) <= CLASSES_SHOWN else f"The {CLASSES_SHOWN} classes with the lowest {columns[0]}"
+        )
+        return [(title, ["class", "pictures", *columns], rows[:CLASSES_SHOWN])]
+
+
+def reconstruction_evaluation(
+    options: argparse.Namespace, settings: EvalConfig, pictures: Pictures, world: World
+) -> tuple[Evaluation, str, dict[str, str]]:
+    """(how reconstructions of `pictures` are measured, against what, metric of pictures -> why it is left out)."""
+    protocol = protocols.get(settings.protocol, "reconstruction")
+    net = networks.feature_net(world.device, settings.network, protocol)
+    against, reference = reference_for(settings, protocol, net, pictures, world)
+    metrics, left_out = picture_metrics(protocol, world.device)
+    how = Evaluation(
+        protocol,
+        net,
+        world,
+        settings.batch,
+        reference,
+        metrics=metrics,
+        replicates=options.bootstrap,
+        infinity=options.infinity,
+    )
+    return how, against, left_out
+
+
+def reference_for(
+    settings: EvalConfig, protocol: Protocol, net: FeatureNet, pictures: Pictures, world: World
+) -> tuple[str, Statistics | None]:
+    """(what reconstructions are compared with, its statistics on the main rank or None for the originals)."""
+    size = pictures.size[0]
+    path = references.choose_reference(settings.reference, protocol, net, size, "reconstruction", False)
+    known = references.KNOWN.get(path.name) if path else None
+    if path and not settings.reference and known and known.count != len(pictures):
+        path = None  # the protocol's file is about the whole validation set; this is a part of it or another set
+    if path is None:
+        return "originals", None
+    return str(path), references.load_reference(path, net, "reconstruction", size, world, pictures.fingerprint())
+
+
+def asked_for(options: argparse.Namespace) -> dict[str, Any]:
+    """Facts of a job that it has only where they were asked for."""
+    return {
+        name: getattr(options, name)
+        for name in ("bootstrap", "infinity", "write", "tokenizer")
+        if getattr(options, name)
+    }
+
+
+def reconstruction_context(how: Evaluation, fingerprint: str | None) -> dict[str, Any]:
+    """What metrics.json says beside the job."""
+    return {
+        "rounding": how.protocol.reconstruction_rounding,
+        "original_rounding": how.protocol.original_rounding,
+        "reference_fingerprint": fingerprint,
+    }
+
+
+def by_tokenizer(options: argparse.Namespace, overrides: list[str], world: World) -> Reconstructions:
+    """Reconstructions by a tokenizer."""
+    check_reconstructions(options, overrides)  # before a network is loaded
+    settings = eval_settings(with_protocol(options.weights, overrides, options.tokenizer))
+    tokenizer, fingerprint = load_tokenizer(
+        {**options.tokenizer, **tokenizer_section(options.weights), "use_ema": not options.raw}
+    )
+    tokenizer.to(world.device)
+    pictures = originals(options, settings, tokenizer.image_size)
+    how, against, left_out = reconstruction_evaluation(options, settings, pictures, world)
+    perturb = Perturbation.parse(options.perturb) if options.perturb else None
+    job = {
+        "weights": options.weights,
+        "weights_fingerprint": fingerprint,
+        "use_ema": not options.raw,
+        "pictures": options.url,
+        "pictures_fingerprint": pictures.fingerprint(),
+        "count": len(pictures),
+        "protocol": how.protocol.name,
+        "network": how.net.name,
+        "reference": against,
+        "precision": options.precision,
+        "seed": 0,
+        **({"perturbation": asdict(perturb)} if perturb else {}),
+        **asked_for(options),
+    }
+    rebuild = ByTokenizer(
+        tokenizer,
+        pictures,
+        how.protocol,
+        settings.batch,
+        world.device,
+        bf16=options.precision == "bf16",
+        perturb=perturb,
+    )
+    return Reconstructions(
+        options=options,
+        how=how,
+        title=f"Reconstructions by {options.weights}",
+        stem=Path(options.weights.rstrip("/")).stem,
+        count=len(pictures),
+        image_size=tokenizer.image_size,
+        job=job,
+        context=reconstruction_context(how, job["pictures_fingerprint"]),
+        rebuild=rebuild,
+        pictures=pictures,
+        left_out=left_out,
+        tokenizer=tokenizer,
+    )
+
+
+def by_folders(options: argparse.Namespace, overrides: list[str], world: World) -> Reconstructions:
+    """Two sets of pictures, paired in order."""
+    settings = eval_settings(overrides)
+    original, recon = (open_any(p, options.size, options.workers) for p in (options.original, options.reconstructed))
+    same_pictures(original, recon)
+    count = enough(settings.num_images, len(original), options.original, options)
+    how, against, left_out = reconstruction_evaluation(options, settings, original, world)
+    if "codebook" in how.protocol.reconstruction:
+        left_out["codebook"] = "pictures alone do not show codes"
+    job = {
+        "original": options.original,
+        "reconstructed": options.reconstructed,
+        "count": count,
+        "protocol": how.protocol.name,
+        "original_fingerprint": original.fingerprint(),
+        "reconstructed_fingerprint": recon.fingerprint(),
+        "network": how.net.name,
+        "reference": against,
+        "size": options.size,
+        **asked_for(options),
+    }
+    return Reconstructions(
+        options=options,
+        how=how,
+        title=f"{options.reconstructed} against {options.original}",
+        stem=Path(options.reconstructed.rstrip("/")).stem,
+        count=count,
+        image_size=original.size[0],
+        job=job,
+        context=reconstruction_context(how, None),
+        rebuild=ByPairs(original, recon, settings.batch, world.device),
+        pictures=original,
+        left_out=left_out,
+    )

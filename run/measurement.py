@@ -1,0 +1,218 @@
+"""One evaluation by a command, whatever it measures: its folder, its files, and what a command line may ask for."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import os
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from core import config as config_module
+from core.config import EvalConfig
+from core.dist import World
+from core.errors import UserError
+from core.files import read_json
+from core.rng import hash64
+from core.train.log import progress_line
+from evaluation import record
+from evaluation.intervals import check_extras
+from evaluation.measure import Evaluation, Progress, Result
+from evaluation.pictures import NpzWriter, PngWriter
+from evaluation.work import Work
+
+Shown = tuple[str, Path, str]  # (title, file, caption) of a picture in the report
+Table = tuple[str, list[str], list[list[Any]]]  # (title, headers, rows)
+
+
+@dataclass(kw_only=True)
+class Measurement:
+    """One evaluation by a command, from what it was asked for to its files. A subclass makes and shows the pictures.
+
+    Args:
+        options: of the command line: out, again, write, bootstrap, infinity.
+        how: what is measured, and with what.
+        title: of the report.
+        stem: how the folder's name begins where --out names none.
+        count: pictures.
+        image_size: their side.
+        job: facts that decide the result. They stand in metrics.json, and a folder with other ones is refused.
+        context: what else metrics.json says.
+    """
+
+    options: argparse.Namespace
+    how: Evaluation
+    title: str
+    stem: str
+    count: int
+    image_size: int
+    job: dict[str, Any]
+    context: dict[str, Any] = field(default_factory=dict)
+
+    noun = "pictures"  # of the progress line, and of the files of --write
+    not_in_chunks = ("bootstrap", "infinity")  # facts that change nothing of what is kept of unfinished work
+
+    def prepare(self) -> None:
+        """Whatever comes before the pictures. Collective."""
+
+    def measure(self, work: Work, writers: tuple, progress: Progress) -> Result | None:
+        """The result, on the main rank. Collective."""
+        raise NotImplementedError
+
+    def shown(self, result: Result, folder: Path) -> list[Shown]:
+        """Pictures for the report, written into `folder`; they move beside it."""
+        raise NotImplementedError
+
+    def tables(self, result: Result) -> list[Table]:
+        return []
+
+    def run(self) -> int:
+        """Measure what was not measured before, and write it. Collective; returns the exit code."""
+        world = self.how.world
+        folder, is_known = open_folder(self.options.out, self.stem, self.job, self.options.again, world)
+        if is_known:
+            return print_stored(folder) if world.is_main else 0
+        self.prepare()
+        job = {name: fact for name, fact in self.job.items() if name not in self.not_in_chunks}
+        with Work(self.count, world, folder / "work", job) as work:
+            writer = self.open_writer(folder, work)
+            with progress_line(world, self.count, self.noun) as progress, writer or contextlib.nullcontext():
+                result = self.measure(work, (writer,) if writer else (), progress)
+            if writer:
+                world.on_main(writer.finish)
+            if result is not None:
+                self.write(result, folder, work.folder)
+        work.forget()
+        return 0
+
+    def open_writer(self, folder: Path, work: Work) -> PngWriter | NpzWriter | None:
+        """The writer of --write, or None; finished chunks without their pictures are done again. Collective."""
+        kind, world, size = self.options.write, work.world, self.image_size
+        if kind is None:
+            return None
+        final = folder / (self.noun if kind == "png" else f"{self.noun}.npz")
+
+        def make() -> PngWriter | NpzWriter:
+            if kind == "png":
+                return PngWriter(final, unfinished=work.folder / self.noun)
+            return NpzWriter(final, work.count, (size, size), work.folder)
+
+        def make_first() -> None:
+            if final.exists() and not self.options.again and not work.done:
+                raise UserError(f"{final} is there already. Choose another --out, or add --again to replace it.")
+            writers.append(make())
+
+        writers: list = []
+        world.on_main(make_first)  # on the main rank before the others
+        writer = writers[0] if writers else make()
+        work.keep_only(writer.has)
+        return writer
+
+    def write(self, result: Result, folder: Path, unfinished: Path) -> None:
+        """Print and write what was found, on the main rank."""
+        protocol, net, reference = self.how.protocol, self.how.net, self.how.reference
+        context = {
+            **self.job,
+            **self.context,
+            "job": self.job,
+            "net": net.name,
+            "preprocess": net.facts()["preprocess"],
+            "inception_sha256": net.weights_sha256,
+            "protocol_settings": asdict(protocol),
+            "feature_dtype": protocol.dtype,
+        }
+        if reference is not None:
+            context |= {
+                "reference": reference.name,
+                "reference_sha256": reference.sha256,
+                "reference_facts": asdict(reference.facts),
+            }
+            context.setdefault("reference_fingerprint", reference.facts.source)
+        shown = self.shown(result, unfinished)
+        write_result(folder, self.title, result, context, self.how.world.device, shown, self.tables(result))
+
+
+def write_result(
+    folder: Path,
+    title: str,
+    result: Result,
+    context: dict[str, Any],
+    device: torch.device,
+    shown: list[Shown] = (),
+    tables: list[Table] = (),
+) -> None:
+    """Print and write. Pictures move into the folder; metrics.json, which means "finished", is last."""
+    from PIL import Image
+
+    context = record.facts(device, **context)
+    print(record.table(result))
+    pictures = [(name, Image.open(path), caption) for name, path, caption in shown if path.is_file()]
+    record.page(folder, title, result, context, pictures, tables)
+    for _, path, _ in shown:
+        if path.is_file():
+            os.replace(path, folder / path.name)
+    record.write(folder, result, context)
+    print(f"written to {folder}: metrics.json, report.html")
+
+
+def open_folder(out: str | None, name: str, job: dict[str, Any], again: bool, world: World) -> tuple[Path, bool]:
+    """(folder, whether the result is there already). Without `out` the name follows from the job. Collective."""
+    folder = Path(out or f"work_dirs/eval/{name}-{hash64(repr(sorted(job.items()))):016x}"[:200])
+
+    def look() -> bool:
+        path = folder / "metrics.json"
+        if not path.is_file() or again:
+            return False
+        before = read_json(path).get("context", {}).get("job")
+        if before == job:
+            return True
+        changed = sorted(k for k in {**(before or {}), **job} if (before or {}).get(k) != job.get(k))
+        raise UserError(
+            f"{folder} holds the result of another evaluation (different: {', '.join(changed)}). Choose another "
+            "--out, or add --again to replace it."
+        )
+
+    return folder, world.on_main(look)
+
+
+def print_stored(folder: Path) -> int:
+    """Show a result that is there."""
+    for name, entry in read_json(folder / "metrics.json")["metrics"].items():
+        print(f"{name:<32} {entry['value']}")
+    print(f"measured before, in {folder}; --again measures anew")
+    return 0
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What was asked for
+# ---------------------------------------------------------------------------------------------------------------------
+def eval_settings(overrides: list[str]) -> EvalConfig:
+    """The `eval` section from key=value words, where there is no config around it."""
+    foreign = [o for o in overrides if not o.startswith("eval.")]
+    if foreign:
+        raise UserError(
+            f"{' '.join(foreign)}: only eval.* settings mean something here; there is no generator to set up."
+        )
+    stub = {
+        "name": "eval",
+        "task": "tokenizer",
+        "tokenizer": {"name": "none"},
+        "data": {"url": "none"},
+        "objective": {},
+        "train": {"duration": "0ep", "global_batch": 1, "optimizer": {"lr": 0.0}},
+    }
+    return config_module.override(lambda: stub, overrides, {}, source="the command line").eval
+
+
+def enough(wanted: int | None, available: int, name: str, options: argparse.Namespace) -> int:
+    """How many pictures to measure (0, None: all); UserError when too few to measure, or for what the options add."""
+    count = min(wanted or available, available)
+    if count < 2:
+        raise UserError(
+            f"{name}: {count} picture cannot be measured. A Frechet distance needs at least 2, a published one 50,000."
+        )
+    check_extras(options.bootstrap, options.infinity, count)
+    return count
