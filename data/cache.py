@@ -98,14 +98,21 @@ class FeatureCache:
             )
 
     def rows(self, name: str) -> np.ndarray:
-        """The memory map of one array, (samples, views, ...), opened once per process; "labels" is (samples,)."""
+        """The memory map of one array, (samples, views, ...), opened once per process.
+
+        "labels" is (samples,), "chunks" (chunks, DIGEST) uint8.
+        """
         if name not in self._maps:
             path = self.path / f"{name}.npy"
             try:
                 array = np.load(path, mmap_mode="r", allow_pickle=False)
             except (OSError, ValueError) as error:
                 raise UserError(f"{path} cannot be read ({error}). Delete {self.path} and build it again.") from error
-            expected = [self.samples] if name == LABELS else [self.samples, self.views, *self.arrays[name]["shape"]]
+            expected = [self.samples]
+            if name == RECORD:
+                expected = [-(-self.samples // self.description["chunk"]), DIGEST]
+            elif name != LABELS:
+                expected += [self.views, *self.arrays[name]["shape"]]
             if list(array.shape) != expected:
                 raise UserError(
                     f"{path} has shape {list(array.shape)}, its description says {expected}. Build it again."
@@ -129,32 +136,24 @@ class FeatureCache:
         """(B,) int64."""
         return torch.from_numpy(self.rows(LABELS)[np.asarray(indices)].astype(np.int64))
 
-    def verify(self, progress: Callable[[int], None] | None = None) -> None:
+    def verify(self) -> None:
         """Read everything and compare it with the recorded digests; UserError that names the first damaged samples."""
-        chunk = self.description["chunk"]
-        try:
-            recorded = np.load(self.path / "chunks.npy", allow_pickle=False)
-        except (OSError, ValueError) as error:
-            raise UserError(f"{self.path / 'chunks.npy'} cannot be read ({error}). Build the cache again.") from error
-        if _hash(recorded) != self.content:
+        recorded, size = self.rows(RECORD), self.description["chunk"]
+        if _digest(recorded).hexdigest() != self.content:
             raise UserError(f"{self.path / 'chunks.npy'} is not the one its description names. Build the cache again.")
-        for i, start in enumerate(range(0, self.samples, chunk)):
-            stop = min(start + chunk, self.samples)
-            digests = {
-                name: hashlib.blake2b(np.ascontiguousarray(self.rows(name)[start:stop]).data, digest_size=DIGEST)
-                for name in (*self.arrays, LABELS)
-            }
-            if _combine(digests) != recorded[i].tobytes():
+        for chunk, digest in enumerate(recorded):
+            part = slice(chunk * size, min((chunk + 1) * size, self.samples))
+            digests = {name: _digest(self.rows(name)[part]) for name in (*self.arrays, LABELS)}
+            if _combine(digests) != digest.tobytes():
                 raise UserError(
-                    f"{self.path}: samples {start} to {stop - 1} are not what was written. "
+                    f"{self.path}: samples {part.start} to {part.stop - 1} are not what was written. "
                     "The files are damaged: build the cache again."
                 )
-            if progress:
-                progress(stop)
 
 
-def _hash(array: np.ndarray) -> str:
-    return hashlib.blake2b(np.ascontiguousarray(array).data, digest_size=DIGEST).hexdigest()
+def _digest(array: np.ndarray):
+    """The running hash of an array's bytes."""
+    return hashlib.blake2b(np.ascontiguousarray(array).data, digest_size=DIGEST)
 
 
 def _combine(digests: dict[str, Any]) -> bytes:
@@ -168,32 +167,21 @@ def _combine(digests: dict[str, Any]) -> bytes:
 # ---------------------------------------------------------------------------------------------------------------------
 # Building
 # ---------------------------------------------------------------------------------------------------------------------
-def _storage_type(tensor: Tensor, wanted: str | None) -> np.dtype:
-    """How a tensor is stored unless told: floats as they are (bf16 as fp32, which numpy lacks), integers as int32."""
-    if wanted is not None:
-        return np.dtype(wanted)
-    if tensor.is_floating_point():
-        return np.dtype("float16" if tensor.dtype == torch.float16 else "float32")
-    return np.dtype("int32")
+def to_storage(name: str, tensor: Tensor, wanted: str | None = None) -> np.ndarray:
+    """The tensor in the numpy type `wanted`; UserError if values do not fit.
 
-
-def _convert(name: str, tensor: Tensor, dtype: np.dtype) -> np.ndarray:
-    """The tensor in its storage type; UserError if values do not fit."""
-    tensor = tensor.detach().cpu()
-    values = (tensor.float() if tensor.is_floating_point() else tensor).numpy()
-    if dtype.kind == "f":
-        with np.errstate(over="ignore"):
-            stored = values.astype(dtype)
-        fits = np.isfinite(stored).all()
-    else:
-        limits = np.iinfo(dtype)
-        stored = values.astype(dtype)
-        fits = values.min() >= limits.min and values.max() <= limits.max
-    if not fits:
-        wider = "float32" if dtype.kind == "f" else "int32"
+    None: floats as they are (bf16 as fp32, which numpy lacks), integers as int32.
+    """
+    values = (tensor.float() if tensor.is_floating_point() else tensor).detach().cpu().numpy()
+    if wanted is None:
+        wanted = "int32" if values.dtype.kind != "f" else "float16" if tensor.dtype == torch.float16 else "float32"
+    with np.errstate(over="ignore"):
+        stored = values.astype(wanted)
+    is_float = stored.dtype.kind == "f"
+    if not (np.isfinite(stored) if is_float else stored == values).all():
         raise UserError(
-            f"cache array {name}: values from {values.min()} to {values.max()} do not fit {dtype}. "
-            f"Store it as {wider}, or check the network that made it."
+            f"cache array {name}: values from {values.min()} to {values.max()} do not fit {stored.dtype}. "
+            f"Store it as {'float32' if is_float else 'int32'}, or check the network that made it."
         )
     return stored
 
@@ -345,7 +333,7 @@ class Builder(Chunks):
         if not recorded.any(axis=1).all():
             raise RuntimeError(f"{self.folder}: chunk {int(np.argmin(recorded.any(axis=1)))} was never written")
         arrays = read_json(self.folder / ARRAYS)
-        write_json(self.folder / DESCRIPTION, {**self.plan, "arrays": arrays, "content": _hash(recorded)})
+        write_json(self.folder / DESCRIPTION, {**self.plan, "arrays": arrays, "content": _digest(recorded).hexdigest()})
         for name in ("owner", "plan.json", ARRAYS):
             (self.folder / name).unlink()
         os.rename(self.folder, self.path)
@@ -407,7 +395,7 @@ def build(
         producer: (B, 3, H, W) uint8 images on the CPU -> name -> (B, ...).
         fingerprint: names the producer and its weights.
         how: None: on one rank, as it stands.
-        storage: name -> numpy type ("float16", "uint16" ...); see `_storage_type` for the rest.
+        storage: name -> numpy type ("float16", "uint16" ...); see `to_storage` for the rest.
         facts: anything JSON that belongs into the description.
     """
     path, how, storage = Path(path), how or Pass(), storage or {}
@@ -422,10 +410,10 @@ def build(
     def make(spans: list[range]) -> Iterator[Rows]:
         read = listed_batches(source, transform, spans, how.workers, how.on_corrupt, views=range(views))
         for span, images in zip(spans, read, strict=True):
-            rows = {}
-            for name, tensor in producer(images.images).items():
-                dtype = _storage_type(tensor, storage.get(name))
-                rows[name] = _convert(name, tensor, dtype).reshape(len(span), views, *tensor.shape[1:])
+            rows = {
+                name: to_storage(name, tensor, storage.get(name)).reshape(len(span), views, *tensor.shape[1:])
+                for name, tensor in producer(images.images).items()
+            }
             how.replaced.update(dict.fromkeys(images.replaced))
             yield rows, images.labels[::views].numpy()
 

@@ -82,14 +82,14 @@ class NumberedFiles:
         self.samples = len(numbers) - self._duplicates(len(numbers))
 
     def _suffixes(self) -> list[str]:
-        found = sorted(p.name[1:-4] for p in self.codes.glob("0*.npy") if re.fullmatch(r"0(_\w+)?\.npy", p.name))
+        present = sorted(p.name[1:-4] for p in self.codes.glob("0*.npy") if re.fullmatch(r"0(_\w+)?\.npy", p.name))
         wanted = [f"_{name}" for name in self.spec.names] if isinstance(self.spec, Codes) and self.spec.names else None
-        if found == [""] and self.spec.branches == 1:
-            return found
-        if wanted is None or sorted(wanted) != found:
+        if present == [""] and self.spec.branches == 1:
+            return present
+        if wanted is None or sorted(wanted) != present:
             expected = ", ".join(f"0{s}.npy" for s in wanted or [""])
             raise UserError(
-                f"{self.codes}: picture 0 has {', '.join(f'0{s}.npy' for s in found) or 'no files'}, this "
+                f"{self.codes}: picture 0 has {', '.join(f'0{s}.npy' for s in present) or 'no files'}, this "
                 f"tokenizer ({self.spec}) has {expected}. Give the config of the tokenizer that made them."
             )
         return wanted
@@ -194,9 +194,9 @@ class JsonLines:
         ends, lines, offset, last = [np.zeros(1, dtype=np.int64)], 0, 0, b"\n"
         with open(path, "rb") as file:
             while piece := file.read(PIECE):
-                found = np.flatnonzero(np.frombuffer(piece, dtype=np.uint8) == 10)
-                ends.append(found[(self.views - 1 - lines) % self.views :: self.views] + (offset + 1))
-                lines, offset, last = lines + len(found), offset + len(piece), piece[-1:]
+                newlines = np.flatnonzero(np.frombuffer(piece, dtype=np.uint8) == 10)
+                ends.append(newlines[(self.views - 1 - lines) % self.views :: self.views] + (offset + 1))
+                lines, offset, last = lines + len(newlines), offset + len(piece), piece[-1:]
                 if progress:
                     progress(before + offset)
         if last != b"\n":
@@ -261,14 +261,14 @@ class JsonLines:
 
 def rank_files(folder: Path) -> list[Path]:
     """The .jsonl files of a folder, in the order of the numbers in their names."""
-    found = sorted(
+    files = sorted(
         folder.glob("*.jsonl"), key=lambda p: [int(x) if x.isdigit() else x for x in re.split(r"(\d+)", p.name)]
     )
-    if not found:
+    if not files:
         raise UserError(
             f"{folder}: no tokens. Expected a .jsonl file, one for each rank, or a folder imagenet256_codes."
         )
-    return found
+    return files
 
 
 def export_jsonl(store: TokenStore, path: str | Path, progress: Progress | None = None) -> None:

@@ -96,12 +96,12 @@ class TokenStore(FeatureCache, DataSource):
             raise UserError(f"there is no token store {path}. Make it with run_pretokenize.sh.")
         super().__init__(path, source, transform, fingerprint)
         try:
-            found = self.description["facts"]
-            if found.get("kind") != KIND:
+            about = self.description["facts"]
+            if about.get("kind") != KIND:
                 raise UserError(
                     f"{path} holds {', '.join(self.arrays)}, not tokens. Give a folder made by run_pretokenize.sh."
                 )
-            self.spec, self.class_names = spec_from_json(found["spec"]), list(found["classes"])
+            self.spec, self.class_names = spec_from_json(about["spec"]), list(about["classes"])
             self.transform = Transform(**self.description["transform"])
             self.tokenizer: str = self.description["producer"]
             stored = self.arrays[array_of(self.spec)]
@@ -173,9 +173,9 @@ class TokenStore(FeatureCache, DataSource):
             row = np.fromfile(self.path / "codes.npy", codes.dtype, size, offset=start)
             check_codes(self.spec, row.reshape(codes.shape[1:]), f"tokens://{self.path}, sample {index}")
 
-    def verify(self, progress: Callable[[int], None] | None = None) -> None:
+    def verify(self) -> None:
         """Read everything: digests and range."""
-        super().verify(progress)
+        super().verify()
         if not isinstance(self.spec, Continuous):
             for start in range(0, self.samples, 4096):
                 check_codes(
