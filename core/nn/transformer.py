@@ -6,26 +6,19 @@ from torch import Tensor, nn
 
 from core.nn.vit import Block, ViTSize
 
-# Inside a block: the published name, OpenAI's with nn.MultiheadAttention, and ours.
-_NAMES = (
-    ("ln_1", "norm1"),
-    ("ln_2", "norm2"),
-    ("attn.in_proj_weight", "attn.qkv.weight"),
-    ("attn.in_proj_bias", "attn.qkv.bias"),
-    ("attn.out_proj", "attn.proj"),
-    ("mlp.c_fc", "mlp.fc1"),
-    ("mlp.c_proj", "mlp.fc2"),
+# The published names of a block's tensors, OpenAI's with nn.MultiheadAttention, and ours: a table of core.weights.names.
+PUBLISHED_NAMES = tuple(
+    (f".transformer.{{}}.{published}", f".transformer.{{}}.{ours}")
+    for published, ours in (
+        ("ln_1.", "norm1."),
+        ("ln_2.", "norm2."),
+        ("attn.in_proj_weight", "attn.qkv.weight"),
+        ("attn.in_proj_bias", "attn.qkv.bias"),
+        ("attn.out_proj.", "attn.proj."),
+        ("mlp.c_fc.", "mlp.fc1."),
+        ("mlp.c_proj.", "mlp.fc2."),
+    )
 )
-
-
-def rename_block(name: str, back: bool = False) -> str:
-    """Published name of a tensor anywhere in a model -> ours, or back; those of no transformer block stay."""
-    head, found, tail = name.partition(".transformer.")
-    for published, ours in _NAMES if found else ():
-        old, new = (ours, published) if back else (published, ours)
-        if f".{old}" in tail:
-            return head + found + tail.replace(f".{old}", f".{new}")
-    return name
 
 
 class Transformer(nn.Module):

@@ -8,43 +8,16 @@ core/weights/layouts.py compares whole files with our models and says which tens
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from core.errors import UserError
+from core.weights.names import Names, State, matching
 from core.weights.pickles import plain
-
-State = dict[str, Tensor]
-
-# What training and sampling leave in state dicts of any model, and why it is no part of ours: pattern -> reason.
-NEVER_WEIGHTS = {
-    "*kv_cache.*": "a cache of keys and values",
-    "*.[kv]_cache": "a cache of keys and values",
-    "*.cached_[kv]": "a cache of keys and values",
-    "*freqs_cis": "a rotary table, which is rebuilt",
-    "*.freqs_cos": "a rotary table, which is rebuilt",
-    "*.freqs_sin": "a rotary table, which is rebuilt",
-    "*.inv_freq": "a rotary table, which is rebuilt",
-    "*causal_mask": "a mask, which is rebuilt",
-    "*.attn_mask": "a mask, which is rebuilt",
-    "*foundation_model*": "the frozen teacher, not part of the model",
-    "teacher*.*": "the frozen teacher",
-    "semantic_model.*": "the frozen teacher",
-    "detail_model.*": "a teacher that the official code cannot build",
-    "n_averaged": "a counter of averaged weights",
-    "*total_ops": "a profiler's count",
-    "*total_params": "a profiler's count",
-}
-_WRAPPERS = (
-    "_orig_mod.",
-    "_fsdp_wrapped_module.",
-    "_checkpoint_wrapped_module.",
-)  # of torch.compile and FSDP, anywhere
-_PREFIXES = ("module.", "model.", "_forward_module.")  # of DDP, of a class around the network, of DeepSpeed
 
 
 def entry(loaded: Mapping[str, Any], path: str) -> Any:
@@ -74,47 +47,65 @@ class Facts:
         for place in self.PLACES:
             self._gather(plain(entry(self.loaded, place)))
 
-    def _gather(self, told: Any, section: str = "") -> None:
+    def _gather(self, words: Any, section: str = "") -> None:
         """Outer sections win over inner ones; "section.word" is always that section's."""
-        words = told if isinstance(told, dict) else {}
+        if not isinstance(words, dict):
+            return
         for word, value in words.items():
             if not isinstance(value, dict):
                 self.stored.setdefault(word, value)
                 self.stored.setdefault(f"{section}.{word}", value)
         for word, value in words.items():
-            if isinstance(value, dict):
-                self._gather(value, word)
+            self._gather(value, word)
 
     def said(self, word: str) -> Any:
         """What the trainer stored under a word of its own, "word" or "section.word"; None where it stored nothing."""
         return self.stored.get(word)
 
-    def ask(self, key: str, what: str, stand_in: Any, said: Any = None) -> Any:
+    def ask(self, key: str, what: str, stand_in: Any, *known: Any) -> Any:
         """A fact that is in no tensor.
 
         Args:
             key: of our constructor with the kind in front, "generator.size.heads".
             what: for the question: "the number of attention heads".
             stand_in: a value with which the shapes of all tensors are right. `Adapter.describe` refuses to go on with it.
-            said: what the file itself says, where it does.
+            known: what the file or a published size says, None where it does not; the first that says something counts.
         """
-        value = entry(self.given, key.partition(".")[2])
-        value = said if value is None else value
-        if value is None:
-            self.open.append((key, what))
-        return stand_in if value is None else value
+        for value in (entry(self.given, key.partition(".")[2]), *known):
+            if value is not None:
+                return value
+        self.open.append((key, what))
+        return stand_in
 
     def questions(self) -> str:
         """One sentence that asks for everything that is open, "" where nothing is."""
         if not self.open:
             return ""
-        whats = " and ".join(dict.fromkeys(what for _, what in self.open))
+        what = " and ".join(dict.fromkeys(what for _, what in self.open))
         keys = " ".join(f"{key}=..." for key, _ in self.open)
-        tell = " ".join(f"{key.partition('.')[2]}=..." for key, _ in self.open)
+        words = " ".join(f"{key.partition('.')[2]}=..." for key, _ in self.open)
         return (
-            f"these weights do not tell {whats}; give {keys} (or once for all: python -m scripts.convert FILE "
-            f"NEW.safetensors --set {tell})"
+            f"these weights do not tell {what}; give {keys} (or once for all: python -m scripts.convert FILE "
+            f"NEW.safetensors --set {words})"
         )
+
+
+def transformer_size(
+    sizes: Mapping[str, Any], width: int, layers: int, facts: Facts, key: str, part: str, heads: int | None = None
+) -> str | dict[str, int]:
+    """A transformer as a setting: the name of the published size of this width and depth, else {width, layers, heads}.
+
+    Args:
+        sizes: name -> what has these three.
+        key: of the setting, with the kind in front: "tokenizer.encoder".
+        part: for the question: "the encoder".
+        heads: what is known of their number; None: it is asked for.
+    """
+    for name, size in sizes.items():
+        if (size.width, size.layers) == (width, layers):
+            return name
+    heads = facts.ask(f"{key}.heads", f"the number of attention heads of {part}", 1, heads)
+    return {"width": width, "layers": layers, "heads": heads}
 
 
 def merged(known: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
@@ -135,17 +126,6 @@ def nested(path: str, value: Any) -> dict[str, Any]:
     return value
 
 
-def plain_names(state: Mapping[str, Any]) -> State:
-    """The tensors of a state dict without what torch.compile and FSDP put into names."""
-    plain_state = {}
-    for name, value in state.items():
-        if isinstance(value, Tensor) and isinstance(name, str):
-            for wrapper in _WRAPPERS:
-                name = name.replace(wrapper, "")
-            plain_state[name] = value
-    return plain_state
-
-
 def unusable(state: State, like: State | None = None) -> str:
     """A sentence about the first tensor that cannot be a weight: not finite, complex, or whole numbers where `like` has
     fractions; "" where there is none. Tensors without data are taken as they are."""
@@ -164,11 +144,6 @@ def unusable(state: State, like: State | None = None) -> str:
                     "run that diverged"
                 )
     return ""
-
-
-def matching(name: str, patterns: Any) -> str | None:
-    """The first of the shell-style patterns that a tensor's name matches."""
-    return next((pattern for pattern in patterns if fnmatchcase(name, pattern)), None)
 
 
 def describe_differences(state: State, expected: State) -> list[str]:
@@ -195,60 +170,6 @@ def describe_differences(state: State, expected: State) -> list[str]:
 def layer_count(state: State, prefix: str) -> int:
     """How many different numbers follow `prefix` in the names ("blocks." -> number of blocks)."""
     return len({name[len(prefix) :].split(".")[0] for name in state if name.startswith(prefix)})
-
-
-@dataclass(frozen=True)
-class Names:
-    """What tensors of one family of files are called. All patterns are shell-style: "blocks.*.attn.*".
-
-    "Official names" are those of a state dict after the container is opened, the prefixes "module." and "_orig_mod." are
-    gone and `aliases` are applied.
-
-    Attributes:
-        markers: patterns that together occur in no other family. The adapter with the largest share of its markers
-            present is asked, so one missing tensor still leads to the right adapter and is then named by it.
-        aliases: historical parts of names -> the official ones, replaced as text: {"aux_": "sem_"}.
-        ignored: pattern of official names -> why they are not part of the model, beside NEVER_WEIGHTS, which holds for
-            every family. They are dropped before `Adapter.rename`; `convert.py` lists them. What `Adapter.restore`
-            gives of them is asked of recorded layouts, not of files.
-        optional: patterns of our names that a file has all or none of (heads that only training needs). Where the file
-            lacks them the model keeps its own values; where the model lacks them they are dropped.
-    """
-
-    markers: tuple[str, ...]
-    aliases: Mapping[str, str] = field(default_factory=dict)
-    ignored: Mapping[str, str] = field(default_factory=dict)
-    optional: tuple[str, ...] = ()
-
-    def share(self, state: State) -> float:
-        """Share of the markers that are present, 0..1."""
-        return sum(any(fnmatchcase(name, marker) for name in state) for marker in self.markers) / len(self.markers)
-
-    def official(self, state: Mapping[str, Any]) -> State:
-        """The tensors of a state dict under official names."""
-        state = self._unwrapped(plain_names(state))
-        for old, new in self.aliases.items():
-            state = {name.replace(old, new): value for name, value in state.items()}
-        return state
-
-    def _unwrapped(self, state: State) -> State:
-        """What lies below "module.", "model." or both, where this family's markers are there and not beside it."""
-        for prefix in _PREFIXES:
-            inside = {name.removeprefix(prefix): t for name, t in state.items() if name.startswith(prefix)}
-            if inside and (len(inside) == len(state) or self.share(inside) > self.share(state)):
-                return self._unwrapped(inside)
-        return state
-
-    def ignored_in(self, state: State) -> dict[str, str]:
-        """Official name -> reason of every tensor that is not part of our model."""
-        reasons = {**NEVER_WEIGHTS, **self.ignored}
-        patterns = {name: matching(name, reasons) for name in state}
-        return {name: reasons[pattern] for name, pattern in patterns.items() if pattern}
-
-    def weights(self, state: State) -> State:
-        """The tensors that are part of our model."""
-        ignored = self.ignored_in(state)
-        return {name: t for name, t in state.items() if name not in ignored}
 
 
 @dataclass(frozen=True)
@@ -392,12 +313,9 @@ class Adapter:
         return state
 
     def load(self, model: nn.Module, loaded: Mapping[str, Any], use_ema: bool = True) -> None:
-        """Load a checkpoint into `model`, which may be on the meta device: then it takes the tensors themselves."""
+        """Load a checkpoint into `model`. A model on the meta device takes over the checkpoint's tensors."""
         on_meta = any(p.is_meta for p in model.parameters())
-        trained = {name: p.requires_grad for name, p in model.named_parameters()}
         model.load_state_dict(self.convert(model, loaded, use_ema), assign=on_meta)
-        for name, p in model.named_parameters():
-            p.requires_grad_(trained[name])
 
 
 def recognise(adapters: Mapping[str, Adapter], loaded: Mapping[str, Any]) -> str | None:

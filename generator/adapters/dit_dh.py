@@ -8,7 +8,8 @@ from typing import Any
 
 from torch import nn
 
-from core.weights.adapter import Adapter, Container, Facts, Names, State, layer_count
+from core.weights.adapter import Adapter, Container, Facts, layer_count
+from core.weights.names import Names, State
 from generator.dit.dit_dh import SIZES, DiTDH, Size
 
 # Their RoPE tables are saved in "model" and absent from "model_ema"; ours are rebuilt, so they never need to be read.

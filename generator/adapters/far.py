@@ -7,9 +7,12 @@ from __future__ import annotations
 
 from typing import Any
 
-from core.weights.adapter import Adapter, Container, Facts, Names, State, layer_count
-from generator.adapters.llama import TRAINING_ONLY, decoder_size, to_ours, to_theirs
+from core.weights.adapter import Adapter, Container, Facts, layer_count
+from core.weights.names import Names, Renames, State
+from generator.adapters.llama import FUSED, PAIRS, TRAINING_ONLY, decoder_size, official
 from generator.ar.far import FAR, SIZES
+
+RENAMES = Renames(*PAIRS, fused=FUSED)
 
 
 def _inspect(state: State, facts: Facts) -> dict[str, Any]:
@@ -33,6 +36,6 @@ ADAPTER = Adapter(
         optional=TRAINING_ONLY,
     ),
     container=Container(written=("model", "ema")),
-    rename=to_ours,
-    restore=lambda model: to_theirs(model.state_dict()),
+    rename=RENAMES.ours,
+    restore=lambda model: official(model.state_dict(), RENAMES),
 )

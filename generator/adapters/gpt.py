@@ -5,13 +5,17 @@ from __future__ import annotations
 from typing import Any
 
 from core.errors import UserError
-from core.weights.adapter import BARE, Adapter, Facts, Names, State
-from generator.adapters.llama import TRAINING_ONLY, decoder_size, to_ours, to_theirs
+from core.weights.adapter import BARE, Adapter, Facts
+from core.weights.names import Names, Renames, State
+from generator.adapters.llama import FUSED, PAIRS, TRAINING_ONLY, decoder_size, official
 from generator.ar.gpt import GPT, SIZES
 
-# FAR numbers its codebooks; here there is one.
-_NAMES = {"tok_embeddings.weight": "tok_embeddings_1.weight", "output.weight": "output_1.weight"}
-_BACK = {ours: theirs for theirs, ours in _NAMES.items()}
+RENAMES = Renames(
+    ("^tok_embeddings.", "^tok_embeddings_1."),  # FAR numbers its codebooks; here there is one
+    ("^output.", "^output_1."),
+    *PAIRS,
+    fused=FUSED,
+)
 
 
 def _inspect(state: State, facts: Facts) -> dict[str, Any]:
@@ -24,17 +28,13 @@ def _inspect(state: State, facts: Facts) -> dict[str, Any]:
     }
 
 
-def official_names(state: State) -> State:
-    return {_BACK.get(name, name): value for name, value in to_theirs(state).items()}
-
-
 def _restore(model: GPT) -> State:
     if model.branches > 1:
         raise UserError(
             f"there is no official layout of a GPT of {model.branches} codebooks: LlamaGen's has one. Leave "
             "out --to official."
         )
-    return official_names(model.state_dict())
+    return official(model.state_dict(), RENAMES)
 
 
 ADAPTER = Adapter(
@@ -46,6 +46,6 @@ ADAPTER = Adapter(
         optional=TRAINING_ONLY,
     ),
     container=BARE,
-    rename=lambda state: to_ours({_NAMES.get(name, name): value for name, value in state.items()}),
+    rename=RENAMES.ours,
     restore=_restore,
 )

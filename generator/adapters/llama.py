@@ -10,19 +10,17 @@ from collections.abc import Mapping
 from dataclasses import asdict
 from typing import Any
 
-import torch
-
-from core.errors import UserError
-from core.weights.adapter import Facts, State, layer_count, matching
+from core.weights.adapter import Facts, layer_count
+from core.weights.names import Renames, State, matching
 from generator.ar.far import Size
 from generator.ar.llama import ffn_width
 
-_PAIRS = (
+PAIRS = (
     (".attention.wqkv.", ".attention.qkv."),
     (".attention.wo.", ".attention.proj."),
     (".feed_forward.w2.", ".feed_forward.w3."),
 )
-_GATE, _VALUE, _BOTH = ".feed_forward.w1.weight", ".feed_forward.w3.weight", ".feed_forward.w12.weight"
+FUSED = {".feed_forward.w12.": (".feed_forward.w1.", ".feed_forward.w3.")}
 TRAINING_ONLY = ("alignment.encode.*", "alignment.decode.*")  # reAR's MLPs, under our names
 
 
@@ -46,35 +44,6 @@ def decoder_size(state: State, width: int, facts: Facts, sizes: Mapping[str, Siz
     return asdict(Size(width, layers, heads, head_layers, hidden, (rows - width) // 2 * heads // width))
 
 
-def to_ours(state: State) -> State:
-    """Rename and fuse."""
-    renamed: State = {}
-    for name, value in state.items():
-        if name.endswith(_VALUE):
-            continue
-        if name.endswith(_GATE):
-            other = name.removesuffix(_GATE) + _VALUE
-            if other not in state:
-                raise UserError(f"these weights are incomplete: {other} is missing")
-            renamed[name.removesuffix(_GATE) + _BOTH] = torch.cat((value, state[other]))
-            continue
-        for theirs, ours in _PAIRS:
-            name = name.replace(theirs, ours)
-        renamed[name] = value
-    return renamed
-
-
-def to_theirs(state: State) -> State:
-    """The inverse of `to_ours`, bit for bit. What TRAINING_ONLY names is in no official file."""
-    renamed: State = {}
-    for name, value in state.items():
-        if matching(name, TRAINING_ONLY):
-            continue
-        if name.endswith(_BOTH):
-            stem = name.removesuffix(_BOTH)
-            renamed[stem + _GATE], renamed[stem + _VALUE] = (part.contiguous() for part in value.chunk(2))
-            continue
-        for theirs, ours in _PAIRS:
-            name = name.replace(ours, theirs)
-        renamed[name] = value
-    return renamed
+def official(state: State, names: Renames) -> State:
+    """Our state under official names. What TRAINING_ONLY names is in no official file."""
+    return names.official({name: tensor for name, tensor in state.items() if not matching(name, TRAINING_ONLY)})

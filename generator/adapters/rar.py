@@ -6,17 +6,11 @@ from dataclasses import asdict
 from typing import Any
 
 from core.errors import UserError
-from core.weights.adapter import BARE, Adapter, Facts, Names, State, layer_count
+from core.weights.adapter import BARE, Adapter, Facts, layer_count
+from core.weights.names import Names, Renames, State
 from generator.ar.rar import EXTRA_POSITIONS, EXTRA_SLOTS, RAR, SIZES, Size
 
-_HEADS = {"encode_align_mlp.": "alignment.encode.", "decode_align_mlp.": "alignment.decode."}
-
-
-def _renamed(state: State, names: dict[str, str]) -> State:
-    def rename(name: str) -> str:
-        return next((new + name.removeprefix(old) for old, new in names.items() if name.startswith(old)), name)
-
-    return {rename(name): value for name, value in state.items()}
+RENAMES = Renames(("^encode_align_mlp.", "^alignment.encode."), ("^decode_align_mlp.", "^alignment.decode."))
 
 
 def _inspect(state: State, facts: Facts) -> dict[str, Any]:
@@ -53,9 +47,9 @@ ADAPTER = Adapter(
     inspect=_inspect,
     names=Names(
         markers=("target_aware_pos_embed", "timesteps_embeddings", "adaln_before_head.*", "blocks.*.attn.q_norm.*"),
-        optional=tuple(f"{name}*" for name in _HEADS.values()),
+        optional=("alignment.encode.*", "alignment.decode.*"),
     ),
     container=BARE,
-    rename=lambda state: _renamed(state, _HEADS),
-    restore=lambda model: _renamed(model.state_dict(), {ours: theirs for theirs, ours in _HEADS.items()}),
+    rename=RENAMES.ours,
+    restore=lambda model: RENAMES.official(model.state_dict()),
 )

@@ -7,12 +7,13 @@ from typing import Any
 
 import torch
 
-from core.weights.adapter import Adapter, Container, Facts, Names, State, entry, layer_count
+from core.weights.adapter import Adapter, Container, Facts, entry, layer_count
+from core.weights.names import Names, Renames, State
 from generator.var.var import VAR
 
 BESIDE = "trainer.vae_local"  # the tokenizer, in the trainer's file
 _RELEASED = (1, 1, 2, 3, 3, 4, 5, 6, 8, 11)
-_PAIRS = (  # theirs, ours
+RENAMES = Renames(
     ("attn.mat_qkv.weight", "attn.qkv.weight"),
     ("attn.scale_mul_1H11", "attn.scale_mul"),
     ("class_emb.weight", "class_emb.embedding_table.weight"),
@@ -26,21 +27,8 @@ _REBUILT = {
 }
 
 
-def _rename(state: State) -> State:
-    renamed = {}
-    for name, value in state.items():
-        for theirs, ours in _PAIRS:
-            name = name.replace(theirs, ours)
-        renamed[name] = value
-    return renamed
-
-
 def _restore(model: VAR) -> State:
-    state = {}
-    for name, value in model.state_dict().items():
-        for theirs, ours in _PAIRS:
-            name = name.replace(ours, theirs)
-        state[name] = value
+    state = RENAMES.official(model.state_dict())
     for index, block in enumerate(model.blocks):
         state[f"blocks.{index}.attn.zero_k_bias"] = torch.zeros_like(block.attn.v_bias)
     level = model.lvl_1L[0]
@@ -115,6 +103,6 @@ ADAPTER = Adapter(
     container=Container(
         raw=("trainer.var_wo_ddp", "model", "module", "state_dict"), written=("trainer.var_wo_ddp", None), beside=BESIDE
     ),
-    rename=_rename,
+    rename=RENAMES.ours,
     restore=_restore,
 )

@@ -11,7 +11,7 @@ from core.config import linear_scales
 from core.rng import RecordedDraws
 from core.specs import Guidance
 from generator.adapters import ADAPTERS
-from generator.adapters.gpt import official_names
+from generator.adapters.gpt import RENAMES
 from generator.ar.gpt import GPT
 from generator.ar.llama import ffn_width
 from generator.sampling import probabilities
@@ -78,7 +78,7 @@ def gpt_train(case: Case) -> dict[str, Tensor]:
     draws = RecordedDraws({"label_drop": case.inputs["class_drop_u"]})
     loss = model(codes, labels, draws)
     loss.total.backward()
-    gradients = official_names({n: p.grad for n, p in model.named_parameters()})
+    gradients = RENAMES.official({n: p.grad for n, p in model.named_parameters()})
     with torch.no_grad():
         logits = logits_of(model, codes[:, :-1], model.drop_labels(labels, draws))
         plain = logits_of(model.eval(), codes, labels)

@@ -10,7 +10,7 @@ from torch import Tensor
 from core.rng import RecordedDraws
 from core.specs import Guidance
 from generator.adapters import ADAPTERS
-from generator.adapters.llama import to_theirs
+from generator.adapters.far import RENAMES
 from generator.ar.far import FAR
 from generator.ar.llama import ffn_width
 from generator.sampling import probabilities
@@ -64,7 +64,8 @@ def codes_of(case: Case, branches: int) -> Tensor:
 def gradients(model: torch.nn.Module) -> dict[str, Tensor]:
     """Under official names. What is fused here is split: the gradient of a part is the part of the gradient."""
     return {
-        f"grad/{name}": value for name, value in to_theirs({n: p.grad for n, p in model.named_parameters()}).items()
+        f"grad/{name}": value
+        for name, value in RENAMES.official({n: p.grad for n, p in model.named_parameters()}).items()
     }
 
 

@@ -10,8 +10,9 @@ import torch
 from core.errors import UserError
 from core.weights import files as weight_files
 from core.weights import hub
-from core.weights.adapter import Names, recognise
+from core.weights.adapter import recognise
 from core.weights.layouts import check_layout, compare, read_layout
+from core.weights.names import Names
 from generator.dit.dit_dh import DiTDH
 from run.load import ADAPTERS, build, load_generator, read_weights
 from scripts import convert

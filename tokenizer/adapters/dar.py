@@ -7,53 +7,25 @@ input: `attention.{q,k,v}` <-> `attention.qkv`, `cross_attn.{k,v}` <-> `cross_at
 from __future__ import annotations
 
 import math
-import re
 from typing import Any
 
-import torch
-from torch import nn
-
-from core.weights.adapter import BARE, Adapter, Facts, Names, State, layer_count
+from core.weights.adapter import BARE, Adapter, Facts, layer_count
+from core.weights.names import Names, Renames, State
 from tokenizer.vq.dar import DAR, DECODER_DEFAULTS
 
-_FUSED = {"attention": ("qkv", ("q", "k", "v")), "cross_attn": ("kv", ("k", "v"))}
-
-
-def _rename(state: State) -> State:
-    renamed: dict[str, Any] = {}
-    for name, value in state.items():
-        match = re.fullmatch(r"(.*\.)(attention|cross_attn)\.([qkv])\.(weight|bias)", name)
-        fused, parts = _FUSED[match[2]] if match else ("", ())
-        if match is None or match[3] not in parts:
-            renamed[name] = value
-            continue
-        names = [f"{match[1]}{match[2]}.{part}.{match[4]}" for part in parts]
-        missing = [n for n in names if n not in state]
-        if missing:  # the strict load below names it under the official name
-            renamed[name] = value
-        elif match[3] == parts[0]:
-            renamed[f"{match[1]}{match[2]}.{fused}.{match[4]}"] = torch.cat([state[n] for n in names])
-    return renamed
-
-
-def _restore(model: nn.Module) -> State:
-    state: State = {}
-    for name, value in model.state_dict().items():
-        match = re.fullmatch(r"(.*\.)(attention|cross_attn)\.(qkv|kv)\.(weight|bias)", name)
-        if match is None:
-            state[name] = value
-            continue
-        parts = _FUSED[match[2]][1]
-        for part, rows in zip(parts, value.chunk(len(parts))):
-            state[f"{match[1]}{match[2]}.{part}.{match[4]}"] = rows
-    return state
-
-
-# (width of the encoder, width of the conditions, codes, numbers in a code) of the released tokenizer, whose number of
-# queries and groups our defaults are. Their tables have 1024 rows in every file, so no tensor tells.
-_RELEASED = (768, 768, 16384, 8)
+RENAMES = Renames(
+    fused={
+        ".attention.qkv.": (".attention.q.", ".attention.k.", ".attention.v."),
+        ".cross_attn.kv.": (".cross_attn.k.", ".cross_attn.v."),
+    }
+)
+# (width of the encoder, width of the conditions, codes, numbers in a code) of the released tokenizer, and what our
+# defaults are. Their tables have 1024 rows in every file, so no tensor tells.
+_RELEASED = {(768, 768, 16384, 8): {"length": 256, "groups": 8}}
 # What the trainer's config calls the settings that are in no tensor.
 _SAID = {
+    "length": "num_all_queries",
+    "groups": "num_query_groups",
     "window": "queries_per_step",
     "steps": "num_denoising_steps",
     "output_size": "output_resolution",
@@ -77,17 +49,13 @@ def _sequence(state: State, facts: Facts) -> dict[str, Any]:
         len(state.get("quantize.embedding.weight", ())),
         len(state["quant_in_conv.weight"]),
     )
-    released = (256, 8) if sizes == _RELEASED else (None, None)
-    settings = {key: facts.said(word) for key, word in _SAID.items() if facts.said(word) is not None}
-    for key, word, what, stand_in, known in (
-        ("length", "num_all_queries", "the number of queries", 256, released[0]),
-        ("groups", "num_query_groups", "the number of their groups", 8, released[1]),
-    ):
-        said = facts.said(word)
-        settings[key] = facts.ask(f"tokenizer.{key}", what, stand_in, known if said is None else said)
-    if settings.get("window") == settings["length"] // settings["groups"]:
-        del settings["window"]
-    return settings
+    released = _RELEASED.get(sizes, {})
+    said = {key: facts.said(word) for key, word in _SAID.items() if facts.said(word) is not None}
+    for key, what, stand_in in (("length", "the number of queries", 256), ("groups", "the number of their groups", 8)):
+        said[key] = facts.ask(f"tokenizer.{key}", what, stand_in, said.get(key), released.get(key))
+    if said.get("window") == said["length"] // said["groups"]:
+        del said["window"]
+    return said
 
 
 def _inspect(state: State, facts: Facts) -> dict[str, Any]:
@@ -147,6 +115,6 @@ ADAPTER = Adapter(
         optional=("diff_decoder.net.repa_out.*", "quantize.codebook_used"),
     ),
     container=BARE,
-    rename=_rename,
-    restore=_restore,
+    rename=RENAMES.ours,
+    restore=lambda model: RENAMES.official(model.state_dict()),
 )

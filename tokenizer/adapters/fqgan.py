@@ -6,7 +6,6 @@ The official dual and triple models are two classes with other names for the sam
 from __future__ import annotations
 
 import math
-import re
 from typing import Any
 
 import torch
@@ -14,8 +13,9 @@ from torch import Tensor, nn
 
 from core.errors import UserError
 from core.nn.embed import resize_positions
-from core.nn.transformer import rename_block
-from core.weights.adapter import Adapter, Container, Facts, Names, State, layer_count
+from core.nn.transformer import PUBLISHED_NAMES
+from core.weights.adapter import Adapter, Container, Facts, layer_count
+from core.weights.names import Names, Renames, State
 from tokenizer.adapters.maskgit import ask_groups
 from tokenizer.vq.fqgan import FQGAN
 
@@ -29,29 +29,26 @@ _PARTS = {
 _TEACHERS = {branch: teacher for branch, (_, _, teacher) in _PARTS.items()}
 
 
-def _rules(names: tuple[str, ...], teachers: dict[str, str]) -> list[tuple[str, str]]:
-    """(official, ours) beginnings of names. `teachers`: sub-codebook -> our name of its predictor."""
-    rules = []
+def _renames(names: tuple[str, ...], teachers: dict[str, str]) -> Renames:
+    """Of a model with these sub-codebooks. `teachers`: sub-codebook -> our name of its predictor."""
+    pairs = []
     for name in names:
         adapter, head, _ = _PARTS[name]
-        rules += [
-            (f"encoder.{adapter}.0.", f"heads.{name}.adapter."),
-            (f"encoder.norm_out_{name}.", f"heads.{name}.norm_out."),
-            (f"encoder.conv_out_{name}.", f"heads.{name}.conv_out."),
-            (f"quant_conv_{name}.", f"quant_convs.{name}."),
-            (f"quantize_{name}.", f"quantizers.{name}."),
+        pairs += [
+            (f"^encoder.{adapter}.0.", f"^heads.{name}.adapter."),
+            (f"^encoder.norm_out_{name}.", f"^heads.{name}.norm_out."),
+            (f"^encoder.conv_out_{name}.", f"^heads.{name}.conv_out."),
+            (f"^quant_conv_{name}.", f"^quant_convs.{name}."),
+            (f"^quantize_{name}.", f"^quantizers.{name}."),
         ]
         if head and name in teachers:
-            rules.append((f"{head}.", f"predictors.{teachers[name]}."))
-    return rules
-
-
-def _replaced(name: str, rules: list[tuple[str, str]]) -> str:
-    """`name` with the first beginning that a rule knows replaced."""
-    for old, new in rules:
-        if name.startswith(old):
-            return new + name[len(old) :]
-    return name
+            pairs.append((f"^{head}.", f"^predictors.{teachers[name]}."))
+    return Renames(
+        *pairs,
+        ("^encoder.conv_blocks.{}.downsample.", "^encoder.conv_blocks.{}.resize."),
+        ("^decoder.conv_blocks.{}.upsample.", "^decoder.conv_blocks.{}.resize."),
+        *PUBLISHED_NAMES,
+    )
 
 
 def _variant(state: State) -> tuple[str, ...]:
@@ -71,11 +68,7 @@ def _variant(state: State) -> tuple[str, ...]:
 
 
 def _rename(state: State) -> State:
-    rules = _rules(_variant(state), _TEACHERS)
-    return {
-        rename_block(re.sub(r"\.(down|up)sample\.", ".resize.", _replaced(name, rules))): value
-        for name, value in state.items()
-    }
+    return _renames(_variant(state), _TEACHERS).ours(state)
 
 
 def _restore(model: nn.Module) -> State:
@@ -90,12 +83,7 @@ def _restore(model: nn.Module) -> State:
             "the official FQGAN code has one predictor per semantic sub-codebook and none for vis; this model "
             "cannot be exported to its layout"
         )
-    rules = [(ours, official) for official, ours in _rules(model.names, teachers)]
-    resize = {"encoder": ".downsample.", "decoder": ".upsample."}
-    return {
-        _replaced(rename_block(name, back=True).replace(".resize.", resize.get(name.split(".")[0], "")), rules): value
-        for name, value in model.state_dict().items()
-    }
+    return _renames(model.names, teachers).official(model.state_dict())
 
 
 def _names(state: State) -> list[str]:
@@ -117,12 +105,8 @@ def _fit(state: State, model: nn.Module) -> State:
             f"set tokenizer.size: {'vq8' if levels == 4 else 'vq16'}, or give other weights"
         )
     for teacher, branch in model.semantic.get("branches", {}).items():
-        stored = f"predictors.{_TEACHERS.get(branch)}."
         if not any(name.startswith(f"predictors.{teacher}.") for name in state):
-            state = {
-                f"predictors.{teacher}.{name[len(stored) :]}" if name.startswith(stored) else name: value
-                for name, value in state.items()
-            }
+            state = Renames((f"^predictors.{_TEACHERS.get(branch)}.", f"^predictors.{teacher}.")).ours(state)
     if not model.predictors:
         state = {name: value for name, value in state.items() if not name.startswith("predictors.")}
     state = {

@@ -11,7 +11,8 @@ from torch import nn
 
 from core.errors import UserError
 from core.nn.vit import VIT_SIZES, rename_gated
-from core.weights.adapter import Adapter, Container, Facts, Names, State, layer_count
+from core.weights.adapter import Adapter, Container, Facts, layer_count, transformer_size
+from core.weights.names import Names, State, renamed
 from tokenizer.multiscale.imagefolder import RELEASED_SCALES, ImageFolder
 
 _TRUNKS = ("encoder.model.", "decoder.model.")
@@ -57,11 +58,11 @@ def _theirs(name: str, model: ImageFolder) -> str:
 
 
 def _rename(state: State) -> State:
-    renamed = {_ours(name): value for name, value in state.items()}
-    for name, value in renamed.items():
+    ours = renamed(state, _ours)
+    for name, value in ours.items():
         if name.endswith("ema_vocab_hit_SV") and value.ndim == 1:  # the plain quantiser has no scales
-            renamed[name] = value[None]
-    return rename_gated(renamed)
+            ours[name] = value[None]
+    return rename_gated(ours)
 
 
 def _merge_adapters(state: State, part: str) -> State:
@@ -82,30 +83,21 @@ def _merge_adapters(state: State, part: str) -> State:
 def _fit(state: State, model: nn.Module) -> State:
     """The count of updates is not in official files: their usage statistics begin anew, as in the official code.
     Adapters are merged for a model without, and new for one whose weights have none."""
-    own = model.state_dict()
+    ours = model.state_dict()
     for part, method in model.tuning.items():
         if method != "lora":
             state = _merge_adapters(state, f"{part}.")
         elif not any(name.startswith(part) and name.endswith(".lora_A") for name in state):
             # A model about to be adapted: its adapters are new, and its last norm starts from the file's.
+            norm = f"{part}.model.norm."
             state = {
                 **state,
-                **{
-                    name: value
-                    for name, value in own.items()
-                    if name.startswith(part) and name.endswith((".lora_A", ".lora_B"))
-                },
+                **{n: t for n, t in ours.items() if n.startswith(part) and n.endswith((".lora_A", ".lora_B"))},
+                **{f"{norm}original_{n.removeprefix(norm)}": t for n, t in state.items() if n.startswith(norm)},
             }
-            state |= {
-                f"{part}.model.norm.original_{leaf}": state[f"{part}.model.norm.{leaf}"]
-                for leaf in ("weight", "bias")
-                if f"{part}.model.norm.{leaf}" in state
-            }
-    missing = {
-        name: torch.zeros_like(value) for name, value in own.items() if name.endswith(".updates") and name not in state
-    }
-    missing |= {name: value for name, value in own.items() if name.endswith(".scaling") and name not in state}
-    return {**state, **missing}
+    updates = {name: torch.zeros_like(t) for name, t in ours.items() if name.endswith(".updates")}
+    scaling = {name: t for name, t in ours.items() if name.endswith(".scaling")}
+    return {**updates, **scaling, **state}
 
 
 def _restore(model: ImageFolder) -> State:
@@ -127,24 +119,12 @@ def _restore(model: ImageFolder) -> State:
     return {**state, "encoder.lvl1LC": model.encoder.lvl1LC, "decoder.lvl1LC": model.decoder.lvl1LC}
 
 
-def _trunk(state: State, prefix: str, facts: Facts) -> str | dict[str, int]:
+def _trunk(state: State, part: str, facts: Facts) -> str | dict[str, int]:
     """The official code takes DINOv2 models alone, whose heads have 64 channels each; others must name them."""
-    width = state[prefix + "cls_token"].shape[-1]
-    layers = layer_count(state, prefix + "blocks.")
-    for name, size in VIT_SIZES.items():
-        if (size.width, size.layers) == (width, layers):
-            return name
-    part = prefix.partition(".")[0]
-    return {
-        "width": width,
-        "layers": layers,
-        "heads": facts.ask(
-            f"tokenizer.{part}.heads",
-            f"the number of attention heads of the {part}",
-            1,
-            width // 64 if width % 64 == 0 else None,
-        ),
-    }
+    prefix = f"{part}.model."
+    width, layers = state[prefix + "cls_token"].shape[-1], layer_count(state, prefix + "blocks.")
+    heads = width // 64 if width % 64 == 0 else None
+    return transformer_size(VIT_SIZES, width, layers, facts, f"tokenizer.{part}", f"the {part}", heads)
 
 
 def _inspect(state: State, facts: Facts) -> dict[str, Any]:
@@ -157,8 +137,8 @@ def _inspect(state: State, facts: Facts) -> dict[str, Any]:
     settings: dict[str, Any] = {
         "image_size": grid * patch,
         "patch_size": patch,
-        "encoder": _trunk(state, "encoder.model.", facts),
-        "decoder": _trunk(state, "decoder.model.", facts),
+        "encoder": _trunk(state, "encoder", facts),
+        "decoder": _trunk(state, "decoder", facts),
         "latent_grid": math.isqrt(latents),
         "branches": branches,
         "vocab": hits.shape[1],
@@ -190,9 +170,8 @@ def _scales(count: int, side: int, facts: Facts) -> list[int]:
         return [side]
     if (count, side) == (len(RELEASED_SCALES), RELEASED_SCALES[-1]):
         return list(RELEASED_SCALES)
-    said = facts.said("v_patch_nums") or facts.said(
-        "patch_nums"
-    )  # patch_nums: of VAR's trainer, which keeps its tokenizer
+    # patch_nums: of VAR's trainer, which keeps its tokenizer
+    said = facts.said("v_patch_nums") or facts.said("patch_nums")
     said = list(said) if isinstance(said, (list, tuple)) and len(said) == count and said[-1] == side else None
     return list(facts.ask("tokenizer.scales", f"the {count} scales", [side] * count, said))
 

@@ -2,57 +2,53 @@
 
 from __future__ import annotations
 
-import re
 from typing import Any
 
 from torch import nn
 
 from core.errors import UserError
-from core.weights.adapter import BARE, Adapter, Facts, Names, State, layer_count
+from core.weights.adapter import BARE, Adapter, Facts, layer_count
+from core.weights.names import Names, Renames, State, renamed
 from tokenizer.vq.maskgit import MaskGITVQGAN, VQGANPlus
 
 USAGE = "quantizer.codebook_used"  # ours; the published models have none
 
 
-def _level(name: str, official: str, ours: str, count: int | None = None) -> str:
-    """`official` with a level's number -> `ours`; with `count` the numbers run the other way."""
-
-    def number(match: re.Match) -> str:
-        index = int(match[1])
-        return ours.format(index if count is None else count - 1 - index) + "."
-
-    return re.sub("^" + re.escape(official).replace(r"\{\}", r"(\d+)") + r"\.", number, name)
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 # MaskGIT-VQGAN
 # ---------------------------------------------------------------------------------------------------------------------
-def maskgit_name(name: str, levels: int, prefix: str = "") -> str:
-    """Published name -> ours of a tensor of either half below `prefix`. The decoder is numbered from fine to coarse."""
-    name = _level(name, prefix + "encoder.down.{}", prefix + "encoder.levels.{}")
-    name = _level(name, prefix + "decoder.up.{}", prefix + "decoder.levels.{}", levels)
-    return name.replace(".block.", ".res.").replace(".upsample_conv.", ".resize.conv.")
+DECODER_NAMES = ((".block.", ".res."), (".upsample_conv.", ".resize.conv."))
+_MASKGIT = Renames(
+    ("^encoder.down.{}.", "^encoder.levels.{}."),
+    ("^decoder.up.{}.", "^decoder.levels.{}."),
+    ("^quantize.", "^quantizer."),
+    *DECODER_NAMES,
+)
 
 
-def published_maskgit_name(name: str, levels: int, prefix: str = "") -> str:
-    """The reverse of `maskgit_name`."""
-    name = _level(name, prefix + "encoder.levels.{}", prefix + "encoder.down.{}")
-    name = _level(name, prefix + "decoder.levels.{}", prefix + "decoder.up.{}", levels)
-    return name.replace(".res.", ".block.").replace(".resize.conv.", ".upsample_conv.")
+def other_way(state: State, prefix: str) -> State:
+    """With the levels of a decoder numbered from the other end: the published ones go from fine to coarse."""
+    last = layer_count(state, prefix) - 1
+
+    def turned(name: str) -> str:
+        if not name.startswith(prefix):
+            return name
+        number, _, rest = name.removeprefix(prefix).partition(".")
+        return f"{prefix}{last - int(number)}.{rest}"
+
+    return renamed(state, turned)
+
+
+def without_usage(model: nn.Module) -> State:
+    return {name: tensor for name, tensor in model.state_dict().items() if name != USAGE}
 
 
 def _maskgit_rename(state: State) -> State:
-    levels = layer_count(state, "decoder.up.")
-    return {maskgit_name(name, levels).replace("quantize.", "quantizer."): value for name, value in state.items()}
+    return other_way(_MASKGIT.ours(state), "decoder.levels.")
 
 
 def _maskgit_restore(model: nn.Module) -> State:
-    levels = len(model.decoder.levels)
-    return {
-        published_maskgit_name(name, levels).replace("quantizer.", "quantize."): value
-        for name, value in model.state_dict().items()
-        if name != USAGE
-    }
+    return _MASKGIT.official(other_way(without_usage(model), "decoder.levels."))
 
 
 def _maskgit_inspect(state: State, facts: Facts) -> dict[str, Any]:
@@ -100,37 +96,20 @@ MASKGIT = Adapter(
 # ---------------------------------------------------------------------------------------------------------------------
 # VQGAN+
 # ---------------------------------------------------------------------------------------------------------------------
-# Published -> ours; its decoder is numbered from coarse to fine, like ours.
 _PLUS_RELEASED = (4096, 64)  # codes and their width, which are no unit vectors
-_PLUS = (
-    ("encoder.down.{}.res_blocks", "encoder.levels.{}.res"),
-    ("encoder.down.{}.down_conv", "encoder.levels.{}.resize.conv"),
-    ("decoder.up.{}.res_blocks", "decoder.levels.{}.res"),
-    ("decoder.up.{}.upsample_conv", "decoder.levels.{}.resize.conv"),
+_PLUS = Renames(  # its decoder is numbered from coarse to fine, like ours
+    ("^encoder.down.{}.res_blocks.", "^encoder.levels.{}.res."),
+    ("^encoder.down.{}.down_conv.", "^encoder.levels.{}.resize.conv."),
+    ("^decoder.up.{}.res_blocks.", "^decoder.levels.{}.res."),
+    ("^decoder.up.{}.upsample_conv.", "^decoder.levels.{}.resize.conv."),
+    ("^encoder.mid.res_blocks.", "^encoder.mid."),
+    ("^decoder.mid.res_blocks.", "^decoder.mid."),
+    ("^quantize.", "^quantizer."),
 )
 
 
-def _plus_name(name: str, back: bool = False) -> str:
-    for published, ours in _PLUS:
-        name = _level(name, ours, published) if back else _level(name, published, ours)
-    whole = (("mid.res_blocks.", "mid."), ("quantize.", "quantizer."))
-    for published, ours in whole:
-        old, new = (ours, published) if back else (published, ours)
-        if name.startswith((old, f"encoder.{old}", f"decoder.{old}")):
-            name = name.replace(old, new, 1)
-    return name
-
-
-def _plus_rename(state: State) -> State:
-    return {_plus_name(name): value for name, value in state.items()}
-
-
-def _plus_restore(model: nn.Module) -> State:
-    return {_plus_name(name, back=True): value for name, value in model.state_dict().items() if name != USAGE}
-
-
 def _plus_inspect(state: State, facts: Facts) -> dict[str, Any]:
-    state = _plus_rename(state)
+    state = _PLUS.ours(state)
     settings = halves(state)
     settings |= ask_groups(settings["channels"], facts)
     decoder_blocks, settings["res_blocks"] = settings["res_blocks"], layer_count(state, "encoder.levels.0.res.")
@@ -142,18 +121,9 @@ def _plus_inspect(state: State, facts: Facts) -> dict[str, Any]:
         settings |= {"quantizer": "lookup_free", "code_dim": len(state["quantizer.bits_to_indices"])}
     elif "quantizer.embedding.weight" in state:
         vocab, dim = state["quantizer.embedding.weight"].shape
-        settings |= {
-            "vocab": vocab,
-            "code_dim": dim,
-            "normalise": bool(
-                facts.ask(
-                    "tokenizer.normalise",
-                    "whether codes are unit vectors",
-                    False,
-                    False if (vocab, dim) == _PLUS_RELEASED else facts.said("use_l2_norm"),
-                )
-            ),
-        }
+        known = False if (vocab, dim) == _PLUS_RELEASED else facts.said("use_l2_norm")
+        unit_vectors = facts.ask("tokenizer.normalise", "whether codes are unit vectors", False, known)
+        settings |= {"vocab": vocab, "code_dim": dim, "normalise": bool(unit_vectors)}
     else:
         raise UserError("these are not the weights of VQGAN+: quantize.embedding.weight is missing")
     return settings
@@ -172,6 +142,6 @@ VQGAN_PLUS = Adapter(
         optional=(USAGE,),
     ),
     container=BARE,
-    rename=_plus_rename,
-    restore=_plus_restore,
+    rename=_PLUS.ours,
+    restore=lambda model: _PLUS.official(without_usage(model)),
 )

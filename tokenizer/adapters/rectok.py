@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from typing import Any
 
 from torch import Tensor, nn
 
 from core.nn.embed import resize_positions
-from core.weights.adapter import Adapter, Facts, Names, State, layer_count
-from tokenizer.continuous.rectok import SIZES, RecTok, Size
+from core.weights.adapter import Adapter, Facts, layer_count, transformer_size
+from core.weights.names import Names, State
+from tokenizer.continuous.rectok import SIZES, RecTok
 
 
 def _fit(state: State, model: nn.Module) -> State:
@@ -30,14 +30,9 @@ def _fit(state: State, model: nn.Module) -> State:
 
 def _size(state: State, prefix: str, facts: Facts, key: str) -> str | dict[str, int]:
     """The official table has one number of heads for each width; another width has to say its own."""
-    width = state[prefix + "positional_embedding"].shape[-1]
-    layers = layer_count(state, prefix + "transformer.")
-    for name, size in SIZES.items():
-        if (size.width, size.layers) == (width, layers):
-            return name
-    known = {size.width: size.heads for size in SIZES.values()}
-    what = f"the number of attention heads of {prefix.rstrip('.')}"
-    return dataclasses.asdict(Size(width, layers, known.get(width) or facts.ask(f"tokenizer.{key}.heads", what, 1)))
+    width, layers = state[prefix + "positional_embedding"].shape[-1], layer_count(state, prefix + "transformer.")
+    heads = {size.width: size.heads for size in SIZES.values()}.get(width)
+    return transformer_size(SIZES, width, layers, facts, f"tokenizer.{key}", prefix.rstrip("."), heads)
 
 
 def _inspect(state: State, facts: Facts) -> dict[str, Any]:

@@ -10,7 +10,7 @@ import torch
 
 from core.errors import UserError
 from core.weights import files as weight_files
-from core.weights.adapter import NEVER_WEIGHTS, matching
+from core.weights.names import NEVER_WEIGHTS, matching
 from run.convert import unrecorded
 from run.load import ADAPTERS, REGISTRIES, read_weights
 from scripts import convert
