@@ -9,7 +9,8 @@ transforms.py  crops as pure functions, and the Transform a config describes
 loader.py      training batches in an order that depends on (seed, position) alone; ordered passes
 cache.py       tensors computed once from every view of every picture, memory-mapped
 tokens.py      caches of what a tokenizer makes, to train from without pictures
-token_files.py tokens of other code bases, in and out
+token_files.py files of other code bases: tokens, in and out; moments of RecTok's latents
+pairing.py     which line of such a file belongs to which picture
 """
 
 from data.cache import FeatureCache, build

@@ -92,9 +92,19 @@ def _process(rank: int, size: int, port: int, work: Callable, arguments: tuple) 
         world.stop()
 
 
-def in_processes(size: int, work: Callable, *arguments: Any) -> None:
-    """Call work(world, *arguments) on `size` ranks that are processes; an exception in one of them is raised here."""
+def in_processes(size: int, work: Callable, *arguments: Any) -> list[int]:
+    """Call work(world, *arguments) on `size` ranks that are processes; their exit codes, 1 for an exception."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    multiprocessing.start_processes(_process, (size, port, work, arguments), nprocs=size, start_method="fork")
+    fork = multiprocessing.get_context("fork")
+    processes = [fork.Process(target=_process, args=(rank, size, port, work, arguments)) for rank in range(size)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(120)
+    hanging = [process for process in processes if process.is_alive()]
+    for process in hanging:
+        process.kill()
+    assert not hanging, f"{len(hanging)} of {size} ranks wait for ever"
+    return [process.exitcode for process in processes]

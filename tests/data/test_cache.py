@@ -1,5 +1,6 @@
 """Caches: what goes in comes out, for the same pictures only, whole or not at all, on any number of ranks."""
 
+import errno
 import itertools
 import json
 import os
@@ -9,8 +10,10 @@ import numpy as np
 import pytest
 import torch
 
+import data.cache
 from core.chunks import ALONE
 from core.errors import UserError
+from core.files import explain_os_errors
 from data.cache import Builder, FeatureCache, Pass, Plan, build
 from data.loader import Loader
 from data.sources import open_source
@@ -104,6 +107,23 @@ def test_interrupted_build_goes_on(tmp_path, error):
     assert cache.content == whole.content and sorted(os.listdir(tmp_path)) == ["c", "whole"]
     for name in os.listdir(tmp_path / "whole"):
         assert (tmp_path / "whole" / name).read_bytes() == (tmp_path / "c" / name).read_bytes()
+
+
+def test_a_full_disk_is_a_sentence_and_loses_nothing(tmp_path, monkeypatch):
+    whole, write_rows = make(tmp_path / "whole"), data.cache.write_rows
+
+    def full(path, start, rows):
+        with explain_os_errors(path):
+            if start == 8 and path.name == "mean.npy":
+                raise OSError(errno.ENOSPC, "No space left on device")
+        write_rows(path, start, rows)
+
+    with monkeypatch.context() as patch, pytest.raises(UserError, match="mean.npy: the disk is full. Free some space"):
+        patch.setattr("data.cache.write_rows", full)
+        make(tmp_path / "c")
+    rest = []
+    cache = make(tmp_path / "c", producer=lambda images: rest.append(len(images)) or producer(images))
+    assert rest == [6] and cache.content == whole.content
 
 
 def rows(cache, span):
