@@ -109,6 +109,10 @@ class DataConfig:
     resample: Literal["bicubic", "lanczos", "bilinear"] = setting("bicubic", "filter of resize_center, resize_random")
     workers: int = setting(4, "decoding processes per rank; 0 decodes in the main process", low=0)
     on_corrupt: Literal["replace", "raise"] = setting("replace", "what to do with a picture that cannot be read")
+    max_corrupt: float = setting(
+        0.05, "replace: share of the pictures that may be unreadable before the run stops", low=0, high=1
+    )
+    exif: bool = setting(False, "turn pictures as their EXIF orientation says; the original programs do not")
     cache_features: bool = setting(False, "compute teacher features once per picture and keep them on disk")
     cache_latents: bool = setting(False, "compute latents once per picture and train the generator on them")
     moments: str | None = setting(None, "folder of official pre-tokenised moments, <picture>.npz (RecTok)")

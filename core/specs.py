@@ -426,9 +426,9 @@ class DataSource(ABC):
     num_classes: int
     class_names: list[str]
     labels: np.ndarray | None = None  # (N,) integers, where they are known without reading a picture
-    unlabelled: str | None = (
-        None  # a sentence about pictures without label where others have one; all labels are 0 then
-    )
+    unlabelled: str | None = None  # a sentence about pictures without label where others have one; all count as 0 then
+    left_out: tuple[str, ...] = ()  # what lies beside the pictures and is not read, counted and named
+    upright: bool = False  # whether pictures are turned as their EXIF orientation says
     inexact: str | None = None  # of a stream: why its order is not a function of (seed, position)
     one_process: bool = False  # whether the loader's workers cannot read it
     start_method: str | None = None  # of those workers, where it matters

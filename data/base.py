@@ -6,6 +6,7 @@ loader may replace; mistakes of the user raise `UserError`.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
 import re
@@ -20,9 +21,10 @@ from torch.utils.data import get_worker_info
 from core.errors import UserError
 from core.rng import permutation, uniform_scalar
 from core.specs import DataSource, Sample
-from data.decode import UnreadablePicture, decode_rgb
+from data.decode import UnreadablePicture, decode_rgb, is_turned
 
 MAX_CLASSES = 1_000_000
+LOOKED_AT = 64  # pictures whose EXIF orientation is looked at before a run
 BUFFER = 1000  # pictures of a stream that a process shuffles, still compressed
 
 
@@ -58,13 +60,71 @@ class PackedStrings:
         return self.blob[start : self.ends[index]].tobytes()
 
 
+class LeftOut:
+    """Counts what lies beside the pictures and is not read, by kind, and remembers the first of each."""
+
+    def __init__(self):
+        self.kinds: dict[str, tuple[int, str]] = {}  # kind -> (how many, the first)
+
+    def add(self, kind: str, name: str, count: int = 1) -> None:
+        before, first = self.kinds.get(kind, (0, name.encode("utf-8", "replace").decode()))  # safe to print
+        self.kinds[kind] = before + count, first
+
+    def add_file(self, name: str) -> None:
+        """Not of hidden files, which systems leave everywhere."""
+        base = os.path.basename(name)
+        if not base.startswith("."):
+            self.add(os.path.splitext(base)[1].lower() or "without extension", name)
+
+    def describe(self) -> tuple[str, ...]:
+        return tuple(f"{n:,} {kind} ({first}{', ...' if n > 1 else ''})" for kind, (n, first) in self.kinds.items())
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # What users of a source ask of it
 # ---------------------------------------------------------------------------------------------------------------------
 def require_labels(source: DataSource) -> None:
-    """UserError where some pictures of a source have labels and others have not; where none has, there is one class."""
+    """UserError where some pictures of a source have labels and others have not, or labels that are no class of it."""
     if source.unlabelled:
         raise UserError(f"{source.unlabelled} Label all of them or none: only a tokenizer trains without.")
+    if source.labels is None:
+        return
+    wrong = np.flatnonzero((source.labels < 0) | (source.labels >= source.num_classes))
+    if len(wrong):
+        raise UserError(
+            f"label {source.labels[wrong[0]]} of picture {wrong[0]} is none of the {source.num_classes} classes of the "
+            "data. Label it from 0 on, and make its tokens again."
+        )
+
+
+def require_classes(source: DataSource, num_classes: int | None, url: str) -> None:
+    """UserError where a source has more classes than a generator of `num_classes` (None: as many as the data)."""
+    if num_classes is not None and source.num_classes > num_classes:
+        first = source.labels is not None and not np.any(source.labels == 0)
+        advice = "Count the labels from 0" if first else f"Set generator.num_classes={source.num_classes}"
+        raise UserError(
+            f"generator.num_classes={num_classes}: {url} has {source.num_classes} classes, labels 0 to "
+            f"{source.num_classes - 1}{', and none is 0: they are counted from 1' if first else ''}. {advice}."
+        )
+
+
+def require_same_classes(names: list[str], others: list[str], which: str) -> None:
+    """UserError where label numbers mean one class in `names`, those of the training, and another in `others`.
+
+    Classes that only have numbers may be any others; two lists of numbers have to agree as well.
+    """
+    plain = [str(i) for i in range(len(names))]
+    numbered = [all(name.isdigit() for name in side) for side in (names, others)]
+    if names == others or (plain in (names, others) and len(names) == len(others) and not all(numbered)):
+        return
+    if len(names) != len(others):
+        missing = [name for name in names if name not in others] or [name for name in others if name not in names]
+        detail = f"{len(names)} classes are trained and {which} has {len(others)} (without {', '.join(missing[:3])}"
+        detail = detail + (", ...)" if len(missing) > 3 else ")")
+    else:
+        number = next(i for i, (one, other) in enumerate(zip(names, others)) if one != other)
+        detail = f"class {number} is {names[number]} in the training data and {others[number]} in {which}"
+    raise UserError(f"{detail}, so label numbers mean different classes. Name the classes of both with ?classes=FILE.")
 
 
 def require_order(source: DataSource, purpose: str) -> None:
@@ -89,6 +149,21 @@ def remarks(source: DataSource) -> list[str]:
     asked = "; are the labels counted from 1?" if empty.tolist() == [0] else ""
     shown = ", ".join(names[i] for i in empty[:5]) + (" ..." if len(empty) > 5 else "")
     return [f"{len(empty)} of {len(names)} classes have no picture ({shown}){asked}"]
+
+
+def left_out(source: DataSource) -> str | None:
+    """One line about what of the data is not used, or not as it is meant; None where there is nothing to tell."""
+    lines = []
+    if source.left_out:
+        lines.append(f"not read: {'; '.join(source.left_out)}")
+    if isinstance(source, ListedSource):
+        turned, seen = source.count_turned()
+        if turned:
+            is_turned = (
+                "applied" if source.upright else "not applied, as in the original programs (data.exif=true does)"
+            )
+            lines.append(f"{turned} of {seen} pictures looked at carry an EXIF orientation, which is {is_turned}")
+    return "; ".join(lines) or None
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -143,7 +218,15 @@ class ListedSource(DataSource):
             data = self.read(index)
         except OSError as error:
             raise UnreadablePicture(key, error.strerror or str(error)) from error
-        return Sample(decode_rgb(data, key), int(self.labels[index]), key)
+        return Sample(decode_rgb(data, key, self.upright), int(self.labels[index]), key)
+
+    def count_turned(self) -> tuple[int, int]:
+        """(those with an EXIF orientation, pictures looked at) of a few that are spread over the source."""
+        seen, turned = min(len(self), LOOKED_AT), 0
+        for i in range(seen):
+            with contextlib.suppress(OSError):
+                turned += is_turned(self.read(i * len(self) // seen))
+        return turned, seen
 
     def fingerprint(self) -> str:
         if self._fingerprint is None:
@@ -151,7 +234,7 @@ class ListedSource(DataSource):
             for array in (self.packed_keys.blob, self.packed_keys.ends, self.labels, self.sizes):
                 digest.update(f"{array.nbytes};".encode())
                 digest.update(np.ascontiguousarray(array).data)
-            digest.update("\n".join(self.class_names).encode("utf-8", "replace"))
+            digest.update("\n".join(self.class_names).encode("utf-8", "replace") + b"\nupright" * self.upright)
             self._fingerprint = digest.hexdigest()
         return self._fingerprint
 
@@ -226,7 +309,8 @@ class StreamSource(DataSource):
         return self.samples
 
     def fingerprint(self) -> str:
-        return hashlib.blake2b(f"stream {self.name} {self.samples}".encode(), digest_size=16).hexdigest()
+        description = f"stream {self.name} {self.samples}" + " upright" * self.upright
+        return hashlib.blake2b(description.encode(), digest_size=16).hexdigest()
 
     @abstractmethod
     def count_shards(self) -> int:
@@ -279,7 +363,7 @@ class StreamSource(DataSource):
             raise UserError(
                 f"{key} has label {label}, {self.num_classes} classes are known. Give ?num_classes=N or ?classes=FILE."
             )
-        return Sample(decode_rgb(data, key), label, key)
+        return Sample(decode_rgb(data, key, self.upright), label, key)
 
     def __getstate__(self) -> dict[str, Any]:
         """An open stream cannot be sent to a spawned worker."""

@@ -31,7 +31,7 @@ from core.errors import UserError
 from core.files import fsync_file, read_json, require_space, write_json
 from core.specs import DataSource
 from data.base import require_order
-from data.loader import listed_batches
+from data.loader import Replaced, listed_batches
 from data.transforms import Transform
 
 FORMAT = 2
@@ -364,7 +364,8 @@ class Pass:
         workers, on_corrupt: see data.loader.listed_batches.
         progress, stop: see Builder.fill.
         chunk: samples per chunk.
-        replaced: filled with the keys of pictures that could not be read by this rank.
+        max_corrupt: the share of pictures that may be unreadable; above it the build stops, and goes on when asked again.
+        replaced: what became of the pictures that this rank read.
     """
 
     world: World = ALONE
@@ -374,7 +375,8 @@ class Pass:
     progress: Callable[[int, int], None] | None = None
     stop: Callable[[], str | None] | None = None
     chunk: int = CHUNK
-    replaced: dict[str, None] = field(default_factory=dict)
+    max_corrupt: float = 1.0
+    replaced: Replaced | None = None
 
 
 def build(
@@ -408,13 +410,14 @@ def build(
     builder = Builder(path, plan, how.world)
 
     def make(spans: list[range]) -> Iterator[Rows]:
+        how.replaced = Replaced(sum(map(len, spans)), how.max_corrupt)
         read = listed_batches(source, transform, spans, how.workers, how.on_corrupt, views=range(views))
         for span, images in zip(spans, read, strict=True):
             rows = {
                 name: to_storage(name, tensor, storage.get(name)).reshape(len(span), views, *tensor.shape[1:])
                 for name, tensor in producer(images.images).items()
             }
-            how.replaced.update(dict.fromkeys(images.replaced))
+            how.replaced.add(images.replaced, len(span))
             yield rows, images.labels[::views].numpy()
 
     batch = next(size for size in range(min(how.batch, builder.size), 0, -1) if builder.size % size == 0)

@@ -4,7 +4,8 @@ A picture that cannot be decoded raises `UnreadablePicture`, which the loader ma
 
 - transparent pictures (alpha channel, transparent palette entry or colour) are composed on white;
 - CMYK, grey, palette and 16-bit pictures are converted; of an animation the first frame is taken;
-- EXIF orientation is NOT applied: the ImageNet pipelines that published numbers come from ignore it too;
+- floats and 16-bit pictures that use a sixteenth of their range or less are refused: they would turn black;
+- EXIF orientation is applied only when asked for: the pipelines that published numbers come from ignore it;
 - truncated files are errors, never half-grey pictures.
 """
 
@@ -13,12 +14,13 @@ from __future__ import annotations
 import io
 
 import numpy as np
-from PIL import Image, UnidentifiedImageError
+from PIL import Image, ImageOps, UnidentifiedImageError
 
 # Pillow knows formats that run other programs (EPS starts Ghostscript): only these are ever opened.
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM")
 # Resizing the short side of a 1 x 50000 strip to 256 would need gigabytes.
 MAX_ASPECT = 100
+ORIENTATION = 0x0112  # the EXIF tag
 
 
 class UnreadablePicture(Exception):
@@ -32,14 +34,35 @@ class UnreadablePicture(Exception):
         return f"{self.key}: {self.reason}"
 
 
+class _Unsuitable(Exception):
+    """A picture that decodes, but not to what it shows."""
+
+
+def _grey(image: Image.Image) -> Image.Image:
+    """8-bit grey from integers of 16 or more bits; Pillow's own conversion clips at 255 instead of scaling."""
+    values = np.asarray(image).astype(np.int64)
+    low, high = values.min(), values.max()
+    if low < 0 or high >= 1 << 16:
+        raise _Unsuitable(f"values from {low} to {high} are not those of an 8 or 16-bit picture; save it as one")
+    if image.mode == "I" and high < 256:  # mode "I" holds 8-bit files too
+        return Image.fromarray(values.astype(np.uint8))
+    if 0 < high < 1 << 12:
+        raise _Unsuitable(
+            f"its 16-bit values end at {high}, so it would turn black; stretch them to 65535, or save 8 bits"
+        )
+    return Image.fromarray((values >> 8).astype(np.uint8))
+
+
 def to_rgb(image: Image.Image) -> Image.Image:
     """`image` as 8-bit RGB."""
     if image.mode == "RGB" and "transparency" not in image.info:
         return image
-    if image.mode.startswith("I"):  # 16-bit grey; Pillow's own conversion clips at 255 instead of scaling
-        values = np.asarray(image).astype(np.int64)
-        sixteen = image.mode != "I" or values.max(initial=0) > 255  # mode "I" holds 8-bit files too
-        image = Image.fromarray((values >> 8 if sixteen else values).clip(0, 255).astype(np.uint8))
+    if image.mode == "F":
+        raise _Unsuitable(
+            "floating-point values have no known range, so it could turn black; save it with 8 or 16 bits"
+        )
+    if image.mode.startswith("I"):
+        image = _grey(image)
     if image.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in image.info:
         image = image.convert("RGBA")
         canvas = Image.new("RGB", image.size, (255, 255, 255))
@@ -48,18 +71,33 @@ def to_rgb(image: Image.Image) -> Image.Image:
     return image.convert("RGB")
 
 
-def decode_rgb(data: bytes, key: str) -> Image.Image:
-    """Decode one picture to RGB; UnreadablePicture if that is impossible for whatever reason."""
+def decode_rgb(data: bytes, key: str, upright: bool = False) -> Image.Image:
+    """Decode one picture to RGB; UnreadablePicture if that is impossible for whatever reason.
+
+    Args:
+        upright: turn it as its EXIF orientation says.
+    """
     if not data:
         raise UnreadablePicture(key, "the file is empty")
     try:
         with Image.open(io.BytesIO(data), formats=FORMATS) as image:
             width, height = image.size
             if max(width, height) > MAX_ASPECT * min(width, height):
-                raise ValueError(f"{width} x {height} is too narrow (limit 1:{MAX_ASPECT})")
+                raise _Unsuitable(f"{width} x {height} is too narrow (limit 1:{MAX_ASPECT})")
             image.load()
-            return to_rgb(image)
+            return to_rgb(ImageOps.exif_transpose(image) if upright else image)
     except UnidentifiedImageError as error:  # its own text names a buffer
         raise UnreadablePicture(key, "this is not a picture of a kind that is known") from error
+    except _Unsuitable as error:
+        raise UnreadablePicture(key, str(error)) from error
     except Exception as error:  # decoders raise almost anything on damaged input
         raise UnreadablePicture(key, f"{type(error).__name__}: {error}") from error
+
+
+def is_turned(data: bytes) -> bool:
+    """Whether a picture carries an EXIF orientation other than upright."""
+    try:
+        with Image.open(io.BytesIO(data), formats=FORMATS) as image:
+            return image.getexif().get(ORIENTATION, 1) in range(2, 9)
+    except Exception:  # decode_rgb will tell
+        return False

@@ -152,6 +152,8 @@ def open_datasets(path: str, split: str | None, options: dict[str, str]) -> Data
     kind = dataset.features.get(label) if label else None
     if isinstance(dataset.features[column], datasets.Image):
         dataset = dataset.cast_column(column, datasets.Image(decode=False))
+    others = [name for name in dataset.features if name not in (column, label)]
+    left_out = (f"the column{'s' * (len(others) > 1)} {', '.join(others)}",) if others else ()
     names = list(kind.names) if isinstance(kind, datasets.ClassLabel) else None
     if "classes" in options:
         names = read_class_names(options["classes"])
@@ -161,14 +163,18 @@ def open_datasets(path: str, split: str | None, options: dict[str, str]) -> Data
         samples, numbered = stream_options(where, options, count)
         if label and names is None and "num_classes" not in options:
             raise UserError(f"{where}: streamed labels need ?num_classes=N or ?classes=FILE; ?label=none drops them.")
-        return HuggingFaceStream(where, samples, names or numbered, dataset, column, label)
+        source = HuggingFaceStream(where, samples, names or numbered, dataset, column, label)
+        source.left_out = left_out
+        return source
     for key in ("samples", "num_classes"):
         if key in options:
             raise UserError(f"{where}: {key} is for streaming=1. Leave it out.")
     if not len(dataset):
         raise UserError(f"{where}, split {split}: no pictures.")
     keys = PackedStrings(f"{Path(path).name}/{split}/{i}".encode() for i in range(len(dataset)))
-    if not label:
-        return HuggingFaceSource(dataset, column, keys, None, None)
-    labels, words = _labels(list(dataset.with_format(None)[label][:]), where, label)
-    return HuggingFaceSource(dataset, column, keys, labels, names or words)
+    labels = words = None
+    if label:
+        labels, words = _labels(list(dataset.with_format(None)[label][:]), where, label)
+    source = HuggingFaceSource(dataset, column, keys, labels, (names or words) if label else None)
+    source.left_out = left_out
+    return source

@@ -13,6 +13,7 @@ from __future__ import annotations
 import atexit
 import dataclasses
 import functools
+import itertools
 import multiprocessing
 import os
 import signal
@@ -35,6 +36,7 @@ if TYPE_CHECKING:  # caches are built with this module
 
 MAX_REPLACED_IN_A_ROW = 100
 MAX_NAMES = 20
+ENOUGH = 10_000  # pictures that a share is judged by
 POLICIES = ("replace", "raise")
 
 Entry = tuple[int, int, int | None]  # position in the run, index in the source, view (None: the transform draws it)
@@ -74,6 +76,38 @@ def read_or_replace(source: DataSource, index: int, on_corrupt: str) -> tuple[Sa
         f"{len(replaced)} pictures in a row cannot be read, the first is {key}: {reason}. "
         "Check that the data is complete and still mounted."
     )
+
+
+class Replaced:
+    """The pictures that this process met and could not read, each counted once however often it comes.
+
+    Args:
+        pictures: how many there are.
+        limit: the share of them that may be missing; above it the run stops.
+    """
+
+    def __init__(self, pictures: int, limit: float = 1.0):
+        self.pictures, self.limit, self.read = pictures, limit, 0
+        self.reasons: dict[str, str] = {}  # by key
+
+    def __len__(self) -> int:
+        return len(self.reasons)
+
+    def add(self, reasons: dict[str, str], read: int) -> None:
+        """Note what became of the next `read` pictures."""
+        self.read += read
+        self.reasons |= reasons
+        judged = min(self.pictures, max(self.read, ENOUGH))
+        if reasons and len(self) > self.limit * judged:
+            raise UserError(
+                f"{len(self)} of the {min(self.read, self.pictures):,} pictures read so far cannot be read, more than "
+                f"data.max_corrupt={self.limit} of them ({self.names(3)}). Repair or remove them, or raise that setting."
+            )
+
+    def names(self, count: int = MAX_NAMES) -> str:
+        """The first `count` with their reasons."""
+        first = [f"{key}: {reason}" for key, reason in itertools.islice(self.reasons.items(), count)]
+        return "; ".join(first + ["..."] * (len(self) > count))
 
 
 @dataclass(eq=False)
@@ -192,6 +226,7 @@ class Loader:
     world: int = 1  # ... of so many
     workers: int = 0  # processes that decode; 0 decodes in this one
     on_corrupt: str = "replace"  # unreadable pictures by the next readable one; or "raise"
+    max_corrupt: float = 1.0  # the share of them above which the run stops
     pin: bool = False  # put batches into pinned memory when there is a GPU
     features: FeatureCache | None = None  # cached teacher features; handed out as Batch.features
     stored: FeatureCache | None = None  # cached latents; handed out as Batch.stored, and no picture is read
@@ -211,8 +246,7 @@ class Loader:
             raise UserError(f"{self.stored.path} holds {names}; stored latents must be a single array.")
         self._reader = _Reader(self.source, self.transform, self.seed, self.on_corrupt, self.features, self.stored)
         self.images_per_epoch = len(self.stored if self.source is None else self.source)
-        self.replaced_count = 0
-        self.replaced_names: dict[str, str] = {}  # key -> reason, the first few
+        self.replaced = Replaced(self.images_per_epoch, self.max_corrupt)
 
     def order(self, images_seen: int) -> Iterator[list[Entry]]:
         """Entries of this rank's batches, from position `images_seen` of the run on, forever."""
@@ -236,10 +270,7 @@ class Loader:
             self.source.start_at(self.seed, images_seen, self.rank, self.world)
             workers = 0 if self.source.one_process else workers
         for batch in _run(self._reader, self.order(images_seen), workers, self.pin):
-            self.replaced_count += len(batch.replaced)
-            for key, reason in batch.replaced.items():
-                if len(self.replaced_names) < MAX_NAMES:
-                    self.replaced_names.setdefault(key, reason)
+            self.replaced.add(batch.replaced, len(batch))
             yield batch
 
 

@@ -37,7 +37,7 @@ import numpy as np
 
 from core.errors import UserError
 from core.files import replacing
-from data.base import MAX_CLASSES, ListedSource, PackedStrings, Record, StreamSource, stream_options
+from data.base import MAX_CLASSES, LeftOut, ListedSource, PackedStrings, Record, StreamSource, stream_options
 
 PICTURES = ("jpg", "jpeg", "png", "webp")
 LABELS = ("cls", "cls.txt", "label.txt", "class_id.txt", "class.txt", "json")  # the first that a key has counts
@@ -131,13 +131,19 @@ def is_picture(extension: str) -> bool:
     return extension.rpartition(".")[2] in PICTURES
 
 
-def members(tar: tarfile.TarFile) -> Iterator[tuple[str, str, tarfile.TarInfo]]:
-    """(key, extension, member) of every picture and label in a shard, in file order."""
+def members(tar: tarfile.TarFile, left_out: LeftOut | None = None) -> Iterator[tuple[str, str, tarfile.TarInfo]]:
+    """(key, extension, member) of every picture and label in a shard, in file order; `left_out` is told of the others."""
     while (member := tar.next()) is not None:
         tar.members.clear()  # tarfile would keep every header in memory
         key, extension = split_name(member.name)
-        if member.isreg() and not member.issparse() and (is_picture(extension) or extension in LABELS):
+        hidden = os.path.basename(member.name).startswith(".")  # ._k.jpg, as some systems add to archives
+        known = not hidden and (is_picture(extension) or extension in LABELS)
+        if member.isreg() and not member.issparse() and known:
             yield key, extension, member
+        elif left_out is not None and member.isreg() and not known:
+            left_out.add_file(member.name)
+        elif left_out is not None and not member.isdir():
+            left_out.add("links and sparse members", member.name)
 
 
 @dataclass(slots=True)
@@ -194,19 +200,21 @@ def parse_label(data: bytes, where: str) -> int | None:
 # ---------------------------------------------------------------------------------------------------------------------
 # Shards on a disk
 # ---------------------------------------------------------------------------------------------------------------------
-# Pictures of one shard in file order: blob and lengths of their keys, offsets and sizes of their bytes, labels (-1: none)
+# Pictures of one shard in file order: blob and lengths of their keys, offsets and sizes of their bytes, labels (-1: none);
+# and what is left out, rows of (kind, how many, the first)
 Index = dict[str, np.ndarray]
-ARRAYS = ("blob", "lengths", "offsets", "sizes", "labels")
+ARRAYS = ("blob", "lengths", "offsets", "sizes", "labels", "left_out")
 INDEX_VERSION = 4
 
 
 def scan_shard(path: Path) -> Index:
     """Read all headers of a shard."""
     entries: dict[str, Entry[tuple[int, int]]] = {}
+    left_out = LeftOut()
     size = path.stat().st_size
     try:
         with tarfile.open(path, "r:") as tar:
-            for key, extension, member in members(tar):
+            for key, extension, member in members(tar, left_out):
                 if member.offset_data + member.size > size:
                     raise tarfile.ReadError("unexpected end of data")
                 entry = entries.setdefault(key, Entry(str(path), key))
@@ -225,6 +233,9 @@ def scan_shard(path: Path) -> Index:
         )
     pictured = [entry for entry in entries.values() if entry.pictures]
     pictured.sort(key=lambda entry: entry.pictures[0][1])  # labels may lie in another order
+    for entry in pictured:
+        if entry.key not in labels and "json" in entry.labels:
+            left_out.add(f".json without {', '.join(LABEL_KEYS[:-1])} or {LABEL_KEYS[-1]}", entry.labels["json"][0])
     offsets, sizes = np.array([entry.picture() for entry in pictured], dtype=np.int64).reshape(-1, 2).T
     keys = [entry.key.encode("utf-8", "surrogateescape") for entry in pictured]
     return {
@@ -233,6 +244,9 @@ def scan_shard(path: Path) -> Index:
         "offsets": offsets,
         "sizes": sizes,
         "labels": np.array([labels.get(entry.key, -1) for entry in pictured], dtype=np.int64),
+        "left_out": np.array([(kind, n, first) for kind, (n, first) in left_out.kinds.items()], dtype=str).reshape(
+            -1, 3
+        ),
     }
 
 
@@ -297,6 +311,10 @@ class ShardSource(ListedSource):
             )
             class_names = None
         super().__init__(keys, None if len(missing) else labels, class_names, index["sizes"])
+        left_out = LeftOut()
+        for kind, count, name in index["left_out"].tolist():
+            left_out.add(kind, name, int(count))
+        self.left_out = left_out.describe()
 
     def _shard_of(self, index: int) -> int:
         return int(np.searchsorted(self.shard_ends, index, side="right"))

@@ -12,8 +12,9 @@
     tokens://DIR                no pictures but what a tokenizer made of them (data/tokens.py)
     PATH                        a folder (of pictures or of .tar shards), a .txt list or a .tar
 
-Every scheme accepts `?split=NAME` (same as the argument), and folder, list and wds accept `?classes=FILE` with class
-names, one per line. "{split}" in a URL is replaced by the split.
+Every scheme accepts `?split=NAME` (same as the argument) and `?exif=1` (pictures turned as their EXIF orientation
+says); folder, list and wds accept `?classes=FILE` with class names, one per line. "{split}" in a URL is replaced by the
+split.
 """
 
 from __future__ import annotations
@@ -31,13 +32,14 @@ from PIL import Image, ImageDraw
 from core.errors import UserError, nearest
 from core.rng import uniform_scalar
 from core.specs import DataSource, Sample
-from data.base import MAX_CLASSES, FileSource, read_class_names, whole_number
+from data.base import MAX_CLASSES, FileSource, LeftOut, read_class_names, whole_number
 from data.hf import open_datasets
 from data.shards import ShardSource, expand_braces, find_shards, open_remote_shards
 from data.tokens import open_tokens
 
 EXTENSIONS = (".jpg", ".jpeg", ".jfif", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm")
 SPLITS = ("train", "val", "test")
+EVERYWHERE = ("split", "exif")  # options of every scheme
 EMBEDDED = Path(__file__).parent / "embedded"
 
 
@@ -64,12 +66,13 @@ def _guess_scheme(path: str) -> str:
     return "wds" if shards else "folder"
 
 
-def open_source(url: str, split: str | None = None) -> DataSource:
+def open_source(url: str, split: str | None = None, upright: bool = False) -> DataSource:
     """Open the pictures that `url` names.
 
     Args:
         url: see the top of this file.
         split: "train" or "val" where the source has splits; `?split=` in the URL wins.
+        upright: turn pictures as their EXIF orientation says; `?exif=` in the URL wins.
     """
     scheme, path, options = _parse(url)
     scheme = scheme or _guess_scheme(path)
@@ -77,16 +80,21 @@ def open_source(url: str, split: str | None = None) -> DataSource:
         raise UserError(f'{url}: unknown data source "{scheme}://".{nearest(scheme, SCHEMES)}')
     opener, accepted = SCHEMES[scheme]
     for key in options:
-        if key not in (*accepted, "split"):
-            raise UserError(f'{url}: {scheme}:// has no option "{key}".{nearest(key, (*accepted, "split"))}')
+        if key not in (*accepted, *EVERYWHERE):
+            raise UserError(f'{url}: {scheme}:// has no option "{key}".{nearest(key, (*accepted, *EVERYWHERE))}')
     split = options.pop("split", split)
+    exif = options.pop("exif", str(int(upright)))
+    if exif not in ("0", "1"):
+        raise UserError(f"{url}: exif={exif} must be 0 or 1.")
     if "{split}" in path:
         if split is None:
             raise UserError(f"{url} contains {{split}} but no split is given. Add ?split=train.")
         path = path.replace("{split}", split)
     if not path and scheme != "synthetic":
         raise UserError(f"{url}: nothing after {scheme}://. Write for example {scheme}://PATH.")
-    return opener(path, split, options)
+    source = opener(path, split, options)
+    source.upright = exif == "1"
+    return source
 
 
 def exists(url: str) -> bool:
@@ -116,12 +124,31 @@ def has_pictures(folder: str | Path) -> bool:
     return any(is_picture(file.name) for file in Path(folder).rglob("*"))
 
 
+def _refuse_unlisted(error: OSError) -> None:
+    raise UserError(f"{error.filename} cannot be listed: {error.strerror}. Check its permissions.") from error
+
+
 def _subfolders(folder: Path) -> list[str]:
     try:
         folders = [entry.name for entry in os.scandir(folder) if entry.is_dir()]
     except OSError as error:
-        raise UserError(f"{folder} cannot be listed: {error.strerror}. Check its permissions.") from error
+        _refuse_unlisted(error)
     return sorted(name for name in folders if not name.startswith(".") and name != "__MACOSX")  # of zip archives
+
+
+def _pictures_below(root: Path, name: str, left_out: LeftOut) -> list[str]:
+    """Paths, relative to `root`, of the pictures in its folder `name` and in the folders inside it."""
+    paths = []
+    for folder, inside, files in sorted(os.walk(root / name, onerror=_refuse_unlisted)):
+        for file in sorted(files):
+            path = os.path.relpath(os.path.join(folder, file), root)
+            if is_picture(file):
+                paths.append(path)
+            else:
+                left_out.add_file(path)
+        for link in filter(os.path.islink, (os.path.join(folder, inner) for inner in inside)):
+            left_out.add("linked folders inside a class", os.path.relpath(link, root))
+    return paths
 
 
 def natural(name: str) -> list[tuple[int, int, str]]:
@@ -129,16 +156,24 @@ def natural(name: str) -> list[tuple[int, int, str]]:
     return [(0, int(word), "") if word.isdigit() else (1, 0, word) for word in re.split(r"([0-9]+)", name)]
 
 
-def loose_pictures(folder: str | Path) -> FileSource | None:
+def loose_pictures(folder: str | Path, left_out: LeftOut | None = None) -> FileSource | None:
     """The pictures that lie directly in a folder, without labels, by name with numbers as numbers; None without any.
 
     Sizes are part of the fingerprint: other samples often get the same names as those before. Of a folder that
     run_sample.sh wrote (it has sample.json) only the samples count, not the sheets and films of them.
+
+    Args:
+        left_out: told of the other files.
     """
     folder = Path(folder)
-    files = [file for file in folder.iterdir() if is_picture(file.name) and file.is_file()]
+    inside = sorted(file for file in folder.iterdir() if file.is_file())
+    files = [file for file in inside if is_picture(file.name)]
     if (folder / "sample.json").is_file():
         files = [file for file in files if re.fullmatch(r"[0-9]+_[0-9]+\.png", file.name)]
+    elif left_out is not None:
+        for file in inside:
+            if not is_picture(file.name):
+                left_out.add_file(file.name)
     if not files:
         return None
     files.sort(key=lambda file: (natural(file.name), file.name))
@@ -154,7 +189,8 @@ def open_folder(path: str, split: str | None, options: dict[str, str]) -> DataSo
     if not root.is_dir():
         problem = "this is a file" if root.is_file() else "there is no such folder"
         raise UserError(
-            f"folder://{path}: {problem}. Give the folder that holds one folder per class, or the pictures."
+            f"folder://{path}: {problem}. Give the folder that holds one folder per class, or the pictures; "
+            "lists are list://FILE with lines `relative/path.JPEG label`."
         )
     folders = _subfolders(root)
     if split is not None and split in folders:
@@ -165,19 +201,25 @@ def open_folder(path: str, split: str | None, options: dict[str, str]) -> DataSo
     numbers = {name: i for i, name in enumerate(names)}
     if unknown := [name for name in folders if name not in numbers]:
         raise UserError(f'{root}: folder "{unknown[0]}" is not in {options["classes"]}.{nearest(unknown[0], names)}')
-    paths, labels = [], []
+    paths, labels, left_out = [], [], LeftOut()
     for name in folders:
-        for folder, _, files in sorted(os.walk(root / name)):
-            pictures = sorted(filter(is_picture, files))
-            paths += [os.path.relpath(os.path.join(folder, file), root) for file in pictures]
-            labels += [numbers[name]] * len(pictures)
-    if paths:
-        return FileSource(root, paths, np.array(labels), names)
-    if loose := loose_pictures(root):
-        return loose
-    raise UserError(
-        f"{root} holds no pictures. Expected {', '.join(EXTENSIONS)} files in it, or in one folder per class."
-    )
+        pictures = _pictures_below(root, name, left_out)
+        paths += pictures
+        labels += [numbers[name]] * len(pictures)
+        if not pictures:
+            left_out.add("folders without pictures", name)
+    if (root / "__MACOSX").is_dir():
+        left_out.add("folders of a zip archive", "__MACOSX")
+    beside = loose_pictures(root, left_out)
+    if not paths and beside is None:
+        raise UserError(
+            f"{root} holds no pictures. Expected {', '.join(EXTENSIONS)} files in it, or in one folder per class."
+        )
+    if paths and beside is not None:
+        left_out.add("pictures beside the class folders", beside.key(0), len(beside))
+    source = FileSource(root, paths, np.array(labels), names) if paths else beside
+    source.left_out = left_out.describe()
+    return source
 
 
 def _parse_line(line: bytes, where: str) -> tuple[bytes, int | None]:
@@ -220,7 +262,11 @@ def open_list(path: str, split: str | None, options: dict[str, str]) -> DataSour
         first = str(root / os.fsdecode(paths[0]))[:200]
         raise UserError(
             f"{file}: {first} does not exist, nor do the pictures after it. "
-            "Set ?root=DIR to the folder that the paths start from."
+            + (
+                "Labels follow a space, not a comma."
+                if re.search(rb",\s*[0-9]+$", paths[-1])
+                else "Set ?root=DIR to the folder that the paths start from."
+            )
         )
     return FileSource(root, paths, None if unlabelled else np.array(labels), _class_names(options))
 
@@ -235,7 +281,14 @@ def open_shards(path: str, split: str | None, options: dict[str, str]) -> DataSo
     for key in ("samples", "num_classes"):
         if key in options:
             raise UserError(f"wds://{path}: {key} is for streams; shards on a disk are counted. Leave it out.")
-    return ShardSource(find_shards(path), _class_names(options))
+    source = ShardSource(find_shards(path), _class_names(options))
+    if (folder := Path(path).expanduser()).is_dir():
+        left_out = LeftOut()
+        for file in sorted(folder.iterdir()):
+            if not file.name.endswith((".tar", ".tar.index.npz")):
+                left_out.add_file(file.name)
+        source.left_out += left_out.describe()
+    return source
 
 
 def open_embedded(path: str, split: str | None, options: dict[str, str]) -> DataSource:

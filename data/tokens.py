@@ -120,6 +120,11 @@ class TokenStore(FeatureCache, DataSource):
                 f"{path} holds codes of shape {stored['shape']}, its description promises {self.spec}. Build it again."
             )
 
+    @property
+    def labels(self) -> np.ndarray:
+        """(samples,) int32, mapped."""
+        return self.rows("labels")
+
     def fingerprint(self) -> str:
         """Of the pictures that the tokens were made from."""
         return self.source_fingerprint

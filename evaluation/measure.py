@@ -28,7 +28,7 @@ from core.images import grid, to_model_range, to_uint8, to_unit_range
 from core.rng import Draws, hash64
 from core.specs import DataSource, codebook_rows
 from core.weights.released import helper
-from data.base import require_labels, require_order
+from data.base import require_labels, require_order, require_same_classes
 from evaluation import networks, protocols
 from evaluation.images import Codebooks, Perturbation, PictureMetric, interval_of, mean_of, picture_metrics
 from evaluation.networks import FeatureNet, features_of
@@ -458,13 +458,19 @@ def source_labels(source: DataSource) -> list[int]:
     return [source[i].label for i in range(len(source))]
 
 
-def val_labels(val: DataSource, num_classes: int) -> list[int]:
-    """Labels of the validation pictures as the classes to ask a generator for."""
+def val_labels(val: DataSource, num_classes: int, names: list[str]) -> list[int]:
+    """Labels of the validation pictures as the classes to ask a generator for.
+
+    Args:
+        names: of the classes that it was trained on; [] where they are not known.
+    """
     if val.num_classes != num_classes:
         raise UserError(
             f"labels of data.val_url: its pictures have {val.num_classes} classes and the generator knows {num_classes}, "
             "so their numbers may mean others. Name all classes with ?classes=FILE, or set eval.labels=balanced."
         )
+    if names:
+        require_same_classes(names, val.class_names, "data.val_url")
     return source_labels(val)
 
 
@@ -519,7 +525,7 @@ class Online:
             how.reference = training_statistics(self.config, self.train, self.image_size, how.net, world)
             self.has_reference = True
         kind = settings.labels or how.protocol.labels
-        val = val_labels(self.val, task.num_classes) if kind == "val" else None
+        val = val_labels(self.val, task.num_classes, self.train.class_names) if kind == "val" else None
         count = settings.num_images or 512
         how.labels = protocols.make_labels(kind, count, task.num_classes, self.config.seed, val)
         produce = producer(

@@ -18,7 +18,7 @@ from core.rng import hash64
 from core.specs import DataSource, LatentSpec
 from core.train.log import ProgressLine
 from data import tokens
-from data.base import require_labels
+from data.base import require_classes, require_labels
 from data.cache import FeatureCache, Pass
 from data.cache import build as build_cache
 from data.sources import open_source
@@ -29,19 +29,30 @@ from evaluation import protocols
 
 def open_train(config: RunConfig) -> DataSource:
     """What the run trains on: pictures, or a TokenStore where data.url is tokens://."""
-    source = open_source(config.data.url, config.data.split)
+    source = open_source(config.data.url, config.data.split, config.data.exif)
     if config.task == "tokenizer" and isinstance(source, TokenStore):
         raise UserError(f"data.url={config.data.url} holds tokens; a tokenizer trains on pictures. Give those.")
     if config.task == "generator":
         require_labels(source)
+        require_classes(source, config.generator.get("num_classes"), config.data.url)
     return source
 
 
 def open_pictures(config: RunConfig) -> DataSource | None:
     """The training pictures: data.pictures behind tokens://, else data.url; None when a run has tokens alone."""
     if config.data.url.startswith("tokens://"):
-        return open_source(config.data.pictures, config.data.split) if config.data.pictures else None
-    return open_source(config.data.url, config.data.split)
+        if not config.data.pictures:
+            return None
+        return open_source(config.data.pictures, config.data.split, config.data.exif)
+    return open_source(config.data.url, config.data.split, config.data.exif)
+
+
+def class_names(config: RunConfig) -> list[str]:
+    """Of the training data; [] where it is not on this machine."""
+    try:
+        return open_source(config.data.url, config.data.split).class_names
+    except UserError:
+        return []
 
 
 def make_transform(config: RunConfig, image_size: int) -> Transform:
@@ -62,10 +73,16 @@ def make_transform(config: RunConfig, image_size: int) -> Transform:
 def open_val(config: RunConfig) -> DataSource | None:
     """Pictures to evaluate on, or None."""
     if config.data.val_url:
-        return open_source(config.data.val_url, "val")
+        return open_source(config.data.val_url, "val", config.data.exif)
     if config.data.url.startswith("embedded://"):
         return open_source(config.data.url, "val")
     return None
+
+
+def asks_val_labels(config: RunConfig) -> bool:
+    """Whether samples are asked for in the classes of the validation pictures while a generator trains."""
+    labels = config.eval.labels or protocols.get(config.eval.protocol, "generation").labels
+    return config.task == "generator" and config.train.eval_every != "never" and labels == "val"
 
 
 def needed_val(config: RunConfig) -> DataSource | None:
@@ -74,8 +91,7 @@ def needed_val(config: RunConfig) -> DataSource | None:
     Raises UserError with what they are for where they are needed and missing.
     """
     uses, tokens_alone = [], config.data.url.startswith("tokens://") and not config.data.pictures
-    labels = config.eval.labels or protocols.get(config.eval.protocol, "generation").labels
-    if config.train.eval_every != "never" and (config.task == "tokenizer" or labels == "val" or tokens_alone):
+    if config.train.eval_every != "never" and (config.task == "tokenizer" or asks_val_labels(config) or tokens_alone):
         uses.append("train.eval_every")
     if config.task == "generator" and config.data.stats_split == "val":
         uses.append("data.stats_split")
@@ -114,7 +130,15 @@ def compute_once(
         line.total = total
         line.update(done)
 
-    how = Pass(world, batch, config.data.workers, config.data.on_corrupt, progress if line else None, stop)
+    how = Pass(
+        world,
+        batch,
+        config.data.workers,
+        config.data.on_corrupt,
+        progress if line else None,
+        stop,
+        max_corrupt=config.data.max_corrupt,
+    )
     try:
         with torch.no_grad(), torch.autocast(world.device.type, torch.bfloat16, enabled=precision == "bf16"):
             cache = build(how=how)
@@ -122,8 +146,7 @@ def compute_once(
         if line:
             line.close()
     if how.replaced:
-        names = ", ".join([*how.replaced][:20])
-        log(f"{len(how.replaced)} pictures could not be read; the next one took their place: {names}")
+        log(f"unreadable pictures, for which the next one was taken: {len(how.replaced)} ({how.replaced.names()})")
     return cache
 
 

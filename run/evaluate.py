@@ -41,7 +41,7 @@ from evaluation.pictures import NpzPictures, Pictures, first_pictures, open_any,
 from evaluation.protocols import Protocol
 from evaluation.references import Statistics
 from evaluation.work import Work
-from run.data import open_pictures
+from run.data import class_names, open_pictures
 from run.load import load_config, load_tokenizer, read_weights
 from run.measurement import Measurement, Shown, Table, enough, eval_settings
 from run.sample import open_generator, read_config
@@ -246,7 +246,9 @@ def generated_samples(options: argparse.Namespace, overrides: list[str], world: 
 def validation_labels(config: RunConfig, num_classes: int) -> list[int] | None:
     """Of data.val_url. ImageNet's are known without its pictures, 50 of each class in the order of folders."""
     try:
-        return measure.val_labels(open_source(config.data.val_url, "val"), num_classes) if config.data.val_url else None
+        if not config.data.val_url:
+            return None
+        return measure.val_labels(open_source(config.data.val_url, "val"), num_classes, class_names(config))
     except UserError:
         if num_classes != IMAGENET_CLASSES or not config.data.val_url.rstrip("/").endswith("imagenet/val"):
             raise

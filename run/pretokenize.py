@@ -27,7 +27,7 @@ from core.train.log import progress_line
 from core.train.signals import REQUEUE_EXIT_CODE, StopRequest
 from core.weights import released
 from data import pairing, tokens
-from data.base import require_labels
+from data.base import left_out, require_labels
 from data.cache import Builder
 from data.loader import read_or_replace
 from data.sources import exists
@@ -152,6 +152,8 @@ class Pretokenizing:
         transform.view_of((0, 0))  # refuses crops without views
         size = f"{len(self.pictures):,} pictures x {transform.views} views"
         self.say(f"tokens of {size} ({transform.crop}) -> {self.folder}")
+        if self.world.is_main and (line := left_out(self.pictures)):
+            self.say(line)
 
         def encode(images: Tensor) -> Tensor:
             return self.tokenizer.precompute(to_model_range(images.to(self.world.device)))

@@ -17,7 +17,7 @@ from core.specs import Continuous, DataSource
 from core.train.run import RunFolder
 from core.train.trainer import PREVIEW_IMAGES, Trainer
 from core.weights import hub
-from data.base import remarks
+from data.base import left_out, remarks, require_same_classes
 from data.loader import Loader, read_or_replace, split
 from data.token_files import MomentFiles
 from data.tokens import TokenStore
@@ -26,7 +26,7 @@ from evaluation.environment import environment
 from generator import GENERATORS
 from generator.task import GeneratorTask
 from run import missing
-from run.data import kept, make_transform, needed_val, open_pictures, open_train, open_val
+from run.data import asks_val_labels, kept, make_transform, needed_val, open_pictures, open_train, open_val
 from run.latent_stats import latent_statistics
 from run.load import (
     build,
@@ -45,18 +45,34 @@ from tokenizer.losses import DISCRIMINATORS, OBJECTIVES
 from tokenizer.task import TokenizerTask
 
 
-def check_inputs(config: RunConfig) -> None:
-    """Everything that can be wrong outside the config file, found without loading a network and told together."""
+def check_inputs(config: RunConfig) -> DataSource | None:
+    """Everything that can be wrong outside the config file, found without loading a network and told together.
+
+    Returns the training data.
+    """
     dist.pick_device(config.train.device)
     problems = missing.lacking(config)
+    source = None
     try:
-        open_train(config)
-        needed_val(config)
+        source, val = open_train(config), needed_val(config)
+        if val is not None and asks_val_labels(config):
+            require_same_classes(source.class_names, val.class_names, f"data.val_url={config.data.val_url}")
     except UserError as error:
         if not problems:
             raise
         problems.append(f"data: {error}")
     missing.refuse(config, problems)
+    return source
+
+
+def data_notes(config: RunConfig, source: DataSource) -> list[str]:
+    """What a run says about its data: whether it is exact, what is not read of it, and what looks like a mistake."""
+    line = left_out(source)
+    return (
+        [f"{config.data.url}: {source.inexact or 'order and resume are exact'}"]
+        + ([line] if line else [])
+        + (remarks(source) if config.task == "generator" else [])
+    )
 
 
 def _initialise(config: RunConfig, kind: str, network: nn.Module) -> dict[str, Tensor] | None:
@@ -198,6 +214,7 @@ def _train(config: RunConfig, world: dist.World) -> int:
         world=world.size,
         workers=config.data.workers,
         on_corrupt=config.data.on_corrupt,
+        max_corrupt=config.data.max_corrupt,
         pin=world.device.type == "cuda",
         features=features,
         stored=stored,
@@ -222,18 +239,16 @@ def _train(config: RunConfig, world: dist.World) -> int:
         f"{world.device.type}, in {trainer.accumulation} part(s) each; ready after "
         f"{time.perf_counter() - started:.1f} s"
     )
-    run.log(f"data {config.data.url}: {source.inexact or 'order and resume are exact'}")
-    for remark in remarks(source) if config.task == "generator" else ():
-        run.log(remark)
+    for note in data_notes(config, source) if world.is_main else ():
+        run.log(f"data {note}")
     if hint := hint_for_small_sets(config, len(source)):
         run.log(hint)
     try:
         code = trainer.fit()
     finally:
         run.close()
-    if loader.replaced_count:
-        names = "; ".join(f"{key}: {reason}" for key, reason in loader.replaced_names.items())
-        run.log(f"{loader.replaced_count} times a picture could not be read and the next one took its place ({names})")
+    if count := len(loader.replaced):
+        run.log(f"unreadable pictures, for which the next one was taken: {count} ({loader.replaced.names()})")
     return code
 
 

@@ -79,11 +79,13 @@ def main(arguments: list[str]) -> int:
         from run import estimate
         from run.load import load_config
         from run.missing import report
-        from run.train import check_inputs, train
+        from run.train import check_inputs, data_notes
 
-        check_inputs(config)
+        source = check_inputs(config)
         estimate.check_networks(config)
         print(report(config))
+        for note in data_notes(config, source):
+            print(f"data           {note}")
         return 0
     if "--dry-run" in modes:
         from run import estimate

@@ -138,8 +138,8 @@ def test_replaced_pictures():
     order = permutation(10, 2, 0).tolist()
     assert batch.images[:, 0, 0, 0].tolist() == [stands_for.get(i, i) for i in order]
     assert batch.labels.tolist() == [stands_for.get(i, i) % 4 for i in order]
-    assert sorted(batch.replaced) == ["k3", "k4", "k9"] and loader.replaced_count == 3
-    assert loader.replaced_names["k3"] == "it is torn"
+    assert sorted(batch.replaced) == ["k3", "k4", "k9"] and len(loader.replaced) == 3
+    assert loader.replaced.reasons["k3"] == "it is torn"
 
 
 @pytest.mark.parametrize("workers", [0, 1])
@@ -153,7 +153,8 @@ def test_corrupt_pictures_that_end_the_run(workers):
 def test_names_of_replaced_pictures_are_limited():
     loader = Loader(Damaged(60, set(range(0, 60, 2))), Transform(8), 0, 60)
     take(loader, 2)
-    assert loader.replaced_count == 60 and len(loader.replaced_names) == 20
+    assert len(loader.replaced) == 30  # in two epochs, each counted once
+    assert loader.replaced.names().count("it is torn") == 20 and loader.replaced.names().endswith("; ...")
 
 
 def test_signals_do_not_kill_workers():

