@@ -5,8 +5,11 @@ The toy runs are made once per session. Tests that change a run work on a copy o
 
 from __future__ import annotations
 
+import importlib
 import os
+import re
 import shutil
+import subprocess
 import sys
 from pathlib import Path
 
@@ -75,6 +78,11 @@ def train_main(monkeypatch, capfd):
     return call
 
 
+def toy(name: str) -> str:
+    """A configuration of configs/toy."""
+    return str(ROOT / "configs" / "toy" / f"{name}.yaml")
+
+
 def finished_run(factory, config: str, *overrides: str) -> Path:
     """The folder of a training on the CPU, made by the programs' own code."""
     from run.load import load_config
@@ -141,3 +149,36 @@ def build_trainer(monkeypatch, tmp_path):
         return built[-1]
 
     return build
+
+
+@pytest.fixture
+def released_tokenizer(tmp_path) -> dict[str, str]:
+    """Section of a RecTok tokenizer known by one weight file alone, in the layout of the released ones."""
+    import torch
+
+    from tokenizer.continuous.rectok import RecTok
+
+    torch.manual_seed(0)
+    size = {"width": 192, "layers": 1, "heads": 4}
+    weights = RecTok(image_size=32, channels=8, encoder=size, decoder=size).state_dict()
+    path = tmp_path / "toy.pth"
+    torch.save({"model": weights, "model_ema": weights, "epoch": 99}, path)
+    return {"weights": str(path)}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Commands
+# ---------------------------------------------------------------------------------------------------------------------
+def shell(*command: object, **extra: str) -> subprocess.CompletedProcess:
+    """A run_*.sh with its arguments, as a user starts it."""
+    environment = {**os.environ, "TESSERA_PYTHON": sys.executable, "OMP_NUM_THREADS": "1", "NPROC": "1", **extra}
+    return subprocess.run(
+        ["bash", *map(str, command)], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=600
+    )
+
+
+def program(script: str, *arguments: object) -> int:
+    """What a run_*.sh starts, in this process: one import of torch is enough."""
+    started = r'^exec bash scripts/launch.sh scripts\.(\w+)(.*) "\$@"$'
+    ((name, first),) = re.findall(started, (ROOT / script).read_text(), re.M)
+    return importlib.import_module(f"scripts.{name}").main([*first.split(), *map(str, arguments)])

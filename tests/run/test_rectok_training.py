@@ -1,14 +1,10 @@
-"""What the original README promises: the same words in the same places, on toy configs and embedded pictures."""
+"""RecTok's trainings: several teachers, statistics of latents, stored moments, and batches that are cut for the GPU."""
 
 from __future__ import annotations
 
 import io
 import os
 import pickle
-import re
-import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -21,83 +17,8 @@ from core.images import to_model_range
 from core.rng import Draws
 from core.train.parallel import accumulation
 from generator.adapters import ADAPTERS as GENERATOR_ADAPTERS
-from scripts import stages
-from tests.conftest import ROOT, TOY_GENERATOR, TOY_TOKENIZER
-from tokenizer.continuous.rectok import RecTok
+from tests.conftest import TOY_GENERATOR, TOY_TOKENIZER
 from tokenizer.continuous.stats import load_stats, read_stats, save_stats
-
-
-def shell(*command: object, **extra: str) -> subprocess.CompletedProcess:
-    environment = {**os.environ, "TESSERA_PYTHON": sys.executable, "OMP_NUM_THREADS": "1", "NPROC": "1", **extra}
-    return subprocess.run(
-        ["bash", *map(str, command)], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=600
-    )
-
-
-# -- words ------------------------------------------------------------------------------------------------------------
-@pytest.fixture
-def work_dir(tmp_path):
-    """A work folder with a run of ours and two in the layout of the original."""
-    (tmp_path / "mine" / "checkpoints").mkdir(parents=True)
-    for name, files in (("rectok", ["latest.pth"]), ("old", ["epoch_0099.pth", "epoch_0199.pth"])):
-        folder = tmp_path / "tokenizer_training" / name / "checkpoints"
-        folder.mkdir(parents=True)
-        for file in files:
-            (folder / file).touch()
-    return tmp_path
-
-
-def test_experiments_are_found(work_dir):
-    assert stages.find_run("mine", str(work_dir)) == str(work_dir / "mine")
-    theirs = work_dir / "tokenizer_training"
-    assert stages.find_run("rectok", str(work_dir)) == str(theirs / "rectok" / "checkpoints" / "latest.pth")
-    assert stages.find_run("old", str(work_dir)) == str(theirs / "old" / "checkpoints" / "epoch_0199.pth")
-    assert stages.find_run(str(work_dir / "mine"), "elsewhere") == str(work_dir / "mine")
-    assert stages.find_run("hf://a/b/c.pth", str(work_dir)) == "hf://a/b/c.pth"
-    with pytest.raises(UserError, match='no run "rektok".*Did you mean "rectok"'):
-        stages.find_run("rektok", str(work_dir))
-
-
-def test_words_become_arguments(work_dir):
-    place = f"work_dir={work_dir}"
-    assert stages.resolve("tokenizer", []) == ("configs/rectok/tokenizer.yaml", [])
-    config, overrides = stages.resolve("decoder", ["mine", place, "train.micro_batch=8"])
-    assert config == "configs/rectok/decoder_finetune.yaml"
-    assert overrides == [
-        f"train.init_from={work_dir / 'mine'}",
-        "name=mine_decoder_finetune",
-        place,
-        "train.micro_batch=8",
-    ]
-    config, overrides = stages.resolve("diffusion", ["rectok", "configs/rectok/ditdh_s.yaml", place])
-    assert config == "configs/rectok/ditdh_s.yaml" and "name=rectok_ditdh_s" in overrides
-    assert overrides[0].startswith("tokenizer.weights=") and overrides[0].endswith("latest.pth")
-    yaml = "configs/rectok/ditdh_xl.yaml"
-    assert stages.resolve("diffusion", [yaml, "name=x"]) == (yaml, ["name=x"])  # a config first keeps working
-    for stage, words in (("tokenizer", ["mine"]), ("decoder", ["mine", "rectok"]), ("diffusion", ["a.yaml", "b.yaml"])):
-        with pytest.raises(UserError, match="one word too many"):
-            stages.resolve(stage, words)
-
-
-@pytest.mark.parametrize(
-    "flags, answer",
-    [
-        (["--gamma", "1.0"], "--gamma 1.0 is written tokenizer.gamma=1.0."),
-        (["--gamma=1.0"], "tokenizer.gamma=1.0"),
-        (["--sem_target", "rec+align"], "objective.semantic_target=all"),
-        (
-            ["--milestone_interval", "50", "--enable_wandb"],
-            "train.milestone_every=50ep; --enable_wandb is written log.wandb=true",
-        ),
-        (["--auto_resume"], "give the same command again"),
-        (["--discriminator_weight", "0.5"], "objective.weights.gan=0.5"),
-        (["--gama", "1"], 'there is no option --gama 1; settings are key=value. Did you mean "gamma"?'),
-    ],
-)
-def test_old_flags_are_translated(train_main, flags, answer):
-    code, _, err = train_main("--stage=tokenizer", *flags)
-    assert code == 2 and answer in err and len(err.splitlines()) == 1
-
 
 # -- teachers ---------------------------------------------------------------------------------------------------------
 TEACHERS = [
@@ -170,35 +91,24 @@ def test_official_statistics_are_read_without_running_code(tmp_path):
     assert not (tmp_path / "ran").exists()
 
 
-@pytest.fixture
-def released(tmp_path):
-    """Section of a tokenizer known by one weight file alone, in the layout of the released ones."""
-    path = tmp_path / "toy.pth"
-    torch.manual_seed(0)
-    size = {"width": 192, "layers": 1, "heads": 4}
-    weights = RecTok(image_size=32, channels=8, encoder=size, decoder=size).state_dict()
-    torch.save({"model": weights, "model_ema": weights, "epoch": 99}, path)
-    return {"weights": str(path)}
-
-
-def test_statistics_are_found_beside_the_weights_and_checked(released, tmp_path):
+def test_statistics_are_found_beside_the_weights_and_checked(released_tokenizer, tmp_path):
     from run.load import load_tokenizer
 
     place = tmp_path / "toy.latent_stats.safetensors"
-    tokenizer, fingerprint = load_tokenizer(released)
+    tokenizer, fingerprint = load_tokenizer(released_tokenizer)
     assert not tokenizer.latent_stats_known
     official_statistics(tmp_path / "stats.pkl")
     save_stats(place, read_stats(str(tmp_path / "stats.pkl")), fingerprint)
-    tokenizer, _ = load_tokenizer(released)
+    tokenizer, _ = load_tokenizer(released_tokenizer)
     assert tokenizer.latent_stats_known and tokenizer.latent_std.tolist() == [1, 2, 3, 4, 5, 6, 7, 8]
-    assert not load_tokenizer({**released, "latent_stats": "none"})[0].latent_stats_known
+    assert not load_tokenizer({**released_tokenizer, "latent_stats": "none"})[0].latent_stats_known
     save_stats(place, read_stats(str(tmp_path / "stats.pkl")), "of-something-else")
     with pytest.raises(UserError, match="computed with tokenizer weights of-something-else"):
-        load_tokenizer(released)
+        load_tokenizer(released_tokenizer)
     place.unlink()
     official_statistics(tmp_path / "stats.pkl", channels=4)
     with pytest.raises(UserError, match="4 values for 8 channels"):
-        load_tokenizer({**released, "latent_stats": str(tmp_path / "stats.pkl")})
+        load_tokenizer({**released_tokenizer, "latent_stats": str(tmp_path / "stats.pkl")})
 
 
 def test_statistics_program(tokenizer_run, tmp_path):
@@ -228,7 +138,9 @@ def test_training_uses_the_statistics_that_are_named(build_trainer, tokenizer_ru
     assert torch.equal(few.task.constants()["std"], few.task.tokenizer.latent_std)
 
 
-def test_a_generator_refuses_another_tokenizer_and_missing_statistics(generator_run, tokenizer_run, released, tmp_path):
+def test_a_generator_refuses_another_tokenizer_and_missing_statistics(
+    generator_run, tokenizer_run, released_tokenizer, tmp_path
+):
     from run.load import load_generator, load_tokenizer
 
     tokenizer, _ = load_tokenizer({"weights": str(tokenizer_run)})
@@ -240,8 +152,8 @@ def test_a_generator_refuses_another_tokenizer_and_missing_statistics(generator_
 
     path = tmp_path / "dit.pth"
     torch.save({"model": GENERATOR_ADAPTERS["dit_dh"].restore(generator)}, path)
-    fresh, _ = load_tokenizer(released)
-    with pytest.raises(UserError, match="without the statistics.*latent_stats.py"):
+    fresh, _ = load_tokenizer(released_tokenizer)
+    with pytest.raises(UserError, match="without the statistics.*scripts.latent_stats TOKENIZER"):
         load_generator(str(path), fresh)
     fresh.set_latent_stats(0.5, 2.0)
     load_generator(str(path), fresh)
@@ -320,109 +232,3 @@ def test_out_of_memory_names_the_setting_that_helps(train_main, tmp_path, monkey
         and "does not hold 4 picture(s) at once. Set train.micro_batch=2" in err
         and len(err.splitlines()) == 1
     )
-
-
-# -- what does not fit ------------------------------------------------------------------------------------------------
-@pytest.mark.parametrize(
-    "what, message",
-    [
-        ("teacher", "teachers.dinov3.weights=nowhere.*no such file"),
-        ("system", "tokenizer"),
-        ("channels", "does not fit the latents"),
-    ],
-)
-def test_mistakes_of_this_system_in_one_sentence(
-    train_main, tmp_path, monkeypatch, generator_run, tokenizer_run, what, message
-):
-    monkeypatch.setenv("TESSERA_OFFLINE", "1")
-    monkeypatch.chdir(tmp_path)
-    common = ["train.device=cpu", f"work_dir={tmp_path}/runs", f"data.cache_dir={tmp_path}/cache"]
-    if what == "teacher":
-        arguments = [
-            TOY_TOKENIZER,
-            "teachers.dinov3={weights: nowhere/model.safetensors}",
-            "objective.weights.semantic=1",
-        ]
-    elif what == "system":
-        (weights,) = generator_run.glob("checkpoints/step_00000020/generator.safetensors")
-        arguments = [TOY_GENERATOR, f"tokenizer.weights={shutil.copy(weights, tmp_path / 'dit.safetensors')}"]
-    else:
-        arguments = [TOY_GENERATOR, f"tokenizer.weights={tokenizer_run}", "generator.channels=16"]
-    code, _, err = train_main(*arguments, *common)
-    assert code == 2 and re.search(message, err) and len(err.splitlines()) == 1, err
-
-
-# -- the commands of the README ---------------------------------------------------------------------------------------
-@pytest.mark.slow
-def test_every_training_command_of_the_readme(tmp_path, released):
-    """Stage 1, stage 2 by the name of stage 1, generator by the name of stage 2, and from a released file (option B)."""
-    common = [
-        f"work_dir={tmp_path}",
-        f"data.cache_dir={tmp_path}/cache",
-        "train.device=cpu",
-        "train.duration=2step",
-        "data.url=embedded://emoji64",
-        "data.split=val",
-        "data.val_url=null",
-    ]
-    finetune = ["tokenizer.gamma=0.0", "tokenizer.mask_ratio=0.0", "tokenizer.train_decoder_only=true"]
-    generator = ["generator.size.trunk_width=32"]
-    commands = [
-        ("run_train_tokenizer.sh", TOY_TOKENIZER, "name=stage1"),
-        ("run_decoder_finetune_tokenizer.sh", "stage1", TOY_TOKENIZER, *finetune),
-        ("run_train_diffusion.sh", "stage1_rectok_tokenizer", TOY_GENERATOR, *generator),
-    ]
-    for command in commands:
-        done = shell(*command, *common)
-        assert done.returncode == 0, f"{command}\n{done.stdout}\n{done.stderr}"
-    made = {p.name for p in tmp_path.iterdir() if (p / "checkpoints" / "latest").exists()}
-    assert made == {"stage1", "stage1_rectok_tokenizer", "stage1_rectok_tokenizer_rectok_generator"}
-
-    place = tmp_path / "tokenizer_training" / "rectok" / "checkpoints" / "latest.pth"  # mkdir and cp of the README
-    place.parent.mkdir(parents=True)
-    shutil.copy(released["weights"], place)
-    done = shell("run_train_diffusion.sh", "rectok", TOY_GENERATOR, *common)
-    assert done.returncode == 0, done.stderr
-    assert (tmp_path / "rectok_rectok_generator" / "checkpoints" / "latest").exists()
-
-
-@pytest.mark.slow
-def test_every_evaluation_command_of_the_readme(tmp_path, tokenizer_run, generator_run):
-    """WEIGHTS, and TOKENIZER GENERATOR AUTOGUIDANCE in their places; pictures are written, unguided and guided."""
-    done = shell("run_eval_tokenizer.sh", tokenizer_run, "embedded://emoji64", "--num", 8, "--out", tmp_path / "eval")
-    assert done.returncode == 0 and (tmp_path / "eval" / "metrics.json").is_file(), done.stderr
-    done = shell(
-        "run_eval_diffusion.sh",
-        tokenizer_run,
-        generator_run,
-        generator_run,
-        f"out={tmp_path}/dit",
-        "sample.steps=4",
-        "train.device=cpu",
-        "--num",
-        8,
-        "--write",
-        "npz",
-    )
-    assert done.returncode == 0, done.stderr
-    made = {path.parent.name: np.load(path)["arr_0"] for path in (tmp_path / "dit").rglob("samples.npz")}
-    assert set(made) == {"scale_1.29", "scale_1.0"} and all(a.shape == (8, 32, 32, 3) for a in made.values())
-
-
-def test_the_default_recipes_need_no_argument(train_main):
-    """`bash run_train_tokenizer.sh` and its kin name the published recipes; without ImageNet they say what is missing."""
-    for stage in stages.STAGES:
-        code, _, err = train_main(f"--stage={stage}", "--check", "train.device=cpu", "train.init_from=null")
-        assert code == 2 and "data/imagenet/train" in err, err
-    scripts = [ROOT / f"run_{name}.sh" for name in ("train_tokenizer", "decoder_finetune_tokenizer", "train_diffusion")]
-    assert all(len(p.read_text().splitlines()) <= 15 and re.search(r"^exec ", p.read_text(), re.M) for p in scripts)
-
-
-def test_commands_of_the_documentation_exist():
-    text = (ROOT / "docs" / "rectok.md").read_text()
-    (block,) = re.findall(r"```bash\n(.*?)```", text, flags=re.S)
-    for line in block.strip().splitlines():
-        files = [word for word in line.split("#")[0].split() if re.search(r"\.(sh|py|yaml)$", word)]
-        assert files and all((ROOT / file).is_file() for file in files), line
-    for name in re.findall(r"`([a-z/_]+\.(?:py|yaml))`", text):
-        assert (ROOT / name).is_file() or (ROOT / "configs" / "rectok" / name).is_file(), name
