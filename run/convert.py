@@ -235,7 +235,9 @@ class Conversion:
         """(kind, sets) that are asked for; UserError for what is not there."""
         held = sets_in(path)
         if not held:
-            raise UserError(f"{path}: no tokenizer or generator that is known; see convert.py --describe {self.source}")
+            raise UserError(
+                f"{path}: no tokenizer or generator that is known; see python -m scripts.convert --describe {self.source}"
+            )
         if self.kind is None and len(held) > 1:
             raise UserError(
                 f"{path} holds a tokenizer and a generator: say which one with --kind tokenizer or --kind generator."

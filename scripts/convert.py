@@ -1,13 +1,13 @@
 #!/usr/bin/env python3
 """Convert, check and describe weight files: python -m scripts.convert [--describe | --check-layout] PATH ... [options]
 
-  python -m scripts.convert --describe FILE ...               what it is: settings, sizes, parameters, what is unused
-  python -m scripts.convert --check-layout LAYOUT.json ...    does our model take exactly these tensors? (nothing is loaded)
-  python -m scripts.convert RecTok.pth RecTok.safetensors     released file -> our safetensors, which say what they are
-  python -m scripts.convert work_dirs/my_run my_run.safetensors         the newest checkpoint of a run -> the same
-  python -m scripts.convert work_dirs/my_run mine.pth --to official     -> the layout that the official code loads
+  python -m scripts.convert --describe FILE ...                               what it is: settings, sizes, parameters, what is unused
+  python -m scripts.convert --check-layout LAYOUT.json ...                    does our model take exactly these tensors? (loads nothing)
+  python -m scripts.convert RecTok.pth RecTok.safetensors                     released file -> our safetensors, which say what they are
+  python -m scripts.convert work_dirs/my_run my_run.safetensors               the newest checkpoint of a run -> the same
+  python -m scripts.convert work_dirs/my_run mine.pth --to official           -> the layout that the official code loads
   python -m scripts.convert RecTok.safetensors again.pth --to official
-  python -m scripts.convert my_far.pt my_far.safetensors --set size.heads=16    what the file does not say, once for all
+  python -m scripts.convert my_far.pt my_far.safetensors --set size.heads=16  what the file does not say, once for all
 
 FILE and the input are run folders, checkpoints, files, names in pretrained_models/ or hf://owner/repo/file. Averaged
 (EMA) and raw weights are both kept where the target has room for both; --weights ema or raw keeps one.

@@ -1,11 +1,11 @@
 #!/usr/bin/env python3
 """Fetch released files: python -m scripts.download SYSTEM|FILE|hf://owner/repo/file ... [--all] [--dry-run] [--list]
 
-  download.py --list                     every known file, with its size and whether it is here
-  download.py rectok                     what the README of that system needs
-  download.py rectok --all               optional files too
-  download.py auxiliary                  teachers, perceptual losses, Inception: what recipes look through
-  download.py ditdhxl_epoch_0599.pth     one file
+  python -m scripts.download --list                  every known file, with its size and whether it is here
+  python -m scripts.download rectok                  what the README of that system needs
+  python -m scripts.download rectok --all            optional files too
+  python -m scripts.download auxiliary               teachers, perceptual losses, Inception: what recipes look through
+  python -m scripts.download ditdhxl_epoch_0599.pth  one file
 
 Weights go to pretrained_models/, statistics to data/fid_stats/, tokens to data/tokens/. Files that are here are kept.
 Without network, copy files there by hand: names and addresses are in --list, core/weights/released.toml
@@ -118,7 +118,7 @@ def listing(files: list[Released]) -> str:
 
 def main(arguments: list[str]) -> int:
     parser = argparse.ArgumentParser(
-        prog="download.py", description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+        prog="python -m scripts.download", description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
     parser.add_argument("what", nargs="*", metavar="SYSTEM|FILE")
     parser.add_argument("--list", action="store_true", help="show files instead of fetching them")

@@ -38,8 +38,8 @@ from scripts import command_line
 
 def parse(arguments: list[str]) -> tuple[argparse.Namespace, list[str]]:
     parser = argparse.ArgumentParser(
-        prog="run_eval_tokenizer.sh",
-        usage="run_eval_tokenizer.sh WEIGHTS [URL] [eval.key=value ...]",
+        prog="bash run_eval_tokenizer.sh",
+        usage="bash run_eval_tokenizer.sh WEIGHTS [URL] [eval.key=value ...]",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )

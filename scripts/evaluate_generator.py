@@ -37,8 +37,8 @@ from scripts import command_line
 
 def parse(arguments: list[str]) -> tuple[argparse.Namespace, list[str]]:
     parser = argparse.ArgumentParser(
-        prog="run_eval_generator.sh",
-        usage="run_eval_generator.sh TARGET [key=value ...] [options]",
+        prog="bash run_eval_generator.sh",
+        usage="bash run_eval_generator.sh TARGET [key=value ...] [options]",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )

@@ -17,7 +17,7 @@ from scripts import command_line
 
 def main(arguments: list[str]) -> int:
     parser = argparse.ArgumentParser(
-        prog="latent_stats.py", description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+        prog="python -m scripts.latent_stats", description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
     parser.add_argument("weights")
     parser.add_argument("url", nargs="?", default="folder://data/imagenet/train")

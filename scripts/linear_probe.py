@@ -28,8 +28,8 @@ from scripts import command_line
 
 def parse(arguments: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
-        prog="run_linear_probe.sh",
-        usage="run_linear_probe.sh WEIGHTS [URL] [options]",
+        prog="bash run_linear_probe.sh",
+        usage="bash run_linear_probe.sh WEIGHTS [URL] [options]",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )

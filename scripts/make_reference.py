@@ -33,8 +33,8 @@ from scripts import command_line
 
 def parse(arguments: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
-        prog="run_make_reference.sh",
-        usage="run_make_reference.sh URL OUT [options]",
+        prog="bash run_make_reference.sh",
+        usage="bash run_make_reference.sh URL OUT [options]",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )

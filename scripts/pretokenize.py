@@ -1,11 +1,13 @@
 #!/usr/bin/env python3
-"""Store what a tokenizer makes of every picture: pretokenize.py CONFIG [key=value ...] [options]
+"""Store what a tokenizer makes of every picture: python -m scripts.pretokenize CONFIG [key=value ...] [options]
 
-  pretokenize.py CONFIG data.url=folder://data/imagenet data.crop=ten      ten crops of every picture
-  pretokenize.py CONFIG data.crop=center data.flip=true                    centre crop and its mirror image
-  pretokenize.py CONFIG --import maskgitvq.jsonl data.crop=ten             from reAR's file, or from FQGAN's folder; needs
-                                                                           no pictures, and checks them where they are
-  pretokenize.py CONFIG --to official DIR | --to jsonl FILE                also write the store in that form
+What may follow CONFIG:
+
+  data.url=folder://data/imagenet data.crop=ten     ten crops of every picture
+  data.crop=center data.flip=true                   centre crop and its mirror image
+  --import maskgitvq.jsonl data.crop=ten            from reAR's file, or from FQGAN's folder; needs no pictures, and checks
+                                                    them where they are
+  --to official DIR | --to jsonl FILE               also write the store in that form
 
 CONFIG is any training config with tokenizer.weights. The store goes to --out, by default to the folder of a data.url
 tokens://DIR (the pictures are then data.pictures), else to work_dir/tokens/<name>. A finished store is used as it is; a
@@ -21,7 +23,7 @@ from scripts import command_line
 
 def main(arguments: list[str]) -> int:
     parser = argparse.ArgumentParser(
-        prog="pretokenize.py", description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+        prog="python -m scripts.pretokenize", description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
     parser.add_argument("config")
     parser.add_argument("overrides", nargs="*", metavar="key=value")

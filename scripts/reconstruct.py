@@ -63,7 +63,7 @@ def panel(original, rebuilt, gain: float):
 
 def main(arguments: list[str]) -> int:
     parser = argparse.ArgumentParser(
-        prog="reconstruct.py", description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+        prog="python -m scripts.reconstruct", description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
     parser.add_argument("images", nargs="*", metavar="IMAGE")
     parser.add_argument("--weights", required=True)

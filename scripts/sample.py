@@ -1,10 +1,12 @@
 #!/usr/bin/env python3
 """Draw pictures: python -m scripts.sample GENERATOR --labels 207,360 --out DIR [--num N] [key=value ...]
 
-  sample.py configs/rectok/ditdh_xl.yaml --labels 207,360 --out samples       the run that this config trained
-  sample.py work_dirs/my_run --labels 0-9 --num 100 --scale 1.5               a run folder or a checkpoint
-  sample.py reAR-L.safetensors --labels 207,"tree frog"                       a released file, guided as published
-  sample.py FILE.pth --tokenizer RecTok_decft.pth --labels 207 --scale 1.29 --guide ditdhs_epoch_0029.pth
+GENERATOR, and what may follow:
+
+  configs/rectok/ditdh_xl.yaml --labels 207,360              the run that this config trained
+  work_dirs/my_run --labels 0-9 --num 100 --scale 1.5        a run folder or a checkpoint
+  reAR-L.safetensors --labels 207,"tree frog"                a released file, guided as published
+  FILE.pth --tokenizer RecTok_decft.pth --labels 207 --scale 1.29 --guide ditdhs_epoch_0029.pth
 
 LABELS: numbers, ranges (10-19) and names of classes, separated by commas; picture i shows label i modulo their count.
 Writes DIR/<index>_<label>.png, grid.png (one column per label) and sample.json. Picture i depends on (seed, label, i)
@@ -245,7 +247,7 @@ def read_back(folder: Path, labels: list[int], start: int, stop: int):
 
 def main(arguments: list[str]) -> int:
     parser = argparse.ArgumentParser(
-        prog="sample.py", description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+        prog="python -m scripts.sample", description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
     parser.add_argument("generator", nargs="?", help="config, run folder, checkpoint, released file or hf:// address")
     parser.add_argument("overrides", nargs="*", metavar="key=value")

@@ -9,14 +9,14 @@ Config -> task -> Trainer. This file only puts the pieces together; the loop is 
 from core import cli, launch
 from core.errors import UserError
 
-USAGE = """usage: train.py CONFIG [key=value ...] [--check] [--dry-run] [--help]
+USAGE = """usage: python -m scripts.train CONFIG [key=value ...] [--check] [--dry-run] [--help]
 
-  train.py configs/rectok/tokenizer.yaml                          start, or continue where it stopped
-  train.py configs/rectok/tokenizer.yaml train.global_batch=256   any setting can be overridden
-  train.py configs/rectok/ditdh_xl.yaml --dry-run                 parameters, FLOPs, memory and hours, then stop; needs no
-                                                                  weights, data or GPU. With --gpus N (those here, else
-                                                                  8), --gpu-gb 80 and --tflops 400 (each, assumed)
-  train.py configs/rectok/ditdh_xl.yaml --check                   look for mistakes and for missing files, then stop
+  configs/rectok/tokenizer.yaml                          start, or continue where it stopped
+  configs/rectok/tokenizer.yaml train.global_batch=256   any setting can be overridden
+  configs/rectok/ditdh_xl.yaml --dry-run                 parameters, FLOPs, memory and hours, then stop; needs no weights,
+                                                         data or GPU. With --gpus N (those here, else 8), --gpu-gb 80 and
+                                                         --tflops 400 (each, assumed)
+  configs/rectok/ditdh_xl.yaml --check                   look for mistakes and for missing files, then stop
 
 Exit codes: 0 done, 2 a mistake you can fix, 75 stopped on request or by time limit (run the same again to continue).
 """
