@@ -210,6 +210,8 @@ def check_option(program: str, option: str, values: list[str]) -> None:
 
 def check_typed(words: list[str], system: str, program: str) -> None:
     """Words of one answer: a command, a file, or settings and options of `program`."""
+    if words[:2] == ["python", "-m"]:
+        words = [f"{words[2].replace('.', '/')}.py", *words[3:]]
     if words[0].endswith((".sh", ".py", ".yaml")):
         assert (ROOT / words[0]).is_file(), words[0]
         program = SCRIPTS.get(words[0], program)
