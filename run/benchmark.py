@@ -38,8 +38,8 @@ from core.train.trainer import Trainer
 from data.loader import split
 from evaluation.environment import cpu_name
 from run import streaming
-from run.load import GENERATORS, TOKENIZERS, load_config, make_task, networks_of, tokenizer_layout
-from run.sample import Finished
+from run.load import GENERATORS, TOKENIZERS, load_config, networks_of, random_task, tokenizer_layout
+from run.target import Sampler
 
 OF_GENERATORS = ("sample", "generate", "uncached", "stream")
 IMAGENET = 1_281_167
@@ -116,7 +116,7 @@ def check(job: Job) -> None:
     if "uncached" in job.wanted and "cached" not in inspect.signature(GENERATORS.get(name).sample).parameters:
         raise UserError(f"--what uncached: {name} samples in one way only; leave the word out")
     if "stream" in job.wanted:
-        task = make_task(job.config, None, torch.device("meta"))
+        task = random_task(job.config, torch.device("meta"))
         streaming.check(task.generator, task.tokenizer)
 
 
@@ -152,7 +152,7 @@ def make_call(task: Any, config: RunConfig, what: str, batch: int, device: torch
     data, draws = make_batch(task, batch, device), draws_for(batch, device)
     half = config.train.precision == "bf16"
     if what in ("sample", "stream"):
-        product = Finished(config, "random", task, task.tokenizer.image_size, task.num_classes, {})
+        product = Sampler(config, task, {})
         do = product.sample if what == "sample" else product.stream
         return lambda: do(data.labels, draws)
 
@@ -244,7 +244,7 @@ def count(config: RunConfig, guide: RunConfig | None, what: str, batch: int) -> 
     """FLOPs and bytes of one call; a reason where the networks cannot run without data."""
     device, config = torch.device("meta"), copy.deepcopy(config)
     try:
-        task = make_task(config, guide, device)
+        task = random_task(config, device, guide)
         if what == "train":
             data = make_batch(task, batch, device, starts_from_latents(config, what))
 
@@ -311,7 +311,7 @@ def measure(
 ) -> dict[str, str]:
     """One row of the table. `label` names it, `work` is what `count` gave."""
     config, device = copy.deepcopy(config), job.device
-    task = make_task(copy.deepcopy(config), job.guide, device)
+    task = random_task(copy.deepcopy(config), device, job.guide)
     if what == "train":
         config.train.compile = compiled
         call = make_step(task, config, batch, device)

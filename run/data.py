@@ -15,7 +15,7 @@ from core.config import RunConfig
 from core.errors import UserError
 from core.images import to_model_range
 from core.rng import hash64
-from core.specs import DataSource, LatentSpec
+from core.specs import DataSource
 from core.train.log import ProgressLine
 from data import tokens
 from data.base import require_classes, require_labels
@@ -25,6 +25,7 @@ from data.sources import open_source
 from data.tokens import TokenStore
 from data.transforms import Transform
 from evaluation import protocols
+from run.load import Loaded
 
 
 def open_train(config: RunConfig) -> DataSource:
@@ -150,34 +151,39 @@ def compute_once(
     return cache
 
 
-def kept(
+def precomputed(
     config: RunConfig,
     name: str,
     source: DataSource,
     transform: Transform,
-    network: nn.Module,
-    fingerprint: str,
-    producer: Callable[[Tensor], Any],
+    network: Loaded,
+    compute: Callable[[Tensor], Any],
     world: dist.World,
     log: Callable[[str], None],
-    spec: LatentSpec | None = None,
 ) -> FeatureCache:
-    """Open or make the per-picture cache called `name`: a token store when `spec` is given."""
+    """What `compute` makes of every view of every picture, from the cache folder, where it is put the first time.
+
+    Args:
+        name: "features" of teachers, or "latents", which go into a token store.
+        network: what computes; its fingerprint decides, with source and transform, which folder it is.
+        compute: (B, 3, H, W) in [-1, 1] on the run's device -> what is kept.
+    """
     if transform.views is None:
         raise UserError(
             f'data.cache_{name}: data.crop="{config.data.crop}" shows a new crop each time, so nothing can '
             "be kept. Use data.crop=center, or turn the cache off."
         )
-    key = f"{hash64(source.fingerprint(), repr(transform.describe()), fingerprint):016x}"
+    key = f"{hash64(source.fingerprint(), repr(transform.describe()), network.fingerprint):016x}"
     folder = Path(config.data.cache_dir) / f"{name}_{key}"
     if not folder.exists():
         log(f"computing {name} once for {len(source):,} pictures x {transform.views} views -> {folder}")
 
     def on_device(images: Tensor) -> Any:
-        return producer(to_model_range(images.to(world.device)))
+        return compute(to_model_range(images.to(world.device)))
 
-    if spec is None:
-        build = functools.partial(build_cache, folder, source, transform, on_device, fingerprint)
+    if name == "features":
+        build = functools.partial(build_cache, folder, source, transform, on_device, network.fingerprint)
     else:
-        build = functools.partial(tokens.build, folder, source, transform, spec, on_device, fingerprint)
-    return compute_once(config, name, network, world, log, build, config.train.precision)
+        spec = network.module.spec
+        build = functools.partial(tokens.build, folder, source, transform, spec, on_device, network.fingerprint)
+    return compute_once(config, name, network.module, world, log, build, config.train.precision)

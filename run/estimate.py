@@ -7,7 +7,6 @@ while a micro-batch goes forward and backward, by core.estimate.
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -23,8 +22,9 @@ from core.images import to_model_range
 from core.rng import Draws
 from core.specs import Batch, Phase, Progress
 from core.train import parallel
+from run.check import num_classes
 from run.data import open_train
-from run.load import IMAGENET_CLASSES, generator_of, make_task, read_weights, tokenizer_layout, tokenizer_of
+from run.load import random_task, tokenizer_layout
 
 GPUS, GPU_GB = 8, 80.0  # what the recipes are written for, where no GPU is found
 TFLOPS = {"bf16": 400.0, "fp32": 200.0}  # assumed per GPU: 40 % of an H100's peak (fp32: convolutions in TF32)
@@ -71,10 +71,9 @@ class Plan:
             )
         self.per_gpu = config.train.global_batch // gpus
         self.micro = self.per_gpu // parallel.accumulation(self.per_gpu, config.train.micro_batch)
-        meta = torch.device("meta")
-        self.task = make_task(config, None, meta, _num_classes(config))
+        self.task = random_task(config, torch.device("meta"), num_classes=num_classes(config))
         self.tokenizer = self.task.tokenizer
-        trained, frozen = self.task.networks(), [n for n in self.task.frozen().values()]
+        trained, frozen = self.task.networks(), list(self.task.frozen().values())
         if config.train.activation_checkpointing:
             for network in trained.values():
                 parallel.checkpoint_activations(network)
@@ -140,23 +139,6 @@ class Plan:
 
 def _count(tensors: Any) -> int:
     return sum(t.numel() for t in tensors)
-
-
-def _num_classes(config: RunConfig) -> int:
-    with contextlib.suppress(UserError):  # without the data: ImageNet's
-        return open_train(config).num_classes
-    return IMAGENET_CLASSES
-
-
-def check_networks(config: RunConfig) -> None:
-    """UserError where weights are of another network, or generator and tokenizer do not fit. Nothing is computed."""
-    if config.tokenizer.get("weights"):
-        read_weights("tokenizer", config.tokenizer["weights"], config.tokenizer)
-    if config.train.init_from:
-        read_weights(config.task, config.train.init_from, getattr(config, config.task))
-    if config.task == "generator":
-        with torch.device("meta"):
-            generator_of(config, tokenizer_of(config).to("meta"), _num_classes(config))
 
 
 def costs(config: RunConfig) -> tuple[nn.Module, list[Cost]]:

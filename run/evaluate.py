@@ -44,7 +44,7 @@ from evaluation.work import Work
 from run.data import class_names, open_pictures
 from run.load import load_config, load_tokenizer, read_weights
 from run.measurement import Measurement, Shown, Table, enough, eval_settings
-from run.sample import open_generator, read_config
+from run.target import open_generator, read_target
 
 SAMPLES = 50_000  # what published numbers are measured on
 SHOWN = 40
@@ -76,7 +76,7 @@ def check_samples(options: argparse.Namespace, overrides: list[str], existing: b
         settings = eval_settings(overrides)
         enough(settings.num_images, len(open_any(options.target)), options.target, options)
     else:
-        settings = read_config(options.target, overrides)[0].eval
+        settings = read_target(options.target, overrides).config.eval
         enough(settings.num_images, settings.num_images or SAMPLES, "eval.num_images", options)
     protocol = protocols.get(settings.protocol)
     if settings.reference:
@@ -185,7 +185,7 @@ def existing_samples(options: argparse.Namespace, overrides: list[str], world: W
 def generated_samples(options: argparse.Namespace, overrides: list[str], world: World) -> Samples:
     """Samples of a generator."""
     say = print if world.is_main else (lambda *_: None)
-    generator = open_generator(options.target, overrides, world, say)
+    generator = open_generator(read_target(options.target, overrides, say), world, say)
     config, settings, size = generator.config, generator.config.eval, generator.image_size
     protocol = protocols.get(settings.protocol)
     count = settings.num_images or SAMPLES
@@ -464,10 +464,8 @@ def by_tokenizer(options: argparse.Namespace, overrides: list[str], world: World
     """Reconstructions by a tokenizer."""
     check_reconstructions(options, overrides)  # before a network is loaded
     settings = eval_settings(with_protocol(options.weights, overrides, options.tokenizer))
-    tokenizer, fingerprint = load_tokenizer(
-        {**options.tokenizer, **tokenizer_section(options.weights), "use_ema": not options.raw}
-    )
-    tokenizer.to(world.device)
+    loaded = load_tokenizer({**options.tokenizer, **tokenizer_section(options.weights), "use_ema": not options.raw})
+    tokenizer, fingerprint = loaded.module.to(world.device), loaded.fingerprint
     pictures = originals(options, settings, tokenizer.image_size)
     how, against, left_out = reconstruction_evaluation(options, settings, pictures, world)
     perturb = Perturbation.parse(options.perturb) if options.perturb else None

@@ -1,4 +1,4 @@
-"""Mean and standard deviation of a tokenizer's latents, measured on pictures."""
+"""Mean and standard deviation of a tokenizer's latents, measured on pictures, so that generators see unit variance."""
 
 from __future__ import annotations
 
@@ -17,29 +17,31 @@ from core.train.log import ProgressLine
 from data.loader import ordered_batches
 from data.tokens import TokenStore
 from data.transforms import Transform
-from tokenizer.continuous.stats import StatsAccumulator, read_stats, save_stats
+from run.load import Loaded
+from tokenizer.continuous.stats import LatentStats, StatsAccumulator, read_stats, save_stats
+
+BATCH = 64
 
 
-def measured(tokenizer, source, count: int, device, workers: int = 4, on_corrupt: str = "replace"):
-    """LatentStats of `count` pictures (0: all) spread over `source`, not mirrored.
-
-    A TokenStore gives what it stored of them.
-    """
+def measure(
+    tokenizer: nn.Module,
+    source: DataSource,
+    count: int,
+    device: torch.device,
+    workers: int = 4,
+    on_corrupt: str = "replace",
+) -> LatentStats:
+    """Of `count` pictures (0: all) spread over `source`, not mirrored; a TokenStore gives what it stored of them."""
     count = min(count or len(source), len(source))
     chosen = sorted(permutation(len(source), "latent statistics")[:count].tolist())  # from all classes alike
     accumulator = StatsAccumulator(tokenizer.spec.channels)
     tokenizer.to(device).eval()
     if isinstance(source, TokenStore):
-        stored = (source.tokens(chosen[i : i + 64], [0] * len(chosen[i : i + 64])) for i in range(0, count, 64))
+        parts = (chosen[i : i + BATCH] for i in range(0, count, BATCH))
+        stored = (source.tokens(part, [0] * len(part)) for part in parts)
     else:
-        batches = ordered_batches(
-            source,
-            Transform(image_size=tokenizer.image_size),
-            64,
-            workers=workers,
-            on_corrupt=on_corrupt,
-            chosen=chosen,
-        )
+        transform = Transform(image_size=tokenizer.image_size)
+        batches = ordered_batches(source, transform, BATCH, workers=workers, on_corrupt=on_corrupt, chosen=chosen)
         stored = (tokenizer.precompute(to_model_range(batch.images.to(device))) for batch in batches)
     line = ProgressLine(count, label="latent statistics")
     try:
@@ -52,22 +54,21 @@ def measured(tokenizer, source, count: int, device, workers: int = 4, on_corrupt
     return accumulator.compute()
 
 
-def latent_statistics(
-    config: RunConfig,
-    tokenizer: nn.Module,
-    fingerprint: str,
-    source: DataSource,
-    world: dist.World,
-    log: Callable[[str], None],
+def measure_once(
+    config: RunConfig, tokenizer: Loaded, source: DataSource, world: dist.World, log: Callable[[str], None]
 ) -> None:
-    """Set the tokenizer's normalisation, from the cache folder or by one pass over (part of) the pictures."""
-    count = min(len(source), config.data.stats_images or len(source))
-    key = f"{hash64(source.fingerprint(), tokenizer.image_size, count, fingerprint):016x}"
-    path = Path(config.data.cache_dir) / f"latent_stats_{key}.safetensors"
-    if not path.is_file() and world.is_main:
-        log(f"measuring latent statistics on {count:,} pictures -> {path}")
-        found = measured(tokenizer, source, count, world.device, config.data.workers, config.data.on_corrupt)
-        save_stats(path, found, fingerprint)
-    world.barrier()
-    stats = read_stats(str(path), fingerprint)
-    tokenizer.set_latent_stats(stats.mean, stats.std)
+    """Set the tokenizer's statistics, from the cache folder or by one pass over (part of) the pictures. Collective."""
+    module, data = tokenizer.module, config.data
+    count = min(len(source), data.stats_images or len(source))
+    key = f"{hash64(source.fingerprint(), tokenizer.image_size, count, tokenizer.fingerprint):016x}"
+    path = Path(data.cache_dir) / f"latent_stats_{key}.safetensors"
+
+    def on_main() -> None:
+        if not path.is_file():
+            log(f"measuring latent statistics on {count:,} pictures -> {path}")
+            stats = measure(module, source, count, world.device, data.workers, data.on_corrupt)
+            save_stats(path, stats, tokenizer.fingerprint)
+
+    world.on_main(on_main)
+    stats = read_stats(str(path), tokenizer.fingerprint)
+    module.set_latent_stats(stats.mean, stats.std)

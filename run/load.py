@@ -1,18 +1,23 @@
 """From a checked config to networks, new or with weights: the one place that sees all of them.
 
-Programs call `load_config`, then `load_tokenizer` / `load_generator` for finished weights, or `make_task` for networks
-without weights, of which only sizes count (the benchmark, --dry-run): a tokenizer that is not on this machine is then laid
-out as its config, its file or the table of released files says. On the meta device nothing is allocated.
+    load_config                         YAML and overrides -> RunConfig
+    load_tokenizer, load_generator      finished networks from a run of ours, a released file or an address
+    build_pair                          tokenizer, generator and guide of a generator's config, whatever they are for
+    build_tokenizer_task                a new tokenizer with teachers, objective and discriminator
+    random_task                         the same without any weights: of the benchmark and --dry-run, sizes alone count
+
+`weights` says where weights come from: "load" those that a config names, "random" none, "meta" not even memory for them.
 """
 
 from __future__ import annotations
 
 import contextlib
+import functools
 import inspect
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +25,7 @@ from torch import Tensor, nn
 from core import config as config_module
 from core.config import RESERVED, RunConfig, SampleConfig
 from core.errors import UserError
+from core.rng import hash64
 from core.specs import Codes, Continuous, Guidance, LatentSpec, MultiScale
 from core.train.checkpoint import Checkpoint
 from core.weights import files as weight_files
@@ -45,6 +51,9 @@ REGISTRIES = {
     "teacher": TEACHERS,
 }
 ADAPTERS = {"tokenizer": TOKENIZER_ADAPTERS, "generator": GENERATOR_ADAPTERS}
+IMAGENET_CLASSES = 1000
+
+Origin = Literal["load", "random", "meta"]
 
 
 def load_config(path: str, overrides: list[str]) -> RunConfig:
@@ -52,174 +61,256 @@ def load_config(path: str, overrides: list[str]) -> RunConfig:
     return config_module.load(*translate.translate(path, overrides), REGISTRIES)
 
 
+def constructor_arguments(section: dict[str, Any]) -> dict[str, Any]:
+    """Of a component's config section: its name and what its constructor takes."""
+    return {key: value for key, value in section.items() if key not in RESERVED - {"name"}}
+
+
 # ---------------------------------------------------------------------------------------------------------------------
-# Networks, new and with weights
+# Weights
 # ---------------------------------------------------------------------------------------------------------------------
+class Source:
+    """Where weights are. It is resolved, checked and opened once, however many questions are asked of it.
+
+    Args:
+        reference: run folder, checkpoint folder, file, file name in pretrained_models/, or hf://owner/repo/file.
+    """
+
+    def __init__(self, reference: str):
+        self.reference, self.path = reference, released.resolve(reference)
+
+    @functools.cached_property
+    def content(self) -> Checkpoint | weight_files.WeightFile | dict[str, Any]:
+        """A checkpoint of ours, a file of ours, or what another program wrote; tensors are mapped from disk."""
+        if self.path.is_dir():
+            return Checkpoint(self.path)
+        return weight_files.read(self.path) or hub.load_tensors(self.path)
+
+    def close(self) -> None:
+        """Let go of the file."""
+        self.__dict__.pop("content", None)
+
+    @property
+    def is_foreign(self) -> bool:
+        """Whether another program wrote it."""
+        return isinstance(self.content, dict)
+
+
 @dataclass
 class Weights:
-    """Weights of one network, from a run of ours or a released file."""
+    """Weights of one network, from a run of ours or a released file.
 
-    settings: dict[str, Any]  # name and constructor arguments of the network
+    Attributes:
+        kind: "tokenizer" or "generator".
+        settings: name and constructor arguments of the network.
+        tensors: averaged? -> state dict under our names; None for a released file, which its adapter translates.
+        official: contents of a released file.
+        constants: latent statistics and the like.
+    """
+
+    kind: str
     path: Path
-    constants: dict[str, Tensor]  # latent statistics and the like
-    provenance: dict[str, Any]
-    read: Callable[[nn.Module, bool], dict[str, Tensor]]  # (network, averaged) -> a state dict that fits it exactly
+    settings: dict[str, Any]
+    tensors: Callable[[bool], dict[str, Tensor]] | None = None
+    official: dict[str, Any] | None = None
+    constants: dict[str, Tensor] = field(default_factory=dict)
+    provenance: dict[str, Any] = field(default_factory=dict)
+
+    def read(self, network: nn.Module, averaged: bool = True) -> dict[str, Tensor]:
+        """A state dict that fits `network` exactly; UserError where there is none."""
+        adapter = ADAPTERS[self.kind].get(self.settings["name"])  # one that nobody published weights of has none
+        if self.tensors is None:
+            with _naming(self.path):
+                return adapter.convert(network, self.official, averaged)
+        state = self.tensors(averaged)
+        if adapter:
+            state = adapter.fit(state, network)
+        if problems := describe_differences(state, network.state_dict()):
+            raise UserError(f"{self.path} does not fit {type(network).__name__}: {'; '.join(problems)}")
+        if problem := unusable(state, network.state_dict()):
+            raise UserError(f"{self.path}: {problem}")
+        return state
 
     def load(self, network: nn.Module, averaged: bool = True) -> None:
         network.load_state_dict(self.read(network, averaged))
 
 
-def read_weights(kind: str, reference: str, given: dict[str, Any] | None = None) -> Weights:
+@contextlib.contextmanager
+def _naming(path: Path) -> Iterator[None]:
+    """Mistakes are told with the name of the file that they are about."""
+    try:
+        yield
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from None
+
+
+def read_weights(kind: str, source: str | Source, known: dict[str, Any] | None = None) -> Weights:
     """Find the weights of a tokenizer or generator.
 
     Args:
         kind: "tokenizer" or "generator".
-        reference: run folder, checkpoint folder, file, file name in pretrained_models/, or hf://owner/repo/file.
-        given: settings that the user states; they answer what a released file does not tell (numbers of heads).
+        source: an opened one, or what `Source` takes.
+        known: settings that the user states; they answer what a released file does not tell (numbers of heads).
     """
-    path = released.resolve(reference)
-    if path.is_dir():
-        return _from_checkpoint(kind, Checkpoint(path))
-    ours = weight_files.read(path)
-    return _from_file(kind, path, given) if ours is None else _from_ours(kind, path, ours)
-
-
-def _from_checkpoint(kind: str, checkpoint: Checkpoint) -> Weights:
-    state = checkpoint.state
-    if state["primary"] != kind:
-        raise UserError(f"{checkpoint.path} holds a {state['primary']}, a {kind} was asked for.")
-    settings = {k: v for k, v in state["config"][kind].items() if k not in RESERVED - {"name"}}
-
-    def tensors(averaged: bool) -> dict[str, Tensor]:
-        return checkpoint.tensors(f"{kind}.ema_{state['ema'][0]}" if averaged and state["ema"] else kind)
-
-    constants = checkpoint.tensors("constants") if "constants.safetensors" in checkpoint.files else {}
-    read = _reader(kind, settings, checkpoint.path, tensors)
-    return Weights(settings, checkpoint.path, constants, state["provenance"], read)
-
-
-def _from_ours(kind: str, path: Path, content: weight_files.WeightFile) -> Weights:
-    if content.kind != kind:
-        raise UserError(f"{path} holds a {content.kind}, a {kind} was asked for.")
+    source = Source(source) if isinstance(source, str) else source
+    content = source.content
+    if isinstance(content, dict):
+        return _released(kind, source.path, content, known)
+    held = content.state["primary"] if isinstance(content, Checkpoint) else content.kind
+    if held != kind:
+        raise UserError(f"{source.path} holds a {held}, a {kind} was asked for.")
+    if isinstance(content, Checkpoint):
+        return _checkpoint(kind, content)
 
     def tensors(averaged: bool) -> dict[str, Tensor]:
         return content.weights if averaged or not content.raw else content.raw
 
-    return Weights(
-        content.settings, path, content.constants, content.provenance, _reader(kind, content.settings, path, tensors)
-    )
+    return Weights(kind, source.path, content.settings, tensors, None, content.constants, content.provenance)
 
 
-def _reader(kind: str, settings: dict[str, Any], path: Path, tensors: Callable[[bool], dict[str, Tensor]]):
-    """Weights.read of tensors that have our names already."""
+def _checkpoint(kind: str, checkpoint: Checkpoint) -> Weights:
+    state = checkpoint.state
 
-    def read(network: nn.Module, averaged: bool) -> dict[str, Tensor]:
-        adapter = ADAPTERS[kind].get(settings["name"])  # one that nobody published weights of has none
-        state = adapter.fit(tensors(averaged), network) if adapter else tensors(averaged)
-        if problems := describe_differences(state, network.state_dict()):
-            raise UserError(f"{path} does not fit {type(network).__name__}: {'; '.join(problems)}")
-        if problem := unusable(state, network.state_dict()):
-            raise UserError(f"{path}: {problem}")
-        return state
+    def tensors(averaged: bool) -> dict[str, Tensor]:
+        return checkpoint.tensors(f"{kind}.ema_{state['ema'][0]}" if averaged and state["ema"] else kind)
 
-    return read
+    settings = constructor_arguments(state["config"][kind])
+    constants = checkpoint.tensors("constants") if "constants.safetensors" in checkpoint.files else {}
+    return Weights(kind, checkpoint.path, settings, tensors, None, constants, state["provenance"])
 
 
-def _from_file(kind: str, path: Path, given: dict[str, Any] | None) -> Weights:
+def _released(kind: str, path: Path, content: dict[str, Any], known: dict[str, Any] | None) -> Weights:
     """A released file, read by the adapter that recognises it."""
-    loaded = hub.load_tensors(path)
-    name = recognise(ADAPTERS[kind], loaded)
+    name = recognise(ADAPTERS[kind], content)
     if name is None:
-        other = next((a[n].title for a in ADAPTERS.values() if (n := recognise(a, loaded))), None)
+        other = next((a[n].title for a in ADAPTERS.values() if (n := recognise(a, content))), None)
         raise UserError(
             f"{path} holds {other}, a {kind} was asked for."
             if other
             else f"{path}: these are not the weights of any {kind} that is known "
             f"({', '.join(a.title.removeprefix('the ') for a in ADAPTERS[kind].values())})."
         )
-    adapter = ADAPTERS[kind][name]
-
-    def told(function: Callable[..., Any], *arguments: Any) -> Any:
-        try:
-            return function(*arguments)
-        except UserError as error:
-            raise UserError(f"{path}: {error}") from None
-
-    settings = {"name": name, **told(adapter.describe, loaded, given)}
-    return Weights(settings, path, {}, {}, lambda network, averaged: told(adapter.convert, network, loaded, averaged))
+    with _naming(path):
+        settings = ADAPTERS[kind][name].describe(content, known)
+    return Weights(kind, path, {"name": name, **settings}, official=content)
 
 
-def build(kind: str, component: dict[str, Any], weights: Weights | None, **defaults: Any) -> nn.Module:
+# ---------------------------------------------------------------------------------------------------------------------
+# Networks
+# ---------------------------------------------------------------------------------------------------------------------
+@dataclass
+class Loaded:
+    """A network with what is known of it.
+
+    Attributes:
+        module: where weights were loaded, in evaluation mode and without gradients.
+        settings: its name and constructor arguments.
+        fingerprint: of its weights (core.weights.hub.fingerprint); "" for random ones.
+        path: of the weights; None for random ones.
+        constants: what lies beside the weights: statistics of the latents that a generator models.
+        provenance: what it was trained with, as its run noted it.
+    """
+
+    module: nn.Module
+    settings: dict[str, Any]
+    fingerprint: str = ""
+    path: Path | None = None
+    constants: dict[str, Tensor] = field(default_factory=dict)
+    provenance: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def image_size(self) -> int:
+        """Of a tokenizer: pixels of a side of its pictures."""
+        return self.module.image_size
+
+
+def build(kind: str, section: dict[str, Any], weights: Weights | None = None, **defaults: Any) -> nn.Module:
     """A network from its config section; with weights, their settings fill in what the section leaves out."""
-    settings = {k: v for k, v in component.items() if k not in RESERVED - {"name"}}
-    if weights is not None:
-        known = weights.settings
-        if settings.get("name", known["name"]) != known["name"]:
-            raise UserError(f'{weights.path} holds the {kind} "{known["name"]}", not "{settings["name"]}".')
-        settings = merged(known, settings)
-        if "pretrained" in REGISTRIES[kind].signature(settings["name"]):
-            settings["pretrained"] = False  # what it would start from is about to be replaced
+    settings = constructor_arguments(section)
+    if weights is None:
+        return REGISTRIES[kind].build(settings, **defaults)
+    known = weights.settings
+    if settings.get("name", known["name"]) != known["name"]:
+        raise UserError(f'{weights.path} holds the {kind} "{known["name"]}", not "{settings["name"]}".')
+    settings = merged(known, settings)
+    if "pretrained" in REGISTRIES[kind].signature(settings["name"]):
+        settings["pretrained"] = False  # what it would start from is about to be replaced
     network = REGISTRIES[kind].build(settings, **defaults)
-    if weights is not None:
-        try:
-            weights.load(network, component.get("use_ema", True))
-        except UserError as error:
-            other = [
-                f"{kind}.{key} is {settings[key]!r}, the weights were made with {known[key]!r}"
-                for key in known
-                if settings[key] != known[key]
-            ]
-            raise UserError(f"{'; '.join(other)}. {error}" if other else str(error)) from None
+    try:
+        weights.load(network, section.get("use_ema", True))
+    except UserError as error:
+        others = [
+            f"{kind}.{key} is {settings[key]!r}, the weights were made with {value!r}"
+            for key, value in known.items()
+            if settings[key] != value
+        ]
+        raise UserError(f"{'; '.join(others)}. {error}" if others else str(error)) from None
     return network
 
 
-def load_tokenizer(component: dict[str, Any]) -> tuple[nn.Module, str]:
-    """The tokenizer of a config section, frozen, and the fingerprint of its weights."""
-    weights = read_weights("tokenizer", component["weights"], component) if component.get("weights") else None
-    tokenizer = view(build("tokenizer", component, weights), component.get("view")).eval().requires_grad_(False)
-    fingerprint = hub.fingerprint(tokenizer.state_dict())
-    if place := statistics_file(component):
-        stats = read_stats(place, fingerprint)
-        tokenizer.set_latent_stats(stats.mean, stats.std)
-    return tokenizer, fingerprint
+def _frozen(network: nn.Module, settings: dict[str, Any], weights: Weights | None) -> Loaded:
+    network.eval().requires_grad_(False)
+    fingerprint = hub.fingerprint(network.state_dict())
+    if weights is None:
+        return Loaded(network, settings, fingerprint)
+    return Loaded(network, weights.settings, fingerprint, weights.path, weights.constants, weights.provenance)
 
 
-def statistics_file(component: dict[str, Any]) -> str | None:
-    """Where the latent statistics of a tokenizer are: as its section says ("none": nowhere), else beside them."""
-    if given := component.get("latent_stats"):
-        return None if given == "none" else given
-    beside = default_place(hub.resolve(component["weights"])) if component.get("weights") else None
+def load_tokenizer(section: dict[str, Any], source: Source | None = None) -> Loaded:
+    """The tokenizer of a config section, with its latent statistics where they are known.
+
+    Args:
+        source: of section["weights"], where it is opened already.
+    """
+    weights = None
+    if section.get("weights"):
+        weights = read_weights("tokenizer", source or Source(section["weights"]), section)
+    tokenizer = _frozen(view(build("tokenizer", section, weights), section.get("view")), section, weights)
+    if place := statistics_file(section, tokenizer.path):
+        stats = read_stats(place, tokenizer.fingerprint)
+        tokenizer.module.set_latent_stats(stats.mean, stats.std)
+    return tokenizer
+
+
+def statistics_file(section: dict[str, Any], weights: Path | None) -> str | None:
+    """Where the latent statistics of a tokenizer are: as its section says ("none": nowhere), else beside its weights."""
+    if named := section.get("latent_stats"):
+        return None if named == "none" else named
+    beside = default_place(weights) if weights else None
     return str(beside) if beside and beside.is_file() else None
 
 
 def load_generator(
-    reference: str, tokenizer: nn.Module | None = None, use_ema: bool = True, given: dict[str, Any] | None = None
-) -> tuple[nn.Module, Weights]:
-    """A finished generator, frozen. Its latent statistics go to `tokenizer`, whose latents it must have learnt.
+    source: str | Source, tokenizer: Loaded | None = None, section: dict[str, Any] | None = None
+) -> Loaded:
+    """A finished generator. Its latent statistics go to `tokenizer`, whose latents it must have learnt.
 
-    `given`: see `read_weights`; the tokenizer's sizes answer too."""
-    sizes = tokenizer.spec.sizes() if tokenizer is not None else {}  # of codes: released files do not tell all of them
-    weights = read_weights("generator", reference, {**sizes, **(given or {})})
-    generator = build("generator", {"use_ema": use_ema}, weights, **sizes).eval().requires_grad_(False)
-    if tokenizer is not None:
-        pair(generator, tokenizer)
-        trained_on, given = weights.provenance.get("tokenizer_fingerprint"), hub.fingerprint(tokenizer.state_dict())
-        if trained_on and trained_on != given:
-            known = weights.provenance.get("tokenizer", {}).get("weights") or "the tokenizer it was trained with"
-            raise UserError(
-                f"{weights.path} models the latents of tokenizer weights {trained_on}, but the tokenizer "
-                f"in use has {given}: its statistics and samples belong to another tokenizer. Use {known}."
-            )
-        if weights.constants:
-            tokenizer.set_latent_stats(weights.constants["mean"], weights.constants["std"])
-        elif not tokenizer.latent_stats_known:
-            raise UserError(
-                f"{weights.path} comes without the statistics of the latents it models. Measure them once: "
-                "python -m scripts.latent_stats TOKENIZER [URL], or give tokenizer.latent_stats=FILE."
-            )
-    return generator, weights
+    Args:
+        section: settings that the user states, and `use_ema`; the tokenizer's sizes answer too.
+    """
+    section = section or {}
+    sizes = tokenizer.module.spec.sizes() if tokenizer else {}  # of codes: released files do not tell all of them
+    weights = read_weights("generator", source, {**sizes, **section})
+    network = build("generator", {"use_ema": section.get("use_ema", True)}, weights, **sizes)
+    generator = _frozen(network, section, weights)
+    if tokenizer is None:
+        return generator
+    introduce(network, tokenizer.module)
+    trained_on = weights.provenance.get("tokenizer_fingerprint")
+    if trained_on and trained_on != tokenizer.fingerprint:
+        known = weights.provenance.get("tokenizer", {}).get("weights") or "the tokenizer it was trained with"
+        raise UserError(
+            f"{weights.path} models the latents of tokenizer weights {trained_on}, but the tokenizer "
+            f"in use has {tokenizer.fingerprint}: its statistics and samples belong to another tokenizer. Use {known}."
+        )
+    if weights.constants:
+        tokenizer.module.set_latent_stats(weights.constants["mean"], weights.constants["std"])
+    return generator
 
 
+# ---------------------------------------------------------------------------------------------------------------------
+# Tokenizer and generator
+# ---------------------------------------------------------------------------------------------------------------------
 KINDS = {Continuous: "a grid of real vectors", Codes: "one sequence of codes", MultiScale: "codes at several scales"}
 OTHER_VIEWS = {(Codes, Continuous): "vectors", (MultiScale, Codes): "sequence"}
 
@@ -239,8 +330,8 @@ def check_kind(generator: str, spec: LatentSpec) -> None:
     raise UserError(f'generator "{generator}" models {KINDS[wanted]}, the tokenizer gives {spec}. {advice}')
 
 
-def pair(generator: nn.Module, tokenizer: nn.Module) -> None:
-    """Introduce a generator to the tokenizer whose latents it models; UserError if they do not fit."""
+def introduce(generator: nn.Module, tokenizer: nn.Module) -> None:
+    """Bind a generator to the tokenizer whose latents it models; UserError if they do not fit."""
     problems = generator.fits(tokenizer.spec)
     if problems:
         raise UserError(
@@ -257,17 +348,169 @@ def make_guidance(settings: SampleConfig, guide: nn.Module | None = None) -> Gui
     )
 
 
+def guide_of(settings: SampleConfig) -> str | None:
+    """The weaker model of autoguidance, where sampling uses one."""
+    return settings.guide if settings.guidance == "auto" and make_guidance(settings).active else None
+
+
 def sample_options(settings: SampleConfig, generator: nn.Module) -> dict[str, Any]:
     """Keyword arguments of generator.sample from the config; UserError for one that it does not take."""
     accepted = list(inspect.signature(generator.sample).parameters)[3:]  # after labels, draws, guidance
-    given = settings.options()
-    for name in given:
+    options = settings.options()
+    for name in options:
         if name not in accepted:
             raise UserError(
                 f"sample.{name}: {type(generator).__name__} has no such sampling option; it takes "
                 f"{', '.join(accepted) or 'none'}."
             )
-    return given
+    return options
+
+
+@dataclass
+class Pair:
+    """A generator, the tokenizer whose latents it models, and the weaker generator that guides it, if one does."""
+
+    tokenizer: Loaded
+    generator: Loaded
+    guide: Loaded | None = None
+
+    @property
+    def lacks_statistics(self) -> bool:
+        """Whether the mean and standard deviation of the latents have yet to be measured: run/latent_stats.py."""
+        return not self.tokenizer.module.latent_stats_known
+
+    def task(self, num_classes: int, settings: SampleConfig) -> GeneratorTask:
+        """Ready to train or to sample as `settings` say. UserError for finished weights without their statistics."""
+        if self.generator.path and self.lacks_statistics:
+            raise UserError(
+                f"{self.generator.path} comes without the statistics of the latents it models. Measure them once: "
+                "python -m scripts.latent_stats TOKENIZER [URL], or give tokenizer.latent_stats=FILE."
+            )
+        guidance = make_guidance(settings, self.guide and self.guide.module)
+        if guidance.kind == "auto" and guidance.guide is None:  # guidance is off, or only sizes count
+            guidance = Guidance()
+        options = sample_options(settings, self.generator.module)
+        return GeneratorTask(self.generator.module, self.tokenizer.module, num_classes, guidance, options)
+
+
+def build_pair(
+    config: RunConfig,
+    weights: Origin = "load",
+    sources: dict[str, Source] | None = None,
+    guide: RunConfig | None = None,
+    num_classes: int = IMAGENET_CLASSES,
+) -> Pair:
+    """Tokenizer, generator and guide of a generator's config, which have been found to fit each other.
+
+    Args:
+        weights: of tokenizer and guide.
+        sources: weights that are resolved already, by setting: "tokenizer.weights", "sample.guide" and
+            "generator.weights", without which the generator is a new one.
+        guide: config of the guide where weights are not loaded; None: no guide then.
+        num_classes: of a new generator.
+    """
+    sources = sources or {}
+    if weights != "load":
+        with torch.device("meta") if weights == "meta" else contextlib.nullcontext():
+            tokenizer = _laid_out(config.tokenizer, sources.get("tokenizer.weights"))
+            pair = Pair(tokenizer, _new_generator(config, tokenizer, num_classes))
+            if guide is not None:
+                pair.guide = _new_generator(guide, tokenizer, num_classes)
+                pair.guide.module.eval().requires_grad_(False)
+        return pair
+    tokenizer = load_tokenizer(config.tokenizer, sources.get("tokenizer.weights"))
+    if "generator.weights" in sources:
+        generator = load_generator(sources["generator.weights"], tokenizer, config.generator)
+    else:
+        generator = _new_generator(config, tokenizer, num_classes)
+    pair = Pair(tokenizer, generator)
+    if named := guide_of(config.sample):
+        pair.guide = load_generator(sources.get("sample.guide", named))
+        introduce(pair.guide.module, tokenizer.module)
+    return pair
+
+
+def _new_generator(config: RunConfig, tokenizer: Loaded, num_classes: int) -> Loaded:
+    """The generator of a config with random weights; the tokenizer's sizes fill in what the config leaves out."""
+    spec, settings = tokenizer.module.spec, constructor_arguments(config.generator)
+    check_kind(settings["name"], spec)
+    accepted = GENERATORS.signature(settings["name"])
+    for key, value in {**spec.sizes(), "num_classes": num_classes}.items():
+        if key in accepted and settings.get(key) is None:
+            settings[key] = value
+    torch.manual_seed(hash64(config.seed, "init") % 2**63)
+    generator = build("generator", settings)
+    introduce(generator, tokenizer.module)
+    return Loaded(generator, settings)
+
+
+def tokenizer_layout(section: dict[str, Any], source: Source | None = None) -> tuple[dict[str, Any], str | None]:
+    """(constructor arguments of a tokenizer, where they come from if not from the section itself or its weights).
+
+    Nothing is downloaded. UserError where neither the section, nor its file, nor the table of released files tells.
+    """
+    settings = constructor_arguments(section)
+    reference = section.get("weights")
+    if not reference:
+        return settings, None
+    problem = f"{reference} is not on this machine."
+    if "://" not in reference:
+        try:
+            return {**read_weights("tokenizer", source or reference, section).settings, **settings}, None
+        except UserError as error:
+            problem = str(error)
+    file = released.find(reference)
+    if file is not None and (file.network or file.recipe):
+        known = file.network or constructor_arguments(load_config(file.recipe, []).tokenizer)
+        place = "the table of released files" if file.network else file.recipe
+        return {**known, **settings}, f"{file.name} is not here; its sizes are those of {place}"
+    if "name" in settings:
+        return settings, f"{reference} is not here; its sizes are the defaults of {settings['name']}"
+    raise UserError(
+        f"{problem} Only the tokenizer's sizes are needed here: give tokenizer.name=... and its settings, or "
+        "--tokenizer-config CONFIG to the benchmark."
+    )
+
+
+def _laid_out(section: dict[str, Any], source: Source | None) -> Loaded:
+    """A tokenizer without weights, on the current default device."""
+    settings = _untrained(TOKENIZERS, tokenizer_layout(section, source)[0])
+    tokenizer = TOKENIZERS.build(settings)
+    tokenizer.to(torch.get_default_device())  # tables are made on the CPU whatever the context says, and views compute
+    return Loaded(view(tokenizer, section.get("view")).eval().requires_grad_(False), settings)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What trains
+# ---------------------------------------------------------------------------------------------------------------------
+def build_tokenizer_task(config: RunConfig, weights: Origin = "load") -> TokenizerTask:
+    """A new tokenizer, as a tokenizer's config trains it.
+
+    Args:
+        weights: of teachers, of the networks behind losses, and of what the tokenizer starts from.
+    """
+    ready = weights == "load"
+    settings = config.tokenizer if ready else _untrained(TOKENIZERS, tokenizer_layout(config.tokenizer)[0])
+    torch.manual_seed(hash64(config.seed, "teachers") % 2**63)  # for toys, whose teachers are random
+    teachers = semantic_widths(config, settings, pretrained=ready)
+    torch.manual_seed(hash64(config.seed, "init") % 2**63)
+    tokenizer = build("tokenizer", settings)
+    objective = dict(config.objective)
+    if not ready and objective.get("perceptual"):
+        objective["perceptual"] = {
+            name: {**(part if isinstance(part, dict) else {"weight": part}), "pretrained": False}
+            for name, part in objective["perceptual"].items()
+        }
+    objective = OBJECTIVES.build(objective)
+    discriminator = None
+    if config.discriminator:
+        discriminator = DISCRIMINATORS.build(
+            config.discriminator if ready else _untrained(DISCRIMINATORS, config.discriminator),
+            sync=ready and config.train.sync_batch_norm,
+            image_size=tokenizer.image_size,
+        )
+    objective.check_terms(tokenizer.term_names, bool(teachers), discriminator is not None)
+    return TokenizerTask(tokenizer, objective, discriminator, teachers)
 
 
 def semantic_widths(
@@ -289,99 +532,26 @@ def semantic_widths(
     return teachers
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Networks without weights
-# ---------------------------------------------------------------------------------------------------------------------
-IMAGENET_CLASSES = 1000
+def _untrained(registry: Any, settings: dict[str, Any]) -> dict[str, Any]:
+    """The same without published weights to start from."""
+    return {**settings, "pretrained": False} if "pretrained" in registry.signature(settings["name"]) else settings
 
 
-def tokenizer_layout(section: dict[str, Any]) -> tuple[dict[str, Any], str | None]:
-    """(constructor arguments of a tokenizer, where they come from if not from the section itself or its weights).
-
-    Nothing is downloaded. UserError where neither the section, nor its file, nor the table of released files tells.
-    """
-    settings = {k: v for k, v in section.items() if k not in RESERVED - {"name"}}
-    reference = section.get("weights")
-    if not reference:
-        return settings, None
-    problem = f"{reference} is not on this machine."
-    if "://" not in reference:
-        try:
-            return {**read_weights("tokenizer", reference, section).settings, **settings}, None
-        except UserError as error:
-            problem = str(error)
-    file = released.find(reference)
-    if file is not None and (file.network or file.recipe):
-        known = file.network or {
-            k: v for k, v in load_config(file.recipe, []).tokenizer.items() if k not in RESERVED - {"name"}
-        }
-        place = "the table of released files" if file.network else file.recipe
-        return {**known, **settings}, f"{file.name} is not here; its sizes are those of {place}"
-    if "name" in settings:
-        return settings, f"{reference} is not here; its sizes are the defaults of {settings['name']}"
-    raise UserError(
-        f"{problem} Only the tokenizer's sizes are needed here: give tokenizer.name=... and its settings, or "
-        "--tokenizer-config CONFIG to the benchmark."
-    )
-
-
-def tokenizer_of(config: RunConfig) -> nn.Module:
-    """The tokenizer that a generator's config models, seen as it sees it, on the current default device."""
-    tokenizer = TOKENIZERS.build(tokenizer_layout(config.tokenizer)[0])
-    tokenizer.to(torch.get_default_device())  # tables are made on the CPU whatever the context says, and views compute
-    return view(tokenizer, config.tokenizer.get("view"))
-
-
-def generator_of(config: RunConfig, tokenizer: nn.Module, num_classes: int = IMAGENET_CLASSES) -> nn.Module:
-    """The generator of a config; UserError where it does not fit the tokenizer."""
-    check_kind(config.generator["name"], tokenizer.spec)
-    generator = GENERATORS.build(config.generator, **tokenizer.spec.sizes(), num_classes=num_classes)
-    pair(generator, tokenizer)
-    return generator
-
-
-def make_task(
-    config: RunConfig, guide_config: RunConfig | None, device: torch.device, num_classes: int = IMAGENET_CLASSES
+def random_task(
+    config: RunConfig, device: torch.device, guide: RunConfig | None = None, num_classes: int = IMAGENET_CLASSES
 ) -> TokenizerTask | GeneratorTask:
-    """The config's task with random weights on `device`, which may be meta."""
+    """The config's task without weights on `device`, which may be meta. A tokenizer that is not on this machine is laid
+    out as its config, its file or the table of released files says."""
+    weights: Origin = "meta" if device.type == "meta" else "random"
     torch.manual_seed(0)
-    with torch.device("meta") if device.type == "meta" else contextlib.nullcontext():
-        task = (
-            _random_tokenizer_task(config)
-            if config.task == "tokenizer"
-            else _random_generator_task(config, guide_config, num_classes)
-        )
+    if config.task == "generator":
+        task = build_pair(config, weights, guide=guide, num_classes=num_classes).task(num_classes, config.sample)
+    else:
+        with torch.device("meta") if weights == "meta" else contextlib.nullcontext():
+            task = build_tokenizer_task(config, weights)
     for network in networks_of(task):
         network.to(device)  # tables are made on the CPU whatever the context says
-    if config.task == "generator":
-        task.tokenizer.eval().requires_grad_(False)
     return task
-
-
-def _random_tokenizer_task(config: RunConfig) -> TokenizerTask:
-    settings = tokenizer_layout(config.tokenizer)[0]
-    teachers = semantic_widths(config, settings, pretrained=False)
-    tokenizer = TOKENIZERS.build(settings)
-    discriminator = config.discriminator and DISCRIMINATORS.build(
-        config.discriminator, sync=False, image_size=tokenizer.image_size, pretrained=False
-    )
-    objective = dict(config.objective)
-    if objective.get("perceptual"):  # the networks behind perceptual losses too start from random weights
-        objective["perceptual"] = {
-            name: {**(part if isinstance(part, dict) else {"weight": part}), "pretrained": False}
-            for name, part in objective["perceptual"].items()
-        }
-    return TokenizerTask(tokenizer, OBJECTIVES.build(objective), discriminator, teachers)
-
-
-def _random_generator_task(config: RunConfig, guide_config: RunConfig | None, num_classes: int) -> GeneratorTask:
-    tokenizer = tokenizer_of(config)
-    generator, *guides = [generator_of(c, tokenizer, num_classes) for c in (config, guide_config) if c is not None]
-    guide = guides[0].eval().requires_grad_(False) if guides else None
-    guidance = make_guidance(config.sample, guide)
-    if guidance.kind == "auto" and guide is None:
-        guidance = Guidance()
-    return GeneratorTask(generator, tokenizer, num_classes, guidance, sample_options(config.sample, generator))
 
 
 def networks_of(task: TokenizerTask | GeneratorTask) -> list[nn.Module]:

@@ -100,8 +100,9 @@ def pretokenize(config: RunConfig, request: Request, pictures: DataSource | None
     """Make, check, show and export one store. Returns the exit code."""
     world = dist.start(config.train.device)
     try:
-        tokenizer, fingerprint = load_tokenizer(config.tokenizer)
-        job = Pretokenizing(config, request, pictures, world, tokenizer.to(world.device), fingerprint)
+        tokenizer = load_tokenizer(config.tokenizer)
+        module = tokenizer.module.to(world.device)
+        job = Pretokenizing(config, request, pictures, world, module, tokenizer.fingerprint)
         job.make()
         store = job.open()
         if world.is_main:

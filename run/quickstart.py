@@ -41,7 +41,7 @@ from evaluation.work import Work
 from generator.task import GeneratorTask
 from run import streaming
 from run.data import open_train, open_val
-from run.load import load_config, load_generator, load_tokenizer, make_guidance, sample_options
+from run.load import Loaded, Pair, load_config, load_generator, load_tokenizer
 from run.train import train
 
 FOLDER = Path(__file__).resolve().parents[1] / "configs" / "quickstart"
@@ -132,16 +132,19 @@ class Finished:
         self.config = configs[plan["generator"]]
         self.device = dist.pick_device("auto")
         self.source, self.val = open_train(self.config), open_val(self.config)
-        self.tokenizer = load_tokenizer({"weights": str(folder / plan["tokenizer"])})[0].to(self.device)
-        self.generator = self._generator("generator")
+        tokenizer = load_tokenizer({"weights": str(folder / plan["tokenizer"])})
+        self.tokenizer = tokenizer.module.to(self.device)
+        self.pair = Pair(tokenizer, self._generator("generator", tokenizer))
         self.size = self.tokenizer.image_size
         self.net = networks.feature_net(self.device)
         self.train = real_features(self.pictures(self.source), self.net, self.config)
         self.unseen = real_features(self.pictures(self.val), self.net, self.config)
         self.classifier = toy.fit(self.train.features[toy.CLASS_TAP], self.train.labels, self.source.num_classes)
 
-    def _generator(self, role: str):
-        return load_generator(str(self.folder / self.plan[role]), self.tokenizer)[0].to(self.device)
+    def _generator(self, role: str, tokenizer: Loaded) -> Loaded:
+        generator = load_generator(str(self.folder / self.plan[role]), tokenizer)
+        generator.module.to(self.device)
+        return generator
 
     def pictures(self, source: DataSource) -> SourcePictures:
         return SourcePictures(source, self.size, self.config.data.workers)
@@ -149,14 +152,8 @@ class Finished:
     def task(self, changes: dict[str, Any]) -> GeneratorTask:
         """One way to sample: the config's, with some settings changed."""
         sampling = dataclasses.replace(self.config.sample, **changes)
-        guide = self._generator("guide") if sampling.guidance == "auto" else None
-        return GeneratorTask(
-            self.generator,
-            self.tokenizer,
-            self.source.num_classes,
-            make_guidance(sampling, guide),
-            sample_options(sampling, self.generator),
-        )
+        guide = self._generator("guide", self.pair.tokenizer) if sampling.guidance == "auto" else None
+        return dataclasses.replace(self.pair, guide=guide).task(self.source.num_classes, sampling)
 
     def sample(self, label: str, **changes: Any) -> Variant:
         """Draw and measure the pictures of one way to sample, called `label`."""

@@ -1,251 +1,301 @@
-"""A finished generator with everything it needs to sample: tokenizer, latent statistics, guidance, sampling options.
+"""The sampling program: folders of pictures that depend on (seed, label, index) and the settings alone.
 
-    open_generator("work_dirs/my_run", ["sample.scale=1.5"])
-    open_generator("reAR-L.safetensors", [])                              a released file, as its number was published
-    open_generator("configs/rear/rear_l.yaml", [])                        the run that this config trained
-    open_generator("my_file.pt", ["tokenizer.weights=pretrained_models/RecTok_decft.pth"])
-
-Overrides are keys of the config, and win. A run brings its own config. A released file, told by its name, has the recipe
-and the settings that core/weights/released.toml lists; for other files tokenizer.weights is needed, and sample.*, eval.*,
-seed, data.* start from their defaults. A config whose run is not there stands for the released file that belongs to it.
+The same request with a larger `num`, or after a kill, adds what is missing; a folder with pictures of other settings is
+refused. Finding and loading what is sampled from is run/target.py.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import inspect
+import re
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from PIL import Image
+from torch import Tensor
 
-from core import config as config_module
-from core.config import RunConfig, SampleConfig
+from core.chunks import Chunks, enter
 from core.dist import World
-from core.errors import UserError
+from core.errors import UserError, nearest
+from core.files import explain_os_errors
+from core.images import grid, save_png, to_model_range, to_uint8
 from core.nn.precision import bf16_products
-from core.rng import Draws
-from core.specs import DataSource
-from core.train.checkpoint import Checkpoint
-from core.weights import files as weight_files
-from core.weights import hub, released
-from core.weights.adapter import recognise
-from data.sources import open_source
-from generator.task import GeneratorTask
+from core.rng import Draws, hash64
+from core.train.log import ProgressLine
+from core.weights import hub
+from data.transforms import center_crop, to_tensor
+from evaluation.pictures import NpzWriter
 from run import streaming
-from run.latent_stats import latent_statistics
-from run.load import (
-    ADAPTERS,
-    REGISTRIES,
-    load_config,
-    load_generator,
-    load_tokenizer,
-    make_guidance,
-    pair,
-    read_weights,
-    sample_options,
-)
+from run.data import class_names
+from run.reconstruct import read_files
+from run.target import Sampler, Target, open_generator
 
-ROOT = Path(__file__).resolve().parent.parent
+SHOWN = 64  # pictures in grid.png
+COLUMNS = 16  # of grid.png at most, one per label
+STRIPS = 8  # pictures in stages.png
+ANIMATIONS = {None: (), "webp": (".webp",), "gif": (".webp", ".gif")}  # what --preview writes
+AT_LEAST = 16  # pictures without --num
+READ = 64  # pictures that are read back at a time
+MANIFEST = "sample.json"
 
 
 @dataclass
-class Finished:
-    """Ready to sample. `facts` name the weights, for records."""
+class Request:
+    """What to draw; the options of scripts/sample.py.
 
-    config: RunConfig
-    weights: str
-    task: GeneratorTask
-    image_size: int
-    num_classes: int
-    facts: dict[str, Any]
+    Attributes:
+        labels: "207, 10-19, tree frog".
+        num: pictures in all; None: at least AT_LEAST, as many of each label.
+        batch: pictures at once per GPU.
+        npz: also one .npz with arr_0, as ADM's evaluator reads it.
+        preview: a key of ANIMATIONS; None: no stages.
+        layout: a picture; all begin with the codes of its first `layout_groups` stages.
+    """
 
-    @property
-    def generator(self) -> nn.Module:
-        return self.task.generator
+    labels: str
+    out: str
+    num: int | None = None
+    batch: int = 32
+    npz: str | None = None
+    preview: str | None = None
+    layout: str | None = None
+    layout_groups: int = 1
 
-    @property
-    def tokenizer(self) -> nn.Module:
-        return self.task.tokenizer
+    def check(self) -> None:
+        if (self.num is not None and self.num < 1) or self.batch < 1:
+            raise UserError(f"--num {self.num} and --batch {self.batch}: give 1 or more")
+        if self.npz and not self.npz.endswith(".npz"):
+            raise UserError(f"--npz {self.npz}: choose a name that ends in .npz")
 
-    @property
-    def bf16(self) -> bool:
-        return self.config.train.precision == "bf16"
 
-    @torch.no_grad()
-    def sample(self, labels: Tensor, draws: Draws) -> Tensor:
-        """Pictures (B, 3, H, W) in [-1, 1] of the classes `labels`, in the precision of the config."""
-        with bf16_products(labels.device, self.bf16):
-            return self.task.sample(self.generator, labels, draws)
+def sample(target: Target, request: Request, world: World) -> None:
+    """Load, draw, make the grid. Collective."""
+    sampler = open_generator(target, world, print if world.is_main else lambda *_: None)
+    config = sampler.config
+    labels = parse_labels(request.labels, sampler.num_classes, class_names(config))
+    if request.preview:
+        streaming.check(sampler.generator, sampler.tokenizer)
+    count = request.num or len(labels) * max(1, -(-AT_LEAST // len(labels)))
+    folder = SampleFolder(Path(request.out), labels, count, ANIMATIONS[request.preview])
+    settings = asdict(config.sample)
+    facts = {
+        **sampler.facts,
+        **{f"sample.{key}": value for key, value in settings.items() if value is not None and key != "guide"},
+        **begin_alike(sampler, request, labels[0], world.device),
+        "seed": config.seed,
+        "labels": labels,
+        "precision": config.train.precision,
+    }
+    world.on_main(lambda: folder.claim(facts))
+    new = folder.draw(sampler, request.batch, world)
+    if not world.is_main:
+        return
+    print(f"{count} pictures in {folder.path} ({new} new on this rank); look at {folder.write_grid()}")
+    if request.preview:
+        print(f"how they came about: {folder.write_stages()}")
+    if request.npz:
+        folder.write_npz(Path(request.npz), sampler.image_size)
+        print(f"written to {request.npz}")
 
-    def stream(
-        self, labels: Tensor, draws: Draws, show: Callable[[int, Tensor], None] | None = None
-    ) -> streaming.Streamed:
-        """The same pictures, with what can be seen of them while their codes are being made."""
-        with bf16_products(labels.device, self.bf16):
-            return streaming.stream(
-                self.generator, self.tokenizer, labels, draws, self.task.guidance, self.task.sample_options, show
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Labels
+# ---------------------------------------------------------------------------------------------------------------------
+def parse_labels(text: str, num_classes: int, names: list[str]) -> list[int]:
+    """Class numbers of "207, 10-19, tree frog"; UserError for one that does not exist."""
+    by_name: dict[str, list[int]] = {}
+    for i, name in enumerate(names):
+        by_name.setdefault(name.casefold(), []).append(i)
+    labels: list[int] = []
+    for word in (w.strip() for w in text.split(",")):
+        numbers = re.fullmatch(r"(\d+)(?:\s*(?:-|\.\.)\s*(\d+))?", word)
+        called = by_name.get(word.casefold(), [])
+        if numbers is None and len(called) > 1:  # ImageNet has two cranes
+            raise UserError(
+                f'--labels: "{word}" is the name of classes {" and ".join(map(str, called))}; give the number.'
             )
+        if numbers is None and called:
+            labels += called
+            continue
+        if numbers is None:
+            hint = nearest(word, names) if names else " Names need data.url of the pictures it was trained on."
+            raise UserError(
+                f'--labels: "{word}" is neither a class number, a range such as 10-19 nor a class name.{hint}'
+            )
+        first, last = int(numbers[1]), int(numbers[2] or numbers[1])
+        if last < first or last >= num_classes:
+            raise UserError(
+                f"--labels {word}: the generator knows classes 0 to {num_classes - 1}, the smaller number first."
+            )
+        labels += range(first, last + 1)
+        if called and called != [first]:  # folders 0 ... 11 are sorted as words: 0, 1, 10, 11, 2
+            print(
+                f"--labels {word}: class number {first}, called {names[first]}; the class that is called {word} has "
+                f"number {called[0]}"
+            )
+    return labels
 
 
-Log = Callable[[str], None]
-
-
-def read_config(target: str, overrides: list[str], log: Log = lambda _: None) -> tuple[RunConfig, str]:
-    """(config, reference of the generator's weights). No network is loaded.
+# ---------------------------------------------------------------------------------------------------------------------
+# The folder
+# ---------------------------------------------------------------------------------------------------------------------
+@dataclass
+class SampleFolder:
+    """Pictures 0 ... count - 1 as <index>_<label>.png; picture i shows label i modulo their number.
 
     Args:
-        target: a config file, a run folder, a checkpoint, a released file, or hf://owner/repository/file.
-        overrides: config keys; `generator.weights=` names other weights than the target's own.
-        log: is told what was chosen for the user.
+        animations: suffixes of those beside each picture, with a filmstrip of its stages; () for neither.
     """
-    if target.endswith((".yaml", ".yml")):
-        config = load_config(target, overrides)
-        weights = (config.generator or {}).get("weights") or _run_of(target, config, overrides, log)
-    else:
-        path = released.resolve(target)
-        config = _config_of(target, path, overrides, log)
-        weights = (config.generator or {}).get("weights") or str(path)
-    if config.task != "generator":
-        raise UserError(
-            f"{target} is about a {config.task}; a generator was asked for. "
-            "Tokenizers are measured with run_eval_tokenizer.sh."
-        )
-    if not config.tokenizer.get("weights"):
-        raise UserError(f"{target}: say which tokenizer decodes its latents: tokenizer.weights=work_dirs/RUN")
-    for reference in (weights, config.tokenizer["weights"], guide_of(config)):
-        if reference:
-            released.resolve(reference)
-    return config, weights
 
+    path: Path
+    labels: list[int]
+    count: int
+    animations: tuple[str, ...] = ()
 
-def guide_of(config: RunConfig) -> str | None:
-    """The weaker model of autoguidance, where sampling uses one."""
-    sample = config.sample
-    return sample.guide if sample.guidance == "auto" and make_guidance(sample).active else None
+    def label(self, i: int) -> int:
+        return self.labels[i % len(self.labels)]
 
+    def picture(self, i: int) -> Path:
+        return self.path / f"{i:06d}_{self.label(i)}.png"
 
-def _run_of(target: str, config: RunConfig, overrides: list[str], log: Log) -> str:
-    """The run of a config, or, where it was never trained, the newest released file of that recipe that is here."""
-    if config.run_dir.exists() or any(o.startswith(("name=", "work_dir=")) for o in overrides):
-        return str(config.run_dir)
-    files = [
-        f
-        for f in released.table()
-        if f.recipe and (ROOT / f.recipe).resolve() == Path(target).resolve() and config.task == "generator"
-    ]
-    here = [f for f in files if f.place.is_file()]
-    if here:
-        log(f"there is no run {config.run_dir}: using {here[-1].place}, released for this config")
-        return str(here[-1].place)
-    advice = f"fetch released weights (bash run_download.sh {files[-1].name}), " if files else ""
-    raise UserError(f"there is no run {config.run_dir} yet. Train it, {advice}or give --weights FILE_OR_RUN.")
+    def filmstrip(self, i: int) -> Path:
+        return self.path / f"{self.picture(i).stem}_stages.png"
 
+    def is_whole(self, i: int) -> bool:
+        """Whether the picture is there, with its previews if there shall be any."""
+        files = [self.picture(i)]
+        if self.animations:
+            files += [self.filmstrip(i), *(self.picture(i).with_suffix(suffix) for suffix in self.animations)]
+        return all(file.is_file() for file in files)
 
-def _config_of(target: str, path: Path, overrides: list[str], log: Log) -> RunConfig:
-    """The config that belongs to a checkpoint or a file of generator weights."""
-    if path.is_dir():
-        given = Checkpoint(path).state["config"]
-        return config_module.override(lambda: given, overrides, REGISTRIES, source=target)
-    file = released.find(path)
-    if file is None or not file.recipe:
-        given = _unknown(target, path, overrides)
-        return config_module.override(lambda: given, overrides, REGISTRIES, source=target)
-    config = load_config(str(ROOT / file.recipe), [f"name={path.stem}", *file.settings, *overrides])
-    config.tokenizer["weights"] = _beside(config.tokenizer.get("weights"), path)
-    config.sample.guide = _beside(config.sample.guide, path)
-    if config.task == "generator":
-        plain, sample = asdict(SampleConfig()), asdict(config.sample)
-        log(
-            f"{path.name} as {file.recipe} says: tokenizer {config.tokenizer.get('weights')}, protocol "
-            f"{config.eval.protocol}, "
-            + ", ".join(f"{k} {v}" for k, v in sample.items() if v != plain[k])
-            + (f". Published: {file.published}." if file.published else ".")
-        )
-    return config
+    def claim(self, facts: dict[str, Any]) -> None:
+        """Note the settings in the folder, or check that its pictures were made with these."""
+        if not (self.path / MANIFEST).is_file() and any(self.path.glob("[0-9]*.png")):
+            raise UserError(f"{self.path} holds pictures of unknown settings. Choose another --out.")
+        enter(self.path / MANIFEST, facts, "pictures of other settings", "Choose another --out.")
 
+    def draw(self, sampler: Sampler, batch: int, world: World) -> int:
+        """Make what is missing; how many pictures this rank made. Collective."""
+        chunks = Chunks(self.count, 1, world, self.is_whole)
+        mine = chunks.mine()
+        line = ProgressLine(self.count, label="samples") if world.is_main and mine and not self.animations else None
+        if line:
+            line.restart(len(chunks.done))
 
-def _beside(reference: str | None, path: Path) -> str | None:
-    """`reference`, or the file of that name in the folder of `path` where there is no such file otherwise."""
-    if not reference or "://" in reference or Path(reference).exists():
-        return reference
-    beside = path.parent / Path(reference).name
-    return str(beside) if beside.is_file() else reference
+        def share(missing: list[int]) -> None:
+            with ThreadPoolExecutor(4) as pool, explain_os_errors(self.path):
+                writing: list[Future] = []
+                for start in range(0, len(missing), batch):
+                    part = missing[start : start + batch]
+                    stages = self._make(sampler, part, world)
+                    images = to_uint8(stages[-1].float(), "nearest").cpu()
+                    for earlier in writing:
+                        earlier.result()
+                    writing = [
+                        pool.submit(self._write, i, image, [stage[j : j + 1] for stage in stages])
+                        for j, (i, image) in enumerate(zip(part, images))
+                    ]
+                    chunks.advance(len(part))
+                for last in writing:
+                    last.result()
 
+        try:
+            chunks.run(share, line.update if line else None)
+        finally:
+            if line:
+                line.close()
+        return len(mine)
 
-def _unknown(target: str, path: Path, overrides: list[str]) -> dict[str, Any]:
-    """The smallest config around a file; what training would need is filled in and never used."""
-    given = config_module.read_overrides([o for o in overrides if o.startswith(("generator.", "tokenizer."))])
-    tokenizer = {}
-    if not given.get("tokenizer", {}).get("weights"):
-        if weight_files.read(path) or not recognise(ADAPTERS["tokenizer"], hub.load_tensors(path)):
-            raise UserError(
-                f"{target} is a file of generator weights, and no released one by its name. Say which tokenizer decodes its "
-                "latents: tokenizer.weights=pretrained_models/FILE"
+    def _make(self, sampler: Sampler, part: list[int], world: World) -> list[Tensor]:
+        """Pictures (B, 3, H, W) in [-1, 1] of these numbers: the whole ones last, before them their stages if any."""
+        draws = Draws(hash64(sampler.config.seed, "samples"), torch.tensor(part, device=world.device))
+        labels = torch.tensor([self.label(i) for i in part], device=world.device)
+        if not self.animations:
+            return [sampler.sample(labels, draws)]
+        streamed = sampler.stream(labels, draws)
+        if world.is_main:
+            print(
+                f"{len(part)} pictures from number {part[0]} on, seconds to each stage: "
+                + " ".join(f"{seconds:.2f}" for seconds in streamed.seconds)
+                + f"; the first after {100 * streamed.first_share:.0f} % of the time",
+                flush=True,
             )
-        tokenizer = {"weights": str(path)}  # VAR's trainer keeps its tokenizer beside it
-    known = {**given.get("tokenizer", {}), **tokenizer}
-    codes = read_weights("tokenizer", known["weights"], known).settings
-    known = {key: codes[key] for key in ("branches", "scales") if key in codes}  # no VAR tells them itself
-    settings = read_weights("generator", str(path), {**known, **given.get("generator", {})}).settings
-    return {
-        "name": path.stem,
-        "task": "generator",
-        "tokenizer": tokenizer,
-        "generator": settings,
-        "data": {"url": "folder://data/imagenet/train", "val_url": "folder://data/imagenet/val"},
-        "train": {
-            "duration": "0ep",
-            "global_batch": 1,
-            "optimizer": {"lr": 0.0},
-            "precision": "bf16" if torch.cuda.is_available() else "fp32",
-        },
-    }
+        return [picture.cpu() for picture in streamed.pictures]
+
+    def _write(self, i: int, image: Tensor, stages: list[Tensor]) -> None:
+        """One picture (3, H, W) uint8, with its previews."""
+        save_png(image, self.picture(i))
+        if self.animations:
+            streaming.write_filmstrip(stages, self.filmstrip(i))
+        for suffix in self.animations:
+            streaming.write_animation(stages, self.picture(i).with_suffix(suffix))
+
+    def read(self, start: int, stop: int) -> Tensor:
+        """Pictures start ... stop - 1, (n, 3, H, W) uint8."""
+        return torch.stack([to_tensor(Image.open(self.picture(i)).convert("RGB")) for i in range(start, stop)])
+
+    def write_grid(self) -> Path:
+        """The first pictures, one column per label where those are few."""
+        path, each = self.path / "grid.png", len(self.labels)
+        shown = self.read(0, min(self.count, SHOWN // each * each if each <= SHOWN else SHOWN))
+        save_png(grid(shown, columns=each if 1 < each <= COLUMNS else None), path)
+        return path
+
+    def write_stages(self) -> Path:
+        """The filmstrips of the first pictures."""
+        path = self.path / "stages.png"
+        streaming.stack_filmstrips([self.filmstrip(i) for i in range(min(self.count, STRIPS))], path)
+        return path
+
+    def write_npz(self, path: Path, size: int) -> None:
+        """All pictures in one file."""
+        if path.exists():
+            raise UserError(f"{path} exists already; the pictures are in {self.path}. Choose another --npz.")
+        with NpzWriter(path, self.count, (size, size)) as writer:
+            for start in range(0, self.count, READ):
+                writer.write(start, self.read(start, min(start + READ, self.count)))
+            writer.flush()
+            writer.finish()
 
 
-def _pictures_for_statistics(config: RunConfig, reference: str) -> DataSource:
-    try:
-        return open_source(config.data.url, config.data.split)
-    except UserError as error:
+# ---------------------------------------------------------------------------------------------------------------------
+# How pictures begin
+# ---------------------------------------------------------------------------------------------------------------------
+@torch.no_grad()
+def begin_alike(sampler: Sampler, request: Request, first_label: int, device: torch.device) -> dict[str, Any]:
+    """Let all samples begin with the same codes, if --layout or sample.shared ask for it; facts about them.
+
+    Both become a `prefix` for the generator, so that a picture does not depend on those in its batch.
+    """
+    options = sampler.task.sample_options
+    shared = options.pop("shared", 0)
+    if request.layout is None and not shared:
+        return {}
+    if request.layout is not None and shared:
+        raise UserError("--layout and sample.shared both say how pictures begin; give one of them.")
+    if "prefix" not in inspect.signature(sampler.generator.sample).parameters:
         raise UserError(
-            f"{reference} comes without the statistics of the latents it models, and the pictures to measure them on are "
-            f"not here ({error}) Measure them once on any pictures like ImageNet's: python -m scripts.latent_stats "
-            f"{config.tokenizer['weights']} folder://data/imagenet/val --split val, or give data.url=URL."
-        ) from None
-
-
-def open_generator(target: str, overrides: list[str], world: World, log: Log = print) -> Finished:
-    """Load it, on the world's device. Collective where latent statistics have to be measured first."""
-    config, reference = read_config(target, overrides, log)
-    tokenizer, tokenizer_print = load_tokenizer(config.tokenizer)
-    use_ema = config.generator.get("use_ema", True)
-    facts = {
-        "weights": reference,
-        "use_ema": use_ema,
-        "tokenizer": config.tokenizer["weights"],
-        "tokenizer_fingerprint": tokenizer_print,
-    }
-    carried = read_weights("generator", reference, config.generator).constants
-    if not carried and not tokenizer.latent_stats_known:
-        # parity: no released generator carries the statistics of its latents
-        source = _pictures_for_statistics(config, reference)
-        latent_statistics(config, tokenizer, tokenizer_print, source, world, log)
-        facts["latent_statistics"] = f"measured on {config.data.url}"
-    generator, weights = load_generator(reference, tokenizer, use_ema, config.generator)
-    facts["weights_fingerprint"] = hub.fingerprint(generator.state_dict())
-    guide = None
-    if named := guide_of(config):
-        guide = load_generator(named)[0]
-        pair(guide, tokenizer)
-        facts |= {"guide": named, "guide_fingerprint": hub.fingerprint(guide.state_dict())}
-        guide.to(world.device)
-    num_classes = weights.settings.get("num_classes") or open_source(config.data.url, config.data.split).num_classes
-    task = GeneratorTask(
-        generator.to(world.device),
-        tokenizer.to(world.device),
-        num_classes,
-        make_guidance(config.sample, guide),
-        sample_options(config.sample, generator),
-    )
-    return Finished(config, reference, task, tokenizer.image_size, num_classes, facts)
+            f"{type(sampler.generator).__name__} cannot continue codes that are given, so there is no --layout."
+        )
+    if request.layout is not None:
+        ((_, picture),) = read_files([request.layout])
+        image = to_model_range(to_tensor(center_crop(picture, sampler.image_size))[None]).to(device)
+        options["prefix"] = streaming.layout_prefix(sampler.tokenizer, image, request.layout_groups)
+        return {
+            "layout": request.layout,
+            "layout_groups": request.layout_groups,
+            "layout_fingerprint": hub.fingerprint({"codes": options["prefix"]}),
+        }
+    if shared > sampler.tokenizer.spec.length:
+        raise UserError(
+            f"sample.shared={shared}: a picture has {sampler.tokenizer.spec.length} codes; give at most those."
+        )
+    draws = Draws(hash64(sampler.config.seed, "samples"), torch.zeros(1, dtype=torch.int64, device=device))
+    label = torch.tensor([first_label], device=device)
+    with bf16_products(device, sampler.bf16):
+        codes = sampler.generator.sample(label, draws, sampler.task.guidance, **options)
+    options["prefix"] = codes[:, :shared]
+    return {}

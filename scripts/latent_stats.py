@@ -33,27 +33,28 @@ def main(arguments: list[str]) -> int:
     from core.errors import UserError
     from core.specs import Continuous
     from data.sources import open_source
-    from run.latent_stats import measured
-    from run.load import load_tokenizer, read_weights
+    from run.latent_stats import measure
+    from run.load import load_tokenizer
     from tokenizer.continuous.stats import default_place, read_stats, save_stats
 
     source = None if options.pickle else open_source(options.url, options.split)
     section = {**known, "weights": options.weights, "use_ema": not options.raw, "latent_stats": "none"}
-    tokenizer, fingerprint = load_tokenizer(section)
-    if not isinstance(tokenizer.spec, Continuous):
-        raise UserError(f"{options.weights} gives {tokenizer.spec}: only continuous latents have statistics.")
-    place = options.out or default_place(read_weights("tokenizer", options.weights, known).path)
+    tokenizer = load_tokenizer(section)
+    module = tokenizer.module
+    if not isinstance(module.spec, Continuous):
+        raise UserError(f"{options.weights} gives {module.spec}: only continuous latents have statistics.")
+    place = options.out or default_place(tokenizer.path)
     if place is None:
         raise UserError(
             f"{options.weights} is a run of ours, whose generators measure statistics themselves: give --out FILE."
         )
     if source is None:
         stats = read_stats(options.pickle)
-        tokenizer.set_latent_stats(stats.mean, stats.std)  # checks that they fit
+        module.set_latent_stats(stats.mean, stats.std)  # checks that they fit
     else:
-        stats = measured(tokenizer, source, options.num, dist.pick_device("auto"))
-    save_stats(place, stats, fingerprint)
-    print(f"written to {Path(place)}: {tokenizer.spec.channels} channels, of tokenizer weights {fingerprint}")
+        stats = measure(module, source, options.num, dist.pick_device("auto"))
+    save_stats(place, stats, tokenizer.fingerprint)
+    print(f"written to {Path(place)}: {module.spec.channels} channels, of tokenizer weights {tokenizer.fingerprint}")
     return 0
 
 

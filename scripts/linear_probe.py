@@ -100,7 +100,8 @@ def main(arguments: list[str]) -> int:
 
     world = dist.start("auto")
     try:
-        tokenizer, fingerprint = load_tokenizer(section)
+        loaded = load_tokenizer(section)
+        tokenizer, fingerprint = loaded.module, loaded.fingerprint
         tokenizer.to(world.device)
         count = min(options.num or len(train), len(train))
         rows = range(count) if count == len(train) else sorted(permutation(len(train), "probe")[:count].tolist())

@@ -27,7 +27,7 @@ HARDWARE = {"--gpus": (int, "a whole number"), "--gpu-gb": (float, "a number"), 
 
 def take_hardware(words: list[str]) -> tuple[dict[str, float], list[str]]:
     """(keyword arguments of estimate.describe, the other words)."""
-    found, rest, waiting = {}, [], iter(words)
+    hardware, rest, waiting = {}, [], iter(words)
     for word in waiting:
         option, equals, value = word.partition("=")
         if option not in HARDWARE:
@@ -36,12 +36,12 @@ def take_hardware(words: list[str]) -> tuple[dict[str, float], list[str]]:
         kind, expected = HARDWARE[option]
         value = value if equals else next(waiting, "")
         try:
-            found[option[2:].replace("-", "_")] = kind(value)
+            hardware[option[2:].replace("-", "_")] = kind(value)
         except ValueError:
             raise UserError(f'{option}: {expected} follows, not "{value}".') from None
         if kind(value) <= 0:
             raise UserError(f"{option}: {expected} above 0 follows, not {value}.")
-    return found, rest
+    return hardware, rest
 
 
 def main(arguments: list[str]) -> int:
@@ -70,33 +70,19 @@ def main(arguments: list[str]) -> int:
     asked = [setting for setting in launch.asked_by_accelerate() if setting.partition("=")[0] not in given]
     if asked and launch.speaks():
         print(f"accelerate's config sets {' '.join(asked)}; the same key behind CONFIG overrules it.")
+    from run import check, estimate
     from run.load import load_config
-    from run.missing import report
-    from run.train import check_inputs, train
+    from run.train import train
 
     config = load_config(path, asked + overrides)
     if "--check" in modes:
-        from run import estimate
-        from run.load import load_config
-        from run.missing import report
-        from run.train import check_inputs, data_notes
-
-        source = check_inputs(config)
-        estimate.check_networks(config)
-        print(report(config))
-        for note in data_notes(config, source):
-            print(f"data           {note}")
-        return 0
-    if "--dry-run" in modes:
-        from run import estimate
-        from run.load import load_config
-        from run.missing import report
-        from run.train import check_inputs, train
-
+        print(check.check(config))
+    elif "--dry-run" in modes:
         print(estimate.describe(config, **hardware))
-        print(report(config))
-        return 0
-    return train(config)
+        print(check.report(config))
+    else:
+        return train(config)
+    return 0
 
 
 if __name__ == "__main__":

@@ -18,8 +18,8 @@ from data.loader import Loader, Replaced
 from data.sources import open_source
 from data.tokens import build
 from data.transforms import Transform
+from run.check import check_inputs, data_notes
 from run.load import load_config
-from run.train import check_inputs, data_notes
 from tests.conftest import TOY_GENERATOR, TOY_TOKENIZER
 from tests.data.test_loader import Damaged, take
 from tests.data.test_sources import png, write_tar
@@ -126,9 +126,9 @@ def test_lists_with_commas(tmp_path, line, advice):
 def test_a_run_says_what_it_leaves_out(tmp_path):
     write(tmp_path / "a" / "0.png", png())
     config = load_config(TOY_TOKENIZER, [f"data.url={tmp_path}", "train.device=cpu", "data.val_url=null"])
-    assert data_notes(config, check_inputs(config)) == [f"{tmp_path}: order and resume are exact"]
+    assert data_notes(config, check_inputs(config).data) == [f"{tmp_path}: order and resume are exact"]
     write(tmp_path / "a" / "1.avif")
-    assert data_notes(config, check_inputs(config))[1:] == ["not read: 1 .avif (a/1.avif)"]
+    assert data_notes(config, check_inputs(config).data)[1:] == ["not read: 1 .avif (a/1.avif)"]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -148,7 +148,7 @@ def test_orientation(tmp_path):
     with pytest.raises(UserError, match="exif=yes must be 0 or 1"):
         open_source(f"folder://{tmp_path}?exif=yes")
     config = load_config(TOY_TOKENIZER, [f"data.url={tmp_path}", "data.exif=true", "train.device=cpu"])
-    assert check_inputs(config)[1].image.size == (4, 8)
+    assert check_inputs(config).data[1].image.size == (4, 8)
 
 
 def sixteen(high: int) -> Image.Image:
@@ -271,7 +271,8 @@ def test_names_of_train_and_val():
 
 @pytest.mark.parametrize("others, message", [("ace", "class 1 is b .* and c in"), ("ab", "without c")])
 def test_other_classes_in_val_are_found_before_a_run(tmp_path, monkeypatch, others, message):
-    monkeypatch.setattr("run.missing.lacking", lambda config: [])
+    monkeypatch.setattr("run.check.find_weights", lambda config: ({}, []))
+    monkeypatch.setattr("run.check.missing_helpers", lambda config: [])
     for split, names in (("train", "abc"), ("val", others)):
         for name in names:
             write(tmp_path / split / name / "0.png", png())

@@ -24,8 +24,9 @@ from data.sources import open_source
 from data.tokens import TokenStore
 from data.transforms import Transform
 from generator import GENERATORS
+from run.check import check_inputs
 from run.load import load_config
-from run.train import check_inputs, train
+from run.train import train
 from tests.conftest import ROOT
 from tests.counting import calls
 from tests.toy_codes import ToyCodes

@@ -23,7 +23,7 @@ from evaluation.measure import ByTokenizer, Evaluation
 from evaluation.pictures import SourcePictures
 from evaluation.work import Work
 from run import evaluate as evaluation
-from run.load import load_config
+from run.load import Loaded, load_config
 from run.train import train
 from scripts import evaluate, evaluate_generator, make_reference
 from tests.conftest import TOY_GENERATOR, TOY_TOKENIZER
@@ -465,7 +465,7 @@ def test_perturbing_from_the_command_line(tokenizer_run, tmp_path, small_net, mo
     with pytest.raises(UserError, match="give ALPHA,BETA,DELTA"):
         evaluate.main([str(tokenizer_run), *val, "--perturb", "0.5", "--check"])
     assert not (tmp_path / "a").exists()
-    monkeypatch.setattr(evaluation, "load_tokenizer", lambda section: (OneCode(), "one"))
+    monkeypatch.setattr(evaluation, "load_tokenizer", lambda section: Loaded(OneCode(), {}, "one"))
     monkeypatch.setattr(measure, "reconstruction_grid", lambda *a: torch.zeros(3, 8, 8, dtype=torch.uint8))
     assert evaluate.main([str(tokenizer_run), *val, "--perturb", "0.5,0.5,8"]) == 0
     assert {"rfid_24", "pfid_24", "psnr"} <= set(metrics(tmp_path / "a"))

@@ -11,7 +11,7 @@ import yaml
 from core.errors import UserError
 from core.specs import Codes, Continuous, MultiScale
 from generator import GENERATORS
-from run.load import check_kind, load_config, pair
+from run.load import check_kind, introduce, load_config
 from run.train import train
 from tests.conftest import ROOT
 from tokenizer import TOKENIZERS
@@ -166,7 +166,7 @@ def test_pairs_that_do_not_fit_say_why():
         for kind in GENERATORS_TO_TRY:
             try:
                 check_kind(kind, tokenizer.spec)
-                pair(toy_generator(kind, tokenizer), tokenizer)
+                introduce(toy_generator(kind, tokenizer), tokenizer)
             except UserError as error:
                 assert (name, kind) not in listed and len(str(error)) > 40, error
                 refused.append((name, kind))

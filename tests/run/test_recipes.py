@@ -55,8 +55,8 @@ def test_rear_recipes_start_from_a_tokenizer_file(recipe, maskgit_file, build_tr
 def test_tokens_alone_are_enough(maskgit_file, build_trainer, tmp_path):
     """The recommended way of reAR's README: stored codes, and nothing of ImageNet on disk."""
     from core.errors import UserError
+    from run.check import check_inputs
     from run.load import load_config
-    from run.train import check_inputs
     from scripts import pretokenize
 
     made = tmp_path / "tokens"

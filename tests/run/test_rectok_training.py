@@ -12,6 +12,7 @@ import pytest
 import torch
 from PIL import Image
 
+from core.config import SampleConfig
 from core.errors import UserError
 from core.images import to_model_range
 from core.rng import Draws
@@ -95,13 +96,13 @@ def test_statistics_are_found_beside_the_weights_and_checked(released_tokenizer,
     from run.load import load_tokenizer
 
     place = tmp_path / "toy.latent_stats.safetensors"
-    tokenizer, fingerprint = load_tokenizer(released_tokenizer)
-    assert not tokenizer.latent_stats_known
+    tokenizer = load_tokenizer(released_tokenizer)
+    assert not tokenizer.module.latent_stats_known
     official_statistics(tmp_path / "stats.pkl")
-    save_stats(place, read_stats(str(tmp_path / "stats.pkl")), fingerprint)
-    tokenizer, _ = load_tokenizer(released_tokenizer)
+    save_stats(place, read_stats(str(tmp_path / "stats.pkl")), tokenizer.fingerprint)
+    tokenizer = load_tokenizer(released_tokenizer).module
     assert tokenizer.latent_stats_known and tokenizer.latent_std.tolist() == [1, 2, 3, 4, 5, 6, 7, 8]
-    assert not load_tokenizer({**released_tokenizer, "latent_stats": "none"})[0].latent_stats_known
+    assert not load_tokenizer({**released_tokenizer, "latent_stats": "none"}).module.latent_stats_known
     save_stats(place, read_stats(str(tmp_path / "stats.pkl")), "of-something-else")
     with pytest.raises(UserError, match="computed with tokenizer weights of-something-else"):
         load_tokenizer(released_tokenizer)
@@ -141,22 +142,23 @@ def test_training_uses_the_statistics_that_are_named(build_trainer, tokenizer_ru
 def test_a_generator_refuses_another_tokenizer_and_missing_statistics(
     generator_run, tokenizer_run, released_tokenizer, tmp_path
 ):
-    from run.load import load_generator, load_tokenizer
+    from run.load import Pair, load_generator, load_tokenizer
 
-    tokenizer, _ = load_tokenizer({"weights": str(tokenizer_run)})
-    generator, _ = load_generator(str(generator_run), tokenizer)
-    assert tokenizer.latent_stats_known
-    raw, _ = load_tokenizer({"weights": str(tokenizer_run), "use_ema": False})
+    tokenizer = load_tokenizer({"weights": str(tokenizer_run)})
+    generator = load_generator(str(generator_run), tokenizer).module
+    assert tokenizer.module.latent_stats_known
+    raw = load_tokenizer({"weights": str(tokenizer_run), "use_ema": False})
     with pytest.raises(UserError, match=f"belong to another tokenizer. Use {tokenizer_run}"):
         load_generator(str(generator_run), raw)
 
     path = tmp_path / "dit.pth"
     torch.save({"model": GENERATOR_ADAPTERS["dit_dh"].restore(generator)}, path)
-    fresh, _ = load_tokenizer(released_tokenizer)
+    fresh = load_tokenizer(released_tokenizer)
+    pair = Pair(fresh, load_generator(str(path), fresh))
     with pytest.raises(UserError, match="without the statistics.*scripts.latent_stats TOKENIZER"):
-        load_generator(str(path), fresh)
-    fresh.set_latent_stats(0.5, 2.0)
-    load_generator(str(path), fresh)
+        pair.task(4, SampleConfig())
+    fresh.module.set_latent_stats(0.5, 2.0)
+    assert pair.task(4, SampleConfig()).generator is pair.generator.module
 
 
 # -- official pre-tokenised moments -----------------------------------------------------------------------------------
@@ -166,7 +168,7 @@ def moment_folder(tokenizer_run, tmp_path):
     from data.transforms import Transform
     from run.load import load_tokenizer
 
-    tokenizer, _ = load_tokenizer({"weights": str(tokenizer_run)})
+    tokenizer = load_tokenizer({"weights": str(tokenizer_run)}).module
     plain = Transform(image_size=32)
     lines = []
     for number in range(8):

@@ -10,6 +10,7 @@ import pytest
 from PIL import Image
 
 from core.errors import UserError
+from run.sample import parse_labels
 from scripts import sample
 from tests.conftest import ROOT
 
@@ -74,13 +75,13 @@ def test_other_settings_are_refused(run, tmp_path, extra, message):
 
 def test_labels(capsys):
     names = ["tench", "goldfish", "tree frog"]
-    assert sample.parse_labels("2, 0-1,Tree Frog", 3, names) == [2, 0, 1, 2]
-    assert sample.parse_labels("207..209", 1000, []) == [207, 208, 209]
+    assert parse_labels("2, 0-1,Tree Frog", 3, names) == [2, 0, 1, 2]
+    assert parse_labels("207..209", 1000, []) == [207, 208, 209]
     numbered = sorted(map(str, range(12)))  # as folders are: 0, 1, 10, 11, 2
-    assert [sample.parse_labels(text, 12, n) for text in ("10", "10-10") for n in (numbered, [])] == [[10]] * 4
+    assert [parse_labels(text, 12, n) for text in ("10", "10-10") for n in (numbered, [])] == [[10]] * 4
     assert "--labels 10: class number 10, called 8; the class that is called 10 has number 2" in capsys.readouterr().out
     with pytest.raises(UserError, match='"Crane" is the name of classes 0 and 2; give the number'):
-        sample.parse_labels("Crane", 3, ["crane", "x", "crane"])
+        parse_labels("Crane", 3, ["crane", "x", "crane"])
     for text, message in (
         ("3", "classes 0 to 2"),
         ("2-1", "smaller number first"),
@@ -88,7 +89,7 @@ def test_labels(capsys):
         ("", "neither a class number"),
     ):
         with pytest.raises(UserError, match=message):
-            sample.parse_labels(text, 3, names)
+            parse_labels(text, 3, names)
 
 
 def test_mistakes(generator_run, tokenizer_run, tmp_path):

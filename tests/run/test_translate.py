@@ -558,10 +558,10 @@ META = torch.device("meta")
 
 def test_a_file_of_dar_is_its_tokenizer(tmp_path):
     """The published one builds the tensors of the recipe; others arrive, and what does not fit is named."""
-    from run.load import load_config, make_task
+    from run.load import load_config, random_task
 
     shapes = [
-        {name: value.shape for name, value in make_task(config, None, META).tokenizer.state_dict().items()}
+        {name: value.shape for name, value in random_task(config, META).tokenizer.state_dict().items()}
         for config in (translated(tmp_path, DAR_V1), load_config("configs/dar/tokenizer.yaml", []))
     ]
     assert shapes[0] == shapes[1]

@@ -227,21 +227,21 @@ def test_one_set_of_weights(released, tmp_path, run, keep, seed):
     assert same(weight_files.read(ours).weights, dict(dit(seed).state_dict())) and not weight_files.read(ours).raw
     run(released, bare, "--weights", keep, "--to", "official")
     for path in (ours, bare):
-        generator, _ = load_generator(str(path))
+        generator = load_generator(str(path)).module
         assert same(generator.state_dict(), dict(dit(seed).state_dict()))
 
 
 def test_runs_convert(generator_run, tokenizer_run, tmp_path, run):
     ours, official, again = (tmp_path / name for name in ("run.safetensors", "run.pth", "again.safetensors"))
     assert "averaged and raw" in run(generator_run, ours)[1]
-    straight, _ = load_generator(str(generator_run))
-    converted, weights = load_generator(str(ours))
-    assert same(straight.state_dict(), converted.state_dict())
-    assert {"mean", "std"} <= weights.constants.keys() and weights.provenance["tokenizer_fingerprint"]
+    straight = load_generator(str(generator_run)).module
+    converted = load_generator(str(ours))
+    assert same(straight.state_dict(), converted.module.state_dict())
+    assert {"mean", "std"} <= converted.constants.keys() and converted.provenance["tokenizer_fingerprint"]
     assert "no place" in run(generator_run, official, "--to", "official")[1]
     run(official, again)
     for path in (official, again):
-        assert same(load_generator(str(path))[0].state_dict(), straight.state_dict())
+        assert same(load_generator(str(path)).module.state_dict(), straight.state_dict())
     assert run(tokenizer_run, tmp_path / "tokenizer.pth", "--to", "official")[0] == 0
 
 

@@ -180,8 +180,8 @@ def test_the_table_of_helpers(file):
 
 def test_every_recipe_names_its_helpers_in_the_table():
     """The systems that a helper is said to be for are those whose recipes ask for it."""
+    from run.check import helpers_of
     from run.load import load_config
-    from run.missing import helpers_of
 
     asking: dict[str, set[str]] = {}
     for path in CONFIGS:

@@ -10,6 +10,7 @@ from PIL import Image
 
 from core.errors import UserError
 from core.weights import hub, released
+from run.reconstruct import panel
 from scripts import download, reconstruct
 from tests.fake_hub import serving
 
@@ -127,7 +128,7 @@ def test_pictures_of_any_kind(tokenizer_run, tmp_path, run):
 
 def test_panel_shows_the_difference():
     original = torch.full((3, 2, 2), 100, dtype=torch.uint8)
-    shown = reconstruct.panel(original, original + 10, gain=4.0)
+    shown = panel(original, original + 10, gain=4.0)
     assert shown.shape == (3, 2, 10)
     assert (shown[:, :, :2] == 100).all() and (shown[:, :, 4:6] == 110).all() and (shown[:, :, 8:] == 168).all()
 

@@ -102,7 +102,7 @@ def test_recipe_trains_and_its_run_is_read(tmp_path):
         ],
     )
     assert train(run) == 0
-    tokenizer, _ = load_tokenizer({"weights": str(tmp_path / "fsq")})
+    tokenizer = load_tokenizer({"weights": str(tmp_path / "fsq")}).module
     assert isinstance(tokenizer, FSQ) and tokenizer.spec.vocab == 1000
 
 

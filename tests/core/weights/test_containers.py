@@ -447,7 +447,7 @@ def test_programs_take_the_keys_that_they_ask_for(tmp_path, capsys):
 
 def test_a_file_of_vars_trainer_samples_with_the_tokenizer_in_it(tmp_path):
     """No other is asked for, and one that is named wins."""
-    from run.sample import _unknown
+    from run.target import read_target
 
     loaded = {
         "trainer": {
@@ -461,12 +461,12 @@ def test_a_file_of_vars_trainer_samples_with_the_tokenizer_in_it(tmp_path):
         {"model": official("imagefolder"), "args": argparse.Namespace(v_patch_nums=SCALES)}, tmp_path / "codes.pt"
     )
     torch.save({"trainer": {"var_wo_ddp": official("var")}}, tmp_path / "alone.pth")
-    given = _unknown("x", tmp_path / "ar-ckpt-last.pth", [])
-    assert given["tokenizer"] == {"weights": str(tmp_path / "ar-ckpt-last.pth")} and given["generator"]["branches"] == 2
-    named = [f"tokenizer.weights={tmp_path / 'codes.pt'}"]
-    assert _unknown("x", tmp_path / "ar-ckpt-last.pth", named)["tokenizer"] == {}
+    config = read_target(str(tmp_path / "ar-ckpt-last.pth"), []).config
+    assert config.tokenizer == {"weights": str(tmp_path / "ar-ckpt-last.pth")} and config.generator["branches"] == 2
+    named = f"tokenizer.weights={tmp_path / 'codes.pt'}"
+    assert read_target(str(tmp_path / "ar-ckpt-last.pth"), [named]).config.tokenizer["weights"].endswith("codes.pt")
     with pytest.raises(UserError, match="Say which tokenizer"):
-        _unknown("x", tmp_path / "alone.pth", [])
+        read_target(str(tmp_path / "alone.pth"), [])
 
 
 def test_a_gpt_of_several_codebooks_has_no_official_layout():

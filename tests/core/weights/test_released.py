@@ -15,7 +15,7 @@ from core.weights import released
 from evaluation import protocols
 from run import evaluate
 from run.load import ADAPTERS, TOKENIZERS, load_config, tokenizer_layout
-from run.sample import read_config
+from run.target import read_target
 from scripts import evaluate_generator, sample
 from tests.conftest import ROOT
 
@@ -93,13 +93,14 @@ def test_a_download_is_kept_if_its_bytes_are_the_known_ones(tmp_path, monkeypatc
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_published_sampling(name, site):
     said = []
-    config, weights = read_config(name, [], said.append)
+    target = read_target(name, [], said.append)
+    config, weights = target.config, target.weights
     tokenizer, protocol, sampling = PUBLISHED[name]
     assert weights == f"pretrained_models/{name}" and config.tokenizer["weights"] == tokenizer
     assert config.eval.protocol == protocol
     assert {key: getattr(config.sample, key) for key in sampling} == sampling
     assert tokenizer in said[0] and protocol in said[0]
-    own, _ = read_config(name, ["sample.scale=1.5", "tokenizer.weights=RecTok.pth", "eval.protocol=adm"])
+    own = read_target(name, ["sample.scale=1.5", "tokenizer.weights=RecTok.pth", "eval.protocol=adm"]).config
     assert (own.sample.scale, Path(own.tokenizer["weights"]).name, own.eval.protocol) == (1.5, "RecTok.pth", "adm")
 
 
@@ -109,29 +110,30 @@ def test_every_generator_has_its_number():
 
 def test_guide_is_asked_for_only_where_it_guides(site):
     (site / "pretrained_models" / "ditdhs_epoch_0029.pth").unlink()
-    read_config("ditdhxl_epoch_0599.pth", ["sample.scale=1"])
+    read_target("ditdhxl_epoch_0599.pth", ["sample.scale=1"])
     with pytest.raises(UserError, match="run_download.sh ditdhs_epoch_0029.pth"):
-        read_config("ditdhxl_epoch_0599.pth", [])
+        read_target("ditdhxl_epoch_0599.pth", [])
 
 
 def test_neighbours_of_a_file_elsewhere(site, tmp_path):
     """A file in another folder takes the companions that lie beside it."""
     (site / "pretrained_models").rename(site / "other")
-    config, _ = read_config("other/imagenet-var-4096.pt", [])
+    config = read_target("other/imagenet-var-4096.pt", []).config
     assert config.tokenizer["weights"] == "other/imagenet-var-4096.pt"
-    assert read_config("other/rar_b.bin", [])[0].tokenizer["weights"] == f"other/{Path(MASKGIT).name}"
+    assert read_target("other/rar_b.bin", []).config.tokenizer["weights"] == f"other/{Path(MASKGIT).name}"
 
 
 def test_a_config_without_a_run_takes_what_was_released_for_it(site):
     said = []
-    config, weights = read_config(str(ROOT / "configs/rectok/ditdh_xl.yaml"), [], said.append)
+    target = read_target(str(ROOT / "configs/rectok/ditdh_xl.yaml"), [], said.append)
+    config, weights = target.config, target.weights
     assert weights == "pretrained_models/ditdhxl_epoch_0599.pth" and weights in said[0]
     assert config.sample.steps == 50  # the config that was named says how to sample
     with pytest.raises(UserError, match="no such file or folder|folder without checkpoints"):
-        read_config(str(ROOT / "configs/rectok/ditdh_xl.yaml"), ["name=mine"])
+        read_target(str(ROOT / "configs/rectok/ditdh_xl.yaml"), ["name=mine"])
     (site / "pretrained_models" / "rar_b.bin").unlink()
     with pytest.raises(UserError, match=r"Train it, fetch released weights \(bash run_download.sh rar_b.bin\)"):
-        read_config(str(ROOT / "configs/rear/rar_b.yaml"), [])
+        read_target(str(ROOT / "configs/rear/rar_b.yaml"), [])
 
 
 def test_weights_on_the_command_line(site):
@@ -142,7 +144,7 @@ def test_weights_on_the_command_line(site):
         [str(ROOT / "configs/rear/rar_b.yaml"), "--weights", "rar_b.bin"],
     ):
         options, settings = evaluate_generator.parse([*words, "--check"])
-        assert read_config(options.target, settings)[1].endswith("rar_b.bin")
+        assert read_target(options.target, settings).weights.endswith("rar_b.bin")
         assert evaluate_generator.main([*words, "--check"]) == 0
         assert sample.main([*words, "--labels", "1", "--out", "o", "--check"]) == 0
     with pytest.raises(UserError, match="name a generator"):

@@ -1,0 +1,182 @@
+"""--check: mistakes and missing files outside the config itself, found before a network is loaded or a GPU touched.
+
+check_inputs       all that is missing, told together; training begins with it
+check_networks     whether weights, tokenizer and generator fit each other, by their sizes
+report             what is here, and what only the documented evaluation will ask for
+"""
+
+from __future__ import annotations
+
+import contextlib
+from dataclasses import dataclass
+from pathlib import Path
+
+from core import dist
+from core.config import RunConfig
+from core.errors import UserError
+from core.specs import DataSource
+from core.weights import released
+from core.weights.released import Released, find_local_file, helper, needed
+from data.base import left_out, remarks, require_same_classes
+from evaluation import protocols, references
+from evaluation.networks import WEIGHTS_FILE
+from run.data import asks_val_labels, needed_val, open_train
+from run.load import IMAGENET_CLASSES, REGISTRIES, Source, build_pair, read_weights
+
+
+@dataclass
+class Inputs:
+    """What a training reads: weights that its config names, by setting, its data, and its validation pictures if it
+    needs them."""
+
+    weights: dict[str, Source]
+    data: DataSource
+    val: DataSource | None
+
+
+def check(config: RunConfig) -> str:
+    """What --check prints; UserError for everything that can be wrong."""
+    inputs = check_inputs(config)
+    check_networks(config, inputs.weights)
+    notes = [f"data           {note}" for note in data_notes(config, inputs.data)]
+    return "\n".join([report(config), *notes])
+
+
+def check_inputs(config: RunConfig) -> Inputs:
+    """UserError that lists everything outside the config that training would fail for. No network is loaded."""
+    dist.pick_device(config.train.device)
+    weights, problems = find_weights(config)
+    problems += missing_helpers(config)
+    try:
+        source, val = open_train(config), needed_val(config)
+        if val is not None and asks_val_labels(config):
+            require_same_classes(source.class_names, val.class_names, f"data.val_url={config.data.val_url}")
+    except UserError as error:
+        if not problems:
+            raise
+        problems.append(f"data: {error}")
+    if len(problems) == 1:
+        raise UserError(f"missing: {problems[0]}")
+    if problems:
+        listed = "\n".join(f"  - {problem}" for problem in problems)
+        raise UserError(f"{config.name} needs {len(problems)} things that are missing:\n{listed}")
+    return Inputs(weights, source, val)
+
+
+def data_notes(config: RunConfig, source: DataSource) -> list[str]:
+    """What a run says about its data: whether it is exact, what is not read of it, and what looks like a mistake."""
+    notes = [f"{config.data.url}: {source.inexact or 'order and resume are exact'}"]
+    if line := left_out(source):
+        notes.append(line)
+    return notes + (remarks(source) if config.task == "generator" else [])
+
+
+def check_networks(config: RunConfig, sources: dict[str, Source]) -> None:
+    """UserError where weights are of another network, or generator and tokenizer do not fit. Nothing is computed.
+
+    Args:
+        sources: of `check_inputs`.
+    """
+    if source := sources.get("tokenizer.weights"):
+        read_weights("tokenizer", source, config.tokenizer)
+    if source := sources.get("train.init_from"):
+        read_weights(config.task, source, getattr(config, config.task))
+    if config.task == "generator":
+        build_pair(config, "meta", sources, num_classes=num_classes(config))
+
+
+def num_classes(config: RunConfig) -> int:
+    """Of the training pictures; ImageNet's where they are not on this machine."""
+    with contextlib.suppress(UserError):
+        return open_train(config).num_classes
+    return IMAGENET_CLASSES
+
+
+def report(config: RunConfig) -> str:
+    """What is missing, now and later."""
+    missing = [*find_weights(config)[1], *missing_helpers(config)]
+    lines = [f"missing        {line}" for line in missing] or ["files          all that training needs is here"]
+    return "\n".join(lines + [f"for evaluation {line}" for line in missing_later(config)])
+
+
+def helpers_of(config: RunConfig) -> list[Released]:
+    """The helper networks that training with `config` will load, each once, here or not."""
+    sections = [("objective", config.objective), ("discriminator", config.discriminator)]
+    if config.task == "tokenizer":
+        sections += [("teacher", settings) for settings in config.teachers.values()]
+    for kind in ("tokenizer", "generator"):
+        section = getattr(config, kind) or {}
+        if "name" in section and not section.get("weights"):  # else what it would start from is replaced by them
+            sections.append((kind, section))
+    files: list[Released] = []
+    for kind, section in sections:
+        if section:
+            files += needed(REGISTRIES[kind].get(section["name"]), section)
+    if config.train.eval_every != "never" and config.eval.network == "inception":
+        files.append(helper(WEIGHTS_FILE))
+    return list(dict.fromkeys(files))
+
+
+def find_weights(config: RunConfig) -> tuple[dict[str, Source], list[str]]:
+    """(by setting, the weights that a config names and that are here; a line for each that is not, with what to do)"""
+    named = {
+        "tokenizer.weights": config.tokenizer.get("weights"),
+        "train.init_from": config.train.init_from,
+        "sample.guide": config.sample.guide,
+    }
+    named |= {f"teachers.{name}.weights": settings.get("weights") for name, settings in config.teachers.items()}
+    if config.train.eval_every != "never" and config.eval.network not in ("auto", "inception", "lite0"):
+        named["eval.network"] = config.eval.network
+    sources, lines = {}, []
+    for setting, reference in named.items():
+        if not reference:
+            continue
+        if setting.startswith("teachers.") and (Path(reference).exists() or find_local_file(reference)):
+            continue  # a teacher takes folders, too
+        try:
+            sources[setting] = Source(reference)
+        except UserError as error:
+            known = None if "://" in reference else released.find(reference)
+            lines.append(f"{setting}={reference}: {f'fetch it with {known.command}' if known else error}")
+    return sources, lines
+
+
+def missing_helpers(config: RunConfig) -> list[str]:
+    """A line for each network or table of others that training will load and that is not here, with what to do."""
+    lines = []
+    for file in helpers_of(config):
+        if file.found() is None:
+            licence = f" ({file.licence})" if file.gated else ""
+            lines.append(f"{file.about}, {file.place}: fetch it with {file.command}{licence}")
+    reference = config.eval.reference if config.train.eval_every != "never" else None
+    if reference and references.find_reference(reference) is None:
+        lines.append(f"eval.reference={reference}: {_how_to_get(reference)}")
+    return lines
+
+
+def missing_later(config: RunConfig) -> list[str]:
+    """What run_eval_*.sh will need for the numbers of the config's protocol."""
+    purpose = {"tokenizer": "reconstruction", "generator": "generation"}[config.task]
+    protocol = protocols.get(config.eval.protocol, purpose)
+    lines = []
+    inception = helper(WEIGHTS_FILE)
+    if inception.found() is None and config.eval.network in ("auto", "inception"):
+        lines.append(
+            f"{inception.about} ({inception.command}); until it is here, evaluation uses a stand-in and calls "
+            "nothing FID"
+        )
+    size = config.tokenizer.get("image_size") or 256
+    names = protocol.reference if purpose == "generation" else protocol.reconstruction_reference
+    reference = next((n for n in names if references.KNOWN[n].image_size == size), None)
+    if reference and references.find_reference(reference) is None:
+        lines.append(f"reference statistics {reference} of protocol {protocol.name}: {_how_to_get(reference)}")
+    return lines
+
+
+def _how_to_get(reference: str) -> str:
+    known = released.find(reference)
+    return (
+        known.command
+        if known
+        else ("docs/evaluation.md says where to get it; run_make_reference.sh makes one from pictures")
+    )

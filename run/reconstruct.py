@@ -1,0 +1,104 @@
+"""Encode and decode pictures, and show originals beside what the tokenizer made of them."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+import torch
+from PIL import Image
+from torch import Tensor, nn
+
+from core.errors import UserError
+from core.files import explain_os_errors
+from core.images import grid, save_png, to_model_range, to_uint8
+from core.rng import Draws, hash64
+from core.specs import Codes, MultiScale
+from data.decode import UnreadablePicture, decode_rgb
+from data.sources import open_source
+from data.transforms import center_crop, to_tensor
+from evaluation.images import psnr
+from run import streaming
+
+BATCH = 8
+SHOWN = 64  # rows of grid.png
+Named = tuple[str, Image.Image]
+
+
+def read_files(names: list[str]) -> Iterator[Named]:
+    """(name, picture) of each file; UserError for the first that cannot be read."""
+    for name in names:
+        with explain_os_errors(name):
+            data = Path(name).read_bytes()
+        try:
+            yield Path(name).stem, decode_rgb(data, name)
+        except UnreadablePicture as error:
+            raise UserError(f"{error}. Give a JPEG, PNG, WebP, GIF, BMP, TIFF or PPM picture.") from error
+
+
+def read_source(url: str, count: int) -> Iterator[Named]:
+    """(name, picture) of `count` pictures spread over a data source."""
+    source = open_source(url, "val")
+    count = min(count, len(source))
+    for i in range(count):
+        try:
+            sample = source[i * len(source) // count]
+        except UnreadablePicture as error:
+            print(f"passed over: {error}")
+            continue
+        yield Path(sample.key).stem, sample.image
+
+
+def panel(original: Tensor, rebuilt: Tensor, gain: float) -> Tensor:
+    """(3, H, W) uint8 each -> original | reconstruction | difference, (3, H, 3W + 4)."""
+    difference = (128 + gain * (rebuilt.float() - original.float())).round().clamp(0, 255).to(torch.uint8)
+    gap = original.new_full((3, original.shape[1], 2), 255)
+    return torch.cat((original, gap, rebuilt, gap, difference), 2)
+
+
+def reconstruct(tokenizer: nn.Module, pictures: Iterable[Named], folder: Path, gain: float, with_stages: bool) -> None:
+    """Write <name>_psnr<dB>.png of each picture and grid.png, with stages also filmstrips; print what was measured.
+
+    Args:
+        tokenizer: on the device to use.
+        gain: of the difference.
+    """
+    device = next(tokenizer.parameters()).device
+    named = [(name, to_tensor(center_crop(picture, tokenizer.image_size))) for name, picture in pictures]
+    panels, values, codes, strips = [], [], [], []
+    for start in range(0, len(named), BATCH):
+        names, originals = zip(*named[start : start + BATCH])
+        batch = torch.stack(originals)
+        draws = Draws(hash64(0, "decode"), torch.arange(start, start + len(batch), device=device))
+        with torch.no_grad():
+            latents = tokenizer.encode(to_model_range(batch.to(device)))
+            stages = tokenizer.previews(latents, draws) if with_stages else [tokenizer.decode(latents, draws)]
+            rebuilt = to_uint8(stages[-1].float(), "nearest").cpu()
+        codes.append(latents.cpu())
+        for i, (name, value) in enumerate(zip(names, psnr(batch / 255, rebuilt / 255).tolist())):
+            safe = re.sub(r"[^\w.-]+", "_", name)
+            stem = f"{start + i:03d}_{safe}"
+            place = folder / f"{stem}_psnr{value:.2f}.png"
+            panels.append(panel(batch[i], rebuilt[i], gain))
+            values.append(value)
+            save_png(panels[-1], place)
+            print(f"{value:6.2f} dB  {place}")
+            if with_stages:
+                strips.append(folder / f"{stem}_stages.png")
+                streaming.write_filmstrip([stage[i : i + 1] for stage in stages], strips[-1], batch[i : i + 1])
+    save_png(grid(torch.stack(panels[:SHOWN]), columns=1 if len(panels) < 8 else 2), folder / "grid.png")
+    if strips:
+        streaming.stack_filmstrips(strips[:SHOWN], folder / "stages.png")
+        print(f"what each part of the codes adds, then the original: {folder / 'stages.png'}")
+    print(f"{sum(values) / len(values):6.2f} dB  mean of {len(values)}; all of them in {folder / 'grid.png'}")
+    if isinstance(tokenizer.spec, (Codes, MultiScale)):
+        print_usage(tokenizer, torch.cat(codes))
+
+
+def print_usage(tokenizer: nn.Module, codes: Tensor) -> None:
+    """How many rows of each codebook occur in codes (B, L, K)."""
+    spec = tokenizer.spec
+    names = getattr(spec, "names", ()) or range(spec.branches)
+    for name, used in zip(names, codes.unbind(-1)):
+        print(f"codebook {name}: {len(used.unique()):,} of {spec.vocab:,} codes used in {used.numel():,} places")

@@ -1,0 +1,260 @@
+"""From what a user names to a finished generator with its tokenizer, latent statistics, guidance and sampling options.
+
+    read_target("work_dirs/my_run", ["sample.scale=1.5"])
+    read_target("reAR-L.safetensors", [])                       a released file, as its number was published
+    read_target("configs/rear/rear_l.yaml", [])                 the run that this config trained
+    read_target("my_file.pt", ["tokenizer.weights=pretrained_models/RecTok_decft.pth"])
+
+Overrides are keys of the config, and win. A run brings its own config. A released file, told by its name, has the recipe
+and the settings that core/weights/released.toml lists; for other files tokenizer.weights is needed, and sample.*, eval.*,
+seed, data.* start from their defaults. A config whose run is not there stands for the released file that belongs to it.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from core import config as config_module
+from core.config import RunConfig, SampleConfig
+from core.dist import World
+from core.errors import UserError
+from core.nn.precision import bf16_products
+from core.rng import Draws
+from core.specs import DataSource
+from core.weights import released
+from core.weights.adapter import recognise
+from data.sources import open_source
+from generator.task import GeneratorTask
+from run import streaming
+from run.latent_stats import measure_once
+from run.load import ADAPTERS, REGISTRIES, Source, build_pair, guide_of, load_config, read_weights
+
+ROOT = Path(__file__).resolve().parent.parent
+Log = Callable[[str], None]
+
+
+@dataclass
+class Target:
+    """What is to be sampled, before any network is loaded.
+
+    Attributes:
+        weights: of the generator, as they are named in records.
+        sources: "generator.weights", "tokenizer.weights" and, where one is used, "sample.guide".
+    """
+
+    config: RunConfig
+    weights: str
+    sources: dict[str, Source]
+
+
+@dataclass
+class Sampler:
+    """A finished generator, ready to sample. `facts` name the weights, for records."""
+
+    config: RunConfig
+    task: GeneratorTask
+    facts: dict[str, Any]
+
+    @property
+    def generator(self) -> nn.Module:
+        return self.task.generator
+
+    @property
+    def tokenizer(self) -> nn.Module:
+        return self.task.tokenizer
+
+    @property
+    def image_size(self) -> int:
+        return self.tokenizer.image_size
+
+    @property
+    def num_classes(self) -> int:
+        return self.task.num_classes
+
+    @property
+    def bf16(self) -> bool:
+        return self.config.train.precision == "bf16"
+
+    @torch.no_grad()
+    def sample(self, labels: Tensor, draws: Draws) -> Tensor:
+        """Pictures (B, 3, H, W) in [-1, 1] of the classes `labels`, in the precision of the config."""
+        with bf16_products(labels.device, self.bf16):
+            return self.task.sample(self.generator, labels, draws)
+
+    def stream(
+        self, labels: Tensor, draws: Draws, show: Callable[[int, Tensor], None] | None = None
+    ) -> streaming.Streamed:
+        """The same pictures, with what can be seen of them while their codes are being made."""
+        with bf16_products(labels.device, self.bf16):
+            return streaming.stream(
+                self.generator, self.tokenizer, labels, draws, self.task.guidance, self.task.sample_options, show
+            )
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The config
+# ---------------------------------------------------------------------------------------------------------------------
+def read_target(target: str, overrides: list[str], log: Log = lambda _: None) -> Target:
+    """The config of a target and where its weights are. No network is loaded.
+
+    Args:
+        target: a config file, a run folder, a checkpoint, a released file, or hf://owner/repository/file.
+        overrides: config keys; `generator.weights=` names other weights than the target's own.
+        log: is told what was chosen for the user.
+    """
+    sources: dict[str, Source] = {}
+    if target.endswith((".yaml", ".yml")):
+        config = load_config(target, overrides)
+        weights = (config.generator or {}).get("weights") or _run_of(target, config, overrides, log)
+    else:
+        itself = Source(target)
+        config = _config_of(itself, overrides, sources, log)
+        weights = (config.generator or {}).get("weights")
+        if not weights:
+            weights, sources["generator.weights"] = str(itself.path), itself
+    if config.task != "generator":
+        raise UserError(
+            f"{target} is about a {config.task}; a generator was asked for. "
+            "Tokenizers are measured with run_eval_tokenizer.sh."
+        )
+    if not config.tokenizer.get("weights"):
+        raise UserError(f"{target}: say which tokenizer decodes its latents: tokenizer.weights=work_dirs/RUN")
+    named = {
+        "generator.weights": weights,
+        "tokenizer.weights": config.tokenizer["weights"],
+        "sample.guide": guide_of(config.sample),
+    }
+    for setting, reference in named.items():
+        if reference and setting not in sources:
+            sources[setting] = Source(reference)
+    return Target(config, weights, sources)
+
+
+def _run_of(target: str, config: RunConfig, overrides: list[str], log: Log) -> str:
+    """The run of a config, or, where it was never trained, the newest released file of that recipe that is here."""
+    if config.run_dir.exists() or any(o.startswith(("name=", "work_dir=")) for o in overrides):
+        return str(config.run_dir)
+    files = [
+        file
+        for file in released.table()
+        if file.recipe and (ROOT / file.recipe).resolve() == Path(target).resolve() and config.task == "generator"
+    ]
+    here = [file for file in files if file.place.is_file()]
+    if here:
+        log(f"there is no run {config.run_dir}: using {here[-1].place}, released for this config")
+        return str(here[-1].place)
+    advice = f"fetch released weights (bash run_download.sh {files[-1].name}), " if files else ""
+    raise UserError(f"there is no run {config.run_dir} yet. Train it, {advice}or give --weights FILE_OR_RUN.")
+
+
+def _config_of(source: Source, overrides: list[str], sources: dict[str, Source], log: Log) -> RunConfig:
+    """The config that belongs to a checkpoint or a file of generator weights; adds to `sources` what it has to open."""
+    path = source.path
+    if path.is_dir():
+        trained = copy.deepcopy(source.content.state["config"])
+        return config_module.override(lambda: trained, overrides, REGISTRIES, source=source.reference)
+    file = released.find(path)
+    if file is None or not file.recipe:
+        smallest = _smallest_config(source, overrides, sources)
+        return config_module.override(lambda: smallest, overrides, REGISTRIES, source=source.reference)
+    config = load_config(str(ROOT / file.recipe), [f"name={path.stem}", *file.settings, *overrides])
+    config.tokenizer["weights"] = _beside(config.tokenizer.get("weights"), path)
+    config.sample.guide = _beside(config.sample.guide, path)
+    if config.task == "generator":
+        plain, sample = asdict(SampleConfig()), asdict(config.sample)
+        log(
+            f"{path.name} as {file.recipe} says: tokenizer {config.tokenizer.get('weights')}, protocol "
+            f"{config.eval.protocol}, "
+            + ", ".join(f"{key} {value}" for key, value in sample.items() if value != plain[key])
+            + (f". Published: {file.published}." if file.published else ".")
+        )
+    return config
+
+
+def _beside(reference: str | None, path: Path) -> str | None:
+    """`reference`, or the file of that name in the folder of `path` where there is no such file otherwise."""
+    if not reference or "://" in reference or Path(reference).exists():
+        return reference
+    beside = path.parent / Path(reference).name
+    return str(beside) if beside.is_file() else reference
+
+
+def _smallest_config(source: Source, overrides: list[str], sources: dict[str, Source]) -> dict[str, Any]:
+    """The smallest config around a file; what training would need is filled in and never used."""
+    stated = config_module.read_overrides([o for o in overrides if o.startswith(("generator.", "tokenizer."))])
+    tokenizer, generator = stated.get("tokenizer", {}), stated.get("generator", {})
+    beside = {}
+    if tokenizer.get("weights"):
+        sources["tokenizer.weights"] = Source(tokenizer["weights"])
+    elif source.is_foreign and recognise(ADAPTERS["tokenizer"], source.content):
+        beside = {"weights": str(source.path)}  # VAR's trainer keeps its tokenizer beside it
+        sources["tokenizer.weights"] = source
+    else:
+        raise UserError(
+            f"{source.reference} is a file of generator weights, and no released one by its name. Say which tokenizer "
+            "decodes its latents: tokenizer.weights=pretrained_models/FILE"
+        )
+    codes = read_weights("tokenizer", sources["tokenizer.weights"], tokenizer).settings
+    sizes = {key: codes[key] for key in ("branches", "scales") if key in codes}  # no VAR tells them itself
+    return {
+        "name": source.path.stem,
+        "task": "generator",
+        "tokenizer": beside,
+        "generator": read_weights("generator", source, {**sizes, **generator}).settings,
+        "data": {"url": "folder://data/imagenet/train", "val_url": "folder://data/imagenet/val"},
+        "train": {
+            "duration": "0ep",
+            "global_batch": 1,
+            "optimizer": {"lr": 0.0},
+            "precision": "bf16" if torch.cuda.is_available() else "fp32",
+        },
+    }
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The networks
+# ---------------------------------------------------------------------------------------------------------------------
+def open_generator(target: Target, world: World, log: Log = print) -> Sampler:
+    """Load it, on the world's device. Collective where latent statistics have to be measured first."""
+    config, sources = target.config, target.sources
+    pair = build_pair(config, sources=sources)
+    facts = {
+        "weights": target.weights,
+        "use_ema": config.generator.get("use_ema", True),
+        "tokenizer": config.tokenizer["weights"],
+        "tokenizer_fingerprint": pair.tokenizer.fingerprint,
+    }
+    if pair.lacks_statistics:
+        # parity: no released generator carries the statistics of its latents
+        source = _pictures_for_statistics(config, target.weights)
+        measure_once(config, pair.tokenizer, source, world, log)
+        facts["latent_statistics"] = f"measured on {config.data.url}"
+    facts["weights_fingerprint"] = pair.generator.fingerprint
+    if pair.guide:
+        facts |= {"guide": config.sample.guide, "guide_fingerprint": pair.guide.fingerprint}
+    num_classes = pair.generator.settings.get("num_classes")
+    num_classes = num_classes or open_source(config.data.url, config.data.split).num_classes
+    for network in (pair.tokenizer, pair.generator, pair.guide):
+        if network:
+            network.module.to(world.device)
+    for source in sources.values():
+        source.close()
+    return Sampler(config, pair.task(num_classes, config.sample), facts)
+
+
+def _pictures_for_statistics(config: RunConfig, reference: str) -> DataSource:
+    try:
+        return open_source(config.data.url, config.data.split)
+    except UserError as error:
+        raise UserError(
+            f"{reference} comes without the statistics of the latents it models, and the pictures to measure them on are "
+            f"not here ({error}) Measure them once on any pictures like ImageNet's: python -m scripts.latent_stats "
+            f"{config.tokenizer['weights']} folder://data/imagenet/val --split val, or give data.url=URL."
+        ) from None
