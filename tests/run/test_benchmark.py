@@ -10,7 +10,7 @@ import torch
 from core.devices import Peak, floor_seconds, peak_of
 from core.errors import UserError
 from run import benchmark, estimate
-from run.load import load_config, make_task
+from run.load import load_config, random_task
 from scripts.benchmark import main
 from tests.conftest import ROOT, TOY_GENERATOR, TOY_TOKENIZER
 
@@ -87,7 +87,7 @@ def test_flops_agree_with_the_estimate():
 def test_bytes_of_dar_by_hand():
     """Every step reads all weights, one row of a table, and the keys and values so far; every decoder step its network."""
     config = benchmark.read_config(DAR, [], DAR_TOKENIZER)
-    task = make_task(config, None, META)
+    task = random_task(config, META)
     codes, width, rows = 16, 32, 6  # a guided batch of 3
     steps = numbers(task.generator, ("embedding",)) * codes
     tables = 3 * width * codes + rows * width
@@ -105,7 +105,7 @@ def test_bytes_of_var_by_hand():
     """Every scale reads all weights but those that depend on the class alone or are folded into others once, all but the
     first the layer of its inputs, and each the tokenizer's codes and phis."""
     config = benchmark.read_config(VAR, [], VAR_TOKENIZER)
-    task = make_task(config, None, META)
+    task = random_task(config, META)
     model, width, rows, ends = task.generator, 32, 6, (1, 5, 14)
     folded = sum(p.numel() for name, p in model.named_parameters() if name.endswith(("q_bias", "v_bias", "scale_mul")))
     always = numbers(model, ("ada_lin", "emb.", "pos_", "lvl_embed", "word_embed", "q_bias", "v_bias", "scale_mul"))
