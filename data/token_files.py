@@ -191,25 +191,25 @@ class JsonLines:
         self.samples = int(self.firsts[-1])
 
     def _scan(self, path: Path, before: int, progress: Progress | None) -> np.ndarray:
-        ends, lines, offset, last = [np.zeros(1, dtype=np.int64)], 0, 0, b"\n"
+        """Where the entries of one file start, and its end."""
+        ends, offset = [np.zeros(0, dtype=np.int64)], 0  # of lines
         with open(path, "rb") as file:
             while piece := file.read(PIECE):
-                newlines = np.flatnonzero(np.frombuffer(piece, dtype=np.uint8) == 10)
-                ends.append(newlines[(self.views - 1 - lines) % self.views :: self.views] + (offset + 1))
-                lines, offset, last = lines + len(newlines), offset + len(piece), piece[-1:]
+                ends.append(np.flatnonzero(np.frombuffer(piece, dtype=np.uint8) == ord("\n")) + (offset + 1))
+                offset += len(piece)
                 if progress:
                     progress(before + offset)
-        if last != b"\n":
-            lines += 1
-            ends.append(np.array([offset] if lines % self.views == 0 else [], dtype=np.int64))
-        if not lines:
+        lines = np.concatenate(ends)
+        if offset and offset not in lines[-1:]:  # no newline at the end
+            lines = np.append(lines, offset)
+        if not len(lines):
             raise UserError(f'{path} is empty. Expected lines like {{"class_id": 0, "tokens": [...]}}.')
-        if lines % self.views:
+        if len(lines) % self.views:
             raise UserError(
-                f"{path} has {lines} lines, which is not a multiple of the {self.views} views of a picture. "
+                f"{path} has {len(lines)} lines, which is not a multiple of the {self.views} views of a picture. "
                 "Is the file complete? Set data.crop=ten for ten views, data.flip=true for two."
             )
-        return np.concatenate(ends)
+        return np.concatenate([[0], lines[self.views - 1 :: self.views]])
 
     def _place(self, index: int) -> tuple[Path, int, int, int]:
         """(file, number of its line before entry `index`, first byte, end)"""
