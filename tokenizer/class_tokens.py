@@ -7,7 +7,6 @@ of the transformers library (`openai/clip-vit-large-patch14/model.safetensors`),
 from __future__ import annotations
 
 import re
-from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -19,7 +18,7 @@ from core.nn.embed import resize_positions
 from core.rng import Draws
 from core.weights import hub
 from core.weights.adapter import describe_differences
-from core.weights.released import find_local_file, needs
+from core.weights.released import find_weights, needs
 from tokenizer.teachers import Teacher, create_timm, timm_helper
 
 # Names of the transformers library -> timm's, for both families; q, k and v are joined afterwards.
@@ -67,20 +66,16 @@ def timm_from_transformers(weights: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _backbone(name: str, model: str, weights: str | None, pretrained: bool, size: dict | None) -> nn.Module:
-    path = None
-    if weights and pretrained:
-        own = Path(weights) if Path(weights).is_file() else find_local_file(weights)
-        path = hub.resolve(weights) if "://" in weights else own
-    if path is not None:
-        loaded = hub.load_tensors(path)
-        if is_transformers_file(loaded):
-            backbone = create_timm(name, model, None, False, size)
-            state = timm_from_transformers(loaded)
-            if problems := describe_differences(state, backbone.state_dict()):
-                raise UserError(f'teacher "{name}": {path} is not a file of {model}: {"; ".join(problems)}')
-            backbone.load_state_dict(state)
-            return backbone
-    return create_timm(name, model, str(path) if path else weights, pretrained, size)
+    """`create_timm`, which here also takes a file of the transformers library."""
+    path = find_weights(weights) if weights and pretrained else None
+    loaded = hub.load_tensors(path) if path else {}
+    if not is_transformers_file(loaded):
+        return create_timm(name, model, str(path) if path else weights, pretrained, size)
+    backbone, state = create_timm(name, model, None, False, size), timm_from_transformers(loaded)
+    if problems := describe_differences(state, backbone.state_dict()):
+        raise UserError(f'teacher "{name}": {path} is not a file of {model}: {"; ".join(problems)}')
+    backbone.load_state_dict(state)
+    return backbone
 
 
 def nearest_pixels(images: Tensor, size: int) -> Tensor:

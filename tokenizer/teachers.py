@@ -28,7 +28,7 @@ from core.registry import Registry
 from core.rng import Draws
 from core.weights import hub
 from core.weights.adapter import describe_differences
-from core.weights.released import Released, find_local_file, helper, needs, timm_file
+from core.weights.released import Released, find_weights, helper, needs, timm_file
 
 TEACHERS = Registry(
     "teacher",
@@ -330,13 +330,11 @@ def create_timm(
     shape = timm_shape(ViTSize.parse(size, f"teachers.{name}.size", {})) if size else {}
     overlay: dict[str, Any] = {}
     try:
-        if weights and not Path(weights).is_file():
-            found = hub.resolve(weights) if "://" in weights else find_local_file(weights)
-            if found is None:
-                raise UserError(f"there is no file {weights}, nor one below pretrained_models/.")
-            weights = str(found)
+        path = find_weights(weights) if weights else None
+        if weights and path is None:
+            raise UserError(f"there is no file {weights}, nor one below pretrained_models/.")
         if pretrained:
-            overlay["file"] = weights or str(timm_file(model).get())
+            overlay["file"] = str(path or timm_file(model).get())
         return timm.create_model(
             model, pretrained=pretrained, pretrained_cfg_overlay=overlay, num_classes=0, **settings, **shape
         )

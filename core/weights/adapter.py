@@ -288,27 +288,27 @@ class Adapter:
         def ours(official: State) -> State:
             return self.fit(self.rename(self.names.weights(official)), model)
 
-        state, own = ours(self.open(loaded, use_ema)), model.state_dict()
+        state, empty = ours(self.open(loaded, use_ema)), model.state_dict()
         raw, averaged = self.parts(loaded)
-        buffers = {name for name, _ in model.named_buffers() if name in own}
+        buffers = {name for name, _ in model.named_buffers() if name in empty}
         if raw and averaged and buffers - state.keys():
             state |= {name: t for name, t in ours(raw).items() if name in buffers and name not in state}
         for pattern in self.names.optional:
-            in_file, in_model = ([n for n in names if fnmatchcase(n, pattern)] for names in (state, own))
+            in_file, in_model = ([n for n in names if fnmatchcase(n, pattern)] for names in (state, empty))
             if not in_model:
                 state = {name: t for name, t in state.items() if name not in in_file}
             elif not in_file:
-                state |= {name: own[name] for name in in_model}
+                state |= {name: empty[name] for name in in_model}
         return state
 
     def convert(self, model: nn.Module, loaded: Mapping[str, Any], use_ema: bool = True) -> State:
         """The checkpoint as a state dict that `model` loads strictly; UserError naming what does not match."""
         if problem := unusable(self.names.weights(self.open(loaded, use_ema))):
             raise UserError(problem)
-        state, own = self.prepare(model, loaded, use_ema), model.state_dict()
-        if problems := describe_differences(state, own):
+        state, expected = self.prepare(model, loaded, use_ema), model.state_dict()
+        if problems := describe_differences(state, expected):
             raise UserError(f"these weights do not fit {self.title}: " + "; ".join(problems))
-        if problem := unusable({name: t.to("meta") for name, t in state.items()}, own):
+        if problem := unusable({name: t.to("meta") for name, t in state.items()}, expected):
             raise UserError(problem)
         return state
 

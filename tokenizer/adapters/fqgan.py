@@ -53,17 +53,17 @@ def _renames(names: tuple[str, ...], teachers: dict[str, str]) -> Renames:
 
 def _variant(state: State) -> tuple[str, ...]:
     """Sub-codebooks of an official file."""
-    found = [name for name in _PARTS if f"quantize_{name}.embedding.weight" in state]
+    present = [name for name in _PARTS if f"quantize_{name}.embedding.weight" in state]
     for names in (("vis", "sem"), ("vis", "sem_mid", "sem_high")):
-        if found == list(names):
+        if present == list(names):
             return names
     wanted = ("vis", "sem_mid", "sem_high") if any("sem_mid" in name for name in state) else ("vis", "sem")
-    missing = [f"quantize_{name}.embedding.weight" for name in wanted if name not in found]
+    missing = [f"quantize_{name}.embedding.weight" for name in wanted if name not in present]
     raise UserError(
         "these are not the weights of an FQGAN tokenizer: "
         + (f"{', '.join(missing)} is missing; " if missing else "")
         + "codebooks quantize_vis and quantize_sem (dual) or "
-        f"quantize_vis, quantize_sem_mid and quantize_sem_high (triple) are expected, found {found or 'none'}"
+        f"quantize_vis, quantize_sem_mid and quantize_sem_high (triple) are expected, found {present or 'none'}"
     )
 
 
@@ -98,10 +98,10 @@ def _fit(state: State, model: nn.Module) -> State:
             f"the weights have the sub-codebooks {', '.join(theirs)} and the model {', '.join(model.names)}: "
             f"set tokenizer.branches: {len(theirs)}, or give other weights"
         )
-    own = len(model.encoder.conv_blocks)
-    if theirs and levels != own:
+    model_levels = len(model.encoder.conv_blocks)
+    if theirs and levels != model_levels:
         raise UserError(
-            f"the weights have stride {2 ** (levels - 1)} and the model {2 ** (own - 1)}: "
+            f"the weights have stride {2 ** (levels - 1)} and the model {2 ** (model_levels - 1)}: "
             f"set tokenizer.size: {'vq8' if levels == 4 else 'vq16'}, or give other weights"
         )
     for teacher, branch in model.semantic.get("branches", {}).items():
@@ -126,9 +126,9 @@ def _positions(table: Tensor, grid: tuple[int, int], classes: int) -> Tensor:
     return torch.cat((table[:classes], resize_positions(table[None, classes:], grid)[0]))
 
 
-def _ring(found: Tensor, window: int) -> Tensor:
+def _ring(latest: Tensor, window: int) -> Tensor:
     """The latest `window` assignments of a file; where it has fewer the rest is zeros, like in a new model."""
-    return torch.cat((found.new_zeros(max(0, window - len(found))), found[-window:]))
+    return torch.cat((latest.new_zeros(max(0, window - len(latest))), latest[-window:]))
 
 
 def _inspect(state: State, facts: Facts) -> dict[str, Any]:
