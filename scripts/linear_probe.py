@@ -20,7 +20,6 @@ options:
 
 import argparse
 import os
-from pathlib import Path
 
 from core import cli
 from scripts import command_line
@@ -59,103 +58,17 @@ def parse(arguments: list[str]) -> argparse.Namespace:
 
 def main(arguments: list[str]) -> int:
     options = parse(arguments)
-    from core.errors import UserError
-    from data.base import require_labels
-    from data.sources import open_source
-    from run import evaluate
+    from run.linear_probe import linear_probe, open_sources, section_of
 
-    section = {**options.tokenizer, **evaluate.tokenizer_section(options.weights), "use_ema": not options.raw}
-    train, val = open_source(options.url, "train"), open_source(options.url, "val")
-    require_labels(train)
-    require_labels(val)
-    if train.num_classes < 2 or train.num_classes != val.num_classes:
-        raise UserError(
-            f"{options.url}: a probe needs at least 2 classes, the same in train and val; found {train.num_classes} "
-            f"and {val.num_classes}."
-        )
-    if train.class_names != val.class_names:
-        first = next(i for i, (a, b) in enumerate(zip(train.class_names, val.class_names)) if a != b)
-        raise UserError(
-            f"{options.url}: class {first} is {train.class_names[first]} in train and {val.class_names[first]} in val. "
-            "Name the classes of both with ?classes=FILE."
-        )
-    if train.fingerprint() == val.fingerprint():
-        raise UserError(
-            f"{options.url} gives the same pictures for training and testing. Name a folder with train/ and val/, or "
-            "a URL with {split} in it."
-        )
+    section_of(options)  # before the pictures are looked at
+    train, val = open_sources(options.url)
     if options.check:
         return 0
-
     from core import dist
-    from core.files import human_bytes
-    from core.rng import permutation
-    from core.train.log import progress_line
-    from evaluation.measure import Result, Stopwatch
-    from evaluation.pictures import SourcePictures
-    from evaluation.probe import ProbeSettings, pooled_features, train_probe
-    from evaluation.scores import Score
-    from run.load import load_tokenizer
-    from run.measurement import write_result
 
     world = dist.start("auto")
     try:
-        loaded = load_tokenizer(section)
-        tokenizer, fingerprint = loaded.module, loaded.fingerprint
-        tokenizer.to(world.device)
-        count = min(options.num or len(train), len(train))
-        rows = range(count) if count == len(train) else sorted(permutation(len(train), "probe")[:count].tolist())
-        watch, sides = Stopwatch(world.device), []
-        for name, source, chosen in (("train", train, rows), ("val", val, range(len(val)))):
-            pictures = SourcePictures(source, tokenizer.image_size, options.workers, chosen, f"{options.url} ({name})")
-            with progress_line(world, len(pictures), f"features of {name}") as progress, watch("features"):
-                sides.append(pooled_features(tokenizer, pictures, world, options.encode_batch, fingerprint, progress))
-        if not world.is_main:
-            return 0
-        (features, labels), (val_features, val_labels) = sides
-        wanted = options.features.split(",") if options.features else list(features)
-        if unknown := [name for name in wanted if name not in features]:
-            raise UserError(f"{options.weights} offers no features {', '.join(unknown)}; it has {', '.join(features)}.")
-        settings = ProbeSettings(
-            options.epochs, options.batch, options.lr, options.weight_decay, options.schedule, 1, options.seed
-        )
-        scores = []
-        for name in wanted:
-            with watch("training"):
-                found = train_probe(
-                    features[name], labels, val_features[name], val_labels, train.num_classes, settings, world.device
-                )
-            note = (
-                f"best in epoch {found.best_epoch} of {options.epochs}; {features[name].shape[1]} dimensions; "
-                f"{found.train_accuracy:.1%} of training pictures"
-            )
-            scores += [
-                Score(f"probe_top1_{name}", found.last, len(val), "linear probe", options.url, note=note),
-                Score(f"probe_top1_{name}_best_epoch", found.best, len(val), "linear probe", options.url),
-            ]
-        job = {
-            "weights": options.weights,
-            "weights_fingerprint": fingerprint,
-            "use_ema": not options.raw,
-            "url": options.url,
-            "train": count,
-            "val": len(val),
-            "settings": vars(settings),
-        }
-        folder = Path(options.out or f"work_dirs/eval/probe-{Path(options.weights.rstrip('/')).stem}")
-        context = {
-            **job,
-            "job": job,
-            "count": len(val),
-            "net": "linear probe",
-            "seed": options.seed,
-            "protocol": "linear probe",
-            "views": "centre crop, no augmentation",
-            "kept": human_bytes(sum(f.nbytes for f in features.values())),
-        }
-        result = Result(scores, seconds=dict(watch.seconds))
-        write_result(folder, f"Linear probe of {options.weights}", result, context, world.device)
-        return 0
+        return linear_probe(options, train, val, world)
     finally:
         world.stop()
 

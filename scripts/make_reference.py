@@ -25,7 +25,6 @@ options:
 
 import argparse
 import os
-from pathlib import Path
 
 from core import cli
 from scripts import command_line
@@ -62,60 +61,16 @@ def parse(arguments: list[str]) -> argparse.Namespace:
 
 def main(arguments: list[str]) -> int:
     options = parse(arguments)
-    import numpy as np
+    from run.make_reference import check, make_reference
 
-    from core.errors import UserError
-    from evaluation import protocols, references
-    from evaluation.pictures import ArrayPictures, first_pictures, open_any
-
-    out = Path(options.out)
-    protocol = protocols.get(options.protocol, options.purpose or "generation")
-    if out.suffix not in (".npz", ".safetensors"):
-        raise UserError(f"{out}: choose a name that ends in .npz or .safetensors.")
-    if options.keep_pictures and out.suffix != ".npz":
-        raise UserError(f"{out}: pictures are kept in .npz files only. Choose a name that ends in .npz.")
-    if out.exists():
-        raise UserError(f"{out} is there already. Choose another name, or delete it first.")
-    pictures = open_any(
-        options.url, options.size, options.workers, "train" if options.purpose == "generation" else "val"
-    )
-    pictures = first_pictures(pictures, options.num)
-    if len(pictures) < 2:
-        raise UserError(f"{options.url} holds {len(pictures)} picture; a covariance needs at least 2.")
+    pictures = check(options)
     if options.check:
         return 0
-
     from core import dist
-    from core.train.log import progress_line
-    from evaluation.networks import feature_net
-    from evaluation.protocols import few_pictures
 
     world = dist.start("auto")
     try:
-        net = feature_net(world.device, options.network, protocol)
-        transform = f"ADM centre crop to {options.size}" if options.size else "as they are"
-        facts = references.Facts(options.purpose, transform=transform)
-        with progress_line(world, len(pictures), "features") as progress:
-            made = references.make_statistics(
-                pictures, net, world, options.batch, out.with_name(f".{out.name}.work"), facts, progress
-            )
-        if made is None:
-            return 0
-        kept = None
-        if options.keep_pictures:
-            count = min(options.keep_pictures, len(pictures))
-            chosen = [i * len(pictures) // count for i in range(count)]
-            kept = np.concatenate([pictures.read(i, i + 1).permute(0, 2, 3, 1).numpy() for i in chosen])
-            ArrayPictures(kept)
-        references.save(out, made, kept, options.dtype)
-        for tap, (mean, _) in made.moments.items():
-            if note := few_pictures(len(pictures), len(mean)):
-                print(f"note ({tap}): {note}")
-        print(
-            f"{out}: {len(pictures):,} pictures of {pictures.size[0]} px, network {net.name}, fingerprint "
-            f"{made.facts.source}" + (f", {len(kept):,} of them kept" if kept is not None else "")
-        )
-        return 0
+        return make_reference(options, pictures, world)
     finally:
         world.stop()
 

@@ -1,0 +1,130 @@
+"""What run_linear_probe.sh does: features of a tokenizer, a linear classifier on each of them, and the report."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from core.dist import World
+from core.errors import UserError
+from core.files import human_bytes
+from core.rng import permutation
+from core.specs import DataSource
+from core.train.log import progress_line
+from data.base import require_labels
+from data.sources import open_source
+from evaluation.measure import Result, Stopwatch
+from evaluation.pictures import SourcePictures
+from evaluation.probe import ProbeSettings, pooled_features, train_probe
+from evaluation.scores import Score
+from run.evaluate import tokenizer_section
+from run.load import load_tokenizer
+from run.measurement import write_result
+
+
+def section_of(options: argparse.Namespace) -> dict[str, Any]:
+    """The tokenizer that was asked for, as a section of a config."""
+    return {**options.tokenizer, **tokenizer_section(options.weights), "use_ema": not options.raw}
+
+
+def open_sources(url: str) -> tuple[DataSource, DataSource]:
+    """(training pictures, test pictures), of the same classes; UserError where they are not fit for a probe."""
+    train, val = open_source(url, "train"), open_source(url, "val")
+    require_labels(train)
+    require_labels(val)
+    if train.num_classes < 2 or train.num_classes != val.num_classes:
+        raise UserError(
+            f"{url}: a probe needs at least 2 classes, the same in train and val; found {train.num_classes} "
+            f"and {val.num_classes}."
+        )
+    if train.class_names != val.class_names:
+        first = next(i for i, (a, b) in enumerate(zip(train.class_names, val.class_names)) if a != b)
+        raise UserError(
+            f"{url}: class {first} is {train.class_names[first]} in train and {val.class_names[first]} in val. "
+            "Name the classes of both with ?classes=FILE."
+        )
+    if train.fingerprint() == val.fingerprint():
+        raise UserError(
+            f"{url} gives the same pictures for training and testing. Name a folder with train/ and val/, or "
+            "a URL with {split} in it."
+        )
+    return train, val
+
+
+def linear_probe(options: argparse.Namespace, train: DataSource, val: DataSource, world: World) -> int:
+    """Probe every feature that was asked for, and write the accuracies. Collective; returns the exit code."""
+    loaded = load_tokenizer(section_of(options))
+    tokenizer, fingerprint = loaded.module.to(world.device), loaded.fingerprint
+    count = min(options.num or len(train), len(train))
+    rows = range(count) if count == len(train) else sorted(permutation(len(train), "probe")[:count].tolist())
+    watch, sides = Stopwatch(world.device), []
+    for name, source, chosen in (("train", train, rows), ("val", val, range(len(val)))):
+        pictures = SourcePictures(source, tokenizer.image_size, options.workers, chosen, f"{options.url} ({name})")
+        with progress_line(world, len(pictures), f"features of {name}") as progress, watch("features"):
+            sides.append(pooled_features(tokenizer, pictures, world, options.encode_batch, fingerprint, progress))
+    if not world.is_main:
+        return 0
+    settings = ProbeSettings(
+        options.epochs, options.batch, options.lr, options.weight_decay, options.schedule, 1, options.seed
+    )
+    scores = train_probes(options, sides, train.num_classes, settings, watch, world)
+    job = {
+        "weights": options.weights,
+        "weights_fingerprint": fingerprint,
+        "use_ema": not options.raw,
+        "url": options.url,
+        "train": count,
+        "val": len(val),
+        "settings": vars(settings),
+    }
+    context = {
+        **job,
+        "job": job,
+        "count": len(val),
+        "net": "linear probe",
+        "seed": options.seed,
+        "protocol": "linear probe",
+        "views": "centre crop, no augmentation",
+        "kept": human_bytes(sum(values.nbytes for values in sides[0][0].values())),
+    }
+    folder = Path(options.out or f"work_dirs/eval/probe-{Path(options.weights.rstrip('/')).stem}")
+    result = Result(scores, seconds=dict(watch.seconds))
+    write_result(folder, f"Linear probe of {options.weights}", result, context, world.device)
+    return 0
+
+
+def train_probes(
+    options: argparse.Namespace,
+    sides: list[tuple[dict[str, Tensor], Tensor]],
+    num_classes: int,
+    settings: ProbeSettings,
+    watch: Stopwatch,
+    world: World,
+) -> list[Score]:
+    """Two accuracies, of the last and of the best epoch, of each feature.
+
+    Args:
+        sides: of training and of testing, (feature -> (N, D), labels (N,)).
+    """
+    (features, labels), (val_features, val_labels) = sides
+    wanted = options.features.split(",") if options.features else list(features)
+    if unknown := [name for name in wanted if name not in features]:
+        raise UserError(f"{options.weights} offers no features {', '.join(unknown)}; it has {', '.join(features)}.")
+    scores = []
+    for name in wanted:
+        with watch("training"):
+            probe = train_probe(
+                features[name], labels, val_features[name], val_labels, num_classes, settings, world.device
+            )
+        note = (
+            f"best in epoch {probe.best_epoch} of {options.epochs}; {features[name].shape[1]} dimensions; "
+            f"{probe.train_accuracy:.1%} of training pictures"
+        )
+        scores += [
+            Score(f"probe_top1_{name}", probe.last, len(val_labels), "linear probe", options.url, note=note),
+            Score(f"probe_top1_{name}_best_epoch", probe.best, len(val_labels), "linear probe", options.url),
+        ]
+    return scores
