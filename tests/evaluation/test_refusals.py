@@ -15,7 +15,7 @@ from evaluation.distances import Moments
 from evaluation.references import Facts, Statistics
 from scripts import evaluate, evaluate_generator, make_reference
 from tests.evaluation.conftest import SmallInception, metrics
-from tests.evaluation.test_run import save_folder
+from tests.evaluation.test_commands import save_folder
 
 BAD_PICTURES = {
     "empty": "holds no pictures|is empty",

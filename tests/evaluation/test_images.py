@@ -1,4 +1,4 @@
-"""Frechet distance, PSNR, SSIM, classifier and neighbours against independent computations."""
+"""PSNR, SSIM and LPIPS against independent computations; codes by hand."""
 
 from __future__ import annotations
 
@@ -10,71 +10,27 @@ import torch
 
 from core.errors import UserError
 from core.nn.lpips import LPIPS
-from evaluation import protocols, toy
-from evaluation.distances import Moments, frechet_distance, frechet_from_moments
-from evaluation.images import SSIM_VARIANTS, interval_of, lpips_metric, mean_of, picture_metrics, psnr, ssim
+from core.rng import Draws
+from evaluation import protocols
+from evaluation.images import (
+    SSIM_VARIANTS,
+    Codebooks,
+    Perturbation,
+    interval_of,
+    lpips_metric,
+    mean_of,
+    picture_metrics,
+    psnr,
+    ssim,
+)
 
 
-def normal(*shape: int, seed: int = 0) -> torch.Tensor:
+def normal64(*shape: int, seed: int = 0) -> torch.Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
-def distance(a: torch.Tensor, b: torch.Tensor) -> float:
-    return frechet_distance(Moments.of(a), Moments.of(b))
-
-
 # ---------------------------------------------------------------------------------------------------------------------
-# Frechet
-# ---------------------------------------------------------------------------------------------------------------------
-def test_frechet_equals_scipy_square_root():
-    linalg = pytest.importorskip("scipy.linalg")
-    a, b = Moments.of(normal(300, 12) @ normal(12, 12, seed=1)), Moments.of(normal(200, 12, seed=2) + 0.5)
-    root = linalg.sqrtm((a.covariance @ b.covariance).numpy()).real
-    want = (a.mean - b.mean).square().sum() + a.covariance.trace() + b.covariance.trace() - 2 * np.trace(root)
-    assert frechet_distance(a, b) == pytest.approx(float(want), rel=1e-9)
-
-
-def test_frechet_of_diagonal_gaussians_is_analytic():
-    s1, s2 = torch.tensor([1.0, 4.0, 9.0, 0.0]), torch.tensor([4.0, 1.0, 16.0, 25.0])
-    m1, m2 = torch.zeros(4), torch.tensor([1.0, 2.0, 0.0, 0.0])
-    want = (m1 - m2).square().sum() + (s1.sqrt() - s2.sqrt()).square().sum()
-    assert frechet_from_moments(m1, s1.diag(), m2, s2.diag()) == pytest.approx(float(want), rel=1e-12)
-
-
-def test_moments_in_parts_equals_whole():
-    x = normal(101, 7) * 3 + 1000  # a mean far from zero would cost digits in plain sums of squares
-    whole = Moments.of(x)
-    first, second = Moments(7), Moments(7)
-    for part in x[:60].split(13):
-        first.update(part)
-    for part in x[60:].split(20):
-        second.update(part)
-    first.merge(Moments(7)).merge(second)
-    assert first.count == 101
-    torch.testing.assert_close(first.mean, x.mean(0), rtol=1e-13, atol=0)
-    torch.testing.assert_close(first.covariance, torch.cov(x.T), rtol=1e-10, atol=1e-10)
-    torch.testing.assert_close(whole.covariance, torch.cov(x.T), rtol=1e-10, atol=1e-10)
-
-
-def test_frechet_with_fewer_pictures_than_dimensions():
-    a, b = normal(20, 64), normal(25, 64, seed=1) + 0.1
-    centred_a, centred_b = a - a.mean(0), b - b.mean(0)
-    # from the features themselves the trace is a nuclear norm: no covariance, no rank problem
-    cross = torch.linalg.svdvals(centred_a @ centred_b.T).sum() / (19 * 24) ** 0.5
-    want = (a.mean(0) - b.mean(0)).square().sum() + torch.cov(a.T).trace() + torch.cov(b.T).trace() - 2 * cross
-    assert distance(a, b) == pytest.approx(float(want), rel=1e-11)
-    assert abs(distance(a, a)) < 1e-9
-
-
-def test_frechet_tells_what_is_wrong():
-    with pytest.raises(UserError, match="at least 2"):
-        distance(normal(1, 4), normal(5, 4))
-    with pytest.raises(UserError, match="same tap"):
-        distance(normal(5, 4), normal(5, 6))
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Reconstruction
+# Pictures
 # ---------------------------------------------------------------------------------------------------------------------
 def slow_ssim(a: np.ndarray, b: np.ndarray) -> float:
     """One channel, window by window."""
@@ -94,7 +50,7 @@ def slow_ssim(a: np.ndarray, b: np.ndarray) -> float:
 
 def test_ssim_equals_slow_computation():
     a = torch.rand(2, 3, 16, 19, generator=torch.Generator().manual_seed(0))
-    b = (a + 0.1 * normal(2, 3, 16, 19, seed=1).float()).clamp(0, 1)
+    b = (a + 0.1 * normal64(2, 3, 16, 19, seed=1).float()).clamp(0, 1)
     x, y = a.double().numpy(), b.double().numpy()
     want = [np.mean([slow_ssim(x[i, c], y[i, c]) for c in range(3)]) for i in range(2)]
     np.testing.assert_allclose(ssim(a, b, "ssim_gauss").numpy(), want, atol=2e-6)
@@ -111,7 +67,7 @@ def test_ssim_variants_know_identical_and_different_pictures(variant):
 def test_uniform_ssim_equals_slow_computation():
     """scikit-image's: 7 x 7 windows inside the picture, covariances over 48."""
     a = torch.rand(1, 3, 12, 14, generator=torch.Generator().manual_seed(0))
-    b = (a + 0.1 * normal(1, 3, 12, 14, seed=1).float()).clamp(0, 1)
+    b = (a + 0.1 * normal64(1, 3, 12, 14, seed=1).float()).clamp(0, 1)
     for variant, data_range in (("ssim", 1.0), ("ssim_llamagen", 2.0)):
         c1, c2, values = (0.01 * data_range) ** 2, (0.03 * data_range) ** 2, []
         for p, q in zip(
@@ -164,7 +120,7 @@ def test_psnr_known_values():
 def test_metrics_of_a_protocol():
     """What it names, picture by picture, whatever the batch; a network that is not here leaves its metric out."""
     a = torch.rand(5, 3, 12, 12, generator=torch.Generator().manual_seed(0))
-    b = (a + 0.2 * normal(5, 3, 12, 12).float()).clamp(0, 1)
+    b = (a + 0.2 * normal64(5, 3, 12, 12).float()).clamp(0, 1)
     protocol = replace(
         protocols.get("adm", "reconstruction"), reconstruction=("psnr", "ssim"), ssim=("ssim", "ssim_gauss")
     )
@@ -179,47 +135,52 @@ def test_metrics_of_a_protocol():
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Classifier and neighbours
+# Codes
 # ---------------------------------------------------------------------------------------------------------------------
-def blobs(seed: int) -> tuple[torch.Tensor, torch.Tensor]:
-    labels = torch.arange(60) % 3
-    centres = 4 * torch.eye(3, 8, dtype=torch.float64)
-    x = centres[labels] + normal(60, 8, seed=seed)
-    x[:, 7] = 5.0  # a feature without variance
-    return x.float(), labels
+def usage(codebooks: Codebooks, codes: torch.Tensor) -> dict[str, float]:
+    return codebooks.usage(codebooks.count(codes))
 
 
-def test_classifier_separates_blobs_deterministically():
-    (x, labels), (other, other_labels) = blobs(0), blobs(1)
-    model, again = toy.fit(x, labels, 3), toy.fit(x, labels, 3)
-    assert torch.equal(model.weight, again.weight) and torch.equal(model.bias, again.bias)
-    counts = toy.confusion(model.predict(other), other_labels, 3)
-    assert toy.accuracy(counts) > 0.95 and int(counts.sum()) == 60
-    assert bool(torch.isfinite(model.scale).all()) and bool((model.scale > 0).all())
+def test_codebook_usage_per_branch_and_scale():
+    codes = torch.tensor([[[0, 1], [0, 2], [1, 3]], [[0, 1], [1, 2], [1, 3]]])  # (2, 3, 2), scales of 1 and 2 tokens
+    both = Codebooks(4, branches=2, scales=(1, 2), names=("semantic", "detail"))
+    measured = usage(both, codes)
+    assert measured["codebook_usage_semantic"] == 0.5 and measured["codebook_usage_detail"] == 0.75
+    assert measured["codebook_usage_semantic_scale0"] == 0.25 and measured["codebook_perplexity_semantic_scale0"] == 1.0
+    assert measured["codebook_entropy_bits_detail_scale1"] == pytest.approx(1.0, abs=1e-6)
+    assert measured["codebook_perplexity_detail_scale1"] == pytest.approx(2.0)
+    assert set(usage(Codebooks(4), codes[..., :1])) == {
+        "codebook_usage",
+        "codebook_entropy_bits",
+        "codebook_perplexity",
+    }
+    with pytest.raises(UserError, match="A code is 3, but the codebook has 3"):
+        Codebooks(3, branches=2).count(codes)
+    with pytest.raises(UserError, match="2 branches expected"):
+        Codebooks(4, branches=2).count(codes[..., 0])
+    assert torch.equal(both.count(codes), both.count(codes[:1]) + both.count(codes[1:]))  # chunks add
 
 
-def test_confusion_by_hand():
-    counts = toy.confusion(torch.tensor([0, 1, 1, 1]), torch.tensor([0, 0, 0, 1]), 3)
-    assert counts.tolist() == [[1, 2, 0], [0, 1, 0], [0, 0, 0]]
-    assert toy.accuracy(counts) == 0.5
-    assert toy.class_accuracies(counts) == [1 / 3, 1.0, None]
+def test_perturbed_codes_are_near_and_belong_to_the_picture():
+    codes = torch.stack((torch.arange(64).view(8, 8), torch.arange(64).view(8, 8).flip(1)), -1) % 16  # (8, 8, 2)
+    codebooks = torch.stack((torch.arange(16.0), 100 - torch.arange(16.0)), 1)[..., None]  # (16, 2, 1)
+    positions, near = torch.arange(8), Perturbation(1.0, 1.0, 3)
+    noisy = near(codes, codebooks, Draws(0, positions))
+    assert (noisy - codes).abs().max() <= 2 and (noisy != codes).float().mean() > 0.4
+    assert (noisy - codes)[..., 0].ne((noisy - codes)[..., 1]).any()  # branches have noise of their own
+    assert torch.equal(Perturbation(1.0, 0.0, 3)(codes, codebooks, Draws(0, positions)), codes)
+    assert torch.equal(Perturbation(1.0, 1.0, 1)(codes, codebooks, Draws(0, positions)), codes)
+    part = near(codes[3:5], codebooks, Draws(0, positions[3:5]))
+    assert torch.equal(part, noisy[3:5])
+    few = Perturbation(0.5, 0.25, 16)(codes[:1].expand(400, -1, -1), codebooks, Draws(0, torch.arange(400)))
+    touched = (few != codes[:1]).flatten(1).float().mean(1)
+    assert (touched > 0).float().mean() == pytest.approx(0.25, abs=0.06)  # a share beta of the pictures
+    assert touched[touched > 0].mean() == pytest.approx(0.5 * 15 / 16, abs=0.04)  # alpha, less the code itself
+    with pytest.raises(UserError, match="delta = 17 nearest codes of a codebook with 16"):
+        Perturbation(1.0, 1.0, 17)(codes, codebooks, Draws(0, positions))
 
 
-def test_classifier_tells_what_is_wrong():
-    x, labels = blobs(0)
-    with pytest.raises(UserError, match="there are 2 classes"):
-        toy.fit(x, labels, 2)
-    with pytest.raises(UserError, match="one label per picture"):
-        toy.fit(x, labels[:-1], 3)
-
-
-def test_neighbours_equal_brute_force_for_any_block():
-    queries, references = normal(9, 6).float(), normal(31, 6, seed=1).float()
-    references[20] = references[3] * 2  # equal by cosine: the first must win
-    queries[0] = references[3]
-    similarity = torch.nn.functional.cosine_similarity(queries[:, None], references[None], dim=2)
-    for block in (4, 31, 1000):
-        index, value = toy.nearest_neighbours(queries, references, block)
-        torch.testing.assert_close(value, similarity.max(1).values, atol=1e-6, rtol=0)
-        assert index[1:].tolist() == similarity.argmax(1)[1:].tolist()
-        assert index[0] == 3 and value[0] == pytest.approx(1.0)
+@pytest.mark.parametrize("text", ["0.5", "0.5,0.1", "a,b,c", "1.5,0.1,3", "0.5,-1,3", "0.5,0.1,0", "0.5,0.1,2.5"])
+def test_perturbations_that_mean_nothing(text):
+    with pytest.raises(UserError, match="--perturb " + text):
+        Perturbation.parse(text)

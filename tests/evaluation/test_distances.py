@@ -1,4 +1,4 @@
-"""Metrics of feature sets against slow or foreign computations: scores, discrepancies, manifolds, codes, intervals."""
+"""Distances of feature sets against slow or foreign computations."""
 
 from __future__ import annotations
 
@@ -10,7 +10,6 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from core.errors import UserError
-from core.rng import Draws
 from evaluation import intervals
 from evaluation.distances import (
     FORMS,
@@ -25,12 +24,18 @@ from evaluation.distances import (
     squared_mmd,
     uneven_chunks,
 )
-from evaluation.images import Codebooks, Perturbation
-from evaluation.protocols import few_pictures, metric_name
 
 
 def normal(*shape: int, seed: int = 0) -> torch.Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def normal64(*shape: int, seed: int = 0) -> torch.Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def distance(a: torch.Tensor, b: torch.Tensor) -> float:
+    return frechet_distance(Moments.of(a), Moments.of(b))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -65,8 +70,72 @@ def test_equals_torch_fidelity():
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# Moments
+# ---------------------------------------------------------------------------------------------------------------------
+def test_moments_in_parts_equals_whole():
+    x = normal64(101, 7) * 3 + 1000  # a mean far from zero would cost digits in plain sums of squares
+    whole = Moments.of(x)
+    first, second = Moments(7), Moments(7)
+    for part in x[:60].split(13):
+        first.update(part)
+    for part in x[60:].split(20):
+        second.update(part)
+    first.merge(Moments(7)).merge(second)
+    assert first.count == 101
+    torch.testing.assert_close(first.mean, x.mean(0), rtol=1e-13, atol=0)
+    torch.testing.assert_close(first.covariance, torch.cov(x.T), rtol=1e-10, atol=1e-10)
+    torch.testing.assert_close(whole.covariance, torch.cov(x.T), rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize("shards", [1, 2, 4])
+def test_moments_of_shards_merge_to_the_whole(shards):
+    """Gathered batch by batch, stored and restored, merged: what chunks of a reference go through."""
+    features = normal(90, 6) * 3 + 50
+    whole, merged = Moments.of(features), Moments(6)
+    for i, shard in enumerate(features.tensor_split(shards)):
+        gathered = Moments(6)
+        for part in shard.split(7 + i):
+            gathered.update(part)
+        merged.merge(Moments.restored({key: tensor.clone() for key, tensor in gathered.state().items()}))
+    torch.testing.assert_close(merged.mean, whole.mean, rtol=1e-12, atol=0)
+    torch.testing.assert_close(merged.covariance, whole.covariance, rtol=1e-9, atol=1e-9)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # Frechet
 # ---------------------------------------------------------------------------------------------------------------------
+def test_frechet_equals_scipy_square_root():
+    linalg = pytest.importorskip("scipy.linalg")
+    a, b = Moments.of(normal64(300, 12) @ normal64(12, 12, seed=1)), Moments.of(normal64(200, 12, seed=2) + 0.5)
+    root = linalg.sqrtm((a.covariance @ b.covariance).numpy()).real
+    want = (a.mean - b.mean).square().sum() + a.covariance.trace() + b.covariance.trace() - 2 * np.trace(root)
+    assert frechet_distance(a, b) == pytest.approx(float(want), rel=1e-9)
+
+
+def test_frechet_of_diagonal_gaussians_is_analytic():
+    s1, s2 = torch.tensor([1.0, 4.0, 9.0, 0.0]), torch.tensor([4.0, 1.0, 16.0, 25.0])
+    m1, m2 = torch.zeros(4), torch.tensor([1.0, 2.0, 0.0, 0.0])
+    want = (m1 - m2).square().sum() + (s1.sqrt() - s2.sqrt()).square().sum()
+    assert frechet_from_moments(m1, s1.diag(), m2, s2.diag()) == pytest.approx(float(want), rel=1e-12)
+
+
+def test_frechet_with_fewer_pictures_than_dimensions():
+    a, b = normal64(20, 64), normal64(25, 64, seed=1) + 0.1
+    centred_a, centred_b = a - a.mean(0), b - b.mean(0)
+    # from the features themselves the trace is a nuclear norm: no covariance, no rank problem
+    cross = torch.linalg.svdvals(centred_a @ centred_b.T).sum() / (19 * 24) ** 0.5
+    want = (a.mean(0) - b.mean(0)).square().sum() + torch.cov(a.T).trace() + torch.cov(b.T).trace() - 2 * cross
+    assert distance(a, b) == pytest.approx(float(want), rel=1e-11)
+    assert abs(distance(a, a)) < 1e-9
+
+
+def test_frechet_tells_what_is_wrong():
+    with pytest.raises(UserError, match="at least 2"):
+        distance(normal64(1, 4), normal64(5, 4))
+    with pytest.raises(UserError, match="same tap"):
+        distance(normal64(5, 4), normal64(5, 6))
+
+
 def test_frechet_of_badly_conditioned_covariances():
     """Variances over twelve orders of magnitude: roots of eigenvalues would lose digits, which has to be noticed."""
     basis = torch.linalg.qr(normal(60, 60).double()).Q
@@ -88,6 +157,9 @@ def test_frechet_equals_singular_values_of_the_features(counts):
     assert frechet_distance(Moments.of(a), Moments.of(b)) == pytest.approx(float(want), rel=1e-10)
 
 
+# ---------------------------------------------------------------------------------------------------------------------
+# All of them
+# ---------------------------------------------------------------------------------------------------------------------
 def test_features_that_are_not_finite_are_refused():
     good, bad = normal(20, 6), normal(20, 6)
     bad[3, 2] = math.nan
@@ -120,7 +192,7 @@ def test_too_few_pictures_are_named():
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Scores
+# Inception Score, KID
 # ---------------------------------------------------------------------------------------------------------------------
 def test_inception_score_forms():
     logits = normal(23, 7) * 2
@@ -156,6 +228,9 @@ def test_squared_mmd_by_hand():
     assert float(squared_mmd(x, y)) == pytest.approx(want)
 
 
+# ---------------------------------------------------------------------------------------------------------------------
+# Precision and recall
+# ---------------------------------------------------------------------------------------------------------------------
 @pytest.mark.parametrize("mode", ["exact", "adm_fp16"])
 def test_precision_recall_equals_brute_force_for_any_block(mode):
     real, generated = normal(57, 8), normal(43, 8, seed=1) * 0.7
@@ -197,58 +272,6 @@ def test_half_precision_falls_back_and_warns():
     assert "half precision overflows" in precision_recall(real=overflowing, generated=generated, mode="adm_fp16").note
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Codes
-# ---------------------------------------------------------------------------------------------------------------------
-def usage(codebooks: Codebooks, codes: torch.Tensor) -> dict[str, float]:
-    return codebooks.usage(codebooks.count(codes))
-
-
-def test_codebook_usage_per_branch_and_scale():
-    codes = torch.tensor([[[0, 1], [0, 2], [1, 3]], [[0, 1], [1, 2], [1, 3]]])  # (2, 3, 2), scales of 1 and 2 tokens
-    both = Codebooks(4, branches=2, scales=(1, 2), names=("semantic", "detail"))
-    measured = usage(both, codes)
-    assert measured["codebook_usage_semantic"] == 0.5 and measured["codebook_usage_detail"] == 0.75
-    assert measured["codebook_usage_semantic_scale0"] == 0.25 and measured["codebook_perplexity_semantic_scale0"] == 1.0
-    assert measured["codebook_entropy_bits_detail_scale1"] == pytest.approx(1.0, abs=1e-6)
-    assert measured["codebook_perplexity_detail_scale1"] == pytest.approx(2.0)
-    assert set(usage(Codebooks(4), codes[..., :1])) == {
-        "codebook_usage",
-        "codebook_entropy_bits",
-        "codebook_perplexity",
-    }
-    with pytest.raises(UserError, match="A code is 3, but the codebook has 3"):
-        Codebooks(3, branches=2).count(codes)
-    with pytest.raises(UserError, match="2 branches expected"):
-        Codebooks(4, branches=2).count(codes[..., 0])
-    assert torch.equal(both.count(codes), both.count(codes[:1]) + both.count(codes[1:]))  # chunks add
-
-
-def test_perturbed_codes_are_near_and_belong_to_the_picture():
-    codes = torch.stack((torch.arange(64).view(8, 8), torch.arange(64).view(8, 8).flip(1)), -1) % 16  # (8, 8, 2)
-    codebooks = torch.stack((torch.arange(16.0), 100 - torch.arange(16.0)), 1)[..., None]  # (16, 2, 1)
-    positions, near = torch.arange(8), Perturbation(1.0, 1.0, 3)
-    noisy = near(codes, codebooks, Draws(0, positions))
-    assert (noisy - codes).abs().max() <= 2 and (noisy != codes).float().mean() > 0.4
-    assert (noisy - codes)[..., 0].ne((noisy - codes)[..., 1]).any()  # branches have noise of their own
-    assert torch.equal(Perturbation(1.0, 0.0, 3)(codes, codebooks, Draws(0, positions)), codes)
-    assert torch.equal(Perturbation(1.0, 1.0, 1)(codes, codebooks, Draws(0, positions)), codes)
-    part = near(codes[3:5], codebooks, Draws(0, positions[3:5]))
-    assert torch.equal(part, noisy[3:5])
-    few = Perturbation(0.5, 0.25, 16)(codes[:1].expand(400, -1, -1), codebooks, Draws(0, torch.arange(400)))
-    touched = (few != codes[:1]).flatten(1).float().mean(1)
-    assert (touched > 0).float().mean() == pytest.approx(0.25, abs=0.06)  # a share beta of the pictures
-    assert touched[touched > 0].mean() == pytest.approx(0.5 * 15 / 16, abs=0.04)  # alpha, less the code itself
-    with pytest.raises(UserError, match="delta = 17 nearest codes of a codebook with 16"):
-        Perturbation(1.0, 1.0, 17)(codes, codebooks, Draws(0, positions))
-
-
-@pytest.mark.parametrize("text", ["0.5", "0.5,0.1", "a,b,c", "1.5,0.1,3", "0.5,-1,3", "0.5,0.1,0", "0.5,0.1,2.5"])
-def test_perturbations_that_mean_nothing(text):
-    with pytest.raises(UserError, match="--perturb " + text):
-        Perturbation.parse(text)
-
-
 class Largest(TorchDispatchMode):
     """Elements of the largest tensor that any operation makes."""
 
@@ -282,65 +305,6 @@ def test_precision_and_recall_cut_into_blocks_by_themselves():
     with Largest() as largest:
         precision_recall(real=points, generated=points)
     assert largest.elements <= 4096 * (4096 + 4) < 4400 * 4400
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Intervals and names
-# ---------------------------------------------------------------------------------------------------------------------
-def test_extrapolation_removes_the_bias():
-    """Two samples of one Gaussian: the distance at infinity is 0, at N it is not."""
-    features = normal(2000, 8).double()
-    mean, covariance = torch.zeros(8), torch.eye(8)
-
-    def measure(rows):
-        part = Moments.of(features[rows])
-        return frechet_from_moments(part.mean, part.covariance, mean, covariance)
-
-    found = intervals.at_infinity(measure, 2000)
-    assert measure(torch.arange(200)) > 0.05
-    assert abs(found.value) < 0.02 and found.slope > 0 and 0 < found.error < 0.02
-    line = intervals.at_infinity(lambda rows: 3.0 + 40.0 / len(rows), 500)
-    assert (line.value, line.slope, line.error) == pytest.approx((3.0, 40.0, 0.0), abs=1e-9)
-
-
-def test_bootstrap_intervals_hold_what_they_should():
-    values = normal(400).double() + 5
-    low, high = intervals.bootstrap_percentile(lambda rows: float(values[rows].mean()), 400)
-    assert low < values.mean() < high and high - low == pytest.approx(2 * 1.96 / 20, rel=0.2)
-    features = normal(150, 4)
-
-    def measure(rows):
-        part = Moments.of(features[rows])
-        return frechet_from_moments(part.mean, part.covariance, torch.zeros(4), torch.eye(4))
-
-    value = measure(torch.arange(150))
-    low, high = intervals.bootstrap_normal(measure, value, 150, replicates=20)
-    assert low < value < high and (low + high) / 2 == pytest.approx(value)
-
-
-def test_names_carry_protocol_and_count():
-    assert metric_name("fid", 50_000) == "fid_50k" and metric_name("fid", 49_999) == "fid_49999"
-    assert metric_name("is", 5000, "torch_fidelity") == "is_torch_fidelity_5k"
-    assert metric_name("fd_lite0_block4", 270) == "fd_lite0_block4_270"
-    assert "full rank" in few_pictures(100, 2048) and "equal numbers" in few_pictures(10_000, 2048)
-    assert few_pictures(50_000, 2048) == ""
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Parts
-# ---------------------------------------------------------------------------------------------------------------------
-@pytest.mark.parametrize("shards", [1, 2, 4])
-def test_moments_of_shards_merge_to_the_whole(shards):
-    """Gathered batch by batch, stored and restored, merged: what chunks of a reference go through."""
-    features = normal(90, 6) * 3 + 50
-    whole, merged = Moments.of(features), Moments(6)
-    for i, shard in enumerate(features.tensor_split(shards)):
-        gathered = Moments(6)
-        for part in shard.split(7 + i):
-            gathered.update(part)
-        merged.merge(Moments.restored({key: tensor.clone() for key, tensor in gathered.state().items()}))
-    torch.testing.assert_close(merged.mean, whole.mean, rtol=1e-12, atol=0)
-    torch.testing.assert_close(merged.covariance, whole.covariance, rtol=1e-9, atol=1e-9)
 
 
 @pytest.mark.parametrize("mode", ["exact", "adm_fp16"])

@@ -1,4 +1,4 @@
-"""FID's network: names, input, taps, precision, weights that are missing or wrong; and torch-fidelity's as a judge."""
+"""FID's network and the offline one."""
 
 from __future__ import annotations
 
@@ -10,10 +10,14 @@ from safetensors.torch import save_file
 from core.errors import UserError
 from core.weights.released import Released
 from evaluation import networks
-from evaluation.networks import DIMS, Inception, InceptionV3, full_precision, resize_tf1
+from evaluation.networks import DIMS, EfficientNetLite0, Inception, InceptionV3, full_precision, resize_tf1
+from tests.evaluation.conftest import ColourNet, coloured
 from tests.parity.evaluation_images import inception_recipe
 
 
+# ---------------------------------------------------------------------------------------------------------------------
+# Inception
+# ---------------------------------------------------------------------------------------------------------------------
 @pytest.fixture(scope="module")
 def weights():
     return inception_recipe(seed=5)
@@ -141,3 +145,52 @@ def test_full_precision_restores_what_was_set():
         assert conv.fp32_precision == torch.backends.cuda.matmul.fp32_precision == "ieee"
         1 / 0
     assert (conv.fp32_precision, torch.backends.cuda.matmul.fp32_precision) == before
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The offline network
+# ---------------------------------------------------------------------------------------------------------------------
+@pytest.fixture(scope="module")
+def lite0():
+    pytest.importorskip("timm")
+    return EfficientNetLite0(input_size=64)
+
+
+def test_lite0_features(lite0):
+    images = coloured(3, 0)[0]
+    together = lite0.train()(images)
+    assert together["block4"].shape == (3, 112) and together["penultimate"].shape == (3, 1280)
+    assert lite0.name == "lite0_64px" and not together["block4"].requires_grad
+    for name, values in lite0(images[1:2]).items():  # a picture's features do not depend on its batch
+        torch.testing.assert_close(values[0], together[name][1], rtol=1e-4, atol=1e-4)
+
+
+def test_lite0_penultimate_is_what_its_classifier_sees(lite0):
+    pixels = torch.rand(2, 3, 64, 64, generator=torch.Generator().manual_seed(0)) * 255
+    with torch.no_grad():
+        want = lite0.net.forward_head(lite0.net.forward_features((pixels - 127) / 128), pre_logits=True)
+        torch.testing.assert_close(lite0.taps(pixels)["penultimate"], want, rtol=1e-4, atol=1e-5)
+
+
+def test_features_ignore_autocast(lite0):
+    images = coloured(2, 0)[0]
+    plain = lite0(images)["penultimate"]
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert torch.equal(lite0(images)["penultimate"], plain)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_features_on_gpu_do_without_tf32(lite0):
+    images = coloured(2, 0)[0]
+    want = lite0(images)
+    before = torch.backends.cudnn.allow_tf32
+    moved = EfficientNetLite0(input_size=64).cuda()
+    for name, values in moved(images.cuda()).items():
+        torch.testing.assert_close(values.cpu(), want[name], rtol=1e-4, atol=1e-4)
+    assert torch.backends.cudnn.allow_tf32 == before
+
+
+def test_float_pictures_are_refused():
+    with pytest.raises(UserError, match="uint8"):
+        ColourNet()(torch.rand(1, 3, 8, 8))
