@@ -10,10 +10,11 @@ import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import cast
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from core import dist
 from core.chunks import Stopped
@@ -22,7 +23,7 @@ from core.dist import World
 from core.errors import UserError
 from core.images import grid, save_png, to_model_range, to_uint8, to_unit_range
 from core.rng import hash64, permutation
-from core.specs import Continuous, DataSource
+from core.specs import Continuous, DataSource, Tokenizer
 from core.train.log import progress_line
 from core.train.signals import REQUEUE_EXIT_CODE, StopRequest
 from core.weights import released
@@ -101,7 +102,7 @@ def pretokenize(config: RunConfig, request: Request, pictures: DataSource | None
     world = dist.start(config.train.device)
     try:
         tokenizer = load_tokenizer(config.tokenizer)
-        module = tokenizer.module.to(world.device)
+        module = cast(Tokenizer, tokenizer.module.to(world.device))
         job = Pretokenizing(config, request, pictures, world, module, tokenizer.fingerprint)
         job.make()
         store = job.open()
@@ -127,7 +128,7 @@ class Pretokenizing:
     request: Request
     pictures: DataSource | None
     world: World
-    tokenizer: nn.Module
+    tokenizer: Tokenizer
     fingerprint: str
 
     def __post_init__(self) -> None:
@@ -144,66 +145,66 @@ class Pretokenizing:
         transform = make_transform(self.config, self.tokenizer.image_size)
         with StopRequest() as stop:
             if self.request.foreign:
-                self._convert(transform, stop)
-            else:
-                self._encode(transform, stop)
+                self._convert(Path(self.request.foreign).expanduser(), transform, stop)
+            elif self.pictures is not None:
+                self._encode(self.pictures, transform, stop)
 
-    def _encode(self, transform: Transform, stop: StopRequest) -> None:
+    def _encode(self, pictures: DataSource, transform: Transform, stop: StopRequest) -> None:
         """Tokens of the pictures."""
         transform.view_of((0, 0))  # refuses crops without views
-        size = f"{len(self.pictures):,} pictures x {transform.views} views"
+        size = f"{len(pictures):,} pictures x {transform.views} views"
         self.say(f"tokens of {size} ({transform.crop}) -> {self.folder}")
-        if self.world.is_main and (line := left_out(self.pictures)):
+        if self.world.is_main and (line := left_out(pictures)):
             self.say(line)
 
         def encode(images: Tensor) -> Tensor:
             return self.tokenizer.precompute(to_model_range(images.to(self.world.device)))
 
-        spec, batch = self.tokenizer.spec, max(1, self.request.batch // transform.views)
-        build = functools.partial(tokens.build, self.folder, self.pictures, transform, spec, encode, self.fingerprint)
+        spec, batch = self.tokenizer.spec, max(1, self.request.batch // (transform.views or 1))
+        build = functools.partial(tokens.build, self.folder, pictures, transform, spec, encode, self.fingerprint)
         network, precision = self.tokenizer, self.request.precision
         compute_once(self.config, "tokens", network, self.world, self.say, build, precision, batch, stop.requested)
 
-    def _convert(self, transform: Transform, stop: StopRequest) -> None:
+    def _convert(self, path: Path, transform: Transform, stop: StopRequest) -> None:
         """Tokens from files of another code base; with the pictures at hand each entry is given to its own."""
-        spec, path = self.tokenizer.spec, Path(self.request.foreign).expanduser()
+        spec, pictures = self.tokenizer.spec, self.pictures
         if isinstance(spec, Continuous):
             raise UserError(f"--import reads codes; this tokenizer makes {spec}.")
         size = sum(p.stat().st_size for p in ([path] if path.is_file() else path.glob("*.jsonl")))
         with progress_line(self.world, size, "counting lines", "B") as counted:
             files = open_import(path, spec, transform.views or 1, counted)
         places = labels = None
-        if self.pictures is None:
+        if pictures is None:
             count, names = files.samples, [str(i) for i in range(self.request.classes)]
             source = f"{hash64('imported', path.name, count, files.views, size):016x}"
             shown = f"{count:,} pictures x {files.views} views"
             self.say(f"no pictures are given: {path} is taken as {shown}, without a comparison")
         else:
-            pairing.check_count(path, files.samples, files.views, len(self.pictures))
-            order = self.world.on_main(lambda: self._find_order(files, path, transform))
-            places = order.places(self.pictures, files.samples)
-            count, names, source = len(self.pictures), self.pictures.class_names, self.pictures.fingerprint()
-            labels = self.pictures.labels if self.pictures.num_classes > 1 else None
+            pairing.check_count(path, files.samples, files.views, len(pictures))
+            order = self.world.on_main(lambda: self._find_order(files, path, pictures, transform))
+            places = order.places(pictures, files.samples)
+            count, names, source = len(pictures), pictures.class_names, pictures.fingerprint()
+            labels = pictures.labels if pictures.num_classes > 1 else None
         plan = tokens.plan(count, files.views, source, transform, spec, self.fingerprint, names)
         with progress_line(self.world, count, "import") as shown:
             report = shown and (lambda done, total: shown(done))
             copy_to(files, Builder(self.folder, plan, self.world), places, labels, report, stop.requested)
 
-    def _find_order(self, files: TokenFiles, path: Path, transform: Transform) -> pairing.Order:
+    def _find_order(self, files: TokenFiles, path: Path, pictures: DataSource, transform: Transform) -> pairing.Order:
         """In which a token file lists the pictures: the known order that the tokenizer agrees with best.
 
         UserError below AGREEMENT, for then none of the known orders is the right one.
         """
         # drawn, not evenly spaced: multiples of a number of ranks would lie alike in many orders
-        chosen = permutation(len(self.pictures), "pairing")[:SHOWN].tolist()
+        chosen = permutation(len(pictures), "pairing")[:SHOWN].tolist()
         views = [i % files.views for i in range(len(chosen))]
-        again = self._codes_of(self._crops(transform, list(zip(chosen, views))))
+        again = self._codes_of(crops(pictures, transform, list(zip(chosen, views))))
 
         @functools.cache
         def share(row: int, place: int) -> float:
             return agreement([files.row(place)[0][views[row]]], again[row : row + 1])
 
-        best, order, tried = pairing.best_order(self.pictures, files.samples, chosen, share)
+        best, order, tried = pairing.best_order(pictures, files.samples, chosen, share)
         if order is None or best < AGREEMENT:
             raise UserError(
                 f"{path}: the tokenizer reproduces only {best:.1%} of the codes in the best of {tried} "
@@ -247,7 +248,7 @@ class Pretokenizing:
             decoded = self.tokenizer.decode(self.tokenizer.from_stored(stored)).float().cpu()
         shown, text = to_uint8(decoded, "nearest"), "decoded"
         if self.pictures is not None and self.pictures.fingerprint() == store.fingerprint():
-            images = self._crops(store.transform, chosen)
+            images = crops(self.pictures, store.transform, chosen)
             rows = [store.rows(tokens.array_of(store.spec))[index, view] for index, view in chosen]
             share = agreement(rows, self._codes_of(images))
             quality = psnr(images / 255, to_unit_range(decoded, clamp=True)).mean()
@@ -256,15 +257,16 @@ class Pretokenizing:
         save_png(grid(shown, columns=8), store.path / "preview.png")
         self.say(f"{count} pictures in {store.path / 'preview.png'}: {text}")
 
-    def _crops(self, transform: Transform, chosen: list[tuple[int, int]]) -> Tensor:
-        """(B, 3, H, W) uint8 of (index, view) pairs."""
-        samples = [read_or_replace(self.pictures, index, "replace")[0] for index, _ in chosen]
-        return torch.stack([transform.apply_view(s.image, view) for s, (_, view) in zip(samples, chosen)])
-
     @torch.no_grad()
     def _codes_of(self, images: Tensor) -> Tensor:
         """(B, ...) what the tokenizer makes of crops, on the CPU."""
         return self.tokenizer.precompute(to_model_range(images.to(self.world.device))).cpu()
+
+
+def crops(pictures: DataSource, transform: Transform, chosen: list[tuple[int, int]]) -> Tensor:
+    """(B, 3, H, W) uint8 of (index, view) pairs."""
+    samples = [read_or_replace(pictures, index, "replace")[0] for index, _ in chosen]
+    return torch.stack([transform.apply_view(s.image, view) for s, (_, view) in zip(samples, chosen)])
 
 
 def agreement(rows: list[np.ndarray], again: Tensor) -> float:
