@@ -39,7 +39,7 @@ def check(config: RunConfig) -> str:
     inputs = check_inputs(config)
     check_networks(config, inputs.weights)
     notes = [f"data           {note}" for note in data_notes(config, inputs.data)]
-    return "\n".join([report(config), *notes])
+    return "\n".join([report(config, []), *notes])
 
 
 def check_inputs(config: RunConfig) -> Inputs:
@@ -92,10 +92,15 @@ def num_classes(config: RunConfig) -> int:
     return IMAGENET_CLASSES
 
 
-def report(config: RunConfig) -> str:
-    """What is missing, now and later."""
-    missing = [*find_weights(config)[1], *missing_helpers(config)]
-    lines = [f"missing        {line}" for line in missing] or ["files          all that training needs is here"]
+def report(config: RunConfig, problems: list[str] | None = None) -> str:
+    """What is missing, now and later.
+
+    Args:
+        problems: a line for each thing that training lacks; None: look for them.
+    """
+    if problems is None:
+        problems = find_weights(config)[1] + missing_helpers(config)
+    lines = [f"missing        {line}" for line in problems] or ["files          all that training needs is here"]
     return "\n".join(lines + [f"for evaluation {line}" for line in missing_later(config)])
 
 

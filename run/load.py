@@ -90,11 +90,6 @@ class Source:
         """Let go of the file."""
         self.__dict__.pop("content", None)
 
-    @property
-    def is_foreign(self) -> bool:
-        """Whether another program wrote it."""
-        return isinstance(self.content, dict)
-
 
 @dataclass
 class Weights:
@@ -206,17 +201,13 @@ class Loaded:
         module: where weights were loaded, in evaluation mode and without gradients.
         settings: its name and constructor arguments.
         fingerprint: of its weights (core.weights.hub.fingerprint); "" for random ones.
-        path: of the weights; None for random ones.
-        constants: what lies beside the weights: statistics of the latents that a generator models.
-        provenance: what it was trained with, as its run noted it.
+        weights: where they are from, with what else is noted there; None for random ones.
     """
 
     module: nn.Module
     settings: dict[str, Any]
     fingerprint: str = ""
-    path: Path | None = None
-    constants: dict[str, Tensor] = field(default_factory=dict)
-    provenance: dict[str, Any] = field(default_factory=dict)
+    weights: Weights | None = None
 
     @property
     def image_size(self) -> int:
@@ -250,10 +241,7 @@ def build(kind: str, section: dict[str, Any], weights: Weights | None = None, **
 
 def _frozen(network: nn.Module, settings: dict[str, Any], weights: Weights | None) -> Loaded:
     network.eval().requires_grad_(False)
-    fingerprint = hub.fingerprint(network.state_dict())
-    if weights is None:
-        return Loaded(network, settings, fingerprint)
-    return Loaded(network, weights.settings, fingerprint, weights.path, weights.constants, weights.provenance)
+    return Loaded(network, weights.settings if weights else settings, hub.fingerprint(network.state_dict()), weights)
 
 
 def load_tokenizer(section: dict[str, Any], source: Source | None = None) -> Loaded:
@@ -266,17 +254,17 @@ def load_tokenizer(section: dict[str, Any], source: Source | None = None) -> Loa
     if section.get("weights"):
         weights = read_weights("tokenizer", source or Source(section["weights"]), section)
     tokenizer = _frozen(view(build("tokenizer", section, weights), section.get("view")), section, weights)
-    if place := statistics_file(section, tokenizer.path):
+    if place := statistics_file(section, weights):
         stats = read_stats(place, tokenizer.fingerprint)
         tokenizer.module.set_latent_stats(stats.mean, stats.std)
     return tokenizer
 
 
-def statistics_file(section: dict[str, Any], weights: Path | None) -> str | None:
+def statistics_file(section: dict[str, Any], weights: Weights | None) -> str | None:
     """Where the latent statistics of a tokenizer are: as its section says ("none": nowhere), else beside its weights."""
     if named := section.get("latent_stats"):
         return None if named == "none" else named
-    beside = default_place(weights) if weights else None
+    beside = default_place(weights.path) if weights else None
     return str(beside) if beside and beside.is_file() else None
 
 
@@ -381,9 +369,9 @@ class Pair:
 
     def task(self, num_classes: int, settings: SampleConfig) -> GeneratorTask:
         """Ready to train or to sample as `settings` say. UserError for finished weights without their statistics."""
-        if self.generator.path and self.lacks_statistics:
+        if self.generator.weights and self.lacks_statistics:
             raise UserError(
-                f"{self.generator.path} comes without the statistics of the latents it models. Measure them once: "
+                f"{self.generator.weights.path} comes without the statistics of the latents it models. Measure them once: "
                 "python -m scripts.latent_stats TOKENIZER [URL], or give tokenizer.latent_stats=FILE."
             )
         guidance = make_guidance(settings, self.guide and self.guide.module)

@@ -193,7 +193,7 @@ def _smallest_config(source: Source, overrides: list[str], sources: dict[str, So
     beside = {}
     if tokenizer.get("weights"):
         sources["tokenizer.weights"] = Source(tokenizer["weights"])
-    elif source.is_foreign and recognise(ADAPTERS["tokenizer"], source.content):
+    elif isinstance(source.content, dict) and recognise(ADAPTERS["tokenizer"], source.content):
         beside = {"weights": str(source.path)}  # VAR's trainer keeps its tokenizer beside it
         sources["tokenizer.weights"] = source
     else:

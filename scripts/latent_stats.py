@@ -43,7 +43,7 @@ def main(arguments: list[str]) -> int:
     module = tokenizer.module
     if not isinstance(module.spec, Continuous):
         raise UserError(f"{options.weights} gives {module.spec}: only continuous latents have statistics.")
-    place = options.out or default_place(tokenizer.path)
+    place = options.out or default_place(tokenizer.weights.path)
     if place is None:
         raise UserError(
             f"{options.weights} is a run of ours, whose generators measure statistics themselves: give --out FILE."

@@ -237,7 +237,9 @@ def test_runs_convert(generator_run, tokenizer_run, tmp_path, run):
     straight = load_generator(str(generator_run)).module
     converted = load_generator(str(ours))
     assert same(straight.state_dict(), converted.module.state_dict())
-    assert {"mean", "std"} <= converted.constants.keys() and converted.provenance["tokenizer_fingerprint"]
+    assert {"mean", "std"} <= converted.weights.constants.keys() and converted.weights.provenance[
+        "tokenizer_fingerprint"
+    ]
     assert "no place" in run(generator_run, official, "--to", "official")[1]
     run(official, again)
     for path in (official, again):

@@ -1,0 +1,92 @@
+"""run/load.py: each file is opened and hashed once per program, whatever a program asks of it."""
+
+from __future__ import annotations
+
+from collections import Counter
+from pathlib import Path
+
+import pytest
+import torch
+
+from core.weights import hub
+from run.load import Source, build_pair, load_config, read_weights
+from scripts import sample, train
+from tests.conftest import TOY_GENERATOR
+
+
+@pytest.fixture
+def counted(monkeypatch) -> Counter:
+    """counted["read", file], counted["checked", file] and counted["fingerprint", digest]: how often."""
+    counts: Counter = Counter()
+
+    def watch(where: str, what: str) -> None:
+        module, _, name = where.rpartition(".")
+        inner = getattr(__import__(module, fromlist=[name]), name)
+
+        def call(argument, *more, **named):
+            result = inner(argument, *more, **named)
+            counts[what, result if what == "fingerprint" else Path(argument).resolve()] += 1
+            return result
+
+        monkeypatch.setattr(where, call)
+
+    watch("safetensors.torch.load_file", "read")
+    watch("core.weights.hub.load_pickle", "read")
+    watch("core.train.checkpoint.sha256_file", "checked")
+    watch("core.weights.hub.fingerprint", "fingerprint")
+    return counts
+
+
+def seen(counts: Counter, what: str) -> list[str]:
+    return sorted(getattr(key, "name", key) for kind, key in counts if kind == what)
+
+
+def test_sampling_from_a_run(generator_run, tokenizer_run, tmp_path, counted):
+    assert sample.main([str(generator_run), "--labels", "0", "--num", "1", "--out", str(tmp_path / "s")]) == 0
+    assert set(counted.values()) == {1}
+    read = seen(counted, "read")
+    assert read.count("constants.safetensors") == 1 and sum("ema" in name for name in read) == 2  # generator, tokenizer
+    assert len(seen(counted, "fingerprint")) == 2
+    for run in (generator_run, tokenizer_run):
+        checked = [key for what, key in counted if what == "checked" and key.is_relative_to(run.resolve())]
+        assert checked  # a damaged checkpoint is found
+
+
+@pytest.mark.parametrize("mode", ["--check", "train"])
+def test_training(tokenizer_run, tmp_path, counted, mode):
+    words = [TOY_GENERATOR, f"tokenizer.weights={tokenizer_run}", f"work_dir={tmp_path}", f"data.cache_dir={tmp_path}"]
+    words += ["train.duration=1step", "train.device=cpu"]
+    assert train.main([*words, "--check"] if mode == "--check" else words) == 0
+    of_tokenizer = {
+        key: n for key, n in counted.items() if key[0] != "fingerprint" and tokenizer_run.name in str(key[1])
+    }
+    assert set(of_tokenizer.values()) == {1}
+
+
+def test_one_file_of_two_networks(tmp_path, counted, generator_run):
+    """A source answers for both; a checkpoint is read where a network wants its tensors, and not before."""
+    source = Source(str(generator_run))
+    counted.clear()
+    read_weights("generator", source)
+    assert seen(counted, "read") == ["constants.safetensors"] and not seen(counted, "checked")
+    torch.save({"model": {"a": torch.zeros(1)}}, tmp_path / "x.pth")
+    file = Source(str(tmp_path / "x.pth"))
+    assert isinstance(file.content, dict) and file.content is file.content
+    assert counted["read", (tmp_path / "x.pth").resolve()] == 1
+    file.close()
+    assert isinstance(file.content, dict) and counted["read", (tmp_path / "x.pth").resolve()] == 2
+
+
+def test_where_weights_come_from(tokenizer_run):
+    """The same pair with weights, at random and by sizes alone."""
+    config = load_config(TOY_GENERATOR, [f"tokenizer.weights={tokenizer_run}"])
+    shapes = []
+    for weights in ("load", "random", "meta"):
+        pair = build_pair(config, weights, num_classes=4)
+        networks = (pair.tokenizer.module, pair.generator.module)
+        assert all(p.is_meta == (weights == "meta") for network in networks for p in network.parameters())
+        assert bool(pair.tokenizer.fingerprint) == (weights == "load") and not pair.generator.fingerprint
+        assert pair.lacks_statistics and pair.generator.settings["num_classes"] == 4
+        shapes.append([{name: t.shape for name, t in network.state_dict().items()} for network in networks])
+    assert shapes[0] == shapes[1] == shapes[2]
+    assert hub.fingerprint(build_pair(config).tokenizer.module.state_dict()) == build_pair(config).tokenizer.fingerprint
