@@ -10,10 +10,13 @@ from __future__ import annotations
 import ast
 import difflib
 import functools
+import itertools
 import operator
 import re
 import tomllib
+from collections import Counter
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -75,15 +78,10 @@ def compute(expression: str, names: dict[str, Any]) -> Any:
             return _FUNCTIONS[node.func.id](value)
         left, right = visit(node.left), visit(node.right)
         apply = _OPERATORS[type(node.op)]
-        if isinstance(left, list) or isinstance(right, list):
-            pairs = zip(
-                *(
-                    x if isinstance(x, list) else [x] * len(left if isinstance(left, list) else right)
-                    for x in (left, right)
-                )
-            )
-            return [apply(a, b) for a, b in pairs]
-        return apply(left, right)
+        if not isinstance(left, list) and not isinstance(right, list):
+            return apply(left, right)
+        sides = [side if isinstance(side, list) else itertools.repeat(side) for side in (left, right)]
+        return list(map(apply, *sides))
 
     return visit(ast.parse(expression, mode="eval").body)
 
@@ -177,25 +175,19 @@ def _config_of(word: str) -> dict[str, Any]:
 
 def systems_of(words: Iterable[str]) -> list[str]:
     """Systems that the words name: by configs and runs, names of released files, names of models in other words."""
-    found: dict[str, None] = {}
+    systems: dict[str, None] = {}
     for word in words:
         word = word.rpartition("=")[2]
-        config = _config_of(word)
-        names = [_table(config, key).get("name") for key in ("tokenizer", "generator")]
-        path = Path(FILES.get(word, word))
-        names += [_released().get(path.name)]
+        config, path = _config_of(word), Path(FILES.get(word, word))
+        names = [_table(config, key).get("name") for key in ("tokenizer", "generator")] + [_released().get(path.name)]
         if not any(names):
-            names += [path.parent.name, *path.stem.split("__")]
-            if system := foreign_yaml(config):
-                names = [system]
-        for name in filter(None, names):
-            found |= {
-                system: None
-                for system in SYSTEMS
-                for model in (system, *DATA[system]["models"])
-                if re.match(rf"(toy_)?{model}(_|$)", name)
-            }
-    return list(found)
+            system = foreign_yaml(config)
+            names = [system] if system else [path.parent.name, *path.stem.split("__")]
+        for system in SYSTEMS:
+            models = "|".join([system, *DATA[system]["models"]])
+            if any(re.match(rf"(toy_)?({models})(_|$)", name) for name in names if name):
+                systems[system] = None
+    return list(systems)
 
 
 def tasks_of(words: Iterable[str], stage: str | None = None) -> list[str]:
@@ -213,29 +205,47 @@ def lookup(system: str, program: str, name: str) -> Answer | None:
     return None
 
 
+def homes_of(system: str, name: str) -> list[str]:
+    """The programs of ours that a word of a system's command lines may stand behind."""
+    return [program for program in PROGRAMS if lookup(system, program, name) is not None]
+
+
 def words_of(system: str) -> set[str]:
     """All words of its command lines."""
     parts = {part for program in PROGRAMS.values() for part in program["parts"]} | {"common"}
     return {word for part in parts for word in DATA[system].get(part, {}) if "." not in word}
 
 
-def split_flags(arguments: Sequence[str], switches: set[str]) -> list[tuple[str, str, Any]]:
-    """(word as typed, name, value) of each --flag; several numbers are a list, no value is True."""
-    found = []
+@dataclass(frozen=True)
+class Flag:
+    """One --option of a command."""
+
+    typed: str  # as it stands there, with its value
+    name: str  # "global_batch_size"
+    value: Any  # text, a list where there are several numbers, "true" where there is none
+
+
+def name_of(option: str) -> str:
+    """ "--global-batch-size=512" -> "global_batch_size"."""
+    return option[2:].partition("=")[0].replace("-", "_")
+
+
+def split_flags(arguments: Sequence[str], switches: set[str]) -> list[Flag]:
+    """The --flags of a command with the values behind them; `switches` take none."""
+    flags = []
     for place, argument in enumerate(arguments):
         if not argument.startswith("--") or argument == "--":
             continue
-        flag, given, value = argument[2:].partition("=")
-        name = flag.replace("-", "_")
-        values = [value] if given else []
-        following = iter(arguments[place + 1 :] if not given and name not in switches else [])
+        option, equals, value = argument.partition("=")
+        values = [value] if equals else []
+        following = arguments[place + 1 :] if not equals and name_of(option) not in switches else []
         for word in following:
             if word.startswith("--") or "=" in word or (values and not is_number(values[-1], word)):
                 break
             values.append(word)
-        typed = f"--{flag} {' '.join(values)}".rstrip()
-        found.append((typed, name, values[0] if len(values) == 1 else values or True))
-    return found
+        typed = " ".join([option, *values])
+        flags.append(Flag(typed, name_of(option), values[0] if len(values) == 1 else values or "true"))
+    return flags
 
 
 def is_number(*words: str) -> bool:
@@ -257,19 +267,15 @@ def explain(
         programs: keys of PROGRAMS, what the command may be about.
         options: the options that the program does have, for "did you mean".
     """
-    named = systems_of(a for a in arguments if not a.startswith("--"))
-    flags = {a[2:].partition("=")[0].replace("-", "_") for a in arguments if a.startswith("--")}
-    candidates = named or _likeliest(flags, programs)
-    switches = {word for system in [*(candidates or SYSTEMS), "launch"] for word in DATA[system].get("switches", ())}
-    given = split_flags(arguments, switches)
-    wanted = None if only is None else {word[2:].partition("=")[0].replace("-", "_") for word in only}
-    values = {name: value for _, name, value in given}
-    said = [
-        _explain_one(typed, name, value, values, candidates, programs, options)
-        for typed, name, value in given
-        if wanted is None or name in wanted
-    ]
-    return join(dict.fromkeys([*key_answers(arguments, programs), *said]))
+    options_typed = [a for a in arguments if a.startswith("--")]
+    systems = systems_of(a for a in arguments if a not in options_typed)
+    systems = systems or _likeliest({name_of(option) for option in options_typed}, programs)
+    switches = {word for system in [*(systems or SYSTEMS), "launch"] for word in DATA[system].get("switches", ())}
+    flags = split_flags(arguments, switches)
+    values = {flag.name: flag.value for flag in flags}
+    wanted = set(values) if only is None else set(map(name_of, only))
+    answers = [_explain_one(flag, values, systems, programs, options) for flag in flags if flag.name in wanted]
+    return join(dict.fromkeys([*key_answers(arguments, programs), *answers]))
 
 
 def join(answers: Iterable[str]) -> str:
@@ -290,59 +296,46 @@ def _likeliest(flags: set[str], programs: Sequence[str]) -> list[str]:
 
 
 def _explain_one(
-    typed: str,
-    name: str,
-    value: Any,
-    values: dict[str, Any],
-    candidates: list[str],
-    programs: Sequence[str],
-    options: Iterable[str],
+    flag: Flag, values: dict[str, Any], systems: list[str], programs: Sequence[str], options: Iterable[str]
 ) -> str:
-    said: dict[str, list[str]] = {}  # what -> of which system, for which program
-    for system in candidates:
-        names = {**DATA[system].get("defaults", {}), **values}
+    """What to write instead of one option; `values` are those of all, `systems` whose words they may be."""
+    name, typed = flag.name, flag.typed
+
+    def rest(system: str, program: str) -> str:
+        return phrase(lookup(system, program, name), flag.value, {**DATA[system].get("defaults", {}), **values})
+
+    owners: dict[str, list[tuple[str, str]]] = {}  # answer -> of which systems, for which programs
+    for system in systems:
         for program in programs:
-            if (entry := lookup(system, program, name)) is not None:
-                text = phrase(entry, "true" if value is True else value, names)
-                said.setdefault(text, []).append((system, program))
-    if len(said) == 1:
-        return typed + next(iter(said))
-    if said:
-        return "; ".join(f"{typed} ({_whose(said, text)}){text}" for text in said)
+            if lookup(system, program, name) is not None:
+                owners.setdefault(rest(system, program), []).append((system, program))
+    if len(owners) == 1:
+        return typed + next(iter(owners))
+    if owners:
+        return "; ".join(f"{typed} ({_whose(owners, answer)}){answer}" for answer in owners)
     if (entry := lookup("launch", programs[0], name)) is not None:
-        return typed + phrase(entry, value, {})
-    for system in candidates:
-        if name in words_of(system):
-            homes = [program for program in PROGRAMS if lookup(system, program, name) is not None]
-            rest = phrase(
-                lookup(system, homes[0], name),
-                "true" if value is True else value,
-                {**DATA[system].get("defaults", {}), **values},
-            )
-            where = ", ".join(PROGRAMS[home]["title"] for home in homes)
-            return f"{typed} belongs to {where}" + (rest if rest.startswith(":") else f", where it{rest}")
-    if owners := [DATA[system]["title"] for system in SYSTEMS if name in words_of(system)]:
-        return f"{typed} is a word of {' and '.join(owners)}, not of {', '.join(DATA[s]['title'] for s in candidates)}"
-    close = difflib.get_close_matches(
-        "--" + name.replace("_", "-"), options, n=1, cutoff=0.6
-    ) or difflib.get_close_matches(
-        name, {word for system in candidates or SYSTEMS for word in words_of(system)}, n=1, cutoff=0.5
-    )
+        return typed + phrase(entry, flag.value, {})
+    for system in systems:
+        if homes := homes_of(system, name):
+            answer, where = rest(system, homes[0]), ", ".join(PROGRAMS[home]["title"] for home in homes)
+            return f"{typed} belongs to {where}" + (answer if answer.startswith(":") else f", where it{answer}")
+    if others := [DATA[system]["title"] for system in SYSTEMS if homes_of(system, name)]:
+        return f"{typed} is a word of {' and '.join(others)}, not of {', '.join(DATA[s]['title'] for s in systems)}"
+    known = {word for system in systems or SYSTEMS for word in words_of(system)}
+    ours = difflib.get_close_matches("--" + name.replace("_", "-"), options, n=1, cutoff=0.6)
+    close = ours or difflib.get_close_matches(name, known, n=1, cutoff=0.5)
     hint = f' Did you mean "{close[0]}"?' if close else ""
     return f"there is no option {typed}; settings are key=value.{hint}"
 
 
-def _whose(said: dict[str, list[tuple[str, str]]], text: str) -> str:
+def _whose(owners: dict[str, list[tuple[str, str]]], answer: str) -> str:
     """What tells an answer from the others: its systems, and what it is for where one system has several answers."""
-    owners = {
-        system: {other for other in said if any(s == system for s, _ in said[other])}
-        for s in said
-        for system, _ in said[s]
-    }
+    answers_of = Counter(system for pairs in owners.values() for system in {system for system, _ in pairs})
     names = []
-    for system, program in said[text]:
-        title = [DATA[system]["title"]] if len(owners) > 1 else []
-        names.append(" ".join([*title, *([PROGRAMS[program]["title"]] if len(owners[system]) > 1 else [])]))
+    for system, program in owners[answer]:
+        title = DATA[system]["title"] if len(answers_of) > 1 else ""
+        purpose = PROGRAMS[program]["title"] if answers_of[system] > 1 else ""
+        names.append(f"{title} {purpose}".strip())
     return ", ".join(dict.fromkeys(names))
 
 
