@@ -87,12 +87,8 @@ def unpack(archive: Path, folder: Path) -> int:
             prefix = f"{folder.name}/" if all(e.filename.startswith(f"{folder.name}/") for e in files) else ""
             temporary = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
             try:
-                for entry in files:
-                    place = temporary / entry.filename.removeprefix(prefix)
-                    place.parent.mkdir(parents=True, exist_ok=True)
-                    with source.open(entry) as packed, open(place, "wb") as file:  # checks the CRC at the end
-                        shutil.copyfileobj(packed, file)
-                os.rename(temporary, folder)
+                source.extractall(temporary, files)  # checks the CRC of every file
+                os.rename(temporary / prefix, folder)
             finally:
                 shutil.rmtree(temporary, ignore_errors=True)
     except (zipfile.BadZipFile, zlib.error, EOFError) as error:

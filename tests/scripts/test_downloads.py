@@ -8,6 +8,7 @@ import stat
 import subprocess
 import sys
 import zipfile
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -415,3 +416,71 @@ def test_a_released_file_that_is_missing_comes_with_its_command(command):
     done = subprocess.run([sys.executable, "-m", *command], cwd=ROOT, capture_output=True, text=True, timeout=600)
     assert done.returncode == 2 and "Traceback" not in done.stderr, done.stderr
     assert f"is not here. Fetch it: bash run_download.sh {name}" in done.stderr, done.stderr
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Systems
+# ---------------------------------------------------------------------------------------------------------------------
+@pytest.fixture
+def small(monkeypatch):
+    """The table with sizes that fit into a test."""
+    whole = released.table()
+    monkeypatch.setattr(
+        download, "table", lambda: [replace(f, bytes=4 if f.bytes else None, at_least=3) for f in whole]
+    )
+
+
+def said(capsys, *arguments: str) -> str:
+    """What download.py prints when all is well."""
+    capsys.readouterr()
+    assert download.main(list(arguments)) == 0
+    return capsys.readouterr().out
+
+
+def test_every_released_file_is_in_the_table():
+    files = released.table()
+    assert len({f.name for f in files}) == len(files)
+    assert {"rectok", "fqgan", "rear", "dar", "imagefolder", "evaluation", "auxiliary"} == {f.system for f in files}
+    for file in files:
+        assert bool(file.repo) != bool(file.url) and file.to in ("pretrained_models", "data/fid_stats", "data/tokens")
+        assert file.bytes or file.at_least > 0
+        assert file.reference.startswith(("hf://", "https://"))
+
+
+def test_a_system_is_fetched_checked_and_kept(fake, small, capsys, tmp_path):
+    fake.files["fun-research/TiTok/maskgit-vqgan-imagenet-f16-256.bin"] = b"four"
+    for size in "SBL":
+        fake.files[f"qyoo/reAR/reAR-{size}.safetensors"] = b"enough"
+    fake.files["yucornetto/RAR/rar_b.bin"] = fake.files["yucornetto/RAR/rar_l.bin"] = b"five."  # not what is published
+    with pytest.raises(UserError, match="2 of 6 files could not be had"):
+        download.main(["rear"])
+    assert hub.resolve("maskgit-vqgan-imagenet-f16-256.bin").read_bytes() == b"four"
+    assert not (tmp_path / "pretrained_models" / "rar_b.bin").exists()
+    fake.files.clear()
+    assert "here     pretrained_models/reAR-S.safetensors" in said(capsys, "reAR-S.safetensors")
+    (tmp_path / "pretrained_models" / "reAR-S.safetensors").write_bytes(b"")
+    with pytest.raises(UserError, match="1 of 1"):
+        download.main(["reAR-S.safetensors"])
+
+
+def test_statistics_go_where_evaluation_looks(fake, small, capsys, tmp_path):
+    fake.files["QingyuShi/RecTok/data/fid_stats/adm_in256_stats.npz"] = b"stats"
+    assert "fetched  data/fid_stats/adm_in256_stats.npz" in said(capsys, "adm_in256_stats.npz")
+    assert (tmp_path / "data" / "fid_stats" / "adm_in256_stats.npz").read_bytes() == b"stats"
+
+
+def test_what_cannot_be_fetched_is_explained(fake, monkeypatch, capsys):
+    with pytest.raises(UserError, match='neither a system nor a released file. Did you mean "rectok"'):
+        download.main(["rektok"])
+    with pytest.raises(UserError, match="name a system"):
+        download.main([])
+    out = said(capsys, "rectok", "--dry-run")
+    assert "would fetch  hf://QingyuShi/RecTok/RecTok.pth -> pretrained_models/RecTok.pth" in out
+    assert "offline_models" not in out and "offline_models" in said(capsys, "rectok", "--all", "--dry-run")
+    assert "optional" in said(capsys, "--list", "rear")
+    monkeypatch.setenv("TESSERA_OFFLINE", "1")
+    with pytest.raises(UserError):
+        download.main(["RecTok.pth"])
+    out = capsys.readouterr().out
+    assert "downloads are switched off" in out
+    assert "/QingyuShi/RecTok/resolve/main/RecTok.pth and copy it to pretrained_models/RecTok.pth" in out
