@@ -35,7 +35,6 @@ from core.files import (
     write_atomic,
     write_json,
 )
-from core.train.optimizer_state import flatten_optimizer, restore_optimizer  # noqa: F401 (what goes into checkpoints)
 
 FORMAT = 1
 MANIFEST, STATE = "manifest.json", "state.json"
@@ -184,35 +183,18 @@ class CheckpointStore:
     Args:
         folder: `<run>/checkpoints`; made at the first save.
         keep: how many of the newest to keep, beside the milestones.
-        milestone_every_images: a checkpoint is kept for good when state["images_seen"] has crossed a multiple of this
-            since the checkpoint before it. None: no milestones but those that `save` is told of.
-        on_error: what happens when writing fails (a full disk, say). The last good checkpoint stays as it is either
-            way. "raise": the next `save` or `wait` raises. "log": it is logged at once and training goes on; the
-            next `save` tries again. Failures are listed in `failures` with both.
-        log: receives one sentence at a time, from the writer thread too.
+        log: receives one sentence at a time, from the writer thread too. When writing fails (a full disk, say) it is
+            all that happens: training goes on, the last good checkpoint stays as it is, the next `save` tries again.
     """
 
-    def __init__(
-        self,
-        folder: str | os.PathLike,
-        keep: int = 3,
-        milestone_every_images: int | None = None,
-        on_error: str = "raise",
-        log: Callable[[str], None] = lambda message: None,
-    ):
+    def __init__(self, folder: str | os.PathLike, keep: int = 3, log: Callable[[str], None] = lambda message: None):
         if keep < 1:
             raise UserError(f"keep = {keep} checkpoints, at least 1 is needed to resume a run.")
-        if on_error not in ("raise", "log"):
-            raise ValueError(f'on_error is "raise" or "log", not "{on_error}"')
-        self.folder, self.keep, self.milestone_every_images = Path(folder), keep, milestone_every_images
-        self.on_error, self.log = on_error, log
+        self.folder, self.keep, self.log = Path(folder), keep, log
         self.skipped: list[str] = []  # what the last call of `latest` passed over, and why
-        self.failures: list[str] = []
-        self.last_saved: int | None = None
         self._damaged: set[str] = set()
-        self._images_seen = 0  # at the newest checkpoint, written or found
         self._thread: threading.Thread | None = None
-        self._error: BaseException | None = None
+        self._failure: str | None = None  # of the last save
 
     # -- finding ------------------------------------------------------------------------------------------------------
     def steps(self) -> list[int]:
@@ -232,7 +214,7 @@ class CheckpointStore:
             clean: also remove what killed writers left and repair `latest`. The process that writes passes True;
                 other ranks, and programs that look at a run which may be alive, pass False.
         """
-        self._join()
+        self.wait()
         self.skipped = []
         if clean:
             self._clean()
@@ -240,11 +222,9 @@ class CheckpointStore:
             path = self.folder / step_name(step)
             problems = find_damage(path)
             if not problems:
-                checkpoint = Checkpoint(path)
-                self._images_seen = checkpoint.state.get("images_seen", 0)
                 if clean:
-                    self._point_latest(path.name)
-                return checkpoint
+                    self._point("latest", path.name)
+                return Checkpoint(path)
             self._damaged.add(path.name)
             self.skipped.extend(problems)
             for problem in problems:
@@ -277,60 +257,49 @@ class CheckpointStore:
         state: dict[str, Any],
         *,
         wait: bool = False,
-        milestone: bool | None = None,
+        milestone: bool = False,
     ) -> None:
         """Copy everything now and write it in the background; waits for the save before.
 
         Args:
             tensors: file name without suffix -> name -> tensor.
             state: anything JSON can hold.
-            wait: return only when it is on disk.
-            milestone: keep this one for good. None: as `milestone_every_images` says.
+            wait: return only when it is on disk; UserError when it could not be written.
+            milestone: keep this one for good.
         """
         for stem in tensors:
             if not _STEM.fullmatch(stem):
                 raise ValueError(f'"{stem}" cannot be part of a file name')
         text = to_json(state)
         self.wait()
-        images = state.get("images_seen", 0)
-        if milestone is None:
-            every = self.milestone_every_images
-            milestone = bool(every) and images // every > self._images_seen // every
         copies, events = _snapshot(tensors)
         # Not a daemon: a program that ends during a save ends after it.
         self._thread = threading.Thread(
-            target=self._run, args=(step, copies, events, text, milestone, images), name="checkpoint writer"
+            target=self._run, args=(step, copies, events, text, milestone), name="checkpoint writer"
         )
         self._thread.start()
         if wait:
             self.wait()
+            if self._failure is not None:
+                raise UserError(self._failure)
 
     def wait(self) -> None:
-        """Until nothing is being written. Raises what went wrong if `on_error` is "raise"."""
-        self._join()
-        error, self._error = self._error, None
-        if error is not None:
-            raise error
-
-    def _join(self) -> None:
+        """Until nothing is being written."""
         if self._thread is not None:
             self._thread.join()
             self._thread = None
 
-    def _run(self, step: int, copies: dict, events: list, text: str, milestone: bool, images: int) -> None:
+    def _run(self, step: int, copies: dict, events: list, text: str, milestone: bool) -> None:
+        self._failure = None
         try:
             for event in events:
                 event.synchronize()
             self._write(step, copies, text, milestone)
         except BaseException as error:
-            sentence = f"The checkpoint of step {step} was not saved. {error} Older checkpoints are untouched."
-            self.failures.append(sentence)
-            self.log(sentence)
-            if self.on_error == "raise":
-                self._error = UserError(sentence) if isinstance(error, (UserError, OSError)) else error
-            return
-        self.last_saved, self._images_seen = step, images
-        self._prune()
+            self._failure = f"The checkpoint of step {step} was not saved. {error} Older checkpoints are untouched."
+            self.log(self._failure)
+        else:
+            self._prune()
 
     def _write(self, step: int, copies: dict[str, dict[str, Tensor]], text: str, milestone: bool) -> None:
         final = self.folder / step_name(step)
@@ -372,16 +341,13 @@ class CheckpointStore:
                 os.rename(aside, final)
             raise
         fsync_folder(self.folder)
-        self._point_latest(final.name)
+        self._point("latest", final.name)
         if replaces:
             shutil.rmtree(aside, ignore_errors=True)
 
     def _leftover(self, kind: str, name: str) -> Path:
         """What `_clean` recognises when this process is gone. kind "tmp": incomplete; "old": a whole checkpoint."""
         return self.folder / f".{kind}-{name}-{os.getpid()}"
-
-    def _point_latest(self, name: str) -> None:
-        self._point("latest", name)
 
     def _point(self, title: str, name: str) -> None:
         """`title` -> `name`, relative, so that a run folder can be moved. A convenience: nothing here reads it."""

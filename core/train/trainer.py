@@ -120,7 +120,7 @@ class Trainer:
         self._guard_copies: tuple[dict[str, Tensor], Any] | None = None  # host copies on their way, and their event
         self._skips_reported = dict.fromkeys(self.networks, 0)
         self._replaced: set[str] = set()  # keys of unreadable pictures
-        self.store = CheckpointStore(run.path / "checkpoints", keep=train.keep_checkpoints, on_error="log", log=run.log)
+        self.store = CheckpointStore(run.path / "checkpoints", keep=train.keep_checkpoints, log=run.log)
 
     def _wrap(self) -> None:
         """Checkpoint, compile and distribute the networks: before optimisers and averages, which follow their shards."""
@@ -195,8 +195,6 @@ class Trainer:
         }
         milestone = self._every(self.settings.milestone_every, self.step)
         self.store.save(self.step, tensors, state, milestone=milestone, wait=wait)
-        if wait and self.store.last_saved != self.step:
-            raise UserError(self.store.failures[-1])
 
     def restore(self) -> bool:
         """Continue from the newest valid checkpoint of the run folder. False when there is none."""

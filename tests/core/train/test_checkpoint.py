@@ -48,7 +48,7 @@ def test_round_trip_is_bit_equal(tmp_path):
     assert store.latest() is None
     store.save(7, tensors, state, wait=True)
     found = CheckpointStore(tmp_path).latest()
-    assert (found.step, found.state, store.last_saved) == (7, state, 7)
+    assert (found.step, found.state) == (7, state)
     assert all(same(found.tensors(stem), group) for stem, group in tensors.items())
     assert found.files == ["model.ema_0.99.safetensors", "model.safetensors", "nothing.safetensors", "state.json"]
     with pytest.raises(UserError, match='holds no "modle". Did you mean "model"'):
@@ -182,18 +182,17 @@ def test_folder_renamed_by_hand_is_not_believed(tmp_path):
 
 # -- tidying ----------------------------------------------------------------------------------------------------------
 def test_keeps_newest_and_milestones(tmp_path):
-    store = CheckpointStore(tmp_path, keep=2, milestone_every_images=100)
+    store = CheckpointStore(tmp_path, keep=2)
     for step in range(1, 11):
-        if step == 6:  # a resumed run sets the same milestones
-            store = CheckpointStore(tmp_path, keep=2, milestone_every_images=100)
+        if step == 6:  # a resumed run keeps the milestones of before
+            store = CheckpointStore(tmp_path, keep=2)
             store.latest()
-        store.save(step, some_tensors(), {"images_seen": step * 30}, wait=True)
-    # 120, 210 and 300 are the first past each hundred
+        store.save(step, some_tensors(), {}, wait=True, milestone=step in (4, 7))
     assert store.steps() == [4, 7, 9, 10]
-    store.save(11, some_tensors(), {"images_seen": 301}, milestone=True, wait=True)
+    store.save(11, some_tensors(), {}, milestone=True, wait=True)
     for step in (12, 13):
-        store.save(step, some_tensors(), {"images_seen": 302}, milestone=False, wait=True)
-    assert store.steps() == [4, 7, 10, 11, 12, 13]
+        store.save(step, some_tensors(), {}, wait=True)
+    assert store.steps() == [4, 7, 11, 12, 13]
 
 
 def test_damaged_ones_do_not_push_good_ones_out(tmp_path):
@@ -305,24 +304,24 @@ def test_full_disk_leaves_the_last_good_checkpoint(tmp_path):
         state = {"words": "x" * 3000}
         def limit(count):
             resource.setrlimit(resource.RLIMIT_FSIZE, (count, resource.RLIM_INFINITY))
-        for policy in ("raise", "log"):
+        for wait in (True, False):
             messages = []
-            store = CheckpointStore(folder, on_error=policy, log=messages.append)
+            store = CheckpointStore(folder, log=messages.append)
             store.save(1, tensors, state, wait=True)
-            for count in (0, 100, 500, 2000, 2999, 3500, 50000, 79999, 81000, 119999):
+            for number, count in enumerate((0, 100, 500, 2000, 2999, 3500, 50000, 79999, 81000, 119999)):
                 limit(count)
                 try:
-                    store.save(2, tensors, state)
+                    store.save(2, tensors, state, wait=wait)
                     store.wait()
-                    assert policy == "log"
+                    assert not wait
                 except UserError as error:
-                    assert policy == "raise" and str(error) in messages
+                    assert wait and str(error) == messages[-1]
+                assert len(messages) == number + 1, messages
                 assert "step 2" in messages[-1] and folder + "/step_00000002" in messages[-1], messages
                 assert "larger than the system allows" in messages[-1] and "untouched" in messages[-1], messages
                 limit(resource.RLIM_INFINITY)
                 assert sorted(os.listdir(folder)) == ["latest", "step_00000001"], os.listdir(folder)
                 assert store.latest().step == 1
-            assert len(store.failures) == 10 and store.last_saved == 1
             store.save(2, tensors, state, wait=True)
             assert store.latest().step == 2 and store.latest().tensors("model")["w"].equal(tensors["model"]["w"])
             import shutil; shutil.rmtree(folder)
@@ -333,12 +332,14 @@ def test_full_disk_leaves_the_last_good_checkpoint(tmp_path):
 
 
 def test_no_room_is_noticed_before_writing(tmp_path, monkeypatch):
-    store = CheckpointStore(tmp_path)
+    messages = []
+    store = CheckpointStore(tmp_path, log=messages.append)
     store.save(1, some_tensors(), {}, wait=True)
     monkeypatch.setattr(shutil, "disk_usage", lambda folder: shutil._ntuple_diskusage(1000, 990, 10))
     store.save(2, some_tensors(), {})  # returns: training goes on
-    with pytest.raises(UserError, match="step 2 was not saved.*are needed and 10 bytes are free"):
-        store.save(3, some_tensors(), {})
+    with pytest.raises(UserError, match="step 3 was not saved.*are needed and 10 bytes are free"):
+        store.save(3, some_tensors(), {}, wait=True)
+    assert "step 2 was not saved" in messages[0]
     monkeypatch.undo()
     store.save(3, some_tensors(), {}, wait=True)
     assert store.steps() == [1, 3]

@@ -7,7 +7,8 @@ import torch
 from torch import nn
 
 from core.errors import UserError
-from core.train.checkpoint import CheckpointStore, flatten_optimizer, restore_optimizer
+from core.train.checkpoint import CheckpointStore
+from core.train.optimizer_state import flatten_optimizer, restore_optimizer
 from tests.core.train.test_checkpoint import same
 
 
@@ -73,26 +74,24 @@ def test_adamw_continues_bit_equal(tmp_path, fused, regrouped):
 def test_other_optimisers_and_dtypes():
     weight = nn.Parameter(torch.ones(3, dtype=torch.bfloat16))
     never = nn.Parameter(torch.ones(2))
-    optimizer = torch.optim.SGD([weight, never], lr=torch.tensor(0.1), momentum=0.9)
+    optimizer = torch.optim.SGD([{"params": [weight, never], "names": ["w", "never"]}], lr=0.1, momentum=0.9)
     optimizer.state[weight] = {"momentum_buffer": torch.full((3,), 1 / 3), "count": 4}  # fp32 beside a bf16 weight
-    tensors, description = flatten_optimizer(optimizer, ["w", "never"])
-    other = torch.optim.SGD([never, weight], lr=torch.tensor(0.5), momentum=0.1)
-    restore_optimizer(other, tensors, json.loads(json.dumps(description)), ["never", "w"], keep_options=("momentum",))
+    tensors, description = flatten_optimizer(optimizer)
+    other = torch.optim.SGD([{"params": [never, weight], "names": ["never", "w"]}], lr=0.5, momentum=0.1)
+    restore_optimizer(other, tensors, json.loads(json.dumps(description)))
     state = other.state[weight]
     assert state["count"] == 4 and torch.equal(state["momentum_buffer"], torch.full((3,), 1 / 3))
     assert never not in other.state
     group = other.param_groups[0]
-    assert isinstance(group["lr"], torch.Tensor) and group["lr"] == torch.tensor(0.1) and group["momentum"] == 0.1
+    assert group["lr"] == 0.1 and group["momentum"] == 0.9
 
 
 def test_optimiser_mismatches_are_named():
     net = network()
-    names = [name for name, _ in net.named_parameters()]
+    names, parameters = zip(*net.named_parameters())
     tensors, description = flatten_optimizer(adamw(net, False))
     with pytest.raises(UserError, match="state of AdamW, the run uses SGD"):
-        restore_optimizer(torch.optim.SGD(net.parameters()), tensors, description, names)
+        restore_optimizer(torch.optim.SGD([{"params": parameters, "names": names}]), tensors, description)
     larger = nn.Sequential(nn.Conv2d(3, 8, 3), nn.Flatten(), nn.Linear(128, 5), nn.Linear(5, 5))
     with pytest.raises(UserError, match=r"3.weight is new.*0.weight was \[4, 3, 3, 3\], is \[8, 3, 3, 3\]"):
         restore_optimizer(adamw(larger, False), tensors, description)
-    with pytest.raises(ValueError, match="names"):
-        flatten_optimizer(torch.optim.SGD(net.parameters()), ["a", "a", "b", "c"])
