@@ -12,6 +12,8 @@ the registry and the remaining keys are its constructor arguments, checked again
 
 from __future__ import annotations
 
+import contextlib
+import copy
 import dataclasses
 import inspect
 import os
@@ -19,7 +21,7 @@ import re
 import sys
 import types
 import typing
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, Union, get_args, get_origin
@@ -73,17 +75,14 @@ class Duration(str):
         return (progress.epoch if unit == "ep" else progress.step) >= float(number)
 
 
-def setting(default: Any, help: str, low: float | None = None, high: float | None = None):
+def setting(default: Any, help: str, low: float | None = None, high: float | None = None) -> Any:
     """A dataclass field with a line of help and an allowed range. `...` as default makes it mandatory."""
-    metadata = {"help": help, "low": low, "high": high}
-    if default is ...:
-        return field(metadata={**metadata, "required": True}, default=None)
-    if isinstance(default, (dict, list)) or dataclasses.is_dataclass(default):
-        return field(
-            default_factory=lambda: default if not dataclasses.is_dataclass(default) else type(default)(),
-            metadata=metadata,
-        )
-    return field(default=default, metadata=metadata)
+    metadata = {"help": help, "low": low, "high": high, "required": default is ...}
+    if dataclasses.is_dataclass(default):
+        return field(default_factory=type(default), metadata=metadata)
+    if isinstance(default, (dict, list)):
+        return field(default_factory=lambda: copy.copy(default), metadata=metadata)
+    return field(default=None if default is ... else default, metadata=metadata)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -233,6 +232,12 @@ class SampleConfig:
 
     GUIDANCE: ClassVar[tuple[str, ...]] = ("scale", "guidance", "interval", "guide", "schedule", "start", "power")
 
+    def __post_init__(self):
+        if isinstance(self.scale, str):  # D-AR's notation, turned into what the rest of the code knows
+            with contextlib.suppress(ValueError):  # reported later, with everything else
+                self.start, self.scale = linear_scales(self.scale)
+                self.schedule = "linear"
+
     def options(self) -> dict[str, Any]:
         """What was set beyond guidance: keyword arguments of the generator's `sample`."""
         given = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name not in self.GUIDANCE}
@@ -305,65 +310,86 @@ class _Checker:
 
     def value(self, path: str, given: Any, hint: Any) -> Any:
         """`given` as an instance of the type `hint`; a problem is noted when it is not one."""
-        if hint is Any or hint is None or isinstance(hint, (str, typing.TypeVar)):
+        if hint is None or isinstance(hint, (str, typing.TypeVar)):
             return given
-        origin, arguments = get_origin(hint), get_args(hint)
-        if origin is Annotated:
-            return self.component(path, given, arguments[1], table="table" in arguments)
-        if origin in (Union, types.UnionType):
-            return self.union(path, given, hint, arguments)
         if dataclasses.is_dataclass(hint):
             return self.section(path, given, hint)
-        if origin is Literal:
-            if given not in arguments:
-                self.wrong(
-                    path,
-                    f"expected {_describe(hint)}, got {given!r}."
-                    + (nearest(given, map(str, arguments)) if isinstance(given, str) else ""),
-                )
-            return given
-        if hint is Duration:
-            try:
-                return Duration.parse(given)
-            except ValueError as expected:
-                self.wrong(path, f"expected {expected}, got {given!r}.")
-                return given
-        if origin in (list, tuple):
-            if not isinstance(given, (list, tuple)):
-                self.wrong(path, f"expected a list, got {given!r}.")
-                return given
-            inner = arguments[0] if arguments else Any
-            items = [self.value(f"{path}[{i}]", item, inner) for i, item in enumerate(given)]
-            return tuple(items) if origin is tuple else items
-        if origin is dict or hint is dict:
-            if not isinstance(given, dict):
-                self.wrong(path, f"expected a table of keys, got {given!r}.")
-                return given
-            inner = arguments[1] if len(arguments) == 2 else Any
-            return {k: self.value(f"{path}.{k}", v, inner) for k, v in given.items()}
-        if hint is float and isinstance(given, (int, float)) and not isinstance(given, bool):
-            if not abs(given) <= sys.float_info.max:
-                self.wrong(path, f"must be a finite number, got {given!r}.")
-                return given
-            return float(given)
-        if isinstance(hint, type) and hint in (int, float, str, bool, list, tuple, type(None)):
-            if type(given) is not hint and not (hint is tuple and isinstance(given, list)):
-                self.wrong(path, f"expected {_describe(hint)}, got {given!r}.")
+        check = self.CHECKS.get(get_origin(hint) or hint)
+        return given if check is None else check(self, path, given, hint)
+
+    def annotated(self, path: str, given: Any, hint: Any) -> Any:
+        """A component: Annotated[dict, kind], or Annotated[dict, kind, "table"]."""
+        _, kind, *form = get_args(hint)
+        return self.component(path, given, kind, table="table" in form)
+
+    def literal(self, path: str, given: Any, hint: Any) -> Any:
+        choices = get_args(hint)
+        if given not in choices:
+            advice = nearest(given, map(str, choices)) if isinstance(given, str) else ""
+            self.wrong(path, f"expected {_describe(hint)}, got {given!r}.{advice}")
         return given
 
-    def union(self, path: str, given: Any, hint: Any, arguments: tuple) -> Any:
-        if given is None and type(None) in arguments:
+    def duration(self, path: str, given: Any, hint: Any) -> Any:
+        try:
+            return Duration.parse(given)
+        except ValueError as expected:
+            self.wrong(path, f"expected {expected}, got {given!r}.")
+            return given
+
+    def sequence(self, path: str, given: Any, hint: Any) -> Any:
+        if not isinstance(given, (list, tuple)):
+            self.wrong(path, f"expected a list, got {given!r}.")
+            return given
+        inner = (*get_args(hint), Any)[0]
+        items = [self.value(f"{path}[{i}]", item, inner) for i, item in enumerate(given)]
+        return tuple(items) if tuple in (hint, get_origin(hint)) else items
+
+    def mapping(self, path: str, given: Any, hint: Any) -> Any:
+        if not isinstance(given, dict):
+            self.wrong(path, f"expected a table of keys, got {given!r}.")
+            return given
+        inner = (*get_args(hint), Any, Any)[1]
+        return {key: self.value(f"{path}.{key}", item, inner) for key, item in given.items()}
+
+    def number(self, path: str, given: Any, hint: Any) -> Any:
+        if not isinstance(given, (int, float)) or isinstance(given, bool):
+            return self.plain(path, given, hint)
+        if not abs(given) <= sys.float_info.max:
+            self.wrong(path, f"must be a finite number, got {given!r}.")
+            return given
+        return float(given)
+
+    def plain(self, path: str, given: Any, hint: Any) -> Any:
+        if type(given) is not hint:
+            self.wrong(path, f"expected {_describe(hint)}, got {given!r}.")
+        return given
+
+    def union(self, path: str, given: Any, hint: Any) -> Any:
+        if given is None and type(None) in get_args(hint):
             return None
-        found = [a for a in arguments if a is not type(None)]
-        if len(found) == 1:
-            return self.value(path, given, found[0])
-        for option in found:  # the first type that takes the value without complaint
+        options = [option for option in get_args(hint) if option is not type(None)]
+        if len(options) == 1:
+            return self.value(path, given, options[0])
+        for option in options:  # the first type that takes the value without complaint
             trial = _Checker(self.registries)
             result = trial.value(path, given, option)
             if not trial.problems:
                 return result
         self.wrong(path, f"expected {_describe(hint)}, got {given!r}.")
         return given
+
+    CHECKS: ClassVar[dict[Any, Callable[..., Any]]] = {  # by the type of a setting, or its origin
+        Annotated: annotated,
+        Union: union,
+        types.UnionType: union,
+        Literal: literal,
+        Duration: duration,
+        list: sequence,
+        tuple: sequence,
+        dict: mapping,
+        float: number,
+        **dict.fromkeys((int, str, bool, type(None)), plain),
+    }
 
     def section(self, path: str, given: Any, schema: type) -> Any:
         """A nested dataclass."""
@@ -374,30 +400,29 @@ class _Checker:
             return None
         hints = typing.get_type_hints(schema, include_extras=True)
         fields = {f.name: f for f in dataclasses.fields(schema)}
-        values = {}
+        prefix = f"{path}." if path else ""
         for key in given:
             if key not in fields:
-                self.wrong(f"{path}.{key}".lstrip("."), f"unknown key.{nearest(key, fields)}")
+                self.wrong(f"{prefix}{key}", f"unknown key.{nearest(key, fields)}")
+        values = {}
         for key, spec in fields.items():
-            where = f"{path}.{key}".lstrip(".")
-            if key not in given:
-                if spec.metadata.get("required"):
-                    nested = dataclasses.is_dataclass(hints[key])
-                    if nested:  # name the mandatory keys inside rather than the section
-                        self.section(where, {}, hints[key])
-                    else:
-                        self.wrong(where, f"is missing: {spec.metadata['help']}.")
-                continue
-            values[key] = self.value(where, given[key], hints[key])
-            low, high = spec.metadata.get("low"), spec.metadata.get("high")
-            for number in values[key] if isinstance(values[key], list) else [values[key]]:
-                if not isinstance(number, (int, float)) or isinstance(number, bool):
-                    continue
-                if (low is not None and number < low) or (high is not None and number > high):
-                    bounds = f"at least {low}" if high is None else f"between {low} and {high}"
-                    self.wrong(where, f"must be {bounds}, got {values[key]!r}.")
-                    break
+            where = f"{prefix}{key}"
+            if key in given:
+                values[key] = self.value(where, given[key], hints[key])
+                self.limits(where, values[key], spec.metadata.get("low"), spec.metadata.get("high"))
+            elif spec.metadata.get("required"):
+                if dataclasses.is_dataclass(hints[key]):  # name the mandatory keys inside rather than the section
+                    self.section(where, {}, hints[key])
+                else:
+                    self.wrong(where, f"is missing: {spec.metadata['help']}.")
         return schema(**values)
+
+    def limits(self, path: str, value: Any, low: float | None, high: float | None) -> None:
+        """Of a number, or of all numbers in a list."""
+        numbers = [n for n in (value if isinstance(value, list) else [value]) if type(n) in (int, float)]
+        if any((low is not None and n < low) or (high is not None and n > high) for n in numbers):
+            bounds = f"at least {low}" if high is None else f"between {low} and {high}"
+            self.wrong(path, f"must be {bounds}, got {value!r}.")
 
     def component(self, path: str, given: Any, kind: str, table: bool) -> Any:
         """{name: ..., arguments ...} against the signature of what the registry holds; a table has names as keys."""
@@ -407,16 +432,7 @@ class _Checker:
             self.wrong(path, f"expected a table with a name, got {given!r}.")
             return given
         if table:
-            checked = {}
-            for name, arguments in given.items():
-                where = f"{path}.{name}"
-                if arguments is False:  # takes back what a base config names
-                    continue
-                if not isinstance(arguments or {}, dict):
-                    self.wrong(where, f"expected a table of keys, got {arguments!r}.")
-                else:
-                    checked[name] = self.component(where, {"name": name, **(arguments or {})}, kind, False)
-            return checked
+            return self.components(path, given, kind)
         registry = self.registries.get(kind)
         if registry is None:
             return given
@@ -444,6 +460,16 @@ class _Checker:
                 hint = accepted[key].annotation
                 result[key] = self.value(f"{path}.{key}", item, Any if hint is inspect.Parameter.empty else hint)
         return result
+
+    def components(self, path: str, given: dict, kind: str) -> dict[str, Any]:
+        """A table name -> arguments; false takes back what a base config names."""
+        checked = {}
+        for name, arguments in given.items():
+            if not isinstance(arguments or {}, dict):
+                self.wrong(f"{path}.{name}", f"expected a table of keys, got {arguments!r}.")
+            elif arguments is not False:
+                checked[name] = self.component(f"{path}.{name}", {"name": name, **(arguments or {})}, kind, False)
+        return checked
 
 
 def parse_section(path: str, given: Any, schema: type) -> Any:
@@ -475,54 +501,50 @@ def linear_scales(text: str) -> tuple[float, float]:
     return (1.001 if first == 1 < last else first), last
 
 
-def _cross_checks(config: RunConfig) -> list[str]:
-    """What no single key can tell."""
-    problems = []
-    recipes = {"train": config.train, "train.discriminator": config.train.discriminator}
-    for where, recipe in recipes.items():
-        if recipe is None:
-            continue
-        optimizer, schedule = recipe.optimizer, recipe.schedule
-        if (optimizer.lr is None) == (optimizer.base_lr is None):
-            problems.append(f"{where}.optimizer: give exactly one of lr and base_lr.")
-        if len(optimizer.betas) != 2 or not all(0 <= b < 1 for b in optimizer.betas):
-            problems.append(f"{where}.optimizer.betas: expected two numbers in [0, 1), got {optimizer.betas}.")
-        if schedule.kind in ("exponential", "bent") and schedule.min_lr <= 0:
-            problems.append(f"{where}.schedule.min_lr: must be more than 0 for kind: {schedule.kind}.")
-    if config.train.discriminator is not None and config.discriminator is None:
-        problems.append("train.discriminator: there is no discriminator to train; configure one, or leave this out.")
+def _recipe_problems(where: str, recipe: TrainConfig | NetworkConfig) -> Iterator[str]:
+    optimizer, schedule = recipe.optimizer, recipe.schedule
+    if (optimizer.lr is None) == (optimizer.base_lr is None):
+        yield f"{where}.optimizer: give exactly one of lr and base_lr."
+    if len(optimizer.betas) != 2 or not all(0 <= b < 1 for b in optimizer.betas):
+        yield f"{where}.optimizer.betas: expected two numbers in [0, 1), got {optimizer.betas}."
+    if schedule.kind in ("exponential", "bent") and schedule.min_lr <= 0:
+        yield f"{where}.schedule.min_lr: must be more than 0 for kind: {schedule.kind}."
+
+
+def _task_problems(config: RunConfig) -> Iterator[str]:
+    yield from _recipe_problems("train", config.train)
+    if config.train.discriminator is not None:
+        yield from _recipe_problems("train.discriminator", config.train.discriminator)
+        if config.discriminator is None:
+            yield "train.discriminator: there is no discriminator to train; configure one, or leave this out."
     if any(not 0 <= d < 1 for d in config.train.ema):
-        problems.append(f"train.ema: decays lie in [0, 1), got {config.train.ema}.")
-    needed = {"generator": "generator", "tokenizer": "objective"}[config.task]
-    if getattr(config, needed) is None:
-        problems.append(f'{needed}: is missing, and task is "{config.task}".')
+        yield f"train.ema: decays lie in [0, 1), got {config.train.ema}."
+    if config.task == "generator" and config.generator is None:
+        yield 'generator: is missing, and task is "generator".'
+    if config.task == "tokenizer" and config.objective is None:
+        yield 'objective: is missing, and task is "tokenizer".'
     if config.task == "tokenizer" and ("name" not in config.tokenizer or config.tokenizer.get("weights")):
-        problems.append(
+        yield (
             "tokenizer: one that is trained is described by name and settings; give weights to start from as "
             "train.init_from, not as tokenizer.weights."
         )
-    if config.train.parallel == "fsdp" and config.task != "generator":
-        problems.append("train.parallel: fsdp is for generators; a tokenizer and its discriminator train with ddp.")
-    scale = config.sample.scale
-    if isinstance(scale, str):  # D-AR's notation, turned into what the rest of the code knows
-        try:
-            config.sample.start, config.sample.scale = linear_scales(scale)
-            config.sample.schedule = "linear"
-        except ValueError:
-            problems.append(
-                f'sample.scale: a text is two numbers, first and last scale, such as "1.2,8.0", not {scale!r}.'
-            )
-    elif config.sample.guidance == "auto" and isinstance(scale, list):
-        problems.append("sample.scale: autoguidance takes one number.")
-    elif config.sample.guidance == "auto" and scale > 1 and not config.sample.guide:
-        problems.append("sample.guide: autoguidance needs the weights of a weaker model.")
-    if len(config.data.scale) != 2:
-        problems.append(f"data.scale: expected [low, high], got {config.data.scale}.")
-    if len(config.sample.interval) != 2:
-        problems.append(f"sample.interval: expected [low, high], got {config.sample.interval}.")
+    if config.task == "tokenizer" and config.train.parallel == "fsdp":
+        yield "train.parallel: fsdp is for generators; a tokenizer and its discriminator train with ddp."
+
+
+def _other_problems(config: RunConfig) -> Iterator[str]:
+    sample = config.sample
+    if isinstance(sample.scale, str):
+        yield f'sample.scale: a text is two numbers, first and last scale, such as "1.2,8.0", not {sample.scale!r}.'
+    elif sample.guidance == "auto" and isinstance(sample.scale, list):
+        yield "sample.scale: autoguidance takes one number."
+    elif sample.guidance == "auto" and sample.scale > 1 and not sample.guide:
+        yield "sample.guide: autoguidance needs the weights of a weaker model."
+    for name, pair in (("data.scale", config.data.scale), ("sample.interval", sample.interval)):
+        if len(pair) != 2:
+            yield f"{name}: expected [low, high], got {pair}."
     if not config.name or "/" in config.name or config.name.startswith("."):
-        problems.append(f'name: becomes a folder name, so "{config.name}" will not do.')
-    return problems
+        yield f'name: becomes a folder name, so "{config.name}" will not do.'
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -610,7 +632,8 @@ def check(plain: dict[str, Any], registries: Mapping[str, Registry], source: str
     """A RunConfig from plain data. `source` names where it came from in the message."""
     checker = _Checker(registries)
     config = checker.section("", plain, RunConfig)
-    if problems := checker.problems or _cross_checks(config):
+    # after what single keys can tell: how they fit together
+    if problems := checker.problems or [*_task_problems(config), *_other_problems(config)]:
         count = "a mistake" if len(problems) == 1 else f"{len(problems)} mistakes"
         raise UserError(f"{source} has {count}:\n" + "\n".join(f"  - {p}" for p in problems))
     return config
