@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import atexit
+import contextlib
 import os
 import sys
-import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import NoReturn
@@ -16,9 +16,11 @@ from core.errors import UserError
 
 def run(main: Callable[[list[str]], int | None]) -> None:
     """Call main(arguments) and exit. A UserError becomes its message on stderr and exit code 2."""
-    message = ""
+    message, ending = "", {"code": 1}  # 1 of an exception that nobody catches
+    if launch.is_one_of_several():
+        # What is registered first is called last: when other threads have ended and everything else was tidied up.
+        atexit.register(lambda: leave(ending["code"]))
     try:
-        _refuse_another_clone(Path(sys.argv[0]))
         code = main(sys.argv[1:]) or 0
     except UserError as error:
         code, message = 2, f"error: {error}"
@@ -27,41 +29,29 @@ def run(main: Callable[[list[str]], int | None]) -> None:
         code = 1
     except KeyboardInterrupt:
         code, message = 130, "interrupted"
+    except SystemExit as error:  # argparse's
+        ending["code"] = error.code if isinstance(error.code, int) else int(error.code is not None)
+        raise
     if code and _speaks():
         if message:
             print(message, file=sys.stderr)
         # torchrun turns every failure of a worker into exit code 1; the launch script reads the real one from here.
         if os.environ.get("TESSERA_EXIT_FILE"):
             Path(os.environ["TESSERA_EXIT_FILE"]).write_text(str(code))
-    if launch.is_one_of_several():
-        leave(code)
+    ending["code"] = code
     sys.exit(code)
 
 
-def _refuse_another_clone(program: Path) -> None:
-    """`python scripts/NAME.py` finds the packages through the environment, which may be that of another clone."""
-    here = Path(__file__).resolve().parents[1]
-    if program.parent.name == "scripts" and program.resolve().parents[1] != here:
-        raise UserError(
-            f"{program} would run with the packages of {here}, whose environment this is. Start it from its own folder as "
-            f"python -m scripts.{program.stem}"
-        )
-
-
 def leave(code: int) -> NoReturn:
-    """End this process as `sys.exit` does, without taking the interpreter apart.
+    """End this process before the interpreter is taken apart.
 
     A rank of several has threads of gloo or NCCL, which destroy_process_group does not end while anything (FSDP's
     caches, default arguments in torch.distributed.nn) refers to the group. One that drops a tensor during the
     interpreter's shutdown aborts the process, and work that is done would be reported as failed.
     """
-    threading._shutdown()  # these three are what the interpreter does first, too
-    atexit._run_exitfuncs()
     for stream in (sys.stdout, sys.stderr):
-        try:
+        with contextlib.suppress(OSError, ValueError):  # the reader went away, or `run` closed it
             stream.flush()
-        except (OSError, ValueError):  # the reader went away, or `run` closed it
-            pass
     os._exit(code)
 
 
