@@ -6,8 +6,6 @@ of the transformers library (`openai/clip-vit-large-patch14/model.safetensors`),
 
 from __future__ import annotations
 
-import re
-
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -18,28 +16,40 @@ from core.nn.embed import resize_positions
 from core.rng import Draws
 from core.weights import hub
 from core.weights.adapter import describe_differences
+from core.weights.names import Renames
 from core.weights.released import find_weights, needs
 from tokenizer.teachers import Teacher, create_timm, timm_helper
 
-# Names of the transformers library -> timm's, for both families; q, k and v are joined afterwards.
-_RENAMED = (
-    (r"^vision_model\.embeddings\.class_embedding$", "cls_token"),
-    (r"^embeddings\.cls_token$", "cls_token"),
-    (r"^vision_model\.embeddings\.position_embedding\.weight$", "pos_embed"),
-    (r"^embeddings\.position_embeddings$", "pos_embed"),
-    (r"^vision_model\.embeddings\.patch_embedding\.", "patch_embed.proj."),
-    (r"^embeddings\.patch_embeddings\.projection\.", "patch_embed.proj."),
-    (r"^vision_model\.pre_layrnorm\.", "norm_pre."),
-    (r"^vision_model\.post_layernorm\.", "norm."),
-    (r"^layernorm\.", "norm."),
-    (r"^(?:vision_model\.)?encoder\.layers?\.", "blocks."),
-    (r"\.layer_norm(\d)\.", r".norm\1."),
-    (r"\.self_attn\.([qkv])_proj\.", r".attn.\1."),
-    (r"\.attention\.attention\.([qkv])\w+\.", r".attn.\1."),
-    (r"\.self_attn\.out_proj\.", ".attn.proj."),
-    (r"\.attention\.output\.dense\.", ".attn.proj."),
-    (r"\.layer_scale(\d)\.lambda1$", r".ls\1.gamma"),
+# Names of the transformers library and timm's, for both families.
+_NAMES = Renames(
+    ("^vision_model.embeddings.class_embedding", "^cls_token"),
+    ("^embeddings.cls_token", "^cls_token"),
+    ("^vision_model.embeddings.position_embedding.weight", "^pos_embed"),
+    ("^embeddings.position_embeddings", "^pos_embed"),
+    ("^vision_model.embeddings.patch_embedding.", "^patch_embed.proj."),
+    ("^embeddings.patch_embeddings.projection.", "^patch_embed.proj."),
+    ("^vision_model.pre_layrnorm.", "^norm_pre."),
+    ("^vision_model.post_layernorm.", "^norm."),
+    ("^layernorm.", "^norm."),
+    ("^vision_model.encoder.layers.", "^blocks."),
+    ("^encoder.layer.", "^blocks."),
+    (".layer_norm{}.", ".norm{}."),
+    (".self_attn.qkv_proj.", ".attn.qkv."),
+    (".attention.attention.qkv.", ".attn.qkv."),
+    (".self_attn.out_proj.", ".attn.proj."),
+    (".attention.output.dense.", ".attn.proj."),
+    (".layer_scale{}.lambda1", ".ls{}.gamma"),
+    fused={
+        ".self_attn.qkv_proj.": (".self_attn.q_proj.", ".self_attn.k_proj.", ".self_attn.v_proj."),
+        ".attention.attention.qkv.": (
+            ".attention.attention.query.",
+            ".attention.attention.key.",
+            ".attention.attention.value.",
+        ),
+    },
 )
+# The text part, projections and what only pretraining uses are none of these.
+_KEPT = ("vision_model.", "embeddings.", "encoder.", "layernorm.")
 
 
 def is_transformers_file(weights: dict[str, Tensor]) -> bool:
@@ -48,21 +58,11 @@ def is_transformers_file(weights: dict[str, Tensor]) -> bool:
 
 def timm_from_transformers(weights: dict[str, Tensor]) -> dict[str, Tensor]:
     """A CLIP (text part and all) or DINOv2 file of the transformers library under timm's names."""
-    renamed = {}
-    for name, tensor in weights.items():
-        name = name.removeprefix("dinov2.")
-        kept = name.startswith(("vision_model.", "embeddings.", "encoder.", "layernorm."))
-        if not kept or name.endswith(("mask_token", "position_ids")):
-            continue  # the text part, projections, what only pretraining uses
-        for pattern, replacement in _RENAMED:
-            name = re.sub(pattern, replacement, name)
-        if name in ("cls_token", "pos_embed"):
-            tensor = tensor.reshape(1, -1, tensor.shape[-1])
-        renamed[name] = tensor
-    for name in [name for name in renamed if ".attn.q." in name]:
-        joined = [renamed.pop(name.replace(".attn.q.", f".attn.{part}.")) for part in "qkv"]
-        renamed[name.replace(".attn.q.", ".attn.qkv.")] = torch.cat(joined)
-    return renamed
+    weights = {name.removeprefix("dinov2."): tensor for name, tensor in weights.items()}
+    kept = {n: t for n, t in weights.items() if n.startswith(_KEPT) and not n.endswith(("mask_token", "position_ids"))}
+    state = _NAMES.ours(kept)
+    tables = {name: state[name] for name in ("cls_token", "pos_embed") if name in state}
+    return {**state, **{name: table.reshape(1, -1, table.shape[-1]) for name, table in tables.items()}}
 
 
 def _backbone(name: str, model: str, weights: str | None, pretrained: bool, size: dict | None) -> nn.Module:
