@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 import torch
@@ -455,7 +456,7 @@ def _log_p(logits: Tensor, least: int) -> Tensor:
 
 def _scores(log_p: Tensor, edges: list[int]) -> tuple[float, float]:
     scores = []
-    for start, stop in zip(edges, edges[1:]):
+    for start, stop in pairwise(edges):
         part = log_p[start:stop]  # (n, classes)
         log_marginal = part.logsumexp(0) - np.log(stop - start)
         scores.append((part.exp() * (part - log_marginal)).sum(1).mean().exp())

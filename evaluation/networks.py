@@ -22,6 +22,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -112,7 +113,7 @@ class EfficientNetLite0(FeatureNet):
             other numbers, hence another `name`.
     """
 
-    dims = {"block4": 112, "penultimate": 1280}
+    dims: ClassVar = {"block4": 112, "penultimate": 1280}
 
     def __init__(self, input_size: int = 224):
         super().__init__()

@@ -257,6 +257,10 @@ def describe_labels(labels: Tensor, num_classes: int) -> dict[str, int]:
 # Frechet distance is "fd_<network>_<tap>" (FeatureNet.distance_name says which).
 
 
+PREFIXES = {"generation": "", "reconstruction": "r", "perturbed": "p"}  # of metrics of features, by purpose
+IS_VARIANTS = {"adm": "", "shuffled": "torch_fidelity", "single": "streaming"}  # by form of the Inception Score
+
+
 def short_count(count: int) -> str:
     """50000 -> "50k", 5000 -> "5k", 270 -> "270", 12345 -> "12345"."""
     return f"{count // 1000}k" if count >= 1000 and count % 1000 == 0 else str(count)
@@ -327,9 +331,6 @@ MEANINGS = {
     "codebook_perplexity": Meaning("Code perplexity", "codes", "higher", "Codes in effective use."),
     "psnr": Meaning("PSNR", "dB", "higher", "Pixel error of reconstructions, averaged per picture."),
     "ssim_gauss": Meaning("SSIM", "", "higher", "Structural likeness of reconstructions, at most 1 (Gaussian window)."),
-    "reconstruction_fd_": Meaning(
-        "Reconstruction Frechet", "", "lower", "Feature distance between reconstructions and their originals. Not FID."
-    ),
     "class_accuracy": Meaning("Class accuracy", "share", "higher", "Samples recognised as the class asked for."),
     "neighbour_similarity": Meaning(
         "Neighbour similarity", "cosine", "", "To the nearest training picture, mean. Far above real means copying."

@@ -61,7 +61,7 @@ class Facts:
     made_by: str | None = None
 
 
-_ADM_TRAIN = dict(purpose="generation", network="inception", preprocess="tf1", count=1_281_167)
+_ADM_TRAIN = {"purpose": "generation", "network": "inception", "preprocess": "tf1", "count": 1_281_167}
 KNOWN: dict[str, Facts] = {
     "VIRTUAL_imagenet256_labeled.npz": Facts(**_ADM_TRAIN, image_size=256, made_by="guided-diffusion"),
     "VIRTUAL_imagenet512.npz": Facts(**_ADM_TRAIN, image_size=512, made_by="guided-diffusion"),

@@ -1,31 +1,163 @@
-"""The report of a run: one HTML file with everything inside, readable offline, on a phone and in the dark.
+"""What an evaluation or a run leaves behind: a table on the terminal, metrics.json, and one HTML page with everything inside.
 
     report = Report("Emoji in ten minutes", "tokenizer 0.4 M, generator 1.1 M parameters")
     report.add_tile("class accuracy", 0.71, "samples recognised as the class asked for")
     report.add_curves("loss", {"train": [(0, 1.2), (100, 0.8)]}, xlabel="images")
     report.write(folder / "report.html")
 
-Sections appear in the order they were added; tiles stay on top and neighbouring curves share a row. Every text is
-escaped, pictures are embedded as PNG, curves are drawn by evaluation/curves.py.
+The page is readable offline, on a phone and in the dark. Sections appear in the order they were added; tiles stay on top
+and neighbouring curves share a row. Every text is escaped, pictures are embedded as PNG, curves are SVG.
+
+metrics.json answers every question that a reader of a number may have: what was measured on how many pictures, by which
+protocol, against which file, from which weights, with which labels, seed, rounding, precision and versions, and how long
+each part took.
 """
 
 from __future__ import annotations
 
 import base64
 import io
+import json
 import math
+import os
+import platform
 import re
+import subprocess
 from collections.abc import Sequence
+from dataclasses import asdict
 from html import escape
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+import torch
 from PIL import Image
 from torch import Tensor
 
-from core.files import write_atomic
-from evaluation.curves import NUM_COLOURS, Series, format_number, line_chart
+from core.files import explain_os_errors, write_atomic
+from evaluation.measure import Result
+from evaluation.protocols import meaning_of
+from evaluation.scores import Score
 
+# ---------------------------------------------------------------------------------------------------------------------
+# Line charts
+# ---------------------------------------------------------------------------------------------------------------------
+# Inline SVG: one function, no dependency. Colours come from the page's CSS (classes s0 ... s6).
+
+Series = dict[str, list[tuple[float, float]]]
+
+WIDTH, HEIGHT = 460, 270
+_LEFT, _RIGHT, _TOP, _BOTTOM = 54, 14, 12, 42
+_MAX_POINTS = 300
+NUM_COLOURS = 7
+
+
+def format_number(value: float) -> str:
+    """Short and readable: 0.0012 -> 0.0012, 12500 -> 12.5k, 3e-7 -> 3e-7."""
+    if value == 0 or not math.isfinite(value):
+        return "0" if value == 0 else "not finite"
+    size = abs(value)
+    for limit, suffix in ((1e9, "G"), (1e6, "M"), (1e4, "k")):
+        if limit <= size < 1e12:
+            return f"{value / {'G': 1e9, 'M': 1e6, 'k': 1e3}[suffix]:.4g}{suffix}"
+    if size < 1e-3 or size >= 1e12:
+        mantissa, exponent = f"{value:.2e}".split("e")
+        return f"{float(mantissa):g}e{int(exponent)}"
+    return f"{value:.4g}"
+
+
+def ticks(low: float, high: float, count: int = 5) -> list[float]:
+    """About `count` multiples of 1, 2 or 5 times a power of ten inside [low, high]."""
+    rough = (high - low) / count
+    power = 10.0 ** math.floor(math.log10(rough))
+    step = power * next(m for m in (1, 2, 5, 10) if m * power >= rough * 0.999)
+    first, last = math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9)
+    return [i * step for i in range(first, last + 1)]
+
+
+def log_ticks(low: float, high: float) -> list[float]:
+    """Powers of ten inside [low, high]; with fewer than two of them also their multiples by 2 and 5, or linear ones."""
+    exponents = range(math.floor(math.log10(low)) - 1, math.ceil(math.log10(high)) + 2)
+    for multiples in ((1,), (1, 2, 5)):
+        values = [m * 10.0**e for e in exponents for m in multiples if low * 0.999 <= m * 10.0**e <= high * 1.001]
+        if len(values) >= (2 if multiples == (1,) else 3):
+            return values[:: max(1, math.ceil(len(values) / 7))]
+    return ticks(low, high)
+
+
+def _thin(points: list[tuple[float, float]]) -> list[tuple[float, float]]:
+    """At most _MAX_POINTS of them, keeping the lowest and highest of each stretch so that spikes stay visible."""
+    if len(points) <= _MAX_POINTS:
+        return points
+    size = math.ceil(2 * len(points) / _MAX_POINTS)
+    kept = []
+    for start in range(0, len(points), size):
+        stretch = points[start : start + size]
+        usable = [p for p in stretch if math.isfinite(p[1])] or stretch[:1]
+        kept += sorted({min(usable, key=lambda p: p[1]), max(usable, key=lambda p: p[1])})
+    return kept
+
+
+def _range(values: list[float], log: bool) -> tuple[float, float]:
+    low, high = min(values), max(values)
+    if low == high:
+        return (low / 2, high * 2) if log else (low - (abs(low) or 1) * 0.5, high + (abs(high) or 1) * 0.5)
+    if log:
+        margin = (high / low) ** 0.04
+        return low / margin, high * margin
+    return low - 0.04 * (high - low), high + 0.04 * (high - low)
+
+
+def line_chart(name: str, series: Series, log: bool = False, xlabel: str = "") -> str:
+    """An <svg>. Values that are not finite (or not positive with `log`) leave a gap; no values at all say so."""
+
+    def usable(point: tuple[float, float]) -> bool:
+        return math.isfinite(point[0]) and math.isfinite(point[1]) and (point[1] > 0 or not log)
+
+    parts = [f'<svg class="chart" viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{escape(name)}">']
+    points = [point for line in series.values() for point in line if usable(point)]
+    if not points:
+        return parts[0] + f'<text x="{WIDTH / 2}" y="{HEIGHT / 2}" text-anchor="middle">no values</text></svg>'
+    x_low, x_high = min(p[0] for p in points), max(p[0] for p in points)
+    if x_low == x_high:
+        x_low, x_high = x_low - 0.5, x_high + 0.5
+    y_low, y_high = _range([p[1] for p in points], log)
+    scale = math.log if log else float
+
+    def place(x: float, y: float) -> tuple[float, float]:
+        across = (x - x_low) / (x_high - x_low)
+        up = (scale(y) - scale(y_low)) / (scale(y_high) - scale(y_low))
+        return _LEFT + across * (WIDTH - _LEFT - _RIGHT), HEIGHT - _BOTTOM - up * (HEIGHT - _TOP - _BOTTOM)
+
+    for value in log_ticks(y_low, y_high) if log else ticks(y_low, y_high):
+        y = place(x_low, value)[1]
+        parts.append(f'<path class="rule" d="M{_LEFT} {y:.1f}H{WIDTH - _RIGHT}"/>')
+        parts.append(f'<text x="{_LEFT - 8}" y="{y + 4:.1f}" text-anchor="end">{format_number(value)}</text>')
+    for value in ticks(x_low, x_high):
+        x = place(value, y_low)[0]
+        parts.append(f'<path class="rule" d="M{x:.1f} {_TOP}V{HEIGHT - _BOTTOM}"/>')
+        label = format_number(value)
+        parts.append(f'<text x="{x:.1f}" y="{HEIGHT - _BOTTOM + 17}" text-anchor="middle">{label}</text>')
+    if xlabel:
+        x = (_LEFT + WIDTH - _RIGHT) / 2
+        parts.append(f'<text class="label" x="{x}" y="{HEIGHT - 6}" text-anchor="middle">{escape(xlabel)}</text>')
+    for index, line in enumerate(series.values()):
+        path, pen_down, drawn = [], False, []
+        for point in _thin(line):
+            if usable(point):
+                drawn.append(place(*point))
+                path.append(f"{'L' if pen_down else 'M'}{drawn[-1][0]:.1f} {drawn[-1][1]:.1f}")
+            pen_down = usable(point)
+        colour = f"s{index % NUM_COLOURS}"
+        if path:
+            parts.append(f'<path class="line {colour}" d="{"".join(path)}"/>')
+            parts.append(f'<circle class="{colour}" cx="{drawn[-1][0]:.1f}" cy="{drawn[-1][1]:.1f}" r="3"/>')
+    return "".join(parts) + "</svg>"
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The page
+# ---------------------------------------------------------------------------------------------------------------------
 _SMALL = 320  # pictures with a shorter long side are enlarged by a whole factor, pixels kept sharp
 _MARKS = {True: ' <span class="ok">✓</span>', False: ' <span class="wrong">✗</span>', None: ""}
 _NUMBER = re.compile(r"^[-+]?[\d.,]+(e[-+]?\d+)?\s?%?$")
@@ -147,7 +279,7 @@ class Report:
         return self
 
     def add_environment(self, environment: dict[str, Any]) -> Report:
-        """What evaluation.environment.environment() returns."""
+        """What `environment()` returns."""
         items = "".join(f"<dt>{escape(str(k))}</dt><dd>{escape(str(v))}</dd>" for k, v in environment.items())
         return self._add_card("Environment", f"<dl>{items}</dl>")
 
@@ -183,3 +315,162 @@ class Report:
     def write(self, path: str | Path) -> None:
         """Write the page atomically."""
         write_atomic(path, self.html())
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What a result was made with
+# ---------------------------------------------------------------------------------------------------------------------
+_PACKAGES = ("torch", "torchvision", "timm", "numpy", "scipy", "pillow", "safetensors")
+
+
+def cpu_name() -> str:
+    info = Path("/proc/cpuinfo")
+    if info.exists():
+        for line in info.read_text().splitlines():
+            if line.startswith("model name"):
+                return line.split(":", 1)[1].strip()
+    return platform.processor() or platform.machine()
+
+
+def _version(package: str) -> str | None:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def _commit() -> str | None:
+    """Commit of this checkout, "-dirty" when tracked files differ from it; None outside git."""
+    command = ["git", "-C", str(Path(__file__).resolve().parents[1]), "describe", "--always", "--dirty", "--abbrev=12"]
+    try:
+        result = subprocess.run(command, capture_output=True, text=True, timeout=5)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return result.stdout.strip() or None
+
+
+def environment() -> dict[str, str]:
+    """Name -> value, in the order worth reading. Takes milliseconds and reaches no network."""
+    result = {"commit": _commit(), "python": platform.python_version()}
+    result |= {package: _version(package) for package in _PACKAGES}
+    result["platform"] = f"{platform.system()} {platform.release()} {platform.machine()}"
+    result["cpu"] = f"{cpu_name()}, {os.cpu_count()} cores"
+    result["torch threads"] = str(torch.get_num_threads())
+    if torch.cuda.is_available():
+        names = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+        result["gpu"] = ", ".join(f"{names.count(name)} x {name}" for name in sorted(set(names)))
+        result["cuda"] = torch.version.cuda
+    else:
+        result["gpu"] = "none"
+    return {name: value for name, value in result.items() if value}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# An evaluation's result
+# ---------------------------------------------------------------------------------------------------------------------
+def table(result: Result) -> str:
+    """Aligned lines, one per number, each with its protocol and reference."""
+    rows = [(s.name, _value(s), s.protocol, s.reference or "-") for s in result.scores]
+    widths = [max(len(row[i]) for row in rows) for i in range(4)] if rows else [0] * 4
+    lines = [
+        "  ".join(text.ljust(width) for text, width in zip(row, widths)).rstrip()
+        for row in [("metric".ljust(widths[0]), "value", "protocol", "reference"), *rows]
+    ]
+    notes = {s.note: s.name for s in result.scores if s.note}
+    lines += [f"note ({name}): {note}" for note, name in notes.items()]
+    lines += [f"left out: {name} ({reason})" for name, reason in result.left_out.items()]
+    return "\n".join(lines)
+
+
+def _value(score: Score) -> str:
+    is_distance = "fid" in score.name or score.name.startswith(("fd_", "rfd_", "pfd_"))
+    shown = max(score.value, 0.0) if is_distance else score.value
+    text = f"{shown:.4f}"
+    if score.std is not None:
+        text += f" +- {score.std:.4f}"
+    if score.interval is not None:
+        text += f" [{score.interval[0]:.4f}, {score.interval[1]:.4f}]"
+    return text
+
+
+def precision_of(device: torch.device, features: str = "float32") -> dict[str, Any]:
+    """What features and metrics ran in, for a record."""
+    return {"features": features, "tf32": False, "metrics": "float64", "device": device.type}
+
+
+def write_record(folder: str | Path, result: Result, context: dict[str, Any]) -> Path:
+    """metrics.json in `folder`; returns its path."""
+    folder = Path(folder)
+    with explain_os_errors(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+    scores = {
+        s.name: {k: v for k, v in asdict(s).items() if k != "name" and v not in (None, "")} for s in result.scores
+    }
+    context = {
+        **context,
+        "scores": scores,
+        "left_out": result.left_out,
+        "seconds": {name: round(value, 3) for name, value in result.seconds.items()},
+    }
+    path = folder / "metrics.json"
+    write_metrics(path, result.values(), context)
+    return path
+
+
+def write_page(
+    folder: str | Path,
+    title: str,
+    result: Result,
+    context: dict[str, Any],
+    pictures: list[tuple[str, Tensor, str]],
+    tables: list[tuple[str, list[str], list[list[Any]]]] = (),
+) -> Path:
+    """report.html in `folder`: numbers, pictures, tables, and what the numbers depend on. Opens without a network."""
+    report = Report(title, f"{context.get('count', 0):,} pictures, protocol {context.get('protocol', '')}")
+    for s in result.scores:
+        meaning = meaning_of(s.name)
+        beside = f"{s.interval[0]:.3f} to {s.interval[1]:.3f}" if s.interval else ""
+        against = f" Against {s.reference}." if s.reference else ""
+        report.add_tile(s.name, f"{s.value:.4g}", f"{meaning.sentence}{against}".strip(), beside)
+    for name, picture, caption in pictures:
+        report.add_image(name, picture, caption)
+    report.add_table(
+        "Numbers",
+        ["metric", "value", "pictures", "protocol", "reference", "note"],
+        [[s.name, f"{s.value:.6g}", s.count, s.protocol, s.reference, s.note] for s in result.scores],
+    )
+    for name, headers, rows in tables:
+        report.add_table(name, headers, rows)
+    if result.left_out:
+        report.add_table("Left out", ["metric", "why"], [[k, v] for k, v in result.left_out.items()])
+    flat = {k: v for k, v in context.items() if not isinstance(v, (dict, list))}
+    report.add_table("Measured with", ["", ""], [[k, str(v)] for k, v in flat.items()])
+    path = Path(folder) / "report.html"
+    report.write(path)
+    return path
+
+
+def _finite(value: Any) -> Any:
+    """JSON has no NaN or infinity: they become null, and a run that wrote one still has a readable file."""
+    if isinstance(value, dict):
+        return {str(key): _finite(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def write_metrics(path: str | Path, metrics: dict[str, Any], context: dict[str, Any]) -> None:
+    """Write `metrics` (plain numbers, text, lists, dicts) atomically.
+
+    Args:
+        context: what the numbers depend on: "count" of pictures, "net" name, "reference_fingerprint", "seed" and
+            whatever else matters. The four named ones are always in the file, null when not given. Versions and
+            processors are added here.
+    """
+    context = {"count": None, "net": None, "reference_fingerprint": None, "seed": None} | context
+    entries: dict[str, Any] = {}
+    for name, value in metrics.items():
+        plain_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+        entries[name] = {"value": value} | asdict(meaning_of(name)) if plain_number else {"value": value}
+    record = _finite({"metrics": entries, "context": context, "environment": environment()})
+    write_atomic(path, json.dumps(record, indent=2, allow_nan=False) + "\n")

@@ -26,11 +26,10 @@ from evaluation.distances import (
 )
 from evaluation.intervals import at_infinity, bootstrap_normal, bootstrap_percentile
 from evaluation.networks import FeatureNet
-from evaluation.protocols import Protocol, few_pictures, metric_name
+from evaluation.protocols import IS_VARIANTS, PREFIXES, Protocol, few_pictures, metric_name
 from evaluation.references import Statistics
 
 T = TypeVar("T")
-PREFIXES = {"generation": "", "reconstruction": "r", "perturbed": "p"}  # of metrics' names, by purpose
 # Features that a metric uses: FID's network has the first of each pair, the offline stand-in the second.
 DISTANCE_TAPS = ("pool", "block4")
 
@@ -241,7 +240,6 @@ def _not_inception(comparison: Comparison, name: str) -> str:
     return name if comparison.net.distance_name(tap).startswith("fid") else f"{name}_{comparison.net.name}_{tap}"
 
 
-IS_VARIANTS = {"adm": "", "shuffled": "torch_fidelity", "single": "streaming"}
 METRICS: dict[str, Callable[[Comparison], list[Score]]] = {
     "fid": fid,
     "sfid": lambda comparison: frechet(comparison, "spatial"),

@@ -36,7 +36,7 @@ from core.train.parallel import compile_blocks
 from core.train.run import RunFolder
 from core.train.trainer import Trainer
 from data.loader import split
-from evaluation.environment import cpu_name
+from evaluation.report import cpu_name
 from run import streaming
 from run.load import GENERATORS, TOKENIZERS, load_config, networks_of, random_task, tokenizer_layout
 from run.target import Sampler

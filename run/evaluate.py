@@ -43,7 +43,7 @@ from evaluation.references import Statistics
 from evaluation.work import Work
 from run.data import class_names, open_pictures
 from run.load import load_config, load_tokenizer, read_weights
-from run.measurement import Measurement, Shown, Table, enough, eval_settings
+from run.measurement import Measurement, Shown, Table, enough, eval_settings, evaluation_of
 from run.target import open_generator, read_target
 
 SAMPLES = 50_000  # what published numbers are measured on
@@ -169,12 +169,9 @@ def existing_samples(options: argparse.Namespace, overrides: list[str], world: W
     }
     return Samples(
         options=options,
-        how=Evaluation(
-            protocol, net, world, settings.batch, reference, replicates=options.bootstrap, infinity=options.infinity
-        ),
+        how=evaluation_of(options, settings, protocol, net, world, reference=reference),
         title=f"Samples of {options.target}",
         stem=Path(options.target).stem,
-        count=count,
         image_size=size,
         job=job,
         produce=lambda indices: pictures.read(indices.start, indices.stop),
@@ -222,19 +219,9 @@ def generated_samples(options: argparse.Namespace, overrides: list[str], world: 
     }
     return Samples(
         options=options,
-        how=Evaluation(
-            protocol,
-            net,
-            world,
-            settings.batch,
-            reference,
-            labels=labels,
-            replicates=options.bootstrap,
-            infinity=options.infinity,
-        ),
+        how=evaluation_of(options, settings, protocol, net, world, reference=reference, labels=labels),
         title=f"Samples of {job.get('weights')}",
         stem=Path(options.target.rstrip("/")).stem,
-        count=count,
         image_size=size,
         job=job,
         context={"label_counts": protocols.describe_labels(labels, generator.num_classes)},
@@ -415,16 +402,7 @@ def reconstruction_evaluation(
     net = networks.feature_net(world.device, settings.network, protocol)
     against, reference = reference_for(settings, protocol, net, pictures, world)
     metrics, left_out = picture_metrics(protocol, world.device)
-    how = Evaluation(
-        protocol,
-        net,
-        world,
-        settings.batch,
-        reference,
-        metrics=metrics,
-        replicates=options.bootstrap,
-        infinity=options.infinity,
-    )
+    how = evaluation_of(options, settings, protocol, net, world, reference=reference, metrics=metrics)
     return how, against, left_out
 
 
@@ -498,7 +476,6 @@ def by_tokenizer(options: argparse.Namespace, overrides: list[str], world: World
         how=how,
         title=f"Reconstructions by {options.weights}",
         stem=Path(options.weights.rstrip("/")).stem,
-        count=len(pictures),
         image_size=tokenizer.image_size,
         job=job,
         context=reconstruction_context(how, job["pictures_fingerprint"]),
@@ -535,7 +512,6 @@ def by_folders(options: argparse.Namespace, overrides: list[str], world: World) 
         how=how,
         title=f"{options.reconstructed} against {options.original}",
         stem=Path(options.reconstructed.rstrip("/")).stem,
-        count=count,
         image_size=original.size[0],
         job=job,
         context=reconstruction_context(how, None),

@@ -19,6 +19,7 @@ from data.sources import open_source
 from evaluation.measure import Result, Stopwatch
 from evaluation.pictures import SourcePictures
 from evaluation.probe import ProbeSettings, pooled_features, train_probe
+from evaluation.report import precision_of
 from evaluation.scores import Score
 from run.evaluate import tokenizer_section
 from run.load import load_tokenizer
@@ -88,11 +89,12 @@ def linear_probe(options: argparse.Namespace, train: DataSource, val: DataSource
         "seed": options.seed,
         "protocol": "linear probe",
         "views": "centre crop, no augmentation",
+        "precision": precision_of(world.device),
         "kept": human_bytes(sum(values.nbytes for values in sides[0][0].values())),
     }
     folder = Path(options.out or f"work_dirs/eval/probe-{Path(options.weights.rstrip('/')).stem}")
     result = Result(scores, seconds=dict(watch.seconds))
-    write_result(folder, f"Linear probe of {options.weights}", result, context, world.device)
+    write_result(folder, f"Linear probe of {options.weights}", result, context)
     return 0
 
 

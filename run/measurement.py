@@ -9,8 +9,6 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from core import config as config_module
 from core.config import EvalConfig
 from core.dist import World
@@ -18,10 +16,12 @@ from core.errors import UserError
 from core.files import read_json
 from core.rng import hash64
 from core.train.log import progress_line
-from evaluation import record
+from evaluation import report
 from evaluation.intervals import check_extras
 from evaluation.measure import Evaluation, Progress, Result
+from evaluation.networks import FeatureNet
 from evaluation.pictures import NpzWriter, PngWriter
+from evaluation.protocols import Protocol
 from evaluation.work import Work
 
 Shown = tuple[str, Path, str]  # (title, file, caption) of a picture in the report
@@ -37,9 +37,8 @@ class Measurement:
         how: what is measured, and with what.
         title: of the report.
         stem: how the folder's name begins where --out names none.
-        count: pictures.
-        image_size: their side.
-        job: facts that decide the result. They stand in metrics.json, and a folder with other ones is refused.
+        image_size: side of the pictures.
+        job: facts that decide the result, "count" among them. They stand in metrics.json, and a folder with other ones is refused.
         context: what else metrics.json says.
     """
 
@@ -47,13 +46,17 @@ class Measurement:
     how: Evaluation
     title: str
     stem: str
-    count: int
     image_size: int
     job: dict[str, Any]
     context: dict[str, Any] = field(default_factory=dict)
 
     noun = "pictures"  # of the progress line, and of the files of --write
     not_in_chunks = ("bootstrap", "infinity")  # facts that change nothing of what is kept of unfinished work
+
+    @property
+    def count(self) -> int:
+        """How many pictures."""
+        return self.job["count"]
 
     def prepare(self) -> None:
         """Whatever comes before the pictures. Collective."""
@@ -122,7 +125,7 @@ class Measurement:
             "preprocess": net.facts()["preprocess"],
             "inception_sha256": net.weights_sha256,
             "protocol_settings": asdict(protocol),
-            "feature_dtype": protocol.dtype,
+            "precision": report.precision_of(self.how.world.device, protocol.dtype),
         }
         if reference is not None:
             context |= {
@@ -132,29 +135,30 @@ class Measurement:
             }
             context.setdefault("reference_fingerprint", reference.facts.source)
         shown = self.shown(result, unfinished)
-        write_result(folder, self.title, result, context, self.how.world.device, shown, self.tables(result))
+        write_result(folder, self.title, result, context, shown, self.tables(result))
+
+
+def evaluation_of(
+    options: argparse.Namespace, settings: EvalConfig, protocol: Protocol, net: FeatureNet, world: World, **more: Any
+) -> Evaluation:
+    """How a command measures; `more` are fields of Evaluation."""
+    extras = {"replicates": options.bootstrap, "infinity": options.infinity}
+    return Evaluation(protocol, net, world, settings.batch, **extras, **more)
 
 
 def write_result(
-    folder: Path,
-    title: str,
-    result: Result,
-    context: dict[str, Any],
-    device: torch.device,
-    shown: list[Shown] = (),
-    tables: list[Table] = (),
+    folder: Path, title: str, result: Result, context: dict[str, Any], shown: list[Shown] = (), tables: list[Table] = ()
 ) -> None:
     """Print and write. Pictures move into the folder; metrics.json, which means "finished", is last."""
     from PIL import Image
 
-    context = record.facts(device, **context)
-    print(record.table(result))
+    print(report.table(result))
     pictures = [(name, Image.open(path), caption) for name, path, caption in shown if path.is_file()]
-    record.page(folder, title, result, context, pictures, tables)
+    report.write_page(folder, title, result, context, pictures, tables)
     for _, path, _ in shown:
         if path.is_file():
             os.replace(path, folder / path.name)
-    record.write(folder, result, context)
+    report.write_record(folder, result, context)
     print(f"written to {folder}: metrics.json, report.html")
 
 

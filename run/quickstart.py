@@ -30,13 +30,11 @@ from core.specs import DataSource, Previews
 from core.train.log import ProgressLine
 from core.train.run import read_metrics
 from evaluation import measure, networks, toy
-from evaluation.environment import environment
 from evaluation.measure import Evaluation
 from evaluation.networks import FeatureNet
 from evaluation.pictures import SourcePictures
 from evaluation.protocols import make_labels
-from evaluation.record import write_metrics
-from evaluation.report import Report
+from evaluation.report import Report, environment, write_metrics
 from evaluation.work import Work
 from generator.task import GeneratorTask
 from run import streaming

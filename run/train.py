@@ -21,7 +21,7 @@ from data.token_files import MomentFiles
 from data.tokens import TokenStore
 from data.transforms import Transform
 from evaluation import measure
-from evaluation.environment import environment
+from evaluation.report import environment
 from generator.task import GeneratorTask
 from run.check import Inputs, check_inputs, data_notes
 from run.data import make_transform, open_pictures, open_val, precomputed

@@ -76,7 +76,7 @@ def parse(arguments: list[str]) -> tuple[argparse.Namespace, list[str]]:
         parser.error("--write keeps what a tokenizer makes; --reconstructed names pictures that are there")
     if options.original and options.perturb:
         parser.error("--perturb disturbs the codes of a tokenizer; pictures alone have none")
-    options.weights, options.url = (positional + [None, None])[:2]
+    options.weights, options.url = [*positional, None, None][:2]
     options.url = options.url or "folder://data/imagenet/val"
     return options, settings
 

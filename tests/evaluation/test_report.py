@@ -11,11 +11,8 @@ import pytest
 import torch
 from PIL import Image
 
-from evaluation.curves import format_number, line_chart, log_ticks, ticks
-from evaluation.environment import environment
 from evaluation.protocols import meaning_of
-from evaluation.record import write_metrics
-from evaluation.report import Report
+from evaluation.report import Report, environment, format_number, line_chart, log_ticks, ticks, write_metrics
 
 HOSTILE = "<script>alert(1)</script> & \"cats'"
 VOID = {"meta", "img", "path", "circle"}
@@ -131,7 +128,7 @@ def test_metrics_file(tmp_path):
 
 def test_meanings():
     assert meaning_of("real_fd_lite0_block4").title == "Frechet lite0_block4, real"
-    assert meaning_of("reconstruction_fd_lite0_block4").better == "lower"
+    assert meaning_of("rfd_lite0_block4").better == "lower"
     assert meaning_of("something_else").title == "something else"
 
 
