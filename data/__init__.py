@@ -2,6 +2,7 @@
 
 decode.py      the bytes of one picture to RGB
 base.py        what sources share, listed and streamed ones
+checks.py      what is asked of a source before it is used, and what a run tells about it
 sources.py     open_source(url): folder://, list://, wds://, datasets://, embedded://, synthetic://, tokens://
 shards.py      tar shards: on a disk with random access, on a web server or the hub as a stream
 hf.py          Hugging Face datasets

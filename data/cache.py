@@ -30,7 +30,7 @@ from core.dist import World
 from core.errors import UserError
 from core.files import fsync_file, read_json, require_space, write_json
 from core.specs import DataSource
-from data.base import require_order
+from data.checks import require_order
 from data.loader import Replaced, listed_batches
 from data.transforms import Transform
 

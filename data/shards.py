@@ -8,7 +8,7 @@ On a disk every shard is indexed once: where each picture starts, how long it is
 kept in `<shard>.index.npz` next to the shard, or in the cache folder when that place is read-only, and is made again
 when size or modification time of the shard differ. Pictures are then read by offset, so order and resume do not depend
 on shards. Where labels are missing, even for some pictures only, there are none; `unlabelled` then names the first such
-picture, for what needs labels (data.base.require_labels).
+picture, for what needs labels (data.checks.require_labels).
 """
 
 from __future__ import annotations
@@ -143,7 +143,7 @@ def members(tar: tarfile.TarFile, left_out: LeftOut | None = None) -> Iterator[t
         elif left_out is not None and member.isreg() and not known:
             left_out.add_file(member.name)
         elif left_out is not None and not member.isdir():
-            left_out.add("links and sparse members", member.name)
+            left_out.add("link(s) or sparse member(s)", member.name)
 
 
 @dataclass(slots=True)

@@ -147,7 +147,7 @@ def _pictures_below(root: Path, name: str, left_out: LeftOut) -> list[str]:
             else:
                 left_out.add_file(path)
         for link in filter(os.path.islink, (os.path.join(folder, inner) for inner in inside)):
-            left_out.add("linked folders inside a class", os.path.relpath(link, root))
+            left_out.add("linked folder(s) inside a class", os.path.relpath(link, root))
     return paths
 
 
@@ -207,16 +207,16 @@ def open_folder(path: str, split: str | None, options: dict[str, str]) -> DataSo
         paths += pictures
         labels += [numbers[name]] * len(pictures)
         if not pictures:
-            left_out.add("folders without pictures", name)
+            left_out.add("folder(s) without pictures", name)
     if (root / "__MACOSX").is_dir():
-        left_out.add("folders of a zip archive", "__MACOSX")
+        left_out.add("folder(s) of a zip archive", "__MACOSX")
     beside = loose_pictures(root, left_out)
     if not paths and beside is None:
         raise UserError(
             f"{root} holds no pictures. Expected {', '.join(EXTENSIONS)} files in it, or in one folder per class."
         )
     if paths and beside is not None:
-        left_out.add("pictures beside the class folders", beside.key(0), len(beside))
+        left_out.add("picture(s) beside the class folders", beside.key(0), len(beside))
     source = FileSource(root, paths, np.array(labels), names) if paths else beside
     source.left_out = left_out.describe()
     return source

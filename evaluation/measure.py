@@ -28,7 +28,7 @@ from core.images import grid, to_model_range, to_uint8, to_unit_range
 from core.rng import Draws, hash64
 from core.specs import DataSource, codebook_rows
 from core.weights.released import helper
-from data.base import require_labels, require_order, require_same_classes
+from data.checks import require_labels, require_order, require_same_classes
 from evaluation import networks, protocols
 from evaluation.images import Codebooks, Perturbation, PictureMetric, interval_of, mean_of, picture_metrics
 from evaluation.networks import FeatureNet, features_of

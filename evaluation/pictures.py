@@ -31,7 +31,7 @@ from core.files import explain_os_errors, replacing, require_space, sha256_file
 from core.images import save_png
 from core.rng import hash64
 from core.specs import DataSource
-from data.base import require_order
+from data.checks import require_order
 from data.decode import UnreadablePicture
 from data.loader import listed_batches
 from data.sources import loose_pictures, open_source
@@ -182,7 +182,7 @@ class SourcePictures(Pictures):
 
 
 class FolderPictures(Pictures):
-    """Pictures as they are: all of one size. Grey, CMYK, 16-bit and transparent ones become RGB (data/base.py)."""
+    """Pictures as they are: all of one size. Grey, CMYK, 16-bit and transparent ones become RGB (data/decode.py)."""
 
     def __init__(self, source: DataSource, name: str):
         require_order(source, "no number measured on them could be had again")

@@ -17,7 +17,7 @@ from core.errors import UserError
 from core.specs import DataSource
 from core.weights import released
 from core.weights.released import Released, find_local_file, helper, needed
-from data.base import left_out, remarks, require_same_classes
+from data.checks import left_out, remarks, require_same_classes
 from evaluation import protocols, references
 from evaluation.networks import WEIGHTS_FILE
 from run.data import asks_val_labels, needed_val, open_train

@@ -18,9 +18,9 @@ from core.rng import hash64
 from core.specs import DataSource
 from core.train.log import ProgressLine
 from data import tokens
-from data.base import require_classes, require_labels
 from data.cache import FeatureCache, Pass
 from data.cache import build as build_cache
+from data.checks import require_classes, require_labels
 from data.sources import open_source
 from data.tokens import TokenStore
 from data.transforms import Transform

@@ -14,7 +14,7 @@ from core.files import human_bytes
 from core.rng import permutation
 from core.specs import DataSource
 from core.train.log import progress_line
-from data.base import require_labels
+from data.checks import require_labels
 from data.sources import open_source
 from evaluation.measure import Result, Stopwatch
 from evaluation.pictures import SourcePictures

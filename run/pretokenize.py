@@ -28,8 +28,8 @@ from core.train.log import progress_line
 from core.train.signals import REQUEUE_EXIT_CODE, StopRequest
 from core.weights import released
 from data import pairing, tokens
-from data.base import left_out, require_labels
 from data.cache import Builder
+from data.checks import left_out, require_labels
 from data.loader import read_or_replace
 from data.sources import exists
 from data.token_files import TokenFiles, copy_to, export_jsonl, export_numbered, open_import

@@ -251,7 +251,7 @@ def open_generator(target: Target, world: World, log: Log = print) -> Sampler:
 
 def _pictures_for_statistics(config: RunConfig, reference: str) -> DataSource:
     try:
-        return open_source(config.data.url, config.data.split)
+        return open_source(config.data.url, config.data.split, config.data.exif)
     except UserError as error:
         raise UserError(
             f"{reference} comes without the statistics of the latents it models, and the pictures to measure them on are "

@@ -354,10 +354,11 @@ class Trainer:
 
     def _report_replaced(self, batch: Batch) -> None:
         """Name pictures that could not be read, once each, on whichever rank met them."""
-        for key in batch.replaced:
+        for key, reason in batch.replaced.items():
             if key not in self._replaced:
                 self._replaced.add(key)
-                message = f"warning: {key} cannot be read and is replaced; {len(self._replaced)} such pictures so far"
+                count = len(self._replaced)
+                message = f"warning: {key} cannot be read and is replaced; {count} such pictures so far ({reason})"
                 self.run.log(message) if self.world.is_main else print(f"rank {self.world.rank}: {message}", flush=True)
 
     def _check_guards(self) -> None:

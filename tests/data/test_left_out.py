@@ -11,8 +11,8 @@ import torch
 from PIL import Image
 
 from core.errors import UserError
-from data.base import left_out, require_classes, require_labels, require_same_classes
 from data.cache import Pass
+from data.checks import left_out, require_classes, require_labels, require_same_classes
 from data.decode import UnreadablePicture, decode_rgb
 from data.loader import Loader, Replaced
 from data.sources import open_source
@@ -60,9 +60,9 @@ def test_folders(tmp_path):
     source = open_source(str(tmp_path / "set"))
     assert len(source) == 3 and source.class_names == ["a", "b", "c"]
     assert left_out(source) == (
-        "not read: 2 .avif (a/2.avif, ...); 1 linked folders inside a class (a/link); 1 .jp2 (b/4.jp2); "
-        "1 without extension (b/labels); 1 folders without pictures (c); 1 folders of a zip archive (__MACOSX); "
-        "1 .csv (labels.csv); 1 pictures beside the class folders (beside.png)"
+        "not read: 2 .avif (a/2.avif, ...); 1 linked folder(s) inside a class (a/link); 1 .jp2 (b/4.jp2); "
+        "1 without extension (b/labels); 1 folder(s) without pictures (c); 1 folder(s) of a zip archive (__MACOSX); "
+        "1 .csv (labels.csv); 1 picture(s) beside the class folders (beside.png)"
     )
 
 
@@ -71,7 +71,7 @@ def test_loose_pictures(tmp_path):
     for name in ("2.heic", "captions.txt", "empty/notes.md"):
         write(tmp_path / name)
     assert left_out(open_source(str(tmp_path))) == (
-        "not read: 1 .md (empty/notes.md); 1 folders without pictures (empty); 1 .heic (2.heic); 1 .txt (captions.txt)"
+        "not read: 1 .md (empty/notes.md); 1 folder(s) without pictures (empty); 1 .heic (2.heic); 1 .txt (captions.txt)"
     )
 
 
@@ -263,7 +263,8 @@ def test_names_of_train_and_val():
     for names, others, message in (
         (["a", "b"], ["a", "c"], "class 1 is b in the training data and c in val"),
         (numbers, ["0", "10", "2"], "class 1 is 1 in the training data and 10 in val"),
-        (["a", "b", "c"], ["a", "c"], "3 classes are trained and val has 2 .without b."),
+        (["a", "b", "c"], ["a", "c"], "3 classes are trained and val has 2 .without b., so"),
+        (["a", "b"], ["a", "b", "c"], "2 classes are trained and val has 3 .also c., so"),
     ):
         with pytest.raises(UserError, match=message):
             require_same_classes(names, others, "val")

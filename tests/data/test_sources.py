@@ -12,7 +12,7 @@ import pytest
 from PIL import Image
 
 from core.errors import UserError
-from data.base import remarks, require_labels
+from data.checks import remarks, require_labels
 from data.decode import UnreadablePicture, decode_rgb
 from data.shards import expand_braces
 from data.sources import open_source

@@ -147,7 +147,7 @@ def test_references_that_do_not_fit_leave_nothing_behind(bad_pictures, tmp_path,
 
 
 def test_grey_cmyk_and_sixteen_bits_are_converted(bad_pictures, tmp_path, small_net):
-    """As data/base.py says; what they mean is measured, not the bytes."""
+    """As data/decode.py says; what they mean is measured, not the bytes."""
     grey = np.random.default_rng(1).integers(0, 256, (8, 24, 24), dtype=np.uint8)
     save_folder(tmp_path / "real", grey[..., None].repeat(3, -1))
     save_folder(tmp_path / "mixed", grey)
