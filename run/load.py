@@ -427,7 +427,7 @@ def _new_generator(config: RunConfig, tokenizer: Loaded, num_classes: int) -> Lo
         if key in accepted and settings.get(key) is None:
             settings[key] = value
     torch.manual_seed(hash64(config.seed, "init") % 2**63)
-    generator = build("generator", settings)
+    generator = build("generator", settings).to(torch.get_default_device())  # see _laid_out
     introduce(generator, tokenizer.module)
     return Loaded(generator, settings)
 
