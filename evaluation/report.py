@@ -158,6 +158,7 @@ def line_chart(name: str, series: Series, log: bool = False, xlabel: str = "") -
 # ---------------------------------------------------------------------------------------------------------------------
 # The page
 # ---------------------------------------------------------------------------------------------------------------------
+NOTHING = "\N{EN DASH}"  # in place of a value that is not there
 _SMALL = 320  # pictures with a shorter long side are enlarged by a whole factor, pixels kept sharp
 _MARKS = {True: ' <span class="ok">✓</span>', False: ' <span class="wrong">✗</span>', None: ""}
 _NUMBER = re.compile(r"^[-+]?[\d.,]+(e[-+]?\d+)?\s?%?$")
@@ -184,7 +185,7 @@ def _image(picture: Picture, alt: str, css: str = "", width: int | None = None) 
 def _show(value: Any) -> str:
     """Value of a tile or a cell as text."""
     if value is None:
-        return "–"
+        return NOTHING
     if isinstance(value, float):
         return format_number(value)
     return str(value)
@@ -265,7 +266,9 @@ class Report:
         """Columns whose cells are all numbers are set flush right."""
         cells = [[_show(cell) for cell in row] for row in rows]
         columns = list(zip(*cells)) if cells else [()] * len(headers)
-        css = [' class="number"' if c and all(_NUMBER.match(x) or x in ("", "–") for x in c) else "" for c in columns]
+        css = [
+            ' class="number"' if c and all(_NUMBER.match(x) or x in ("", NOTHING) for x in c) else "" for c in columns
+        ]
         head = "".join(f"<th{style}>{escape(text)}</th>" for text, style in zip(headers, css))
         body = ["".join(f"<td{style}>{escape(text)}</td>" for text, style in zip(row, css)) for row in cells]
         lines = "".join(f"<tr>{row}</tr>" for row in body)

@@ -43,9 +43,8 @@ from run.target import Sampler
 
 OF_GENERATORS = ("sample", "generate", "uncached", "stream")
 IMAGENET = 1_281_167
-HEADER = (
-    "config | what | mode | batch | img/s | FLOPs/img | MFU | floor img/s | memory | first | precision | device | torch"
-).split(" | ")
+TITLES = "| config | what | mode | batch | img/s | FLOPs/img | MFU | floor img/s | memory | first | precision | device | torch |"
+HEADER = [title.strip() for title in TITLES.strip("|").split("|")]
 PRINTED = HEADER[1:10]
 
 
@@ -382,17 +381,16 @@ def append_rows(path: Path, rows: list[dict[str, str]], arguments: list[str]) ->
     Args:
         arguments: of the command, for the section's heading.
     """
-    header = "| " + " | ".join(HEADER) + " |"
     lines = ["| " + " | ".join(row[column] for column in HEADER) + " |" for row in rows]
     with explain_os_errors(path):
         text = path.read_text() if path.is_file() else "# Benchmarks\n"
     kept = text.rstrip("\n").split("\n")
-    if header in kept:
-        end = len(kept) - 1 - kept[::-1].index(header)
+    if TITLES in kept:
+        end = len(kept) - 1 - kept[::-1].index(TITLES)
         while end < len(kept) and kept[end].startswith("|"):
             end += 1
         kept[end:end] = lines
     else:
         command = f"`python -m scripts.benchmark {shlex.join(arguments)}`"
-        kept += ["", command, "", header, "|" + "---|" * len(HEADER), *lines]
+        kept += ["", command, "", TITLES, "|" + "---|" * len(HEADER), *lines]
     write_atomic(path, "\n".join(kept) + "\n")

@@ -139,7 +139,8 @@ def describe_released(path: Path) -> bool:
         names = ", ".join(map(str, list(loaded)[:8]))
         print(f"{path}: no tokenizer or generator that is known. It holds: {names}{' ...' if len(loaded) > 8 else ''}")
         return False
-    return all([_describe_component(path, loaded, *part) for part in parts])
+    verdicts = [_describe_component(path, loaded, *part) for part in parts]
+    return all(verdicts)
 
 
 def _describe_component(path: Path, loaded: Mapping[str, Any], kind: str, name: str, adapter: Adapter) -> bool:
@@ -185,7 +186,7 @@ class Conversion:
     official: bool = False  # the layout of the official code instead of ours
     keep: str = "both"  # sets of weights: "ema", "raw" or "both", as far as they are there
     kind: str | None = None  # "tokenizer" or "generator", of a file that holds both
-    given: dict[str, Any] = field(default_factory=dict)  # settings that the file does not tell
+    answers: dict[str, Any] = field(default_factory=dict)  # settings that the file does not tell
     tokenizer: str | None = None  # to be held by an official file beside its generator
     overwrite: bool = False
 
@@ -194,9 +195,10 @@ class Conversion:
         path = released.resolve(self.source)
         self._check_target()
         kind, sets = self._choose(path)
-        given = merged({key: value for key, value in self.given.items() if key != kind}, self.given.get(kind, {}))
-        weights = read_weights(kind, str(path), given)
-        settings = merged(weights.settings, given)
+        answers = {key: value for key, value in self.answers.items() if key != kind}
+        answers = merged(answers, self.answers.get(kind, {}))  # with and without the kind in front
+        weights = read_weights(kind, str(path), answers)
+        settings = merged(weights.settings, answers)
         network = REGISTRIES[kind].build(settings)
         adapter = ADAPTERS[kind].get(settings["name"])
         if adapter is None and self.official:
@@ -328,15 +330,13 @@ def unrecorded(
     """
     facts = Facts()
     adapter.settings(official, facts)
-    told = adapter.settings(official, Facts(given=settings))  # with the answers, on which other settings depend
-    lost = []
-    for key in dict.fromkeys(question.partition(".")[2] for question, _ in facts.open):
-        lost.append(f"{key} {plain(entry(settings, key))}" if entry(settings, key) is not None else key)
+    known = adapter.settings(official, Facts(given=settings))  # with the answers, on which other settings depend
+    asked = dict.fromkeys(question.partition(".")[2] for question, _ in facts.open)
+    lost = [key if (value := entry(settings, key)) is None else f"{key} {plain(value)}" for key in asked]
     for key, value in settings.items():
-        if isinstance(value, dict) and isinstance(told.get(key), dict):
-            lost += [
-                f"{key}.{part} {item}" for part, item in value.items() if part in told[key] and told[key][part] != item
-            ]
-        elif key in accepted and key not in told and value != accepted[key].default:
+        if isinstance(value, dict) and isinstance(known.get(key), dict):
+            parts = {part: item for part, item in value.items() if known[key].get(part, item) != item}
+            lost += [f"{key}.{part} {item}" for part, item in parts.items()]
+        elif key in accepted and key not in known and value != accepted[key].default:
             lost.append(f"{key} {plain(value)}")
     return lost

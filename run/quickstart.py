@@ -318,7 +318,7 @@ def add_pictures(page: Report, toys: Finished, shown: dict[str, Tensor], variant
         return best.pictures[i], nearest_picture, float(similarity[i]), bool(predicted[i] == best.samples.labels[i])
 
     chosen = toys.by_class(best.samples.labels)
-    rows = [(name, [pair(i) for i in own.tolist()]) for name, own in zip(toys.source.class_names, chosen)]
+    rows = [(name, [pair(i) for i in indices.tolist()]) for name, indices in zip(toys.source.class_names, chosen)]
     page.add_grid_with_neighbours(f"Samples, {headline}", rows)
     page.add_image(
         "Reconstructions",

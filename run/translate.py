@@ -193,8 +193,8 @@ def systems_of(words: Iterable[str]) -> list[str]:
 def tasks_of(words: Iterable[str], stage: str | None = None) -> list[str]:
     """Which of "tokenizer" and "generator" a training command is about; both where that cannot be told."""
     by_stage = {"tokenizer": "tokenizer", "decoder": "tokenizer", "diffusion": "generator", "var": "generator"}
-    told = [_config_of(word).get("task") for word in words] + [by_stage.get(stage)]
-    return [task for task in told if task in by_stage.values()][:1] or ["tokenizer", "generator"]
+    tasks = [_config_of(word).get("task") for word in words] + [by_stage.get(stage)]
+    return [task for task in tasks if task in by_stage.values()][:1] or ["tokenizer", "generator"]
 
 
 def lookup(system: str, program: str, name: str) -> Answer | None:
@@ -344,10 +344,10 @@ def _whose(owners: dict[str, list[tuple[str, str]]], answer: str) -> str:
 # ---------------------------------------------------------------------------------------------------------------------
 def key_answers(words: Iterable[str], programs: Sequence[str]) -> list[str]:
     """What to write for reAR's key=value words, an answer each."""
-    given = [word.partition("=")[::2] for word in words if "=" in word and not word.startswith("--")]
-    names = {**DATA["rear"]["defaults"], **{key.split(".")[-1]: value for key, value in given}}
+    pairs = [word.partition("=")[::2] for word in words if "=" in word and not word.startswith("--")]
+    names = {**DATA["rear"]["defaults"], **{key.split(".")[-1]: value for key, value in pairs}}
     answers = []
-    for key, value in given:
+    for key, value in pairs:
         entry = next(filter(None, (lookup("rear", program, key) for program in programs)), REAR_KEYS.get(key))
         if entry is not None:
             answers.append(key + phrase(entry, value, names))
@@ -399,46 +399,42 @@ def translate(path: str, overrides: list[str]) -> tuple[str, list[str]]:
     check_files([path, *overrides])
     content = _content(Path(path))
     system = foreign_yaml(content)
-    own = set(RunConfig.__dataclass_fields__) | {"base"}
-    keys = DATA["imagefolder"]["yaml"]
-    theirs = [
-        o.partition("=")[::2] for o in overrides if o.partition("=")[0] in keys and o.partition("=")[0] not in own
-    ]
-    mine = [o for o in overrides if o.partition("=")[0] not in dict(theirs)]
+    keys = DATA["imagefolder"]["yaml"].keys() - RunConfig.__dataclass_fields__.keys() - {"base"}
+    theirs = dict(word.partition("=")[::2] for word in overrides if word.partition("=")[0] in keys)
+    ours = [word for word in overrides if word.partition("=")[0] not in keys]
     if system is None and not theirs:
         return path, overrides
-    given = flatten({k: v for k, v in content.items() if v != {}}) if system else {}
-    given |= dict(theirs)
-    settings = translate_keys(system or "imagefolder", given, mine, Path(path) if system else None)
-    return (DATA["yaml"][system]["base"] if system else path), settings + mine
+    values = flatten({key: value for key, value in content.items() if value != {}}) if system else {}
+    settings = translate_keys(system or "imagefolder", {**values, **theirs}, ours, Path(path) if system else None)
+    return (DATA["yaml"][system]["base"] if system else path), settings + ours
 
 
-def translate_keys(system: str, given: dict[str, Any], mine: Sequence[str], path: Path | None) -> list[str]:
+def translate_keys(system: str, values: dict[str, Any], ours: Sequence[str], path: Path | None) -> list[str]:
     """Our settings for keys of an original's YAML file; UserError naming each that has none.
 
     Args:
-        given: their keys and values; null stands for a key that is not there.
-        mine: the user's own settings, which excuse a key that is refused for want of them.
+        values: their keys and values; null stands for a key that is not there.
+        ours: the user's settings in our words, which excuse a key that is refused for want of them.
         path: of a whole file, which means something by the keys that it lacks; None for single keys.
     """
     facts, table = DATA["yaml"][system], DATA[system]["yaml"]
-    given = {
+    values = {
         key: "none" if value is None and isinstance(table.get(key), dict) and "none" in table[key] else value
-        for key, value in given.items()
+        for key, value in values.items()
     }
-    given = {key: value for key, value in given.items() if value is not None}
+    values = {key: value for key, value in values.items() if value is not None}
     if path:
-        given = {**facts.get("missing", {}), **given}
-    names = {**DATA[system]["defaults"], **{key.split(".")[-1]: value for key, value in given.items()}}
+        values = {**facts.get("missing", {}), **values}
+    names = {**DATA[system]["defaults"], **{key.split(".")[-1]: value for key, value in values.items()}}
     for part, key in facts.get("variants", {}).items():
         if key in names and len(compute(f"list({key})", names)) == 1:
             table = {**table, **DATA[system][part]}
     settings: list[str] = []
-    problems = [f"{key}: unknown here and in the original" for key in given if key not in table]
+    problems = [f"{key}: unknown here and in the original" for key in values if key not in table]
     notes: list[str] = []
-    chosen_by_user = {word.partition("=")[0] for word in mine}
-    for key in (key for key in table if key in given):
-        answer, value = choose(table[key], given[key]), given[key]
+    chosen_by_user = {word.partition("=")[0] for word in ours}
+    for key in (key for key in table if key in values):
+        answer, value = choose(table[key], values[key]), values[key]
         expected = facts.get("equal", {}).get(key)
         if expected and (wanted := _known(expected, names)) not in (None, _number(value)):
             problems.append(f"{key}: {value} does not fit the other keys, by which it is {wanted}")
@@ -459,7 +455,7 @@ def translate_keys(system: str, given: dict[str, Any], mine: Sequence[str], path
     if path and not any(word.startswith("name=") for word in settings):
         settings.append(f"name={path.stem}")
     if path and launch.speaks():
-        absent = [key for key in table if key not in given and not all(map(is_sentence, _answers(table[key])))]
+        absent = [key for key in table if key not in values and not all(map(is_sentence, _answers(table[key])))]
         print(
             f"{path} is a file of {title}: {facts['base']} with {' '.join(settings)}\n"
             f"  nothing to set for: {', '.join(notes) or '-'}\n  not in it, so as in the recipe: {', '.join(absent) or '-'}"

@@ -14,12 +14,12 @@ from run import translate
 
 def tokenizer_settings(arguments: Sequence[str]) -> tuple[list[str], dict[str, Any]]:
     """The other words, and what `tokenizer.key=value` words say: facts that the weights of a tokenizer do not tell."""
-    given = [word for word in arguments if re.match(r"tokenizer\.[\w.]+=", word)]
-    if not given:  # --help does without libraries
+    settings = [word for word in arguments if re.match(r"tokenizer\.[\w.]+=", word)]
+    if not settings:  # --help does without libraries
         return list(arguments), {}
     from core.config import read_overrides
 
-    return [word for word in arguments if word not in given], read_overrides(given).get("tokenizer", {})
+    return [word for word in arguments if word not in settings], read_overrides(settings).get("tokenizer", {})
 
 
 def parse(parser: argparse.ArgumentParser, program: str, arguments: Sequence[str]) -> argparse.Namespace:
@@ -60,10 +60,10 @@ def parse(parser: argparse.ArgumentParser, program: str, arguments: Sequence[str
 
 def _foreign(word: str, following: str, options: dict[str, argparse.Action]) -> bool:
     """Whether this is no option of ours, or one with a number behind it that takes none."""
-    name, given, value = word.partition("=")
+    name, equals, value = word.partition("=")
     if name not in options:
         return True
-    value = value if given else following
+    value = value if equals else following
     return bool(options[name].choices) and translate.is_number(value) and value not in options[name].choices
 
 

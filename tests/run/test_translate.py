@@ -240,9 +240,10 @@ def test_every_answer_is_accepted(system, part, word, value, answer):
     assert programs, f"[{system}.{part}] is looked into by no program"
     for piece in translate.pieces(answer):
         typed = translate.fill(piece, value, names)
-        if len(typed) == 1 and "=" not in typed[0] and not typed[0].endswith((".sh", ".py", ".yaml")):
-            if not typed[0].startswith("--"):  # the name of a setting in a sentence
-                typed = [f"{typed[0]}={shown(system, typed[0])}"]
+        word = typed[0]
+        typeable = "=" in word or word.startswith("--") or word.endswith((".sh", ".py", ".yaml"))
+        if len(typed) == 1 and not typeable:  # the name of a setting in a sentence
+            typed = [f"{word}={shown(system, word)}"]
         for program in programs:
             if program != "convert" or part != "common":
                 check_typed(typed, system if system != "launch" else "rectok", program)
