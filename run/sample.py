@@ -24,7 +24,7 @@ from core.files import explain_os_errors
 from core.images import grid, save_png, to_model_range, to_uint8
 from core.nn.precision import bf16_products
 from core.rng import Draws, hash64
-from core.train.log import ProgressLine
+from core.train.log import progress_line
 from core.weights import hub
 from data.transforms import center_crop, to_tensor
 from evaluation.pictures import NpzWriter
@@ -181,9 +181,6 @@ class SampleFolder:
         """Make what is missing; how many pictures this rank made. Collective."""
         chunks = Chunks(self.count, 1, world, self.is_whole)
         mine = chunks.mine()
-        line = ProgressLine(self.count, label="samples") if world.is_main and mine and not self.animations else None
-        if line:
-            line.restart(len(chunks.done))
 
         def share(missing: list[int]) -> None:
             with ThreadPoolExecutor(4) as pool, explain_os_errors(self.path):
@@ -202,11 +199,9 @@ class SampleFolder:
                 for last in writing:
                     last.result()
 
-        try:
-            chunks.run(share, line.update if line else None)
-        finally:
-            if line:
-                line.close()
+        shown = 0 if self.animations else self.count  # previews tell of each batch
+        with progress_line(world, shown, "samples", done=len(chunks.done)) as report:
+            chunks.run(share, report)
         return len(mine)
 
     def _make(self, sampler: Sampler, part: list[int], world: World) -> list[Tensor]:

@@ -202,10 +202,18 @@ class ProgressLine:
 
 
 @contextmanager
-def progress_line(world: World, total: int, label: str, unit: str = "img") -> Iterator[Callable[[int], None] | None]:
-    """A ProgressLine's `update` on the main rank; None on the others, and where there is nothing to do."""
-    line = ProgressLine(total, unit, label) if world.is_main and total else None
+def progress_line(
+    world: World, total: int, label: str, unit: str = "img", done: int = 0
+) -> Iterator[Callable[[int], None] | None]:
+    """A ProgressLine's `update` on the main rank; None on the others, and where there is nothing to do.
+
+    Args:
+        done: what an earlier part of the job did; the rate is counted from there.
+    """
+    line = ProgressLine(total, unit, label) if world.is_main and total > done else None
     try:
+        if line:
+            line.restart(done)
         yield line.update if line else None
     finally:
         if line:

@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+import json
 import os
+import shutil
 import subprocess
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
+from core.dist import OtherRankFailed
 from core.errors import UserError
-from run.sample import parse_labels
+from run.sample import SampleFolder, parse_labels
 from scripts import sample
 from tests.conftest import ROOT
+from tests.ranks import in_threads
 
 
 @pytest.fixture
@@ -54,6 +60,45 @@ def test_what_is_there_stays(run, tmp_path):
     assert stored.shape == (4, 32, 32, 3) and (stored[1] == np.asarray(Image.open(folder / "000001_1.png"))).all()
     with pytest.raises(UserError, match="exists already"):
         run("--labels", "0-1", "--num", 4, "--out", folder, "--npz", tmp_path / "s.npz")
+
+
+def test_a_folder_that_an_earlier_version_began_goes_on(run, tmp_path):
+    """Its settings as they lie on users' disks, to the letter; the weights may have moved since."""
+    run("--labels", "0,1", "--num", 4, "--out", tmp_path / "whole")
+    noted = json.loads((tmp_path / "whole" / "sample.json").read_text())
+    began = """{"labels": [0, 1], "precision": "fp32", "sample.guidance": "cfg", "sample.interval": [0.0, 1.0],
+        "sample.power": 1.0, "sample.scale": 1.5, "sample.schedule": "constant", "sample.start": 1.0,
+        "sample.steps": 5, "seed": 0, "tokenizer": "/elsewhere/tokenizer", "tokenizer_fingerprint": "TOKENIZER",
+        "use_ema": true, "weights": "/elsewhere/checkpoints/step_00000003", "weights_fingerprint": "GENERATOR"}"""
+    began = began.replace("TOKENIZER", noted["tokenizer_fingerprint"]).replace(
+        "GENERATOR", noted["weights_fingerprint"]
+    )
+    assert noted.keys() == json.loads(began).keys()
+    folder = tmp_path / "began"
+    folder.mkdir()
+    (folder / "sample.json").write_text(began)
+    for name in ("000000_0.png", "000002_0.png"):
+        shutil.copy2(tmp_path / "whole" / name, folder / name)
+    assert "(2 new" in run("--labels", "0,1", "--num", 4, "--out", folder)
+    assert pictures(folder) == pictures(tmp_path / "whole") and (folder / "sample.json").read_text() == began
+
+
+def test_a_rank_that_fails_leaves_no_other_waiting(tmp_path):
+    """And the pictures of the others stay."""
+
+    def draw(world, unlucky=None):
+        def colours(labels, draws):
+            if world.rank == unlucky and 3 in draws.positions:
+                raise UserError("no luck")
+            return torch.zeros(len(labels), 3, 4, 4) + labels[:, None, None, None] / 2
+
+        sampler = SimpleNamespace(config=SimpleNamespace(seed=0), sample=colours)
+        return SampleFolder(tmp_path, [0, 1], 6).draw(sampler, 1, world)
+
+    well, failed = in_threads(2, lambda world: draw(world, unlucky=1))
+    assert isinstance(well, OtherRankFailed) and str(failed) == "no luck"
+    assert sorted(pictures(tmp_path)) == ["000000_0.png", "000001_1.png", "000002_0.png", "000004_0.png"]
+    assert in_threads(3, draw) == [1, 1, 0] and len(pictures(tmp_path)) == 6
 
 
 @pytest.mark.parametrize(
