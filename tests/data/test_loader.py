@@ -11,7 +11,7 @@ from PIL import Image
 
 from core.errors import UserError
 from core.rng import permutation
-from core.specs import DataSource, Sample
+from core.specs import Batch, DataSource, Sample
 from data.decode import UnreadablePicture
 from data.loader import Loader, ordered_batches, part, split
 from data.sources import open_source
@@ -198,6 +198,18 @@ def test_ordered_batches():
     assert list(ordered_batches(Damaged(4, {2}), Transform(8), 4, on_corrupt="replace"))[0].replaced == {
         "k2": "it is torn"
     }
+
+
+def test_pinned_batches(monkeypatch):
+    """DataLoader pins a batch by this method, when there is a GPU."""
+    import torch.utils.data._utils.pin_memory as pinning
+
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda tensor: tensor + 1)
+    ones = torch.ones(2)
+    batch = Batch(ones, 2 * ones, images=3 * ones, features={"x": 4 * ones}, replaced={"k": "torn"})
+    pinned = pinning.pin_memory(batch)
+    assert [t[0].item() for t in (pinned.labels, pinned.positions, pinned.images, pinned.features["x"])] == [2, 3, 4, 5]
+    assert pinned.stored is None and pinned.replaced == {"k": "torn"}
 
 
 def test_part():
