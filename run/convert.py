@@ -208,7 +208,9 @@ class Conversion:
         states: dict[bool, dict[str, Tensor]] = {}
         for averaged in sets:
             weights.load(network, averaged)
-            states[averaged] = weight_files.own(adapter.restore(network) if self.official else network.state_dict())
+            states[averaged] = weight_files.unshared(
+                adapter.restore(network) if self.official else network.state_dict()
+            )
         if self.official:
             return self._write_official(kind, adapter, weights, states)
         names = " and ".join(SETS[averaged] for averaged in sets)
@@ -315,7 +317,7 @@ def official_tokenizer(reference: str) -> dict[str, Tensor]:
     weights = read_weights("tokenizer", reference)
     network = REGISTRIES["tokenizer"].build(weights.settings)
     weights.load(network)
-    return weight_files.own(ADAPTERS["tokenizer"][weights.settings["name"]].restore(network))
+    return weight_files.unshared(ADAPTERS["tokenizer"][weights.settings["name"]].restore(network))
 
 
 def unrecorded(

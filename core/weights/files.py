@@ -45,7 +45,7 @@ def replace_with(path: str | os.PathLike, write: Callable[[Path], object], overw
         temporary.chmod(path.parent.stat().st_mode & 0o666)  # the safetensors library makes private files
 
 
-def own(state: dict[str, Tensor]) -> dict[str, Tensor]:
+def unshared(state: dict[str, Tensor]) -> dict[str, Tensor]:
     """The same tensors, each with memory of its own, as file formats want them."""
     return {name: t.detach().cpu().clone().contiguous() for name, t in state.items()}
 
@@ -61,7 +61,7 @@ def save(path: str | os.PathLike, content: WeightFile, overwrite: bool = False) 
     }
     about = {"kind": content.kind, "settings": content.settings, "provenance": content.provenance}
     replace_with(
-        path, lambda place: save_file(own(tensors), place, {KEY: json.dumps(about, sort_keys=True)}), overwrite
+        path, lambda place: save_file(unshared(tensors), place, {KEY: json.dumps(about, sort_keys=True)}), overwrite
     )
 
 

@@ -115,7 +115,7 @@ def test_export_to_ours_and_not_to_an_official_layout(tmp_path):
     file = tmp_path / "fsq.safetensors"
     weight_files.save(
         file,
-        weight_files.WeightFile("tokenizer", settings, weight_files.own(tokenizer.state_dict()), {}, {}, {}),
+        weight_files.WeightFile("tokenizer", settings, weight_files.unshared(tokenizer.state_dict()), {}, {}, {}),
         False,
     )
     with pytest.raises(UserError, match='no official layout.*"fsq"'):
