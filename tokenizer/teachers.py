@@ -1,8 +1,7 @@
 """Frozen networks whose features a tokenizer learns to predict (RecTok section 3.3, FQGAN section 3.3).
 
 Each maps pictures to one feature per token of the tokenizer's grid, `clip` and `dinov2_class` to one per picture.
-`dinov3` is written out here, with the tensor names of the published files; others come from timm (class tokens:
-tokenizer/class_tokens.py); `efficientnet_lite0` is the stand-in that needs no download (grid: 1 for one feature per
+The networks are timm's (class tokens: tokenizer/class_tokens.py); `efficientnet_lite0` is the stand-in that needs no download (grid: 1 for one feature per
 picture). Teachers follow the caller's autocast for their matrix products and return fp32.
 
 B batch, N = grid^2 tokens (row by row), D width, h heads, d = D / h.
@@ -64,158 +63,63 @@ class Teacher(Frozen, ABC):
 # ---------------------------------------------------------------------------------------------------------------------
 # DINOv3 (Simeoni et al. 2025)
 # ---------------------------------------------------------------------------------------------------------------------
-def rope_table(grid: int, head_dim: int, theta: float, scale: float = 1.0, device=None) -> tuple[Tensor, Tensor]:
-    """cos and sin, each (grid * grid, d); a head is [row | column | row | column], d/4 channels each."""
-    coordinate = ((torch.arange(grid, device=device, dtype=torch.float32) + 0.5) / grid * 2 - 1) * scale
-    frequency = theta ** -(4 * torch.arange(head_dim // 4, device=device, dtype=torch.float32) / head_dim)
-    angle = 2 * math.pi * coordinate[:, None] * frequency  # (grid, d / 4)
-    rows = angle[:, None].expand(grid, grid, -1)
-    columns = angle[None].expand(grid, grid, -1)
-    angles = torch.cat((rows, columns), dim=-1).view(grid * grid, -1).repeat(1, 2)  # (N, d)
-    return angles.cos(), angles.sin()
+class _Rope(nn.Module):
+    """Positions of timm's network, with a `scale` of the coordinates that can be set."""
 
-
-def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotate the last tokens of x (B, h, T, d), as many as the table has; classes and registers come first."""
-    prefix, patches = x[:, :, : -cos.shape[0]], x[:, :, -cos.shape[0] :]
-    first, second = patches.chunk(2, dim=-1)
-    patches = patches * cos + torch.cat((-second, first), dim=-1) * sin
-    return torch.cat((prefix, patches.to(x.dtype)), dim=2)
-
-
-class _Attention(nn.Module):
-    def __init__(self, width: int, heads: int):
+    def __init__(self, head_dim: int, theta: float):
         super().__init__()
-        self.heads = heads
-        self.q_proj, self.v_proj, self.o_proj = (nn.Linear(width, width) for _ in range(3))
-        self.k_proj = nn.Linear(width, width, bias=False)
+        self.scale = 1.0
+        exponents = 4 * torch.arange(head_dim // 4, device="cpu", dtype=torch.float32) / head_dim
+        self.register_buffer("frequency", theta**-exponents, persistent=False)  # (d / 4,)
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-        batch, tokens, width = x.shape
-        q, k, v = (
-            project(x).view(batch, tokens, self.heads, -1).transpose(1, 2)  # (B, h, T, d)
-            for project in (self.q_proj, self.k_proj, self.v_proj)
-        )
-        x = F.scaled_dot_product_attention(rotate(q, cos, sin), rotate(k, cos, sin), v)
-        return self.o_proj(x.transpose(1, 2).reshape(batch, tokens, width))
-
-
-class _MLP(nn.Module):
-    def __init__(self, width: int, hidden: int):
-        super().__init__()
-        self.up_proj, self.down_proj = nn.Linear(width, hidden), nn.Linear(hidden, width)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.down_proj(F.gelu(self.up_proj(x)))
+    def get_embed(self, shape: tuple[int, int]) -> Tensor:
+        """(N, 2 d): sines, then cosines; each [row | column | row | column]. `shape` is that of a square grid."""
+        grid = shape[0]
+        places = torch.arange(grid, device=self.frequency.device, dtype=torch.float32)
+        coordinate = ((places + 0.5) / grid * 2 - 1) * self.scale
+        angle = 2 * math.pi * coordinate[:, None] * self.frequency  # (grid, d / 4)
+        rows, columns = angle[:, None].expand(grid, grid, -1), angle[None].expand(grid, grid, -1)
+        angles = torch.cat((rows, columns), dim=-1).view(grid * grid, -1).repeat(1, 2)  # (N, d)
+        return torch.cat((angles.sin(), angles.cos()), dim=-1)
 
 
-class _LayerScale(nn.Module):
-    def __init__(self, width: int):
-        super().__init__()
-        self.lambda1 = nn.Parameter(torch.ones(width))
-
-    def forward(self, x: Tensor) -> Tensor:
-        return x * self.lambda1
-
-
-class _Block(nn.Module):
-    def __init__(self, width: int, hidden: int, heads: int):
-        super().__init__()
-        self.norm1, self.norm2 = nn.LayerNorm(width), nn.LayerNorm(width)
-        self.attention, self.mlp = _Attention(width, heads), _MLP(width, hidden)
-        self.layer_scale1, self.layer_scale2 = _LayerScale(width), _LayerScale(width)
-
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-        x = x + self.layer_scale1(self.attention(self.norm1(x), cos, sin))  # (B, T, D)
-        return x + self.layer_scale2(self.mlp(self.norm2(x)))
+# timm's name of a part -> the published one.
+_PUBLISHED = (
+    ("cls_token", "embeddings.cls_token"),
+    ("reg_token", "embeddings.register_tokens"),
+    ("patch_embed.proj.", "embeddings.patch_embeddings."),
+    ("blocks.", "layer."),
+    (".attn.proj.", ".attention.o_proj."),
+    (".attn.", ".attention."),
+    (".mlp.fc1.", ".mlp.up_proj."),
+    (".mlp.fc2.", ".mlp.down_proj."),
+    (".gamma_1", ".layer_scale1.lambda1"),
+    (".gamma_2", ".layer_scale2.lambda1"),
+)
 
 
-class _Embeddings(nn.Module):
-    def __init__(self, width: int, patch_size: int, registers: int):
-        super().__init__()
-        self.cls_token = nn.Parameter(torch.zeros(1, 1, width))
-        self.register_tokens = nn.Parameter(torch.zeros(1, registers, width))
-        self.patch_embeddings = nn.Conv2d(3, width, patch_size, stride=patch_size)
-
-    def forward(self, pixels: Tensor) -> Tensor:
-        patches = self.patch_embeddings(pixels).flatten(2).transpose(1, 2)  # (B, N, D)
-        prefix = torch.cat((self.cls_token, self.register_tokens), dim=1).expand(len(pixels), -1, -1)
-        return torch.cat((prefix.to(patches.dtype), patches), dim=1)
+def published_name(name: str) -> str:
+    """What the published files call a tensor of timm's network."""
+    for timm, published in _PUBLISHED:
+        name = name.replace(timm, published)
+    return name
 
 
-class DINOv3(nn.Module):
-    """The backbone; parameter names are those of the published files. Sizes default to ViT-L/16."""
-
-    def __init__(
-        self,
-        hidden_size: int = 1024,
-        intermediate_size: int = 4096,
-        num_hidden_layers: int = 24,
-        num_attention_heads: int = 16,
-        patch_size: int = 16,
-        num_register_tokens: int = 4,
-        rope_theta: float = 100.0,
-    ):
-        super().__init__()
-        if hidden_size % num_attention_heads or hidden_size // num_attention_heads % 4:
-            raise UserError(
-                f"teacher dinov3: {num_attention_heads} heads do not cut width {hidden_size} into multiples of 4"
-            )
-        self.patch_size, self.prefix, self.rope_theta = patch_size, 1 + num_register_tokens, rope_theta
-        self.head_dim = hidden_size // num_attention_heads
-        self.embeddings = _Embeddings(hidden_size, patch_size, num_register_tokens)
-        self.layer = nn.ModuleList(
-            _Block(hidden_size, intermediate_size, num_attention_heads) for _ in range(num_hidden_layers)
-        )
-        self.norm = nn.LayerNorm(hidden_size)
-
-    def forward(self, pixels: Tensor, rope_scale: float = 1.0) -> Tensor:
-        """Square pictures (B, 3, S, S) -> (B, 1 + registers + N, D) after the final norm."""
-        grid = pixels.shape[-1] // self.patch_size
-        cos, sin = rope_table(grid, self.head_dim, self.rope_theta, rope_scale, pixels.device)
-        x = self.embeddings(pixels)
-        for layer in self.layer:
-            x = layer(x, cos, sin)
-        return self.norm(x)
-
-
-# timm's name of a part -> ours; attention is fused there.
-_TIMM_PARTS = {
-    "norm1": "norm1",
-    "norm2": "norm2",
-    "attn.proj": "attention.o_proj",
-    "mlp.fc1": "mlp.up_proj",
-    "mlp.fc2": "mlp.down_proj",
-}
-_TIMM_NAMES = {
-    "cls_token": "embeddings.cls_token",
-    "reg_token": "embeddings.register_tokens",
-    "patch_embed.proj.weight": "embeddings.patch_embeddings.weight",
-    "patch_embed.proj.bias": "embeddings.patch_embeddings.bias",
-}
-
-
-def dinov3_from_timm(weights: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Tensors of timm's vit_*_patch16_dinov3 (with or without _qkvb) under the published names."""
-    ours = {_TIMM_NAMES.get(name, name): tensor for name, tensor in weights.items() if not name.startswith("blocks.")}
+def _unfused(weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Tensors of timm's vit_*_patch16_dinov3 (with or without _qkvb) with queries, keys and values apart."""
+    apart = {}
     for name, tensor in weights.items():
-        if not name.startswith("blocks."):
-            continue
-        _, index, part, *rest = name.split(".")
-        layer, kind = f"layer.{index}.", ".".join(rest)
-        if part.startswith("gamma_"):
-            ours[f"{layer}layer_scale{part[-1]}.lambda1"] = tensor
-        elif kind == "qkv.weight":
+        stem, attention, part = name.partition(".attn.")
+        if attention and part == "qkv.weight":
             for target, piece in zip("qkv", tensor.chunk(3)):
-                ours[f"{layer}attention.{target}_proj.weight"] = piece
+                apart[f"{stem}.attn.{target}_proj.weight"] = piece
             for target in "qv":  # files without biases leave out what is zero in the published ones
-                ours.setdefault(f"{layer}attention.{target}_proj.bias", torch.zeros_like(tensor[: len(tensor) // 3, 0]))
-        elif kind in ("q_bias", "v_bias"):
-            ours[f"{layer}attention.{kind[0]}_proj.bias"] = tensor
+                apart.setdefault(f"{stem}.attn.{target}_proj.bias", torch.zeros_like(tensor[: len(tensor) // 3, 0]))
+        elif attention and part in ("q_bias", "v_bias"):
+            apart[f"{stem}.attn.{part[0]}_proj.bias"] = tensor
         else:
-            whole, _, suffix = f"{part}.{kind}".rpartition(".")
-            ours[f"{layer}{_TIMM_PARTS.get(whole, whole)}.{suffix}"] = tensor
-    return ours
+            apart[name] = tensor
+    return apart
 
 
 @needs("dinov3-vitl16-pretrain-lvd1689m/model.safetensors")
@@ -254,29 +158,44 @@ class DINOv3Teacher(Teacher):
         num_register_tokens: int = 4,
         rope_theta: float = 100.0,
     ):
+        from timm.models.eva import Eva  # takes seconds: only when used
+
         super().__init__()
+        if hidden_size % num_attention_heads or hidden_size // num_attention_heads % 4:
+            raise UserError(
+                f"teacher dinov3: {num_attention_heads} heads do not cut width {hidden_size} into multiples of 4"
+            )
         published = self._read(weights) if pretrained else None
         self.image_size, self.processor_size, self.direct = image_size, processor_size, direct
         self.teacher_train_mode, self.dim, self.grid = teacher_train_mode, hidden_size, image_size // patch_size
-        self.backbone = DINOv3(
-            hidden_size,
-            intermediate_size,
-            num_hidden_layers,
-            num_attention_heads,
-            patch_size,
-            num_register_tokens,
-            rope_theta,
+        self.backbone = Eva(
+            img_size=image_size,
+            patch_size=patch_size,
+            num_classes=0,
+            embed_dim=hidden_size,
+            depth=num_hidden_layers,
+            num_heads=num_attention_heads,
+            qkv_fused=False,
+            mlp_ratio=(intermediate_size + 0.5) / hidden_size,  # the network rounds down
+            norm_layer=nn.LayerNorm,
+            init_values=1.0,
+            num_reg_tokens=num_register_tokens,
+            use_abs_pos_emb=False,
+            rope_rotate_half=True,
+            use_fc_norm=False,
+            dynamic_img_size=True,
         )
+        self.backbone.rope = _Rope(hidden_size // num_attention_heads, rope_theta)
         if published:
             self.load_weights(published)
         self.freeze()
 
     def _read(self, weights: str | None) -> dict[str, Tensor]:
         try:
-            found = weights or helper(self.HELPER).get()
-            if Path(found).is_dir():
-                found = Path(found) / "model.safetensors"
-            return hub.load_tensors(hub.resolve(str(found)))
+            reference = weights or str(helper(self.HELPER).get())
+            if Path(reference).is_dir():
+                reference = f"{reference}/model.safetensors"
+            return hub.load_tensors(hub.resolve(reference))
         except UserError as error:
             raise UserError(
                 f"teacher dinov3: {error} By hand: accept the licence at https://huggingface.co/{self.REPOSITORY}, then: "
@@ -288,11 +207,13 @@ class DINOv3Teacher(Teacher):
         """Take the tensors of a published file; strict, but for the mask token, which only pretraining uses."""
         weights = {name.removeprefix("model."): tensor for name, tensor in weights.items()}
         if "blocks.0.norm1.weight" in weights:
-            weights = dinov3_from_timm(weights)
+            weights = {published_name(name): tensor for name, tensor in _unfused(weights).items()}
         weights.pop("embeddings.mask_token", None)
-        if problems := describe_differences(weights, self.backbone.state_dict()):
+        known = {published_name(name): name for name in self.backbone.state_dict()}
+        shapes = {name: self.backbone.get_parameter(ours) for name, ours in known.items()}
+        if problems := describe_differences(weights, shapes):
             raise UserError(f"these are not the weights of this DINOv3 teacher: {'; '.join(problems)}")
-        self.backbone.load_state_dict(weights)
+        self.backbone.load_state_dict({known[name]: tensor for name, tensor in weights.items()})
 
     def processed(self, images: Tensor) -> Tensor:
         """What the official image processor makes of pictures in [-1, 1]."""
@@ -315,7 +236,8 @@ class DINOv3Teacher(Teacher):
                     " data.cache_features=false"
                 )
             scale = math.exp(draws.shared_uniform("teacher rope scale", -math.log(2.0), math.log(2.0)))
-        return self.backbone(self.pixels(images), scale)[:, self.backbone.prefix :]
+        self.backbone.rope.scale = scale
+        return self.backbone.forward_features(self.pixels(images))[:, self.backbone.num_prefix_tokens :]
 
 
 # ---------------------------------------------------------------------------------------------------------------------

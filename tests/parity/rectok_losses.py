@@ -191,7 +191,7 @@ def teacher(case: Case) -> dict[str, Tensor]:
             "image_uint8": to_uint8(images),
             "processor_pixels": teacher.processed(images),
             "teacher_pixels": pixels,
-            "last_hidden_state": teacher.backbone(pixels),
+            "last_hidden_state": teacher.backbone.forward_features(pixels),
             "sem_feature": teacher(images),
             "pred_sem_feature": decoder(case.inputs["z"]),
         }

@@ -20,7 +20,7 @@ from tokenizer.losses import DISCRIMINATORS
 from tokenizer.losses.discriminators import PatchGAN
 from tokenizer.losses.objective import Objective
 from tokenizer.losses.perceptual import Perceptual
-from tokenizer.teachers import TEACHERS, DINOv3Teacher, TimmTeacher
+from tokenizer.teachers import TEACHERS, DINOv3Teacher, TimmTeacher, published_name
 
 TINY_DINO = dict(
     image_size=32,
@@ -354,7 +354,7 @@ def test_dinov3_from_every_layout(tmp_path, biases):
         expected = theirs.forward_features(teacher.pixels(x))[:, theirs.num_prefix_tokens :]
     torch.testing.assert_close(teacher(x), expected, rtol=1e-4, atol=1e-4)
 
-    published = {f"model.{n}": t for n, t in teacher.backbone.state_dict().items()}
+    published = {f"model.{published_name(n)}": t for n, t in teacher.backbone.state_dict().items()}
     published["model.embeddings.mask_token"] = torch.zeros(1)
     torch.save(published, tmp_path / "published.bin")
     assert torch.equal(DINOv3Teacher(weights=str(tmp_path / "published.bin"), **sizes)(x), teacher(x))
