@@ -14,3 +14,9 @@ def nearest(word: object, choices) -> str:
     if close:
         return f' Did you mean "{close[0]}"?'
     return f" Known: {', '.join(choices)}." if choices else ""
+
+
+def check_choice(setting: str, value: object, choices) -> None:
+    """UserError with the nearest choice unless `value` is one of them."""
+    if value not in choices:
+        raise UserError(f'{setting} "{value}" is not known.{nearest(value, choices)}')

@@ -159,7 +159,7 @@ def tok_eval(case: Case) -> dict[str, Tensor]:
             f"index_margin_{name}": margins.flatten(),
         }
     for teacher, rows in recon.details["features"].items():
-        out[f"feat_pred{FEATURES[tokenizer.semantic['branches'][teacher]]}"] = rows
+        out[f"feat_pred{FEATURES[tokenizer.semantic.branches[teacher]]}"] = rows
     return out
 
 
@@ -214,7 +214,7 @@ def tok_train(case: Case) -> dict[str, Tensor]:
     config, images = case.config, case.inputs["image"]
     loss, args = config["loss"], config["ModelArgs"]
     tokenizer = build_tokenizer(case).train()
-    names, teachers = tokenizer.names, tokenizer.semantic.get("branches", {})
+    names, teachers = tokenizer.names, tokenizer.semantic.branches
     objective = build_objective(case, len(teachers))
     perceptual = loss.get("perceptual_weight", 1.0)
     beta, ratio, disentangle = args["commit_loss_beta"], args["entropy_loss_ratio"], disentanglement(case)
@@ -295,7 +295,7 @@ def full_tok(case: Case) -> dict[str, Tensor]:
         recorded.append(case.outputs[f"indices_{name}"].long().view(len(images), -1))
     out["recon_every_4th"] = tokenizer.decode(torch.stack(recorded, dim=-1))[:, :, ::4, ::4]
     for teacher, predict in tokenizer.predictors.items():
-        branch = tokenizer.semantic["branches"][teacher]
+        branch = tokenizer.semantic.branches[teacher]
         rows = predict(tokenizer.quantizers[branch](vectors[branch]).values)
         out[f"feat_pred{FEATURES[branch]}_cls"] = rows[:, 0]
     return out

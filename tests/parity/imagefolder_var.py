@@ -163,7 +163,8 @@ def var_sample(case: Case) -> dict[str, Tensor]:
             return torch.stack([case.inputs[f"drawn_indices_branch{k}"][:, start:end] for k in branches], dim=-1)
         return found.argmax(-1)
 
-    codes, f_hat = model.generate(case.inputs["label"], guidance, pick)
+    codes, state = model.generate(case.inputs["label"], guidance, pick)
+    f_hat = state.f_hat
     decoded = tokenizer.decode(codes)
     pictures = to_unit_range(decoded, clamp=True)
     out = {

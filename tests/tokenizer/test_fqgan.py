@@ -417,4 +417,4 @@ def test_every_recipe_builds():
         objective = OBJECTIVES.build({**config.objective, "perceptual": perceptual})
         objective.check_terms(tokenizer.term_names, bool(teachers), True)
         widths = {"dual": {"clip": 1024}, "triple": {"clip": 768, "dinov2_class": 384}}[name.split("_")[0]]
-        assert tokenizer.semantic["teachers"] == widths
+        assert tokenizer.semantic.teachers == widths

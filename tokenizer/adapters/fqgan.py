@@ -77,8 +77,8 @@ def _restore(model: nn.Module) -> State:
             f"the official FQGAN code has 2 or 3 sub-codebooks; a model with {', '.join(model.names)} cannot be "
             "exported to its layout"
         )
-    teachers = {branch: teacher for teacher, branch in model.semantic.get("branches", {}).items()}
-    if "vis" in teachers or len(teachers) < len(model.semantic.get("branches", {})):
+    teachers = {branch: teacher for teacher, branch in model.semantic.branches.items()}
+    if "vis" in teachers or len(teachers) < len(model.semantic.branches):
         raise UserError(
             "the official FQGAN code has one predictor per semantic sub-codebook and none for vis; this model "
             "cannot be exported to its layout"
@@ -104,7 +104,7 @@ def _fit(state: State, model: nn.Module) -> State:
             f"the weights have stride {2 ** (levels - 1)} and the model {2 ** (model_levels - 1)}: "
             f"set tokenizer.size: {'vq8' if levels == 4 else 'vq16'}, or give other weights"
         )
-    for teacher, branch in model.semantic.get("branches", {}).items():
+    for teacher, branch in model.semantic.branches.items():
         if not any(name.startswith(f"predictors.{teacher}.") for name in state):
             state = Renames((f"^predictors.{_TEACHERS.get(branch)}.", f"^predictors.{teacher}.")).ours(state)
     if not model.predictors:

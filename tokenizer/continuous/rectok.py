@@ -11,14 +11,15 @@ Shape letters: B batch, N tokens of the grid, K tokens the encoder sees (K = N w
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, fields
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, Literal
 
 import torch
 from einops.layers.torch import Rearrange
 from torch import Tensor, nn
 
-from core.errors import UserError, nearest
+from core.config import parse_section
+from core.errors import UserError, check_choice
 from core.nn.attention import Attention
 from core.nn.mlp import SwiGLU
 from core.nn.norms import RMSNorm
@@ -47,33 +48,18 @@ SIZES = {
 }
 
 
-def _one_of(value: str, choices: tuple[str, ...], setting: str) -> str:
-    if value not in choices:
-        raise UserError(f'{setting} "{value}" is not known.{nearest(str(value), choices)}')
-    return value
-
-
 @dataclass(frozen=True)
 class Semantic:
     """The semantic decoders: one per teacher, predicting features of that teacher's width."""
 
     teachers: dict[str, int]  # name -> feature width
-    decoder: str = "transformer"  # or "mlp", which sees one token at a time
+    decoder: Literal["transformer", "mlp"] = "transformer"  # "mlp" sees one token at a time
     size: Any = "tiny"  # of the transformer
-    input: str = "noisy"  # the latent as the pixel decoder sees it, or "clean"
+    input: Literal["noisy", "clean"] = "noisy"  # the latent as the pixel decoder sees it, or before the noise
 
     @classmethod
     def parse(cls, value: dict[str, Any] | None) -> Semantic | None:
-        if not value or not value.get("teachers"):
-            return None
-        known = [f.name for f in fields(cls)]
-        unknown = [key for key in value if key not in known]
-        if unknown:
-            raise UserError(f'semantic has no setting "{unknown[0]}".{nearest(unknown[0], known)}')
-        semantic = cls(**value)
-        _one_of(semantic.decoder, ("transformer", "mlp"), "semantic.decoder")
-        _one_of(semantic.input, ("noisy", "clean"), "semantic.input")
-        return semantic
+        return parse_section("semantic", value, cls) if value and value.get("teachers") else None
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -255,9 +241,10 @@ class RecTok(Tokenizer):
         if not 0 <= mask_ratio < 1:
             raise UserError(f"mask_ratio {mask_ratio} is not in [0, 1)")
         self.image_size, self.channels, self.gamma = image_size, channels, gamma
-        self.noise_schedule = _one_of(noise_schedule, ("shift", "lognorm", "uniform"), "noise_schedule")
+        check_choice("noise_schedule", noise_schedule, ("shift", "lognorm", "uniform"))
+        check_choice("mask_ratio_type", mask_ratio_type, ("random", "fix"))
+        self.noise_schedule, self.mask_ratio_type = noise_schedule, mask_ratio_type
         self.mask_ratio, self.mask_ratio_min = mask_ratio, mask_ratio_min
-        self.mask_ratio_type = _one_of(mask_ratio_type, ("random", "fix"), "mask_ratio_type")
         self.semantic = Semantic.parse(semantic)
         if self.semantic and self.semantic.decoder == "mlp" and mask_ratio:
             raise UserError(

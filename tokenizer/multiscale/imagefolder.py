@@ -11,14 +11,15 @@ B batch, K branches, C channels of a code, P = side of a latent map, L codes per
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from core.config import parse_section
 from core.dist import group_size
-from core.errors import UserError, nearest
+from core.errors import UserError, check_choice, nearest
 from core.nn.lora import TunedLayerNorm, adapt
 from core.nn.precision import no_autocast
 from core.nn.vit import VisionTransformer, ViTSize, dinov2_files, dinov2_weights
@@ -26,7 +27,7 @@ from core.rng import Draws
 from core.specs import Codes, MultiScale, Progress, Recon, Tokenizer
 from core.weights.released import needs
 from tokenizer.losses.contrastive import info_nce
-from tokenizer.multiscale.quantizer import MultiScaleQuantizer, Quantized
+from tokenizer.multiscale.quantizer import MultiScaleQuantizer, QuantizedMaps, Tables
 from tokenizer.multiscale.vit import Decoder, Encoder
 
 RELEASED_SCALES = (1, 1, 2, 3, 3, 4, 5, 6, 8, 11)
@@ -50,10 +51,7 @@ class Semantic:
     def parse(cls, value: dict[str, Any] | None) -> Semantic | None:
         if not value or not value.get("teachers"):
             return None
-        known = [f.name for f in fields(cls)]
-        if unknown := [key for key in value if key not in known]:
-            raise UserError(f'semantic has no setting "{unknown[0]}".{nearest(unknown[0], known)}')
-        semantic = cls(**value)
+        semantic = parse_section("semantic", value, cls)
         if len(semantic.teachers) != 1:
             raise UserError(f"imagefolder learns from one teacher, not from {', '.join(semantic.teachers)}")
         return semantic
@@ -72,6 +70,14 @@ class Semantic:
         if not self.normalise or progress is None:
             return self.scale
         return 100.0 if progress.epoch >= 200 else self.scale + (100.0 - self.scale) * progress.epoch / 200
+
+
+@dataclass
+class GrowingMap:
+    """Where sampling scale by scale stands."""
+
+    f_hat: Tensor  # (B, K, C, P, P), the sum of the scales so far
+    tables: Tables  # made once for all scales
 
 
 @needs(dinov2_files("encoder", "decoder"))
@@ -146,8 +152,7 @@ class ImageFolder(Tokenizer):
             ("enc_tuning", enc_tuning, TUNING),
             ("dec_tuning", dec_tuning, TUNING),
         ):
-            if value not in choices:
-                raise UserError(f'{setting} "{value}" is not known.{nearest(str(value), choices)}')
+            check_choice(setting, value, choices)
         if pixel_channels < 0:
             raise UserError(f"pixel_channels is {pixel_channels}: 0 paints patches as published, 24 hides their seams")
         if quantizer == "plain" and len(scales) > 1:
@@ -241,24 +246,23 @@ class ImageFolder(Tokenizer):
     ) -> Recon:
         """`features`: teacher name -> (B, N, D'), needed when there is a `semantic` teacher."""
         kept, whole = self._draw_kept(draws)
-        found: Quantized = self.quantizer(
-            self.features(images, draws.fork("encoder")), kept, update_usage=self.training
-        )
+        features_before = self.features(images, draws.fork("encoder"))
+        quantized: QuantizedMaps = self.quantizer(features_before, kept, update_usage=self.training)
         scales = len(self.quantizer.scales)
         terms = {
-            "codebook": found.codebook_loss,
-            "commitment": found.commitment_sum / (scales if self.commitment == "mean" else 1),
+            "codebook": quantized.codebook_loss,
+            "commitment": quantized.commitment_sum / (scales if self.commitment == "mean" else 1),
         }
         if self.semantic is not None:
-            terms["contrast"] = self._contrast(found.features, features, whole, progress)
+            terms["contrast"] = self._contrast(quantized.features, features, whole, progress)
         usage = self.quantizer.usage(group_size() * len(images))  # (K, S), in percent
         logs = {f"usage/branch{branch}": share for branch, share in enumerate(usage.mean(1))}
         return Recon(
-            self.decode_features(found.features, draws.fork("decoder")),
+            self.decode_features(quantized.features, draws.fork("decoder")),
             terms,
             logs=logs,
             last_layer=self.decoder.to_pixel.last_weight,
-            details={"kept": kept, "quantized": found, "usage": usage},
+            details={"kept": kept, "quantized": quantized, "usage": usage},
         )
 
     def _contrast(
@@ -318,16 +322,17 @@ class ImageFolder(Tokenizer):
         return torch.cat(parts, dim=1) if parts else self.embed(codes[:, :0]).flatten(2)
 
     @torch.no_grad()
-    def next_scale(self, f_hat: Tensor | None, codes: Tensor, scale: int) -> tuple[Tensor, Tensor]:
+    def next_scale(self, state: GrowingMap | None, codes: Tensor, scale: int) -> tuple[GrowingMap, Tensor]:
         """Add the codes (B, p p, K) of scale number `scale` to the map; returns it and the input for the next scale.
 
         After the last scale the second is the map itself, as tokens.
         """
         quantizer = self.quantizer
         with no_autocast(codes):
-            added = quantizer.spread(codes, scale, quantizer.codebooks(), quantizer.phi_weights())
-            f_hat = added if f_hat is None else f_hat + added
-            return f_hat, quantizer.inputs(f_hat, scale + 1)
+            tables = quantizer.tables() if state is None else state.tables
+            added = quantizer.spread(codes, scale, tables)
+            f_hat = added if state is None else state.f_hat + added
+            return GrowingMap(f_hat, tables), quantizer.inputs(f_hat, scale + 1)
 
 
 def _checked(

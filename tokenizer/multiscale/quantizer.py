@@ -13,6 +13,7 @@ B batch, K branches, C channels of a branch, S scales, P = side of the last scal
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -40,6 +41,11 @@ def enlarge(x: Tensor, side: int) -> Tensor:
 def shrink(x: Tensor, side: int) -> Tensor:
     """(N, C, P, P) -> (N, C, side, side), area mean."""
     return x if x.shape[-1] == side else F.interpolate(x, size=(side, side), mode="area")
+
+
+def _masked_mse(a: Tensor, b: Tensor, mask: Tensor | None, share: Tensor | float) -> Tensor:
+    """Mean squared difference over the samples in `mask`, which are this share of all; None: over all."""
+    return F.mse_loss(a, b) if mask is None else (mask * (a - b).square()).mean() / share
 
 
 class Branch(nn.Module):
@@ -73,7 +79,7 @@ class Branch(nn.Module):
 
 
 @dataclass
-class Quantized:
+class QuantizedMaps:
     """What a training pass over (B, K, C, P, P) features gives."""
 
     features: Tensor  # (B, K, C, P, P), forward the quantised map, backward the features (straight-through)
@@ -81,6 +87,13 @@ class Quantized:
     codebook_loss: Tensor  # scalar; pulls codes and phi towards the features
     commitment_sum: Tensor  # scalar, summed over scales; pulls features towards the codes. Divide by S for the mean.
     partial: list[Tensor]  # S x (B, K, C, P, P), the map after each scale
+
+
+class Tables(NamedTuple):
+    """What all scales share, in fp32: made once, not once per scale."""
+
+    codebooks: Tensor  # (K, V, C), as `embed` returns rows
+    phis: list[tuple[Tensor, Tensor]]  # see MultiScaleQuantizer.phi_weights
 
 
 class MultiScaleQuantizer(nn.Module):
@@ -125,9 +138,8 @@ class MultiScaleQuantizer(nn.Module):
         )
         self.register_buffer("level", level, persistent=False)  # (L,), the scale of each code
         self.quantizes = nn.ModuleList(Branch(vocab, dim, len(self.scales), count, binary) for _ in range(branches))
-        for (
-            branch
-        ) in self.quantizes:  # with few scales some convolutions are never used; DDP would wait for their gradients
+        # With few scales some convolutions are never used; DDP would wait for their gradients.
+        for branch in self.quantizes:
             for index, conv in enumerate(branch.phis):
                 conv.requires_grad_(index in self.phi_of)
 
@@ -137,21 +149,24 @@ class MultiScaleQuantizer(nn.Module):
         rows = torch.stack([branch.codebook for branch in self.quantizes]).float()
         return unit(rows) if self.normalise else rows
 
+    def tables(self) -> Tables:
+        return Tables(self.codebooks(), self.phi_weights())
+
     def nearest(self, z: Tensor, codebooks: Tensor) -> Tensor:
         """Index of the nearest code of each branch: z (K, N, C), codebooks (K, V, C) -> (K, N) int64."""
         if self.cosine:
             z, codebooks = unit(z), unit(codebooks)
         return torch.stack([nearest_codes(vectors, table) for vectors, table in zip(z, codebooks)])
 
-    def spread(self, codes: Tensor, scale: int, codebooks: Tensor, phis: list[tuple[Tensor, Tensor]]) -> Tensor:
+    def spread(self, codes: Tensor, scale: int, tables: Tables) -> Tensor:
         """What the codes of one scale, (B, p p, K), add to the map: (B, K, C, P, P)."""
         batch, side = len(codes), self.scales[scale]
         which = torch.arange(self.branches, device=codes.device)
-        rows = codebooks[which, codes]  # (B, p p, K, C)
+        rows = tables.codebooks[which, codes]  # (B, p p, K, C)
         h = rows.permute(0, 2, 3, 1).reshape(batch, -1, side, side)  # (B, K C, p, p)
         h = enlarge(h, self.side)
-        if phis:
-            weight, bias = phis[self.phi_of[scale]]
+        if tables.phis:
+            weight, bias = tables.phis[self.phi_of[scale]]
             smoothed = F.conv2d(h, weight, bias, padding=1, groups=self.branches)
             h = torch.lerp(h, smoothed, self.phi_ratio)
         return h.view(batch, self.branches, self.dim, self.side, self.side)
@@ -171,7 +186,7 @@ class MultiScaleQuantizer(nn.Module):
         return list(codes.split(sizes, dim=1))
 
     # -- quantising -----------------------------------------------------------------------------------------------------
-    def forward(self, features: Tensor, kept: Tensor | None = None, update_usage: bool = False) -> Quantized:
+    def forward(self, features: Tensor, kept: Tensor | None = None, update_usage: bool = False) -> QuantizedMaps:
         """Quantise and score (B, K, C, P, P).
 
         Args:
@@ -183,51 +198,47 @@ class MultiScaleQuantizer(nn.Module):
             f = features.float()
             if self.normalise:
                 f = F.normalize(f, dim=2)
-            codebooks, phis = self.codebooks(), self.phi_weights()
+            tables = self.tables()
             rest, f_hat = f.detach(), torch.zeros_like(f)
             codes, partial = [], []
             losses, commitments = [], []
             for s, side in enumerate(self.scales):
-                found = self._codes_of(rest, side, codebooks)  # (B, p p, K)
-                h = self.spread(found, s, codebooks, phis)
+                codes.append(self._codes_of(rest, side, tables))
+                h = self.spread(codes[-1], s, tables)
                 rest = rest - h.detach()
-                if kept is None:
-                    f_hat = f_hat + h
-                    losses.append(F.mse_loss(f_hat, f.detach()))
-                    commitments.append(F.mse_loss(f, f_hat.detach()))
-                else:
+                mask, share = None, 1.0
+                if kept is not None:
                     mask = (kept > s).to(f.dtype)  # (B,)
                     share = mean_over_ranks(mask.mean()).clamp(min=1e-6)
                     mask = mask.view(-1, 1, 1, 1, 1)
-                    f_hat = f_hat + mask * h
-                    losses.append((mask * (f_hat - f.detach()).square()).mean() / share)
-                    commitments.append((mask * (f_hat.detach() - f).square()).mean() / share)
-                codes.append(found)
+                f_hat = f_hat + (h if mask is None else mask * h)
+                losses.append(_masked_mse(f_hat, f.detach(), mask, share))
+                commitments.append(_masked_mse(f_hat.detach(), f, mask, share))
                 partial.append(f_hat)
             codes = torch.cat(codes, dim=1)
             if update_usage:
                 self._count(codes)
             straight = f + (f_hat - f).detach()
-            return Quantized(straight, codes, torch.stack(losses).mean(), torch.stack(commitments).sum(), partial)
+            return QuantizedMaps(straight, codes, torch.stack(losses).mean(), torch.stack(commitments).sum(), partial)
 
-    def _codes_of(self, rest: Tensor, side: int, codebooks: Tensor) -> Tensor:
+    def _codes_of(self, rest: Tensor, side: int, tables: Tables) -> Tensor:
+        """Nearest codes (B, p p, K) of what is left over, (B, K, C, P, P), shrunk to `side`."""
         batch = len(rest)
         z = shrink(rest.flatten(0, 1), side).view(batch, self.branches, self.dim, side * side)
         z = z.permute(1, 0, 3, 2).reshape(self.branches, -1, self.dim)  # (K, B p p, C)
-        return self.nearest(z, codebooks.detach()).view(self.branches, batch, side * side).permute(1, 2, 0)
+        return self.nearest(z, tables.codebooks.detach()).view(self.branches, batch, side * side).permute(1, 2, 0)
 
     @torch.no_grad()
     def encode(self, features: Tensor) -> Tensor:
         """(B, K, C, P, P) -> codes (B, L, K)."""
         with no_autocast(features):
             rest = F.normalize(features.float(), dim=2) if self.normalise else features.float()
-            codebooks, phis = self.codebooks(), self.phi_weights()
+            tables = self.tables()
             codes = []
             for s, side in enumerate(self.scales):
-                found = self._codes_of(rest, side, codebooks)
-                codes.append(found)
+                codes.append(self._codes_of(rest, side, tables))
                 if s + 1 < len(self.scales):
-                    rest = rest - self.spread(found, s, codebooks, phis)
+                    rest = rest - self.spread(codes[-1], s, tables)
             return torch.cat(codes, dim=1)
 
     # -- back from codes ------------------------------------------------------------------------------------------------
@@ -238,10 +249,10 @@ class MultiScaleQuantizer(nn.Module):
     def partial_maps(self, codes: Tensor) -> list[Tensor]:
         """The map after each scale of `codes` (B, L, K), or of as many scales as they cover: (B, K, C, P, P) each."""
         with no_autocast(codes):
-            codebooks, phis = self.codebooks(), self.phi_weights()
+            tables = self.tables()
             maps, f_hat = [], 0.0
             for s, part in enumerate(self.split(codes)):
-                f_hat = f_hat + self.spread(part, s, codebooks, phis)
+                f_hat = f_hat + self.spread(part, s, tables)
                 maps.append(f_hat)
             return maps
 
@@ -260,10 +271,10 @@ class MultiScaleQuantizer(nn.Module):
         hits = torch.zeros(self.branches * scales * self.vocab, device=codes.device)
         hits.scatter_add_(0, places.flatten(), torch.ones_like(places, dtype=hits.dtype).flatten())
         hits = sum_over_ranks(hits).view(self.branches, scales, self.vocab)
-        for branch, found in zip(self.quantizes, hits):
+        for branch, hit in zip(self.quantizes, hits):
             number = branch.updates + torch.arange(scales, device=codes.device)
             weight = torch.where(number == 0, 1.0, torch.where(number < 100, 0.1, 0.01))[:, None]  # (S, 1)
-            branch.ema_vocab_hit_SV.mul_(1 - weight).add_(weight * found)
+            branch.ema_vocab_hit_SV.mul_(1 - weight).add_(weight * hit)
             branch.updates.add_(scales)
 
     @torch.no_grad()

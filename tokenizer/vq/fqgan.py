@@ -11,12 +11,14 @@ Shape letters: B batch, K sub-codebooks, C channels, h x w the grid, L = h w, V 
 from __future__ import annotations
 
 import itertools
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from core.config import parse_section
 from core.errors import UserError, nearest
 from core.nn.conv import AttnBlock, ResBlock, group_norm, growing_levels, shrinking_levels, through
 from core.nn.transformer import Transformer
@@ -119,32 +121,35 @@ class FeaturePredictor(Transformer):
 # ---------------------------------------------------------------------------------------------------------------------
 # The tokenizer
 # ---------------------------------------------------------------------------------------------------------------------
-def _semantic(value: dict[str, Any] | None, names: tuple[str, ...]) -> dict[str, Any]:
-    """Checked `semantic` argument; {} for none."""
-    if not value or not value.get("teachers"):
-        return {}
-    known = ("teachers", "branches", "layers", "heads")
-    for key in value:
-        if key not in known:
-            raise UserError(f'semantic has no setting "{key}".{nearest(key, known)}')
-    branches = dict(value.get("branches") or {})
-    for teacher in value["teachers"]:
-        if teacher not in branches:
-            raise UserError(
-                f"semantic.branches: say which sub-codebook predicts teacher {teacher}, "
-                f"{{{teacher}: {names[-1]}}} or the like; there are {', '.join(names)}."
-            )
-    for teacher, name in branches.items():
-        if teacher not in value["teachers"]:
-            raise UserError(f'semantic.branches: there is no teacher "{teacher}".{nearest(teacher, value["teachers"])}')
-        if name not in names:
-            raise UserError(f'semantic.branches: there is no sub-codebook "{name}".{nearest(str(name), names)}')
-    return {
-        "teachers": dict(value["teachers"]),
-        "branches": branches,
-        "layers": value.get("layers", 3),
-        "heads": value.get("heads", 8),
-    }
+@dataclass(frozen=True)
+class Semantic:
+    """Which sub-codebooks predict a teacher's class token, and the transformers that do it."""
+
+    teachers: dict[str, int] = field(default_factory=dict)  # name -> feature width
+    branches: dict[str, str] = field(default_factory=dict)  # teacher -> sub-codebook
+    layers: int = 3
+    heads: int = 8
+
+    @classmethod
+    def parse(cls, value: dict[str, Any] | None, names: tuple[str, ...]) -> Semantic:
+        """Checked against the names of the sub-codebooks; without teachers for none."""
+        if not value or not value.get("teachers"):
+            return cls()
+        semantic = parse_section("semantic", {**value, "branches": value.get("branches") or {}}, cls)
+        for teacher in semantic.teachers:
+            if teacher not in semantic.branches:
+                raise UserError(
+                    f"semantic.branches: say which sub-codebook predicts teacher {teacher}, "
+                    f"{{{teacher}: {names[-1]}}} or the like; there are {', '.join(names)}."
+                )
+        for teacher, name in semantic.branches.items():
+            if teacher not in semantic.teachers:
+                raise UserError(
+                    f'semantic.branches: there is no teacher "{teacher}".{nearest(teacher, semantic.teachers)}'
+                )
+            if name not in names:
+                raise UserError(f'semantic.branches: there is no sub-codebook "{name}".{nearest(name, names)}')
+        return semantic
 
 
 class FQGAN(Tokenizer):
@@ -207,7 +212,7 @@ class FQGAN(Tokenizer):
         self.image_size, self.names = image_size, branch_names(branches)
         grid = (image_size // stride, image_size // stride)
         self.spec = Codes(grid[0] * grid[1], branches, vocab, code_dim, grid, self.names)
-        self.semantic = _semantic(semantic, self.names)
+        self.semantic = Semantic.parse(semantic, self.names)
         self.term_names = (
             "codebook",
             "commitment",
@@ -238,8 +243,8 @@ class FQGAN(Tokenizer):
         self.decoder = Decoder(channels, decoder_mult, res_blocks, z_channels, groups)
         self.predictors = nn.ModuleDict(
             {
-                teacher: FeaturePredictor(width, code_dim, grid, self.semantic["layers"], self.semantic["heads"])
-                for teacher, width in self.semantic.get("teachers", {}).items()
+                teacher: FeaturePredictor(width, code_dim, grid, self.semantic.layers, self.semantic.heads)
+                for teacher, width in self.semantic.teachers.items()
             }
         )
 
@@ -269,28 +274,28 @@ class FQGAN(Tokenizer):
         return torch.stack([(a * b).sum(-1).square().mean() for a, b in itertools.combinations(units, 2)]).mean()
 
     def forward(self, images: Tensor, draws: Draws) -> Recon:
-        found: dict[str, Quantized] = {name: self.quantizers[name](z) for name, z in self.vectors(images).items()}
-        values = [found[name].values for name in self.names]
-        terms = {term: sum(q.terms[term] for q in found.values()) for term in next(iter(found.values())).terms}
+        quantized: dict[str, Quantized] = {name: self.quantizers[name](z) for name, z in self.vectors(images).items()}
+        values = [quantized[name].values for name in self.names]
+        terms = {term: sum(q.terms[term] for q in quantized.values()) for term in next(iter(quantized.values())).terms}
         if len(values) > 1:
             terms["disentangle"] = self.disentangle(values)
         # parity: not detached, so that the teachers reach adapter and encoder.
         features = {
-            teacher: predict(found[self.semantic["branches"][teacher]].values)
+            teacher: predict(quantized[self.semantic.branches[teacher]].values)
             for teacher, predict in self.predictors.items()
         }
         logs = {
             f"{term}/{name}": value.detach()
-            for name, q in found.items()
+            for name, q in quantized.items()
             for term, value in {**q.terms, **q.logs}.items()
         }
         if self.training:
-            logs |= {f"usage/{name}": self.quantizers[name].track(q.codes) for name, q in found.items()}
+            logs |= {f"usage/{name}": self.quantizers[name].track(q.codes) for name, q in quantized.items()}
         return Recon(
             images=self.paint(values),
             terms=terms,
             predictions={teacher: rows[:, :1] for teacher, rows in features.items()},
-            details={"quantized": found, "features": features},
+            details={"quantized": quantized, "features": features},
             logs=logs,
             last_layer=self.decoder.conv_out.weight,
         )
