@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from core.nn.cuda_graph import Kept, addresses
 from core.nn.kvcache import LayerCache, activation_dtype
 from core.nn.norms import RMSNorm
-from core.specs import Generator
+from core.specs import Generator, LatentSpec
 
 CAST = (nn.Linear, RMSNorm)  # modules that take and give the precision of the products
 
@@ -117,6 +117,18 @@ class Sampled(Generator):
     def kept(self, key: Hashable, make: Callable[[], Any]) -> Any:
         """make(), or what it gave when it was last called with this key and the present `weights`."""
         return self._state.get(key, make)
+
+
+def mismatches(generator: nn.Module, spec: LatentSpec, *names: str) -> list[str]:
+    """A sentence for each of these sizes of the latents that the generator has not."""
+    sizes = spec.sizes()
+    ours = {name: getattr(generator, name) for name in names}
+    ours = {name: list(value) if isinstance(value, tuple) else value for name, value in ours.items()}
+    return [
+        f"generator.{name} is {ours[name]}, the tokenizer has {sizes[name]}"
+        for name in names
+        if ours[name] != sizes[name]
+    ]
 
 
 # -- a step in few kernels: one position, rows (R, D) of samples and their unguided twins ----------------------------------

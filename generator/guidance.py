@@ -7,6 +7,7 @@ et al. 2024) that of a weaker model; both only where t lies in an interval (Kynk
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -15,6 +16,17 @@ from core.errors import UserError, nearest
 from core.specs import Guidance
 
 SCHEDULES = ("constant", "linear", "cosine")
+
+
+def per_branch(value: float | Sequence[float], branches: int, name: str) -> list:
+    """One setting per codebook, from one number for all or a list."""
+    values = list(value) if isinstance(value, (list, tuple)) else [value] * branches
+    if len(values) != branches:
+        raise UserError(
+            f"sample.{name} has {len(values)} numbers but the tokenizer has {branches} codebook(s): give one "
+            "number, or one per codebook."
+        )
+    return values
 
 
 def scales(guidance: Guidance, steps: int, branches: int = 1) -> Tensor:
@@ -26,15 +38,10 @@ def scales(guidance: Guidance, steps: int, branches: int = 1) -> Tensor:
     """
     if guidance.schedule not in SCHEDULES:
         raise UserError(f'guidance schedule "{guidance.schedule}" is not known.{nearest(guidance.schedule, SCHEDULES)}')
-    given = guidance.scale if isinstance(guidance.scale, tuple) else (guidance.scale,) * branches
-    if len(given) != branches:
-        raise UserError(
-            f"sample.scale has {len(given)} numbers but the tokenizer has {branches} codebook(s): give one "
-            "number, or one per codebook."
-        )
+    by_branch = per_branch(guidance.scale, branches, "scale")
     if not guidance.active:
         return torch.ones(steps, branches, device="cpu")
-    full = torch.tensor(given, dtype=torch.float32, device="cpu")[None]  # (1, K)
+    full = torch.tensor(by_branch, dtype=torch.float32, device="cpu")[None]  # (1, K)
     t = torch.arange(steps, device="cpu")[:, None] / steps  # (steps, 1)
     if guidance.schedule == "linear":
         table = guidance.start + (full - guidance.start) * torch.linspace(0, 1, steps, device="cpu")[:, None]

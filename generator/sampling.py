@@ -15,18 +15,7 @@ from torch import Tensor
 from core.errors import UserError
 from core.rng import Draws
 from core.specs import Guidance
-from generator.guidance import guide_logits, scales
-
-
-def per_branch(value: float | Sequence[float], branches: int, name: str) -> list:
-    """One setting per codebook, from one number for all or a list."""
-    values = list(value) if isinstance(value, (list, tuple)) else [value] * branches
-    if len(values) != branches:
-        raise UserError(
-            f"sample.{name} has {len(values)} numbers but the tokenizer has {branches} codebook(s): give one "
-            "number, or one per codebook."
-        )
-    return values
+from generator.guidance import guide_logits, per_branch, scales
 
 
 def filter_logits(logits: Tensor, top_k: int = 0, top_p: float = 1.0) -> Tensor:

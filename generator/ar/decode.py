@@ -39,7 +39,8 @@ class Recordings:
         self.cache.seek(place)
         span = self.cache.span(place + 1)
         if span in self.graphs:
-            return self.graphs[span].replay()
+            self.graphs[span].replay()
+            return
         with no_autocast(self.cache.position):  # around the step alone: what `after` does follows the caller's
             self.step()  # libraries choose their kernels and allocate what they keep: nothing is run for that alone
             if self.records():

@@ -30,7 +30,7 @@ from generator.ar import rear as rear_module
 from generator.ar.decode import Recordings, decode, uncompiled
 from generator.ar.llama import decode_blocks, ffn_width, init_weights, make_blocks, normed, run_blocks
 from generator.ar.rear import Regularised
-from generator.engine import Weights, turning
+from generator.engine import Weights, mismatches, turning
 from generator.sampling import CodeSampler
 
 
@@ -147,15 +147,7 @@ class FAR(Regularised):
     def fits(self, spec: LatentSpec) -> list[str]:
         if not isinstance(spec, self.models):
             return [f"{type(self).__name__} models sequences of codes, the tokenizer gives {spec}"]
-        problems = [
-            f"generator.{name} is {ours}, the tokenizer has {theirs}"
-            for name, ours, theirs in (
-                ("branches", self.branches, spec.branches),
-                ("vocab", self.vocab, spec.vocab),
-                ("length", self.length, spec.length),
-            )
-            if ours != theirs
-        ]
+        problems = mismatches(self, spec, "branches", "vocab", "length")
         if self.grid and spec.grid and tuple(spec.grid) != self.grid:
             problems.append(f"generator.grid is {list(self.grid)}, the tokenizer has {list(spec.grid)}")
         return problems

@@ -32,7 +32,7 @@ from core.specs import Codes, Guidance, LatentSpec, Loss, Progress
 from generator.ar import rear as rear_module
 from generator.ar.decode import Recordings, decode, uncompiled
 from generator.ar.rear import Regularised, annealed
-from generator.engine import Weights, attend, modulated
+from generator.engine import Weights, attend, mismatches, modulated
 from generator.sampling import CodeSampler
 
 EXTRA_POSITIONS, EXTRA_SLOTS = 1024, 100  # rows that the official tables have beyond the codes
@@ -179,11 +179,7 @@ class RAR(Regularised):
             return [f"RAR models sequences of codes, the tokenizer gives {spec}"]
         if spec.branches != 1:
             return [f"RAR models one code per position, the tokenizer gives {spec.branches}: use FAR"]
-        return [
-            f"generator.{name} is {ours}, the tokenizer has {theirs}"
-            for name, ours, theirs in (("vocab", self.vocab, spec.vocab), ("length", self.length, spec.length))
-            if ours != theirs
-        ]
+        return mismatches(self, spec, "vocab", "length")
 
     # -- the network --------------------------------------------------------------------------------------------------
     def condition_ids(self, labels: Tensor) -> Tensor:

@@ -28,6 +28,7 @@ from core.rng import Draws
 from core.specs import Continuous, Generator, Guidance, LatentSpec, Loss, Progress
 from generator.dit import transport
 from generator.dit.ode import euler
+from generator.engine import mismatches
 from generator.guidance import guide, in_interval
 
 
@@ -153,12 +154,7 @@ class DiTDH(Generator):
     def fits(self, spec: LatentSpec) -> list[str]:
         if not isinstance(spec, self.models):
             return [f"DiT^DH models continuous latents, the tokenizer gives {spec}"]
-        problems = []
-        if spec.channels != self.channels:
-            problems.append(f"generator.channels is {self.channels}, the tokenizer has {spec.channels}")
-        if tuple(spec.grid) != self.grid:
-            problems.append(f"generator.grid is {list(self.grid)}, the tokenizer has {list(spec.grid)}")
-        return problems
+        return mismatches(self, spec, "channels", "grid")
 
     # -- the network --------------------------------------------------------------------------------------------------
     def network(self, x: Tensor, time_embedding: Tensor, class_embedding: Tensor) -> Tensor:
@@ -241,7 +237,7 @@ class DiTDH(Generator):
         @step
         def guided(x: Tensor, t: Tensor, *time: Tensor) -> Tensor:
             if len(models) == 2:
-                velocities = [model.network(x, *given) for model, *given in zip(models, time, classes)]
+                velocities = [model.network(x, *embedded) for model, *embedded in zip(models, time, classes)]
             else:
                 velocities = self.network(torch.cat((x, x)), torch.cat((time[0], time[0])), doubled).chunk(2)
             return guide(*velocities, t, guidance)

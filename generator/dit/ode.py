@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 
 from torch import Tensor
@@ -20,7 +21,7 @@ def euler(
     """
     if trajectory is not None:
         trajectory.append(x)
-    for now, after in zip(times[:-1], times[1:]):
+    for now, after in itertools.pairwise(times):
         x = x + (after - now) * velocity(x, now).float()
         if trajectory is not None:
             trajectory.append(x)

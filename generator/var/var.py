@@ -13,7 +13,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from itertools import accumulate
 from typing import Any
 
@@ -21,7 +21,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from core.errors import UserError, nearest
+from core.config import parse_section
+from core.errors import UserError
 from core.nn.attention import Attention
 from core.nn.blockcausal import prepare
 from core.nn.cuda_graph import Replayed, cuda_graphs_work
@@ -34,10 +35,10 @@ from core.nn.precision import no_autocast
 from core.rng import Draws
 from core.specs import Guidance, LatentSpec, Loss, MultiScale, Progress, ScaleOps
 from generator.ar.decode import uncompiled
-from generator.engine import Sampled, Weights, fused_attention, modulated
-from generator.guidance import guide_logits
+from generator.engine import Sampled, Weights, fused_attention, mismatches, modulated
+from generator.guidance import guide_logits, per_branch
 from generator.guidance import scales as guidance_scales
-from generator.sampling import choose, per_branch, probabilities
+from generator.sampling import choose, probabilities
 
 RECORDED_BATCH = 64  # from here on the kernels take longer than their launch, and recordings only cost memory
 
@@ -55,10 +56,7 @@ class Progressive:
     def parse(cls, value: dict[str, Any] | None, scales: int) -> Progressive | None:
         if not value or not value.get("until"):
             return None
-        known = [f.name for f in fields(cls)]
-        if unknown := [key for key in value if key not in known]:
-            raise UserError(f'progressive has no setting "{unknown[0]}".{nearest(unknown[0], known)}')
-        settings = cls(**value)
+        settings = parse_section("progressive", value, cls)
         if not 0 <= settings.warmup < settings.until <= 1 or not 0 <= settings.first < scales:
             raise UserError(
                 "progressive: 0 <= warmup < until <= 1 are shares of the run and first is the number of a "
@@ -231,13 +229,7 @@ class VAR(Sampled):
     def fits(self, spec: LatentSpec) -> list[str]:
         if not isinstance(spec, self.models):
             return [f"VAR models codes at several scales, the tokenizer gives {spec}"]
-        wanted = {"scales": list(spec.scales), "branches": spec.branches, "vocab": spec.vocab, "code_dim": spec.dim}
-        own = {"scales": list(self.scales), "branches": self.branches, "vocab": self.vocab, "code_dim": self.code_dim}
-        return [
-            f"generator.{name} is {own[name]}, the tokenizer has {value}"
-            for name, value in wanted.items()
-            if own[name] != value
-        ]
+        return mismatches(self, spec, "scales", "branches", "vocab", "code_dim")
 
     def bind(self, tokenizer: ScaleOps) -> None:
         self._ops = (tokenizer,)
@@ -336,22 +328,17 @@ class VAR(Sampled):
         table = guidance_scales(guidance, len(self.scales), self.branches).to(device, non_blocking=True)  # (S, K)
         if cuda_graph is None:
             cuda_graph = device.type == "cuda" and batch <= RECORDED_BATCH
-        recorded, weights = cuda_graph and cuda_graphs_work(device), self.weights(self.word_embed.weight)
+        guided, weights = guidance.active, self.weights(self.word_embed.weight)
         with no_autocast(labels):
-            if recorded:
+            if cuda_graph and cuda_graphs_work(device):
                 passes = self.kept(
-                    (batch, guidance.active, device),
+                    (batch, guided, device),
                     lambda: Passes(
-                        self,
-                        weights,
-                        batch,
-                        guidance.active,
-                        device,
-                        functools.partial(Replayed, pool=torch.cuda.graph_pool_handle()),
+                        self, weights, batch, guided, functools.partial(Replayed, pool=torch.cuda.graph_pool_handle())
                     ),
                 )
             else:
-                passes = Passes(self, weights, batch, guidance.active, device)
+                passes = Passes(self, weights, batch, guided)
             passes.begin(labels)
             inputs = labels.new_zeros(batch, 0, self.branches * self.code_dim, dtype=torch.float32)
             codes, state = [], None
@@ -382,25 +369,19 @@ class VAR(Sampled):
         """
         if guidance.kind != "cfg":
             raise UserError(f'VAR can be guided against no class (sample.guidance: cfg), not by "{guidance.kind}"')
-        settings = list(
-            zip(
-                *(
-                    per_branch(value, self.branches, name)
-                    for name, value in (("temperature", temperature), ("top_k", top_k), ("top_p", top_p))
-                )
-            )
-        )
+        options = {"temperature": temperature, "top_k": top_k, "top_p": top_p}
+        settings = list(zip(*(per_branch(value, self.branches, name) for name, value in options.items())))
         noise = draws.categorical("codes", (self.ends[-1], self.branches))  # (B, L, K)
 
         def pick(scale: int, logits: Tensor) -> Tensor:
             numbers = noise[:, slice((0, *self.ends)[scale], self.ends[scale])]  # (B, p p, K)
             if len(set(settings)) == 1:  # all branches at once
                 return choose(probabilities(logits, *settings[0]).flatten(0, 2), numbers.flatten()).view_as(numbers)
-            found = [
+            codes = [
                 choose(probabilities(logits[:, :, k], *setting).flatten(0, 1), numbers[:, :, k].flatten())
                 for k, setting in enumerate(settings)
             ]
-            return torch.stack(found, dim=-1).view_as(numbers)
+            return torch.stack(codes, dim=-1).view_as(numbers)
 
         return self.generate(labels, guidance, pick, cuda_graph)[0]
 
@@ -418,17 +399,11 @@ class Passes:
     """
 
     def __init__(
-        self,
-        model: VAR,
-        weights: Weights,
-        batch: int,
-        guided: bool,
-        device: torch.device,
-        wrap: Callable[[Callable], Callable] | None = None,
+        self, model: VAR, weights: Weights, batch: int, guided: bool, wrap: Callable[[Callable], Callable] | None = None
     ):
         self.model, self.guided, self.dtype = model, guided, weights.dtype
         self.streams = 1 + guided
-        rows, width = batch * self.streams, model.width
+        rows, width, device = batch * self.streams, model.width, model.head.weight.device
         self.blocks, self.head = weights.copy(model.blocks), weights.copy(model.head)
         self.shared, self.head_ada_lin = weights.copy(model.shared_ada_lin), weights.copy(model.head_ada_lin)
         self.heads = [Heads(block.attn, weights, index) for index, block in enumerate(model.blocks)]

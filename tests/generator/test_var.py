@@ -242,7 +242,7 @@ def test_a_generator_and_codes_that_do_not_fit_say_why():
     problems = var().fits(Codes(14, 2, 20, 6))
     assert "several scales" in problems[0]
     assert "generator.branches is 3" in var(3).fits(tokenizer().spec)[0]
-    with pytest.raises(UserError, match="progressive has no setting"):
+    with pytest.raises(UserError, match="progressive.*unknown key"):
         var(progressive={"until": 0.5, "firts": 1})
     with pytest.raises(UserError, match="not by"):
         var().sample(torch.tensor([0]), draws(1), Guidance(2.0, "auto"))

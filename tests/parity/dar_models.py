@@ -10,7 +10,7 @@ from torch import Tensor
 from tests.parity.fields import FieldError, notes, only, reads
 from tokenizer.adapters import ADAPTERS
 from tokenizer.vq.dar import DAR
-from tokenizer.vq.diffusion_decoder import DiffusionCore
+from tokenizer.vq.diffusion_decoder import DecoderSettings, DiffusionCore
 
 FEATURES = "dinov2"
 CORE = (
@@ -94,16 +94,13 @@ def build_tokenizer(config: dict[str, Any], weights: dict[str, Tensor], image_si
 def build_core(
     core: dict[str, Any], extra: dict[str, Any], weights: dict[str, Tensor], image_size: int
 ) -> DiffusionCore:
-    settings = decoder_settings(core, extra)
-    hidden = settings.pop("feature_hidden")
-    settings.pop("data_std"), settings.pop("time_shift")
     network = DiffusionCore(
-        **settings,
+        DecoderSettings(**decoder_settings(core, extra)),
         condition_width=core["cond_dim"],
         image_size=image_size,
         channels=core.get("in_dim", 3),
         head_dim=extra.get("head_dim", 64),
-        feature_widths=(hidden, extra.get("repa_out_dim", 768)),
+        feature_width=extra.get("repa_out_dim", 768),
     )
     state = ADAPTERS["dar"].rename(weights)
     network.load_state_dict(state, strict=True)

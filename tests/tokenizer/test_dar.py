@@ -135,7 +135,7 @@ def test_training_forward_has_gradients_everywhere():
         ({"window": 17}, r"window 17 .* between 1 and length 16"),
         ({"length": 2000, "groups": 8}, "length 2000 exceeds the 1024 rows"),
         ({"encoder_width": 40}, "encoder_width 40 must be a multiple of head_dim 16"),
-        ({"decoder": {"widht": 32}}, 'decoder has no setting "widht".*width'),
+        ({"decoder": {"widht": 32}}, "decoder.widht: unknown key.*width"),
         ({"decoder": {**SMALL["decoder"], "modulated_output": True}}, "needs own_time: false"),
         ({"semantic": {"teachers": {"a": 4, "b": 4}}}, "one teacher, not with 2"),
         ({"image_size": 36}, "patch_size 8 does not divide image_size 36"),

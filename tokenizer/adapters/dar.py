@@ -11,7 +11,8 @@ from typing import Any
 
 from core.weights.adapter import BARE, Adapter, Facts, layer_count
 from core.weights.names import Names, Renames, State
-from tokenizer.vq.dar import DAR, DECODER_DEFAULTS
+from tokenizer.vq.dar import DAR
+from tokenizer.vq.diffusion_decoder import DecoderSettings
 
 RENAMES = Renames(
     fused={
@@ -75,7 +76,7 @@ def _inspect(state: State, facts: Facts) -> dict[str, Any]:
     configured = facts.said("num_all_queries") is not None  # without a config: as released, which is written out
     for key, (word, default) in _SAID_OF_DECODER.items():
         said = facts.said(f"diff_decoder.{word}") if configured else None
-        decoder[key] = said if said is not None else default if configured else DECODER_DEFAULTS[key]
+        decoder[key] = said if said is not None else default if configured else getattr(DecoderSettings(), key)
     settings = {
         **_sequence(state, facts),
         "patch_size": patch_size,

@@ -7,8 +7,8 @@ PERCEPTUAL = Registry(
     {
         "lpips": "core.nn.lpips:lpips_vgg",
         "lpips_squeeze": "core.nn.lpips:lpips_squeeze",
-        "convnext_s": "tokenizer.losses.perceptual:ConvNeXtLogits",
-        "resnet50": "tokenizer.losses.perceptual:ResNetLogits",
+        "convnext_s": "tokenizer.losses.perceptual:convnext_logits",
+        "resnet50": "tokenizer.losses.perceptual:resnet_logits",
     },
 )
 

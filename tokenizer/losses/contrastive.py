@@ -34,17 +34,17 @@ def info_nce(
     rows, columns = rows.float(), columns.float()
     if normalise:
         rows, columns = F.normalize(rows, dim=1), F.normalize(columns, dim=1)
-    own = torch.arange(len(rows), device=rows.device) + (group_rank() * len(rows) if across_ranks else 0)
+    mine = torch.arange(len(rows), device=rows.device) + (group_rank() * len(rows) if across_ranks else 0)
 
     def one_way(a: Tensor, b: Tensor) -> Tensor:
         logits = scale * a @ (gather_over_ranks(b) if across_ranks else b).t()  # (B, B of all ranks)
         if group:
-            others = own[:, None] // group != torch.arange(logits.shape[1], device=own.device) // group
+            others = mine[:, None] // group != torch.arange(logits.shape[1], device=mine.device) // group
             logits = logits.masked_fill(others, -torch.inf)
         if counted is None:
-            return F.cross_entropy(logits, own)
+            return F.cross_entropy(logits, mine)
         weight, columns = counted.float(), gather_over_ranks(counted) if across_ranks else counted
-        per_row = F.cross_entropy(logits.masked_fill(~columns[None], -1e9), own, reduction="none")
+        per_row = F.cross_entropy(logits.masked_fill(~columns[None], -1e9), mine, reduction="none")
         share = mean_over_ranks(weight.mean()) if across_ranks else weight.mean()
         return torch.where(counted, per_row, 0.0).mean() / share.clamp(min=1e-6)
 

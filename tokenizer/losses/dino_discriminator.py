@@ -59,12 +59,12 @@ class DinoFeatures(Frozen):
     def forward(self, images: Tensor, crop: tuple[Tensor, Tensor] | None = None) -> list[Tensor]:
         """Pictures in [-1, 1] -> (B, D, N) per read-out: patch tokens plus the class token."""
         x = self.backbone.embed(self.backbone.patch_embed(self.normalise(self.resize(to_unit_range(images), crop))))
-        found = [x]
+        taps = [x]
         for index, block in enumerate(self.backbone.blocks[: 1 + max(self.depths)]):
             x = block(x)
             if index in self.depths:
-                found.append(x)
-        return [(tokens[:, 1:] + tokens[:, :1]).transpose(1, 2).float() for tokens in found]
+                taps.append(x)
+        return [(tokens[:, 1:] + tokens[:, :1]).transpose(1, 2).float() for tokens in taps]
 
 
 class SpectralConv1d(nn.Conv1d):
@@ -108,9 +108,8 @@ class LocalBatchNorm(nn.Module):
         self.weight, self.bias = nn.Parameter(torch.ones(channels)), nn.Parameter(torch.zeros(channels))
 
     def forward(self, x: Tensor) -> Tensor:
-        batch, channels, _ = x.shape
-        groups = math.ceil(batch / self.GROUP)
-        while batch % groups:  # parity: the official code asks for a batch that divides evenly
+        groups = math.ceil(len(x) / self.GROUP)
+        while len(x) % groups:  # parity: the official code asks for a batch that divides evenly
             groups += 1
         grouped = x.float().unflatten(0, (groups, -1))  # (g, B / g, C, N)
         variance, mean = torch.var_mean(grouped, dim=(1, 3), correction=0, keepdim=True)
@@ -185,24 +184,20 @@ class DinoDiscriminator(Discriminator):
 
     def forward(self, images: Tensor, draws: Draws | None = None) -> Tensor:
         """`draws` decide about the crop; without them pictures larger than 224 are shrunk."""
-        crop = None
-        if draws is not None and max(images.shape[-2:]) > INPUT:
-            if draws.shared_uniform("dino crop") < self.crop_probability:
-                crop = tuple(
-                    torch.tensor(
-                        int(draws.shared_uniform(f"dino crop {axis}", 0, extent - INPUT + 1)), device="cpu"
-                    ).to(images.device, non_blocking=True)
-                    for axis, extent in zip(("top", "left"), images.shape[-2:])
-                )
-        found = self.features(images, crop)
-        return torch.cat([head(x).flatten(1) for head, x in zip(self.heads, found)], dim=1)
+        crop, larger = None, max(images.shape[-2:]) > INPUT
+        if draws is not None and larger and draws.shared_uniform("dino crop") < self.crop_probability:
+            corner = [
+                int(draws.shared_uniform(f"dino crop {axis}", 0, extent - INPUT + 1))
+                for axis, extent in zip(("top", "left"), images.shape[-2:])
+            ]
+            crop = tuple(torch.tensor(place, device="cpu").to(images.device, non_blocking=True) for place in corner)
+        taps = self.features(images, crop)
+        return torch.cat([head(x).flatten(1) for head, x in zip(self.heads, taps)], dim=1)
 
 
 def _backbone_weights(weights: str | None) -> dict[str, Tensor]:
-    if weights:
-        state = load_pickle(weights)
-    else:
-        state = helper_weights(_WEIGHTS, "Or set discriminator: {name: patchgan}.")
+    advice = "Or set discriminator: {name: patchgan}."
+    state = load_pickle(weights) if weights else helper_weights(_WEIGHTS, advice)
     state = {name: value for name, value in state.items() if not name.startswith(("norm.", "head."))}
     # parity: the official discriminator zeroes the bias of the keys, which changes no attention weight.
     for name in state:

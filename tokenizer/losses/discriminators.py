@@ -27,8 +27,8 @@ def _global_moments(x: Tensor) -> tuple[Tensor, Tensor]:
     """
     count = x.numel() // x.shape[1]
     variance, mean = torch.var_mean(x, dim=(0, 2, 3), correction=0)
-    own = torch.stack((torch.full_like(mean, count), mean, variance))  # (3, C)
-    table = gather_over_ranks(own[None])  # (ranks, 3, C)
+    of_this_rank = torch.stack((torch.full_like(mean, count), mean, variance))  # (3, C)
+    table = gather_over_ranks(of_this_rank[None])  # (ranks, 3, C)
     share = table[:, 0] / table[:, 0].sum(0)  # (ranks, C)
     total_mean = (share * table[:, 1]).sum(0)
     total_variance = (share * (table[:, 2] + (table[:, 1] - total_mean).square())).sum(0)
@@ -57,18 +57,8 @@ class BatchNorm(nn.BatchNorm2d):
                 self._remember(mean.detach(), variance.detach() * (count / max(count - 1, 1)))
             mean, scale = mean.view(1, -1, 1, 1), (self.weight * torch.rsqrt(variance + self.eps)).view(1, -1, 1, 1)
             return (x - mean) * scale + self.bias.view(1, -1, 1, 1)
-        if not self.training:
-            return F.batch_norm(x, None, None, self.weight, self.bias, training=True, eps=self.eps)
-        return F.batch_norm(
-            x,
-            self.running_mean,
-            self.running_var,
-            self.weight,
-            self.bias,
-            training=True,
-            momentum=self.momentum,
-            eps=self.eps,
-        )
+        running = (self.running_mean, self.running_var) if self.training else (None, None)
+        return F.batch_norm(x, *running, self.weight, self.bias, True, self.momentum, self.eps)
 
     @torch.no_grad()
     def _remember(self, mean: Tensor, variance: Tensor) -> None:

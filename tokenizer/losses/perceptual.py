@@ -21,9 +21,20 @@ from tokenizer.losses import PERCEPTUAL
 
 
 class ClassifierLogits(Frozen):
-    """Mean squared difference of a classifier's outputs. Subclasses set `network` and freeze."""
+    """Mean squared difference of a classifier's outputs.
 
-    network: nn.Module
+    Args:
+        network: (B, 3, 224, 224) -> (B, classes).
+        file: its published weights; None leaves random ones, for tests.
+        advice: how to do without that file.
+    """
+
+    def __init__(self, network: nn.Module, file: str | None, advice: str):
+        super().__init__()
+        self.network = network
+        if file is not None:
+            load_exactly(network, helper_weights(file, advice), file)
+        self.freeze()
 
     def pixels(self, images: Tensor) -> Tensor:
         """Pictures in [0, 1] as the network wants them, (B, 3, 224, 224)."""
@@ -41,7 +52,9 @@ class ClassifierLogits(Frozen):
 
 
 @needs("convnext_small-0c510722.pth")
-class ConvNeXtLogits(ClassifierLogits):
+def convnext_logits(
+    blocks: list[tuple] | None = None, classes: int = 1000, pretrained: bool = True
+) -> ClassifierLogits:
     """ConvNeXt-Small (RecTok).
 
     Args:
@@ -49,39 +62,27 @@ class ConvNeXtLogits(ClassifierLogits):
         classes: number of outputs.
         pretrained: False leaves random weights, for tests.
     """
+    from torchvision.models.convnext import CNBlockConfig, ConvNeXt
 
-    def __init__(self, blocks: list[tuple] | None = None, classes: int = 1000, pretrained: bool = True):
-        super().__init__()
-        from torchvision.models.convnext import CNBlockConfig, ConvNeXt
-
-        blocks = blocks or [(96, 192, 3), (192, 384, 3), (384, 768, 27), (768, None, 3)]
-        self.network = ConvNeXt([CNBlockConfig(*block) for block in blocks], num_classes=classes)
-        if pretrained:
-            advice = "Or leave convnext_s out of the perceptual parts."
-            load_exactly(
-                self.network, helper_weights("convnext_small-0c510722.pth", advice), "convnext_small-0c510722.pth"
-            )
-        self.freeze()
+    blocks = blocks or [(96, 192, 3), (192, 384, 3), (384, 768, 27), (768, None, 3)]
+    network = ConvNeXt([CNBlockConfig(*block) for block in blocks], num_classes=classes)
+    file = "convnext_small-0c510722.pth" if pretrained else None
+    return ClassifierLogits(network, file, "Or leave convnext_s out of the perceptual parts.")
 
 
 @needs("resnet50-0676ba61.pth")
-class ResNetLogits(ClassifierLogits):
+def resnet_logits(layers: list[int] = (3, 4, 6, 3), classes: int = 1000, pretrained: bool = True) -> ClassifierLogits:
     """ResNet-50 (VQGAN+ of MaskBit).
 
     Args:
         layers, classes: blocks per stage and number of outputs, those of ResNet-50 by default.
         pretrained: False leaves random weights, for tests.
     """
+    from torchvision.models.resnet import Bottleneck, ResNet
 
-    def __init__(self, layers: list[int] = (3, 4, 6, 3), classes: int = 1000, pretrained: bool = True):
-        super().__init__()
-        from torchvision.models.resnet import Bottleneck, ResNet
-
-        self.network = ResNet(Bottleneck, list(layers), num_classes=classes)
-        if pretrained:
-            advice = "Or use perceptual: {lpips_squeeze: 1.0}, which needs no download."
-            load_exactly(self.network, helper_weights("resnet50-0676ba61.pth", advice), "resnet50-0676ba61.pth")
-        self.freeze()
+    network = ResNet(Bottleneck, list(layers), num_classes=classes)
+    file = "resnet50-0676ba61.pth" if pretrained else None
+    return ClassifierLogits(network, file, "Or use perceptual: {lpips_squeeze: 1.0}, which needs no download.")
 
 
 def helpers_of(settings: dict[str, Any]) -> list[Released]:

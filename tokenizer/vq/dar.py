@@ -11,6 +11,7 @@ Shape letters: B batch, P patches, N codes, D width.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 from typing import Any
 
@@ -18,30 +19,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from core.errors import UserError, nearest
+from core.config import parse_section
+from core.errors import UserError
 from core.nn.attention import Attention
 from core.nn.kvcache import KVCache
 from core.nn.mlp import MLP
 from core.nn.rope import AxialRope, Rope
 from core.rng import Draws
 from core.specs import Codes, Recon, Tokenizer
-from tokenizer.vq.diffusion_decoder import DiffusionCore, Trajectory, plain_norm, shifted_time
+from tokenizer.vq.diffusion_decoder import DecoderSettings, DiffusionCore, Trajectory, plain_norm, shifted_time
 from tokenizer.vq.quantizer import VectorQuantizer
 
 MAX_POSITIONS = 1024  # rows of the tables of queries and positions in the released files
-
-DECODER_DEFAULTS = {
-    "width": 768,
-    "depth": 12,
-    "patch_size": 8,
-    "data_std": 0.6,
-    "time_shift": 2.0,
-    "own_time": True,
-    "modulated_output": False,
-    "feature_layer": 8,
-    "feature_hidden": 2048,
-    "rope_theta": 10000.0,
-}
 
 
 class Block(nn.Module):
@@ -75,7 +64,7 @@ class DAR(Tokenizer):
         vocab, code_dim: of the codebook; codes are compared on the unit sphere.
         quantize: False leaves the normalised vectors as they are (then there are no codes to model).
         low_rank_queries: encoder queries as code_dim-wide rows and a linear map, or full-width rows.
-        decoder: settings of the diffusion decoder that differ from DECODER_DEFAULTS.
+        decoder: settings of the diffusion decoder, see tokenizer.vq.diffusion_decoder.DecoderSettings.
         output_size: images larger than this are resized to it after decoding; 0 for no resizing.
         semantic: {"teachers": {name: width}}: one frozen teacher whose features the decoder is aligned with (REPA).
         entropy: report the codebook's entropy term; parity: its weight is 0 in the released recipe.
@@ -118,30 +107,18 @@ class DAR(Tokenizer):
         gate_init: float = 0.0,
     ):
         super().__init__()
-        unknown = [key for key in decoder or {} if key not in DECODER_DEFAULTS]
-        if unknown:
-            raise UserError(f'decoder has no setting "{unknown[0]}".{nearest(unknown[0], DECODER_DEFAULTS)}')
-        settings = {**DECODER_DEFAULTS, **(decoder or {})}
-        self.window = window or length // max(1, groups)
-        _check_sizes(
-            image_size,
-            patch_size,
-            length,
-            groups,
-            self.window,
-            steps,
-            head_dim,
-            {"encoder_width": encoder_width, "condition_width": condition_width, "decoder.width": settings["width"]},
-        )
+        settings = parse_section("decoder", decoder or {}, DecoderSettings)
+        self.image_size, self.patch_size, self.length, self.groups = image_size, patch_size, length, groups
+        self.window, self.steps, self.output_size = window or length // max(1, groups), steps, output_size
+        widths = {"encoder_width": encoder_width, "condition_width": condition_width, "decoder.width": settings.width}
+        self._check_sizes(widths, head_dim)
         teachers = (semantic or {}).get("teachers") or {}
         if len(teachers) > 1:
             raise UserError(f"D-AR is aligned with one teacher, not with {len(teachers)}: {', '.join(teachers)}.")
         self.teacher = next(iter(teachers), None)
 
-        self.image_size, self.patch_size, self.length, self.groups = image_size, patch_size, length, groups
-        self.steps, self.output_size = steps, output_size
         self.usage_sample, self.perceptual_by_time = usage_sample, perceptual_by_time
-        self.data_std, self.time_shift = settings["data_std"], settings["time_shift"]
+        self.data_std, self.time_shift = settings.data_std, settings.time_shift
         self.spec = Codes(length, 1, vocab, code_dim)
         self.quantized = quantize
 
@@ -164,21 +141,32 @@ class DAR(Tokenizer):
         )
         self.diff_decoder = nn.Module()
         self.diff_decoder.net = DiffusionCore(
-            width=settings["width"],
-            depth=settings["depth"],
+            settings,
             condition_width=condition_width,
-            patch_size=settings["patch_size"],
             image_size=image_size,
-            own_time=settings["own_time"],
-            modulated_output=settings["modulated_output"],
-            feature_layer=settings["feature_layer"],
-            feature_widths=(settings["feature_hidden"], teachers[self.teacher]) if self.teacher else None,
+            feature_width=teachers[self.teacher] if self.teacher else None,
             head_dim=head_dim,
-            rope_theta=settings["rope_theta"],
             init_std=init_std,
         )
         self.rope = AxialRope(head_dim, (image_size // patch_size,) * 2, rope_theta, extra=length)
         self._init_weights(low_rank_queries, init_std)
+
+    def _check_sizes(self, widths: dict[str, int], head_dim: int) -> None:
+        for name, width in widths.items():
+            if width % head_dim:
+                raise UserError(f"{name} {width} must be a multiple of head_dim {head_dim}.")
+        if self.image_size % self.patch_size:
+            raise UserError(f"patch_size {self.patch_size} does not divide image_size {self.image_size}.")
+        if self.length > MAX_POSITIONS:
+            raise UserError(f"length {self.length} exceeds the {MAX_POSITIONS} rows of the tables.")
+        if not 1 <= self.groups <= self.length:
+            raise UserError(f"groups {self.groups} must lie between 1 and length {self.length}.")
+        if not 1 <= self.window <= self.length:
+            raise UserError(f"window {self.window} (codes per step) must lie between 1 and length {self.length}.")
+        if self.steps < self.groups:
+            raise UserError(
+                f"steps {self.steps} is less than groups {self.groups}: some groups of codes would never be looked at."
+            )
 
     def _init_weights(self, low_rank_queries: bool, std: float) -> None:
         for layers in (self.encoder_layers, self.decoder_layers):
@@ -324,11 +312,10 @@ class DAR(Tokenizer):
             clip: stop after so many steps; the default is as many as the codes allow.
             size: height and width, multiples of the decoder's patch size.
         """
-        images = None
         stream = self.stream(len(latents), draws, steps=steps, size=size, method=method)
-        for done, images in enumerate(stream.feed(latents), 1):
-            if done == clip:
-                break
+        images = None
+        for picture in itertools.islice(stream.feed(latents), clip):
+            images = picture
         if images is None:
             raise UserError(f"{latents.shape[1]} codes are too few for a first picture: it needs {self.window}.")
         return images
@@ -388,28 +375,3 @@ class Stream:
         if side and (side < image.shape[-2] or side < image.shape[-1]):
             return F.interpolate(image, (side, side), mode="bicubic", align_corners=False)
         return image
-
-
-def _check_sizes(
-    image_size: int,
-    patch_size: int,
-    length: int,
-    groups: int,
-    window: int,
-    steps: int,
-    head_dim: int,
-    widths: dict[str, int],
-) -> None:
-    for name, width in widths.items():
-        if width % head_dim:
-            raise UserError(f"{name} {width} must be a multiple of head_dim {head_dim}.")
-    if image_size % patch_size:
-        raise UserError(f"patch_size {patch_size} does not divide image_size {image_size}.")
-    if length > MAX_POSITIONS:
-        raise UserError(f"length {length} exceeds the {MAX_POSITIONS} rows of the tables.")
-    if not 1 <= groups <= length:
-        raise UserError(f"groups {groups} must lie between 1 and length {length}.")
-    if not 1 <= window <= length:
-        raise UserError(f"window {window} (codes per step) must lie between 1 and length {length}.")
-    if steps < groups:
-        raise UserError(f"steps {steps} is less than groups {groups}: some groups of codes would never be looked at.")

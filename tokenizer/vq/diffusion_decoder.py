@@ -9,6 +9,8 @@ Shape letters: B batch, L = (H / p) (W / p) patches of p x p pixels, D width, n 
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -76,60 +78,80 @@ class ModulatedOutput(nn.Module):
         return self.linear(modulate(plain_norm(x), shift, scale))
 
 
+@dataclass(frozen=True)
+class DecoderSettings:
+    """The `decoder` section of a D-AR tokenizer.
+
+    Attributes:
+        width, depth: of the transformer.
+        patch_size: pixels per patch and axis.
+        data_std: what images are multiplied by before noise is added.
+        time_shift: see `shifted_time`.
+        own_time: every block embeds the time by itself; otherwise they share one embedding.
+        modulated_output: parity: the official `mlp_head`; needs own_time: false.
+        feature_layer: the features for representation alignment (REPA, Yu et al. 2024) are taken before this block.
+        feature_hidden: hidden width of the alignment head.
+        rope_theta: of the attention layers.
+    """
+
+    width: int = 768
+    depth: int = 12
+    patch_size: int = 8
+    data_std: float = 0.6
+    time_shift: float = 2.0
+    own_time: bool = True
+    modulated_output: bool = False
+    feature_layer: int = 8
+    feature_hidden: int = 2048
+    rope_theta: float = 10000.0
+
+
 class DiffusionCore(nn.Module):
     """Velocity of noisy pixels under n condition vectors.
 
     Args:
-        width, depth, head_dim: of the transformer.
+        settings: see DecoderSettings.
         condition_width: of the condition vectors.
-        patch_size: pixels per patch and axis.
         image_size: whose rotary table is built at once; others are built when first met.
-        own_time: every block embeds the time by itself; otherwise they share one embedding.
-        modulated_output: parity: the official `mlp_head`; needs own_time=False.
-        feature_layer: the features for representation alignment (REPA, Yu et al. 2024) are taken before this block.
-        feature_widths: hidden and output widths of the alignment head; None for no head.
+        feature_width: output width of the alignment head; None for no head.
+        head_dim: of the attention layers.
+        init_std: of linear maps when training starts.
     """
 
     def __init__(
         self,
+        settings: DecoderSettings,
         *,
-        width: int,
-        depth: int,
         condition_width: int,
-        patch_size: int,
         image_size: int,
         channels: int = 3,
-        own_time: bool = True,
-        modulated_output: bool = False,
-        feature_layer: int = 8,
-        feature_widths: tuple[int, int] | None = (2048, 768),
+        feature_width: int | None = 768,
         head_dim: int = 64,
-        rope_theta: float = 10000.0,
         init_std: float = 0.02,
     ):
         super().__init__()
-        if modulated_output and own_time:
+        width, patch_size, own_time = settings.width, settings.patch_size, settings.own_time
+        if settings.modulated_output and own_time:
             raise UserError(
                 "decoder: modulated_output needs own_time: false, since it is fed the shared time embedding."
             )
         if image_size % patch_size:
             raise UserError(f"decoder: patch_size {patch_size} does not divide image_size {image_size}.")
-        self.patch_size, self.feature_layer = patch_size, feature_layer
+        self.patch_size, self.feature_layer = patch_size, settings.feature_layer
         heads = width // head_dim
         pixels = channels * patch_size**2
         self.cond_mlp = nn.Linear(condition_width, width)
         self.conv_in = nn.Conv2d(pixels, width, 1)
-        self.blocks = nn.ModuleList(Block(width, heads, own_time) for _ in range(depth))
+        self.blocks = nn.ModuleList(Block(width, heads, own_time) for _ in range(settings.depth))
         self.time_embed = None if own_time else TimeMLP(width)
-        self.conv_out = None if modulated_output else nn.Conv2d(width, pixels, 1)
-        self.linear_out = ModulatedOutput(width, pixels) if modulated_output else None
+        self.conv_out = None if settings.modulated_output else nn.Conv2d(width, pixels, 1)
+        self.linear_out = ModulatedOutput(width, pixels) if settings.modulated_output else None
         self.repa_out = None
-        if feature_widths is not None:
-            hidden, out = feature_widths
-            self.repa_out = nn.Sequential(
-                nn.Linear(width, hidden), nn.SiLU(), nn.Linear(hidden, hidden), nn.SiLU(), nn.Linear(hidden, out)
-            )
-        self.rope = AxialRope(head_dim, (image_size // patch_size,) * 2, rope_theta)
+        if feature_width is not None:
+            hidden = settings.feature_hidden
+            layers = (nn.Linear(width, hidden), nn.SiLU(), nn.Linear(hidden, hidden), nn.SiLU())
+            self.repa_out = nn.Sequential(*layers, nn.Linear(hidden, feature_width))
+        self.rope = AxialRope(head_dim, (image_size // patch_size,) * 2, settings.rope_theta)
         self._init_weights(init_std)
 
     def _init_weights(self, std: float) -> None:

@@ -9,10 +9,14 @@ Shape letters: B batch, N latent tokens, P patches, W width, V codebook size, D 
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
+from einops import rearrange
 from torch import Tensor, nn
 
-from core.errors import UserError, nearest
+from core.config import parse_section
+from core.errors import UserError
 from core.images import to_unit_range
 from core.nn.transformer import Transformer
 from core.nn.vit import ViTSize
@@ -75,6 +79,18 @@ class Decoder(Half):
         return self.ffn(x.transpose(1, 2).unflatten(2, (self.grid, self.grid)))
 
 
+@dataclass(frozen=True)
+class Proxy:
+    """Codebook and decoder of the MaskGIT-VQGAN whose codes the first releases predict; defaults are the released one."""
+
+    vocab: int = 1024
+    code_dim: int = 256
+    channels: int = 128
+    channel_mult: tuple[int, ...] = (1, 1, 2, 2, 4)
+    res_blocks: int = 2
+    groups: int = 32
+
+
 class TiTok(CodesOfOneBranch):
     """core.specs.Tokenizer with N codes in a sequence. The defaults are the released bl128_vq8k.
 
@@ -87,8 +103,8 @@ class TiTok(CodesOfOneBranch):
             `legacy` is.
         legacy: the first releases (l32, b64, s128): tokens mixed behind the encoder, pictures painted by the decoder of
             MaskGIT-VQGAN from the expectation of its codebook.
-        proxy: of legacy, the codebook and decoder of that MaskGIT-VQGAN: {vocab, code_dim, channels, channel_mult,
-            res_blocks, groups}, each with the released default. False leaves them out: `decode` cannot paint then.
+        proxy: of legacy, the codebook and decoder of that MaskGIT-VQGAN: settings of Proxy. False leaves them out:
+            `decode` cannot paint then.
         usage_window: latest assignments whose distinct share is logged in training; 0: not at all.
     """
 
@@ -122,16 +138,12 @@ class TiTok(CodesOfOneBranch):
         width = sizes[1].width
         self.conv_out = self.pixel_codebook = self.pixel_decoder = None
         if legacy:
-            proxy = _proxy(proxy)
-            ffn = nn.Sequential(nn.Conv2d(width, 2 * width, 1), nn.Tanh(), nn.Conv2d(2 * width, proxy["vocab"], 1))
-            if proxy["built"]:
-                self.pixel_codebook = nn.Embedding(proxy["vocab"], proxy["code_dim"])
+            shape = parse_section("proxy", proxy if isinstance(proxy, dict) else {}, Proxy)
+            ffn = nn.Sequential(nn.Conv2d(width, 2 * width, 1), nn.Tanh(), nn.Conv2d(2 * width, shape.vocab, 1))
+            if proxy is not False:
+                self.pixel_codebook = nn.Embedding(shape.vocab, shape.code_dim)
                 self.pixel_decoder = ConvDecoder(
-                    proxy["channels"],
-                    tuple(proxy["channel_mult"]),
-                    proxy["res_blocks"],
-                    proxy["code_dim"],
-                    proxy["groups"],
+                    shape.channels, shape.channel_mult, shape.res_blocks, shape.code_dim, shape.groups
                 )
         else:
             ffn = nn.Sequential(nn.Conv2d(width, 3 * painted**2, 1))
@@ -149,33 +161,12 @@ class TiTok(CodesOfOneBranch):
     def paint(self, vectors: Tensor) -> Tensor:
         """(B, N, D) -> images (B, 3, H, W)."""
         x = self.decoder(vectors)
-        if self.conv_out is not None:  # (p1 p2 c) h w -> c (h p1) (w p2): colour fastest, unlike PixelShuffle
-            batch, _, h, w = x.shape
+        if self.conv_out is not None:  # colour fastest, unlike PixelShuffle
             p = self.patch_size
-            x = x.view(batch, p, p, 3, h, w).permute(0, 3, 4, 1, 5, 2).reshape(batch, 3, h * p, w * p)
-            pixels = self.conv_out(x)
+            pixels = self.conv_out(rearrange(x, "b (p q c) h w -> b c (h p) (w q)", p=p, q=p))
         elif self.pixel_decoder is None:
             raise UserError("this TiTok was built without the decoder that paints its proxy codes (proxy: false)")
         else:
             expected = torch.einsum("bvhw,vd->bdhw", x.float().softmax(1), self.pixel_codebook.weight.float())
             pixels = self.pixel_decoder(expected.to(x.dtype))
         return pixels * 2 - 1
-
-
-_PROXY = {
-    "vocab": 1024,
-    "code_dim": 256,
-    "channels": 128,
-    "channel_mult": [1, 1, 2, 2, 4],
-    "res_blocks": 2,
-    "groups": 32,
-}
-
-
-def _proxy(value: dict | bool | None) -> dict:
-    """The settings of MaskGIT-VQGAN's part, and whether it is built."""
-    given = value if isinstance(value, dict) else {}
-    for key in given:
-        if key not in _PROXY:
-            raise UserError(f'proxy has no setting "{key}".{nearest(key, _PROXY)}')
-    return {**_PROXY, **given, "built": value is not False}
