@@ -68,25 +68,25 @@ class Weights:
         return self._copies[id(module)][1]
 
     def _copy(self, module: nn.Module) -> nn.Module:
-        made = module.__class__.__new__(module.__class__)
-        made.__dict__.update(module.__dict__)
-        made.__dict__.pop("forward", None)
-        made.__dict__["_compiled_call_impl"] = None
-        made.__dict__["_modules"] = {name: child and self.copy(child) for name, child in module._modules.items()}
+        copied = module.__class__.__new__(module.__class__)
+        copied.__dict__.update(module.__dict__)
+        copied.__dict__.pop("forward", None)
+        copied.__dict__["_compiled_call_impl"] = None
+        copied.__dict__["_modules"] = {name: child and self.copy(child) for name, child in module._modules.items()}
         if isinstance(module, CAST):
-            made.__dict__["_parameters"] = {
+            copied.__dict__["_parameters"] = {
                 name: p if p is None else self.cast(p) for name, p in module._parameters.items()
             }
-        return made
+        return copied
 
     def refresh(self) -> None:
         """Follow parameters that were changed in place: by an optimiser, by loading."""
         now = self._now()
         if now != self._versions:
-            for weight, made in self._casts.values():
-                made.copy_(weight)
-            for made, function in self._derived.values():
-                made.copy_(function())
+            for weight, cast in self._casts.values():
+                cast.copy_(weight)
+            for derived, function in self._derived.values():
+                derived.copy_(function())
             self._versions = now
 
 
@@ -110,9 +110,9 @@ class Sampled(Generator):
             self._state.clear()  # it reads the weights of before
             return Weights(self, dtype)
 
-        made = self._weights.get((dtype, addresses(self)), make)
-        made.refresh()
-        return made
+        weights = self._weights.get((dtype, addresses(self)), make)
+        weights.refresh()
+        return weights
 
     def kept(self, key: Hashable, make: Callable[[], Any]) -> Any:
         """make(), or what it gave when it was last called with this key and the present `weights`."""

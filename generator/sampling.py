@@ -8,6 +8,7 @@ captured CUDA graph draws anew at every replay.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -67,50 +68,60 @@ def choose(probabilities: Tensor, noise: Tensor) -> Tensor:
     return torch.searchsorted(cumulated, wanted)[:, 0].clamp_max(probabilities.shape[-1] - 1)
 
 
+@dataclass(frozen=True)
+class Filter:
+    """How the logits of one codebook become probabilities, see `probabilities`."""
+
+    temperature: float = 1.0
+    top_k: int = 0
+    top_p: float = 1.0
+
+    def __call__(self, logits: Tensor) -> Tensor:
+        return probabilities(logits, self.temperature, self.top_k, self.top_p)
+
+
+def filters(
+    branches: int,
+    temperature: float | Sequence[float] = 1.0,
+    top_k: int | Sequence[int] = 0,
+    top_p: float | Sequence[float] = 1.0,
+) -> tuple[Filter, ...]:
+    """One per codebook, from one number for all or a list."""
+    options = {"temperature": temperature, "top_k": top_k, "top_p": top_p}
+    by_branch = [per_branch(value, branches, name) for name, value in options.items()]
+    return tuple(Filter(*values) for values in zip(*by_branch))
+
+
 class CodeSampler:
-    """Turns the logits of every position and codebook into codes: guidance, filters, draw.
+    """Turns the logits of every position and codebook into codes: guidance, filter, draw.
 
     Args:
-        length, branches: T and K.
+        labels: (B,); what is made here lies on their device.
+        length: T.
+        filters: one per codebook.
         draws: one number per sample, position and codebook is taken from it, all at once.
         guidance: of kind "cfg". When active, logits come doubled: conditional rows, then unconditional ones.
-        temperature, top_k, top_p: one for all codebooks, or a list.
         trace: receives (guided logits, probabilities), (B, V) fp32 each, of every call; for parity tests.
     """
 
     def __init__(
         self,
+        labels: Tensor,
         length: int,
-        branches: int,
+        filters: tuple[Filter, ...],
         draws: Draws,
         guidance: Guidance,
-        device: torch.device,
-        *,
-        temperature: float | Sequence[float] = 1.0,
-        top_k: int | Sequence[int] = 0,
-        top_p: float | Sequence[float] = 1.0,
         trace: list | None = None,
     ):
         if guidance.kind != "cfg":
             raise UserError(f'sample.guidance: codes are guided by "cfg" only, not by "{guidance.kind}".')
-        self.guided = guidance.active
-        self.scales = scales(guidance, length, branches).to(device, non_blocking=True)  # (T, K)
-        self.noise = draws.categorical("codes", (length, branches))  # (B, T, K) or (B, T, K, V)
-        self.temperature = per_branch(temperature, branches, "temperature")
-        self.top_k, self.top_p = per_branch(top_k, branches, "top_k"), per_branch(top_p, branches, "top_p")
-        self.trace = trace
+        self.guided, self.filters, self.trace = guidance.active, filters, trace
+        self.scales = scales(guidance, length, len(filters)).to(labels.device, non_blocking=True)  # (T, K)
+        self.noise = draws.categorical("codes", (length, len(filters)))  # (B, T, K) or (B, T, K, V)
 
     def settings(self) -> tuple:
         """What a recording of a step depends on, beside the numbers that `refill` replaces."""
-        return (
-            self.guided,
-            tuple(self.temperature),
-            tuple(self.top_k),
-            tuple(self.top_p),
-            self.noise.shape,
-            self.noise.dtype,
-            self.trace is None,
-        )
+        return self.guided, self.filters, self.noise.shape, self.noise.dtype, self.trace is None
 
     def refill(self, other: CodeSampler) -> None:
         """Scales, noise and trace of another one with the same settings, at the addresses of this one."""
@@ -129,7 +140,7 @@ class CodeSampler:
         """Codes (B,) int64 of position t (a (1,) int64 tensor), from logits (B or 2B, V)."""
         if self.guided:
             logits = guide_logits(*logits.chunk(2), self.scales.index_select(0, t)[:, branch])
-        p = probabilities(logits, self.temperature[branch], self.top_k[branch], self.top_p[branch])
+        p = self.filters[branch](logits)
         if self.trace is not None:
             self.trace.append((logits.float(), p))
         return choose(p, self.noise.index_select(1, t)[:, 0, branch])

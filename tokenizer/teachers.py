@@ -371,7 +371,7 @@ class EfficientNetTeacher(Teacher):
     def features(self, images: Tensor, draws: Draws | None = None) -> Tensor:
         size, grid = (self.input_size, self.input_size), (self.grid, self.grid)
         pixels = F.interpolate(to_unit_range(images.float()) * 255.0, size=size, mode="bilinear", antialias=True)
-        found = self.backbone(efficientnet_lite0_input(pixels)).float()  # (B, 320, h, w)
-        if found.shape[-2:] != grid:
-            found = F.interpolate(found, size=grid, mode="bilinear", antialias=True)
-        return found.flatten(2).transpose(1, 2)  # (B, N, 320)
+        features = self.backbone(efficientnet_lite0_input(pixels)).float()  # (B, 320, h, w)
+        if features.shape[-2:] != grid:
+            features = F.interpolate(features, size=grid, mode="bilinear", antialias=True)
+        return features.flatten(2).transpose(1, 2)  # (B, N, 320)

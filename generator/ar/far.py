@@ -31,7 +31,7 @@ from generator.ar.decode import Recordings, decode, uncompiled
 from generator.ar.llama import decode_blocks, ffn_width, init_weights, make_blocks, normed, run_blocks
 from generator.ar.rear import Regularised
 from generator.engine import Weights, mismatches, turning
-from generator.sampling import CodeSampler
+from generator.sampling import CodeSampler, filters
 
 
 @dataclass(frozen=True)
@@ -243,17 +243,8 @@ class FAR(Regularised):
             length: stop after so many positions.
         """
         device, length = labels.device, length or self.length
-        sampler = CodeSampler(
-            length,
-            self.branches,
-            draws,
-            guidance,
-            device,
-            temperature=temperature,
-            top_k=top_k,
-            top_p=top_p,
-            trace=trace,
-        )
+        chosen = filters(self.branches, temperature, top_k, top_p)
+        sampler = CodeSampler(labels, length, chosen, draws, guidance, trace)
         both = sampler.labels(labels, self.cls_embedding.null(labels))
         codes = torch.zeros(len(labels), length, self.branches, dtype=torch.int64, device=device)
         forced = self._forced(prefix, length, device)
@@ -298,8 +289,8 @@ def settle(t: Tensor, chosen: Tensor, k: int, shared: int, forced: Tensor | None
     if shared:
         chosen = torch.where(t < shared, chosen[:1], chosen)
     if forced is not None:
-        given = forced[:, :, k].index_select(1, t.clamp_max(forced.shape[1] - 1))[:, 0]
-        chosen = torch.where(t < forced.shape[1], given, chosen)
+        wanted = forced[:, :, k].index_select(1, t.clamp_max(forced.shape[1] - 1))[:, 0]
+        chosen = torch.where(t < forced.shape[1], wanted, chosen)
     return chosen
 
 

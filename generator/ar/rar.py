@@ -33,7 +33,7 @@ from generator.ar import rear as rear_module
 from generator.ar.decode import Recordings, decode, uncompiled
 from generator.ar.rear import Regularised, annealed
 from generator.engine import Weights, attend, mismatches, modulated
-from generator.sampling import CodeSampler
+from generator.sampling import CodeSampler, filters
 
 EXTRA_POSITIONS, EXTRA_SLOTS = 1024, 100  # rows that the official tables have beyond the codes
 MODULATION_BYTES = 1 << 30  # how much of the adaptive norms is computed ahead while sampling
@@ -273,9 +273,8 @@ class RAR(Regularised):
             trace: see CodeSampler.
         """
         device, length = labels.device, self.length
-        sampler = CodeSampler(
-            length, 1, draws, guidance.mixing(), device, temperature=temperature, top_k=top_k, top_p=top_p, trace=trace
-        )
+        chosen = filters(1, temperature, top_k, top_p)
+        sampler = CodeSampler(labels, length, chosen, draws, guidance.mixing(), trace)
         both = sampler.labels(labels, torch.full_like(labels, self.num_classes))
         codes = torch.zeros(len(labels), length, dtype=torch.int64, device=device)
         if not cached:

@@ -36,9 +36,9 @@ from core.rng import Draws
 from core.specs import Guidance, LatentSpec, Loss, MultiScale, Progress, ScaleOps
 from generator.ar.decode import uncompiled
 from generator.engine import Sampled, Weights, fused_attention, mismatches, modulated
-from generator.guidance import guide_logits, per_branch
+from generator.guidance import guide_logits
 from generator.guidance import scales as guidance_scales
-from generator.sampling import choose, probabilities
+from generator.sampling import choose, filters
 
 RECORDED_BATCH = 64  # from here on the kernels take longer than their launch, and recordings only cost memory
 
@@ -369,17 +369,16 @@ class VAR(Sampled):
         """
         if guidance.kind != "cfg":
             raise UserError(f'VAR can be guided against no class (sample.guidance: cfg), not by "{guidance.kind}"')
-        options = {"temperature": temperature, "top_k": top_k, "top_p": top_p}
-        settings = list(zip(*(per_branch(value, self.branches, name) for name, value in options.items())))
+        chosen = filters(self.branches, temperature, top_k, top_p)
         noise = draws.categorical("codes", (self.ends[-1], self.branches))  # (B, L, K)
 
         def pick(scale: int, logits: Tensor) -> Tensor:
             numbers = noise[:, slice((0, *self.ends)[scale], self.ends[scale])]  # (B, p p, K)
-            if len(set(settings)) == 1:  # all branches at once
-                return choose(probabilities(logits, *settings[0]).flatten(0, 2), numbers.flatten()).view_as(numbers)
+            if len(set(chosen)) == 1:  # all branches at once
+                return choose(chosen[0](logits).flatten(0, 2), numbers.flatten()).view_as(numbers)
             codes = [
-                choose(probabilities(logits[:, :, k], *setting).flatten(0, 1), numbers[:, :, k].flatten())
-                for k, setting in enumerate(settings)
+                choose(chosen[k](logits[:, :, k]).flatten(0, 1), numbers[:, :, k].flatten())
+                for k in range(self.branches)
             ]
             return torch.stack(codes, dim=-1).view_as(numbers)
 
@@ -451,10 +450,10 @@ class Passes:
             x = self.condition.view(self.streams, -1, 1, model.width)
         else:  # the same in both streams; in fp32
             x = model.word_embed(inputs).expand(self.streams, -1, -1, -1)
-        made = torch.empty(
+        tokens = torch.empty(
             self.streams, rows // self.streams, end - start, model.width, dtype=self.dtype, device=x.device
         )
-        x = torch.add(x, self.places[start:end], out=made).flatten(0, 1)
+        x = torch.add(x, self.places[start:end], out=tokens).flatten(0, 1)
         self.cache.seek(start)
         layers = self.cache.open(end - start, causal=False)
         for block, heads, six, layer in zip(self.blocks, self.heads, self.modulations, layers):

@@ -14,7 +14,8 @@ from core.specs import Guidance, Progress
 from core.train.guards import StepGuard
 from core.train.optim import Schedule, make_adamw, weight_decay_at
 from generator.adapters.var import ADAPTER
-from generator.sampling import per_branch, probabilities
+from generator.guidance import per_branch
+from generator.sampling import probabilities
 from generator.var.var import VAR, Progressive
 from tests.parity import Case, Tolerance, kind
 from tests.parity.fields import NOTE, FieldError, notes, only, reads

@@ -144,10 +144,8 @@ class ImageFolder(Tokenizer):
         super().__init__()
         scales = tuple(scales)
         code_dim = _checked(image_size, patch_size, latent_grid, scales, branches, code_dim, latent_width, start_drop)
-        if quantizer == "auto":
-            quantizer = "plain" if len(scales) == 1 else "residual"
+        quantizer = _quantizer_kind(quantizer, scales)
         for setting, value, choices in (
-            ("quantizer", quantizer, ("residual", "plain", "binary")),
             ("commitment", commitment, ("mean", "sum")),
             ("enc_tuning", enc_tuning, TUNING),
             ("dec_tuning", dec_tuning, TUNING),
@@ -155,11 +153,6 @@ class ImageFolder(Tokenizer):
             check_choice(setting, value, choices)
         if pixel_channels < 0:
             raise UserError(f"pixel_channels is {pixel_channels}: 0 paints patches as published, 24 hides their seams")
-        if quantizer == "plain" and len(scales) > 1:
-            raise UserError(
-                f"the plain quantizer has one scale, not {list(scales)}: set scales: [{latent_grid}], or "
-                "quantizer: residual"
-            )
         self.image_size, self.patch_size, self.latent_grid = image_size, patch_size, latent_grid
         self.branches, self.code_dim = branches, code_dim
         self.commitment, self.codebook_drop, self.start_drop = commitment, codebook_drop, start_drop
@@ -195,15 +188,11 @@ class ImageFolder(Tokenizer):
             self.sem_linear = (
                 nn.Identity() if width == sizes["encoder"].width else nn.Linear(width, sizes["encoder"].width)
             )
-        if not self.quant_conv.weight.is_meta:
-            for part, size in sizes.items():
-                trunk = self.get_submodule(part).model
-                if pretrained:
-                    _load_trunk(trunk, size, image_size, patch_size, pretrained)
-                else:
-                    trunk.start_from_nothing()
-        for part, method in self.tuning.items():
-            self._tune(self.get_submodule(part).model, method, lora_rank, lora_alpha)
+        for part, size in sizes.items():
+            trunk = self.get_submodule(part).model
+            if not self.quant_conv.weight.is_meta:
+                _start_trunk(trunk, size, image_size, patch_size, pretrained)
+            self._tune(trunk, self.tuning[part], lora_rank, lora_alpha)
 
     @staticmethod
     def _tune(trunk: VisionTransformer, method: str, rank: int, alpha: float) -> None:
@@ -366,9 +355,25 @@ def _checked(
     return latent_width // branches
 
 
-def _load_trunk(
+def _quantizer_kind(name: str, scales: tuple[int, ...]) -> str:
+    """The quantizer of this name, which may be "auto"; UserError where it cannot have these scales."""
+    if name == "auto":
+        return "plain" if len(scales) == 1 else "residual"
+    check_choice("quantizer", name, ("residual", "plain", "binary"))
+    if name == "plain" and len(scales) > 1:
+        raise UserError(
+            f"the plain quantizer has one scale, not {list(scales)}: set scales: [{scales[-1]}], or quantizer: residual"
+        )
+    return name
+
+
+def _start_trunk(
     trunk: VisionTransformer, size: ViTSize, image_size: int, patch_size: int, pretrained: bool | str
 ) -> None:
+    """Weights to train from; `pretrained` as in ImageFolder."""
+    if not pretrained:
+        trunk.start_from_nothing()
+        return
     state = dinov2_weights(size, image_size, patch_size, pretrained if isinstance(pretrained, str) else None)
     if not hasattr(trunk, "patch_embed"):
         state = {name: value for name, value in state.items() if not name.startswith("patch_embed.")}

@@ -15,7 +15,8 @@ from core.nn.dropout import drop_path, dropout, keyed_path_factors
 from core.nn.kvcache import KVCache
 from core.nn.rope import apply_rope, axial_rope, line_rope, with_class_row
 from core.rng import Draws
-from generator.sampling import choose, filter_logits, per_branch, probabilities
+from generator.guidance import per_branch
+from generator.sampling import choose, filter_logits, probabilities
 
 
 @pytest.fixture(autouse=True)
