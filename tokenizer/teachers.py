@@ -22,7 +22,7 @@ from core.errors import UserError
 from core.images import to_uint8, to_unit_range
 from core.nn.frozen import Frozen
 from core.nn.offline import efficientnet_lite0_input, load_efficientnet_lite0
-from core.nn.vit import ViTSize, timm_shape
+from core.nn.vit import VisionTransformer, ViTSize, dinov2_files, dinov2_weights, timm_shape
 from core.registry import Registry
 from core.rng import Draws
 from core.weights import hub
@@ -33,9 +33,9 @@ TEACHERS = Registry(
     "teacher",
     {
         "dinov3": "tokenizer.teachers:DINOv3Teacher",
-        "dinov2_patch16": "tokenizer.multiscale.teacher:DINOv2ClassTeacher",
-        "dinov2": "tokenizer.teachers:dinov2",
-        "siglip": "tokenizer.teachers:siglip",
+        "dinov2_patch16": "tokenizer.teachers:DINOv2ClassTeacher",
+        "dinov2": "tokenizer.teachers:DINOv2Teacher",
+        "siglip": "tokenizer.teachers:SigLIPTeacher",
         "clip": "tokenizer.class_tokens:clip",
         "dinov2_class": "tokenizer.class_tokens:dinov2_class",
         "efficientnet_lite0": "tokenizer.teachers:EfficientNetTeacher",
@@ -276,7 +276,6 @@ class TimmTeacher(Teacher):
     """Patch tokens of a vision transformer of timm.
 
     Args:
-        name: under which its features are known.
         model: timm's name.
         grid: tokens per side.
         weights: a file; None downloads timm's.
@@ -289,19 +288,19 @@ class TimmTeacher(Teacher):
 
     def __init__(
         self,
-        name: str,
         model: str,
-        grid: int,
+        *,
+        grid: int = 16,
         weights: str | None = None,
         pretrained: bool = True,
         direct: bool | Literal["bicubic"] = False,
         size: dict | None = None,
     ):
         patch = 14 if "patch14" in model else 16
-        backbone = create_timm(name, model, weights, pretrained, size, img_size=grid * patch)
+        backbone = create_timm(self.name, model, weights, pretrained, size, img_size=grid * patch)
         known = backbone.pretrained_cfg
         super().__init__(known["mean"], known["std"])
-        self.name, self.grid, self.size, self.dim, self.direct = name, grid, grid * patch, backbone.num_features, direct
+        self.grid, self.size, self.dim, self.direct = grid, grid * patch, backbone.num_features, direct
         self.crop, self.interpolation = known["input_size"][-1], known["interpolation"]
         self.resized = math.floor(self.crop / known["crop_pct"])
         self.backbone = backbone
@@ -327,27 +326,52 @@ class TimmTeacher(Teacher):
 
 
 @needs(timm_helper)
-def dinov2(
-    grid: int = 16,
-    weights: str | None = None,
-    pretrained: bool = True,
-    direct: bool | Literal["bicubic"] = False,
-    model: str = "vit_large_patch14_dinov2.lvd142m",
-    size: dict | None = None,
-) -> TimmTeacher:
-    return TimmTeacher("dinov2", model, grid, weights, pretrained, direct, size)
+class DINOv2Teacher(TimmTeacher):
+    name = "dinov2"
+
+    def __init__(self, *, model: str = "vit_large_patch14_dinov2.lvd142m", **others: Any):
+        super().__init__(model, **others)
 
 
 @needs(timm_helper)
-def siglip(
-    grid: int = 16,
-    weights: str | None = None,
-    pretrained: bool = True,
-    direct: bool = False,
-    model: str = "vit_large_patch16_siglip_256",
-    size: dict | None = None,
-) -> TimmTeacher:
-    return TimmTeacher("siglip", model, grid, weights, pretrained, direct, size)
+class SigLIPTeacher(TimmTeacher):
+    name = "siglip"
+
+    def __init__(self, *, model: str = "vit_large_patch16_siglip_256", **others: Any):
+        super().__init__(model, **others)
+
+
+@needs(dinov2_files("model"))
+class DINOv2ClassTeacher(Teacher):
+    """Class token after the final norm, one feature per picture: (B, 1, D).
+
+    Args:
+        image_size, patch_size: of the network; positions and patch kernel are resized to them. Pictures have that size.
+        model: a name in core.nn.vit.VIT_SIZES, or {width, layers, heads}.
+        weights: timm's file; None: the published one.
+        pretrained: False leaves random weights, for tests.
+    """
+
+    name = "dinov2_patch16"
+
+    def __init__(
+        self,
+        image_size: int = 256,
+        patch_size: int = 16,
+        model: str | dict = "base",
+        weights: str | None = None,
+        pretrained: bool = True,
+    ):
+        super().__init__()
+        size = ViTSize.parse(model, "teachers.dinov2_patch16.model")
+        self.grid, self.dim = image_size // patch_size, size.width
+        self.backbone = VisionTransformer(size, self.grid, patch_size)
+        if pretrained:
+            self.backbone.load_state_dict(dinov2_weights(size, image_size, patch_size, weights))
+        self.freeze()
+
+    def features(self, images: Tensor, draws: Draws | None = None) -> Tensor:
+        return self.backbone(self.normalise(to_unit_range(images.float())))[:, :1]
 
 
 class EfficientNetTeacher(Teacher):

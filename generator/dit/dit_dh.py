@@ -26,8 +26,8 @@ from core.nn.norms import RMSNorm, modulate
 from core.nn.rope import Rope, axial_rope
 from core.rng import Draws
 from core.specs import Continuous, Generator, Guidance, LatentSpec, Loss, Progress
-from generator.dit import transport
-from generator.dit.ode import euler
+from generator.dit import flow
+from generator.dit.flow import euler
 from generator.engine import mismatches
 from generator.guidance import guide, in_interval
 
@@ -116,7 +116,7 @@ class DiTDH(Generator):
         s = sizes.pick(size, Size, SIZES)
         self.channels, self.grid = channels, (grid, grid) if isinstance(grid, int) else tuple(grid)
         self.num_classes, self.label_drop = num_classes, label_drop
-        self.time_shift = transport.time_shift(self.grid[0] * self.grid[1] * channels)
+        self.time_shift = flow.time_shift(self.grid[0] * self.grid[1] * channels)
         self.trunk_depth = s.trunk_depth
 
         self.t_embedder = TimeEmbedding(s.trunk_width)
@@ -184,8 +184,8 @@ class DiTDH(Generator):
         """(x_t, t, target velocity) for these latents, fp32."""
         latents = latents.float()
         noise = draws.normal("noise", latents.shape[1:])  # (B, C, h, w)
-        t = transport.training_time(draws.uniform("time"), self.time_shift)  # (B,)
-        return transport.mix(latents, noise, t), t, transport.target(latents, noise)
+        t = flow.training_time(draws.uniform("time"), self.time_shift)  # (B,)
+        return flow.mix(latents, noise, t), t, flow.target(latents, noise)
 
     def drop_labels(self, labels: Tensor, draws: Draws) -> Tensor:
         return self.y_embedder.drop(labels, draws.uniform("label_drop"), self.label_drop)
@@ -265,6 +265,6 @@ class DiTDH(Generator):
         if steps < 2:
             raise UserError(f"sampling needs at least 2 steps, not {steps}")
         noise = draws.normal("noise", (self.channels, *self.grid))  # (B, C, h, w)
-        times = transport.sampling_times(steps, self.time_shift)
+        times = flow.sampling_times(steps, self.time_shift)
         wrap = {"step": Replayed} if cuda_graph and cuda_graphs_work(labels.device) else {}
         return euler(self.field(labels, guidance, times, **wrap), noise, times)

@@ -14,9 +14,9 @@ from core.specs import Codes, Continuous, Generator, Guidance, Tokenizer
 from core.weights.layouts import check_layout
 from generator import GENERATORS
 from generator.adapters import ADAPTERS as GENERATOR_ADAPTERS
-from generator.dit import transport
+from generator.dit import flow
 from generator.dit.dit_dh import DiTDH
-from generator.dit.ode import euler
+from generator.dit.flow import euler
 from generator.guidance import guide
 from tests.parity import fixture_folder
 from tokenizer import TOKENIZERS
@@ -278,11 +278,11 @@ def test_statistics_merge_and_file(tmp_path):
 # -- generator --------------------------------------------------------------------------------------------------------
 def test_time_by_hand():
     u = torch.tensor([0.0, 0.25, 1.0])
-    assert torch.equal(transport.training_time(u, 0.5), u) and torch.equal(transport.training_time(u, 1.0), u)
-    torch.testing.assert_close(transport.training_time(u, 2.0), torch.tensor([1.0, 0.6, 0.0]))
+    assert torch.equal(flow.training_time(u, 0.5), u) and torch.equal(flow.training_time(u, 1.0), u)
+    torch.testing.assert_close(flow.training_time(u, 2.0), torch.tensor([1.0, 0.6, 0.0]))
     # Below 1 the sampler shifts, but does not flip.
-    torch.testing.assert_close(transport.sampling_times(3, 0.5), torch.tensor([0.0, 1 / 3, 1.0]))
-    grid = transport.sampling_times(150, math.sqrt(8))
+    torch.testing.assert_close(flow.sampling_times(3, 0.5), torch.tensor([0.0, 1 / 3, 1.0]))
+    grid = flow.sampling_times(150, math.sqrt(8))
     torch.testing.assert_close(grid[:3], torch.tensor([0.0, 0.002383, 0.004787]), atol=1e-6, rtol=0)
     assert len(grid) == 150 and grid[-2].item() == pytest.approx(0.981247, abs=1e-6) and grid[-1] == 1
 
@@ -315,7 +315,7 @@ def test_sampling_guides_step_by_step_like_sample_by_sample(kind):
     model, labels, d = dit().eval(), torch.tensor([1, 2]), draws(0, 1)
     guidance = Guidance(1.7, kind, (0.3, 0.8), dit().eval())
     field = model.field(labels, guidance)
-    times = transport.sampling_times(5, model.time_shift)
+    times = flow.sampling_times(5, model.time_shift)
     with torch.no_grad():
         expected = euler(lambda x, t: field(x, t.expand(2)), d.normal("noise", (8, 4, 4)), times)
     sampled = model.sample(labels, d, guidance, steps=5)

@@ -17,7 +17,7 @@ from tests.parity.rectok_models import below
 from tokenizer.adapters.imagefolder import ADAPTER
 from tokenizer.multiscale.imagefolder import ImageFolder
 from tokenizer.multiscale.quantizer import MultiScaleQuantizer
-from tokenizer.multiscale.teacher import DINOv2ClassTeacher
+from tokenizer.teachers import DINOv2ClassTeacher
 
 MODEL = (
     reads(

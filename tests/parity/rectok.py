@@ -9,9 +9,9 @@ from core.images import to_uint8, to_unit_range
 from core.nn.embed import sincos_2d
 from core.rng import RecordedDraws
 from core.specs import Guidance, Progress
-from generator.dit import transport
+from generator.dit import flow
 from generator.dit.dit_dh import DiTDH
-from generator.dit.ode import euler
+from generator.dit.flow import euler
 from tests.parity import Case, kind
 from tests.parity.fields import notes, reads
 from tests.parity.rectok_losses import TEACHER, build_teacher
@@ -212,7 +212,7 @@ def ddt_train(case: Case) -> dict[str, Tensor]:
 def ddt_sample(case: Case) -> dict[str, Tensor]:
     model, guide = pair_of_generators(case)
     draws, labels, steps = replay(case, GENERATOR_DRAWS), case.inputs["y"], case.config["args"]["num_sampling_steps"]
-    times = transport.sampling_times(steps, model.time_shift)
+    times = flow.sampling_times(steps, model.time_shift)
     trajectory: list[Tensor] = []
     euler(model.field(labels[:1]), case.inputs["z"][:1], times, trajectory)
     out = {"time_grid": times, "trajectory_no_guidance": torch.stack(trajectory)}

@@ -28,7 +28,7 @@ from tokenizer.losses.diffaug import DiffAugment, cut_out, translate
 from tokenizer.losses.dino_discriminator import LocalBatchNorm, SpectralConv1d
 from tokenizer.multiscale.imagefolder import ImageFolder, Semantic
 from tokenizer.multiscale.quantizer import MultiScaleQuantizer, phi_index
-from tokenizer.multiscale.teacher import DINOv2ClassTeacher
+from tokenizer.teachers import DINOv2ClassTeacher
 
 TOY = str(ROOT / "configs" / "toy" / "imagefolder_tokenizer.yaml")
 TOY_VAR = str(ROOT / "configs" / "toy" / "imagefolder_var.yaml")

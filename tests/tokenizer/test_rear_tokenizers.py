@@ -190,7 +190,7 @@ def test_unshuffle_has_colour_fastest():
         (lambda: VQGANPlus(**CONV, halving="max"), "halving"),
         (lambda: VQGANPlus(**CONV, quantizer="look-up"), 'Did you mean "lookup"'),
         (lambda: TiTok(**{**VIT, "encoder": "bass"}), 'Did you mean "base"'),
-        (lambda: TiTok(**VIT, legacy=True, proxy={"codes": 3}), 'proxy.codes: unknown key'),
+        (lambda: TiTok(**VIT, legacy=True, proxy={"codes": 3}), "proxy.codes: unknown key"),
     ],
 )
 def test_settings_are_checked(make, says):

@@ -24,27 +24,17 @@ from core.nn.attention import Attention
 from core.nn.mlp import SwiGLU
 from core.nn.norms import RMSNorm
 from core.nn.rope import Rope, rectok_rope
+from core.nn.vit import ViTSize
 from core.rng import Draws
-from core.sizes import pick
 from core.specs import Continuous, Recon, Tokenizer
 
-
-@dataclass(frozen=True)
-class Size:
-    """Shape of one transformer."""
-
-    width: int
-    layers: int
-    heads: int
-
-
 SIZES = {
-    "tiny": Size(192, 3, 4),
-    "small": Size(512, 8, 8),
-    "base": Size(768, 12, 12),
-    "large": Size(1024, 24, 16),
-    "xl": Size(1152, 28, 16),
-    "huge": Size(1280, 32, 16),
+    "tiny": ViTSize(192, 3, 4),
+    "small": ViTSize(512, 8, 8),
+    "base": ViTSize(768, 12, 12),
+    "large": ViTSize(1024, 24, 16),
+    "xl": ViTSize(1152, 28, 16),
+    "huge": ViTSize(1280, 32, 16),
 }
 
 
@@ -81,7 +71,7 @@ class Block(nn.Module):
 class Transformer(nn.Module):
     """Learned positions and blocks: what encoder, decoder and semantic decoder have in common."""
 
-    def __init__(self, size: Size, grid: tuple[int, int], qk_norm: bool):
+    def __init__(self, size: ViTSize, grid: tuple[int, int], qk_norm: bool):
         super().__init__()
         width = size.width
         self.positional_embedding = nn.Parameter(torch.randn(1, grid[0] * grid[1], width) * width**-0.5)
@@ -115,7 +105,7 @@ def unshuffle(tokens: Tensor, restore: Tensor | None, filler: Tensor) -> Tensor:
 
 
 class Encoder(Transformer):
-    def __init__(self, size: Size, grid: tuple[int, int], patch_size: int, channels: int, qk_norm: bool):
+    def __init__(self, size: ViTSize, grid: tuple[int, int], patch_size: int, channels: int, qk_norm: bool):
         super().__init__(size, grid, qk_norm)
         patches = nn.Conv2d(3, size.width, patch_size, stride=patch_size)
         self.patch_embed = nn.Sequential(patches, Rearrange("b d h w -> b (h w) d"))
@@ -130,7 +120,7 @@ class Encoder(Transformer):
 
 
 class Decoder(Transformer):
-    def __init__(self, size: Size, grid: tuple[int, int], patch_size: int, channels: int, qk_norm: bool):
+    def __init__(self, size: ViTSize, grid: tuple[int, int], patch_size: int, channels: int, qk_norm: bool):
         super().__init__(size, grid, qk_norm)
         self.decoder_embed = nn.Linear(channels, size.width)
         self.mask_token = nn.Parameter(torch.randn(1, 1, size.width) * size.width**-0.5)
@@ -151,7 +141,7 @@ class Decoder(Transformer):
 class SemanticTransformer(Transformer):
     """Predicts a teacher's feature of every token, hidden ones included."""
 
-    def __init__(self, size: Size, grid: tuple[int, int], channels: int, features: int, qk_norm: bool):
+    def __init__(self, size: ViTSize, grid: tuple[int, int], channels: int, features: int, qk_norm: bool):
         super().__init__(size, grid, qk_norm)
         self.token_embedding = nn.Linear(channels, size.width)
         self.mask_embedding = nn.Parameter(torch.zeros(1, 1, size.width))
@@ -256,8 +246,8 @@ class RecTok(Tokenizer):
         grid = (side, side)
         self.spec = Continuous(grid, channels)
         self.time_shift = math.sqrt(self.spec.length * channels / 4096)
-        self.encoder = Encoder(pick(encoder, Size, SIZES, "encoder"), grid, patch_size, channels, qk_norm)
-        self.decoder = Decoder(pick(decoder, Size, SIZES, "decoder"), grid, patch_size, channels, qk_norm)
+        self.encoder = Encoder(ViTSize.parse(encoder, "encoder", SIZES), grid, patch_size, channels, qk_norm)
+        self.decoder = Decoder(ViTSize.parse(decoder, "decoder", SIZES), grid, patch_size, channels, qk_norm)
         self._init_weights(init_std)
         self.sem_decoders = nn.ModuleDict(self._semantic_decoders(grid, qk_norm))
         self.register_buffer("latent_mean", torch.zeros(channels, device="cpu"), persistent=False)
@@ -281,7 +271,7 @@ class RecTok(Tokenizer):
             return {}
         if self.semantic.decoder == "mlp":
             return {name: SemanticMLP(self.channels, width) for name, width in self.semantic.teachers.items()}
-        size = pick(self.semantic.size, Size, SIZES, "semantic.size")
+        size = ViTSize.parse(self.semantic.size, "semantic.size", SIZES)
         return {
             name: SemanticTransformer(size, grid, self.channels, width, qk_norm)
             for name, width in self.semantic.teachers.items()

@@ -24,8 +24,9 @@ from core.nn.lora import TunedLayerNorm, adapt
 from core.nn.precision import no_autocast
 from core.nn.vit import VisionTransformer, ViTSize, dinov2_files, dinov2_weights
 from core.rng import Draws
-from core.specs import Codes, MultiScale, Progress, Recon, Tokenizer
+from core.specs import Codes, MultiScale, Progress, Recon
 from core.weights.released import needs
+from tokenizer.codes import CodeTokenizer
 from tokenizer.losses.contrastive import info_nce
 from tokenizer.multiscale.quantizer import MultiScaleQuantizer, QuantizedMaps, Tables
 from tokenizer.multiscale.vit import Decoder, Encoder
@@ -81,7 +82,7 @@ class GrowingMap:
 
 
 @needs(dinov2_files("encoder", "decoder"))
-class ImageFolder(Tokenizer):
+class ImageFolder(CodeTokenizer):
     """core.specs.Tokenizer with multi-scale codes. The defaults are the published imagenet-4096.
 
     Args:
@@ -276,11 +277,6 @@ class ImageFolder(Tokenizer):
     def encode(self, images: Tensor, draws: Draws | None = None) -> Tensor:
         """(B, L, K) int64, coarse to fine."""
         return self.quantizer.encode(self.features(images))
-
-    precompute = encode
-
-    def from_stored(self, stored: Tensor, draws: Draws | None = None) -> Tensor:
-        return stored.long()
 
     def decode(self, latents: Tensor, draws: Draws | None = None) -> Tensor:
         """Codes (B, L, K), or those of the first scales only -> pictures."""

@@ -26,7 +26,8 @@ from core.nn.kvcache import KVCache
 from core.nn.mlp import MLP
 from core.nn.rope import AxialRope, Rope
 from core.rng import Draws
-from core.specs import Codes, Recon, Tokenizer
+from core.specs import Codes, Recon
+from tokenizer.codes import CodeTokenizer
 from tokenizer.vq.diffusion_decoder import DecoderSettings, DiffusionCore, Trajectory, plain_norm, shifted_time
 from tokenizer.vq.quantizer import VectorQuantizer
 
@@ -50,7 +51,7 @@ class Block(nn.Module):
         return x + self.gate2 * self.mlp(self.norm2(x))
 
 
-class DAR(Tokenizer):
+class DAR(CodeTokenizer):
     """core.specs.Tokenizer: N ordered codes, decoded by S denoising steps.
 
     Args:
@@ -199,11 +200,6 @@ class DAR(Tokenizer):
         """Codes (B, N, 1)."""
         self._needs_codes()
         return self.quantize.encode(self._project(images))[..., None]
-
-    precompute = encode
-
-    def from_stored(self, stored: Tensor, draws: Draws | None = None) -> Tensor:
-        return stored.long()
 
     def embed(self, codes: Tensor) -> Tensor:
         """Codebook rows on the unit sphere, (B, n, 1, code_dim)."""

@@ -23,7 +23,8 @@ from core.errors import UserError, nearest
 from core.nn.conv import AttnBlock, ResBlock, group_norm, growing_levels, shrinking_levels, through
 from core.nn.transformer import Transformer
 from core.rng import Draws
-from core.specs import Codes, Recon, Tokenizer
+from core.specs import Codes, Recon
+from tokenizer.codes import CodeTokenizer
 from tokenizer.vq.quantizer import Quantized, VectorQuantizer, unit
 
 SIZES = {"vq16": (1, 1, 2, 2, 4), "vq8": (1, 2, 2, 4)}  # widths of the levels; each but the last halves the picture
@@ -152,7 +153,7 @@ class Semantic:
         return semantic
 
 
-class FQGAN(Tokenizer):
+class FQGAN(CodeTokenizer):
     """core.specs.Tokenizer with K codes per position. The defaults are the published dual tokenizer with stride 16.
 
     Args:
@@ -313,9 +314,3 @@ class FQGAN(Tokenizer):
     def decode(self, latents: Tensor, draws: Draws | None = None) -> Tensor:
         """Codes (B, L, K) -> images in [-1, 1], not clamped."""
         return self.paint(list(self.embed(latents).unbind(2)))
-
-    def precompute(self, images: Tensor) -> Tensor:
-        return self.encode(images)
-
-    def from_stored(self, stored: Tensor, draws: Draws | None = None) -> Tensor:
-        return stored.long()

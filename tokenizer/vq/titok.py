@@ -21,7 +21,8 @@ from core.images import to_unit_range
 from core.nn.transformer import Transformer
 from core.nn.vit import ViTSize
 from core.specs import Codes
-from tokenizer.vq.maskgit import CodesOfOneBranch, ConvDecoder
+from tokenizer.codes import CodesOfOneBranch
+from tokenizer.vq.maskgit import ConvDecoder
 from tokenizer.vq.quantizer import VectorQuantizer
 
 SIZES = {"small": ViTSize(512, 8, 8), "base": ViTSize(768, 12, 12), "large": ViTSize(1024, 24, 16)}

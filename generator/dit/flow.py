@@ -1,4 +1,4 @@
-"""The linear flow path between noise (t = 0) and data (t = 1), and its shifted time (RecTok; SD3, Esser et al. 2024).
+"""The linear flow path between noise (t = 0) and data (t = 1), its shifted time and its solver (RecTok; SD3, Esser et al. 2024).
 
 The more values a latent has, the easier it is to see through a given amount of noise; the shift spends correspondingly
 more time near pure noise.
@@ -6,7 +6,9 @@ more time near pure noise.
 
 from __future__ import annotations
 
+import itertools
 import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -43,3 +45,23 @@ def mix(data: Tensor, noise: Tensor, t: Tensor) -> Tensor:
 def target(data: Tensor, noise: Tensor) -> Tensor:
     """The velocity along that line."""
     return data - noise
+
+
+def euler(
+    velocity: Callable[[Tensor, Tensor], Tensor], x: Tensor, times: Tensor, trajectory: list[Tensor] | None = None
+) -> Tensor:
+    """Euler's method.
+
+    Args:
+        velocity: of a state and one time for the whole batch, a 0-dim tensor.
+        x: state at times[0], fp32. It is updated in fp32 whatever precision `velocity` returns.
+        times: (K,) on the CPU (then no step waits for the accelerator); K - 1 updates.
+        trajectory: appended to, if given: the K states.
+    """
+    if trajectory is not None:
+        trajectory.append(x)
+    for now, after in itertools.pairwise(times):
+        x = x + (after - now) * velocity(x, now).float()
+        if trajectory is not None:
+            trajectory.append(x)
+    return x
