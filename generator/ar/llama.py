@@ -5,6 +5,8 @@ FAR stacks them twice (over positions, then over the codebooks of one position),
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -55,61 +57,38 @@ class Block(nn.Module):
         self.feed_forward = SwiGLU(width, hidden, bias=False)
         self.residual_dropout, self.ffn_dropout, self.path_dropout = residual_dropout, ffn_dropout, path_dropout
 
-    def forward(self, x: Tensor, rope: Rope, cache: LayerCache | None = None, keys: Tensor | None = None) -> Tensor:
-        """x (B, N, width); `rope`, `cache` and `keys` as in core.nn.attention."""
-        branch = self.attention(self.attention_norm(x), rope, cache, keys=keys)
+    def forward(self, x: Tensor, rope: Rope, keys: Tensor | None = None) -> Tensor:
+        """x (B, N, width); `rope` and `keys` as in core.nn.attention."""
+        branch = self.attention(self.attention_norm(x), rope, keys=keys)
         branch = dropout(branch, self.residual_dropout, keys, salt=1)
         x = x + drop_path(branch, keyed_path_factors(keys, self.path_dropout, 2, len(branch)))
         branch = dropout(self.feed_forward(self.ffn_norm(x)), self.ffn_dropout, keys, salt=3)
         return x + drop_path(branch, keyed_path_factors(keys, self.path_dropout, 4, len(branch)))
 
 
-def make_blocks(
-    count: int,
-    width: int,
-    heads: int,
-    hidden: int,
-    *,
-    residual_dropout: float = 0.0,
-    ffn_dropout: float = 0.0,
-    path_dropout: float = 0.0,
-    **settings,
-) -> nn.ModuleList:
+def make_blocks(count: int, *, path_dropout: float = 0.0, **settings: Any) -> nn.ModuleList:
     """A stack of Blocks. Path dropout grows linearly from 0 to its value, and where there is any the other two are off."""
     if path_dropout > 0:
-        residual_dropout = ffn_dropout = 0.0
+        settings |= {"residual_dropout": 0.0, "ffn_dropout": 0.0}
     rates = [path_dropout * index / max(1, count - 1) for index in range(count)]
-    return nn.ModuleList(
-        Block(
-            width,
-            heads,
-            hidden,
-            residual_dropout=residual_dropout,
-            ffn_dropout=ffn_dropout,
-            path_dropout=rate,
-            **settings,
-        )
-        for rate in rates
-    )
+    return nn.ModuleList(Block(path_dropout=rate, **settings) for rate in rates)
 
 
 def run_blocks(
     blocks: nn.ModuleList,
     x: Tensor,
-    rope: Rope,
-    layers: list[LayerCache] | None = None,
+    context: Any,
     keys: Tensor | None = None,
-    taps: dict[int, Tensor] | None = None,
+    taps: dict[int, Tensor | None] | None = None,
 ) -> Tensor:
-    """Through all blocks.
+    """Through all blocks, each called as block(x, context, keys=its own).
 
     Args:
-        layers: of an opened KVCache.
         keys: (B,) dropout keys; every block derives its own.
         taps: receives the output of every block whose index is one of its keys.
     """
     for index, block in enumerate(blocks):
-        x = block(x, rope, layers[index] if layers else None, derive(keys, index) if keys is not None else None)
+        x = block(x, context, keys=derive(keys, index) if keys is not None else None)
         if taps is not None and index in taps:
             taps[index] = x
     return x

@@ -27,10 +27,11 @@ from core.nn.kvcache import KVCache, LayerCache
 from core.nn.mlp import MLP
 from core.nn.norms import modulate
 from core.nn.precision import no_autocast
-from core.rng import Draws, derive
+from core.rng import Draws
 from core.specs import Codes, Guidance, LatentSpec, Loss, Progress
 from generator.ar import rear as rear_module
 from generator.ar.decode import Recordings, decode, uncompiled
+from generator.ar.llama import run_blocks
 from generator.ar.rear import Regularised, annealed
 from generator.engine import Weights, attend, mismatches, modulated
 from generator.sampling import CodeSampler, filters
@@ -70,18 +71,11 @@ class Block(nn.Module):
         self.mlp = MLP(size.width, size.hidden, dropout=dropout)
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(size.width, 6 * size.width))
 
-    def forward(
-        self,
-        x: Tensor,
-        condition: Tensor | None = None,
-        modulation: Tensor | None = None,
-        cache: LayerCache | None = None,
-        keys: Tensor | None = None,
-    ) -> Tensor:
-        """x (B, S, D); `condition` (B, S, D), or the `modulation` (B, S, 6 D) that was computed from it before."""
-        modulation = self.adaLN_modulation(condition) if modulation is None else modulation
+    def forward(self, x: Tensor, condition: Tensor, keys: Tensor | None = None) -> Tensor:
+        """x and `condition` (B, S, D)."""
+        modulation = self.adaLN_modulation(condition)
         shift1, scale1, gate1, shift2, scale2, gate2 = modulation.chunk(6, dim=-1)
-        branch = self.attn(modulate(self.norm1(x), shift1, scale1), cache=cache, keys=keys)
+        branch = self.attn(modulate(self.norm1(x), shift1, scale1), keys=keys)
         x = x + gate1 * dropout(branch, self.dropout, keys, salt=1)
         return x + gate2 * self.mlp(modulate(self.norm2(x), shift2, scale2), keys)
 
@@ -93,9 +87,10 @@ class FinalNorm(nn.Module):
         super().__init__()
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(width, 2 * width))
 
-    def forward(self, x: Tensor, condition: Tensor | None = None, modulation: Tensor | None = None) -> Tensor:
-        modulation = self.adaLN_modulation(condition) if modulation is None else modulation
-        scale, shift = modulation.chunk(2, dim=-1)  # parity: scale first here, shift first in the blocks
+    def forward(self, x: Tensor, condition: Tensor) -> Tensor:
+        scale, shift = self.adaLN_modulation(condition).chunk(
+            2, dim=-1
+        )  # parity: scale first here, shift first in the blocks
         return modulate(F.layer_norm(x, x.shape[-1:], eps=1e-6), shift, scale)
 
 
@@ -207,14 +202,6 @@ class RAR(Regularised):
         x = x + F.pad(target, (0, 0, 1, known + 1 - targets))
         return x, class_token + self.timesteps_embeddings[:, : known + 2]
 
-    def run(self, x: Tensor, condition: Tensor, keys: Tensor | None = None, taps: dict | None = None) -> Tensor:
-        """Through all blocks; `keys` and `taps` as in generator.ar.llama.run_blocks."""
-        for index, block in enumerate(self.blocks):
-            x = block(x, condition, keys=derive(keys, index) if keys is not None else None)
-            if taps is not None and index in taps:
-                taps[index] = x
-        return x
-
     def logits(self, x: Tensor, condition: Tensor) -> Tensor:
         """(B, S, D) -> (B, S, V) fp32."""
         return self.lm_head(self.adaln_before_head(x, condition)).float()
@@ -241,7 +228,7 @@ class RAR(Regularised):
         keys = draws.keys("dropout") if self.training and self.drops else None
         taps = self.taps()
         x, condition = self.slots(context[..., 0], self.drop_labels(labels, draws), order)
-        x = self.run(x, condition, keys, taps)
+        x = run_blocks(self.blocks, x, condition, keys, taps)
         logits = self.logits(x[:, 1:-1], condition[:, 1:-1])  # (B, N, V)
         ce = F.cross_entropy(logits.flatten(0, 1), codes.flatten())
         accuracy = (logits.argmax(-1) == codes[..., 0]).float().mean()
@@ -280,7 +267,7 @@ class RAR(Regularised):
         if not cached:
             for index in range(length):
                 x, condition = self.slots(sampler.double(codes[:, :index]), both)
-                x = self.run(x, condition)[:, -1:]
+                x = run_blocks(self.blocks, x, condition)[:, -1:]
                 logits = self.logits(x, condition[:, -1:])[:, 0]
                 codes[:, index] = sampler(logits, torch.full((1,), index, device=device))
             return codes[..., None]

@@ -16,6 +16,7 @@ from core.weights.layouts import check_layout
 from generator.adapters import ADAPTERS
 from generator.ar import rar as module
 from generator.ar.far import FAR
+from generator.ar.llama import run_blocks
 from generator.ar.rar import RAR
 from generator.ar.rear import CodeAlignment, Settings, annealed, perturb, settings
 from tests.parity import fixture_folder
@@ -104,10 +105,10 @@ def test_an_order_is_followed():
     given = x.gather(1, order[..., None])[..., 0]
     with torch.no_grad():
         inputs, condition = model.slots(given, LABELS[:1], order)
-        before = model.run(inputs, condition)
+        before = run_blocks(model.blocks, inputs, condition)
         changed = given.clone()
         changed[0, 4] = (given[0, 4] + 1) % 20
-        after = model.run(*model.slots(changed, LABELS[:1], order))
+        after = run_blocks(model.blocks, *model.slots(changed, LABELS[:1], order))
         raster, _ = model.slots(given, LABELS[:1], torch.arange(9)[None])
     assert [bool(d) for d in (before - after).abs().amax(-1)[0] > 1e-6] == [False] * 6 + [True] * 5
     assert torch.equal(raster, model.slots(given, LABELS[:1])[0])

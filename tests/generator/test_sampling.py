@@ -12,6 +12,7 @@ from core.rng import Draws
 from core.specs import Guidance
 from generator.ar.far import FAR
 from generator.ar.gpt import GPT
+from generator.ar.llama import run_blocks
 from generator.ar.rar import RAR
 from generator.dit.dit_dh import DiTDH
 from generator.guidance import scales
@@ -109,7 +110,7 @@ def test_rar_mixes_below_one():
     codes = sampled(model, Guidance(0.25, schedule="cosine", power=2.0), temperature=0)[..., 0]
     with torch.no_grad():
         x, condition = model.slots(codes.repeat(2, 1), torch.cat((LABELS, torch.full_like(LABELS, 4))))
-        logits = model.logits(model.run(x, condition)[:, 1:], condition[:, 1:])
+        logits = model.logits(run_blocks(model.blocks, x, condition)[:, 1:], condition[:, 1:])
     c, u = logits.chunk(2)
     for k, (guided, _) in enumerate(trace):
         w = 1 + (0.25 - 1) * (1 - math.cos(math.pi * (k / 9) ** 2)) / 2

@@ -12,6 +12,7 @@ from core.specs import Guidance, Loss, Progress
 from core.train.ema import warmed
 from core.train.optim import Schedule, make_adamw
 from generator.adapters import ADAPTERS
+from generator.ar.llama import run_blocks
 from generator.ar.rar import RAR
 from generator.ar.rear import annealed, perturb
 from generator.guidance import scales
@@ -144,7 +145,7 @@ def training(case: Case, loss: Loss, model: RAR, progress: Progress) -> dict[str
     taps = model.alignment.taps() if model.alignment is not None else None
     with torch.no_grad():
         x, condition = model.slots(given, dropped, order)
-        x = model.run(x, condition, taps=taps)
+        x = run_blocks(model.blocks, x, condition, taps=taps)
         result |= {
             "logits": model.logits(x[:, 1:], condition[:, 1:]),
             "labels": wanted,
