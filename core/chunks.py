@@ -1,7 +1,7 @@
 """Long work in chunks: shared by ranks, kept in a folder, continued after a kill.
 
 Items 0 ... N - 1 are cut into chunks of one size. A chunk is what a rank takes on, what is kept as a whole or not at
-all, and what a killed job does again at most. Caches and token stores (data/cache.py), evaluations (evaluation/work.py)
+all, and what a killed job does again at most. Caches and token stores (data/cache.py), evaluations (evaluation/chunks.py)
 and folders of samples are made so. Each of them says where its chunks lie and which of them are whole. The rest is the
 same for all and stands here:
 

@@ -30,13 +30,13 @@ from core.specs import DataSource, codebook_rows
 from core.weights.released import helper
 from data.checks import require_labels, require_order, require_same_classes
 from evaluation import networks, protocols
+from evaluation.chunks import SUM, Chunk, Work
 from evaluation.images import Codebooks, Perturbation, PictureMetric, interval_of, mean_of, picture_metrics
 from evaluation.networks import FeatureNet, features_of
 from evaluation.pictures import Pictures, SourcePictures
 from evaluation.protocols import Protocol
 from evaluation.references import Statistics, choose_reference, load_reference, training_statistics
 from evaluation.scores import Comparison, Score, score
-from evaluation.work import SUM, Chunk, Work
 
 Produce = Callable[[range], Tensor]  # indices -> (n, 3, H, W) uint8 on the network's device
 Sampler = Callable[[Tensor, Draws], Tensor]  # (labels (B,), draws) -> (B, 3, H, W) in [-1, 1]

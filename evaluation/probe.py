@@ -22,9 +22,9 @@ from core.images import to_model_range
 from core.nn.probe import LinearProbe
 from core.rng import hash64, permutation
 from core.train.optim import Schedule
+from evaluation.chunks import Work
 from evaluation.images import Codebooks
 from evaluation.pictures import SourcePictures, pieces
-from evaluation.work import Work
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Features

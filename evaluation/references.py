@@ -35,11 +35,11 @@ from core.files import replacing, sha256_file, write_atomic
 from core.rng import permutation
 from core.specs import DataSource
 from core.weights.pickles import load_pickle
+from evaluation.chunks import OWN, Work
 from evaluation.distances import Moments
 from evaluation.networks import FeatureNet, features_of
 from evaluation.pictures import ArrayPictures, Pictures, SourcePictures, check_pictures, pieces
 from evaluation.protocols import Protocol
-from evaluation.work import OWN, Work
 
 # Feature tap -> array names in a file: ADM's for FID's network, our own for the offline stand-in.
 MOMENTS = {"pool": ("mu", "sigma"), "spatial": ("mu_s", "sigma_s"), "block4": ("mu_block4", "sigma_block4")}

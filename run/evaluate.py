@@ -34,13 +34,13 @@ from core.train.log import progress_line
 from core.weights import released
 from data.sources import SCHEMES, has_pictures, open_source
 from evaluation import measure, networks, protocols, references
+from evaluation.chunks import Work
 from evaluation.images import Perturbation, picture_metrics
 from evaluation.measure import ByPairs, ByTokenizer, Evaluation, Produce, Progress, Rebuild, Result
 from evaluation.networks import FeatureNet
 from evaluation.pictures import NpzPictures, Pictures, first_pictures, open_any, same_pictures
 from evaluation.protocols import Protocol
 from evaluation.references import Statistics
-from evaluation.work import Work
 from run.data import class_names, open_pictures
 from run.load import load_config, load_tokenizer, read_weights
 from run.measurement import Measurement, Shown, Table, enough, eval_settings, evaluation_of

@@ -17,12 +17,12 @@ from core.files import read_json
 from core.rng import hash64
 from core.train.log import progress_line
 from evaluation import report
+from evaluation.chunks import Work
 from evaluation.intervals import check_extras
 from evaluation.measure import Evaluation, Progress, Result
 from evaluation.networks import FeatureNet
 from evaluation.pictures import NpzWriter, PngWriter
 from evaluation.protocols import Protocol
-from evaluation.work import Work
 
 Shown = tuple[str, Path, str]  # (title, file, caption) of a picture in the report
 Table = tuple[str, list[str], list[list[Any]]]  # (title, headers, rows)

@@ -30,12 +30,12 @@ from core.specs import DataSource, Previews
 from core.train.log import ProgressLine
 from core.train.run import read_metrics
 from evaluation import measure, networks, toy
+from evaluation.chunks import Work
 from evaluation.measure import Evaluation
 from evaluation.networks import FeatureNet
 from evaluation.pictures import SourcePictures
 from evaluation.protocols import make_labels
 from evaluation.report import Report, environment, write_metrics
-from evaluation.work import Work
 from generator.task import GeneratorTask
 from run import streaming
 from run.data import open_train, open_val

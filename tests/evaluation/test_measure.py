@@ -16,10 +16,10 @@ from core.dist import World
 from core.errors import UserError
 from data.sources import SyntheticSource
 from evaluation import measure, protocols, references
+from evaluation.chunks import Work
 from evaluation.images import Perturbation, picture_metrics
 from evaluation.measure import ByTokenizer, Evaluation
 from evaluation.pictures import SourcePictures
-from evaluation.work import Work
 from run.load import load_config
 from run.train import train
 from tests.conftest import TOY_GENERATOR, TOY_TOKENIZER

@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 
 from core.errors import UserError
-from evaluation import measure, references, work
+from evaluation import chunks, measure, references
 from evaluation.distances import Moments
 from evaluation.references import Facts, Statistics
 from scripts import evaluate, evaluate_generator, make_reference
@@ -161,7 +161,7 @@ def test_grey_cmyk_and_sixteen_bits_are_converted(bad_pictures, tmp_path, small_
 
 def test_a_full_disk_is_no_refusal(bad_pictures, tmp_path, small_net, monkeypatch):
     """What was measured stays, and the same command goes on."""
-    whole, written = work.write_atomic, []
+    whole, written = chunks.write_atomic, []
 
     def full(path, data):
         written.append(path)
@@ -169,7 +169,7 @@ def test_a_full_disk_is_no_refusal(bad_pictures, tmp_path, small_net, monkeypatc
             raise UserError(f"{path}: the disk is full.") from OSError(errno.ENOSPC, "no space")
         whole(path, data)
 
-    monkeypatch.setattr(work, "write_atomic", full)
+    monkeypatch.setattr(chunks, "write_atomic", full)
     command = commands(bad_pictures, "good.npz", tmp_path / "out")["generator"]
     with pytest.raises(UserError, match="disk is full"):
         command()

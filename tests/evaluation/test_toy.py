@@ -7,8 +7,8 @@ import torch
 
 from core.errors import UserError
 from evaluation import measure, toy
+from evaluation.chunks import Work
 from evaluation.networks import FeatureNet
-from evaluation.work import Work
 from tests.evaluation.conftest import ColourNet, coloured
 
 

@@ -9,7 +9,7 @@ import torch
 
 from core.dist import World
 from core.errors import UserError
-from evaluation.work import Work
+from evaluation.chunks import Work
 
 ONE = World(0, 1, 0, torch.device("cpu"))
 
