@@ -42,6 +42,11 @@ class World:
     def is_main(self) -> bool:
         return self.rank == 0
 
+    def say(self, message: str) -> None:
+        """Print on the main rank."""
+        if self.is_main:
+            print(message, flush=True)
+
     def barrier(self) -> None:
         if self.size > 1:
             dist.barrier()

@@ -117,7 +117,6 @@ def compute_once(
     label: str,
     network: nn.Module,
     world: dist.World,
-    log: Callable[[str], None],
     build: Callable[..., FeatureCache],
     precision: str,
     batch: int = 64,
@@ -147,7 +146,9 @@ def compute_once(
         if line:
             line.close()
     if how.replaced:
-        log(f"unreadable pictures, for which the next one was taken: {len(how.replaced)} ({how.replaced.names()})")
+        world.say(
+            f"unreadable pictures, for which the next one was taken: {len(how.replaced)} ({how.replaced.names()})"
+        )
     return cache
 
 
@@ -159,7 +160,6 @@ def precomputed(
     network: Loaded,
     compute: Callable[[Tensor], Any],
     world: dist.World,
-    log: Callable[[str], None],
 ) -> FeatureCache:
     """What `compute` makes of every view of every picture, from the cache folder, where it is put the first time.
 
@@ -176,7 +176,7 @@ def precomputed(
     key = f"{hash64(source.fingerprint(), repr(transform.describe()), network.fingerprint):016x}"
     folder = Path(config.data.cache_dir) / f"{name}_{key}"
     if not folder.exists():
-        log(f"computing {name} once for {len(source):,} pictures x {transform.views} views -> {folder}")
+        world.say(f"computing {name} once for {len(source):,} pictures x {transform.views} views -> {folder}")
 
     def on_device(images: Tensor) -> Any:
         return compute(to_model_range(images.to(world.device)))
@@ -186,4 +186,4 @@ def precomputed(
     else:
         spec = network.module.spec
         build = functools.partial(tokens.build, folder, source, transform, spec, on_device, network.fingerprint)
-    return compute_once(config, name, network.module, world, log, build, config.train.precision)
+    return compute_once(config, name, network.module, world, build, config.train.precision)

@@ -182,7 +182,7 @@ def existing_samples(options: argparse.Namespace, overrides: list[str], world: W
 def generated_samples(options: argparse.Namespace, overrides: list[str], world: World) -> Samples:
     """Samples of a generator."""
     say = print if world.is_main else (lambda *_: None)
-    generator = open_generator(read_target(options.target, overrides, say), world, say)
+    generator = open_generator(read_target(options.target, overrides, say), world)
     config, settings, size = generator.config, generator.config.eval, generator.image_size
     protocol = protocols.get(settings.protocol)
     count = settings.num_images or SAMPLES

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -54,9 +53,7 @@ def measure(
     return accumulator.compute()
 
 
-def measure_once(
-    config: RunConfig, tokenizer: Loaded, source: DataSource, world: dist.World, log: Callable[[str], None]
-) -> None:
+def measure_once(config: RunConfig, tokenizer: Loaded, source: DataSource, world: dist.World) -> None:
     """Set the tokenizer's statistics, from the cache folder or by one pass over (part of) the pictures. Collective."""
     module, data = tokenizer.module, config.data
     count = min(len(source), data.stats_images or len(source))
@@ -65,7 +62,7 @@ def measure_once(
 
     def on_main() -> None:
         if not path.is_file():
-            log(f"measuring latent statistics on {count:,} pictures -> {path}")
+            world.say(f"measuring latent statistics on {count:,} pictures -> {path}")
             stats = measure(module, source, count, world.device, data.workers, data.on_corrupt)
             save_stats(path, stats, tokenizer.fingerprint)
 

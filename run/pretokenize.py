@@ -163,7 +163,7 @@ class Pretokenizing:
         spec, batch = self.tokenizer.spec, max(1, self.request.batch // (transform.views or 1))
         build = functools.partial(tokens.build, self.folder, pictures, transform, spec, encode, self.fingerprint)
         network, precision = self.tokenizer, self.request.precision
-        compute_once(self.config, "tokens", network, self.world, self.say, build, precision, batch, stop.requested)
+        compute_once(self.config, "tokens", network, self.world, build, precision, batch, stop.requested)
 
     def _convert(self, path: Path, transform: Transform, stop: StopRequest) -> None:
         """Tokens from files of another code base; with the pictures at hand each entry is given to its own."""

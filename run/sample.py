@@ -73,7 +73,7 @@ class Request:
 
 def sample(target: Target, request: Request, world: World) -> None:
     """Load, draw, make the grid. Collective."""
-    sampler = open_generator(target, world, print if world.is_main else lambda *_: None)
+    sampler = open_generator(target, world)
     config = sampler.config
     labels = parse_labels(request.labels, sampler.num_classes, class_names(config))
     if request.preview:
@@ -211,13 +211,11 @@ class SampleFolder:
         if not self.animations:
             return [sampler.sample(labels, draws)]
         streamed = sampler.stream(labels, draws)
-        if world.is_main:
-            print(
-                f"{len(part)} pictures from number {part[0]} on, seconds to each stage: "
-                + " ".join(f"{seconds:.2f}" for seconds in streamed.seconds)
-                + f"; the first after {100 * streamed.first_share:.0f} % of the time",
-                flush=True,
-            )
+        world.say(
+            f"{len(part)} pictures from number {part[0]} on, seconds to each stage: "
+            + " ".join(f"{seconds:.2f}" for seconds in streamed.seconds)
+            + f"; the first after {100 * streamed.first_share:.0f} % of the time"
+        )
         return [picture.cpu() for picture in streamed.pictures]
 
     def _write(self, i: int, image: Tensor, stages: list[Tensor]) -> None:

@@ -221,7 +221,7 @@ def _smallest_config(source: Source, overrides: list[str], sources: dict[str, So
 # ---------------------------------------------------------------------------------------------------------------------
 # The networks
 # ---------------------------------------------------------------------------------------------------------------------
-def open_generator(target: Target, world: World, log: Log = print) -> Sampler:
+def open_generator(target: Target, world: World) -> Sampler:
     """Load it, on the world's device. Collective where latent statistics have to be measured first."""
     config, sources = target.config, target.sources
     pair = build_pair(config, sources=sources)
@@ -234,7 +234,7 @@ def open_generator(target: Target, world: World, log: Log = print) -> Sampler:
     if pair.lacks_statistics:
         # parity: no released generator carries the statistics of its latents
         source = _pictures_for_statistics(config, target.weights)
-        measure_once(config, pair.tokenizer, source, world, log)
+        measure_once(config, pair.tokenizer, source, world)
         facts["latent_statistics"] = f"measured on {config.data.url}"
     facts["weights_fingerprint"] = pair.generator.fingerprint
     if pair.guide:

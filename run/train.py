@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -30,7 +29,6 @@ from run.load import REGISTRIES, Loaded, Source, build_pair, build_tokenizer_tas
 from tokenizer.task import TokenizerTask
 
 SMALL_SET = 50_000  # pictures; the published recipes are made for 1.28 million
-Log = Callable[[str], None]
 
 
 def train(config: RunConfig) -> int:
@@ -45,22 +43,17 @@ def train(config: RunConfig) -> int:
 
 def _train(config: RunConfig, inputs: Inputs, world: dist.World) -> int:
     started = time.perf_counter()
-
-    def log(message: str) -> None:
-        if world.is_main:
-            print(message, flush=True)
-
     source, val, sources = inputs.data, inputs.val, inputs.weights
     pictures = open_pictures(config) if isinstance(source, TokenStore) else source
     provenance: dict[str, Any] = {}
     if config.task == "tokenizer":
         task = _tokenizer_task(config, val or source)
     else:
-        task, provenance = _generator_task(config, sources, source, world, log)
+        task, provenance = _generator_task(config, sources, source, world)
     initial_ema = _start(config, task, sources)
     for weights in sources.values():
         weights.close()
-    loader = _loader(config, source, task, provenance.get("tokenizer_fingerprint", ""), world, log)
+    loader = _loader(config, source, task, provenance.get("tokenizer_fingerprint", ""), world)
     evaluate = None
     if config.train.eval_every != "never":
         evaluate = measure.Online(config, pictures or val, val, task.tokenizer.image_size, world)
@@ -116,7 +109,7 @@ def _tokenizer_task(config: RunConfig, source: DataSource) -> TokenizerTask:
 
 
 def _generator_task(
-    config: RunConfig, sources: dict[str, Source], source: DataSource, world: dist.World, log: Log
+    config: RunConfig, sources: dict[str, Source], source: DataSource, world: dist.World
 ) -> tuple[GeneratorTask, dict[str, Any]]:
     """(task, what is noted of the tokenizer in checkpoints)"""
     pair = build_pair(config, sources=sources, num_classes=source.num_classes)
@@ -126,7 +119,7 @@ def _generator_task(
         source.check_tokenizer(tokenizer.module.spec, tokenizer.fingerprint, tokenizer.image_size)
     if pair.lacks_statistics:
         pictures = source if config.data.stats_split == "train" else open_val(config)
-        measure_once(config, tokenizer, pictures, world, log)
+        measure_once(config, tokenizer, pictures, world)
     task = pair.task(source.num_classes, config.sample)
     return task, {"tokenizer_fingerprint": tokenizer.fingerprint, "tokenizer": config.tokenizer}
 
@@ -147,12 +140,7 @@ def _start(
 # Data
 # ---------------------------------------------------------------------------------------------------------------------
 def _loader(
-    config: RunConfig,
-    source: DataSource,
-    task: TokenizerTask | GeneratorTask,
-    fingerprint: str,
-    world: dist.World,
-    log: Log,
+    config: RunConfig, source: DataSource, task: TokenizerTask | GeneratorTask, fingerprint: str, world: dist.World
 ) -> Loader:
     """Pictures, with teachers' features that are kept of them, or in their place what is stored: latents and codes.
 
@@ -170,12 +158,12 @@ def _loader(
         def look(images: Tensor) -> dict[str, Tensor]:
             return {name: teacher(images) for name, teacher in teachers.items()}
 
-        features = precomputed(config, "features", source, transform, network, look, world, log)
+        features = precomputed(config, "features", source, transform, network, look, world)
     elif config.task == "generator" and data.moments:
         stored = MomentFiles(data.moments, source, (tokenizer.spec.length, 2 * tokenizer.spec.channels))
     elif config.task == "generator" and data.cache_latents and stored is None:
         network = Loaded(tokenizer, {}, fingerprint)
-        stored = precomputed(config, "latents", source, transform, network, tokenizer.precompute, world, log)
+        stored = precomputed(config, "latents", source, transform, network, tokenizer.precompute, world)
     return Loader(
         None if source is stored else source,
         transform,
