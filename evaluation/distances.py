@@ -22,8 +22,8 @@ from evaluation.networks import full_precision
 # Mean and covariance of feature vectors, gathered batch by batch and merged across processes, in float64.
 #
 # Sums are taken around a shift (the mean of the first batch), so means far from zero cost no digits, and a batch costs
-# one matrix product. Two gatherings with different shifts merge as Chan, Golub & LeVeque (1979) do. How the pictures were
-# cut into batches, shards or ranks changes the result by rounding only (1e-12 relative).
+# one matrix product. Two gatherings with different shifts merge as Chan, Golub & LeVeque (1979) do. How the pictures
+# were cut into batches, shards or ranks changes the result by rounding only (1e-12 relative).
 
 
 class Moments:
@@ -234,7 +234,8 @@ def _root(covariance: Tensor) -> Tensor:
 # Kernel Inception Distance (Binkowski et al. 2018): squared maximum mean discrepancy, averaged over random subsets.
 #
 # torch-fidelity's form: 100 subsets of 1000, drawn without replacement with RandomState(2020), first set before second
-# in each round; kernel (x.y / d + 1)^3; the unbiased estimate. Ours computes kernels in float64, that library in float32.
+# in each round; kernel (x.y / d + 1)^3; the unbiased estimate. Ours computes kernels in float64, that library in
+# float32.
 
 Kernel = Callable[[Tensor, Tensor], Tensor]
 
@@ -300,15 +301,16 @@ def kid(
 # Precision and recall of generated pictures (Kynkaanniemi et al. 2019), on features.
 #
 # Each set covers the balls around its points that reach to their k-th neighbour. Precision is the share of generated
-# pictures inside a ball of a real one, recall the share of real pictures inside a ball of a generated one; a point on the
-# rim is inside. Distances are squared Euclidean, max(|u|^2 - 2 u.v + |v|^2, 0).
+# pictures inside a ball of a real one, recall the share of real pictures inside a ball of a generated one; a point on
+# the rim is inside. Distances are squared Euclidean, max(|u|^2 - 2 u.v + |v|^2, 0).
 #
-# mode "exact" (default): float64 throughout; what lies beyond a rim by rounding alone is inside. Equals torch-fidelity's
-# precision and recall, which take roots, up to ties.
+# mode "exact" (default): float64 throughout; what lies beyond a rim by rounding alone is inside. Equals
+# torch-fidelity's precision and recall, which take roots, up to ties.
 # mode "adm_fp16": what guided-diffusion publishes. Each block of distances is computed in half precision, and again in
 # float32 only if something in it overflowed. Radii are off by up to 2e-3 of their value and ties appear.
 #
-# Memory: "exact" holds a few blocks of `block` x `block` float64, "adm_fp16" one of 10,000 x 10,000 halves; never N x M.
+# Memory: "exact" holds a few blocks of `block` x `block` float64, "adm_fp16" one of 10,000 x 10,000 halves, never
+# N x M.
 
 MODES = ("exact", "adm_fp16")
 _ADM_BLOCK = 10_000

@@ -1,5 +1,5 @@
-"""Numbers that need pictures or codes alone, no feature network: PSNR, SSIM and LPIPS of reconstructions, and how much of
-a codebook is used.
+"""Numbers that need pictures or codes alone, no feature network: PSNR, SSIM and LPIPS of reconstructions, and how much
+of a codebook is used.
 
 Pictures are (B, 3, H, W) floats in [0, 1]. Every picture metric gives one number per picture and reports their mean.
 

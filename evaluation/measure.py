@@ -4,8 +4,8 @@
     result = how.of_samples(producer(sample, labels, seed, 64, device), Work(len(labels), world))
     result = how.of_reconstructions(ByTokenizer(tokenizer, pictures, how.protocol, 64, device), Work(count, world))
 
-Commands, evaluations while training and the quickstart all measure so. Who makes the pictures (a generator, a tokenizer,
-files) is handed in and depends on their numbers alone.
+Commands, evaluations while training and the quickstart all measure so. Who makes the pictures (a generator, a
+tokenizer, files) is handed in and depends on their numbers alone.
 """
 
 from __future__ import annotations

@@ -2,9 +2,9 @@
 
 A network says which taps it has and how wide they are; every metric that needs features takes one. There are two.
 
-Inception is FID's network: TensorFlow's classify_image graph of 2015-12-05, with the port's tensor names. It differs from
-torchvision's InceptionV3 in its weights and in three places: average pools leave the padding out of the count, the last
-block pools by maximum, and there are 1008 outputs. Numbers made with torchvision's are not FID.
+Inception is FID's network: TensorFlow's classify_image graph of 2015-12-05, with the port's tensor names. It differs
+from torchvision's InceptionV3 in its weights and in three places: average pools leave the padding out of the count, the
+last block pools by maximum, and there are 1008 outputs. Numbers made with torchvision's are not FID.
 
     uint8 -> 299 x 299 by TensorFlow 1 bilinear -> (x - 128) / 128 -> network
     pool     2048  mean over places after Mixed_7c                      FID, KID, precision, recall
@@ -12,8 +12,8 @@ block pools by maximum, and there are 1008 outputs. Numbers made with torchvisio
     logits   1008  fc without its bias                                  Inception Score
     64, 192, 768   mean over places after the two max pools, Mixed_6e   quick diagnostics
 
-EfficientNet-Lite0 is the offline stand-in (its weights ship in an installed package). A Frechet distance on it is not FID
-and is never called so: its name is made of the network's name and the tap's, for example fd_lite0_block4.
+EfficientNet-Lite0 is the offline stand-in (its weights ship in an installed package). A Frechet distance on it is not
+FID and is never called so: its name is made of the network's name and the tap's, for example fd_lite0_block4.
 """
 
 from __future__ import annotations
@@ -40,8 +40,8 @@ from evaluation.protocols import PROTOCOLS, Protocol
 
 @contextmanager
 def full_precision() -> Iterator[None]:
-    """No TF32 and no autocast inside: cuDNN convolutions use TF32 by default, which moves features by about 1e-3; online
-    evaluation runs within a training's autocast, which knows nothing of the half-precision distances of ADM."""
+    """No TF32 and no autocast inside: cuDNN convolutions use TF32 by default, which moves features by about 1e-3;
+    online evaluation runs within a training's autocast, which knows nothing of the half-precision distances of ADM."""
     # torch 2.9 gave every kind of operation its own setting and refuses to mix it with the older one
     if getattr(torch.backends.cudnn, "conv", None) is not None:
         holders, name, exact = (torch.backends.cudnn.conv, torch.backends.cuda.matmul), "fp32_precision", "ieee"

@@ -1,9 +1,9 @@
-"""Sets of uint8 pictures with random access: .npz files of ADM's evaluator, arrays in memory, folders and data sources; and
-what writes pictures.
+"""Sets of uint8 pictures with random access: .npz files of ADM's evaluator, arrays in memory, folders and data sources;
+and what writes pictures.
 
-All sets answer `len(set)` and `set.read(start, stop)` -> (n, 3, H, W) uint8, so a long evaluation can be cut into pieces,
-shared between ranks and continued. An .npz is mapped from disk, whatever its size; nothing in it is ever unpickled.
-`open_any` makes a set of whatever a user names.
+All sets answer `len(set)` and `set.read(start, stop)` -> (n, 3, H, W) uint8, so a long evaluation can be cut into
+pieces, shared between ranks and continued. An .npz is mapped from disk, whatever its size; nothing in it is ever
+unpickled. `open_any` makes a set of whatever a user names.
 
 Writers store pictures while the next ones are sampled: PNG files by several threads, or one .npz with `arr_0`. Pictures
 carry their index, so any rank may write any of them in any order, and a continued job writes what is missing.

@@ -1,5 +1,5 @@
-"""What each published evaluation does, as data: its metrics, their names, its labels. Nothing else in the repository asks
-for a protocol's name.
+"""What each published evaluation does, as data: its metrics, their names, its labels. Nothing else in the repository
+asks for a protocol's name.
 
 A protocol says which metrics are reported, how floats became uint8, how the feature network saw the pictures, and which
 file was the reference. Where a repository is silent the entry follows guided-diffusion (ADM). docs/evaluation.md has

@@ -1,16 +1,17 @@
-"""What an evaluation or a run leaves behind: a table on the terminal, metrics.json, and one HTML page with everything inside.
+"""What an evaluation or a run leaves behind: a table on the terminal, metrics.json, and one HTML page with everything
+inside.
 
     report = Report("Emoji in ten minutes", "tokenizer 0.4 M, generator 1.1 M parameters")
     report.add_tile("class accuracy", 0.71, "samples recognised as the class asked for")
     report.add_curves("loss", {"train": [(0, 1.2), (100, 0.8)]}, xlabel="images")
     report.write(folder / "report.html")
 
-The page is readable offline, on a phone and in the dark. Sections appear in the order they were added; tiles stay on top
-and neighbouring curves share a row. Every text is escaped, pictures are embedded as PNG, curves are SVG.
+The page is readable offline, on a phone and in the dark. Sections appear in the order they were added; tiles stay on
+top and neighbouring curves share a row. Every text is escaped, pictures are embedded as PNG, curves are SVG.
 
 metrics.json answers every question that a reader of a number may have: what was measured on how many pictures, by which
-protocol, against which file, from which weights, with which labels, seed, rounding, precision and versions, and how long
-each part took.
+protocol, against which file, from which weights, with which labels, seed, rounding, precision and versions, and how
+long each part took.
 """
 
 from __future__ import annotations

@@ -5,8 +5,8 @@
     generated_samples(options, overrides, world).run()   samples of a generator
     existing_samples(options, overrides, world).run()    an .npz or a folder of samples
 
-Each of these four functions reads what was asked for, loads the networks and says what decides the result. The rest is the
-same for all: a folder that is continued or refused, measuring in chunks, the table, the report and metrics.json.
+Each of these four functions reads what was asked for, loads the networks and says what decides the result. The rest is
+the same for all: a folder that is continued or refused, measuring in chunks, the table, the report and metrics.json.
 """
 
 from __future__ import annotations

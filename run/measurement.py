@@ -38,7 +38,9 @@ class Measurement:
         title: of the report.
         stem: how the folder's name begins where --out names none.
         image_size: side of the pictures.
-        job: facts that decide the result, "count" among them. They stand in metrics.json, and a folder with other ones is refused.
+        job: facts that decide the result, "count" among them. They stand in metrics.json, and a folder with other ones
+        is
+            refused.
         context: what else metrics.json says.
     """
 
