@@ -18,7 +18,8 @@ from safetensors.torch import save_file
 from core.errors import UserError
 from core.weights import hub, released
 from core.weights.released import Released, helper, needed
-from scripts import download
+from run import download
+from scripts.download import main
 from tests.conftest import ROOT
 from tests.fake_hub import serving
 
@@ -333,7 +334,7 @@ def test_auxiliary_files_go_where_the_code_looks(fake, monkeypatch, capsys):
     fake.files |= {f"o/r/{f.name}": b"fine" for f in served}
     fake.files["o/r/dinov3-vitl16-pretrain-lvd1689m/model.safetensors"] = (401, "GatedRepo")
     with pytest.raises(UserError, match=f"1 of {sum(f.default for f in served)} files could not be had"):
-        download.main(["auxiliary"])
+        main(["auxiliary"])
     said = capsys.readouterr().out
     assert "fetched  pretrained_models/vgg16-397923af.pth" in said and "licence must be accepted first" in said
     for f in served:
@@ -366,12 +367,12 @@ def test_offline_models_are_unpacked_where_they_are_looked_for(fake, monkeypatch
     table = released.table()
     small = [Released(f.system, f.name, f.about, repo=f.repo, unpack=f.unpack) for f in table if f.unpack]
     monkeypatch.setattr(download, "table", lambda: small)
-    assert download.main(["offline_models.zip"]) == 0
+    assert main(["offline_models.zip"]) == 0
     assert "unpacked offline_models/ (2 files)" in capsys.readouterr().out
     for name in ("dinov3-vitl16-pretrain-lvd1689m/model.safetensors", "vgg16-397923af.pth"):
         assert helper(name).found().is_relative_to(Path("offline_models").resolve())
     asked = len(fake.asked)
-    assert download.main(["offline_models.zip"]) == 0 and len(fake.asked) == asked
+    assert main(["offline_models.zip"]) == 0 and len(fake.asked) == asked
     assert not Path("pretrained_models/offline_models.zip").exists()
 
 
@@ -433,7 +434,7 @@ def small(monkeypatch):
 def said(capsys, *arguments: str) -> str:
     """What download.py prints when all is well."""
     capsys.readouterr()
-    assert download.main(list(arguments)) == 0
+    assert main(list(arguments)) == 0
     return capsys.readouterr().out
 
 
@@ -453,14 +454,14 @@ def test_a_system_is_fetched_checked_and_kept(fake, small, capsys, tmp_path):
         fake.files[f"qyoo/reAR/reAR-{size}.safetensors"] = b"enough"
     fake.files["yucornetto/RAR/rar_b.bin"] = fake.files["yucornetto/RAR/rar_l.bin"] = b"five."  # not what is published
     with pytest.raises(UserError, match="2 of 6 files could not be had"):
-        download.main(["rear"])
+        main(["rear"])
     assert hub.resolve("maskgit-vqgan-imagenet-f16-256.bin").read_bytes() == b"four"
     assert not (tmp_path / "pretrained_models" / "rar_b.bin").exists()
     fake.files.clear()
     assert "here     pretrained_models/reAR-S.safetensors" in said(capsys, "reAR-S.safetensors")
     (tmp_path / "pretrained_models" / "reAR-S.safetensors").write_bytes(b"")
     with pytest.raises(UserError, match="1 of 1"):
-        download.main(["reAR-S.safetensors"])
+        main(["reAR-S.safetensors"])
 
 
 def test_statistics_go_where_evaluation_looks(fake, small, capsys, tmp_path):
@@ -471,16 +472,16 @@ def test_statistics_go_where_evaluation_looks(fake, small, capsys, tmp_path):
 
 def test_what_cannot_be_fetched_is_explained(fake, monkeypatch, capsys):
     with pytest.raises(UserError, match='neither a system nor a released file. Did you mean "rectok"'):
-        download.main(["rektok"])
+        main(["rektok"])
     with pytest.raises(UserError, match="name a system"):
-        download.main([])
+        main([])
     out = said(capsys, "rectok", "--dry-run")
     assert "would fetch  hf://QingyuShi/RecTok/RecTok.pth -> pretrained_models/RecTok.pth" in out
     assert "offline_models" not in out and "offline_models" in said(capsys, "rectok", "--all", "--dry-run")
     assert "optional" in said(capsys, "--list", "rear")
     monkeypatch.setenv("TESSERA_OFFLINE", "1")
     with pytest.raises(UserError):
-        download.main(["RecTok.pth"])
+        main(["RecTok.pth"])
     out = capsys.readouterr().out
     assert "downloads are switched off" in out
     assert "/QingyuShi/RecTok/resolve/main/RecTok.pth and copy it to pretrained_models/RecTok.pth" in out
