@@ -11,7 +11,7 @@ import math
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path
-from typing import BinaryIO
+from typing import IO
 
 import numpy as np
 from numpy.lib import format as npy
@@ -38,7 +38,7 @@ def _naming_damage(path: Path) -> Iterator[None]:
         ) from error
 
 
-def _read_header(file: BinaryIO, path: Path, name: str, size: int) -> Header:
+def _read_header(file: IO[bytes], path: Path, name: str, size: int) -> Header:
     """Of an array that starts at the position of `file` and has `size` bytes with its header."""
     first = file.tell()
     version = npy.read_magic(file)

@@ -50,6 +50,11 @@ class Duration(str):
 
     PATTERN = re.compile(r"^\s*(\d+(?:\.\d+)?)\s*(ep|step|img|kimg|Mimg)s?\s*$")
 
+    def _parts(self) -> tuple[float, str]:
+        """Number and unit."""
+        number, unit = self.PATTERN.fullmatch(self).groups()  # pyright: ignore[reportOptionalMemberAccess] of `parse`
+        return float(number), unit
+
     @classmethod
     def parse(cls, text: Any) -> Duration:
         if isinstance(text, str) and (text == "never" or cls.PATTERN.match(text)):
@@ -60,19 +65,19 @@ class Duration(str):
         """In images, rounded to the nearest whole step. "never" is 0."""
         if self == "never":
             return 0
-        number, unit = self.PATTERN.match(self).groups()
+        number, unit = self._parts()
         per_unit = {"ep": images_per_epoch, "step": global_batch, "img": 1, "kimg": 1_000, "Mimg": 1_000_000}[unit]
-        return round(float(number) * per_unit / global_batch) * global_batch
+        return round(number * per_unit / global_batch) * global_batch
 
     def reached(self, progress: Progress) -> bool:
         """Whether a run has come this far. "never" is not reached."""
         if self == "never":
             return False
-        number, unit = self.PATTERN.match(self).groups()
+        number, unit = self._parts()
         per_unit = {"img": 1, "kimg": 1_000, "Mimg": 1_000_000}
         if unit in per_unit:
-            return progress.images_seen >= float(number) * per_unit[unit]
-        return (progress.epoch if unit == "ep" else progress.step) >= float(number)
+            return progress.images_seen >= number * per_unit[unit]
+        return (progress.epoch if unit == "ep" else progress.step) >= number
 
 
 def setting(default: Any, help: str, low: float | None = None, high: float | None = None) -> Any:
@@ -312,7 +317,7 @@ class _Checker:
         """`given` as an instance of the type `hint`; a problem is noted when it is not one."""
         if hint is None or isinstance(hint, (str, typing.TypeVar)):
             return given
-        if dataclasses.is_dataclass(hint):
+        if isinstance(hint, type) and dataclasses.is_dataclass(hint):
             return self.section(path, given, hint)
         check = self.CHECKS.get(get_origin(hint) or hint)
         return given if check is None else check(self, path, given, hint)
@@ -536,8 +541,9 @@ def _other_problems(config: RunConfig) -> Iterator[str]:
     sample = config.sample
     if isinstance(sample.scale, str):
         yield f'sample.scale: a text is two numbers, first and last scale, such as "1.2,8.0", not {sample.scale!r}.'
-    elif sample.guidance == "auto" and isinstance(sample.scale, list):
-        yield "sample.scale: autoguidance takes one number."
+    elif isinstance(sample.scale, list):
+        if sample.guidance == "auto":
+            yield "sample.scale: autoguidance takes one number."
     elif sample.guidance == "auto" and sample.scale > 1 and not sample.guide:
         yield "sample.guide: autoguidance needs the weights of a weaker model."
     for name, pair in (("data.scale", config.data.scale), ("sample.interval", sample.interval)):
@@ -550,7 +556,7 @@ def _other_problems(config: RunConfig) -> Iterator[str]:
 # ---------------------------------------------------------------------------------------------------------------------
 # Loading and dumping
 # ---------------------------------------------------------------------------------------------------------------------
-def _read_yaml(path: Path, seen: tuple[Path, ...] = ()):
+def _read_yaml(path: Path, seen: tuple[Path, ...] = ()) -> Any:
     from omegaconf import OmegaConf
 
     if not os.path.isfile(path):  # Path.is_file raises for names that no file can have
@@ -560,7 +566,7 @@ def _read_yaml(path: Path, seen: tuple[Path, ...] = ()):
     if path.resolve() in seen:
         raise UserError(f"{path} is its own base.")
     try:
-        config = OmegaConf.load(path)
+        config: Any = OmegaConf.load(path)
     except Exception as error:  # the YAML parser has many exception types, all of which mean: not YAML
         raise UserError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from None
     if config is None or not OmegaConf.is_dict(config):
@@ -591,7 +597,8 @@ def read_overrides(overrides: list[str]) -> dict[str, Any]:
     if malformed := [o for o in overrides if "=" not in o or o.startswith("-")]:
         raise UserError(f"overrides look like train.global_batch=256, not {' '.join(malformed)}")
     try:
-        return OmegaConf.to_container(OmegaConf.from_dotlist(overrides))
+        changes: Any = OmegaConf.to_container(OmegaConf.from_dotlist(overrides))
+        return changes
     except Exception as error:  # values are YAML, whose parser has many exception types
         raise UserError(
             f"{' '.join(overrides)}: no YAML after the equals sign: {' '.join(str(error).split())}"
@@ -609,7 +616,7 @@ def override(
     try:
         base = OmegaConf.merge(given())  # a copy
         _forget_arguments(base, changes, registries)
-        plain = OmegaConf.to_container(OmegaConf.merge(base, changes), resolve=True)
+        plain: Any = OmegaConf.to_container(OmegaConf.merge(base, changes), resolve=True)
     except (OmegaConfBaseException, TypeError) as error:  # TypeError: a table where a list stands, or the reverse
         raise UserError(f"{source}: {str(error).splitlines()[0]}") from None
     return check(plain, registries, source=source)

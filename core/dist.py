@@ -13,7 +13,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -78,7 +78,8 @@ class World:
         """Run `work` on every rank; if it fails on one, all of them raise, so that none waits for the dead."""
         if self.size == 1:
             return work()
-        result = error = None
+        result: Any = None
+        error: BaseException | None = None
         try:
             result = work()
         except BaseException as caught:
@@ -96,10 +97,9 @@ class World:
 
     def on_main(self, work: Callable[[], T]) -> T:
         """What `work` returns on the main rank, on every rank; if it fails there, all of them raise."""
-        result = self.together(lambda: work() if self.is_main else None)
         if self.size == 1:
-            return result
-        holder = [result]
+            return work()
+        holder: list[Any] = [self.together(lambda: work() if self.is_main else None)]
         dist.broadcast_object_list(holder, src=0, device=torch.device("cpu"))
         return holder[0]
 
@@ -107,9 +107,9 @@ class World:
         """What the one rank holds that has something other than None, on the main rank; None elsewhere."""
         if self.size == 1:
             return value
-        gathered = [None] * self.size if self.is_main else None
-        dist.gather_object(value, gathered, dst=0)
-        return next((v for v in gathered if v is not None), None) if self.is_main else None
+        gathered: list[Any] = [None] * self.size
+        dist.gather_object(value, gathered if self.is_main else None, dst=0)
+        return next((v for v in gathered if v is not None), None)
 
     def stop(self) -> None:
         if self.size > 1 and dist.is_initialized():

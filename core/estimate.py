@@ -84,8 +84,8 @@ class _Meter(FlopCounter):
         if key in self._alive:
             return
         size = storage.nbytes()
-        self._alive[key] = weakref.finalize(storage, self._gone, key, size)
-        self._alive[key].atexit = False
+        watch = self._alive[key] = weakref.finalize(storage, self._gone, key, size)
+        watch.atexit = False
         self.now += size
         self.peak = max(self.peak, self.now)
 

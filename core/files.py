@@ -62,7 +62,7 @@ def refuse_text(path: str | os.PathLike) -> None:
         )
 
 
-def is_machines_fault(error: BaseException) -> bool:
+def is_machines_fault(error: BaseException | None) -> bool:
     """Whether the operating system is behind `error` (a full disk, a lost mount): the same command may work later."""
     while error is not None:
         if isinstance(error, OSError) and error.errno is not None:

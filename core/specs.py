@@ -316,6 +316,7 @@ class Streams(Protocol):
 def codebook_rows(tokenizer: Tokenizer, device: torch.device) -> Tensor:
     """Every row of every codebook of a tokenizer with codes, (vocab, branches, dim) fp32. `device`: the tokenizer's."""
     spec = tokenizer.spec
+    assert not isinstance(spec, Continuous)
     every_code = torch.arange(spec.vocab, device=device)[None, :, None]
     return tokenizer.embed(every_code.expand(1, -1, spec.branches))[0]
 
@@ -330,12 +331,14 @@ class ScaleOps(Protocol):
 
     def scale_inputs(self, codes: Tensor) -> Tensor:
         """Codes (B, L, K) -> the inputs of all scales but the first, one after the other (teacher forcing)."""
+        ...
 
     def next_scale(self, state: Any, codes: Tensor, scale: int) -> tuple[Any, Tensor]:
         """One step of sampling: take in the codes (B, p p, K) of scale number `scale`; `state` is None at first.
 
         Returns the new state and the input of the next scale; after the last scale the tokens of the whole map.
         """
+        ...
 
 
 class Generator(nn.Module):
@@ -393,22 +396,27 @@ class Task(Protocol):
 
     def networks(self) -> dict[str, nn.Module]:
         """Trained networks by name, saved in every checkpoint."""
+        ...
 
     def frozen(self) -> dict[str, nn.Module]:
         """Networks that only help (teachers, perceptual nets, the tokenizer of a generator): moved, never saved."""
+        ...
 
     def constants(self) -> dict[str, Tensor]:
         """Tensors that are not trained but belong with the weights (latent statistics), themselves and not copies:
         a resumed run writes the saved values into them. {} for none."""
+        ...
 
     def phases(self, nets: dict[str, Any], batch: Batch, draws: Draws, progress: Progress) -> Iterator[Phase]:
         """Yield one Phase per trained network. `nets` are the networks as wrapped by the trainer (DDP, compile).
 
         The trainer runs backward on a phase before it asks for the next one.
         """
+        ...
 
     def preview(self, network: nn.Module, draws: Draws, count: int) -> Tensor:
         """(M, 3, H, W) in [-1, 1]: pictures that show the state of the run, the same ones each time."""
+        ...
 
 
 @dataclass

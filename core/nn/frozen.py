@@ -18,6 +18,9 @@ class Frozen(nn.Module):
     Subclasses call `freeze` at the end of their constructor.
     """
 
+    mean: Tensor
+    std: Tensor
+
     def __init__(self, mean: tuple[float, ...] = IMAGENET_MEAN, std: tuple[float, ...] = IMAGENET_STD):
         super().__init__()
         for name, values in (("mean", mean), ("std", std)):  # real also under torch.device("meta"): they are in no file

@@ -95,7 +95,7 @@ class KVCache:
             raise ValueError(f"positions {self.start}..{stop - 1} in a cache of length {self.length}")
         self.count, self.mask, self.causal, self.seen = count, None, False, self.span(stop)
         device = self.position.device
-        if self.static:  # once per step, not once per layer
+        if self.hidden is not None:  # static: once per step, not once per layer
             self.places = self.position if count == 1 else self.position + torch.arange(count, device=device)
             rows = self.hidden.index_select(0, self.places if causal else self.places[-1:])
             self.mask = rows[:, : self.seen]  # (count or 1, span), additive

@@ -19,6 +19,8 @@ from core.errors import UserError
 class LoRALinear(nn.Linear):
     """y = x W^T + bias + (alpha / rank) x A^T B^T, with W and bias frozen."""
 
+    scaling: Tensor
+
     def __init__(self, linear: nn.Linear, rank: int, alpha: float):
         nn.Module.__init__(self)
         self.in_features, self.out_features = linear.in_features, linear.out_features
@@ -40,7 +42,7 @@ class TunedLayerNorm(nn.LayerNorm):
     """A LayerNorm trained in full beside adapters; keeps what it started from, for files that want both."""
 
     def __init__(self, norm: nn.LayerNorm):
-        super().__init__(norm.normalized_shape, eps=norm.eps)
+        super().__init__(list(norm.normalized_shape), eps=norm.eps)
         with torch.no_grad():
             self.weight.copy_(norm.weight)
             self.bias.copy_(norm.bias)

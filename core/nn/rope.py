@@ -94,9 +94,12 @@ class AxialRope(nn.Module):
         extra: tokens after those of the grid that have no place and are not turned.
     """
 
+    cos: Tensor
+    sin: Tensor
+
     def __init__(self, head_dim: int, grid: tuple[int, int], theta: float = 10000.0, extra: int = 0):
         super().__init__()
-        self.head_dim, self.grid, self.theta, self.extra = head_dim, tuple(grid), theta, extra
+        self.head_dim, self.grid, self.theta, self.extra = head_dim, (grid[0], grid[1]), theta, extra
         cos, sin = self._table(self.grid)
         self.register_buffer("cos", cos, persistent=False)
         self.register_buffer("sin", sin, persistent=False)
@@ -112,5 +115,6 @@ class AxialRope(nn.Module):
             return self.cos, self.sin
         key = (*grid, self.cos.device)
         if key not in self._others:
-            self._others[key] = tuple(table.to(self.cos.device) for table in self._table(grid))
+            cos, sin = self._table(grid)
+            self._others[key] = cos.to(self.cos.device), sin.to(self.cos.device)
         return self._others[key]

@@ -28,9 +28,10 @@ class Transformer(nn.Module):
         super().__init__()
         size = ViTSize(width, layers, heads)
         self.ln_pre = nn.LayerNorm(width)
-        self.transformer = nn.ModuleList(Block(size, None, "gelu", False, 0.0, eps=1e-5) for _ in range(layers))
+        blocks = [Block(size, None, "gelu", False, 0.0, eps=1e-5) for _ in range(layers)]
+        self.transformer = nn.ModuleList(blocks)
         self.ln_post = nn.LayerNorm(width)
-        for block in self.transformer:
+        for block in blocks:
             nn.init.xavier_uniform_(block.attn.qkv.weight)
             nn.init.zeros_(block.attn.qkv.bias)
             nn.init.zeros_(block.attn.proj.bias)

@@ -157,6 +157,7 @@ class VisionTransformer(nn.Module):
         """
         std = self.size.width**-0.5
         for block in self.blocks:
+            assert isinstance(block, Block)
             for scale in (block.ls1, block.ls2):
                 if isinstance(scale, LayerScale):
                     scale.gamma.fill_(1.0)
@@ -180,6 +181,7 @@ class VisionTransformer(nn.Module):
     def encode(self, x: Tensor, draws: Draws | None = None) -> Tensor:
         """Blocks and final norm over any tokens (B, T, D). `draws` (core.rng.Draws) switch stochastic depth on."""
         for index, block in enumerate(self.blocks):
+            assert isinstance(block, Block)
             drops = draws.uniform(f"drop path {index}", (2,)) if draws is not None and block.drop > 0 else None
             x = block(x, drops)
         return self.norm(x)
@@ -228,7 +230,7 @@ def dinov2_weights(size: ViTSize, image_size: int, patch_size: int, file: str | 
             "size, or start from random weights with pretrained: false"
         )
     model = dinov2_model(name or "base")
-    shape = {} if name else timm_shape(size)
+    shape: dict[str, Any] = {} if name else timm_shape(size)
     try:
         overlay = {"file": file or str(timm_file(model).get())}
         network = timm.create_model(

@@ -31,10 +31,10 @@ class Ema:
     @torch.no_grad()
     def update(self, updates: int | None = None) -> None:
         """Follow the weights once more. With the number of `updates` so far, decays are warmed up."""
-        weights = list(self.parameters.values())
+        weights: list[Tensor] = list(self.parameters.values())
         for decay, average in self.averages.items():
             share = 1.0 - (decay if updates is None else warmed(decay, updates))
-            torch._foreach_lerp_(list(average.values()), weights, share)
+            torch._foreach_lerp_(list(average.values()), weights, share)  # pyright: ignore[reportPrivateImportUsage]
 
     @contextmanager
     def applied(self, decay: float | None = None) -> Iterator[None]:

@@ -7,6 +7,8 @@ second, so both cost one norm and no copy.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -28,12 +30,15 @@ class StepGuard:
         self.record = torch.zeros(4, dtype=torch.int64, device=parameters[0].device)
 
     @torch.no_grad()
-    def before_step(self, optimizer: torch.optim.Optimizer, step: int) -> Tensor:
+    def before_step(self, optimizer: Any, step: int) -> Tensor:
         """Arm `optimizer` for its next step() and return the global gradient norm (device scalar, fp32)."""
+        gradients = []
         for parameter in self.parameters:
             if parameter.grad is None:  # took no part in this step
                 parameter.grad = torch.zeros_like(parameter)
-        norms = whole(torch.stack(torch._foreach_norm([p.grad for p in self.parameters])))  # (parameters,)
+            gradients.append(parameter.grad)
+        norms = torch._foreach_norm(gradients)  # pyright: ignore[reportPrivateImportUsage]
+        norms = whole(torch.stack(norms))  # (parameters,)
         total = torch.linalg.vector_norm(norms)
         bad = ~torch.isfinite(total)
         scale = (total / self.max_norm).clamp(min=1.0) if self.max_norm > 0 else torch.ones_like(total)

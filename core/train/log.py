@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -28,7 +28,7 @@ class Averages:
         self.sums: dict[str, Tensor] = {}
         self.counts: dict[str, int] = {}
 
-    def add(self, values: dict[str, Tensor | float]) -> None:
+    def add(self, values: Mapping[str, Tensor | float]) -> None:
         for name, value in values.items():
             value = value.detach().float() if isinstance(value, Tensor) else torch.tensor(float(value))
             self.sums[name] = self.sums[name] + value if name in self.sums else value

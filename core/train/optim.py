@@ -43,7 +43,7 @@ class Schedule:
         def images(duration, default: int) -> int:
             return default if duration is None else duration.images(images_per_epoch, global_batch)
 
-        peak = optimizer.lr if optimizer.lr is not None else optimizer.base_lr * global_batch / 256
+        peak = optimizer.lr if optimizer.lr is not None else (optimizer.base_lr or 0.0) * global_batch / 256
         warmup, begin = images(schedule.warmup, 0), images(schedule.warmup_from, 0)
         end = total_images - global_batch if schedule.inclusive else total_images
         return cls(
@@ -118,4 +118,5 @@ def make_adamw(network: nn.Module, config: OptimizerConfig) -> torch.optim.AdamW
                 }
             )
     # lr is set before every step; fused updates all tensors in one kernel and can skip a step on the device.
-    return torch.optim.AdamW(groups, lr=0.0, betas=tuple(config.betas), eps=config.eps, fused=True)
+    first, second = config.betas
+    return torch.optim.AdamW(groups, lr=0.0, betas=(first, second), eps=config.eps, fused=True)

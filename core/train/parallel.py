@@ -11,9 +11,11 @@ import copy
 import functools
 import inspect
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.utils.checkpoint import checkpoint
 
@@ -75,7 +77,8 @@ def replicate(network: nn.Module, world: World) -> nn.Module:
     no_sync = (
         "forward_sync_buffers" if "forward_sync_buffers" in inspect.signature(ddp).parameters else "broadcast_buffers"
     )
-    return ddp(network, device_ids=devices, gradient_as_bucket_view=True, **{no_sync: False})
+    options: dict[str, Any] = {no_sync: False}
+    return ddp(network, device_ids=devices, gradient_as_bucket_view=True, **options)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -88,7 +91,6 @@ def shard(network: nn.Module, world: World) -> None:
     which checkpoints hold, and shards.
     """
     from torch.distributed.device_mesh import init_device_mesh
-    from torch.distributed.fsdp import fully_shard
 
     mesh = init_device_mesh(world.device.type, (world.size,))
     for block in blocks_of(network):
@@ -130,7 +132,7 @@ def unsynced(networks: list[nn.Module]) -> Iterator[None]:
         for network in networks:
             if isinstance(network, nn.parallel.DistributedDataParallel):
                 stack.enter_context(network.no_sync())
-            elif hasattr(network, "set_requires_gradient_sync"):
+            elif isinstance(network, FSDPModule):
                 network.set_requires_gradient_sync(False)
                 stack.callback(network.set_requires_gradient_sync, True)
         yield
@@ -142,7 +144,7 @@ def skeleton(network: nn.Module, shared: list[nn.Module]) -> nn.Module:
     Args:
         shared: modules that it refers to without owning them; the copy refers to the same ones.
     """
-    memo = {id(module): module for module in shared}
+    memo: dict[int, Any] = {id(module): module for module in shared}
     for parameter in network.parameters():
         memo[id(parameter)] = nn.Parameter(torch.empty_like(parameter, device="meta"), parameter.requires_grad)
     return copy.deepcopy(network, memo)

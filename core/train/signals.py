@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import signal
 import time
+from typing import Any
 
 REQUEUE_EXIT_CODE = 75  # EX_TEMPFAIL of sysexits.h: "try again later"
 # torchrun repeats a Ctrl-C to its workers, which the terminal has already told: so soon it is the same one.
@@ -27,7 +28,7 @@ class StopRequest:
         self._start = time.monotonic()
         self._signal: str | None = None
         self._interrupted: float | None = None  # when the first Ctrl-C came
-        self._previous: dict[int, object] = {}
+        self._previous: dict[int, Any] = {}
 
     def __enter__(self) -> StopRequest:
         for number in _SIGNALS:

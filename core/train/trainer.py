@@ -429,12 +429,13 @@ class Trainer:
 
     def _evaluate(self, log: RunLog) -> None:
         """Online metrics. Collective: all ranks share the pictures, the main rank has the numbers."""
+        assert self.evaluate is not None
         with self.averaged() as network:
             metrics = self.evaluate(self.task, network)
         if self.world.is_main:
             self._write_metrics(log, metrics)
         if self.settings.keep_best is not None:
-            self._keep_best(metrics)
+            self._keep_best(self.settings.keep_best, metrics)
 
     def _write_metrics(self, log: RunLog, metrics: dict[str, float]) -> None:
         log.flush()
@@ -447,9 +448,9 @@ class Trainer:
         )
         self.run.log(f"evaluation at step {self.step}: " + "  ".join(f"{k} {v:.4g}" for k, v in metrics.items()))
 
-    def _keep_best(self, metrics: dict[str, float]) -> None:
-        """Save and pin this step if the chosen metric was never smaller. Collective: the main rank decides."""
-        wanted, better = self.settings.keep_best, False
+    def _keep_best(self, wanted: str, metrics: dict[str, float]) -> None:
+        """Save and pin this step if the wanted metric was never smaller. Collective: the main rank decides."""
+        better = False
         name = next((n for n in sorted(metrics) if n.startswith(wanted)), wanted)  # names end with network and count
         if self.world.is_main:
             if name not in metrics:

@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from core.errors import UserError
-from core.rng import Draws, RecordedDraws
+from core.rng import Draws
+from tests.parity.recorded_draws import RecordedDraws
 from core.specs import Codes, Continuous, Generator, Guidance, Tokenizer
 from core.weights.layouts import check_layout
 from generator import GENERATORS

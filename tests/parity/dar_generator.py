@@ -8,7 +8,6 @@ import torch
 from torch import Tensor
 
 from core.config import linear_scales
-from core.rng import RecordedDraws
 from core.specs import Guidance
 from generator.adapters import ADAPTERS
 from generator.adapters.gpt import RENAMES
@@ -19,6 +18,7 @@ from tests.parity import Case, kind
 from tests.parity.dar_models import TOKENIZER, build_tokenizer
 from tests.parity.dar_tokenizer import images_uint8, painted_size
 from tests.parity.fields import notes, only, reads
+from tests.parity.recorded_draws import RecordedDraws
 from tests.parity.rectok_models import below
 
 GPT_FIELDS = (

@@ -8,11 +8,11 @@ from torch.nn import functional as F
 
 from core.images import to_uint8
 from core.nn.embed import sinusoidal
-from core.rng import RecordedDraws
 from core.specs import Progress
 from tests.parity import Case, kind
 from tests.parity.dar_models import CORE, FEATURES, SMALL, TOKENIZER, build_core, build_tokenizer
 from tests.parity.fields import FieldError, notes, reads
+from tests.parity.recorded_draws import RecordedDraws
 from tokenizer.losses.objective import Objective
 from tokenizer.vq.quantizer import VectorQuantizer
 

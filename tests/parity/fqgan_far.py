@@ -7,7 +7,6 @@ import re
 import torch
 from torch import Tensor
 
-from core.rng import RecordedDraws
 from core.specs import Guidance
 from generator.adapters import ADAPTERS
 from generator.adapters.far import RENAMES
@@ -18,6 +17,7 @@ from tests.parity import Case, kind
 from tests.parity.dar_generator import GPT_FIELDS, nucleus
 from tests.parity.fields import FieldError, notes, only, reads
 from tests.parity.recipe import recipe_weights
+from tests.parity.recorded_draws import RecordedDraws
 
 ADAPTER = ADAPTERS["far"]
 MODEL = reads("variant") | (GPT_FIELDS | reads("ar_n_layer")).below("ModelArgs")

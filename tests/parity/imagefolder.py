@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from core.rng import RecordedDraws
 from core.specs import Progress
 from tests.parity import Case, kind
 from tests.parity.fields import NOTE, FieldError, notes, only, reads
+from tests.parity.recorded_draws import RecordedDraws
 from tests.parity.rectok_models import below
 from tokenizer.adapters.imagefolder import ADAPTER
 from tokenizer.multiscale.imagefolder import ImageFolder

@@ -10,10 +10,10 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from core.nn.probe import LinearProbe
-from core.rng import RecordedDraws
 from core.specs import Progress, Recon
 from tests.parity import Case, kind
 from tests.parity.fields import NOTE, FieldError, notes, only, reads
+from tests.parity.recorded_draws import RecordedDraws
 from tests.parity.rectok_models import below
 from tokenizer.losses import diffaug
 from tokenizer.losses.dino_discriminator import DinoDiscriminator

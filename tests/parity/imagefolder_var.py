@@ -9,7 +9,6 @@ from torch import Tensor
 
 from core.config import Duration, OptimizerConfig, ScheduleConfig
 from core.images import to_unit_range
-from core.rng import RecordedDraws
 from core.specs import Guidance, Progress
 from core.train.guards import StepGuard
 from core.train.optim import Schedule, make_adamw, weight_decay_at
@@ -20,6 +19,7 @@ from generator.var.var import VAR, Progressive
 from tests.parity import Case, Tolerance, kind
 from tests.parity.fields import NOTE, FieldError, notes, only, reads
 from tests.parity.imagefolder import TOKENIZER, build_tokenizer
+from tests.parity.recorded_draws import RecordedDraws
 from tests.parity.rectok_models import below
 from tokenizer.multiscale.imagefolder import ImageFolder
 

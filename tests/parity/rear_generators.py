@@ -7,7 +7,6 @@ from torch import Tensor
 
 from core.config import Duration, OptimizerConfig, ScheduleConfig
 from core.images import to_uint8, to_unit_range
-from core.rng import RecordedDraws
 from core.specs import Guidance, Loss, Progress
 from core.train.ema import warmed
 from core.train.optim import Schedule, make_adamw
@@ -19,6 +18,7 @@ from generator.guidance import scales
 from tests.parity import Case, kind
 from tests.parity.fields import FieldError, notes, only, reads
 from tests.parity.rear_tokenizers import MASKGIT, build_maskgit
+from tests.parity.recorded_draws import RecordedDraws
 from tests.parity.rectok_models import below
 from tokenizer.adapters import ADAPTERS as TOKENIZER_ADAPTERS
 

@@ -7,13 +7,13 @@ from torch import Tensor, nn
 
 from core.images import to_uint8, to_unit_range
 from core.nn.embed import sincos_2d
-from core.rng import RecordedDraws
 from core.specs import Guidance, Progress
 from generator.dit import flow
 from generator.dit.dit_dh import DiTDH
 from generator.dit.flow import euler
 from tests.parity import Case, kind
 from tests.parity.fields import notes, reads
+from tests.parity.recorded_draws import RecordedDraws
 from tests.parity.rectok_losses import TEACHER, build_teacher
 from tests.parity.rectok_models import GENERATOR, TOKENIZER, below, build_generator, build_tokenizer, teacher_names
 from tokenizer.continuous.rectok import Posterior, RecTok

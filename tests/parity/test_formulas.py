@@ -13,9 +13,9 @@ import torch
 from torch.nn import functional as F
 
 from core.config import Duration, OptimizerConfig, ScheduleConfig
-from core.rng import RecordedDraws
 from core.specs import Discriminator, Progress, Recon
 from core.train.optim import Schedule
+from tests.parity.recorded_draws import RecordedDraws
 from tokenizer.adapters import ADAPTERS
 from tokenizer.losses import diffaug
 from tokenizer.losses.objective import Objective
