@@ -117,13 +117,12 @@ def _vgg16(widths: tuple[int, ...]) -> tuple[nn.Sequential, dict[int, int]]:
     return nn.Sequential(*layers), taps
 
 
-def _squeezenet(pretrained: bool) -> nn.Sequential:
+def _squeezenet(pretrained: bool) -> Any:
     if pretrained:
         return load_squeezenet()
     import torchvision
 
-    network: Any = torchvision.models.squeezenet1_1(weights=None)
-    return network.features
+    return torchvision.models.squeezenet1_1(weights=None).features
 
 
 def _vgg16_weights(layers: int) -> dict[str, Tensor]:

@@ -10,7 +10,6 @@ import torch
 
 from core.errors import UserError
 from core.rng import Draws
-from tests.parity.recorded_draws import RecordedDraws
 from core.specs import Codes, Continuous, Generator, Guidance, Tokenizer
 from core.weights.layouts import check_layout
 from generator import GENERATORS
@@ -20,6 +19,7 @@ from generator.dit.dit_dh import DiTDH
 from generator.dit.flow import euler
 from generator.guidance import guide
 from tests.parity import fixture_folder
+from tests.parity.recorded_draws import RecordedDraws
 from tokenizer import TOKENIZERS
 from tokenizer.adapters import ADAPTERS as TOKENIZER_ADAPTERS
 from tokenizer.continuous.rectok import RecTok
