@@ -21,6 +21,7 @@ def run(main: Callable[[list[str]], int | None]) -> None:
         # What is registered first is called last: when other threads have ended and everything else was tidied up.
         atexit.register(lambda: leave(ending["code"]))
     try:
+        _refuse_another_clone(Path(sys.argv[0]))
         code = main(sys.argv[1:]) or 0
     except UserError as error:
         code, message = 2, f"error: {error}"
@@ -40,6 +41,16 @@ def run(main: Callable[[list[str]], int | None]) -> None:
             Path(os.environ["TESSERA_EXIT_FILE"]).write_text(str(code))
     ending["code"] = code
     sys.exit(code)
+
+
+def _refuse_another_clone(program: Path) -> None:
+    """`python scripts/NAME.py` finds the packages through the environment, which may be that of another clone."""
+    here = Path(__file__).resolve().parents[1]
+    if program.parent.name == "scripts" and program.resolve().parents[1] != here:
+        raise UserError(
+            f"{program} would run with the packages of {here}, whose environment this is. Start it from its own folder as "
+            f"python -m scripts.{program.stem}"
+        )
 
 
 def leave(code: int) -> NoReturn:

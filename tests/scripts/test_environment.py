@@ -1,0 +1,150 @@
+"""scripts/environment.sh: it finds an interpreter or makes an environment, once, with the torch that the driver runs."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.conftest import ROOT
+from tests.scripts.test_launch import program, run
+
+
+def test_interpreter_that_is_not_there(tmp_path):
+    done = run("run_train_tokenizer.sh", "x", TESSERA_PYTHON=str(tmp_path / "nope"))
+    assert done.returncode == 2 and done.stderr == f"error: TESSERA_PYTHON={tmp_path / 'nope'} is not a program\n"
+
+
+def test_interpreter_that_is_too_old(tmp_path):
+    old = program(tmp_path / "python", '[ "$1" = --version ] && echo "Python 3.8.10"\nexit 1')
+    done = run("run_train_tokenizer.sh", "x", TESSERA_PYTHON=str(old))
+    assert done.returncode == 2
+    assert done.stderr.startswith(f"error: {old} is Python 3.8.10; Tessera needs Python 3.11 or newer.")
+
+
+@pytest.fixture
+def repository(tmp_path) -> Path:
+    """A copy of what an installation needs, without a .venv."""
+    copy = tmp_path / "a repository"
+    (copy / "scripts").mkdir(parents=True)
+    for name in ("environment.sh", "launch.sh"):
+        shutil.copy(ROOT / "scripts" / name, copy / "scripts" / name)
+    (copy / "requirements.txt").write_text("nothing\n")
+    return copy
+
+
+def install(repository: Path, programs: Path) -> subprocess.CompletedProcess:
+    environment = {
+        **os.environ,
+        "PATH": f"{programs}:{os.environ['PATH']}",
+        "TESSERA_PYTHON": "",
+        "NPROC": "1",
+        "PYTHON_FOR_VENV": sys.executable,
+    }
+    return subprocess.run(
+        ["bash", str(repository / "scripts" / "launch.sh"), "program.py"],
+        env=environment,
+        text=True,
+        capture_output=True,
+        timeout=600,
+    )
+
+
+FAKE_UV = """
+echo "uv $*" >>"$(dirname "$0")/uv.log"
+if [ "$1" = venv ]; then
+    venv="${!#}"; mkdir -p "$venv/bin"
+    printf '#!/usr/bin/env bash\\necho "ran $*"\\n' >"$venv/bin/python"; chmod +x "$venv/bin/python"
+fi
+"""
+
+
+def test_environment_is_made_once(repository, tmp_path):
+    program(tmp_path / "bin" / "uv", FAKE_UV)
+    program(tmp_path / "bin" / "df", 'echo header; echo "disk 1 1 99999 1% /"')
+    first, second = install(repository, tmp_path / "bin"), install(repository, tmp_path / "bin")
+    assert first.returncode == second.returncode == 0, first.stderr
+    assert "Installing requirements.txt" in first.stdout and second.stdout == "ran -m program\n"
+    assert [line.split()[1] for line in (tmp_path / "bin" / "uv.log").read_text().splitlines()] == ["venv", "pip"]
+    (repository / "requirements.txt").write_text("something else\n")
+    assert "Installing requirements.txt" in install(repository, tmp_path / "bin").stdout
+
+
+def test_failed_installation_is_not_remembered(repository, tmp_path):
+    program(tmp_path / "bin" / "uv", '[ "$1" = venv ] || exit 1')
+    program(tmp_path / "bin" / "df", 'echo header; echo "disk 1 1 99999 1% /"')
+    for _ in range(2):
+        done = install(repository, tmp_path / "bin")
+        assert done.returncode == 2 and "error: uv could not install the requirements" in done.stderr
+
+
+def test_full_disk(repository, tmp_path):
+    program(tmp_path / "bin" / "df", 'echo header; echo "disk 1 1 12 99% /"')
+    done = install(repository, tmp_path / "bin")
+    assert done.returncode == 2 and done.stderr.startswith("error: only 12 MB free in ")
+    assert not (repository / ".venv").exists()
+
+
+@pytest.mark.parametrize("script", sorted(p.name for p in ROOT.glob("run_*.sh")))
+def test_help_needs_no_installation(script, tmp_path):
+    """Nor a list of files, nor any GPU: the standard library answers."""
+    copy = tmp_path / "repository"
+    for part in ("scripts", "run", "core", "data", "evaluation", "configs"):
+        shutil.copytree(ROOT / part, copy / part, ignore=shutil.ignore_patterns("__pycache__"))
+    for name in (script, "run_decoder_finetune_tokenizer.sh", "requirements.txt"):
+        shutil.copy(ROOT / name, copy / name)
+    bare = program(tmp_path / "python", f'exec {sys.executable} -S -E "$@"')  # without site-packages
+    questions = [("--help",)] + [("--list",), ("rectok", "--list")] * (script == "run_download.sh")
+    for words in questions:
+        environment = {**os.environ, "TESSERA_PYTHON": "", "PYTHON_FOR_VENV": str(bare), "NPROC": "2"}
+        done = subprocess.run(
+            ["bash", str(copy / script), *words], env=environment, text=True, capture_output=True, timeout=600
+        )
+        assert done.returncode == 0 and len(done.stdout) > 60 and not done.stderr, (words, done.stderr)
+        assert not (copy / ".venv").exists()
+
+
+@pytest.mark.parametrize(
+    ("driver", "torch_line"),
+    [
+        ("", r"torch==2\.15\.0 "),
+        ("590.44.01", r"torch==2\.15\.0 "),
+        ("580.65.06", r"torch==2\.15\.0 "),
+        ("570.124.06", r"torch==2\.10\.0 .*\ntorchvision==0\.25\.0 "),
+        ("525.60.13", r"torch==2\.10\.0 .*\ntorchvision==0\.25\.0 "),
+    ],
+)
+def test_torch_is_chosen_for_the_driver(repository, tmp_path, driver, torch_line):
+    shutil.copy(ROOT / "requirements.txt", repository)
+    keep = 'while [ $# -gt 0 ]; do [ "$1" = -r ] && cat "$2" >>"$(dirname "$0")/lists"; shift; done'
+    program(tmp_path / "bin" / "uv", FAKE_UV + keep)
+    program(tmp_path / "bin" / "df", 'echo header; echo "disk 1 1 99999 1% /"')
+    program(tmp_path / "bin" / "nvidia-smi", f"echo {driver}" if driver else "echo no devices were found; exit 6")
+    done = install(repository, tmp_path / "bin")
+    assert done.returncode == 0, done.stderr
+    assert re.search("^" + torch_line, (tmp_path / "bin" / "lists").read_text(), re.MULTILINE)
+
+
+def test_a_driver_that_is_too_old(repository, tmp_path):
+    program(tmp_path / "bin" / "nvidia-smi", "echo 470.82.01")
+    program(tmp_path / "bin" / "df", 'echo header; echo "disk 1 1 99999 1% /"')
+    done = install(repository, tmp_path / "bin")
+    assert done.returncode == 2 and "driver 470.82.01 of this machine's GPU is older than 525" in done.stderr
+
+
+def test_programs_by_path(tmp_path):
+    """The environment knows its clone; a program of another one says so instead of running half of each."""
+    other = tmp_path / "clone" / "scripts" / "train.py"
+    other.parent.mkdir(parents=True)
+    shutil.copy(ROOT / "scripts" / "train.py", other)
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}  # stands for .venv's tessera.pth
+    for path, code, said in ((ROOT / "scripts" / "train.py", 0, "usage:"), (other, 2, "python -m scripts.train")):
+        done = subprocess.run(
+            [sys.executable, path, "--help"], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=600
+        )
+        assert done.returncode == code and said in done.stdout + done.stderr
