@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from core.errors import UserError
 from core.files import replacing
 
 ROUNDINGS = ("truncate", "nearest", "plus128")
@@ -37,6 +39,22 @@ def to_uint8(images: Tensor, rounding: str = "truncate") -> Tensor:
         return (127.5 * images + 128.0).clamp(0, 255).to(torch.uint8)
     scaled = to_unit_range(images, clamp=True) * 255.0
     return (scaled.round() if rounding == "nearest" else scaled).to(torch.uint8)
+
+
+def finite_uint8(images: Tensor, rounding: str, numbers: Sequence[int] | Tensor) -> Tensor:
+    """`to_uint8`, which would make an inconspicuous black or white of NaN and infinity: these are a UserError here.
+
+    Waits for the device: for finished pictures, that are about to be copied from it.
+
+    Args:
+        numbers: of the pictures, for the message.
+    """
+    if not images.isfinite().all():
+        raise UserError(
+            f"a picture between {int(numbers[0])} and {int(numbers[-1])} has pixels that are not finite. The weights or "
+            "the precision are at fault; nothing was kept of these pictures."
+        )
+    return to_uint8(images, rounding)
 
 
 def grid(images: Tensor, columns: int | None = None, padding: int = 2) -> Tensor:

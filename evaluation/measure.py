@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from core.config import EvalConfig, RunConfig
 from core.dist import World
 from core.errors import UserError
-from core.images import grid, to_model_range, to_uint8, to_unit_range
+from core.images import finite_uint8, grid, to_model_range, to_uint8, to_unit_range
 from core.rng import Draws, hash64
 from core.specs import DataSource, codebook_rows
 from core.weights.released import helper
@@ -282,16 +282,6 @@ def alone(device: torch.device) -> World:
     return World(0, 1, 0, device)
 
 
-def finite_uint8(pixels: Tensor, rounding: str, first: int | Tensor) -> Tensor:
-    """core.images.to_uint8, which would make an inconspicuous black or white of NaN."""
-    if not pixels.isfinite().all():
-        raise UserError(
-            f"a picture between {int(first)} and {int(first) + len(pixels) - 1} has pixels that are not finite. The "
-            "weights or the precision are at fault; nothing was kept of these pictures."
-        )
-    return to_uint8(pixels, rounding)
-
-
 def pixel_dtype(protocol: Protocol, bf16: bool) -> torch.dtype:
     """In what the product with 255 is taken."""
     return torch.bfloat16 if bf16 and protocol.bf16_pixels else torch.float32
@@ -353,7 +343,7 @@ class ByTokenizer:
 
     def _rounded(self, pixels: Tensor, first: int) -> Tensor:
         pixels = pixels.to(pixel_dtype(self.protocol, self.bf16))
-        return finite_uint8(pixels, self.protocol.reconstruction_rounding, first)
+        return finite_uint8(pixels, self.protocol.reconstruction_rounding, range(first, first + len(pixels)))
 
 
 @dataclass
@@ -444,7 +434,7 @@ def producer(
         for start in range(indices.start, indices.stop, batch):
             positions = torch.arange(start, min(start + batch, indices.stop), device=device)
             drawn = sample(labels[start : start + len(positions)].to(device), Draws(hash64(seed, "samples"), positions))
-            parts.append(finite_uint8(drawn.to(dtype), rounding, positions[0]))
+            parts.append(finite_uint8(drawn.to(dtype), rounding, positions))
         return torch.cat(parts)
 
     return produce

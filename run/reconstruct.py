@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from core.errors import UserError
 from core.files import explain_os_errors
-from core.images import grid, save_png, to_model_range, to_uint8
+from core.images import finite_uint8, grid, save_png, to_model_range
 from core.rng import Draws, hash64
 from core.specs import Codes, MultiScale
 from data.decode import UnreadablePicture, decode_rgb
@@ -74,7 +74,7 @@ def reconstruct(tokenizer: nn.Module, pictures: Iterable[Named], folder: Path, g
         with torch.no_grad():
             latents = tokenizer.encode(to_model_range(batch.to(device)))
             stages = tokenizer.previews(latents, draws) if with_stages else [tokenizer.decode(latents, draws)]
-            rebuilt = to_uint8(stages[-1].float(), "nearest").cpu()
+            rebuilt = [finite_uint8(stage.float(), "nearest", draws.positions) for stage in stages][-1].cpu()
         codes.append(latents.cpu())
         for i, (name, value) in enumerate(zip(names, psnr(batch / 255, rebuilt / 255).tolist())):
             safe = re.sub(r"[^\w.-]+", "_", name)

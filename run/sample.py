@@ -21,7 +21,7 @@ from core.chunks import Chunks, enter
 from core.dist import World
 from core.errors import UserError, nearest
 from core.files import explain_os_errors
-from core.images import grid, save_png, to_model_range, to_uint8
+from core.images import finite_uint8, grid, save_png, to_model_range
 from core.nn.precision import bf16_products
 from core.rng import Draws, hash64
 from core.train.log import progress_line
@@ -188,7 +188,7 @@ class SampleFolder:
                 for start in range(0, len(missing), batch):
                     part = missing[start : start + batch]
                     stages = self._make(sampler, part, world)
-                    images = to_uint8(stages[-1].float(), "nearest").cpu()
+                    images = [finite_uint8(stage.float(), "nearest", part) for stage in stages][-1].cpu()
                     for earlier in writing:
                         earlier.result()
                     writing = [

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from core.errors import UserError
 from core.files import replacing
-from core.images import grid, save_png, to_uint8
+from core.images import finite_uint8, grid, save_png, to_uint8
 from core.rng import Draws
 from core.specs import Guidance, Previews, Streams
 
@@ -111,7 +111,7 @@ def layout_prefix(tokenizer: nn.Module, image: Tensor, groups: int) -> Tensor:
 
 def filmstrip(pictures: list[Tensor], originals: Tensor | None = None) -> Tensor:
     """(3, H', W') uint8: one row per picture, one column per stage, and last the originals (B, 3, H, W) uint8 if any."""
-    stages = [to_uint8(stage.float(), "nearest").cpu() for stage in pictures]
+    stages = [finite_uint8(stage.float(), "nearest", range(len(stage))).cpu() for stage in pictures]
     stages += [] if originals is None else [originals.cpu()]
     return grid(torch.stack(stages, dim=1).flatten(0, 1), columns=len(stages))
 

@@ -416,16 +416,24 @@ class Trainer:
             network.train()
 
     def preview(self) -> None:
-        """Write samples/step_<n>.png on the main rank."""
+        """Write samples/step_<n>.png on the main rank. Whatever goes wrong with a picture is said and ends no run."""
         if not self.world.is_main and self.skeleton is None:
             return
-        positions = torch.arange(PREVIEW_IMAGES, device=self.world.device)
         with self.averaged() as network:
             if not self.world.is_main:
                 return
-            pictures = self.task.preview(network, Draws(hash64(self.config.seed, "preview"), positions), PREVIEW_IMAGES)
-        grid = image_tools.grid(image_tools.to_uint8(pictures.float()), columns=8)
-        image_tools.save_png(grid, self.run.path / "samples" / f"step_{self.step:08d}.png")
+            try:
+                self._write_preview(network)
+            except (UserError, torch.OutOfMemoryError) as error:
+                with contextlib.suppress(UserError):  # the disk that has no room for the picture has none for log.txt
+                    self.run.log(f"warning: no preview of step {self.step}: {str(error).splitlines()[0]}")
+
+    def _write_preview(self, network: nn.Module) -> None:
+        positions = torch.arange(PREVIEW_IMAGES, device=self.world.device)
+        pictures = self.task.preview(network, Draws(hash64(self.config.seed, "preview"), positions), PREVIEW_IMAGES)
+        pictures = image_tools.finite_uint8(pictures.float(), "truncate", range(len(pictures)))
+        path = self.run.path / "samples" / f"step_{self.step:08d}.png"
+        image_tools.save_png(image_tools.grid(pictures, columns=8), path)
 
     def _evaluate(self, log: RunLog) -> None:
         """Online metrics. Collective: all ranks share the pictures, the main rank has the numbers."""

@@ -15,7 +15,9 @@ from PIL import Image
 
 from core.dist import OtherRankFailed
 from core.errors import UserError
+from run import streaming
 from run.sample import SampleFolder, parse_labels
+from run.target import Sampler
 from scripts import sample
 from tests.conftest import ROOT
 from tests.ranks import in_threads
@@ -173,3 +175,22 @@ def test_two_ranks_make_the_same_pictures(generator_run, tmp_path):
             command, cwd=ROOT, check=True, env={**os.environ, "NPROC": str(count), "TESSERA_PYTHON": sys.executable}
         )
     assert pictures(tmp_path / "1") == pictures(tmp_path / "2")
+
+
+@pytest.mark.parametrize("preview", [False, True])
+def test_pictures_that_are_not_finite_are_not_written(run, tmp_path, monkeypatch, preview):
+    """NaN would become an inconspicuous black."""
+    real = Sampler.sample
+
+    def poisoned(sampler, labels, draws):
+        images = real(sampler, labels, draws)
+        images[-1, 0, 0, 0] = torch.nan
+        if preview:  # a stage that nobody kept
+            return SimpleNamespace(pictures=[images, images.nan_to_num()], seconds=[1.0, 2.0], first_share=0.5)
+        return images
+
+    monkeypatch.setattr(Sampler, "stream" if preview else "sample", poisoned)
+    monkeypatch.setattr(streaming, "check", lambda *_: None)
+    with pytest.raises(UserError, match="a picture between 0 and 4 has pixels that are not finite"):
+        run("--labels", "0", "--num", 5, "--out", tmp_path / "s", *(["--preview"] if preview else []))
+    assert not list((tmp_path / "s").glob("*.png"))

@@ -62,3 +62,14 @@ def test_reconstruct_mistakes(tokenizer_run, tmp_path):
         reconstruct.main(["--weights", str(tokenizer_run), str(tmp_path / "text.png")])
     with pytest.raises(UserError, match="no/such.png"):
         reconstruct.main(["--weights", str(tokenizer_run), "no/such.png"])
+
+
+def test_reconstructions_that_are_not_finite_are_not_written(tokenizer_run, tmp_path, monkeypatch):
+    Image.new("RGB", (40, 40)).save(tmp_path / "a.png")
+    monkeypatch.setattr(
+        "tokenizer.continuous.rectok.RecTok.decode", lambda self, latents, *_: torch.full((1, 3, 32, 32), torch.nan)
+    )
+    words = ["--weights", str(tokenizer_run), str(tmp_path / "a.png"), "--out", str(tmp_path / "out")]
+    with pytest.raises(UserError, match="a picture between 0 and 0 has pixels that are not finite"):
+        reconstruct.main(words)
+    assert not (tmp_path / "out").exists()

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import copy
+import errno
 import functools
 import math
+import re
 
 import pytest
 import torch
@@ -196,6 +198,27 @@ def test_a_few_bad_steps_do_not_end_a_run(monkeypatch, train_main, tmp_path):
 # ---------------------------------------------------------------------------------------------------------------------
 # Averages of weights, learning rates
 # ---------------------------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize(
+    "trouble",
+    ["has pixels that are not finite", "the disk is full", "CUDA out of memory"],
+    ids=["nan", "disk", "memory"],
+)
+def test_a_preview_never_ends_a_run(build_trainer, monkeypatch, trouble):
+    """Neither a black picture nor an end, but a warning: the training knows what to do about its own NaN."""
+    trainer = build_trainer(TOY_TOKENIZER)
+    before = [p.clone() for p in trainer.networks["tokenizer"].parameters()]
+    if "finite" in trouble:
+        monkeypatch.setattr(trainer.task, "preview", lambda *_: torch.full((4, 3, 32, 32), torch.nan))
+    elif "disk" in trouble:
+        monkeypatch.setattr("os.replace", lambda *_: (_ for _ in ()).throw(OSError(errno.ENOSPC, "No space left")))
+    else:
+        monkeypatch.setattr(trainer.task, "preview", lambda *_: (_ for _ in ()).throw(torch.OutOfMemoryError(trouble)))
+    trainer.preview()
+    assert not list(trainer.run.path.glob("samples/*.png"))
+    assert re.search(f"warning: no preview of step 0: .*{trouble}", (trainer.run.path / "log.txt").read_text())
+    assert all(torch.equal(a, b) for a, b in zip(before, trainer.networks["tokenizer"].parameters()))
+
+
 def test_ema_follows_the_formula():
     torch.manual_seed(0)
     network = nn.Sequential(nn.Linear(3, 2), nn.BatchNorm1d(2))
