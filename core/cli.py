@@ -1,4 +1,7 @@
-"""How every script ends: 0 done, 2 the user can fix it (one sentence), 75 stopped on request, run me again."""
+"""How every script ends: 0 done, 2 the user can fix it (one sentence), 75 stopped on request, run me again.
+
+TESSERA_TRACEBACK=1 shows where a sentence came from.
+"""
 
 from __future__ import annotations
 
@@ -24,6 +27,8 @@ def run(main: Callable[[list[str]], int | None]) -> None:
         _refuse_another_clone(Path(sys.argv[0]))
         code = main(sys.argv[1:]) or 0
     except UserError as error:
+        if os.environ.get("TESSERA_TRACEBACK"):
+            raise
         code, message = 2, f"error: {error}"
     except BrokenPipeError:  # the reader of our output went away, as in `... | head`
         sys.stderr.close()

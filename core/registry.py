@@ -66,4 +66,10 @@ class Registry:
                 "; ".join(f'{self.kind} "{name}" has no setting "{k}".{nearest(k, accepted)}' for k in unknown)
             )
         fill = {k: v for k, v in defaults.items() if k in accepted and config.get(k) is None}
-        return self.get(name)(**{**config, **fill})
+        try:
+            return self.get(name)(**{**config, **fill})
+        except (TypeError, ValueError, ArithmeticError, LookupError, RuntimeError) as error:
+            raise UserError(
+                f'{self.kind} "{name}" cannot be built with these settings ({type(error).__name__}: {error}): one of them is '
+                "of the wrong kind, or they do not go together. TESSERA_TRACEBACK=1 shows where."
+            ) from error

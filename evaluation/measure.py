@@ -488,8 +488,18 @@ class Online:
         self.has_reference = path is not None
         if self.purpose == "reconstruction":
             require_order(val, "reconstructions of them cannot be measured (train.eval_every)")
-        elif path is None:
-            require_order(train, "they are no reference: give eval.reference=FILE")
+        else:
+            if path is None:
+                require_order(train, "they are no reference: give eval.reference=FILE")
+            self.how.labels = self._labels()
+        if self.settings.num_images == 1:
+            raise UserError("eval.num_images=1: a covariance needs at least 2 pictures. 0 takes the whole val split.")
+
+    def _labels(self) -> Tensor:
+        kind = self.settings.labels or self.how.protocol.labels
+        val = val_labels(self.val, self.train.num_classes, self.train.class_names) if kind == "val" else None
+        count = self.settings.num_images or 512
+        return protocols.make_labels(kind, count, self.train.num_classes, self.config.seed, val)
 
     def _reference_file(self) -> Path | None:
         """What was asked for; for samples of ImageNet's classes else the protocol's own file, where it is here."""
@@ -514,10 +524,6 @@ class Online:
         if not self.has_reference:
             how.reference = training_statistics(self.config, self.train, self.image_size, how.net, world)
             self.has_reference = True
-        kind = settings.labels or how.protocol.labels
-        val = val_labels(self.val, task.num_classes, self.train.class_names) if kind == "val" else None
-        count = settings.num_images or 512
-        how.labels = protocols.make_labels(kind, count, task.num_classes, self.config.seed, val)
         produce = producer(
             lambda labels, draws: task.sample(network, labels, draws),
             how.labels,
@@ -527,5 +533,5 @@ class Online:
             settings.rounding or how.protocol.rounding,
             pixel_dtype(how.protocol, self.config.train.precision == "bf16"),
         )
-        result = how.of_samples(produce, Work(count, world))
+        result = how.of_samples(produce, Work(len(how.labels), world))
         return result.values() if result else {}

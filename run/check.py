@@ -1,27 +1,30 @@
-"""--check: mistakes and missing files outside the config itself, found before a network is loaded or a GPU touched.
+"""--check: mistakes and missing files outside the config itself, found before a GPU is touched.
 
 check_inputs       all that is missing, told together; training begins with it
 check_networks     whether weights, tokenizer and generator fit each other, by their sizes
+check_step         what only a step or an evaluation would stumble over
 report             what is here, and what only the documented evaluation will ask for
 """
 
 from __future__ import annotations
 
-import contextlib
 from dataclasses import dataclass
 from pathlib import Path
 
 from core import dist
+from core.chunks import ALONE
 from core.config import RunConfig
 from core.errors import UserError
 from core.specs import DataSource
 from core.weights import released
 from core.weights.released import Released, find_local_file, helper, needed
 from data.checks import left_out, remarks, require_same_classes
-from evaluation import protocols, references
+from data.tokens import TokenStore
+from evaluation import measure, protocols, references
 from evaluation.networks import WEIGHTS_FILE
-from run.data import asks_val_labels, needed_val, open_train
-from run.load import IMAGENET_CLASSES, REGISTRIES, Source, build_pair, read_weights
+from run.data import asks_val_labels, needed_val, num_classes, open_pictures, open_train
+from run.estimate import costs
+from run.load import REGISTRIES, Source, build_pair, read_weights
 
 
 @dataclass
@@ -38,6 +41,7 @@ def check(config: RunConfig) -> str:
     """What --check prints; UserError for everything that can be wrong."""
     inputs = check_inputs(config)
     check_networks(config, inputs.weights)
+    check_step(config, inputs)
     notes = [f"data           {note}" for note in data_notes(config, inputs.data)]
     return "\n".join([report(config, []), *notes])
 
@@ -85,11 +89,22 @@ def check_networks(config: RunConfig, sources: dict[str, Source]) -> None:
         build_pair(config, "meta", sources, num_classes=num_classes(config))
 
 
-def num_classes(config: RunConfig) -> int:
-    """Of the training pictures; ImageNet's where they are not on this machine."""
-    with contextlib.suppress(UserError):
-        return open_train(config).num_classes
-    return IMAGENET_CLASSES
+def check_step(config: RunConfig, inputs: Inputs) -> None:
+    """UserError for what only the first step, preview or evaluation would refuse.
+
+    All networks, losses and teachers are laid out without weights, one picture goes forward and backward through them on
+    fake tensors, and the online evaluation is put together with its feature network, reference and labels.
+    """
+    try:
+        tokenizer, _ = costs(config)
+    except (TypeError, ValueError, ArithmeticError, LookupError, RuntimeError) as error:
+        raise UserError(
+            f"a step of {config.name} would fail ({type(error).__name__}: {error}): its sizes do not go together. "
+            "TESSERA_TRACEBACK=1 shows where."
+        ) from error
+    if config.train.eval_every != "never":
+        pictures = open_pictures(config) if isinstance(inputs.data, TokenStore) else inputs.data
+        measure.Online(config, pictures or inputs.val, inputs.val, tokenizer.image_size, ALONE)
 
 
 def report(config: RunConfig, problems: list[str] | None = None) -> str:

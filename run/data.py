@@ -25,7 +25,7 @@ from data.sources import open_source
 from data.tokens import TokenStore
 from data.transforms import Transform
 from evaluation import protocols
-from run.load import Loaded
+from run.load import IMAGENET_CLASSES, Loaded
 
 
 def open_train(config: RunConfig) -> DataSource:
@@ -54,6 +54,14 @@ def class_names(config: RunConfig) -> list[str]:
         return open_source(config.data.url, config.data.split).class_names
     except UserError:
         return []
+
+
+def num_classes(config: RunConfig) -> int:
+    """Of the training pictures; ImageNet's where they are not on this machine."""
+    try:
+        return open_train(config).num_classes
+    except UserError:
+        return IMAGENET_CLASSES
 
 
 def make_transform(config: RunConfig, image_size: int) -> Transform:

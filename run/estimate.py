@@ -22,8 +22,7 @@ from core.images import to_model_range
 from core.rng import Draws
 from core.specs import Batch, Phase, Progress
 from core.train import parallel
-from run.check import num_classes
-from run.data import open_train
+from run.data import num_classes, open_train
 from run.load import random_task, tokenizer_layout
 
 GPUS, GPU_GB = 8, 80.0  # what the recipes are written for, where no GPU is found

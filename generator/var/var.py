@@ -54,9 +54,11 @@ class Progressive:
 
     @classmethod
     def parse(cls, value: dict[str, Any] | None, scales: int) -> Progressive | None:
-        if not value or not value.get("until"):
+        if not value:
             return None
-        settings = parse_section("progressive", value, cls)
+        settings = parse_section("generator.progressive", value, cls)
+        if not settings.until:
+            return None
         if not 0 <= settings.warmup < settings.until <= 1 or not 0 <= settings.first < scales:
             raise UserError(
                 "progressive: 0 <= warmup < until <= 1 are shares of the run and first is the number of a "

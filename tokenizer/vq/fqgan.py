@@ -134,9 +134,14 @@ class Semantic:
     @classmethod
     def parse(cls, value: dict[str, Any] | None, names: tuple[str, ...]) -> Semantic:
         """Checked against the names of the sub-codebooks; without teachers for none."""
-        if not value or not value.get("teachers"):
+        if not value:
             return cls()
-        semantic = parse_section("semantic", {**value, "branches": value.get("branches") or {}}, cls)
+        filled = {
+            key: {} if part is None else part for key, part in value.items()
+        }  # a table that a YAML names and leaves empty
+        semantic = parse_section("semantic", filled, cls)
+        if not semantic.teachers:
+            return cls()
         for teacher in semantic.teachers:
             if teacher not in semantic.branches:
                 raise UserError(
