@@ -190,7 +190,7 @@ def _read_safetensors(path: Path) -> tuple[dict[str, Tensor], Facts]:
     try:
         with safe_open(path, "pt") as file:
             meta = file.metadata() or {}
-            return {name: file.get_tensor(name) for name in file.keys()}, _parse_facts(path, meta.get("facts", "{}"))
+            return {name: file.get_tensor(name) for name in file}, _parse_facts(path, meta.get("facts", "{}"))
     except SafetensorError as error:
         raise UserError(f"{path}: not a whole .safetensors file ({error}). Copy or make it again.") from error
 

@@ -40,6 +40,7 @@ class FakeHub:
         if isinstance(found, tuple):
             return self._send(request, found[0], b"", {"X-Error-Code": found[1], "X-Error-Message": "no"})
         self._send(request, 200, found, {"ETag": f'"{"a" * 40}"', "X-Repo-Commit": "c" * 40})
+        return None
 
     def _send(
         self, request: http.server.BaseHTTPRequestHandler, status: int, body: bytes, headers: dict[str, str]

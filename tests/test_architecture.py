@@ -42,8 +42,8 @@ def imports(node: ast.AST) -> list[tuple[str, int]]:
         elif isinstance(child, ast.ImportFrom):
             found.append((child.module.split(".")[0] if child.module and not child.level else ".", child.lineno))
         elif isinstance(child, ast.Call) and ast.unparse(child.func) in ("importlib.import_module", "__import__"):
-            if child.args and isinstance(child.args[0], ast.Constant):
-                found.append((child.args[0].value.split(".")[0], child.lineno))
+            name = child.args[0].value if child.args and isinstance(child.args[0], ast.Constant) else "."
+            found.append((name.split(".")[0], child.lineno))
     return found
 
 

@@ -83,7 +83,7 @@ class Attention(nn.Module):
 
     def _heads(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Normalised queries (B, heads, N, d), keys and values (B, kv_heads, N, d)."""
-        batch, length, width = x.shape
+        batch, length, _ = x.shape
         bias = self.qkv.bias
         if hasattr(self, "q_bias"):
             bias = torch.cat((self.q_bias, torch.zeros_like(self.v_bias), self.v_bias))

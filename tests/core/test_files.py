@@ -34,9 +34,9 @@ def test_failed_write_keeps_the_old_file(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EACCES, errno.EROFS, errno.ENOENT])
 def test_errors_name_the_path_and_say_what_to_do(number):
-    with pytest.raises(UserError, match="^some/where: .*(Free|Delete|Raise|Choose|Check)"):
-        with files.explain_os_errors("some/where"):
-            raise OSError(number, "reason")
+    sentence = "^some/where: .*(Free|Delete|Raise|Choose|Check)"
+    with pytest.raises(UserError, match=sentence), files.explain_os_errors("some/where"):
+        raise OSError(number, "reason")
 
 
 def test_unknown_errors_pass_unchanged():

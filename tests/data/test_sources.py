@@ -215,7 +215,9 @@ def test_mistakes(tmp_path, url, message):
 # Shards
 # ---------------------------------------------------------------------------------------------------------------------
 def test_expand_braces():
-    assert expand_braces("a-{08..10}-{x,y}.tar") == [f"a-{n}-{l}.tar" for n in ("08", "09", "10") for l in "xy"]
+    assert expand_braces("a-{08..10}-{x,y}.tar") == [
+        f"a-{n}-{letter}.tar" for n in ("08", "09", "10") for letter in "xy"
+    ]
     assert expand_braces("{8..10}") == ["8", "9", "10"] and expand_braces("plain") == ["plain"]
 
 

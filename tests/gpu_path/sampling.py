@@ -108,9 +108,9 @@ def measure(name: str, batch: int = 64, precision: str = "bf16") -> Report:
         labels = torch.zeros(batch, dtype=torch.int64, device="cuda")
 
         def call(**more) -> Count:
-            with torch.no_grad(), torch.autocast("cuda", torch.bfloat16, enabled=precision == "bf16"):
-                with Count(list(model.parameters())) as count:
-                    model.sample(labels, Draws(0, labels), system.guidance, **system.options, **more)
+            autocast = torch.autocast("cuda", torch.bfloat16, enabled=precision == "bf16")
+            with torch.no_grad(), autocast, Count(list(model.parameters())) as count:
+                model.sample(labels, Draws(0, labels), system.guidance, **system.options, **more)
             return count
 
         call()

@@ -96,7 +96,7 @@ def test_a_preview_sees_the_weights_of_its_moment(model):
     average, seen = Ema(model, [0.5]), []
     optimiser = torch.optim.AdamW(model.parameters(), lr=0.3)
     with torch.autocast("cpu", torch.bfloat16):
-        for step in range(3):
+        for _step in range(3):
             wanted = fresh()
             assert torch.equal(model.sample(*arguments), wanted)
             seen.append(wanted)

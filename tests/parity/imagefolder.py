@@ -222,7 +222,7 @@ def tok_lora_eval(case: Case) -> dict[str, Tensor]:
     ).eval()
     trained = {name for name, p in adapted.named_parameters() if p.requires_grad}
     official = {re.sub("^semantic.*", "", name) for name in config.get("trainable", [])}
-    expected = {name for name in ADAPTER.rename(dict.fromkeys(official, torch.zeros(0)))}
+    expected = set(ADAPTER.rename(dict.fromkeys(official, torch.zeros(0))))
     if official and trained != expected:
         raise AssertionError(f"other parameters are trained: {sorted(trained ^ expected)[:8]}")
     merged = build_tokenizer(config, case.weights).eval()

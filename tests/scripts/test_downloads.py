@@ -161,7 +161,8 @@ def test_where_a_helper_may_lie(file, tmp_path):
         assert file.found().resolve() == place or from_package
         place.unlink()
     if file.repo:
-        assert (cached := in_cache(file.repo, file.path, b"1")) == file.found()
+        cached = in_cache(file.repo, file.path, b"1")
+        assert cached == file.found()
         cached.unlink()
 
 

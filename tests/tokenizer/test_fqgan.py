@@ -255,7 +255,7 @@ def test_adaptive_weight_by_hand():
     expected = norms[0] / (norms[1] + 1e-4)
     torch.testing.assert_close(result.logs["gan_weight"], 0.5 * expected, rtol=1e-4, atol=1e-6)
     plain = 2 * (recon.images - x).square().mean() - result.logs["gan_weight"] * judge(recon.images).mean()
-    trained = [p for p in tokenizer.encoder.parameters()]
+    trained = list(tokenizer.encoder.parameters())
     for ours, theirs in zip(*(torch.autograd.grad(loss, trained, retain_graph=True) for loss in (result.total, plain))):
         torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-6)
     torch.testing.assert_close(result.total, plain)

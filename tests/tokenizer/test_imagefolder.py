@@ -513,5 +513,5 @@ def test_flags_of_the_original_are_answered():
 @pytest.mark.parametrize("name", ["ms_pq2_4096", "ablation_1"])
 def test_cost_of_the_recipes(name):
     """They build, and take a step, without memory and without weights."""
-    tokenizer, costs = estimate.costs(load_config(str(ROOT / "configs" / "imagefolder" / f"{name}.yaml"), []))
+    _tokenizer, costs = estimate.costs(load_config(str(ROOT / "configs" / "imagefolder" / f"{name}.yaml"), []))
     assert [cost.name for cost in costs] == ["tokenizer", "discriminator"] and costs[0].parameters > 170e6

@@ -343,7 +343,7 @@ def test_dinov3_from_every_layout(tmp_path, biases):
         norm_layer=functools.partial(timm.layers.LayerNorm, eps=1e-5),
     ).eval()
     with torch.no_grad():
-        for name, p in theirs.named_parameters():
+        for _name, p in theirs.named_parameters():
             p.normal_(std=0.5)
     sizes = {k: v for k, v in TINY_DINO.items() if k != "pretrained"}
     file = tmp_path / "timm" / "model.safetensors"

@@ -275,7 +275,7 @@ def holds(settings: dict, given: dict) -> bool:
 @pytest.mark.parametrize("name", MODELS)
 def test_what_no_tensor_tells_is_asked_for(name, tmp_path, capsys):
     """Wrong facts fit every shape, so they are never guessed: they come from the file, from the user, or not at all."""
-    kind, cls, settings = MODELS[name]
+    kind, _cls, settings = MODELS[name]
     state, path = official(name), tmp_path / "theirs.pt"
     given, stored = ASKED.get(name, ({}, {}))
     torch.save({"model": state}, path)
@@ -300,7 +300,8 @@ def test_what_no_tensor_tells_is_asked_for(name, tmp_path, capsys):
         torch.save({"model": state, **stored}, path)
         assert holds(read_weights(kind, str(path)).settings, given)
     words = [
-        f"{k}={[*given.values()][0][k.partition('.')[2]] if '.' in k else given[k]}".replace(" ", "") for k in keys
+        f"{k}={next(iter(given.values()))[k.partition('.')[2]] if '.' in k else given[k]}".replace(" ", "")
+        for k in keys
     ]
     torch.save({"model": state}, path)
     assert convert.main([str(path), str(tmp_path / "ours.safetensors"), "--set", *words]) == 0

@@ -185,6 +185,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         self.send_header("Content-Length", str(len(self.body)))
         self.end_headers()
         self.wfile.write(self.body[: 1000 if "half" in self.path else None])
+        return None
 
     def log_message(self, *_):
         pass
@@ -318,7 +319,7 @@ def test_hostile_pickles_never_run(tmp_path):
         assert not os.path.exists(marker)
         return 1
 
-    for name, evil in hostile_objects(marker).items():
+    for evil in hostile_objects(marker).values():
         for content in (evil, {"args": evil, "model": {}}):
             torch.save(content, path)
             tried += harmless()
