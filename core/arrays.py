@@ -55,6 +55,7 @@ def _read_header(file: IO[bytes], path: Path, name: str, size: int) -> Header:
 def read_npy(path: str | Path) -> np.ndarray:
     """The array of a .npy file. UserError for files that are damaged or hold objects."""
     path = Path(path)
+    refuse_text(path)
     with _naming_damage(path), open(path, "rb") as file:
         _read_header(file, path, "the array", path.stat().st_size)
         file.seek(0)

@@ -46,20 +46,28 @@ def explain_os_errors(path: str | os.PathLike) -> Iterator[None]:
         raise UserError(f"{os.fspath(path)}: {_ADVICE[error.errno]}.") from error
 
 
-def refuse_text(path: str | os.PathLike) -> None:
-    """UserError that says what is there where a file of numbers was expected and a download left something else."""
-    with explain_os_errors(path), open(path, "rb") as file:
-        start = file.read(200).lstrip().lower()
+def text_instead(start: bytes) -> str | None:
+    """What a download left instead of a file, and what to do about it, without the full stop: by its first bytes."""
+    start = start[:200].lstrip().lower()
     if start.startswith(b"version https://git-lfs"):
-        raise UserError(
-            f"{os.fspath(path)}: a Git-LFS pointer, not the file it stands for. Run git lfs pull in its "
-            "repository, or download the file itself."
+        return (
+            "a Git-LFS pointer, not the file it stands for. Run git lfs pull in its repository, or download the file "
+            "itself"
         )
     if start.startswith((b"<!doctype", b"<html", b"<head", b"<?xml")):
-        raise UserError(
-            f"{os.fspath(path)}: a web page, not a file of numbers: the server answered the download with a "
-            "page, of an error or a login. Delete it and download it again."
+        return (
+            "a web page, not the file itself: the server answered the download with a page, of an error or a login. "
+            "Delete it and download it again"
         )
+    return None
+
+
+def refuse_text(path: str | os.PathLike) -> None:
+    """UserError that says what is there where another file was expected and a download left something else."""
+    with explain_os_errors(path), open(path, "rb") as file:
+        instead = text_instead(file.read(200))
+    if instead:
+        raise UserError(f"{os.fspath(path)}: {instead}.")
 
 
 def is_machines_fault(error: BaseException | None) -> bool:
@@ -150,6 +158,7 @@ def read_json(path: str | os.PathLike) -> Any:
     try:
         return json.loads(data.decode("utf-8"))
     except (ValueError, RecursionError) as error:
+        refuse_text(path)
         raise UserError(f"{os.fspath(path)}: not valid JSON ({error}). It is damaged or was edited by hand.") from error
 
 

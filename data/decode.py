@@ -16,6 +16,8 @@ import io
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
+from core.files import text_instead
+
 # Pillow knows formats that run other programs (EPS starts Ghostscript): only these are ever opened.
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM")
 # Resizing the short side of a 1 x 50000 strip to 256 would need gigabytes.
@@ -87,7 +89,8 @@ def decode_rgb(data: bytes, key: str, upright: bool = False) -> Image.Image:
             image.load()
             return to_rgb(ImageOps.exif_transpose(image) if upright else image)
     except UnidentifiedImageError as error:  # its own text names a buffer
-        raise UnreadablePicture(key, "this is not a picture of a kind that is known") from error
+        reason = text_instead(data) or "this is not a picture of a kind that is known"
+        raise UnreadablePicture(key, reason) from error
     except _Unsuitable as error:
         raise UnreadablePicture(key, str(error)) from error
     except Exception as error:  # decoders raise almost anything on damaged input

@@ -36,7 +36,7 @@ from typing import Any, BinaryIO, Generic, TypeVar
 import numpy as np
 
 from core.errors import UserError
-from core.files import replacing
+from core.files import refuse_text, replacing
 from data.base import MAX_CLASSES, LeftOut, ListedSource, PackedStrings, Record, StreamSource, stream_options
 
 PICTURES = ("jpg", "jpeg", "png", "webp")
@@ -223,6 +223,7 @@ def scan_shard(path: Path) -> Index:
                 else:
                     entry.add_label(extension, tar, member)
     except (tarfile.TarError, EOFError, OSError) as error:
+        refuse_text(path)
         raise UserError(
             f"{path} cannot be read as an uncompressed tar file ({error}). Copy or pack it again."
         ) from error

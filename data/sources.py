@@ -30,6 +30,7 @@ import numpy as np
 from PIL import Image, ImageDraw
 
 from core.errors import UserError, nearest
+from core.files import refuse_text
 from core.rng import uniform_scalar
 from core.specs import DataSource, Sample
 from data.base import MAX_CLASSES, FileSource, LeftOut, read_class_names, whole_number
@@ -242,6 +243,7 @@ def open_list(path: str, split: str | None, options: dict[str, str]) -> DataSour
     file = Path(path).expanduser()
     if not file.is_file():
         raise UserError(f"list://{path}: there is no such file. Expected lines `relative/path.JPEG label`.")
+    refuse_text(file)
     root = Path(options.get("root", file.parent)).expanduser()
     if not root.is_dir():
         raise UserError(f"list://{path}: the root folder {root} does not exist. Set ?root=DIR.")

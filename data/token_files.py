@@ -27,7 +27,7 @@ from core.arrays import NpzFile, read_npy
 from core.chunks import ALONE, Chunks, enter
 from core.dist import World
 from core.errors import UserError, nearest
-from core.files import explain_os_errors, replacing
+from core.files import explain_os_errors, refuse_text, replacing
 from core.specs import Codes, MultiScale
 from data.base import MAX_CLASSES, FileSource
 from data.cache import Builder, Rows
@@ -184,6 +184,7 @@ class JsonLines:
         self.spans: list[np.ndarray] = []  # of each file: where its entries start, and its end
         read = 0  # bytes of the files before
         for file in self.files:
+            refuse_text(file)
             with explain_os_errors(file):
                 self.spans.append(self._scan(file, read, progress))
             read += file.stat().st_size

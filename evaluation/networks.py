@@ -26,13 +26,12 @@ from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from core.errors import UserError, nearest
 from core.files import sha256_file
 from core.nn.offline import efficientnet_lite0_input, load_efficientnet_lite0
-from core.weights.hub import resolve
+from core.weights.hub import load_tensors, resolve
 from core.weights.pickles import load_pickle
 from core.weights.released import helper
 from evaluation.protocols import PROTOCOLS, Protocol
@@ -452,7 +451,7 @@ def load_inception_weights(weights: str | Path | Mapping[str, Tensor] | None) ->
         return weights, ""
     if weights is not None:
         path = resolve(str(weights))
-        tensors = load_file(path) if path.suffix == ".safetensors" else load_pickle(path)
+        tensors = load_tensors(path)
         return tensors, sha256_file(path)
     path = helper(WEIGHTS_FILE).get()
     digest = sha256_file(path)

@@ -31,7 +31,7 @@ from core.arrays import NpzFile
 from core.config import RunConfig
 from core.dist import World
 from core.errors import UserError
-from core.files import replacing, sha256_file, write_atomic
+from core.files import refuse_text, replacing, sha256_file, write_atomic
 from core.rng import permutation
 from core.specs import DataSource
 from core.weights.pickles import load_pickle
@@ -187,11 +187,13 @@ def _read_npz(path: Path) -> tuple[dict[str, Any], Facts, ArrayPictures | None, 
 
 
 def _read_safetensors(path: Path) -> tuple[dict[str, Tensor], Facts]:
+    refuse_text(path)
     try:
         with safe_open(path, "pt") as file:
             meta = file.metadata() or {}
-            return {name: file.get_tensor(name) for name in file}, _parse_facts(path, meta.get("facts", "{}"))
-    except SafetensorError as error:
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  not a dictionary
+            return tensors, _parse_facts(path, meta.get("facts", "{}"))
+    except (SafetensorError, ValueError, KeyError, RuntimeError) as error:  # as core.train.checkpoint.read_tensors
         raise UserError(f"{path}: not a whole .safetensors file ({error}). Copy or make it again.") from error
 
 

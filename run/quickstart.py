@@ -16,7 +16,6 @@ from typing import Any
 
 import torch
 import yaml
-from safetensors.torch import load_file
 from safetensors.torch import save as to_bytes
 from torch import Tensor
 
@@ -27,6 +26,7 @@ from core.errors import UserError, nearest
 from core.files import read_json, write_atomic, write_json
 from core.rng import Draws, hash64
 from core.specs import DataSource, Previews
+from core.train.checkpoint import read_tensors
 from core.train.log import ProgressLine
 from core.train.run import read_metrics
 from evaluation import measure, networks, toy
@@ -199,7 +199,7 @@ def real_features(pictures: SourcePictures, net: FeatureNet, config: RunConfig) 
         features = measure.picture_features(pictures, net, measure.alone(device), config.eval.batch)
         labels = torch.tensor(measure.source_labels(pictures.source))
         write_atomic(path, to_bytes({**features, "labels": labels}))
-    features = load_file(path)
+    features = read_tensors(path)
     return toy.Labelled(features, features.pop("labels"))
 
 

@@ -4,11 +4,20 @@ import errno
 import hashlib
 import json
 import os
+import re
 
 import pytest
 
 from core import files
+from core.arrays import NpzFile, read_npy
 from core.errors import UserError
+from core.specs import Codes
+from core.weights import hub
+from data.decode import UnreadablePicture, decode_rgb
+from data.sources import open_source
+from data.token_files import JsonLines
+from evaluation import references
+from tokenizer.continuous.stats import load_stats
 
 
 def test_write_replaces_whole_file_and_leaves_nothing_else(tmp_path):
@@ -70,3 +79,29 @@ def test_space_and_human_bytes(tmp_path):
     with pytest.raises(UserError, match=r"1\.0 EiB|1024\.0 PiB are needed"):
         files.require_space(tmp_path, 1 << 60)
     assert [files.human_bytes(n) for n in (0, 1023, 1536, 5 << 30)] == ["0 bytes", "1023 bytes", "1.5 KiB", "5.0 GiB"]
+
+
+@pytest.mark.parametrize(
+    ("content", "what"),
+    [
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n", "a Git-LFS pointer"),
+        (b"\n<!DOCTYPE html><p>Sign in", "a web page"),
+    ],
+)
+def test_what_a_download_left_is_named_in_every_kind_of_file(tmp_path, content, what):
+    def reading(read, name, error=UserError):
+        (tmp_path / name).write_bytes(content)
+        with pytest.raises(error, match=f"{re.escape(name)}: {what}"):
+            read(tmp_path / name)
+
+    reading(read_npy, "x.npy")
+    reading(NpzFile, "x.npz")
+    reading(hub.load_tensors, "x.pt")
+    reading(hub.load_tensors, "x.safetensors")
+    reading(load_stats, "stats.safetensors")
+    reading(references.load, "reference.safetensors")
+    reading(files.read_json, "x.json")
+    reading(lambda path: JsonLines(path, Codes(4, 1, 8, 2), 1), "tokens.jsonl")
+    reading(lambda path: open_source(f"wds://{path}"), "shard.tar")
+    reading(lambda path: open_source(f"list://{path}"), "list.txt")
+    reading(lambda path: decode_rgb(path.read_bytes(), path.name), "x.jpg", UnreadablePicture)

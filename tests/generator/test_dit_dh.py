@@ -7,6 +7,7 @@ import math
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from core.errors import UserError
 from core.rng import Draws
@@ -269,6 +270,9 @@ def test_statistics_merge_and_file(tmp_path):
     assert torch.equal(again.std, stats.std) and again.images == 5
     with pytest.raises(UserError, match="abc.*xyz"):
         load_stats(tmp_path / "s.safetensors", "xyz")
+    save_file({"a": torch.zeros(1)}, tmp_path / "s.safetensors", {"format": "tessera latent statistics"})
+    with pytest.raises(UserError, match="its header or its tensors are not those of latent statistics"):
+        load_stats(tmp_path / "s.safetensors")
     (tmp_path / "s.safetensors").write_bytes(b"broken")
     with pytest.raises(UserError, match="not a readable"):
         load_stats(tmp_path / "s.safetensors")

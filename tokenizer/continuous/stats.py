@@ -16,7 +16,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 from core.errors import UserError, nearest
-from core.files import write_atomic
+from core.files import refuse_text, write_atomic
 from core.weights.pickles import load_pickle
 
 
@@ -126,6 +126,7 @@ def load_stats(path: str | Path, fingerprint: str | None = None) -> LatentStats:
     """Read what `save_stats` wrote; UserError when it belongs to other tokenizer weights than `fingerprint`."""
     if not Path(path).is_file():
         raise UserError(f"{path}: no such file of latent statistics")
+    refuse_text(path)
     try:
         with safe_open(str(path), framework="pt") as file:
             metadata = file.metadata() or {}
@@ -134,9 +135,13 @@ def load_stats(path: str | Path, fingerprint: str | None = None) -> LatentStats:
         raise UserError(f"{path}: not a readable safetensors file ({error})") from error
     if metadata.get("format") != "tessera latent statistics":
         raise UserError(f"{path}: not a file of latent statistics")
-    if fingerprint is not None and metadata["fingerprint"] != fingerprint:
+    try:
+        belongs, stats = metadata["fingerprint"], LatentStats(**tensors, images=int(metadata["images"]))
+    except (KeyError, TypeError, ValueError) as error:
+        raise UserError(f"{path}: its header or its tensors are not those of latent statistics ({error})") from error
+    if fingerprint is not None and belongs != fingerprint:
         raise UserError(
-            f"{path}: these statistics were computed with tokenizer weights {metadata['fingerprint']}, "
+            f"{path}: these statistics were computed with tokenizer weights {belongs}, "
             f"but the tokenizer in use has {fingerprint}. Compute them again for this tokenizer."
         )
-    return LatentStats(**tensors, images=int(metadata["images"]))
+    return stats
