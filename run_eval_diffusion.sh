@@ -7,6 +7,7 @@
 # Without a third model, scales above 1 are classifier-free guidance. Settings and options: run_eval_generator.sh --help.
 # Results: work_dirs/gen_model_training/RecTok_eval/scale_<scale>/{metrics.json,report.html}
 set -euo pipefail
+export TESSERA_CALLER="$PWD" # where paths on this command line start from
 cd "$(dirname "${BASH_SOURCE[0]}")"
 usage() { sed -n '2,9s/^# \{0,1\}//p' "${BASH_SOURCE[0]}"; exit "${1:-2}"; }
 case "${1:-}" in -h | --help) usage 0 ;; esac
@@ -24,7 +25,7 @@ guide=""
 case "${1:-}" in "" | -* | *=*) ;; *) guide="$1"; shift ;; esac
 scales="1.0"
 [ -z "$guide" ] || scales="1.29,1.0"
-out="work_dirs/gen_model_training/RecTok_eval"
+out="$PWD/work_dirs/gen_model_training/RecTok_eval"
 rest=()
 for word in "$@"; do
     case "$word" in

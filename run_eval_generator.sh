@@ -5,5 +5,6 @@
 #   bash run_eval_generator.sh SAMPLES [eval.key=value ...]          an .npz with arr_0, or a folder of pictures
 # Metrics and conventions: eval.protocol=NAME (docs/evaluation.md). --help lists the options.
 set -euo pipefail
+export TESSERA_CALLER="$PWD" # where paths on this command line start from
 cd "$(dirname "${BASH_SOURCE[0]}")"
 exec bash scripts/launch.sh scripts.evaluate_generator "$@"

@@ -4,5 +4,6 @@
 #   bash run_pretokenize.sh CONFIG --import maskgitvq.jsonl data.crop=ten --out data/tokens/imagenet
 # A killed job goes on when started again; --help lists the options, scripts/launch.sh explains several nodes.
 set -euo pipefail
+export TESSERA_CALLER="$PWD" # where paths on this command line start from
 cd "$(dirname "${BASH_SOURCE[0]}")"
 exec bash scripts/launch.sh scripts.pretokenize "$@"

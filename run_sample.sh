@@ -5,5 +5,6 @@
 #   bash run_sample.sh --weights FILE --tokenizer FILE --labels 207 --guide FILE --scale 1.29 --out DIR
 # The same command continues after a kill; --help tells the rest. Several nodes and exit codes: see scripts/launch.sh.
 set -euo pipefail
+export TESSERA_CALLER="$PWD" # where paths on this command line start from
 cd "$(dirname "${BASH_SOURCE[0]}")"
 exec bash scripts/launch.sh scripts.sample "$@"

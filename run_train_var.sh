@@ -5,5 +5,6 @@
 # key=value settings override the config; --dry-run tells the cost, --help every setting.
 # Several nodes, launcher and exit codes: see scripts/launch.sh.
 set -euo pipefail
+export TESSERA_CALLER="$PWD" # where paths on this command line start from
 cd "$(dirname "${BASH_SOURCE[0]}")"
 exec bash scripts/launch.sh scripts.train --stage=var "$@"

@@ -13,7 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NoReturn
 
-from core import launch
+from core import caller, launch
 from core.errors import UserError
 
 
@@ -25,7 +25,7 @@ def run(main: Callable[[list[str]], int | None]) -> None:
         atexit.register(lambda: leave(ending["code"]))
     try:
         _refuse_another_clone(Path(sys.argv[0]))
-        code = main(sys.argv[1:]) or 0
+        code = main(caller.from_caller(sys.argv[1:])) or 0
     except UserError as error:
         if os.environ.get("TESSERA_TRACEBACK"):
             raise

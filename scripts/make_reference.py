@@ -26,7 +26,7 @@ options:
 import argparse
 import os
 
-from core import cli
+from core import caller, cli
 from scripts import command_line
 
 
@@ -56,7 +56,9 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     ):
         parser.add_argument(name, type=int, default=default, help=argparse.SUPPRESS)
     parser.add_argument("--check", action="store_true", help=argparse.SUPPRESS)
-    return command_line.parse(parser, "make_reference", arguments)
+    options = command_line.parse(parser, "make_reference", arguments)
+    options.out = caller.written(options.out)
+    return options
 
 
 def main(arguments: list[str]) -> int:
