@@ -1,7 +1,8 @@
 """One program at a time writes into a folder, also where several machines share the disk.
 
-The first to come leaves `.owner` there, with its host and process, and renews its time every minute. A second one is
-refused while the first lives: on the same host that is asked of the system; on another one the file's age tells.
+The first to come leaves `.owner` there, with its host and process, and renews the file's time while it lives. A second one
+is refused as long as that lasts: on the same host the system is asked; on another one the file is watched for a minute,
+which needs no clocks that agree, and a job that a scheduler moves to another node after a kill goes on after that minute.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from pathlib import Path
 from core.errors import UserError
 from core.files import explain_os_errors, write_atomic
 
-RENEW, STALE = 60.0, 300.0  # seconds; a node that was asleep for that long counts as gone
+RENEW, WATCH = 15.0, 60.0  # seconds
 
 
 class Lock:
@@ -70,8 +71,25 @@ class Lock:
             return None
         if owner["host"] == self._me["host"]:
             return owner if _started(owner["process"]) == owner["started"] is not None else None
+        return owner if self._is_renewed(owner) else None
+
+    def _is_renewed(self, owner: dict) -> bool:
+        before, until = self._renewed(), time.monotonic() + WATCH
+        print(
+            f"{self.file.parent} was in use by process {owner['process']} on {owner['host']}; "
+            f"looking for {WATCH:.0f} s whether it still is ...",
+            flush=True,
+        )
+        while before is not None and time.monotonic() < until:
+            time.sleep(min(1.0, WATCH / 10))
+            if self._renewed() != before:
+                return self._read() == owner
+        return False
+
+    def _renewed(self) -> int | None:
         try:
-            return owner if time.time() - self.file.stat().st_mtime < STALE else None
+            with open(self.file, "rb") as file:  # opened, so that NFS asks its server
+                return os.fstat(file.fileno()).st_mtime_ns
         except FileNotFoundError:
             return None
 

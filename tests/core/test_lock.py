@@ -7,12 +7,14 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 
 import pytest
 
+from core import lock as lock_module
 from core.errors import UserError
-from core.lock import STALE, Lock
+from core.lock import Lock
 from tests.conftest import ROOT
 
 HOLD = """
@@ -52,16 +54,31 @@ def test_a_number_that_was_given_again(tmp_path, holder):
     Lock(tmp_path).take()
 
 
-@pytest.mark.parametrize(("age", "lives"), [(10, True), (STALE + 60, False)])
-def test_an_owner_on_another_host_is_told_by_age(tmp_path, age, lives):
+@pytest.mark.parametrize("lives", [True, False])
+def test_an_owner_on_another_host_is_watched(tmp_path, lives, monkeypatch):
+    """Whatever its clock says."""
+    monkeypatch.setattr(lock_module, "WATCH", 2.0)
     file = tmp_path / ".owner"
     file.write_text(json.dumps({"host": "elsewhere", "process": 1, "started": "1"}))
-    os.utime(file, (time.time() - age,) * 2)
+    os.utime(file, (time.time() + 5000,) * 2)
     if lives:
+        threading.Timer(0.5, os.utime, (file, (1, 1))).start()
         with pytest.raises(UserError, match="in use by process 1 on elsewhere"):
             Lock(tmp_path).take()
     else:
         Lock(tmp_path).take()
+
+
+def test_the_time_is_renewed(tmp_path, monkeypatch):
+    monkeypatch.setattr(lock_module, "RENEW", 0.05)
+    lock = Lock(tmp_path)
+    lock.take()
+    os.utime(tmp_path / ".owner", (1, 1))
+    until = time.monotonic() + 30
+    while (tmp_path / ".owner").stat().st_mtime < 2 and time.monotonic() < until:
+        time.sleep(0.02)
+    assert (tmp_path / ".owner").stat().st_mtime > 2
+    lock.release()
 
 
 @pytest.mark.parametrize("text", ["", "x", "[]", '{"host": "a"}'])
