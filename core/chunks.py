@@ -10,7 +10,8 @@ same for all and stands here:
     shares    the chunks that are left go round and round the ranks, of which there may be another number each time
     waiting   ranks meet when they look for what is done and after their shares, through `World.together`: a rank that
               fails says why, and the others raise OtherRankFailed instead of waiting for it
-    stopping  between two pieces of work; if one rank is asked to, all raise Stopped once they have kept what is done
+    stopping  between two pieces of work, on a signal; if one rank is asked to, all raise Stopped once they have kept
+              what is done
 
 A chunk must depend on its items alone: then neither the number of ranks nor a restart changes a bit of the result.
 """
@@ -29,13 +30,10 @@ from numpy.lib import format as npy
 from core.dist import World
 from core.errors import UserError
 from core.files import explain_os_errors, read_json, write_json
+from core.train.signals import Stopped, StopRequest
 
 Share = Callable[[list[int]], None]
 ALONE = World(0, 1, 0, torch.device("cpu"))
-
-
-class Stopped(Exception):
-    """A stop was asked for. What is done is kept; the same command goes on with the rest."""
 
 
 class Chunks:
@@ -83,18 +81,19 @@ class Chunks:
         Args:
             share: does the chunks it is given and keeps each as soon as it is whole. Calls `advance` after each piece.
             progress: called with an estimate of the items done over all ranks.
-            stop: says why to stop, or None to go on; raises Stopped on all ranks.
+            stop: says why to stop, or None to go on; raises Stopped on all ranks. None: signals say so.
         """
-        self._items, self._progress, self._stop = self.items(self.done), progress, stop
 
         def work() -> str | None:
             try:
                 share(self.mine())
             except Stopped as asked:
                 return str(asked)
-            return None
+            return self._stop()  # what came after the last piece is heard too
 
-        reason = self.world.together(work)
+        with StopRequest() as request:
+            self._items, self._progress, self._stop = self.items(self.done), progress, stop or request.requested
+            reason = self.world.together(work)
         if int(self.world.sum(torch.tensor([reason is not None]).long())):
             raise Stopped(reason or "another rank was asked to stop")
         self.done = set(range(self.num_chunks))
@@ -104,7 +103,7 @@ class Chunks:
         self._items = min(self.count, self._items + items * self.world.size)  # ranks are about equally quick
         if self._progress:
             self._progress(self._items)
-        if self._stop and (reason := self._stop()):
+        if reason := self._stop():
             raise Stopped(reason)
 
 

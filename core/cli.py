@@ -1,4 +1,4 @@
-"""How every script ends: 0 done, 2 the user can fix it (one sentence), 75 stopped on request, run me again.
+"""How every script ends: 0 done, 2 the user can fix it (one sentence), 75 stopped on request: run the same again.
 
 TESSERA_TRACEBACK=1 shows where a sentence came from.
 """
@@ -15,17 +15,21 @@ from typing import NoReturn
 
 from core import caller, launch
 from core.errors import UserError
+from core.train.signals import REQUEUE_EXIT_CODE, Stopped, StopRequest, insist, words
 
 
 def run(main: Callable[[list[str]], int | None]) -> None:
-    """Call main(arguments) and exit. A UserError becomes its message on stderr and exit code 2."""
+    """Call main(arguments) and exit. A UserError becomes its message on stderr and exit code 2, a signal 75."""
     message, ending = "", {"code": 1}  # 1 of an exception that nobody catches
     if launch.is_one_of_several():
         # What is registered first is called last: when other threads have ended and everything else was tidied up.
         atexit.register(lambda: leave(ending["code"]))
+    insist(_leave_stopped)
     try:
         _refuse_another_clone(Path(sys.argv[0]))
-        code = main(caller.from_caller(sys.argv[1:])) or 0
+        code = _until_stopped(main)
+    except Stopped as stopped:
+        code, message = REQUEUE_EXIT_CODE, words(str(stopped))
     except UserError as error:
         if os.environ.get("TESSERA_TRACEBACK"):
             raise
@@ -38,14 +42,36 @@ def run(main: Callable[[list[str]], int | None]) -> None:
     except SystemExit as error:  # argparse's
         ending["code"] = error.code if isinstance(error.code, int) else int(error.code is not None)
         raise
+    _report(code, message)
+    ending["code"] = code
+    sys.exit(code)
+
+
+def _until_stopped(main: Callable[[list[str]], int | None]) -> int:
+    """What main(arguments) returns; Stopped as soon as a signal asks for it."""
+    with StopRequest(at_once=True) as request:
+        try:
+            return main(caller.from_caller(sys.argv[1:])) or 0
+        except Exception:
+            # Stopped in the middle of an import, say, others turn into errors of their own.
+            if (reason := request.requested()) is None:
+                raise
+            raise Stopped(reason) from None
+
+
+def _report(code: int, message: str) -> None:
     if code and _speaks():
         if message:
-            print(message, file=sys.stderr)
+            print(message, file=sys.stderr, flush=True)
         # torchrun turns every failure of a worker into exit code 1; the launch script reads the real one from here.
         if os.environ.get("TESSERA_EXIT_FILE"):
             Path(os.environ["TESSERA_EXIT_FILE"]).write_text(str(code))
-    ending["code"] = code
-    sys.exit(code)
+
+
+def _leave_stopped(name: str) -> NoReturn:
+    """End a program that was asked to stop and is still inside one long call."""
+    _report(REQUEUE_EXIT_CODE, words(f"received {name}"))
+    leave(REQUEUE_EXIT_CODE)
 
 
 def _refuse_another_clone(program: Path) -> None:

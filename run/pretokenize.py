@@ -17,7 +17,6 @@ import torch
 from torch import Tensor
 
 from core import dist
-from core.chunks import Stopped
 from core.config import RunConfig
 from core.dist import World
 from core.errors import UserError
@@ -25,7 +24,6 @@ from core.images import grid, save_png, to_model_range, to_uint8, to_unit_range
 from core.rng import hash64, permutation
 from core.specs import Continuous, DataSource, Tokenizer
 from core.train.log import progress_line
-from core.train.signals import REQUEUE_EXIT_CODE, StopRequest
 from core.weights import released
 from data import pairing, tokens
 from data.cache import Builder
@@ -111,10 +109,6 @@ def pretokenize(config: RunConfig, request: Request, pictures: DataSource | None
         if request.to:
             job.export(store, *request.to)
         world.barrier()
-    except Stopped as stopped:
-        if world.is_main:
-            print(f"stopped ({stopped}); start the same command again to go on", flush=True)
-        return REQUEUE_EXIT_CODE
     finally:
         world.stop()
     return 0
@@ -143,13 +137,12 @@ class Pretokenizing:
         if self.world.on_main(self.folder.exists):
             return
         transform = make_transform(self.config, self.tokenizer.image_size)
-        with StopRequest() as stop:
-            if self.request.foreign:
-                self._convert(Path(self.request.foreign).expanduser(), transform, stop)
-            elif self.pictures is not None:
-                self._encode(self.pictures, transform, stop)
+        if self.request.foreign:
+            self._convert(Path(self.request.foreign).expanduser(), transform)
+        elif self.pictures is not None:
+            self._encode(self.pictures, transform)
 
-    def _encode(self, pictures: DataSource, transform: Transform, stop: StopRequest) -> None:
+    def _encode(self, pictures: DataSource, transform: Transform) -> None:
         """Tokens of the pictures."""
         transform.view_of((0, 0))  # refuses crops without views
         size = f"{len(pictures):,} pictures x {transform.views} views"
@@ -163,9 +156,9 @@ class Pretokenizing:
         spec, batch = self.tokenizer.spec, max(1, self.request.batch // (transform.views or 1))
         build = functools.partial(tokens.build, self.folder, pictures, transform, spec, encode, self.fingerprint)
         network, precision = self.tokenizer, self.request.precision
-        compute_once(self.config, "tokens", network, self.world, build, precision, batch, stop.requested)
+        compute_once(self.config, "tokens", network, self.world, build, precision, batch)
 
-    def _convert(self, path: Path, transform: Transform, stop: StopRequest) -> None:
+    def _convert(self, path: Path, transform: Transform) -> None:
         """Tokens from files of another code base; with the pictures at hand each entry is given to its own."""
         spec, pictures = self.tokenizer.spec, self.pictures
         if isinstance(spec, Continuous):
@@ -188,7 +181,7 @@ class Pretokenizing:
         plan = tokens.plan(count, files.views, source, transform, spec, self.fingerprint, names)
         with progress_line(self.world, count, "import") as shown:
             report = shown and (lambda done, total: shown(done))
-            copy_to(files, Builder(self.folder, plan, self.world), places, labels, report, stop.requested)
+            copy_to(files, Builder(self.folder, plan, self.world), places, labels, report)
 
     def _find_order(self, files: TokenFiles, path: Path, pictures: DataSource, transform: Transform) -> pairing.Order:
         """In which a token file lists the pictures: the known order that the tokenizer agrees with best.

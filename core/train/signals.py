@@ -1,44 +1,75 @@
-"""Polite stopping: signals and the time limit only set a flag, which the trainer reads between two steps.
+"""Polite stopping: how a signal or the time limit ends any program, with nothing lost.
 
-Nothing is written inside a signal handler. After a requested stop the trainer saves and exits with REQUEUE_EXIT_CODE,
-which tells a scheduler to start the same command again.
+Nothing is written inside a signal handler. Every program runs inside one StopRequest (core/cli.py), which turns a signal
+into the exception `Stopped` wherever the program is, so that start-up and short work end within a second. Where something
+would be lost by that, another StopRequest is open inside it: the training loop and work in chunks (core/chunks.py) read
+its flag between two pieces and keep what is done. Either way the exit code is REQUEUE_EXIT_CODE, which tells a scheduler
+to start the same command again.
 """
 
 from __future__ import annotations
 
+import os
 import signal
+import socket
+import threading
 import time
+from collections.abc import Callable
 from typing import Any
 
 REQUEUE_EXIT_CODE = 75  # EX_TEMPFAIL of sysexits.h: "try again later"
+GO_ON = "run the same command again to go on"
+# A main thread that is inside one long call (a matrix root, a wait for another rank) cannot run Python's handler.
+GRACE_SECONDS = 15.0
 # torchrun repeats a Ctrl-C to its workers, which the terminal has already told: so soon it is the same one.
 _SAME_KEYPRESS_SECONDS = 0.5
 _SIGNALS = tuple(getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGUSR1") if hasattr(signal, name))
 
 
+class Stopped(BaseException):
+    """A stop was asked for. What is done is kept; the same command goes on with the rest.
+
+    Like KeyboardInterrupt it is no Exception: whoever replaces a picture that cannot be decoded must not take this for
+    one.
+    """
+
+
 class StopRequest:
     """Collects the wish to stop while it is open as a context manager; old handlers come back when it closes.
 
+    One that is opened inside another takes its place and hands on what it heard, except to one that is `at_once`:
+    whoever opened it raises Stopped then. Outside the main thread, which alone receives signals, it does nothing.
+
     Args:
         time_limit_minutes: stop this long after construction. None: no limit.
+        at_once: the first signal also raises Stopped, wherever the main thread is.
     """
 
-    def __init__(self, time_limit_minutes: float | None = None):
-        self.time_limit_minutes = time_limit_minutes
+    innermost: StopRequest | None = None
+
+    def __init__(self, time_limit_minutes: float | None = None, at_once: bool = False):
+        self.time_limit_minutes, self.at_once = time_limit_minutes, at_once
         self._start = time.monotonic()
         self._signal: str | None = None
         self._interrupted: float | None = None  # when the first Ctrl-C came
         self._previous: dict[int, Any] = {}
+        self._outer: StopRequest | None = None
 
     def __enter__(self) -> StopRequest:
-        for number in _SIGNALS:
-            self._previous[number] = signal.signal(number, self._handle)
+        if threading.current_thread() is threading.main_thread():
+            self._outer, StopRequest.innermost = StopRequest.innermost, self
+            for number in _SIGNALS:
+                self._previous[number] = signal.signal(number, self._handle)
         return self
 
     def __exit__(self, *_) -> None:
         for number, handler in self._previous.items():
             # None stands for a handler that was not installed from Python and cannot be put back by it.
             signal.signal(number, signal.SIG_DFL if handler is None else handler)
+        if self._previous:
+            StopRequest.innermost = self._outer
+            if self._outer is not None and not self._outer.at_once:
+                self._outer._signal = self._outer._signal or self._signal
         self._previous.clear()
 
     def _handle(self, number: int, _frame) -> None:
@@ -48,7 +79,10 @@ class StopRequest:
                 self._interrupted = now
             elif now - self._interrupted > _SAME_KEYPRESS_SECONDS:
                 raise KeyboardInterrupt  # the second Ctrl-C means: now
+        is_first = self._signal is None
         self._signal = self._signal or signal.Signals(number).name
+        if is_first and self.at_once:
+            raise Stopped(self.requested())
 
     def requested(self) -> str | None:
         """Why to stop, as words for the log, or None to go on."""
@@ -57,3 +91,43 @@ class StopRequest:
         if self.time_limit_minutes is not None and time.monotonic() - self._start >= self.time_limit_minutes * 60:
             return f"reached the time limit of {self.time_limit_minutes:g} minutes"
         return None
+
+
+_wakeup: list[socket.socket] = []  # where signals arrive in the process that watches them
+
+
+def insist(leave: Callable[[str], None]) -> None:
+    """Watch from a thread that signals are obeyed, from now to the end of this process.
+
+    Args:
+        leave: called with the signal's name, GRACE_SECONDS after it, where the program should have stopped at once and
+            has not. Ends the process.
+    """
+    if _wakeup or threading.current_thread() is not threading.main_thread():
+        return
+    _wakeup.extend(socket.socketpair())
+    heard, told = _wakeup
+    told.setblocking(False)
+    signal.set_wakeup_fd(told.fileno(), warn_on_full_buffer=False)
+    os.register_at_fork(after_in_child=_forget)
+
+    def watch() -> None:
+        while number := heard.recv(1):
+            request = StopRequest.innermost
+            if number[0] in _SIGNALS and request is not None and request.at_once:
+                time.sleep(GRACE_SECONDS)
+                leave(signal.Signals(number[0]).name)
+
+    threading.Thread(target=watch, name="signals", daemon=True).start()
+
+
+def _forget() -> None:
+    """In a forked child: a worker's signals are not ours."""
+    if _wakeup:
+        signal.set_wakeup_fd(-1)
+        _wakeup.clear()
+
+
+def words(reason: str) -> str:
+    """The one sentence of a program that was stopped."""
+    return f"stopped ({reason}); {GO_ON}"

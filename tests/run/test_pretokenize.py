@@ -113,7 +113,7 @@ def test_ranks_and_kills_make_the_same_store(tmp_path, tokenizer_run):
         process.send_signal(kill)
         out, _ = process.communicate(timeout=600)
         assert process.returncode == code and not (tmp_path / "three").exists()
-    assert "start the same command again" in out
+    assert "run the same command again" in out
     assert 2 <= done() < 32
     three = run("run_pretokenize.sh", *common, "--out", tmp_path / "three", NPROC="2")
     assert three.returncode == 0, three.stderr
