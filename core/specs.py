@@ -82,13 +82,17 @@ class MultiScale:
     vocab: int
     dim: int
 
+    @property
+    def length(self) -> int:
+        return sum(side * side for side in self.scales)
+
     def sizes(self) -> dict[str, Any]:
         """Constructor arguments of a generator that follow from the latents; it takes those it has a name for."""
         return {"scales": list(self.scales), "branches": self.branches, "vocab": self.vocab, "code_dim": self.dim}
 
     def flatten(self) -> Codes:
         """The same codes as one sequence, for generators that know nothing about scales."""
-        return Codes(sum(s * s for s in self.scales), self.branches, self.vocab, self.dim)
+        return Codes(self.length, self.branches, self.vocab, self.dim)
 
     def __str__(self) -> str:
         return f"{self.branches} x codes from {self.vocab} at scales {list(self.scales)}"

@@ -33,6 +33,7 @@ from data.transforms import Transform
 
 if TYPE_CHECKING:  # caches are built with this module
     from data.cache import FeatureCache
+    from data.token_files import MomentFiles
 
 MAX_REPLACED_IN_A_ROW = 100
 MAX_NAMES = 20
@@ -119,7 +120,7 @@ class _Reader:
     seed: int = 0
     on_corrupt: str = "replace"
     features: FeatureCache | None = None
-    stored: FeatureCache | None = None
+    stored: FeatureCache | MomentFiles | None = None
 
     def __post_init__(self):
         if self.on_corrupt not in POLICIES:
@@ -229,7 +230,9 @@ class Loader:
     max_corrupt: float = 1.0  # the share of them above which the run stops
     pin: bool = False  # put batches into pinned memory when there is a GPU
     features: FeatureCache | None = None  # cached teacher features; handed out as Batch.features
-    stored: FeatureCache | None = None  # cached latents; handed out as Batch.stored, and no picture is read
+    stored: FeatureCache | MomentFiles | None = (
+        None  # cached latents; handed out as Batch.stored, and no picture is read
+    )
 
     def __post_init__(self):
         if self.global_batch < 1 or self.global_batch % self.world:

@@ -28,7 +28,7 @@ from core.chunks import ALONE, Chunks, enter
 from core.dist import World
 from core.errors import UserError, nearest
 from core.files import explain_os_errors, refuse_text, replacing
-from core.specs import Codes, MultiScale
+from core.specs import Codes, DataSource, MultiScale
 from data.base import MAX_CLASSES, FileSource
 from data.cache import Builder, Rows
 from data.tokens import TokenStore, check_codes, rows_of, shape_of
@@ -357,11 +357,11 @@ class MomentFiles:
         shape: (N, 2C) that the tokenizer's moments have.
     """
 
-    def __init__(self, root: str | Path, source: FileSource, shape: tuple[int, int]):
+    def __init__(self, root: str | Path, source: DataSource, shape: tuple[int, int]):
         self.arrays = {"latents": {}}
-        self.path, self.source, self.shape = Path(root).expanduser(), source, shape
         if not isinstance(source, FileSource):
             raise UserError("data.moments names .npz files after picture files: data.url must be folder:// or list://.")
+        self.path, self.source, self.shape = Path(root).expanduser(), source, shape
         self._read(0, 0)  # a wrong folder or tokenizer is found before training
 
     def __len__(self) -> int:

@@ -354,8 +354,8 @@ class ByPairs:
     reconstructions: Pictures
     batch: int
     device: torch.device
-    codebooks: None = None
-    perturb: None = None
+    codebooks: Codebooks | None = None
+    perturb: Perturbation | None = None
 
     def expect(self, ranges: list[range]) -> None:
         self.originals.expect(ranges)
@@ -474,7 +474,7 @@ class Online:
     pictures; numbers come back on the main rank.
     """
 
-    def __init__(self, config: RunConfig, train: DataSource, val: DataSource, image_size: int, world: World):
+    def __init__(self, config: RunConfig, train: DataSource, val: DataSource | None, image_size: int, world: World):
         self.config, self.settings, self.train, self.val = config, config.eval, train, val
         self.image_size = image_size
         self.purpose = {"tokenizer": "reconstruction", "generator": "generation"}[config.task]

@@ -104,7 +104,9 @@ def check_step(config: RunConfig, inputs: Inputs) -> None:
         ) from error
     if config.train.eval_every != "never":
         pictures = open_pictures(config) if isinstance(inputs.data, TokenStore) else inputs.data
-        measure.Online(config, pictures or inputs.val, inputs.val, tokenizer.image_size, ALONE)
+        shown = pictures or inputs.val
+        assert shown is not None  # needed_val asks for the latter where a run has tokens alone
+        measure.Online(config, shown, inputs.val, tokenizer.image_size, ALONE)
 
 
 def report(config: RunConfig, problems: list[str] | None = None) -> str:

@@ -34,6 +34,7 @@ def open_train(config: RunConfig) -> DataSource:
     if config.task == "tokenizer" and isinstance(source, TokenStore):
         raise UserError(f"data.url={config.data.url} holds tokens; a tokenizer trains on pictures. Give those.")
     if config.task == "generator":
+        assert config.generator is not None
         require_labels(source)
         require_classes(source, config.generator.get("num_classes"), config.data.url)
     return source
@@ -68,11 +69,12 @@ def make_transform(config: RunConfig, image_size: int) -> Transform:
     """The crop that a config describes."""
     data = config.data
     flip = data.flip and data.crop != "ten"  # which has its mirror images
+    low, high = data.scale
     return Transform(
         image_size,
         data.crop,
         flip,
-        tuple(data.scale),
+        (low, high),
         short_side=data.short_side,
         crop_range=data.crop_range,
         resample=data.resample,
@@ -135,6 +137,7 @@ def compute_once(
     line = ProgressLine(1, label=label) if world.is_main else None
 
     def progress(done: int, total: int) -> None:
+        assert line is not None
         line.total = total
         line.update(done)
 

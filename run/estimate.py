@@ -20,7 +20,7 @@ from core.errors import UserError
 from core.estimate import Rehearsal, Step, number
 from core.images import to_model_range
 from core.rng import Draws
-from core.specs import Batch, Phase, Progress
+from core.specs import Batch, Phase, Progress, Tokenizer
 from core.train import parallel
 from run.data import num_classes, open_train
 from run.load import random_task, tokenizer_layout
@@ -140,7 +140,7 @@ def _count(tensors: Any) -> int:
     return sum(t.numel() for t in tensors)
 
 
-def costs(config: RunConfig) -> tuple[nn.Module, list[Cost]]:
+def costs(config: RunConfig) -> tuple[Tokenizer, list[Cost]]:
     """The tokenizer and the cost of every trained network, by a step on one picture."""
     alone = dataclasses.replace(config, train=dataclasses.replace(config.train, global_batch=1, micro_batch=1))
     plan = Plan(alone, gpus=1)

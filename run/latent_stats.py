@@ -5,13 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
-from torch import nn
+from torch import Tensor
 
 from core import dist
 from core.config import RunConfig
 from core.images import to_model_range
 from core.rng import hash64, permutation
-from core.specs import DataSource
+from core.specs import Batch, Continuous, DataSource, Tokenizer
 from core.train.log import ProgressLine
 from data.loader import ordered_batches
 from data.tokens import TokenStore
@@ -23,7 +23,7 @@ BATCH = 64
 
 
 def measure(
-    tokenizer: nn.Module,
+    tokenizer: Tokenizer,
     source: DataSource,
     count: int,
     device: torch.device,
@@ -33,15 +33,21 @@ def measure(
     """Of `count` pictures (0: all) spread over `source`, not mirrored; a TokenStore gives what it stored of them."""
     count = min(count or len(source), len(source))
     chosen = sorted(permutation(len(source), "latent statistics")[:count].tolist())  # from all classes alike
+    assert isinstance(tokenizer.spec, Continuous)
     accumulator = StatsAccumulator(tokenizer.spec.channels)
     tokenizer.to(device).eval()
+
+    def compute(batch: Batch) -> Tensor:
+        assert batch.images is not None
+        return tokenizer.precompute(to_model_range(batch.images.to(device)))
+
     if isinstance(source, TokenStore):
         parts = (chosen[i : i + BATCH] for i in range(0, count, BATCH))
         stored = (source.tokens(part, [0] * len(part)) for part in parts)
     else:
         transform = Transform(image_size=tokenizer.image_size)
         batches = ordered_batches(source, transform, BATCH, workers=workers, on_corrupt=on_corrupt, chosen=chosen)
-        stored = (tokenizer.precompute(to_model_range(batch.images.to(device))) for batch in batches)
+        stored = map(compute, batches)
     line = ProgressLine(count, label="latent statistics")
     try:
         with torch.no_grad():
@@ -53,7 +59,7 @@ def measure(
     return accumulator.compute()
 
 
-def measure_once(config: RunConfig, tokenizer: Loaded, source: DataSource, world: dist.World) -> None:
+def measure_once(config: RunConfig, tokenizer: Loaded[Tokenizer], source: DataSource, world: dist.World) -> None:
     """Set the tokenizer's statistics, from the cache folder or by one pass over (part of) the pictures. Collective."""
     module, data = tokenizer.module, config.data
     count = min(len(source), data.stats_images or len(source))

@@ -17,7 +17,7 @@ import inspect
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Generic, Literal, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -26,7 +26,7 @@ from core import config as config_module
 from core.config import RESERVED, RunConfig, SampleConfig
 from core.errors import UserError
 from core.rng import hash64
-from core.specs import Codes, Continuous, Guidance, LatentSpec, MultiScale
+from core.specs import Codes, Continuous, Generator, Guidance, LatentSpec, MultiScale, Tokenizer
 from core.train.checkpoint import Checkpoint
 from core.weights import files as weight_files
 from core.weights import hub, released
@@ -54,6 +54,7 @@ ADAPTERS = {"tokenizer": TOKENIZER_ADAPTERS, "generator": GENERATOR_ADAPTERS}
 IMAGENET_CLASSES = 1000
 
 Origin = Literal["load", "random", "meta"]
+Network = TypeVar("Network", bound=nn.Module)
 
 
 def load_config(path: str, overrides: list[str]) -> RunConfig:
@@ -115,6 +116,7 @@ class Weights:
         """A state dict that fits `network` exactly; UserError where there is none."""
         adapter = ADAPTERS[self.kind].get(self.settings["name"])  # one that nobody published weights of has none
         if self.tensors is None:
+            assert adapter is not None and self.official is not None
             with _naming(self.path):
                 return adapter.convert(network, self.official, averaged)
         state = self.tensors(averaged)
@@ -194,7 +196,7 @@ def _released(kind: str, path: Path, content: dict[str, Any], known: dict[str, A
 # Networks
 # ---------------------------------------------------------------------------------------------------------------------
 @dataclass
-class Loaded:
+class Loaded(Generic[Network]):
     """A network with what is known of it.
 
     Attributes:
@@ -204,19 +206,19 @@ class Loaded:
         weights: where they are from, with what else is noted there; None for random ones.
     """
 
-    module: nn.Module
+    module: Network
     settings: dict[str, Any]
     fingerprint: str = ""
     weights: Weights | None = None
 
     @property
-    def image_size(self) -> int:
+    def image_size(self: Loaded[Tokenizer]) -> int:
         """Of a tokenizer: pixels of a side of its pictures."""
         return self.module.image_size
 
 
-def build(kind: str, section: dict[str, Any], weights: Weights | None = None, **defaults: Any) -> nn.Module:
-    """A network from its config section; with weights, their settings fill in what the section leaves out."""
+def build(kind: str, section: dict[str, Any], weights: Weights | None = None, **defaults: Any) -> Any:
+    """A network of this kind from its config section; with weights, their settings fill in what the section leaves out."""
     settings = constructor_arguments(section)
     if weights is None:
         return REGISTRIES[kind].build(settings, **defaults)
@@ -239,12 +241,12 @@ def build(kind: str, section: dict[str, Any], weights: Weights | None = None, **
     return network
 
 
-def _frozen(network: nn.Module, settings: dict[str, Any], weights: Weights | None) -> Loaded:
+def _frozen(network: Network, settings: dict[str, Any], weights: Weights | None) -> Loaded[Network]:
     network.eval().requires_grad_(False)
     return Loaded(network, weights.settings if weights else settings, hub.fingerprint(network.state_dict()), weights)
 
 
-def load_tokenizer(section: dict[str, Any], source: Source | None = None) -> Loaded:
+def load_tokenizer(section: dict[str, Any], source: Source | None = None) -> Loaded[Tokenizer]:
     """The tokenizer of a config section, with its latent statistics where they are known.
 
     Args:
@@ -269,8 +271,8 @@ def statistics_file(section: dict[str, Any], weights: Weights | None) -> str | N
 
 
 def load_generator(
-    source: str | Source, tokenizer: Loaded | None = None, section: dict[str, Any] | None = None
-) -> Loaded:
+    source: str | Source, tokenizer: Loaded[Tokenizer] | None = None, section: dict[str, Any] | None = None
+) -> Loaded[Generator]:
     """A finished generator. Its latent statistics go to `tokenizer`, whose latents it must have learnt.
 
     Args:
@@ -279,7 +281,7 @@ def load_generator(
     section = section or {}
     sizes = tokenizer.module.spec.sizes() if tokenizer else {}  # of codes: released files do not tell all of them
     weights = read_weights("generator", source, {**sizes, **section})
-    network = build("generator", {"use_ema": section.get("use_ema", True)}, weights, **sizes)
+    network: Generator = build("generator", {"use_ema": section.get("use_ema", True)}, weights, **sizes)
     generator = _frozen(network, section, weights)
     if tokenizer is None:
         return generator
@@ -318,7 +320,7 @@ def check_kind(generator: str, spec: LatentSpec) -> None:
     raise UserError(f'generator "{generator}" models {KINDS[wanted]}, the tokenizer gives {spec}. {advice}')
 
 
-def introduce(generator: nn.Module, tokenizer: nn.Module) -> None:
+def introduce(generator: Generator, tokenizer: Tokenizer) -> None:
     """Bind a generator to the tokenizer whose latents it models; UserError if they do not fit."""
     problems = generator.fits(tokenizer.spec)
     if problems:
@@ -330,10 +332,9 @@ def introduce(generator: nn.Module, tokenizer: nn.Module) -> None:
 
 
 def make_guidance(settings: SampleConfig, guide: nn.Module | None = None) -> Guidance:
-    scale = tuple(settings.scale) if isinstance(settings.scale, list) else settings.scale
-    return Guidance(
-        scale, settings.guidance, tuple(settings.interval), guide, settings.schedule, settings.start, settings.power
-    )
+    scale = tuple(settings.scale) if isinstance(settings.scale, list) else cast(float, settings.scale)  # no text by now
+    low, high = settings.interval
+    return Guidance(scale, settings.guidance, (low, high), guide, settings.schedule, settings.start, settings.power)
 
 
 def guide_of(settings: SampleConfig) -> str | None:
@@ -341,7 +342,7 @@ def guide_of(settings: SampleConfig) -> str | None:
     return settings.guide if settings.guidance == "auto" and make_guidance(settings).active else None
 
 
-def sample_options(settings: SampleConfig, generator: nn.Module) -> dict[str, Any]:
+def sample_options(settings: SampleConfig, generator: Generator) -> dict[str, Any]:
     """Keyword arguments of generator.sample from the config; UserError for one that it does not take."""
     accepted = list(inspect.signature(generator.sample).parameters)[3:]  # after labels, draws, guidance
     options = settings.options()
@@ -358,9 +359,9 @@ def sample_options(settings: SampleConfig, generator: nn.Module) -> dict[str, An
 class Pair:
     """A generator, the tokenizer whose latents it models, and the weaker generator that guides it, if one does."""
 
-    tokenizer: Loaded
-    generator: Loaded
-    guide: Loaded | None = None
+    tokenizer: Loaded[Tokenizer]
+    generator: Loaded[Generator]
+    guide: Loaded[Generator] | None = None
 
     @property
     def lacks_statistics(self) -> bool:
@@ -418,8 +419,9 @@ def build_pair(
     return pair
 
 
-def _new_generator(config: RunConfig, tokenizer: Loaded, num_classes: int) -> Loaded:
+def _new_generator(config: RunConfig, tokenizer: Loaded[Tokenizer], num_classes: int) -> Loaded[Generator]:
     """The generator of a config with random weights; the tokenizer's sizes fill in what the config leaves out."""
+    assert config.generator is not None
     spec, settings = tokenizer.module.spec, constructor_arguments(config.generator)
     check_kind(settings["name"], spec)
     accepted = GENERATORS.signature(settings["name"])
@@ -427,7 +429,7 @@ def _new_generator(config: RunConfig, tokenizer: Loaded, num_classes: int) -> Lo
         if key in accepted and settings.get(key) is None:
             settings[key] = value
     torch.manual_seed(hash64(config.seed, "init") % 2**63)
-    generator = build("generator", settings).to(torch.get_default_device())  # see _laid_out
+    generator: Generator = build("generator", settings).to(torch.get_default_device())  # see _laid_out
     introduce(generator, tokenizer.module)
     return Loaded(generator, settings)
 
@@ -449,8 +451,9 @@ def tokenizer_layout(section: dict[str, Any], source: Source | None = None) -> t
             problem = str(error)
     file = released.find(reference)
     if file is not None and (file.network or file.recipe):
-        known = file.network or constructor_arguments(load_config(file.recipe, []).tokenizer)
-        place = "the table of released files" if file.network else file.recipe
+        known, place = file.network, "the table of released files"
+        if not known and file.recipe:
+            known, place = constructor_arguments(load_config(file.recipe, []).tokenizer), file.recipe
         return {**known, **settings}, f"{file.name} is not here; its sizes are those of {place}"
     if "name" in settings:
         return settings, f"{reference} is not here; its sizes are the defaults of {settings['name']}"
@@ -460,7 +463,7 @@ def tokenizer_layout(section: dict[str, Any], source: Source | None = None) -> t
     )
 
 
-def _laid_out(section: dict[str, Any], source: Source | None) -> Loaded:
+def _laid_out(section: dict[str, Any], source: Source | None) -> Loaded[Tokenizer]:
     """A tokenizer without weights, on the current default device."""
     settings = _untrained(TOKENIZERS, tokenizer_layout(section, source)[0])
     tokenizer = TOKENIZERS.build(settings)
@@ -477,19 +480,20 @@ def build_tokenizer_task(config: RunConfig, weights: Origin = "load") -> Tokeniz
     Args:
         weights: of teachers, of the networks behind losses, and of what the tokenizer starts from.
     """
+    assert config.objective is not None
     ready = weights == "load"
     settings = config.tokenizer if ready else _untrained(TOKENIZERS, tokenizer_layout(config.tokenizer)[0])
     torch.manual_seed(hash64(config.seed, "teachers") % 2**63)  # for toys, whose teachers are random
     teachers = semantic_widths(config, settings, pretrained=ready)
     torch.manual_seed(hash64(config.seed, "init") % 2**63)
-    tokenizer = build("tokenizer", settings)
-    objective = dict(config.objective)
-    if not ready and objective.get("perceptual"):
-        objective["perceptual"] = {
+    tokenizer: Tokenizer = build("tokenizer", settings)
+    losses: dict[str, Any] = dict(config.objective)
+    if not ready and losses.get("perceptual"):
+        losses["perceptual"] = {
             name: {**(part if isinstance(part, dict) else {"weight": part}), "pretrained": False}
-            for name, part in objective["perceptual"].items()
+            for name, part in losses["perceptual"].items()
         }
-    objective = OBJECTIVES.build(objective)
+    objective = OBJECTIVES.build(losses)
     discriminator = None
     if config.discriminator:
         discriminator = DISCRIMINATORS.build(

@@ -25,7 +25,7 @@ from core.config import EvalConfig, RunConfig, to_yaml
 from core.errors import UserError, nearest
 from core.files import read_json, write_atomic, write_json
 from core.rng import Draws, hash64
-from core.specs import DataSource, Previews
+from core.specs import DataSource, Generator, Previews, Tokenizer
 from core.train.checkpoint import read_tensors
 from core.train.log import ProgressLine
 from core.train.run import read_metrics
@@ -139,7 +139,7 @@ class Finished:
         self.unseen = real_features(self.pictures(self.val), self.net, self.config)
         self.classifier = toy.fit(self.train.features[toy.CLASS_TAP], self.train.labels, self.source.num_classes)
 
-    def _generator(self, role: str, tokenizer: Loaded) -> Loaded:
+    def _generator(self, role: str, tokenizer: Loaded[Tokenizer]) -> Loaded[Generator]:
         generator = load_generator(str(self.folder / self.plan[role]), tokenizer)
         generator.module.to(self.device)
         return generator

@@ -8,13 +8,13 @@ from pathlib import Path
 
 import torch
 from PIL import Image
-from torch import Tensor, nn
+from torch import Tensor
 
 from core.errors import UserError
 from core.files import explain_os_errors
 from core.images import finite_uint8, grid, save_png, to_model_range
 from core.rng import Draws, hash64
-from core.specs import Codes, MultiScale
+from core.specs import Codes, MultiScale, Previews, Tokenizer
 from data.decode import UnreadablePicture, decode_rgb
 from data.sources import open_source
 from data.transforms import center_crop, to_tensor
@@ -57,7 +57,7 @@ def panel(original: Tensor, rebuilt: Tensor, gain: float) -> Tensor:
     return torch.cat((original, gap, rebuilt, gap, difference), 2)
 
 
-def reconstruct(tokenizer: nn.Module, pictures: Iterable[Named], folder: Path, gain: float, with_stages: bool) -> None:
+def reconstruct(tokenizer: Tokenizer, pictures: Iterable[Named], folder: Path, gain: float, with_stages: bool) -> None:
     """Write <name>_psnr<dB>.png of each picture and grid.png, with stages also filmstrips; print what was measured.
 
     Args:
@@ -73,7 +73,11 @@ def reconstruct(tokenizer: nn.Module, pictures: Iterable[Named], folder: Path, g
         draws = Draws(hash64(0, "decode"), torch.arange(start, start + len(batch), device=device))
         with torch.no_grad():
             latents = tokenizer.encode(to_model_range(batch.to(device)))
-            stages = tokenizer.previews(latents, draws) if with_stages else [tokenizer.decode(latents, draws)]
+            if with_stages:
+                assert isinstance(tokenizer, Previews)
+                stages = tokenizer.previews(latents, draws)
+            else:
+                stages = [tokenizer.decode(latents, draws)]
             rebuilt = [finite_uint8(stage.float(), "nearest", draws.positions) for stage in stages][-1].cpu()
         codes.append(latents.cpu())
         for i, (name, value) in enumerate(zip(names, psnr(batch / 255, rebuilt / 255).tolist())):
@@ -93,12 +97,11 @@ def reconstruct(tokenizer: nn.Module, pictures: Iterable[Named], folder: Path, g
         print(f"what each part of the codes adds, then the original: {folder / 'stages.png'}")
     print(f"{sum(values) / len(values):6.2f} dB  mean of {len(values)}; all of them in {folder / 'grid.png'}")
     if isinstance(tokenizer.spec, (Codes, MultiScale)):
-        print_usage(tokenizer, torch.cat(codes))
+        print_usage(tokenizer.spec, torch.cat(codes))
 
 
-def print_usage(tokenizer: nn.Module, codes: Tensor) -> None:
+def print_usage(spec: Codes | MultiScale, codes: Tensor) -> None:
     """How many rows of each codebook occur in codes (B, L, K)."""
-    spec = tokenizer.spec
     names = getattr(spec, "names", ()) or range(spec.branches)
     for name, used in zip(names, codes.unbind(-1)):
         print(f"codebook {name}: {len(used.unique()):,} of {spec.vocab:,} codes used in {used.numel():,} places")

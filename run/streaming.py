@@ -14,13 +14,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from core.errors import UserError
 from core.files import replacing
 from core.images import finite_uint8, grid, save_png, to_uint8
 from core.rng import Draws
-from core.specs import Guidance, Previews, Streams
+from core.specs import Generator, Guidance, Previews, Streams, Tokenizer
 
 
 @dataclass
@@ -37,7 +37,7 @@ class Streamed:
         return self.seconds[0] / self.seconds[-1]
 
 
-def check_previews(tokenizer: nn.Module) -> None:
+def check_previews(tokenizer: Tokenizer) -> None:
     """UserError unless a part of this tokenizer's codes is a picture already."""
     if not isinstance(tokenizer, Previews):
         raise UserError(
@@ -46,7 +46,7 @@ def check_previews(tokenizer: nn.Module) -> None:
         )
 
 
-def check(generator: nn.Module | None, tokenizer: nn.Module) -> None:
+def check(generator: Generator | None, tokenizer: Tokenizer) -> None:
     """UserError unless this pair can show pictures before it is done."""
     if not isinstance(tokenizer, Streams):
         raise UserError(
@@ -61,8 +61,8 @@ def check(generator: nn.Module | None, tokenizer: nn.Module) -> None:
 
 @torch.no_grad()
 def stream(
-    generator: nn.Module,
-    tokenizer: nn.Module,
+    generator: Generator,
+    tokenizer: Tokenizer,
     labels: Tensor,
     draws: Draws,
     guidance: Guidance,
@@ -76,6 +76,7 @@ def stream(
         show: called as show(stage, pictures) the moment a stage is there.
     """
     check(generator, tokenizer)
+    assert isinstance(tokenizer, Streams)
     result, begun, fed = Streamed(torch.empty(0)), time.perf_counter(), 0
     decoder = tokenizer.stream(len(labels), draws.fork("decode"))
 
@@ -96,9 +97,10 @@ def stream(
     return result
 
 
-def layout_prefix(tokenizer: nn.Module, image: Tensor, groups: int) -> Tensor:
+def layout_prefix(tokenizer: Tokenizer, image: Tensor, groups: int) -> Tensor:
     """The codes of the first `groups` stages of a reference picture (1, 3, H, W) in [-1, 1]: (1, n, K)."""
     check(None, tokenizer)
+    assert isinstance(tokenizer, Streams)
     if not 1 <= groups <= tokenizer.groups:
         raise UserError(
             f"--layout-groups {groups}: this tokenizer has {tokenizer.groups} groups of codes; give 1 to "
@@ -106,7 +108,7 @@ def layout_prefix(tokenizer: nn.Module, image: Tensor, groups: int) -> Tensor:
         )
     with torch.no_grad():
         codes = tokenizer.encode(image)
-    return codes[:, : groups * tokenizer.length // tokenizer.groups]
+    return codes[:, : groups * tokenizer.spec.length // tokenizer.groups]
 
 
 def filmstrip(pictures: list[Tensor], originals: Tensor | None = None) -> Tensor:

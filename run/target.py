@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from core import config as config_module
 from core.config import RunConfig, SampleConfig
@@ -27,7 +27,8 @@ from core.dist import World
 from core.errors import UserError
 from core.nn.precision import bf16_products
 from core.rng import Draws
-from core.specs import DataSource
+from core.specs import DataSource, Generator, Tokenizer
+from core.train.checkpoint import Checkpoint
 from core.weights import released
 from core.weights.adapter import recognise
 from data.sources import open_source
@@ -63,11 +64,11 @@ class Sampler:
     facts: dict[str, Any]
 
     @property
-    def generator(self) -> nn.Module:
+    def generator(self) -> Generator:
         return self.task.generator
 
     @property
-    def tokenizer(self) -> nn.Module:
+    def tokenizer(self) -> Tokenizer:
         return self.task.tokenizer
 
     @property
@@ -158,6 +159,7 @@ def _config_of(source: Source, overrides: list[str], sources: dict[str, Source],
     """The config that belongs to a checkpoint or a file of generator weights; adds to `sources` what it has to open."""
     path = source.path
     if path.is_dir():
+        assert isinstance(source.content, Checkpoint)
         trained = copy.deepcopy(source.content.state["config"])
         return config_module.override(lambda: trained, overrides, REGISTRIES, source=source.reference)
     file = released.find(path)
@@ -224,6 +226,7 @@ def _smallest_config(source: Source, overrides: list[str], sources: dict[str, So
 def open_generator(target: Target, world: World) -> Sampler:
     """Load it, on the world's device. Collective where latent statistics have to be measured first."""
     config, sources = target.config, target.sources
+    assert config.generator is not None
     pair = build_pair(config, sources=sources)
     facts = {
         "weights": target.weights,

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from core import dist
 from core.config import RunConfig
 from core.errors import UserError
-from core.specs import DataSource
+from core.specs import Continuous, DataSource
 from core.train.run import RunFolder
 from core.train.trainer import PREVIEW_IMAGES, Trainer
 from core.weights import hub
@@ -56,7 +56,9 @@ def _train(config: RunConfig, inputs: Inputs, world: dist.World) -> int:
     loader = _loader(config, source, task, provenance.get("tokenizer_fingerprint", ""), world)
     evaluate = None
     if config.train.eval_every != "never":
-        evaluate = measure.Online(config, pictures or val, val, task.tokenizer.image_size, world)
+        shown = pictures or val
+        assert shown is not None  # run.data.needed_val asks for the latter where a run has tokens alone
+        evaluate = measure.Online(config, shown, val, task.tokenizer.image_size, world)
     run = RunFolder(config, world.is_main)
     trainer = Trainer(
         task,
@@ -112,6 +114,7 @@ def _generator_task(
     config: RunConfig, sources: dict[str, Source], source: DataSource, world: dist.World
 ) -> tuple[GeneratorTask, dict[str, Any]]:
     """(task, what is noted of the tokenizer in checkpoints)"""
+    assert config.generator is not None
     pair = build_pair(config, sources=sources, num_classes=source.num_classes)
     config.generator |= pair.generator.settings  # so that the run folder says it all
     tokenizer = pair.tokenizer
@@ -119,6 +122,7 @@ def _generator_task(
         source.check_tokenizer(tokenizer.module.spec, tokenizer.fingerprint, tokenizer.image_size)
     if pair.lacks_statistics:
         pictures = source if config.data.stats_split == "train" else open_val(config)
+        assert pictures is not None  # see run.data.needed_val
         measure_once(config, tokenizer, pictures, world)
     task = pair.task(source.num_classes, config.sample)
     return task, {"tokenizer_fingerprint": tokenizer.fingerprint, "tokenizer": config.tokenizer}
@@ -151,7 +155,7 @@ def _loader(
     transform = make_transform(config, tokenizer.image_size)
     if isinstance(source, TokenStore):
         stored, transform = source, source.transform
-    if config.task == "tokenizer" and data.cache_features and task.teachers:
+    if isinstance(task, TokenizerTask) and data.cache_features and task.teachers:
         teachers = nn.ModuleDict(task.teachers)
         network = Loaded(teachers, {}, hub.fingerprint(teachers.state_dict()))
 
@@ -160,6 +164,7 @@ def _loader(
 
         features = precomputed(config, "features", source, transform, network, look, world)
     elif config.task == "generator" and data.moments:
+        assert isinstance(tokenizer.spec, Continuous)
         stored = MomentFiles(data.moments, source, (tokenizer.spec.length, 2 * tokenizer.spec.channels))
     elif config.task == "generator" and data.cache_latents and stored is None:
         network = Loaded(tokenizer, {}, fingerprint)

@@ -74,8 +74,10 @@ def compute(expression: str, names: dict[str, Any]) -> Any:
         if isinstance(node, ast.Name):
             return _number(names[node.id])
         if isinstance(node, ast.Call):
+            assert isinstance(node.func, ast.Name)
             (value,) = map(visit, node.args)
             return _FUNCTIONS[node.func.id](value)
+        assert isinstance(node, ast.BinOp)
         left, right = visit(node.left), visit(node.right)
         apply = _OPERATORS[type(node.op)]
         if not isinstance(left, list) and not isinstance(right, list):
@@ -193,7 +195,7 @@ def systems_of(words: Iterable[str]) -> list[str]:
 def tasks_of(words: Iterable[str], stage: str | None = None) -> list[str]:
     """Which of "tokenizer" and "generator" a training command is about; both where that cannot be told."""
     by_stage = {"tokenizer": "tokenizer", "decoder": "tokenizer", "diffusion": "generator", "var": "generator"}
-    tasks = [_config_of(word).get("task") for word in words] + [by_stage.get(stage)]
+    tasks: list[Any] = [_config_of(word).get("task") for word in words] + [by_stage.get(stage or "")]
     return [task for task in tasks if task in by_stage.values()][:1] or ["tokenizer", "generator"]
 
 
@@ -302,7 +304,9 @@ def _explain_one(
     name, typed = flag.name, flag.typed
 
     def rest(system: str, program: str) -> str:
-        return phrase(lookup(system, program, name), flag.value, {**DATA[system].get("defaults", {}), **values})
+        entry = lookup(system, program, name)
+        assert entry is not None
+        return phrase(entry, flag.value, {**DATA[system].get("defaults", {}), **values})
 
     owners: dict[str, list[tuple[str, str]]] = {}  # answer -> of which systems, for which programs
     for system in systems:
@@ -379,7 +383,7 @@ def foreign_yaml(content: dict[str, Any]) -> str | None:
         return None
     keys = flatten(content)
     known = {system: sum(key in DATA[system]["yaml"] for key in keys) for system in DATA["yaml"]}
-    best = max(known, key=known.get)
+    best = max(known, key=known.__getitem__)
     return best if known[best] else None
 
 
@@ -400,8 +404,9 @@ def translate(path: str, overrides: list[str]) -> tuple[str, list[str]]:
     content = _content(Path(path))
     system = foreign_yaml(content)
     keys = DATA["imagefolder"]["yaml"].keys() - RunConfig.__dataclass_fields__.keys() - {"base"}
-    theirs = dict(word.partition("=")[::2] for word in overrides if word.partition("=")[0] in keys)
-    ours = [word for word in overrides if word.partition("=")[0] not in keys]
+    pairs = [(word, *word.partition("=")[::2]) for word in overrides]
+    theirs = {key: value for _, key, value in pairs if key in keys}
+    ours = [word for word, key, _ in pairs if key not in keys]
     if system is None and not theirs:
         return path, overrides
     values = flatten({key: value for key, value in content.items() if value != {}}) if system else {}

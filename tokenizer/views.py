@@ -14,7 +14,7 @@ from __future__ import annotations
 import math
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from core.errors import UserError
 from core.rng import Draws
@@ -27,7 +27,7 @@ VIEWS = ("vectors", "sequence")
 class View(Tokenizer):
     """What all views share: the wrapped tokenizer does the work."""
 
-    def __init__(self, tokenizer: nn.Module):
+    def __init__(self, tokenizer: Tokenizer):
         super().__init__()
         self.tokenizer = tokenizer
         self.image_size, self.term_names = tokenizer.image_size, tokenizer.term_names
@@ -46,7 +46,7 @@ class View(Tokenizer):
 class Sequence(View):
     """MultiScale codes as Codes: coarse scales first, in the order they are stored in."""
 
-    def __init__(self, tokenizer: nn.Module):
+    def __init__(self, tokenizer: Tokenizer):
         if not isinstance(tokenizer.spec, MultiScale):
             raise UserError(
                 f"tokenizer.view: sequence is for codes at several scales, this tokenizer gives {tokenizer.spec}."
@@ -71,7 +71,7 @@ class Vectors(View):
     A sequence without places (D-AR) is laid on a square, row by row.
     """
 
-    def __init__(self, tokenizer: nn.Module):
+    def __init__(self, tokenizer: Tokenizer):
         spec = tokenizer.spec
         if not isinstance(spec, Codes):
             raise UserError(
@@ -124,7 +124,7 @@ class Vectors(View):
         return self.tokenizer.decode(torch.stack(codes, dim=-1), draws)
 
 
-def view(tokenizer: nn.Module, name: str | None) -> nn.Module:
+def view(tokenizer: Tokenizer, name: str | None) -> Tokenizer:
     """`tokenizer`, or the view of it that a config asks for."""
     if name is None:
         return tokenizer

@@ -104,8 +104,8 @@ def transformer_size(
     for name, size in sizes.items():
         if (size.width, size.layers) == (width, layers):
             return name
-    heads = facts.ask(f"{key}.heads", f"the number of attention heads of {part}", 1, heads)
-    return {"width": width, "layers": layers, "heads": heads}
+    answer: int = facts.ask(f"{key}.heads", f"the number of attention heads of {part}", 1, heads)
+    return {"width": width, "layers": layers, "heads": answer}
 
 
 def merged(known: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:

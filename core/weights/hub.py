@@ -361,5 +361,5 @@ def fingerprint(state: dict[str, Tensor]) -> str:
     for name in sorted(state):
         t = state[name].detach().cpu().contiguous()
         digest.update(f"{name}\x1f{t.dtype}\x1f{list(t.shape)}\x1e".encode())
-        digest.update(t.reshape(-1).view(torch.uint8).numpy())
+        digest.update(t.reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()[:16]

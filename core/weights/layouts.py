@@ -95,18 +95,18 @@ def compare(adapter: Adapter, loaded: Mapping[str, Any], exact: bool = False, **
         result.differences = [f"no model can be built from these shapes ({error}){state.source()}"]
     if result.model is not None:
         source = state.source()
-        _against_model(adapter, dict(state), result, exact)
+        _against_model(adapter, dict(state), result, result.model, exact)
         result.differences = [d + source if d.startswith("other shapes") else d for d in result.differences]
     result.questions, result.asked = facts.questions(), [key.partition(".")[2] for key, _ in facts.open]
     return result
 
 
-def _against_model(adapter: Adapter, state: State, result: Comparison, exact: bool) -> None:
+def _against_model(adapter: Adapter, state: State, result: Comparison, model: nn.Module, exact: bool) -> None:
     """Fill in what differs, is ignored and is unused, under official names: the file and what this model is saved as."""
-    official, ours = adapter.restore(result.model), result.model.state_dict()
+    official, ours = adapter.restore(model), model.state_dict()
     result.ignored = adapter.names.ignored_in(state)
     try:
-        prepared = adapter.prepare(result.model, state)
+        prepared = adapter.prepare(model, state)
     except (UserError, RuntimeError) as error:
         result.differences = [str(error)]
         return

@@ -97,10 +97,11 @@ class Renames:
         split: State = {}
         for name, tensor in renamed(state, lambda name: _replaced(name, self._back)).items():
             whole = next((whole for whole in self.fused if whole in name), None)
-            parts = self.fused[whole] if whole else ()
-            split |= {name.replace(whole, part): rows for part, rows in zip(parts, tensor.chunk(max(1, len(parts))))}
-            if not parts:
+            if whole is None:
                 split[name] = tensor
+                continue
+            parts = self.fused[whole]
+            split |= {name.replace(whole, part): rows for part, rows in zip(parts, tensor.chunk(len(parts)))}
         return split
 
     def _whole(self, name: str) -> tuple[str, list[str]]:

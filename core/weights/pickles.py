@@ -18,7 +18,7 @@ import struct
 import zipfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple
+from typing import Any, BinaryIO, Literal, NamedTuple, cast
 
 import numpy as np
 import torch
@@ -61,7 +61,8 @@ class Inert:
     """
 
     def __init__(self, kind: str, args: tuple = ()):
-        self.kind, self.args, self.state = kind, args, None
+        self.kind, self.args = kind, args
+        self.state: Any = None
         self.items: list = []
         self.entries: dict = {}
 
@@ -89,7 +90,7 @@ def load_pickle(path: str | Path, kinds: tuple[type, ...] = (dict,)) -> Any:
         with explain_os_errors(path), open(path, "rb") as file:
             size = os.path.getsize(path)
             whole = torch.UntypedStorage.from_file(os.fspath(path), False, size) if size else torch.UntypedStorage(0)
-            content = _load(file, whole)
+            content = _load(file, cast(torch.UntypedStorage, whole))  # torch's stub says: any storage
     except UserError as error:
         raise error if str(error).startswith(f"{path}: ") else UserError(f"{path}: {error}") from None
     except Exception as error:  # garbage makes the reader fail in any way; whatever it is, the file is at fault
@@ -213,12 +214,16 @@ def _dtype(record: Any) -> np.dtype | None:
     return np.dtype((order if order in "<>" else "=") + record.args[0])
 
 
-def _array(data: Any, dtype: Any, shape: tuple, order: str = "C") -> np.ndarray | None:
+def _array(data: Any, dtype: Any, shape: tuple, order: Literal["C", "F"] = "C") -> np.ndarray | None:
     numbers = _dtype(dtype)
     data = data.encode("latin-1") if isinstance(data, str) else data  # of Python 2
     if numbers is None or not isinstance(data, (bytes, bytearray)) or math.prod(shape) * numbers.itemsize != len(data):
         return None
     return np.frombuffer(bytes(data), numbers).reshape(shape, order=order).astype(numbers.newbyteorder("="))
+
+
+def _scalar(dtype: Any, data: Any) -> Any:
+    return cast(np.ndarray, _array(data, dtype, (1,))).item()  # fails, as garbage may, for what is no number
 
 
 def _bytes(*args: Any) -> bytes | None:
@@ -256,7 +261,7 @@ _BUILDERS: dict[str, Callable[..., Any]] = {
     "builtins.bytes": _bytes,
     "_codecs.encode": _bytes,
     "builtins.complex": lambda real, imaginary: complex(float(real), float(imaginary)),
-    "numpy.core.multiarray.scalar": lambda dtype, data: _array(data, dtype, (1,)).item(),
+    "numpy.core.multiarray.scalar": _scalar,
     "numpy.core.multiarray._reconstruct": lambda *_: np.empty(0),
     "numpy.core.numeric._frombuffer": _array,
 }
@@ -302,7 +307,7 @@ def _give_state(target: Any, state: Any) -> None:
         _, shape, dtype, fortran, data = state
         array = _array(data, dtype, shape, "F" if fortran else "C")
         if array is not None:  # one of objects stays empty
-            target.__setstate__((1, array.shape, array.dtype, False, array.tobytes()))
+            cast(Any, target).__setstate__((1, array.shape, array.dtype, False, array.tobytes()))  # a pickle's words
 
 
 # ---------------------------------------------------------------------------------------------------------------------

