@@ -186,7 +186,7 @@ class FolderPictures(Pictures):
 
     def __init__(self, source: DataSource, name: str):
         require_order(source, "no number measured on them could be had again")
-        self.source, self.name = source, name
+        self.source, self.name, self.rows = source, name, range(len(source))
         self.pool = ThreadPoolExecutor(THREADS)
         self.size = tuple(self._read(0).shape[1:])
 
@@ -195,7 +195,7 @@ class FolderPictures(Pictures):
 
     def _read(self, index: int) -> Tensor:
         try:
-            return to_tensor(self.source[index].image)
+            return to_tensor(self.source[self.rows[index]].image)
         except UnreadablePicture as error:
             raise UserError(
                 f"{self.name}: {error.key} cannot be read ({error.reason}). Repair or remove it."
@@ -207,13 +207,15 @@ class FolderPictures(Pictures):
             if tuple(image.shape[1:]) != self.size:
                 found, expected = ("x".join(map(str, s)) for s in (image.shape[1:], self.size))
                 raise UserError(
-                    f"{self.name}: {self.source[index].key} is {found}, the first picture is {expected}. Make them "
+                    f"{self.name}: {self.source[self.rows[index]].key} is {found}, the first picture is {expected}. Make them "
                     "equal first; run_eval_tokenizer.sh --original and run_make_reference.sh crop them with --size N."
                 )
         return torch.stack(images)
 
     def fingerprint(self) -> str:
-        return self.source.fingerprint()
+        if isinstance(self.rows, range):
+            return self.source.fingerprint()
+        return f"{hash64(self.source.fingerprint(), str(list(self.rows))):016x}"
 
 
 def open_any(reference: str, size: int | None = None, workers: int = 0, split: str = "val") -> Pictures:

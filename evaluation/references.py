@@ -47,6 +47,12 @@ _TORCH_FLOATS = (np.float16, np.float32, np.float64)
 SUFFIXES = (".npz", ".pt", ".pth", ".safetensors")
 
 
+def side_of(pictures: Pictures) -> int | list[int]:
+    """The side of square pictures, else [H, W]: the size that references are compared by."""
+    height, width = pictures.size
+    return height if height == width else [height, width]
+
+
 @dataclass(frozen=True)
 class Facts:
     """What decides whether a reference may be compared with. None: the file does not say."""
@@ -54,7 +60,7 @@ class Facts:
     purpose: str | None = None  # "generation" (training set) or "reconstruction" (the originals themselves)
     network: str | None = None  # name of the feature network
     preprocess: str | None = None  # how pictures were resized and scaled for it
-    image_size: int | None = None
+    image_size: int | list[int] | None = None  # of `side_of`
     count: int | None = None  # pictures behind the moments
     source: str | None = None  # fingerprint of the pictures, for references of ours
     transform: str | None = None
@@ -86,7 +92,13 @@ class Statistics:
     pictures: ArrayPictures | None = field(default=None, repr=False)  # ADM's 10,000, for precision and recall
 
     def check(
-        self, *, purpose: str, network: str, preprocess: str, image_size: int | None, source: str | None = None
+        self,
+        *,
+        purpose: str,
+        network: str,
+        preprocess: str,
+        image_size: int | list[int] | None,
+        source: str | None = None,
     ) -> None:
         """UserError with one sentence if it must not be compared with. Unknown facts pass."""
         facts = self.facts
@@ -109,7 +121,11 @@ class Statistics:
                 "distances would mix the two. Choose a protocol that fits the file, or make another reference."
             )
         if None not in (facts.image_size, image_size) and facts.image_size != image_size:
-            raise UserError(f"{self.name} describes pictures of {facts.image_size} px, these have {image_size} px.")
+            theirs, ours = (
+                " x ".join(map(str, size)) if isinstance(size, list) else size
+                for size in (facts.image_size, image_size)
+            )
+            raise UserError(f"{self.name} describes pictures of {theirs} px, these have {ours} px.")
         if purpose == "reconstruction" and None not in (facts.source, source) and facts.source != source:
             raise UserError(
                 f"{self.name} describes other pictures ({facts.source}) than the originals ({source}). rFID "
@@ -154,7 +170,7 @@ def load(path: str | Path) -> Statistics:
         arrays, facts = held, _ = _read_cache(path)
     facts = KNOWN.get(path.name, facts)
     if pictures is not None and facts.image_size is None:
-        facts = replace(facts, image_size=pictures.size[0])
+        facts = replace(facts, image_size=side_of(pictures))
     moments = {tap: _moments(path, arrays, *names) for tap, names in MOMENTS.items() if names[0] in arrays}
     if not moments and pictures is None:
         raise UserError(
@@ -422,7 +438,7 @@ def make_statistics(
     facts = replace(
         facts,
         **net.facts(),
-        image_size=pictures.size[0],
+        image_size=side_of(pictures),
         count=len(pictures),
         source=pictures.fingerprint(),
         made_by="tessera",

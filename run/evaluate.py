@@ -38,7 +38,8 @@ from evaluation.chunks import Work
 from evaluation.images import Perturbation, picture_metrics
 from evaluation.measure import ByPairs, ByTokenizer, Evaluation, Produce, Progress, Rebuild, Result
 from evaluation.networks import FeatureNet
-from evaluation.pictures import NpzPictures, Pictures, first_pictures, open_any, same_pictures
+from evaluation.pairs import paired
+from evaluation.pictures import NpzPictures, Pictures, first_pictures, open_any
 from evaluation.protocols import Protocol
 from evaluation.references import Statistics
 from run.data import class_names, open_pictures
@@ -148,7 +149,7 @@ def existing_samples(options: argparse.Namespace, overrides: list[str], world: W
     protocol = protocols.get(settings.protocol)
     pictures = open_any(options.target)
     count = enough(settings.num_images, len(pictures), options.target, options)
-    size = pictures.size[0]
+    size = references.side_of(pictures)
     net = networks.feature_net(world.device, settings.network, protocol)
     path = references.choose_reference(settings.reference, protocol, net, size, "generation", True)
     if path is None:
@@ -172,7 +173,7 @@ def existing_samples(options: argparse.Namespace, overrides: list[str], world: W
         how=evaluation_of(options, settings, protocol, net, world, reference=reference),
         title=f"Samples of {options.target}",
         stem=Path(options.target).stem,
-        image_size=size,
+        image_size=pictures.size[0],
         job=job,
         produce=lambda indices: pictures.read(indices.start, indices.stop),
         reference_path=path,
@@ -284,7 +285,7 @@ def check_reconstructions(options: argparse.Namespace, overrides: list[str]) -> 
     settings = eval_settings(overrides)
     if options.original:
         sides = [open_any(p, options.size) for p in (options.original, options.reconstructed)]
-        same_pictures(*sides)
+        paired(*sides)
         enough(settings.num_images, len(sides[0]), options.original, options)
     else:
         if options.perturb:
@@ -410,7 +411,7 @@ def reference_for(
     settings: EvalConfig, protocol: Protocol, net: FeatureNet, pictures: Pictures, world: World
 ) -> tuple[str, Statistics | None]:
     """(what reconstructions are compared with, its statistics on the main rank or None for the originals)."""
-    size = pictures.size[0]
+    size = references.side_of(pictures)
     path = references.choose_reference(settings.reference, protocol, net, size, "reconstruction", False)
     known = references.KNOWN.get(path.name) if path else None
     if path and not settings.reference and known and known.count != len(pictures):
@@ -487,10 +488,10 @@ def by_tokenizer(options: argparse.Namespace, overrides: list[str], world: World
 
 
 def by_folders(options: argparse.Namespace, overrides: list[str], world: World) -> Reconstructions:
-    """Two sets of pictures, paired in order."""
+    """Two sets of pictures, paired by name or in order (evaluation/pairs.py)."""
     settings = eval_settings(overrides)
     original, recon = (open_any(p, options.size, options.workers) for p in (options.original, options.reconstructed))
-    same_pictures(original, recon)
+    recon = paired(original, recon)
     count = enough(settings.num_images, len(original), options.original, options)
     how, against, left_out = reconstruction_evaluation(options, settings, original, world)
     if "codebook" in how.protocol.reconstruction:

@@ -9,7 +9,9 @@ import torch
 from core.errors import UserError
 from evaluation import references
 from evaluation.distances import frechet_from_moments
+from evaluation.pictures import ArrayPictures
 from evaluation.references import Facts, Statistics
+from tests.evaluation.conftest import ONE, SmallInception
 
 
 def moments(width: int = 5, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
@@ -146,3 +148,15 @@ def test_rounded_statistics_of_any_type_are_taken(tmp_path, dtype, count):
     mean, covariance = references.load(tmp_path / "x.npz").moments["pool"]
     assert mean.dtype == covariance.dtype == torch.float64
     np.testing.assert_allclose(covariance.numpy(), np.cov(features.T), rtol=1e-3, atol=1e-6)
+
+
+def test_width_counts_as_height_does(tmp_path):
+    wide = ArrayPictures(np.zeros((3, 32, 48, 3), dtype=np.uint8))
+    reference = references.make_statistics(wide, SmallInception(), ONE, 4, facts=Facts("generation"))
+    assert reference.facts.image_size == [32, 48]
+    references.save(tmp_path / "wide.npz", reference)
+    read = references.load(tmp_path / "wide.npz")
+    check = dict(purpose="generation", network="inception", preprocess="tf1")
+    read.check(**check, image_size=references.side_of(wide))
+    with pytest.raises(UserError, match="describes pictures of 32 x 48 px, these have 32 px"):
+        read.check(**check, image_size=32)
