@@ -108,11 +108,11 @@ def parse_labels(text: str, num_classes: int, names: list[str]) -> list[int]:
     """Class numbers of "207, 10-19, tree frog"; UserError for one that does not exist."""
     by_name: dict[str, list[int]] = {}
     for i, name in enumerate(names):
-        by_name.setdefault(name.casefold(), []).append(i)
+        by_name.setdefault(_plain(name), []).append(i)
     labels: list[int] = []
-    for word in (w.strip() for w in text.split(",")):
-        numbers = re.fullmatch(r"(\d+)(?:\s*(?:-|\.\.)\s*(\d+))?", word)
-        called = by_name.get(word.casefold(), [])
+    for word in _words(text, set(by_name)):
+        numbers = re.fullmatch(r"([0-9]+)(?:\s*(?:-|\.\.)\s*([0-9]+))?", word)
+        called = by_name.get(_plain(word), [])
         if numbers is None and len(called) > 1:  # ImageNet has two cranes
             raise UserError(
                 f'--labels: "{word}" is the name of classes {" and ".join(map(str, called))}; give the number.'
@@ -137,6 +137,23 @@ def parse_labels(text: str, num_classes: int, names: list[str]) -> list[int]:
                 f"number {called[0]}"
             )
     return labels
+
+
+def _plain(name: str) -> str:
+    """A class name however it is spaced and whatever its capitals."""
+    return ", ".join(part.strip() for part in name.split(",")).casefold()
+
+
+def _words(text: str, names: set[str]) -> list[str]:
+    """`text` at its commas, but those inside a class name ("tench, Tinca tinca"): the longest name counts."""
+    parts, words = [part.strip() for part in text.split(",")], []
+    longest = max((name.count(",") for name in names), default=0) + 1
+    while parts:
+        lengths = range(min(longest, len(parts)), 1, -1)
+        length = next((n for n in lengths if _plain(",".join(parts[:n])) in names), 1)
+        words.append(", ".join(parts[:length]))
+        parts = parts[length:]
+    return words
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -129,6 +129,9 @@ def test_labels(capsys):
     assert "--labels 10: class number 10, called 8; the class that is called 10 has number 2" in capsys.readouterr().out
     with pytest.raises(UserError, match='"Crane" is the name of classes 0 and 2; give the number'):
         parse_labels("Crane", 3, ["crane", "x", "crane"])
+    commas = ["tench, Tinca tinca", "tench", "crane", "a, b, c"]
+    assert parse_labels("Tench,tinca tinca", 4, commas) == [0]
+    assert parse_labels("2, tench , a,b,C,1-2,tench, Tinca tinca", 4, commas) == [2, 1, 3, 1, 2, 0]
     for text, message in (
         ("3", "classes 0 to 2"),
         ("2-1", "smaller number first"),
