@@ -14,12 +14,14 @@ from pathlib import Path
 from typing import NoReturn
 
 from core import caller, launch
-from core.errors import UserError
+from core.errors import UserError, lost_worker
+from core.files import ADVICE, MACHINES_FAULTS
 from core.train.signals import REQUEUE_EXIT_CODE, Stopped, StopRequest, insist, words
 
 
 def run(main: Callable[[list[str]], int | None]) -> None:
     """Call main(arguments) and exit. A UserError becomes its message on stderr and exit code 2, a signal 75."""
+    _open_outputs()
     message, ending = "", {"code": 1}  # 1 of an exception that nobody catches
     if launch.is_one_of_several():
         # What is registered first is called last: when other threads have ended and everything else was tidied up.
@@ -52,11 +54,30 @@ def _until_stopped(main: Callable[[list[str]], int | None]) -> int:
     with StopRequest(at_once=True) as request:
         try:
             return main(caller.from_caller(sys.argv[1:])) or 0
-        except Exception:
+        except Exception as error:
             # Stopped in the middle of an import, say, others turn into errors of their own.
             if (reason := request.requested()) is None:
-                raise
+                raise (lost_worker(error) or _machines_fault(error) or error) from error.__cause__
             raise Stopped(reason) from None
+
+
+def _machines_fault(error: Exception) -> UserError | None:
+    """A sentence about a full disk and the like, wherever it was met; None for errors that programs make."""
+    if not isinstance(error, OSError) or error.errno not in MACHINES_FAULTS:
+        return None
+    place = f"{os.fsdecode(error.filename)}: " if isinstance(error.filename, (str, bytes)) else ""
+    return UserError(f"{place}{ADVICE[error.errno]}.")
+
+
+def _open_outputs() -> None:
+    """Let output be written wherever it goes: to nowhere if it was closed (>&-), and names that the terminal's encoding does
+    not have, with escapes."""
+    for name in ("stdout", "stderr"):
+        stream = getattr(sys, name)
+        if stream is None:
+            setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))  # noqa: SIM115  as long as the program
+        elif hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")
 
 
 def _report(code: int, message: str) -> None:

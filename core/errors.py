@@ -20,3 +20,18 @@ def check_choice(setting: str, value: object, choices) -> None:
     """UserError with the nearest choice unless `value` is one of them."""
     if value not in choices:
         raise UserError(f'{setting} "{value}" is not known.{nearest(value, choices)}')
+
+
+def lost_worker(error: BaseException) -> UserError | None:
+    """What torch means by its RuntimeError about a decoding process that is gone; None for any other error."""
+    said = f"{error} {error.__cause__ or error.__context__}"  # the signal is named by one of them
+    if "DataLoader worker" not in said:
+        return None
+    how = next((f" ({word})" for word in ("Killed", "Bus error", "Segmentation fault") if word in said), "")
+    advice = {
+        " (Killed)": "The memory of this machine, or of the job, most likely ran out: ask for more of it, or set fewer "
+        "decoding processes (data.workers, --workers)",
+        " (Bus error)": "/dev/shm most likely ran out: set workers=0 (data.workers, --workers), or give the container more "
+        "(docker run --shm-size=8g)",
+    }.get(how, "Set workers=0 (data.workers, --workers) to see why")
+    return UserError(f"a process that decodes pictures was ended by the system{how}. {advice}; then start again.")

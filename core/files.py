@@ -19,7 +19,7 @@ from typing import Any
 from core.errors import UserError
 
 # What the operating system reports -> what is wrong and what to do about it.
-_ADVICE = {
+ADVICE = {
     errno.ENOSPC: "the disk is full. Free some space or choose another folder, then try again",
     errno.EDQUOT: "your disk quota is used up. Delete what you no longer need or choose another folder, then try again",
     errno.EFBIG: "the file is larger than the system allows. Raise the limit (ulimit -f) or choose another folder",
@@ -31,8 +31,11 @@ _ADVICE = {
     errno.EISDIR: "this is a folder, a file was expected. Check the path",
     errno.ENAMETOOLONG: "the name is too long for this file system. Choose a shorter one",
     errno.EMFILE: "too many files are open. Raise the limit (ulimit -n)",
+    errno.ENFILE: "too many files are open on this machine. Close some programs, or ask its owner",
     errno.EIO: "the disk reported an input/output error. Check its health and choose another folder",
 }
+
+MACHINES_FAULTS = {errno.ENOSPC, errno.EDQUOT, errno.EMFILE, errno.ENFILE, errno.EROFS, errno.EIO}  # never a program's
 
 
 @contextmanager
@@ -41,9 +44,9 @@ def explain_os_errors(path: str | os.PathLike) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        if error.errno not in _ADVICE:
+        if error.errno not in ADVICE:
             raise
-        raise UserError(f"{os.fspath(path)}: {_ADVICE[error.errno]}.") from error
+        raise UserError(f"{os.fspath(path)}: {ADVICE[error.errno]}.") from error
 
 
 def text_instead(start: bytes) -> str | None:
@@ -139,7 +142,7 @@ def replacing(path: str | os.PathLike, sync: bool = True) -> Iterator[Path]:
 def write_atomic(path: str | os.PathLike, data: bytes | str) -> None:
     """Write a whole file: after a crash at any moment, `path` holds the old contents or the new, nothing between."""
     with replacing(path) as temporary:
-        temporary.write_bytes(data.encode("utf-8") if isinstance(data, str) else data)
+        temporary.write_bytes(data.encode("utf-8", "backslashreplace") if isinstance(data, str) else data)
 
 
 def to_json(value: Any) -> str:

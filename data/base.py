@@ -7,6 +7,7 @@ loader may replace; mistakes of the user raise `UserError`.
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
 import os
 import re
@@ -131,6 +132,10 @@ class ListedSource(DataSource):
         try:
             data = self.read(index)
         except OSError as error:
+            if error.errno in (errno.EMFILE, errno.ENFILE):  # not the picture's fault
+                raise UserError(
+                    f"{key} cannot be read: too many files are open. Raise the limit (ulimit -n)."
+                ) from error
             raise UnreadablePicture(key, error.strerror or str(error)) from error
         return Sample(decode_rgb(data, key, self.upright), int(self.labels[index]), key)
 

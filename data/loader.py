@@ -14,18 +14,22 @@ import atexit
 import dataclasses
 import functools
 import itertools
+import math
 import multiprocessing
 import os
+import shutil
 import signal
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from torch.utils.data import DataLoader
 
-from core.errors import UserError, nearest
+from core.errors import UserError, lost_worker, nearest
+from core.files import human_bytes
 from core.rng import permutation
 from core.specs import Batch, DataSource, Sample
 from data.decode import UnreadablePicture
@@ -37,6 +41,8 @@ if TYPE_CHECKING:  # caches are built with this module
 
 MAX_REPLACED_IN_A_ROW = 100
 MAX_NAMES = 20
+PREFETCH = 2  # batches of each worker that may wait, in SHARED_MEMORY
+SHARED_MEMORY = "/dev/shm"
 ENOUGH = 10_000  # pictures that a share is judged by
 POLICIES = ("replace", "raise")
 
@@ -126,6 +132,17 @@ class _Reader:
         if self.on_corrupt not in POLICIES:
             raise UserError(f'unknown on_corrupt "{self.on_corrupt}".{nearest(self.on_corrupt, POLICIES)}')
 
+    def bytes_each(self) -> int:
+        """Of one picture in a batch, with what is cached of it."""
+        shapes = [
+            (array["shape"], np.dtype(array["dtype"]).itemsize)
+            for cache in (self.features, self.stored)
+            if cache is not None
+            for array in cache.arrays.values()
+        ]
+        size = 0 if self.stored is not None else self.transform.image_size
+        return 3 * size * size + sum(math.prod(shape) * itemsize for shape, itemsize in shapes)
+
     def __getitems__(self, entries: list[Entry]) -> Batch | str:
         try:
             return self._read(entries)
@@ -179,6 +196,27 @@ def _prepare_worker(closing, worker: int) -> None:
     signal.pthread_sigmask(signal.SIG_UNBLOCK, _HELD)
 
 
+def _require_shared_memory(reader: _Reader, entries: int, workers: int) -> None:
+    """UserError where the batches that wait for the main process do not fit into /dev/shm: it would wait for ever.
+
+    Args:
+        entries: of a batch.
+    """
+    if sys.platform != "linux" or not os.path.isdir(SHARED_MEMORY):
+        return
+    here = int(os.environ.get("LOCAL_WORLD_SIZE") or 1)  # ranks that share it, as torchrun and accelerate say
+    needed = here * workers * PREFETCH * entries * reader.bytes_each()
+    free = shutil.disk_usage(SHARED_MEMORY).free
+    if needed > free:
+        fitting = int(workers * free / needed)
+        raise UserError(
+            f"{SHARED_MEMORY} has {human_bytes(free)} free, and {workers} decoding processes"
+            f"{f' on each of {here} ranks' if here > 1 else ''} hand over batches there that take {human_bytes(needed)}. "
+            f"Set workers={fitting} (data.workers={fitting} or --workers {fitting}), or give the container more: docker run "
+            f"--shm-size={-(-needed // 2**30) + 1}g"
+        )
+
+
 def _run(reader: _Reader, order: Iterable[list[Entry]], workers: int, pin: bool = False) -> Iterator[Batch]:
     """Batches for the lists of entries in `order`, in that order, read by `workers` processes (0: by this one)."""
     start_method = (reader.source and reader.source.start_method) or ("fork" if sys.platform == "linux" else "spawn")
@@ -186,8 +224,12 @@ def _run(reader: _Reader, order: Iterable[list[Entry]], workers: int, pin: bool 
     closing = context.Event()
     options: dict[str, Any] = {}
     if workers:
+        order = iter(order)
+        first = list(itertools.islice(order, 1))
+        order = itertools.chain(first, order)
+        _require_shared_memory(reader, len(first[0]) if first else 0, workers)
         worker_start = functools.partial(_prepare_worker, closing)
-        options = {"multiprocessing_context": context, "worker_init_fn": worker_start}
+        options = {"multiprocessing_context": context, "worker_init_fn": worker_start, "prefetch_factor": PREFETCH}
     # DataLoader draws a seed for its workers: from a generator of its own, so that torch's global one is left alone.
     loader = DataLoader(
         reader,
@@ -209,6 +251,8 @@ def _run(reader: _Reader, order: Iterable[list[Entry]], workers: int, pin: bool 
             if isinstance(batch, str):
                 raise UserError(batch)
             yield batch
+    except RuntimeError as error:
+        raise lost_worker(error) or error from error
     finally:
         if not closing.is_set():  # at exit it is, and setting it again would need modules that are gone
             closing.set()

@@ -122,7 +122,7 @@ class RunFolder:
 
     def _append(self, name: str, line: str) -> None:
         path = self.path / name
-        with explain_os_errors(path), path.open("a", encoding="utf-8") as file:
+        with explain_os_errors(path), path.open("a", encoding="utf-8", errors="backslashreplace") as file:
             file.write(line + "\n")
 
     def rewind_metrics(self, step: int) -> None:

@@ -1,15 +1,19 @@
 """The order of batches is a function of (seed, position): workers, ranks, micro-batches and restarts do not matter."""
 
+import errno
 import itertools
 import multiprocessing
 import os
+import re
+import shutil
 import signal
+from pathlib import Path
 
 import pytest
 import torch
 from PIL import Image
 
-from core.errors import UserError
+from core.errors import UserError, lost_worker
 from core.rng import permutation
 from core.specs import Batch, DataSource, Sample
 from data.decode import UnreadablePicture
@@ -168,6 +172,48 @@ def test_signals_do_not_kill_workers():
     assert all(equal(a, b) for a, b in zip(expected[1:], batches))
     batches.close()
     assert not multiprocessing.active_children()
+
+
+@pytest.mark.parametrize(("number", "advice"), [(signal.SIGKILL, "memory"), (signal.SIGBUS, "/dev/shm")])
+def test_a_killed_worker_is_one_sentence(number, advice):
+    batches = Loader(SOURCE, RANDOM, seed=1, global_batch=8, workers=1).batches()
+    next(batches)
+    (child,) = multiprocessing.active_children()
+    with pytest.raises((UserError, RuntimeError)) as caught:  # torch's own where its signal handler is quicker
+        os.kill(child.pid, number)
+        for _ in batches:
+            pass
+    batches.close()
+    sentence = caught.value if isinstance(caught.value, UserError) else lost_worker(caught.value)
+    assert re.search(f"was ended by the system.*{advice}.* most likely ran out.*workers", str(sentence))
+    assert not multiprocessing.active_children()
+
+
+def test_shared_memory_that_is_too_small(monkeypatch):
+    """Workers would wait for ever, or die of SIGBUS: refused before any is started."""
+    usage = shutil.disk_usage("/")
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=10 * 3 * 8 * 8 * 2 * 2))
+    next(Loader(SOURCE, Transform(8), seed=1, global_batch=8, workers=2).batches())
+    next(Loader(SOURCE, Transform(8), seed=1, global_batch=16, workers=0).batches())
+    sentence = "7.5 KiB free, and 2 decoding processes hand over .* take 12.0 KiB. Set workers=1 .*--shm-size"
+    with pytest.raises(UserError, match=sentence):
+        next(Loader(SOURCE, Transform(8), seed=1, global_batch=16, workers=2).batches())
+    assert not multiprocessing.active_children()
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    with pytest.raises(UserError, match="2 decoding processes on each of 2 ranks"):
+        next(Loader(SOURCE, Transform(8), seed=1, global_batch=8, workers=2).batches())
+
+
+def test_too_many_open_files_are_no_broken_pictures(tmp_path, monkeypatch):
+    Image.new("RGB", (8, 8)).save(tmp_path / "a.png")
+    source = open_source(f"folder://{tmp_path}")
+
+    def refuse(_):
+        raise OSError(errno.EMFILE, "Too many open files")
+
+    monkeypatch.setattr(Path, "read_bytes", refuse)
+    with pytest.raises(UserError, match="a.png cannot be read: too many files are open. Raise the limit"):
+        next(Loader(source, Transform(8), seed=1, global_batch=1).batches())
 
 
 def test_unclosed_loader_does_not_hang_at_exit():
