@@ -11,7 +11,7 @@ import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from core import caller, launch
 from core.errors import UserError, lost_worker
@@ -26,7 +26,7 @@ def run(main: Callable[[list[str]], int | None]) -> None:
     if launch.is_one_of_several():
         # What is registered first is called last: when other threads have ended and everything else was tidied up.
         atexit.register(lambda: leave(ending["code"]))
-    insist(_leave_stopped)
+    insist(_leave_bereft, _leave_stopped)
     try:
         _refuse_another_clone(Path(sys.argv[0]))
         code = _until_stopped(main)
@@ -35,7 +35,7 @@ def run(main: Callable[[list[str]], int | None]) -> None:
     except UserError as error:
         if os.environ.get("TESSERA_TRACEBACK"):
             raise
-        code, message = 2, f"error: {error}"
+        code, message = error.exit_code, f"error: {error}"
     except BrokenPipeError:  # the reader of our output went away, as in `... | head`
         sys.stderr.close()
         code = 1
@@ -50,15 +50,38 @@ def run(main: Callable[[list[str]], int | None]) -> None:
 
 
 def _until_stopped(main: Callable[[list[str]], int | None]) -> int:
-    """What main(arguments) returns; Stopped as soon as a signal asks for it."""
+    """What main(arguments) returns; Stopped as soon as a signal asks for it, RankGone where another rank has died."""
     with StopRequest(at_once=True) as request:
         try:
             return main(caller.from_caller(sys.argv[1:])) or 0
-        except Exception as error:
+        except (Exception, Stopped) as error:
+            request.at_once = False  # the reason is being looked for
+            if (gone := _of_other_ranks(error)) is not None:
+                raise gone from None
             # Stopped in the middle of an import, say, others turn into errors of their own.
+            if isinstance(error, Stopped):
+                raise
             if (reason := request.requested()) is None:
                 raise (lost_worker(error) or _machines_fault(error) or error) from error.__cause__
             raise Stopped(reason) from None
+
+
+def _peers() -> Any | None:
+    """What this process knows of the other ranks (core/peers.py); None where there are none."""
+    dist = sys.modules.get("core.dist")
+    return dist.peers() if dist is not None else None
+
+
+def _of_other_ranks(error: BaseException) -> UserError | None:
+    """What to say where another rank is to blame; None where none is.
+
+    When a rank has died, a launcher asks the others to stop.
+    """
+    if (peers := _peers()) is None:
+        return None
+    causes = [cause for cause in (error, error.__context__) if cause is not None]
+    reasons = (peers.gone() if isinstance(cause, Stopped) else peers.explain(cause) for cause in causes)
+    return next((reason for reason in reasons if reason is not None), None)
 
 
 def _machines_fault(error: Exception) -> UserError | None:
@@ -81,12 +104,21 @@ def _open_outputs() -> None:
 
 
 def _report(code: int, message: str) -> None:
+    if (peers := _peers()) is not None:
+        peers.goodbye()
     if code and _speaks():
         if message:
             print(message, file=sys.stderr, flush=True)
         # torchrun turns every failure of a worker into exit code 1; the launch script reads the real one from here.
         if os.environ.get("TESSERA_EXIT_FILE"):
             Path(os.environ["TESSERA_EXIT_FILE"]).write_text(str(code))
+
+
+def _leave_bereft(_: str) -> None:
+    """End a program that a launcher tells to because another rank has died, also where it waits for that one."""
+    if (peers := _peers()) is not None and (gone := peers.gone()) is not None:
+        _report(gone.exit_code, f"error: {gone}")
+        leave(gone.exit_code)
 
 
 def _leave_stopped(name: str) -> NoReturn:

@@ -191,6 +191,7 @@ class TrainConfig:
     )
     milestone_every: Duration = setting(Duration("never"), "checkpoints that are never deleted")
     time_limit_minutes: float = setting(0.0, "save and exit with code 75 after this long; 0: no limit", low=0)
+    rank_timeout: float = setting(5.0, "minutes for which a step waits for a rank that does not come", low=0.1)
     max_nonfinite_steps: int = setting(20, "give up after so many bad steps in a row", low=1)
 
 

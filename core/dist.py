@@ -18,15 +18,14 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.rendezvous import rendezvous
 
 from core import launch
 from core.errors import UserError
+from core.peers import OtherRankFailed, Peers
+from core.train.signals import Stopped
 
 T = TypeVar("T")
-
-
-class OtherRankFailed(UserError):
-    """This rank is well; another one has said what is wrong."""
 
 
 @dataclass(frozen=True)
@@ -48,8 +47,11 @@ class World:
             print(message, flush=True)
 
     def barrier(self) -> None:
+        """Wait for all ranks, however long they are at work."""
         if self.size > 1:
-            dist.barrier()
+            if _peers:
+                _peers.meet()
+            dist.all_reduce(torch.zeros(1))  # nobody leaves, and takes the store along, before all have seen it
 
     def sum(self, values: Tensor) -> Tensor:
         """Sum over ranks, in place."""
@@ -84,15 +86,20 @@ class World:
             result = work()
         except BaseException as caught:
             error = caught
-        failed = torch.tensor([self.rank if error else -1])
+        stopped = isinstance(error, Stopped)
+        failed = torch.tensor([-1 if error is None else self.rank if stopped else self.size + self.rank])
         try:
             if not isinstance(error, (KeyboardInterrupt, SystemExit)):
+                if _peers:
+                    _peers.meet()  # the others may be at work for longer than a collective waits
                 dist.all_reduce(failed, op=dist.ReduceOp.MAX)
         finally:  # the others may be at work for longer than a collective waits: our own reason is what counts
             if error:
                 raise error
+        if failed >= self.size:
+            raise OtherRankFailed(f"rank {int(failed) - self.size} failed; its message says why.")
         if failed >= 0:
-            raise OtherRankFailed(f"rank {int(failed)} failed; its message says why.")
+            raise Stopped(f"rank {int(failed)} was asked to stop")
         return result
 
     def on_main(self, work: Callable[[], T]) -> T:
@@ -170,8 +177,22 @@ def cpu_multiplies_bf16() -> bool:
     return "avx512_bf16" in flags or "amx_bf16" in flags
 
 
-def start(device: str = "auto", timeout_minutes: float = 15.0) -> World:
-    """Join the other ranks, if any; UserError where they cannot be reached."""
+_peers: Peers | None = None  # of this process, once it has met them
+_MEETING_MINUTES = 15.0  # for which ranks wait for each other at the beginning
+
+
+def peers() -> Peers | None:
+    """What this process knows of the other ranks; None where there are none."""
+    return _peers
+
+
+def start(device: str = "auto", timeout_minutes: float = 5.0) -> World:
+    """Join the other ranks, if any; UserError where they cannot be reached.
+
+    Args:
+        timeout_minutes: for which a collective waits for a rank that does not come.
+    """
+    global _peers
     told = launch.ranks()
     chosen = pick_device(device)
     if chosen.type == "cuda":
@@ -179,7 +200,11 @@ def start(device: str = "auto", timeout_minutes: float = 15.0) -> World:
     if told.size > 1:
         backend = "cpu:gloo,cuda:nccl" if chosen.type == "cuda" else "gloo"
         try:
-            dist.init_process_group(backend, timeout=timedelta(minutes=timeout_minutes))
+            store, _, _ = next(rendezvous("env://", timeout=timedelta(minutes=_MEETING_MINUTES)))
+            dist.init_process_group(
+                backend, store=store, rank=told.rank, world_size=told.size, timeout=timedelta(minutes=timeout_minutes)
+            )
+            _peers = Peers(dist.PrefixStore("peers", store), told.rank, told.size, timeout_minutes)
         except dist.DistError as error:  # a busy port, a wrong address, ranks that never come
             reason = (str(error).strip().splitlines() or ["no reason given"])[0]
             place = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
@@ -261,6 +286,8 @@ class AgreedFlag:
         if self.work is not None:
             self.work.wait()
             agreed = int(self.value)
+        if _peers:
+            _peers.reached += 1
         self.value = torch.tensor([mine], dtype=torch.int64)
         self.work = dist.all_reduce(self.value, op=dist.ReduceOp.MAX, async_op=True)
         return agreed

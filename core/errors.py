@@ -4,6 +4,8 @@
 class UserError(Exception):
     """Raised with one clear message: what was given, what was expected, what to change. Never shows a traceback."""
 
+    exit_code = 2
+
 
 def nearest(word: object, choices) -> str:
     """' Did you mean "x"?' for the closest choice, or the list of choices when none is close."""

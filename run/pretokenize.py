@@ -97,7 +97,7 @@ def check(config: RunConfig, request: Request) -> DataSource | None:
 
 def pretokenize(config: RunConfig, request: Request, pictures: DataSource | None) -> int:
     """Make, check, show and export one store. Returns the exit code."""
-    world = dist.start(config.train.device)
+    world = dist.start(config.train.device, config.train.rank_timeout)
     try:
         tokenizer = load_tokenizer(config.tokenizer)
         module = cast(Tokenizer, tokenizer.module.to(world.device))

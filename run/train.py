@@ -34,7 +34,7 @@ SMALL_SET = 50_000  # pictures; the published recipes are made for 1.28 million
 def train(config: RunConfig) -> int:
     """Run a training to its end, or until it is asked to stop. Returns the exit code."""
     inputs = check_inputs(config)
-    world = dist.start(config.train.device)
+    world = dist.start(config.train.device, config.train.rank_timeout)
     try:
         return _train(config, inputs, world)
     finally:

@@ -82,7 +82,7 @@ def main(arguments: list[str]) -> int:
     chosen = read_target(target, overrides, (lambda _: None) if silent else print)
     if options.check:
         return 0
-    world = dist.start(chosen.config.train.device)
+    world = dist.start(chosen.config.train.device, chosen.config.train.rank_timeout)
     try:
         sample(chosen, request, world)
     finally:

@@ -40,6 +40,7 @@ FREE = (
     "train.keep_best",
     "train.milestone_every",
     "train.time_limit_minutes",
+    "train.rank_timeout",
     "train.max_nonfinite_steps",
     "train.init_from",
 )

@@ -18,9 +18,9 @@ from collections.abc import Callable
 from typing import Any
 
 REQUEUE_EXIT_CODE = 75  # EX_TEMPFAIL of sysexits.h: "try again later"
-GO_ON = "run the same command again to go on"
+GO_ON = "run the same command again to continue"
 # A main thread that is inside one long call (a matrix root, a wait for another rank) cannot run Python's handler.
-GRACE_SECONDS = 15.0
+LOOK_SECONDS, GRACE_SECONDS = 2.0, 15.0
 # torchrun repeats a Ctrl-C to its workers, which the terminal has already told: so soon it is the same one.
 _SAME_KEYPRESS_SECONDS = 0.5
 _SIGNALS = tuple(getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGUSR1") if hasattr(signal, name))
@@ -96,10 +96,11 @@ class StopRequest:
 _wakeup: list[socket.socket] = []  # where signals arrive in the process that watches them
 
 
-def insist(leave: Callable[[str], None]) -> None:
+def insist(look: Callable[[str], None], leave: Callable[[str], None]) -> None:
     """Watch from a thread that signals are obeyed, from now to the end of this process.
 
     Args:
+        look: called with the signal's name, LOOK_SECONDS after it. May end the process.
         leave: called with the signal's name, GRACE_SECONDS after it, where the program should have stopped at once and
             has not. Ends the process.
     """
@@ -113,10 +114,14 @@ def insist(leave: Callable[[str], None]) -> None:
 
     def watch() -> None:
         while number := heard.recv(1):
-            request = StopRequest.innermost
-            if number[0] in _SIGNALS and request is not None and request.at_once:
-                time.sleep(GRACE_SECONDS)
-                leave(signal.Signals(number[0]).name)
+            if number[0] not in _SIGNALS:
+                continue
+            name, request = signal.Signals(number[0]).name, StopRequest.innermost
+            time.sleep(LOOK_SECONDS)
+            look(name)
+            if request is not None and request.at_once:
+                time.sleep(GRACE_SECONDS - LOOK_SECONDS)
+                leave(name)
 
     threading.Thread(target=watch, name="signals", daemon=True).start()
 

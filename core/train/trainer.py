@@ -32,7 +32,7 @@ from core.train.log import Averages, RunLog
 from core.train.optim import Schedule, make_adamw, weight_decay_at
 from core.train.optimizer_state import flatten_optimizer, restore_optimizer
 from core.train.run import RunFolder
-from core.train.signals import REQUEUE_EXIT_CODE, StopRequest
+from core.train.signals import GO_ON, REQUEUE_EXIT_CODE, Stopped, StopRequest
 
 PREVIEW_IMAGES = 16
 
@@ -74,6 +74,7 @@ class Trainer:
         self.batches, self.split, self.run, self.world, self.evaluate = batches, split, run, world, evaluate
         self.images_per_epoch, self.data_fingerprint = images_per_epoch, data_fingerprint
         self.provenance = provenance or {}
+        self.evaluation_due = False  # a signal came while online metrics were computed
         train = self.settings
         parallel.set_determinism(train.deterministic)
 
@@ -192,6 +193,7 @@ class Trainer:
             "averages": {"order": list(self.averages.sums), "counts": self.averages.counts},
             "provenance": self.provenance,
             "config": to_plain(self.config),
+            **({"evaluation_due": True} if self.evaluation_due else {}),
         }
         milestone = self._every(self.settings.milestone_every, self.step)
         self.store.save(self.step, tensors, state, milestone=milestone, wait=wait)
@@ -226,6 +228,7 @@ class Trainer:
         for name, constant in self.task.constants().items():
             constant.copy_(checkpoint.tensors("constants")[name])
         self.step = state["images_seen"] // self.settings.global_batch
+        self.evaluation_due = bool(self.evaluate and state.get("evaluation_due"))
         self.run.rewind_metrics(self.step)
         self.run.log(f"continuing from {checkpoint.path} (step {self.step}, {self.images_seen:,} images seen)")
         return True
@@ -297,6 +300,11 @@ class Trainer:
         agreed = AgreedFlag(self.world)
         steady_since, steady_step = time.perf_counter(), self.step
         with StopRequest(train.time_limit_minutes or None) as request:
+            if self.evaluation_due:
+                if not self._evaluate(log):
+                    return self._leave(agreed, log, request.requested())
+                if self.step == self.total_steps:
+                    self.save(wait=True)
             batches = self.batches(self.images_seen)
             while self.step < self.total_steps:
                 batch = next(batches)
@@ -313,21 +321,16 @@ class Trainer:
                 paused = time.perf_counter()
                 if self._every(train.preview_every, self.step) or (last and train.preview_every != "never"):
                     self.preview()
+                    self.world.barrier()
                 if self.evaluate and (
                     self._every(train.eval_every, self.step) or (last and train.eval_every != "never")
                 ):
                     self._evaluate(log)
+                if self.evaluation_due:
+                    return self._leave(agreed, log, request.requested())
                 stop = agreed.exchange(1 if request.requested() else 0)
                 if stop and not last:
-                    agreed.drain()
-                    log.flush()
-                    self.save(wait=True)
-                    self.world.barrier()  # ranks leave together: a launcher kills the others when one is gone
-                    self.run.log(
-                        f"stopped at step {self.step} ({request.requested() or 'another rank was asked to stop'}); "
-                        "run the same command again to continue"
-                    )
-                    return REQUEUE_EXIT_CODE
+                    return self._leave(agreed, log, request.requested())
                 if (
                     last
                     or self._every(train.checkpoint_every, self.step)
@@ -335,10 +338,20 @@ class Trainer:
                 ):
                     log.flush()  # a checkpoint must not be ahead of metrics.jsonl
                     self.save(wait=last)
+                    self.world.barrier()  # which waits for the main rank's disk
                 steady_since += time.perf_counter() - paused  # img/s counts training, not pictures and checkpoints
             agreed.drain()
         self.run.log(f"finished: {self.step} steps, {self.images_seen:,} images")
         return 0
+
+    def _leave(self, agreed: AgreedFlag, log: RunLog, reason: str | None) -> int:
+        """Save and say so. Collective; returns the exit code."""
+        agreed.drain()
+        log.flush()
+        self.save(wait=True)
+        self.world.barrier()  # ranks leave together: a launcher kills the others when one is gone
+        self.run.log(f"stopped at step {self.step} ({reason or 'another rank was asked to stop'}); {GO_ON}")
+        return REQUEUE_EXIT_CODE
 
     def _log_step(self, log: RunLog, extra: dict[str, Tensor | float], speed: float) -> None:
         self._check_guards()
@@ -435,15 +448,25 @@ class Trainer:
         path = self.run.path / "samples" / f"step_{self.step:08d}.png"
         image_tools.save_png(image_tools.grid(pictures, columns=8), path)
 
-    def _evaluate(self, log: RunLog) -> None:
-        """Online metrics. Collective: all ranks share the pictures, the main rank has the numbers."""
+    def _evaluate(self, log: RunLog) -> bool:
+        """Online metrics. Collective: all ranks share the pictures, the main rank has the numbers.
+
+        Returns: whether it came to its end. Where a signal stopped it, it is what a resumed run begins with.
+        """
         assert self.evaluate is not None
-        with self.averaged() as network:
-            metrics = self.evaluate(self.task, network)
+        self.evaluation_due = True
+        try:
+            with self.averaged() as network:
+                metrics = self.evaluate(self.task, network)
+        except Stopped:
+            return False
+        self.evaluation_due = False
+        self.world.barrier()  # the main rank alone computes distances
         if self.world.is_main:
             self._write_metrics(log, metrics)
         if self.settings.keep_best is not None:
             self._keep_best(self.settings.keep_best, metrics)
+        return True
 
     def _write_metrics(self, log: RunLog, metrics: dict[str, float]) -> None:
         log.flush()
@@ -471,3 +494,4 @@ class Trainer:
             if self.world.is_main:
                 self.store.pin(self.step, name, metrics[name])
                 self.run.log(f"best so far: {name} {metrics[name]:.4g}, kept as {self.store.folder / 'best'}")
+            self.world.barrier()

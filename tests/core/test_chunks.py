@@ -176,7 +176,7 @@ def _one_dies(world: World, folder: str) -> None:
         if chunk == 3:
             os._exit(9)  # without a word, as where memory runs out
 
-    with pytest.raises(RuntimeError):
+    with pytest.raises(OtherRankFailed, match="rank 1 .process .* is gone"):
         Folder(Path(folder), world).write(die)
 
 

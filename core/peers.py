@@ -1,0 +1,154 @@
+"""What ranks know of each other beside their collectives: who is gone, who hangs, and a place to meet without haste.
+
+A collective that waits for longer than `train.rank_timeout` fails, which is right in a training step. Ranks that wait for
+work of uneven length (the share of a cache, a checkpoint, the numbers of an evaluation) meet through the store instead,
+for as long as everybody lives.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import threading
+import time
+from typing import Any
+
+from core.errors import UserError
+
+_BEAT_SECONDS = 5.0  # between two notes of how far a rank is
+_POLL_SECONDS = (0.0005, 0.1)  # while waiting: first and longest pause
+_LOOK_SECONDS = 1.0  # between two looks at whether all live
+_KEPT = "Checkpoints and finished pieces are kept; run the same command again to continue."
+# How collectives say that a connection broke or that nobody came.
+_BROKEN = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "NCCL error", "Socket Timeout")
+_WAITED = ("Timed out waiting", "timed out", "Watchdog caught collective operation timeout")
+
+
+class OtherRankFailed(UserError):
+    """This rank is well; another one has said what is wrong."""
+
+
+class RankGone(OtherRankFailed):
+    """Another rank has ended without a word, or hangs."""
+
+    exit_code = 1
+
+
+class Peers:
+    """The ranks of one program, through the store that they met at.
+
+    Args:
+        store: of torch.distributed; keys of ours begin with "tessera/".
+        timeout_minutes: for which a collective waits.
+    """
+
+    def __init__(self, store: Any, rank: int, size: int, timeout_minutes: float):
+        self.store, self.rank, self.size, self.timeout_minutes = store, rank, size, timeout_minutes
+        self.reached = 0  # collectives that this rank has come to
+        self._meetings = 0
+        self._known: dict[int, tuple[str, int]] = {}
+        self._set("place", f"{os.uname().nodename} {os.getpid()}")
+        threading.Thread(target=self._beat, args=(store.clone(),), name="peers", daemon=True).start()
+
+    def _set(self, name: str, value: str) -> None:
+        self.store.set(f"tessera/{name}/{self.rank}", value)
+
+    def _get(self, name: str, rank: int) -> str:
+        """What a rank has set; "" where it has not."""
+        key = f"tessera/{name}/{rank}"
+        return self.store.get(key).decode() if self.store.check([key]) else ""
+
+    def _beat(self, store: Any) -> None:
+        noted = -1
+        while True:
+            if noted != self.reached:
+                noted = self.reached
+                try:
+                    store.set(f"tessera/reached/{self.rank}", str(noted))
+                except Exception:  # the store has ended with its host
+                    return
+            time.sleep(_BEAT_SECONDS)
+
+    def goodbye(self) -> None:
+        """This rank ends of its own will, and has said why."""
+        with contextlib.suppress(Exception):
+            self._set("left", "yes")
+
+    def lost(self) -> str | None:
+        """Names a rank of this machine whose process ended without a word; None where all live."""
+        for rank in range(self.size):
+            if rank == self.rank:
+                continue
+            if rank not in self._known and (place := self._get("place", rank)):
+                host, process = place.split()
+                self._known[rank] = (host, int(process))
+            host, process = self._known.get(rank, ("", 0))
+            if host == os.uname().nodename and not _lives(process) and not self._get("left", rank):
+                return f"rank {rank} (process {process} on {host}) is gone: killed, or out of memory"
+        return None
+
+    def gone(self) -> RankGone | None:
+        """What to raise where a rank has ended without a word."""
+        with contextlib.suppress(Exception):  # the store may be what is gone
+            if reason := self.lost():
+                return RankGone(f"{reason}. {_KEPT}")
+        return None
+
+    def left(self) -> str | None:
+        """Names a rank that ended of its own will; None where none did."""
+        for rank in range(self.size):
+            if rank != self.rank and self._get("left", rank):
+                return f"rank {rank} failed; its message says why"
+        return None
+
+    def behind(self) -> str | None:
+        """Names the ranks that have not come to the collective at which this one waits."""
+        time.sleep(_BEAT_SECONDS + 1)  # until all have noted how far they are
+        reached = [int(self._get("reached", rank) or 0) for rank in range(self.size)]
+        late = [rank for rank in range(self.size) if reached[rank] < self.reached]
+        if not late:
+            return None
+        places = ", ".join(f"{rank} ({self._get('place', rank).replace(' ', ', process ')})" for rank in late)
+        return f"rank {places} did not come to a step of all ranks within train.rank_timeout={self.timeout_minutes:g} minutes"
+
+    def meet(self) -> None:
+        """Wait for all ranks, however long they are at work; UserError once one of them is gone."""
+        self._meetings += 1
+        key = f"tessera/meeting/{self._meetings}"
+        self.store.add(key, 1)
+        pause, looked = _POLL_SECONDS[0], time.monotonic()
+        while self.store.add(key, 0) < self.size:
+            time.sleep(pause)
+            pause = min(2 * pause, _POLL_SECONDS[1])
+            if time.monotonic() - looked > _LOOK_SECONDS:
+                looked = time.monotonic()
+                reason = self.lost() or self.left()
+                if reason and self.store.add(key, 0) < self.size:
+                    raise RankGone(f"{reason}. {_KEPT}")
+
+    def explain(self, error: BaseException) -> RankGone | None:
+        """What to raise for an exception of a collective that other ranks are to blame for; None for other exceptions."""
+        if not isinstance(error, RuntimeError):  # as all errors of collectives are
+            return None
+        text = f"{type(error).__name__}: {error}"
+        is_broken, waited = (any(sign in text for sign in signs) for signs in (_BROKEN, _WAITED))
+        if not is_broken and not waited:
+            return None
+        reason = None
+        with contextlib.suppress(Exception):  # the store may be what is gone
+            time.sleep(0.2)  # a killed process is not gone at once
+            reason = self.lost() or self.left() or (self.behind() if waited else None)
+        reason = reason or f"another rank is gone or hangs ({str(error).strip().splitlines()[0][:200]})"
+        return RankGone(f"{reason}. {_KEPT}")
+
+
+def _lives(process: int) -> bool:
+    """Whether a process of this machine is there and has not ended; one that nobody has waited for yet has."""
+    try:
+        os.kill(process, 0)
+        with open(f"/proc/{process}/stat") as file:
+            return file.read().rpartition(")")[2].split()[0] not in ("Z", "X")
+    except ProcessLookupError:
+        return False
+    except OSError:  # somebody else's, or no /proc
+        return True
