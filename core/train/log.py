@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -15,6 +16,7 @@ from torch import Tensor
 
 from core.config import LogConfig
 from core.dist import World
+from core.errors import UserError
 from core.train.run import RunFolder
 
 
@@ -113,18 +115,23 @@ class _Wandb:
         try:
             import wandb
         except ImportError:
-            from core.errors import UserError
-
             raise UserError("log.wandb=true needs the package wandb: pip install wandb") from None
-        self.session = wandb.init(
-            project=config.wandb_project,
-            entity=config.wandb_entity,
-            name=run.path.name,
-            id=run.path.name,
-            dir=str(run.path),
-            config=resolved,
-            resume="allow",
-        )
+        try:
+            self.session = wandb.init(
+                project=config.wandb_project,
+                entity=config.wandb_entity,
+                name=run.path.name,
+                id=re.sub(r"[/\\#?%:]", "-", run.path.name),  # which an id may not hold
+                dir=str(run.path),
+                config=resolved,
+                resume="allow",
+            )
+        except Exception as error:  # any of the library's, of its service or of the network
+            said = (str(error).strip().splitlines() or ["no reason given"])[0]
+            raise UserError(
+                f"log.wandb=true, and Weights & Biases does not take the run ({type(error).__name__}: {said}). Log in with "
+                "`wandb login`, check log.wandb_project and log.wandb_entity, set WANDB_MODE=offline, or leave out log.wandb."
+            ) from error
 
     def __call__(self, numbers: dict[str, float], step: int) -> None:
         self.session.log(numbers, step=step)
@@ -138,8 +145,6 @@ class _Tensorboard:
         try:
             from torch.utils.tensorboard import SummaryWriter
         except ImportError:
-            from core.errors import UserError
-
             raise UserError("log.tensorboard=true needs the package tensorboard: pip install tensorboard") from None
         self.writer = SummaryWriter(str(run.path / "tensorboard"))
 

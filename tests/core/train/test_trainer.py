@@ -7,15 +7,17 @@ import errno
 import functools
 import math
 import re
+import sys
+import types
 
 import pytest
 import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from core.config import Duration, OptimizerConfig, ScheduleConfig
+from core.config import Duration, LogConfig, OptimizerConfig, ScheduleConfig
 from core.errors import UserError
-from core.train import parallel
+from core.train import log, parallel
 from core.train.checkpoint import CheckpointStore, find_damage
 from core.train.ema import Ema
 from core.train.guards import StepGuard
@@ -433,3 +435,18 @@ def test_a_step_never_synchronises_on_a_gpu(build_trainer, tokenizer_run, kind, 
             trainer.train_step(batch)
     finally:
         torch.cuda.set_sync_debug_mode("default")
+
+
+def test_a_run_that_wandb_does_not_take(tmp_path, monkeypatch):
+    """Nobody is logged in, say. Names with a colon get an id without."""
+    asked = {}
+
+    def init(**options):
+        asked.update(options)
+        raise ValueError("No API key configured. Use `wandb login` to log in.\nmore")
+
+    monkeypatch.setitem(sys.modules, "wandb", types.SimpleNamespace(init=init))
+    run = types.SimpleNamespace(path=tmp_path / "a:b#c")
+    with pytest.raises(UserError, match=r"does not take the run \(ValueError: No API key .* log in.\). Log in with"):
+        log._Wandb(run, LogConfig(wandb=True), {})
+    assert asked["id"] == "a-b-c" and asked["name"] == "a:b#c"
