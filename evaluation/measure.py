@@ -129,6 +129,12 @@ class Evaluation:
     replicates: int = 0
     infinity: bool = False
 
+    @property
+    def feature_net(self) -> FeatureNet:
+        """`net` where there has to be one: all commands have it."""
+        assert self.net is not None
+        return self.net
+
     def compare(
         self, samples: dict[str, Tensor], real: dict[str, Tensor] | None, purpose: str, protocol: Protocol | None = None
     ) -> tuple[list[Score], dict[str, str]]:

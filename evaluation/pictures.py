@@ -136,6 +136,8 @@ class SourcePictures(Pictures):
         rows: which pictures, None for all.
     """
 
+    source: DataSource
+
     def __init__(
         self,
         source: DataSource,

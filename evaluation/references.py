@@ -324,12 +324,13 @@ def find_reference(name: str | None) -> Path | None:
 
 
 def choose_reference(
-    asked: str | None, protocol: Protocol, net: FeatureNet, image_size: int, purpose: str, published: bool
+    asked: str | None, protocol: Protocol, net: FeatureNet | None, image_size: int, purpose: str, published: bool
 ) -> Path | None:
     """The file to compare with; None: statistics of the pictures themselves are to be made. Reads nothing.
 
     Args:
         asked: what the user asked for; a UserError if it is absent.
+        net: may be None where something was asked for.
         published: whether numbers are to be like the published ones (ImageNet, 1000 classes), so that the protocol's
             own file is needed and statistics of whatever is at hand will not do.
     """
@@ -349,7 +350,7 @@ def choose_reference(
     names = protocol.reference if purpose == "generation" else protocol.reconstruction_reference
     name = next((n for n in names if KNOWN[n].image_size == image_size), None)
     other_pictures = purpose == "generation" and not published
-    if name is None or other_pictures or net.facts() != {"network": "inception", "preprocess": "tf1"}:
+    if name is None or other_pictures or net is None or net.facts() != {"network": "inception", "preprocess": "tf1"}:
         return None
     path = find_reference(name)
     if path is None and published:

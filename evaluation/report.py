@@ -426,8 +426,8 @@ def write_page(
     title: str,
     result: Result,
     context: dict[str, Any],
-    pictures: list[tuple[str, Tensor, str]],
-    tables: list[tuple[str, list[str], list[list[Any]]]] = (),
+    pictures: Sequence[tuple[str, Picture, str]],
+    tables: Sequence[tuple[str, list[str], list[list[Any]]]] = (),
 ) -> Path:
     """report.html in `folder`: numbers, pictures, tables, and what the numbers depend on. Opens without a network."""
     report = Report(title, f"{context.get('count', 0):,} pictures, protocol {context.get('protocol', '')}")

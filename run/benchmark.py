@@ -37,6 +37,7 @@ from core.train.run import RunFolder
 from core.train.trainer import Trainer
 from data.loader import split
 from evaluation.report import cpu_name
+from generator.task import GeneratorTask
 from run import streaming
 from run.load import GENERATORS, TOKENIZERS, load_config, networks_of, random_task, tokenizer_layout
 from run.target import Sampler
@@ -87,7 +88,7 @@ def read_config(path: str, overrides: list[str], tokenizer_config: str | None) -
 def read_guide(path: str, config: RunConfig) -> RunConfig:
     """The config of a weaker model; turns autoguidance on in `config`. UserError where its scale is 1."""
     config.sample.guidance = "auto"
-    if not isinstance(config.sample.scale, list) and config.sample.scale <= 1:
+    if isinstance(config.sample.scale, (int, float)) and config.sample.scale <= 1:
         raise UserError("--guide-config: guidance is off; set sample.scale above 1, say sample.scale=1.29")
     return load_config(path, [])
 
@@ -99,11 +100,13 @@ def check(job: Job) -> None:
         raise UserError(f"--decode-steps: {tokenizer} decodes in one pass; leave the option out")
     if job.config.task == "tokenizer":
         return
+    assert job.config.generator is not None
     name = job.config.generator["name"]
     if "uncached" in job.wanted and "cached" not in inspect.signature(GENERATORS.get(name).sample).parameters:
         raise UserError(f"--what uncached: {name} samples in one way only; leave the word out")
     if "stream" in job.wanted:
         task = random_task(job.config, torch.device("meta"))
+        assert isinstance(task, GeneratorTask)
         streaming.check(task.generator, task.tokenizer)
 
 
@@ -153,7 +156,9 @@ def make_call(task: Any, config: RunConfig, what: str, batch: int, device: torch
     if what in OF_GENERATORS:
         options = {**task.sample_options, **({"cached": False} if what == "uncached" else {})}
         return autocast(lambda: task.generator.sample(data.labels, draws, task.guidance, **options))
-    encode = autocast(lambda: task.tokenizer.encode(to_model_range(data.images)))
+    images = data.images
+    assert images is not None
+    encode = autocast(lambda: task.tokenizer.encode(to_model_range(images)))
     if what == "encode":
         return encode
     latents = encode()
@@ -212,11 +217,12 @@ class ReadCounter(FlopCounter):
                 self.numbers += min(size, (result if packet in _PICKING else tensor).numel())
 
     def __enter__(self) -> ReadCounter:
-        update = self.update = KVCache.update
+        counter, update = self, KVCache.update
+        self.update = update
 
-        def watched(cache: KVCache, *arguments: Any) -> Any:
-            keys_and_values = update(cache, *arguments)
-            self.numbers += sum(t.numel() for t in keys_and_values)
+        def watched(self: KVCache, layer: int, k: Tensor, v: Tensor | None = None) -> tuple[Tensor, Tensor]:
+            keys_and_values = update(self, layer, k, v)
+            counter.numbers += sum(t.numel() for t in keys_and_values)
             return keys_and_values
 
         KVCache.update = watched

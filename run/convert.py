@@ -87,6 +87,7 @@ def check_layout(path: str) -> bool:
         if result.differences:
             print(f"FAIL {verdict}: {'; '.join(result.differences)}")
         else:
+            assert result.model is not None
             print(f"PASS {verdict}, {len(result.model.state_dict())} tensors, {parameter_count(result.model)}")
         for line in unused_lines(result, outside if result is results[-1] else 0):
             print(f"     {line}")
@@ -200,7 +201,7 @@ class Conversion:
         weights = read_weights(kind, str(path), answers)
         settings = merged(weights.settings, answers)
         network = REGISTRIES[kind].build(settings)
-        adapter = ADAPTERS[kind].get(settings["name"])
+        adapter = ADAPTERS[kind].get(settings["name"]) if self.official else None
         if adapter is None and self.official:
             raise UserError(
                 f'{self.source}: there is no official layout of "{settings["name"]}"; leave --to official out.'
@@ -209,9 +210,9 @@ class Conversion:
         for averaged in sets:
             weights.load(network, averaged)
             states[averaged] = weight_files.unshared(
-                adapter.restore(network) if self.official else network.state_dict()
+                network.state_dict() if adapter is None else adapter.restore(network)
             )
-        if self.official:
+        if adapter is not None:
             return self._write_official(kind, adapter, weights, states)
         names = " and ".join(SETS[averaged] for averaged in sets)
         content = weight_files.WeightFile(
@@ -272,7 +273,7 @@ class Conversion:
             weight_files.replace_with(self.target, lambda place: save_file(first, place), self.overwrite)
         else:
             packed = container.pack(states.get(False) or {}, states.get(True))
-            if self.tokenizer:
+            if self.tokenizer and container.beside is not None:
                 packed = merged(packed, nested(container.beside, official_tokenizer(self.tokenizer)))
             weight_files.replace_with(self.target, lambda place: torch.save(packed, place), self.overwrite)
         written = list(states) if container.holds_both else list(states)[:1]
@@ -321,7 +322,7 @@ def official_tokenizer(reference: str) -> dict[str, Tensor]:
 
 
 def unrecorded(
-    adapter: Adapter, settings: dict[str, Any], official: Mapping[str, Tensor], accepted: Mapping[str, Any]
+    adapter: Adapter, settings: dict[str, Any], official: dict[str, Tensor], accepted: Mapping[str, Any]
 ) -> list[str]:
     """Settings that cannot be told from an exported file and are not what a reader would take them for.
 

@@ -116,7 +116,7 @@ class Samples(Measurement):
     def prepare(self) -> None:
         """Features of the pictures in the reference's file, where a metric needs them."""
         how, path = self.how, self.reference_path
-        has_moments = how.world.on_main(lambda: bool(how.reference.moments))
+        has_moments = how.world.on_main(lambda: how.reference is not None and bool(how.reference.moments))
         needs = {"kid", "precision", "recall"} & set(how.protocol.generation) or not has_moments
         if path is None or path.suffix != ".npz" or not needs:
             return
@@ -125,9 +125,10 @@ class Samples(Measurement):
                 return
         pictures = NpzPictures(path)
         with progress_line(how.world, len(pictures), "features of the reference") as progress:
-            how.real = measure.picture_features(pictures, how.net, how.world, how.batch, progress)
+            how.real = measure.picture_features(pictures, how.feature_net, how.world, how.batch, progress)
 
     def measure(self, work: Work, writers: tuple, progress: Progress) -> Result | None:
+        assert work.folder is not None
         writers = (FirstSamples(work.folder / "samples.png"), *writers)
         return self.how.of_samples(self.produce, work, writers, progress)
 
@@ -138,7 +139,7 @@ class Samples(Measurement):
         if self.options.keep:
             labels = self.how.labels if self.how.labels is not None else torch.full((self.count,), -1)
             tensors = {f"taps/{tap}": values for tap, values in result.features.items()} | {"labels": labels}
-            facts = {"net": self.how.net.name, "fingerprint": "samples"}
+            facts = {"net": self.how.feature_net.name, "fingerprint": "samples"}
             write_atomic(folder / "features.safetensors", to_bytes(tensors, metadata=facts))
         super().write(result, folder, unfinished)
 
@@ -233,12 +234,13 @@ def generated_samples(options: argparse.Namespace, overrides: list[str], world: 
 
 def validation_labels(config: RunConfig, num_classes: int) -> list[int] | None:
     """Of data.val_url. ImageNet's are known without its pictures, 50 of each class in the order of folders."""
+    url = config.data.val_url
+    if not url:
+        return None
     try:
-        if not config.data.val_url:
-            return None
-        return measure.val_labels(open_source(config.data.val_url, "val"), num_classes, class_names(config))
+        return measure.val_labels(open_source(url, "val"), num_classes, class_names(config))
     except UserError:
-        if num_classes != IMAGENET_CLASSES or not config.data.val_url.rstrip("/").endswith("imagenet/val"):
+        if num_classes != IMAGENET_CLASSES or not url.rstrip("/").endswith("imagenet/val"):
             raise
         return [i // IMAGENET_VAL_EACH for i in range(IMAGENET_CLASSES * IMAGENET_VAL_EACH)]
 
@@ -308,7 +310,9 @@ def tokenizer_section(target: str) -> dict[str, Any]:
     """Where a tokenizer comes from: a run, a file, or the run of a config."""
     if target.endswith((".yaml", ".yml")):
         config = load_config(target, [])
-        target = config.tokenizer.get("weights") if config.task == "generator" else str(config.run_dir)
+        if config.task == "generator" and not config.tokenizer.get("weights"):
+            raise UserError(f"{target} names no tokenizer.weights. Name the tokenizer's run or file itself.")
+        target = config.tokenizer["weights"] if config.task == "generator" else str(config.run_dir)
     released.resolve(target)
     return {"weights": target}
 
@@ -456,7 +460,7 @@ def by_tokenizer(options: argparse.Namespace, overrides: list[str], world: World
         "pictures_fingerprint": pictures.fingerprint(),
         "count": len(pictures),
         "protocol": how.protocol.name,
-        "network": how.net.name,
+        "network": how.feature_net.name,
         "reference": against,
         "precision": options.precision,
         "seed": 0,
@@ -503,7 +507,7 @@ def by_folders(options: argparse.Namespace, overrides: list[str], world: World) 
         "protocol": how.protocol.name,
         "original_fingerprint": original.fingerprint(),
         "reconstructed_fingerprint": recon.fingerprint(),
-        "network": how.net.name,
+        "network": how.feature_net.name,
         "reference": against,
         "size": options.size,
         **asked_for(options),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import os
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -82,14 +83,15 @@ class Measurement:
             return print_stored(folder) if world.is_main else 0
         self.prepare()
         job = {name: fact for name, fact in self.job.items() if name not in self.not_in_chunks}
-        with Work(self.count, world, folder / "work", job) as work:
+        unfinished = folder / "work"
+        with Work(self.count, world, unfinished, job) as work:
             writer = self.open_writer(folder, work)
             with progress_line(world, self.count, self.noun) as progress, writer or contextlib.nullcontext():
                 result = self.measure(work, (writer,) if writer else (), progress)
             if writer:
                 world.on_main(writer.finish)
             if result is not None:
-                self.write(result, folder, work.folder)
+                self.write(result, folder, unfinished)
         work.forget()
         return 0
 
@@ -98,12 +100,14 @@ class Measurement:
         kind, world, size = self.options.write, work.world, self.image_size
         if kind is None:
             return None
+        assert work.folder is not None
+        unfinished = work.folder
         final = folder / (self.noun if kind == "png" else f"{self.noun}.npz")
 
         def make() -> PngWriter | NpzWriter:
             if kind == "png":
-                return PngWriter(final, unfinished=work.folder / self.noun)
-            return NpzWriter(final, work.count, (size, size), work.folder)
+                return PngWriter(final, unfinished=unfinished / self.noun)
+            return NpzWriter(final, work.count, (size, size), unfinished)
 
         def make_first() -> None:
             if final.exists() and not self.options.again and not work.done:
@@ -118,7 +122,7 @@ class Measurement:
 
     def write(self, result: Result, folder: Path, unfinished: Path) -> None:
         """Print and write what was found, on the main rank."""
-        protocol, net, reference = self.how.protocol, self.how.net, self.how.reference
+        protocol, net, reference = self.how.protocol, self.how.feature_net, self.how.reference
         context = {
             **self.job,
             **self.context,
@@ -149,7 +153,12 @@ def evaluation_of(
 
 
 def write_result(
-    folder: Path, title: str, result: Result, context: dict[str, Any], shown: list[Shown] = (), tables: list[Table] = ()
+    folder: Path,
+    title: str,
+    result: Result,
+    context: dict[str, Any],
+    shown: Sequence[Shown] = (),
+    tables: Sequence[Table] = (),
 ) -> None:
     """Print and write. Pictures move into the folder; metrics.json, which means "finished", is last."""
     from PIL import Image

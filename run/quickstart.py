@@ -129,7 +129,9 @@ class Finished:
         self.settings = {**plan["report"], **(plan["smoke"].get("report", {}) if smoke else {})}
         self.config = configs[plan["generator"]]
         self.device = dist.pick_device("auto")
-        self.source, self.val = open_train(self.config), open_val(self.config)
+        val = open_val(self.config)
+        assert val is not None  # the pictures of all quickstarts come with such ones
+        self.source, self.val = open_train(self.config), val
         tokenizer = load_tokenizer({"weights": str(folder / plan["tokenizer"])})
         self.tokenizer = tokenizer.module.to(self.device)
         self.pair = Pair(tokenizer, self._generator("generator", tokenizer))
@@ -164,6 +166,7 @@ class Finished:
         how = Evaluation(toy.FRECHET, self.net, measure.alone(self.device), batch, real=self.train.features)
         result = how.of_samples(produce, Work(len(labels), how.world, chunk=batch), (kept,), line.update)
         line.close()
+        assert result is not None  # on one rank
         samples = toy.Labelled(result.features, labels)
         metrics = toy.compare(samples, self.train, self.unseen, self.net, self.classifier, self.source.class_names)
         return Variant(task, torch.cat(kept.pictures), samples, metrics)
@@ -176,6 +179,7 @@ class Finished:
     def stages(self, task: GeneratorTask) -> Tensor:
         """What each part of the codes adds, (3, H, W) uint8: a row per picture, first unseen ones, last in their row the
         pictures themselves, then samples."""
+        assert isinstance(self.tokenizer, Previews)
         count = min(SHOWN_STAGES, len(self.val))
         pictures = self.pictures(self.val)
         places = [i * len(pictures) // count for i in range(count)]
@@ -197,6 +201,7 @@ def real_features(pictures: SourcePictures, net: FeatureNet, config: RunConfig) 
     if not path.is_file():
         device = next(net.parameters()).device
         features = measure.picture_features(pictures, net, measure.alone(device), config.eval.batch)
+        assert features is not None  # on one rank
         labels = torch.tensor(measure.source_labels(pictures.source))
         write_atomic(path, to_bytes({**features, "labels": labels}))
     features = read_tensors(path)
