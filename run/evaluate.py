@@ -15,7 +15,7 @@ import argparse
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from safetensors.torch import save as to_bytes
@@ -43,7 +43,7 @@ from evaluation.pictures import NpzPictures, Pictures, first_pictures, open_any
 from evaluation.protocols import Protocol
 from evaluation.references import Statistics
 from run.data import class_names, open_pictures
-from run.load import load_config, load_tokenizer, read_weights
+from run.load import Source, load_config, load_tokenizer, read_weights
 from run.measurement import Measurement, Shown, Table, enough, eval_settings, evaluation_of
 from run.target import open_generator, read_target
 
@@ -324,10 +324,10 @@ def with_protocol(target: str, overrides: list[str], known: dict[str, Any] | Non
     if target.endswith((".yaml", ".yml")):
         name = load_config(target, []).eval.protocol
     else:
-        path = released.resolve(target)
+        source = Source(target)
         name = (
-            Checkpoint(path).state["config"]["eval"]["protocol"]
-            if path.is_dir()
+            cast(Checkpoint, source.content).state["config"]["eval"]["protocol"]
+            if source.path.is_dir()
             else protocols.of_tokenizer(read_weights("tokenizer", target, known).settings["name"])
         )
     return [f"eval.protocol={name}", *overrides]

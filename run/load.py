@@ -83,8 +83,14 @@ class Source:
     @functools.cached_property
     def content(self) -> Checkpoint | weight_files.WeightFile | dict[str, Any]:
         """A checkpoint of ours, a file of ours, or what another program wrote; tensors are mapped from disk."""
-        if self.path.is_dir():
-            return Checkpoint(self.path)
+        while self.path.is_dir() or not self.path.exists():
+            try:
+                return Checkpoint(self.path).hold()
+            except UserError:
+                if self.path.is_dir():
+                    raise
+                # The trainer of a living run has deleted it meanwhile: it has newer ones.
+                self.path = released.resolve(self.reference)
         return weight_files.read(self.path) or hub.load_tensors(self.path)
 
     def close(self) -> None:

@@ -52,13 +52,30 @@ def step_name(step: int) -> str:
 # ---------------------------------------------------------------------------------------------------------------------
 def read_tensors(path: str | os.PathLike) -> dict[str, Tensor]:
     """All tensors of a safetensors file, mapped from disk; UserError that names the file when it is damaged."""
-    from safetensors import SafetensorError
     from safetensors.torch import load_file
+
+    return _explained(load_file, path)
+
+
+def _open_tensors(path: Path) -> Any:
+    """An open safetensors file; UserError that names it when it is damaged."""
+    from safetensors import safe_open
+
+    return _explained(lambda name: safe_open(name, "pt"), path)
+
+
+def _read_open(_: Path, file: Any) -> dict[str, Tensor]:
+    """All tensors of a file of `_open_tensors`, which need not be at its path any more."""
+    return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  it is no dict
+
+
+def _explained(read: Callable[[str], Any], path: str | os.PathLike) -> Any:
+    from safetensors import SafetensorError
 
     with explain_os_errors(path):
         open(path, "rb").close()  # safetensors' own message for an unreadable file names no reason
         try:
-            return load_file(os.fspath(path))
+            return read(os.fspath(path))
         # The last three are what a header with impossible types, sizes or names raises.
         except (SafetensorError, ValueError, KeyError, RuntimeError) as error:
             raise UserError(
@@ -117,6 +134,14 @@ class Checkpoint:
         self.milestone: bool = manifest["milestone"]
         self.files: list[str] = sorted(manifest["files"])
         self.state: dict[str, Any] = read_json(self.path / STATE)
+        self._held: dict[str, Any] = {}
+
+    def hold(self) -> Checkpoint:
+        """Open all files, so that they can be read although a running trainer deletes the folder meanwhile."""
+        for name in self.files:
+            if name.endswith(".safetensors"):
+                self._held[name] = _open_tensors(self.path / name)
+        return self
 
     def tensors(self, stem: str) -> dict[str, Tensor]:
         """The tensors saved under this name, on the CPU, mapped from disk."""
@@ -124,6 +149,8 @@ class Checkpoint:
         if name not in self.files:
             stems = [f.removesuffix(".safetensors") for f in self.files if f.endswith(".safetensors")]
             raise UserError(f'{self.path} holds no "{stem}".{nearest(stem, stems)}')
+        if name in self._held:
+            return _read_open(self.path / name, self._held[name])
         return read_tensors(self.path / name)
 
 
@@ -225,6 +252,8 @@ class CheckpointStore:
                 if clean:
                     self._point("latest", path.name)
                 return Checkpoint(path)
+            if not clean and not path.exists():  # deleted by its trainer, which has newer ones by now
+                return self.latest(clean=False)
             self._damaged.add(path.name)
             self.skipped.extend(problems)
             for problem in problems:

@@ -7,7 +7,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
+from core.train import checkpoint as checkpoint_module
+from core.train.checkpoint import Checkpoint, CheckpointStore, step_name
 from core.weights import hub
 from run.load import Source, build_pair, load_config, read_weights
 from scripts import sample, train
@@ -31,6 +34,7 @@ def counted(monkeypatch) -> Counter:
         monkeypatch.setattr(where, call)
 
     watch("safetensors.torch.load_file", "read")
+    watch("core.train.checkpoint._read_open", "read")
     watch("core.weights.hub.load_pickle", "read")
     watch("core.train.checkpoint.sha256_file", "checked")
     watch("core.weights.hub.fingerprint", "fingerprint")
@@ -90,3 +94,38 @@ def test_where_weights_come_from(tokenizer_run):
         shapes.append([{name: t.shape for name, t in network.state_dict().items()} for network in networks])
     assert shapes[0] == shapes[1] == shapes[2]
     assert hub.fingerprint(build_pair(config).tokenizer.module.state_dict()) == build_pair(config).tokenizer.fingerprint
+
+
+@pytest.mark.parametrize("moment", ["after it was chosen", "while it is verified", "once it is open"])
+def test_a_trainer_deletes_the_chosen_checkpoint(tokenizer_copy, monkeypatch, moment):
+    """Weights beside a running trainer: the newest checkpoint takes the place of one that is deleted meanwhile."""
+    checkpoints = tokenizer_copy / "checkpoints"
+    expected = read_weights("tokenizer", str(tokenizer_copy)).tensors(True)
+    (newest,) = CheckpointStore(checkpoints).steps()[-1:]
+    chosen, next_one = checkpoints / step_name(newest), checkpoints / step_name(newest + 1)
+    state = Checkpoint(chosen).state
+
+    def train_on(*_) -> None:
+        """What a trainer with train.keep_checkpoints=1 does at its next checkpoint."""
+        tensors = {f.stem: load_file(f) for f in chosen.glob("*.safetensors")}
+        CheckpointStore(checkpoints, keep=1).save(newest + 1, tensors, {**state, "step": newest + 1}, wait=True)
+
+    if moment == "while it is verified":
+        inner = checkpoint_module.find_damage
+
+        def find_damage(path, contents=True):
+            if contents and chosen.exists() and not next_one.exists():
+                train_on()
+            return inner(path, contents)
+
+        monkeypatch.setattr(checkpoint_module, "find_damage", find_damage)
+    source = Source(str(tokenizer_copy))
+    if moment == "after it was chosen":
+        train_on()
+    weights = read_weights("tokenizer", source)
+    if moment == "once it is open":
+        train_on()
+    assert not chosen.exists() and next_one.exists()
+    assert source.path.resolve() == (chosen if moment == "once it is open" else next_one)
+    tensors = weights.tensors(True)
+    assert tensors.keys() == expected.keys() and all(torch.equal(tensors[name], expected[name]) for name in expected)
