@@ -11,6 +11,7 @@ one copy of them in the page cache.
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
@@ -28,7 +29,7 @@ from torch import Tensor
 from core.chunks import ALONE, Chunks, enter, shared_array, write_rows
 from core.dist import World
 from core.errors import UserError
-from core.files import fsync_file, read_json, require_space, write_json
+from core.files import explain_os_errors, fsync_file, read_json, require_space, write_json
 from core.specs import DataSource
 from data.checks import require_order
 from data.loader import Replaced, listed_batches
@@ -40,7 +41,15 @@ FLUSH_SECONDS = 3.0  # between two records of what is done
 DIGEST = 16  # bytes
 LABELS, RECORD = "labels", "chunks"  # names of arrays
 DESCRIPTION, ARRAYS = "description.json", "arrays.json"
+UNREADABLE = (errno.EACCES, errno.EPERM, errno.EMFILE, errno.ENFILE, errno.EIO)
 Producer = Callable[[Tensor], dict[str, Tensor]]
+
+
+def _refuse_unreadable(error: Exception, path: Path) -> None:
+    """UserError where a cache may be whole and this process cannot read it: building it again would not help."""
+    if isinstance(error, OSError) and error.errno in UNREADABLE:
+        with explain_os_errors(path):
+            raise error
 
 
 class FeatureCache:
@@ -68,6 +77,7 @@ class FeatureCache:
             self.source_fingerprint: str = self.description["source"]
             self.content: str = self.description["content"]
         except (OSError, ValueError, KeyError, TypeError) as error:
+            _refuse_unreadable(error, self.path)
             raise UserError(
                 f"{path} is not a complete cache ({type(error).__name__}: {error}). Delete it and build it again."
             ) from error
@@ -107,6 +117,7 @@ class FeatureCache:
             try:
                 array = np.load(path, mmap_mode="r", allow_pickle=False)
             except (OSError, ValueError) as error:
+                _refuse_unreadable(error, path)
                 raise UserError(f"{path} cannot be read ({error}). Delete {self.path} and build it again.") from error
             expected = [self.samples]
             if name == RECORD:

@@ -5,6 +5,7 @@ import itertools
 import json
 import os
 import pickle
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -266,3 +267,17 @@ def test_features_follow_the_drawn_view(tmp_path):
         assert torch.equal(batch.features["mean"], producer(batch.images)["mean"])
     with pytest.raises(UserError, match="single array"):
         Loader(None, TRANSFORM, 0, 4, stored=cache)
+
+
+@pytest.mark.parametrize("name", ["description.json", "latents.npy"])
+def test_a_cache_that_may_not_be_read_is_not_called_damaged(tmp_path, monkeypatch, name):
+    """It may be whole: building it again would take hours and not help."""
+    make(tmp_path / "c")
+    FeatureCache(tmp_path / "c")
+
+    def refuse(*_, **__):
+        raise PermissionError(errno.EACCES, "Permission denied")
+
+    monkeypatch.setattr(*((Path, "read_text", refuse) if name.endswith("json") else (np, "load", refuse)))
+    with pytest.raises(UserError, match="/c.*: permission denied. Choose a folder you may use, or ask its owner"):
+        FeatureCache(tmp_path / "c")

@@ -241,7 +241,7 @@ def test_weights_in_parts(tmp_path):
 def test_a_mistake_that_only_the_ranks_find(tmp_path):
     done = run("run_train_tokenizer.sh", *toy(tmp_path, "train.global_batch=9"), NPROC="2")
     assert done.returncode == 2, done.stderr[-2000:]
-    assert done.stderr.count("error: global batch 9 must be a positive multiple of 2 (2 ranks") == 1
+    assert done.stderr.count("error: global batch 9 must be a positive multiple of 2 ranks.") == 1
 
 
 def test_a_mistake_that_only_one_rank_finds(tmp_path):
