@@ -204,7 +204,8 @@ def start(device: str = "auto", timeout_minutes: float = 5.0) -> World:
             dist.init_process_group(
                 backend, store=store, rank=told.rank, world_size=told.size, timeout=timedelta(minutes=timeout_minutes)
             )
-            _peers = Peers(dist.PrefixStore("peers", store), told.rank, told.size, timeout_minutes)
+            store = dist.PrefixStore("peers", store)  # pyright: ignore[reportPrivateImportUsage]  torch documents it
+            _peers = Peers(store, told.rank, told.size, timeout_minutes)
         except dist.DistError as error:  # a busy port, a wrong address, ranks that never come
             reason = (str(error).strip().splitlines() or ["no reason given"])[0]
             place = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"

@@ -47,7 +47,10 @@ _TORCH_FLOATS = (np.float16, np.float32, np.float64)
 SUFFIXES = (".npz", ".pt", ".pth", ".safetensors")
 
 
-def side_of(pictures: Pictures) -> int | list[int]:
+Side = int | list[int]  # pixels: of a square, or [height, width]
+
+
+def side_of(pictures: Pictures) -> Side:
     """The side of square pictures, else [H, W]: the size that references are compared by."""
     height, width = pictures.size
     return height if height == width else [height, width]
@@ -60,7 +63,7 @@ class Facts:
     purpose: str | None = None  # "generation" (training set) or "reconstruction" (the originals themselves)
     network: str | None = None  # name of the feature network
     preprocess: str | None = None  # how pictures were resized and scaled for it
-    image_size: int | list[int] | None = None  # of `side_of`
+    image_size: Side | None = None  # of `side_of`
     count: int | None = None  # pictures behind the moments
     source: str | None = None  # fingerprint of the pictures, for references of ours
     transform: str | None = None
@@ -92,13 +95,7 @@ class Statistics:
     pictures: ArrayPictures | None = field(default=None, repr=False)  # ADM's 10,000, for precision and recall
 
     def check(
-        self,
-        *,
-        purpose: str,
-        network: str,
-        preprocess: str,
-        image_size: int | list[int] | None,
-        source: str | None = None,
+        self, *, purpose: str, network: str, preprocess: str, image_size: Side | None, source: str | None = None
     ) -> None:
         """UserError with one sentence if it must not be compared with. Unknown facts pass."""
         facts = self.facts
@@ -324,7 +321,7 @@ def find_reference(name: str | None) -> Path | None:
 
 
 def choose_reference(
-    asked: str | None, protocol: Protocol, net: FeatureNet | None, image_size: int, purpose: str, published: bool
+    asked: str | None, protocol: Protocol, net: FeatureNet | None, image_size: Side, purpose: str, published: bool
 ) -> Path | None:
     """The file to compare with; None: statistics of the pictures themselves are to be made. Reads nothing.
 
@@ -362,7 +359,7 @@ def choose_reference(
 
 
 def check_reference(
-    reference: Statistics, net: FeatureNet, purpose: str, image_size: int, source: str | None = None
+    reference: Statistics, net: FeatureNet, purpose: str, image_size: Side, source: str | None = None
 ) -> None:
     """UserError if pictures seen through `net` must not be compared with it."""
     reference.check(purpose=purpose, image_size=image_size, source=source, **net.facts())
@@ -377,7 +374,7 @@ def check_reference(
 
 
 def load_reference(
-    path: Path, net: FeatureNet, purpose: str, image_size: int, world: World, source: str | None = None
+    path: Path, net: FeatureNet, purpose: str, image_size: Side, world: World, source: str | None = None
 ) -> Statistics | None:
     """Read and check it on the main rank; if it is not fit, all ranks raise. Collective."""
     loaded: list[Statistics] = []
