@@ -204,7 +204,7 @@ def _read_safetensors(path: Path) -> tuple[dict[str, Tensor], Facts]:
     try:
         with safe_open(path, "pt") as file:
             meta = file.metadata() or {}
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  not a dictionary
+            tensors = {name: file.get_tensor(name) for name in file.keys()}
             return tensors, _parse_facts(path, meta.get("facts", "{}"))
     except (SafetensorError, ValueError, KeyError, RuntimeError) as error:  # as core.train.checkpoint.read_tensors
         raise UserError(f"{path}: not a whole .safetensors file ({error}). Copy or make it again.") from error

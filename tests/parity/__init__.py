@@ -86,7 +86,7 @@ class Case:
                 "options": json.loads(meta.get("options") or "{}"),
             }
             case = cls(Path(path), meta, Fields(given["config"]), Fields(given["options"], path="options."))
-            for key in file:
+            for key in file.keys():
                 section, name = key.split("/", 1)
                 getattr(case, section)[name] = file.get_tensor(key)
         if shapes := meta.get("weight_shapes"):  # weights by formula, see recipe.py and record.py
