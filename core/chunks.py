@@ -30,7 +30,7 @@ from numpy.lib import format as npy
 from core.dist import World
 from core.errors import UserError
 from core.files import explain_os_errors, read_json, write_json
-from core.train.signals import Stopped, StopRequest
+from core.signals import Stopped, StopRequest
 
 Share = Callable[[list[int]], None]
 ALONE = World(0, 1, 0, torch.device("cpu"))

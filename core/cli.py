@@ -16,7 +16,7 @@ from typing import Any, NoReturn
 from core import caller, launch
 from core.errors import UserError, lost_worker
 from core.files import ADVICE, MACHINES_FAULTS
-from core.train.signals import REQUEUE_EXIT_CODE, Stopped, StopRequest, insist, words
+from core.signals import REQUEUE_EXIT_CODE, Stopped, StopRequest, insist, words
 
 
 def run(main: Callable[[list[str]], int | None]) -> None:

@@ -23,7 +23,7 @@ from torch.distributed.rendezvous import rendezvous
 from core import launch
 from core.errors import UserError
 from core.peers import OtherRankFailed, Peers
-from core.train.signals import Stopped
+from core.signals import Stopped
 
 T = TypeVar("T")
 

@@ -1,7 +1,7 @@
 """--check: mistakes and missing files outside the config itself, found before a GPU is touched.
 
 check_inputs       all that is missing, told together; training begins with it
-check_networks     whether weights, tokenizer and generator fit each other, by their sizes
+check_networks     whether weights are of the networks that the config names
 check_step         what only a step or an evaluation would stumble over
 report             what is here, and what only the documented evaluation will ask for
 """
@@ -22,9 +22,9 @@ from data.checks import left_out, remarks, require_same_classes
 from data.tokens import TokenStore
 from evaluation import measure, protocols, references
 from evaluation.networks import WEIGHTS_FILE
-from run.data import asks_val_labels, needed_val, num_classes, open_pictures, open_train
+from run.data import asks_val_labels, make_transform, needed_val, open_pictures, open_train
 from run.estimate import costs
-from run.load import REGISTRIES, Source, build_pair, read_weights
+from run.load import REGISTRIES, Source, read_weights
 
 
 @dataclass
@@ -76,7 +76,7 @@ def data_notes(config: RunConfig, source: DataSource) -> list[str]:
 
 
 def check_networks(config: RunConfig, sources: dict[str, Source]) -> None:
-    """UserError where weights are of another network, or generator and tokenizer do not fit. Nothing is computed.
+    """UserError where weights are of another network. Nothing is computed.
 
     Args:
         sources: of `check_inputs`.
@@ -85,18 +85,17 @@ def check_networks(config: RunConfig, sources: dict[str, Source]) -> None:
         read_weights("tokenizer", source, config.tokenizer)
     if source := sources.get("train.init_from"):
         read_weights(config.task, source, getattr(config, config.task))
-    if config.task == "generator":
-        build_pair(config, "meta", sources, num_classes=num_classes(config))
 
 
 def check_step(config: RunConfig, inputs: Inputs) -> None:
-    """UserError for what only the first step, preview or evaluation would refuse.
+    """UserError where tokenizer and generator do not fit, and for what only the first step or evaluation would refuse.
 
     All networks, losses and teachers are laid out without weights, one picture goes forward and backward through them on
     fake tensors, and the online evaluation is put together with its feature network, reference and labels.
     """
     try:
-        tokenizer, _ = costs(config)
+        tokenizer, _ = costs(config, inputs.weights)
+        make_transform(config, tokenizer.image_size)
     except (TypeError, ValueError, ArithmeticError, LookupError, RuntimeError) as error:
         raise UserError(
             f"a step of {config.name} would fail ({type(error).__name__}: {error}): its sizes do not go together. "

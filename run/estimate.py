@@ -23,7 +23,7 @@ from core.rng import Draws
 from core.specs import Batch, Phase, Progress, Tokenizer
 from core.train import parallel
 from run.data import num_classes, open_train
-from run.load import random_task, tokenizer_layout
+from run.load import Source, random_task, tokenizer_layout
 
 GPUS, GPU_GB = 8, 80.0  # what the recipes are written for, where no GPU is found
 TFLOPS = {"bf16": 400.0, "fp32": 200.0}  # assumed per GPU: 40 % of an H100's peak (fp32: convolutions in TF32)
@@ -62,7 +62,7 @@ class Plan:
         gpus: that share the global batch.
     """
 
-    def __init__(self, config: RunConfig, gpus: int = GPUS):
+    def __init__(self, config: RunConfig, gpus: int = GPUS, sources: dict[str, Source] | None = None):
         self.config, self.gpus = config, gpus
         if config.train.global_batch % gpus:
             raise UserError(
@@ -70,7 +70,7 @@ class Plan:
             )
         self.per_gpu = config.train.global_batch // gpus
         self.micro = self.per_gpu // parallel.accumulation(self.per_gpu, config.train.micro_batch)
-        self.task = random_task(config, torch.device("meta"), num_classes=num_classes(config))
+        self.task = random_task(config, torch.device("meta"), num_classes=num_classes(config), sources=sources)
         self.tokenizer = self.task.tokenizer
         trained, frozen = self.task.networks(), list(self.task.frozen().values())
         if config.train.activation_checkpointing:
@@ -140,10 +140,14 @@ def _count(tensors: Any) -> int:
     return sum(t.numel() for t in tensors)
 
 
-def costs(config: RunConfig) -> tuple[Tokenizer, list[Cost]]:
-    """The tokenizer and the cost of every trained network, by a step on one picture."""
+def costs(config: RunConfig, sources: dict[str, Source] | None = None) -> tuple[Tokenizer, list[Cost]]:
+    """The tokenizer and the cost of every trained network, by a step on one picture.
+
+    Args:
+        sources: weights that are open already, see run.load.build_pair.
+    """
     alone = dataclasses.replace(config, train=dataclasses.replace(config.train, global_batch=1, micro_batch=1))
-    plan = Plan(alone, gpus=1)
+    plan = Plan(alone, 1, sources)
     return plan.tokenizer, plan.costs
 
 

@@ -536,14 +536,19 @@ def _untrained(registry: Any, settings: dict[str, Any]) -> dict[str, Any]:
 
 
 def random_task(
-    config: RunConfig, device: torch.device, guide: RunConfig | None = None, num_classes: int = IMAGENET_CLASSES
+    config: RunConfig,
+    device: torch.device,
+    guide: RunConfig | None = None,
+    num_classes: int = IMAGENET_CLASSES,
+    sources: dict[str, Source] | None = None,
 ) -> TokenizerTask | GeneratorTask:
     """The config's task without weights on `device`, which may be meta. A tokenizer that is not on this machine is laid
     out as its config, its file or the table of released files says."""
     weights: Origin = "meta" if device.type == "meta" else "random"
     torch.manual_seed(0)
     if config.task == "generator":
-        task = build_pair(config, weights, guide=guide, num_classes=num_classes).task(num_classes, config.sample)
+        pair = build_pair(config, weights, sources, guide, num_classes)
+        task = pair.task(num_classes, config.sample)
     else:
         with torch.device("meta") if weights == "meta" else contextlib.nullcontext():
             task = build_tokenizer_task(config, weights)

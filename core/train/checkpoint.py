@@ -66,7 +66,7 @@ def _open_tensors(path: Path) -> Any:
 
 def _read_open(_: Path, file: Any) -> dict[str, Tensor]:
     """All tensors of a file of `_open_tensors`, which need not be at its path any more."""
-    return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  it is no dict
+    return {name: file.get_tensor(name) for name in file.keys()}
 
 
 def _explained(read: Callable[[str], Any], path: str | os.PathLike) -> Any:

@@ -23,6 +23,7 @@ from core.config import RunConfig, to_plain
 from core.dist import AgreedFlag, World
 from core.errors import UserError, nearest
 from core.rng import Draws, hash64
+from core.signals import GO_ON, REQUEUE_EXIT_CODE, Stopped, StopRequest
 from core.specs import Batch, Progress, Task
 from core.train import parallel
 from core.train.checkpoint import CheckpointStore
@@ -32,7 +33,6 @@ from core.train.log import Averages, RunLog
 from core.train.optim import Schedule, make_adamw, weight_decay_at
 from core.train.optimizer_state import flatten_optimizer, restore_optimizer
 from core.train.run import RunFolder
-from core.train.signals import GO_ON, REQUEUE_EXIT_CODE, Stopped, StopRequest
 
 PREVIEW_IMAGES = 16
 

@@ -195,15 +195,15 @@ def in_child(arguments: list[str], folder: Path, seconds: int) -> tuple[int | st
 
 def verdict(path: Path, changed: dict[str, Any], folder: Path) -> tuple[str, str]:
     """("refused" | "ran" | a finding, what was printed)."""
-    code, said = in_child([str(path), "--check"], folder, CHECK_SECONDS)
+    here = set(paths(changed))
+    short = [f"{key}={value}" for key, value in SHORT.items() if key not in here or key == "train.duration"]
+    code, said = in_child([str(path), *short, "--check"], folder, CHECK_SECONDS)
     if "Traceback" in said:
         return "traceback in --check", said
     if code == 2:
         return ("refused", said) if "error: " in said else ("refused without a sentence", said)
     if code != 0:
         return f"--check ended with {code}", said
-    here = set(paths(changed))
-    short = [f"{key}={value}" for key, value in SHORT.items() if key not in here or key == "train.duration"]
     code, said = in_child([str(path), *short], folder, RUN_SECONDS)
     if "Traceback" in said:
         return "traceback after --check was content", said

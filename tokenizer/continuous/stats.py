@@ -130,7 +130,7 @@ def load_stats(path: str | Path, fingerprint: str | None = None) -> LatentStats:
     try:
         with safe_open(str(path), framework="pt") as file:
             metadata = file.metadata() or {}
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  not a dictionary
+            tensors = {name: file.get_tensor(name) for name in file.keys()}
     except Exception as error:
         raise UserError(f"{path}: not a readable safetensors file ({error})") from error
     if metadata.get("format") != "tessera latent statistics":

@@ -8,14 +8,14 @@ from pathlib import Path
 
 import pytest
 
-from core.train import signals
-from core.train.signals import REQUEUE_EXIT_CODE, StopRequest
+from core import signals
+from core.signals import REQUEUE_EXIT_CODE, StopRequest
 
-ROOT = Path(__file__).resolve().parents[3]
+ROOT = Path(__file__).resolve().parents[2]
 
 LOOP = """
     import signal, sys, time
-    from core.train.signals import REQUEUE_EXIT_CODE, StopRequest
+    from core.signals import REQUEUE_EXIT_CODE, StopRequest
     before = signal.getsignal(signal.SIGTERM)
     with StopRequest() as request:
         print("ready", flush=True)
