@@ -131,8 +131,12 @@ class OptimizerConfig:
     lr: float | None = setting(None, "learning rate as it is (give this or base_lr)", low=0)
     betas: list[float] = setting([0.9, 0.95], "AdamW moment decays")
     eps: float = setting(1e-8, "AdamW epsilon", low=1e-20)
-    weight_decay: float = setting(0.0, "decoupled weight decay; networks name the parameters that are spared", low=0)
-    weight_decay_end: float | None = setting(None, "weight decay at the end of the run, reached along a cosine", low=0)
+    weight_decay: float = setting(
+        0.0, "decoupled weight decay; networks name the parameters that are spared", low=0, high=1000
+    )
+    weight_decay_end: float | None = setting(
+        None, "weight decay at the end of the run, reached along a cosine", low=0, high=1000
+    )
     grad_clip: float = setting(1.0, "largest global gradient norm, per network; 0 turns clipping off", low=0)
 
 

@@ -72,6 +72,10 @@ class StopRequest:
                 self._outer._signal = self._outer._signal or self._signal
         self._previous.clear()
 
+    @property
+    def is_open(self) -> bool:
+        return bool(self._previous)
+
     def _handle(self, number: int, _frame) -> None:
         if number == signal.SIGINT:
             now = time.monotonic()
@@ -121,7 +125,8 @@ def insist(look: Callable[[str], None], leave: Callable[[str], None]) -> None:
             look(name)
             if request is not None and request.at_once:
                 time.sleep(GRACE_SECONDS - LOOK_SECONDS)
-                leave(name)
+                if request.is_open:  # a program that has ended may live on: in a notebook, in a test
+                    leave(name)
 
     threading.Thread(target=watch, name="signals", daemon=True).start()
 

@@ -201,7 +201,8 @@ def _tensor(storage: Any, offset: int, size: tuple, stride: tuple, *rest: Any) -
         spanned += 1 + sum((n - 1) * step for n, step in zip(size, stride))
     if spanned > held or math.prod(size) > held:
         raise UserError(f"refused, because a tensor of shape {list(size)} claims more than the file holds.")
-    return torch.empty(0, dtype=dtype).set_(storage.content, offset, size, stride)
+    # on the CPU where the caller lays a network out elsewhere
+    return torch.empty(0, dtype=dtype, device="cpu").set_(storage.content, offset, size, stride)
 
 
 def _dtype(record: Any) -> np.dtype | None:

@@ -59,3 +59,27 @@ def test_second_interrupt_means_now(monkeypatch):
         now += 0.7
         with pytest.raises(KeyboardInterrupt):
             signal.raise_signal(signal.SIGINT)
+
+
+LIVES_ON = """
+import os, signal, sys, time
+from core import cli, signals
+signals.LOOK_SECONDS, signals.GRACE_SECONDS = 0.1, 0.3
+
+def main(_):
+    os.kill(os.getpid(), signal.SIGTERM)
+    time.sleep(5)
+
+try:
+    cli.run(main)
+except SystemExit as stopped:
+    print("ended with", stopped.code, flush=True)
+time.sleep(1)
+print("lives", flush=True)
+"""
+
+
+def test_a_process_outlives_a_program_that_was_stopped_in_it():
+    """As a notebook does."""
+    done = subprocess.run([sys.executable, "-c", LIVES_ON], cwd=ROOT, capture_output=True, text=True, timeout=600)
+    assert done.stdout == "ended with 75\nlives\n", done.stdout + done.stderr
