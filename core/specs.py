@@ -242,7 +242,7 @@ class Guidance:
 # ---------------------------------------------------------------------------------------------------------------------
 # Who implements what
 # ---------------------------------------------------------------------------------------------------------------------
-class Tokenizer(nn.Module):
+class Tokenizer(nn.Module, ABC):
     """Base of all tokenizers: maps images (B, 3, H, W) in [-1, 1] to latents and back."""
 
     spec: LatentSpec
@@ -251,38 +251,38 @@ class Tokenizer(nn.Module):
     reads_features: bool = False  # whether `forward` also takes the teachers' features and the progress of the run
     latent_stats_known: bool = True  # False while `set_latent_stats` has to be called before latents are unit variance
 
+    @abstractmethod
     def forward(self, images: Tensor, draws: Draws) -> Recon:
         """Training pass: reconstruct with every random draw taken from `draws`."""
-        raise NotImplementedError
 
+    @abstractmethod
     def encode(self, images: Tensor, draws: Draws | None = None) -> Tensor:
         """Latents as `spec` says. Without draws the most likely ones, with draws a posterior sample."""
-        raise NotImplementedError
 
+    @abstractmethod
     def decode(self, latents: Tensor, draws: Draws | None = None) -> Tensor:
         """Images in [-1, 1], not clamped."""
-        raise NotImplementedError
 
+    @abstractmethod
     def precompute(self, images: Tensor) -> Tensor:
         """What is worth storing of `encode`, (B, ...): moments for a Gaussian posterior, codes for a quantiser."""
-        raise NotImplementedError
 
+    @abstractmethod
     def from_stored(self, stored: Tensor, draws: Draws | None = None) -> Tensor:
         """`encode` from what `precompute` returned: from_stored(precompute(x), d) == encode(x, d)."""
-        raise NotImplementedError
 
     def set_latent_stats(self, mean: Tensor, std: Tensor) -> None:
         """Only where spec is Continuous: statistics that make latents unit variance, per channel (C,) or scalars; they
         are kept in the buffers latent_mean and latent_std."""
-        raise NotImplementedError
+        raise TypeError(f"{type(self).__name__} has no continuous latents")
 
     def moments(self, stored: Tensor) -> Tensor:
         """Only where spec is Continuous: (B, N, 2C), means and log variances on which those are measured."""
-        raise NotImplementedError
+        raise TypeError(f"{type(self).__name__} has no continuous latents")
 
     def embed(self, codes: Tensor) -> Tensor:
         """Only where spec is Codes or MultiScale: (B, L, K) -> (B, L, K, dim) fp32, the codebook rows behind them."""
-        raise NotImplementedError
+        raise TypeError(f"{type(self).__name__} has no codes")
 
     def probe_features(self, images: Tensor) -> dict[str, Tensor]:
         """name -> (B, N, D) features for linear probing; {} for the latents or the embedded codes."""
@@ -345,7 +345,7 @@ class ScaleOps(Protocol):
         ...
 
 
-class Generator(nn.Module):
+class Generator(nn.Module, ABC):
     """Base of all generators: models the latents of any tokenizer it `fits`; `models` is the kind of spec these have.
 
     Constructor arguments named like an entry of `spec.sizes()`, and `num_classes`, are filled in from the tokenizer and
@@ -356,31 +356,31 @@ class Generator(nn.Module):
 
     models: type
 
+    @abstractmethod
     def fits(self, spec: LatentSpec) -> list[str]:
         """Sentences for the user that say what does not match; empty when the pair works."""
-        raise NotImplementedError
 
     def bind(self, tokenizer: Tokenizer) -> None:
         """Take what training or sampling needs of the tokenizer's frozen parts (codebook rows for reAR's regulariser,
         VAR's inputs), but not as a submodule: weights stay the tokenizer's."""
 
+    @abstractmethod
     def forward(self, latents: Tensor, labels: Tensor, draws: Draws, progress: Progress | None = None) -> Loss:
         """Training loss of a batch."""
-        raise NotImplementedError
 
+    @abstractmethod
     def sample(self, labels: Tensor, draws: Draws, guidance: Guidance = Guidance(), **options) -> Tensor:
         """Latents for `labels` (B,), every random draw taken from `draws`."""
-        raise NotImplementedError
 
 
-class Discriminator(nn.Module):
+class Discriminator(nn.Module, ABC):
     """Base of all discriminators."""
 
     fake_first: bool = False  # whether one that remembers earlier batches was published seeing false pictures first
 
+    @abstractmethod
     def forward(self, images: Tensor, draws: Draws | None = None) -> Tensor:
         """(B, 3, H, W) in [-1, 1], or [0, 1] where the objective says so -> logits of any shape, positive for real."""
-        raise NotImplementedError
 
 
 @runtime_checkable
@@ -455,5 +455,5 @@ class DataSource(ABC):
     def fingerprint(self) -> str:
         """Changes when the list of samples changes. Stored with checkpoints and caches."""
 
-    def start_at(self, seed: int, images_seen: int, rank: int, world: int) -> None:  # noqa: B027 - only streams need it
+    def start_at(self, seed: int, images_seen: int, rank: int, world: int) -> None:
         """Where the run is, told before its first batch; streams go on from there."""

@@ -15,6 +15,7 @@ import os
 import shutil
 import zipfile
 import zlib
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
@@ -38,26 +39,27 @@ from data.sources import loose_pictures, open_source
 from data.transforms import Transform, to_tensor
 
 
-class Pictures:
+class Pictures(ABC):
     """What every set of pictures offers."""
 
     name: str  # for messages and records
     size: tuple[int, int]  # (H, W)
     source: DataSource | None = None  # where the pictures are from, if that lists their classes
 
+    @abstractmethod
     def __len__(self) -> int:
-        raise NotImplementedError
+        """How many."""
 
+    @abstractmethod
     def read(self, start: int, stop: int) -> Tensor:
         """Pictures start ... stop - 1, (n, 3, H, W) uint8."""
-        raise NotImplementedError
 
     def expect(self, ranges: list[range]) -> None:
         """What will be read, in this order: a set that decodes may start at once."""
 
+    @abstractmethod
     def fingerprint(self) -> str:
         """Changes when the pictures change."""
-        raise NotImplementedError
 
 
 def pieces(indices: range) -> list[range]:

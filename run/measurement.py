@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import os
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -30,7 +31,7 @@ Table = tuple[str, list[str], list[list[Any]]]  # (title, headers, rows)
 
 
 @dataclass(kw_only=True)
-class Measurement:
+class Measurement(ABC):
     """One evaluation by a command, from what it was asked for to its files. A subclass makes and shows the pictures.
 
     Args:
@@ -39,9 +40,8 @@ class Measurement:
         title: of the report.
         stem: how the folder's name begins where --out names none.
         image_size: side of the pictures.
-        job: facts that decide the result, "count" among them. They stand in metrics.json, and a folder with other ones
-        is
-            refused.
+        job: facts that decide the result, "count" among them. They stand in metrics.json, and a folder with other
+            ones is refused.
         context: what else metrics.json says.
     """
 
@@ -64,13 +64,13 @@ class Measurement:
     def prepare(self) -> None:
         """Whatever comes before the pictures. Collective."""
 
+    @abstractmethod
     def measure(self, work: Work, writers: tuple, progress: Progress) -> Result | None:
         """The result, on the main rank. Collective."""
-        raise NotImplementedError
 
+    @abstractmethod
     def shown(self, result: Result, folder: Path) -> list[Shown]:
         """Pictures for the report, written into `folder`; they move beside it."""
-        raise NotImplementedError
 
     def tables(self, result: Result) -> list[Table]:
         return []

@@ -9,7 +9,7 @@ import torch
 
 from core.dist import World
 from core.errors import UserError
-from core.specs import Codes, Tokenizer
+from core.specs import Codes, Recon, Tokenizer
 from evaluation import images, measure, networks
 from evaluation.distances import Moments
 from evaluation.networks import FeatureNet
@@ -71,6 +71,15 @@ class OneCode(Tokenizer):
         pools = torch.nn.functional.avg_pool2d, torch.nn.functional.max_pool2d
         grey = torch.stack([pool(images.mean(1, keepdim=True), 8).flatten(1) for pool in pools], -1)
         return ((grey + 1) * 8).long().clamp(0, 15)
+
+    def precompute(self, images):
+        return self.encode(images)
+
+    def from_stored(self, stored, draws=None):
+        return stored
+
+    def forward(self, images, draws):
+        return Recon(self.decode(self.encode(images), draws))
 
     def embed(self, codes):
         return codes[..., None].float()

@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 
 from core.errors import UserError
-from core.specs import Codes, Continuous, Tokenizer
+from core.specs import Codes, Continuous, Recon, Tokenizer
 from evaluation import probe
 from evaluation.probe import ProbeSettings, train_probe
 from scripts import linear_probe
@@ -41,6 +41,18 @@ def test_features_of_any_tokenizer():
 
         def encode(self, images, draws=None):
             return torch.nn.functional.adaptive_avg_pool2d(images, 2)
+
+        def decode(self, latents, draws=None):
+            return torch.nn.functional.interpolate(latents, scale_factor=2)
+
+        def precompute(self, images):
+            return self.encode(images)
+
+        def from_stored(self, stored, draws=None):
+            return stored
+
+        def forward(self, images, draws):
+            return Recon(self.decode(self.encode(images)))
 
     class Coded(Grid):
         spec = Codes(4, 2, 5, 6, (2, 2), ("form", "hue"))
