@@ -21,11 +21,11 @@ from typing import Protocol as Interface
 import torch
 from torch import Tensor, nn
 
-from core.config import EvalConfig, RunConfig
 from core.dist import World
 from core.errors import UserError
 from core.images import finite_uint8, grid, to_model_range, to_uint8, to_unit_range
 from core.rng import Draws, hash64
+from core.schema import EvalConfig, RunConfig
 from core.specs import DataSource, codebook_rows
 from core.weights.released import helper
 from data.checks import require_labels, require_order, require_same_classes

@@ -28,11 +28,11 @@ from safetensors.torch import save as to_safetensors
 from torch import Tensor
 
 from core.arrays import NpzFile
-from core.config import RunConfig
 from core.dist import World
 from core.errors import UserError
 from core.files import refuse_text, replacing, sha256_file, write_atomic
 from core.rng import permutation
+from core.schema import RunConfig
 from core.specs import DataSource
 from core.weights.pickles import load_pickle
 from evaluation.chunks import OWN, Work

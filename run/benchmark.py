@@ -22,7 +22,6 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
 from core import dist
-from core.config import RunConfig
 from core.devices import floor_seconds, peak_of
 from core.errors import UserError
 from core.estimate import FlopCounter, number
@@ -31,6 +30,7 @@ from core.images import to_model_range
 from core.nn.kvcache import KVCache
 from core.nn.precision import bf16_products
 from core.rng import Draws
+from core.schema import RunConfig
 from core.specs import Batch, Progress
 from core.train.parallel import compile_blocks
 from core.train.run import RunFolder

@@ -13,8 +13,8 @@ from pathlib import Path
 
 from core import dist
 from core.chunks import ALONE
-from core.config import RunConfig
 from core.errors import UserError
+from core.schema import RunConfig
 from core.specs import DataSource
 from core.weights import released
 from core.weights.released import Released, find_local_file, helper, needed

@@ -11,10 +11,10 @@ import torch
 from torch import Tensor, nn
 
 from core import dist
-from core.config import RunConfig
 from core.errors import UserError
 from core.images import to_model_range
 from core.rng import hash64
+from core.schema import RunConfig
 from core.specs import DataSource
 from core.train.log import ProgressLine
 from data import tokens

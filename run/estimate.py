@@ -15,11 +15,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from core.config import RunConfig
 from core.errors import UserError
 from core.estimate import Rehearsal, Step, number
 from core.images import to_model_range
 from core.rng import Draws
+from core.schema import RunConfig
 from core.specs import Batch, Phase, Progress, Tokenizer
 from core.train import parallel
 from run.data import num_classes, open_train

@@ -23,11 +23,11 @@ from torch import Tensor, nn
 
 from core import images as image_tools
 from core.arrays import NpzFile
-from core.config import EvalConfig, RunConfig
 from core.dist import World
 from core.errors import UserError
 from core.files import write_atomic
 from core.rng import hash64
+from core.schema import EvalConfig, RunConfig
 from core.specs import DataSource
 from core.train.checkpoint import Checkpoint
 from core.train.log import progress_line

@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 
 from core import dist
-from core.config import RunConfig
 from core.images import to_model_range
 from core.rng import hash64, permutation
+from core.schema import RunConfig
 from core.specs import Batch, Continuous, DataSource, Tokenizer
 from core.train.log import ProgressLine
 from data.loader import ordered_batches

@@ -23,9 +23,10 @@ import torch
 from torch import Tensor, nn
 
 from core import config as config_module
-from core.config import RESERVED, RunConfig, SampleConfig
+from core.config import RESERVED
 from core.errors import UserError
 from core.rng import hash64
+from core.schema import RunConfig, SampleConfig
 from core.specs import Codes, Continuous, Generator, Guidance, LatentSpec, MultiScale, Tokenizer
 from core.train.checkpoint import Checkpoint
 from core.weights import files as weight_files

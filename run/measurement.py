@@ -12,11 +12,11 @@ from pathlib import Path
 from typing import Any
 
 from core import config as config_module
-from core.config import EvalConfig
 from core.dist import World
 from core.errors import UserError
 from core.files import read_json
 from core.rng import hash64
+from core.schema import EvalConfig
 from core.train.log import progress_line
 from evaluation import report
 from evaluation.chunks import Work

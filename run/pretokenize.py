@@ -17,11 +17,11 @@ import torch
 from torch import Tensor
 
 from core import dist
-from core.config import RunConfig
 from core.dist import World
 from core.errors import UserError
 from core.images import grid, save_png, to_model_range, to_uint8, to_unit_range
 from core.rng import hash64, permutation
+from core.schema import RunConfig
 from core.specs import Continuous, DataSource, Tokenizer
 from core.train.log import progress_line
 from core.weights import released

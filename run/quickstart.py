@@ -21,10 +21,11 @@ from torch import Tensor
 
 from core import dist
 from core import images as image_tools
-from core.config import EvalConfig, RunConfig, to_yaml
+from core.config import to_yaml
 from core.errors import UserError, nearest
 from core.files import read_json, write_atomic, write_json
 from core.rng import Draws, hash64
+from core.schema import EvalConfig, RunConfig
 from core.specs import DataSource, Generator, Previews, Tokenizer
 from core.train.checkpoint import read_tensors
 from core.train.log import ProgressLine

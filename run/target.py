@@ -22,11 +22,11 @@ import torch
 from torch import Tensor
 
 from core import config as config_module
-from core.config import RunConfig, SampleConfig
 from core.dist import World
 from core.errors import UserError
 from core.nn.precision import bf16_products
 from core.rng import Draws
+from core.schema import RunConfig, SampleConfig
 from core.specs import DataSource, Generator, Tokenizer
 from core.train.checkpoint import Checkpoint
 from core.weights import released

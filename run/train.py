@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from core import dist
-from core.config import RunConfig
 from core.errors import UserError
+from core.schema import RunConfig
 from core.specs import Continuous, DataSource
 from core.train.run import RunFolder
 from core.train.trainer import PREVIEW_IMAGES, Trainer

@@ -398,7 +398,7 @@ def check_files(words: Iterable[str]) -> None:
 
 def translate(path: str, overrides: list[str]) -> tuple[str, list[str]]:
     """(config, overrides) with an original's YAML file and ImageFolder's key names replaced; ours pass unchanged."""
-    from core.config import RunConfig
+    from core.schema import RunConfig
 
     check_files([path, *overrides])
     content = _content(Path(path))

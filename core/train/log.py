@@ -14,9 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from core.config import LogConfig
 from core.dist import World
 from core.errors import UserError
+from core.schema import LogConfig
 from core.train.run import RunFolder
 
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from core.config import OptimizerConfig, ScheduleConfig
+from core.schema import OptimizerConfig, ScheduleConfig
 from core.specs import SparesWeightDecay
 
 

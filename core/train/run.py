@@ -12,10 +12,11 @@ import time
 from pathlib import Path
 from typing import Any
 
-from core.config import RunConfig, to_plain, to_yaml
+from core.config import to_plain, to_yaml
 from core.errors import UserError
 from core.files import explain_os_errors, write_atomic, write_json
 from core.lock import Lock
+from core.schema import RunConfig
 
 # Keys that may differ between the parts of one run: they change where and how fast it runs, not what it computes.
 FREE = (

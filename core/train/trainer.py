@@ -19,10 +19,11 @@ import torch
 from torch import Tensor, nn
 
 from core import images as image_tools
-from core.config import RunConfig, to_plain
+from core.config import to_plain
 from core.dist import AgreedFlag, World
 from core.errors import UserError, nearest
 from core.rng import Draws, hash64
+from core.schema import RunConfig
 from core.signals import GO_ON, REQUEUE_EXIT_CODE, Stopped, StopRequest
 from core.specs import Batch, Progress, Task
 from core.train import parallel

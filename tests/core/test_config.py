@@ -13,9 +13,10 @@ from pathlib import Path
 import pytest
 import yaml
 
-from core.config import Duration, check, load, to_plain, to_yaml
+from core.config import check, load, to_plain, to_yaml
 from core.errors import UserError
 from core.registry import Registry
+from core.schema import Duration
 from run.load import REGISTRIES, load_config
 from tests.conftest import ROOT, TOY_GENERATOR, TOY_TOKENIZER
 

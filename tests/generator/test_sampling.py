@@ -7,8 +7,8 @@ import math
 import pytest
 import torch
 
-from core.config import linear_scales
 from core.rng import Draws
+from core.schema import linear_scales
 from core.specs import Guidance
 from generator.ar.far import FAR
 from generator.ar.gpt import GPT

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from core.config import linear_scales
+from core.schema import linear_scales
 from core.specs import Guidance
 from generator.adapters import ADAPTERS
 from generator.adapters.gpt import RENAMES

@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from core.config import Duration, OptimizerConfig, ScheduleConfig
 from core.images import to_unit_range
+from core.schema import Duration, OptimizerConfig, ScheduleConfig
 from core.specs import Guidance, Progress
 from core.train.guards import StepGuard
 from core.train.optim import Schedule, make_adamw, weight_decay_at

@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from core.config import Duration, OptimizerConfig, ScheduleConfig
 from core.images import to_uint8, to_unit_range
+from core.schema import Duration, OptimizerConfig, ScheduleConfig
 from core.specs import Guidance, Loss, Progress
 from core.train.ema import warmed
 from core.train.optim import Schedule, make_adamw

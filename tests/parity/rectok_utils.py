@@ -6,9 +6,9 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from core.config import Duration, OptimizerConfig, ScheduleConfig
 from core.images import to_model_range, to_uint8
 from core.nn.embed import resize_positions
+from core.schema import Duration, OptimizerConfig, ScheduleConfig
 from core.train.ema import Ema
 from core.train.optim import Schedule
 from data.loader import part

@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from core.config import Duration, OptimizerConfig, ScheduleConfig
+from core.schema import Duration, OptimizerConfig, ScheduleConfig
 from core.specs import Discriminator, Progress, Recon
 from core.train.optim import Schedule
 from tests.parity.recorded_draws import RecordedDraws

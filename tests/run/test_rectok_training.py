@@ -12,10 +12,10 @@ import pytest
 import torch
 from PIL import Image
 
-from core.config import SampleConfig
 from core.errors import UserError
 from core.images import to_model_range
 from core.rng import Draws
+from core.schema import SampleConfig
 from core.train.parallel import accumulation
 from generator.adapters import ADAPTERS as GENERATOR_ADAPTERS
 from tests.conftest import TOY_GENERATOR, TOY_TOKENIZER

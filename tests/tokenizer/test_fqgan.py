@@ -7,9 +7,9 @@ import json
 import pytest
 import torch
 
-from core.config import Duration
 from core.errors import UserError
 from core.rng import Draws
+from core.schema import Duration
 from core.specs import Codes, Progress, Recon, Tokenizer
 from core.weights.layouts import check_layout
 from run.load import OBJECTIVES, TOKENIZERS, load_config, semantic_widths

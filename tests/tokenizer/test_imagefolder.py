@@ -262,7 +262,7 @@ def test_shift_and_hole_stay_in_the_picture():
 
 
 def test_blur_ends_with_the_start_of_the_discriminator():
-    from core.config import Duration
+    from core.schema import Duration
     from core.specs import Progress
 
     now = Progress(800, 8000, 8000, 100, 8)

@@ -65,7 +65,7 @@ CHECK_SECONDS, RUN_SECONDS = 10, 90  # of processor time; a process that sleeps 
 
 def known_keys(config: dict[str, Any]) -> list[str]:
     """Dotted keys of a config's schema and of the constructors that it names."""
-    from core.config import RunConfig
+    from core.schema import RunConfig
     from run.load import REGISTRIES
 
     def of_class(cls: type, prefix: str) -> list[str]:

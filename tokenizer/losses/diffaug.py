@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from core.config import Duration
 from core.rng import Draws
+from core.schema import Duration
 from core.specs import Progress
 
 NUMBERS = 7  # draws per picture

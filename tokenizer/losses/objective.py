@@ -23,12 +23,13 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
 
-from core.config import Duration, parse_section
+from core.config import parse_section
 from core.dist import mean_over_ranks
 from core.errors import UserError, nearest
 from core.images import to_unit_range
 from core.nn.precision import no_autocast
 from core.rng import Draws
+from core.schema import Duration
 from core.specs import Loss, Progress, Recon
 from core.weights.released import needs
 from tokenizer.losses.contrastive import info_nce

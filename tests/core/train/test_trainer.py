@@ -15,8 +15,8 @@ import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from core.config import Duration, LogConfig, OptimizerConfig, ScheduleConfig
 from core.errors import UserError
+from core.schema import Duration, LogConfig, OptimizerConfig, ScheduleConfig
 from core.train import log, parallel
 from core.train.checkpoint import CheckpointStore, find_damage
 from core.train.ema import Ema
