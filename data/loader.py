@@ -20,6 +20,7 @@ import os
 import shutil
 import signal
 import sys
+import time
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -217,6 +218,18 @@ def _require_shared_memory(reader: _Reader, entries: int, workers: int) -> None:
         )
 
 
+def _who_hung_up() -> UserError | None:
+    """Why a decoding process let go of its end of a pipe; None where it is still there.
+
+    The pipe of a process breaks a moment before the system reports its end, which torch's signal handler then raises.
+    """
+    try:
+        time.sleep(5)
+    except RuntimeError as error:
+        return lost_worker(error)
+    return None
+
+
 def _run(reader: _Reader, order: Iterable[list[Entry]], workers: int, pin: bool = False) -> Iterator[Batch]:
     """Batches for the lists of entries in `order`, in that order, read by `workers` processes (0: by this one)."""
     start_method = (reader.source and reader.source.start_method) or ("fork" if sys.platform == "linux" else "spawn")
@@ -253,6 +266,8 @@ def _run(reader: _Reader, order: Iterable[list[Entry]], workers: int, pin: bool 
             yield batch
     except RuntimeError as error:
         raise lost_worker(error) or error from error
+    except (ConnectionError, EOFError) as error:
+        raise _who_hung_up() or error from error
     finally:
         if not closing.is_set():  # at exit it is, and setting it again would need modules that are gone
             closing.set()

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from core.errors import UserError
 from core.rng import Draws
-from core.specs import Codes, Continuous, LatentSpec, MultiScale, Tokenizer, codebook_rows
+from core.specs import Codes, Continuous, LatentSpec, MultiScale, Recon, Tokenizer, codebook_rows
 from tokenizer.vq.quantizer import nearest_codes
 
 VIEWS = ("vectors", "sequence")
@@ -31,6 +31,9 @@ class View(Tokenizer):
         super().__init__()
         self.tokenizer = tokenizer
         self.image_size, self.term_names = tokenizer.image_size, tokenizer.term_names
+
+    def forward(self, images: Tensor, draws: Draws) -> Recon:
+        return self.tokenizer(images, draws)
 
     def precompute(self, images: Tensor) -> Tensor:
         """The codes: what is stored does not depend on the view."""

@@ -9,6 +9,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -203,6 +204,26 @@ def test_a_killed_worker_is_one_sentence(number, advice):
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=600)
     assert done.returncode == 2 and "Traceback" not in done.stderr, done.stderr
     assert re.search(f"was ended by the system.*{advice}.* most likely ran out.*workers", done.stderr), done.stderr
+
+
+@pytest.mark.parametrize("broken", [ConnectionResetError(104, "Connection reset by peer"), EOFError()])
+def test_the_pipe_of_a_killed_worker_breaks_first(monkeypatch, broken):
+    """Before torch's handler says who was ended, reading from the dead process may fail by itself."""
+
+    def reported(_):
+        raise RuntimeError("DataLoader worker (pid 7) is killed by signal: Bus error.")
+
+    def read(self, entries):
+        raise broken
+
+    loader = Loader(SOURCE, RANDOM, seed=1, global_batch=8)
+    monkeypatch.setattr(type(loader._reader), "__getitem__", read)
+    monkeypatch.setattr(time, "sleep", reported)
+    with pytest.raises(UserError, match="ended by the system .Bus error.*/dev/shm"):
+        next(loader.batches())
+    monkeypatch.setattr(time, "sleep", lambda _: None)
+    with pytest.raises(type(broken)):
+        next(loader.batches())
 
 
 def test_shared_memory_that_is_too_small(monkeypatch):
