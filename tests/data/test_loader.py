@@ -217,7 +217,7 @@ def test_the_pipe_of_a_killed_worker_breaks_first(monkeypatch, broken):
         raise broken
 
     loader = Loader(SOURCE, RANDOM, seed=1, global_batch=8)
-    monkeypatch.setattr(type(loader._reader), "__getitem__", read)
+    monkeypatch.setattr(type(loader._reader), "__getitems__", read)
     monkeypatch.setattr(time, "sleep", reported)
     with pytest.raises(UserError, match="ended by the system .Bus error.*/dev/shm"):
         next(loader.batches())
