@@ -242,6 +242,9 @@ class Guidance:
 # ---------------------------------------------------------------------------------------------------------------------
 # Who implements what
 # ---------------------------------------------------------------------------------------------------------------------
+NO_CODE = -1  # in place of codes that could not be drawn
+
+
 class Tokenizer(nn.Module, ABC):
     """Base of all tokenizers: maps images (B, 3, H, W) in [-1, 1] to latents and back."""
 
@@ -370,7 +373,10 @@ class Generator(nn.Module, ABC):
 
     @abstractmethod
     def sample(self, labels: Tensor, draws: Draws, guidance: Guidance = Guidance(), **options) -> Tensor:
-        """Latents for `labels` (B,), every random draw taken from `draws`."""
+        """Latents for `labels` (B,), every random draw taken from `draws`.
+
+        Where a logit was NaN or infinite, all codes of that sample are NO_CODE: nothing waits for the device to tell.
+        """
 
 
 class Discriminator(nn.Module, ABC):

@@ -9,13 +9,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from core.errors import UserError
 from core.rng import Draws
-from core.specs import Guidance
+from core.specs import NO_CODE, Generator, Guidance
 from generator.guidance import guide_logits, per_branch, scales
 
 
@@ -46,10 +47,12 @@ def filter_logits(logits: Tensor, top_k: int = 0, top_p: float = 1.0) -> Tensor:
 
 
 def probabilities(logits: Tensor, temperature: float = 1.0, top_k: int = 0, top_p: float = 1.0) -> Tensor:
-    """(..., V) fp32 probabilities. Temperature 0 gives the likeliest code probability 1."""
+    """(..., V) fp32 probabilities; all of them NaN where a logit is NaN or infinite. Temperature 0 gives the likeliest
+    code probability 1."""
     logits = logits.float()
     if temperature == 0:
-        return torch.zeros_like(logits).scatter_(-1, logits.argmax(-1, keepdim=True), 1.0)
+        nothing = logits.amax(-1, keepdim=True) * 0  # NaN where there is no largest number
+        return nothing.expand_as(logits).scatter(-1, logits.argmax(-1, keepdim=True), nothing + 1)
     return filter_logits(logits if temperature == 1 else logits / temperature, top_k, top_p).softmax(-1)
 
 
@@ -118,6 +121,9 @@ class CodeSampler:
         self.guided, self.filters, self.trace = guidance.active, filters, trace
         self.scales = scales(guidance, length, len(filters)).to(labels.device, non_blocking=True)  # (T, K)
         self.noise = draws.categorical("codes", (length, len(filters)))  # (B, T, K) or (B, T, K, V)
+        self.sum = torch.zeros(
+            len(labels), device=labels.device
+        )  # of a probability of each step: NaN does not leave it
 
     def settings(self) -> tuple:
         """What a recording of a step depends on, beside the numbers that `refill` replaces."""
@@ -127,6 +133,7 @@ class CodeSampler:
         """Scales, noise and trace of another one with the same settings, at the addresses of this one."""
         self.scales.copy_(other.scales)
         self.noise.copy_(other.noise)
+        self.sum.copy_(other.sum)
         self.trace = other.trace
 
     def double(self, x: Tensor) -> Tensor:
@@ -141,6 +148,37 @@ class CodeSampler:
         if self.guided:
             logits = guide_logits(*logits.chunk(2), self.scales.index_select(0, t)[:, branch])
         p = self.filters[branch](logits)
+        self.sum.add_(p[:, 0])
         if self.trace is not None:
             self.trace.append((logits.float(), p))
         return choose(p, self.noise.index_select(1, t)[:, 0, branch])
+
+    def mark(self, codes: Tensor) -> Tensor:
+        """A copy of the codes (B, T, K) of a batch that is done, see `mark`."""
+        return mark(codes, self.sum)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Logits that were not finite: found on the device, told once per batch
+# ---------------------------------------------------------------------------------------------------------------------
+def mark(codes: Tensor, seen: Tensor) -> Tensor:
+    """Codes (B, T, K), all NO_CODE in the samples of which `seen` (B,), a sum of their probabilities, is NaN."""
+    return codes.masked_fill(seen.isnan()[:, None, None], NO_CODE)
+
+
+def draw_latents(generator: Generator, labels: Tensor, draws: Draws, guidance: Guidance, **options: Any) -> Tensor:
+    """generator.sample(...), or a UserError that names the generator where it met NaN or infinity.
+
+    Waits for the device, once a batch: noise would be decoded to pictures that look like those of a bad model.
+    """
+    latents = generator.sample(labels, draws, guidance, **options)
+    codes = not latents.is_floating_point()
+    good = latents != NO_CODE if codes else latents.isfinite()
+    if not good.all():
+        broken = int((~good.flatten(1).all(1)).sum())
+        what = "logits of a code" if codes else "latents after the last step"
+        raise UserError(
+            f"{type(generator).__name__}: the {what} are NaN or infinite in {broken} of {len(labels)} samples. The weights or "
+            "the precision are at fault (train.precision=fp32 rules the latter out); nothing was kept of these pictures."
+        )
+    return latents

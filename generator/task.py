@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from core.images import to_model_range
 from core.rng import Draws
 from core.specs import Batch, Continuous, Generator, Guidance, Phase, Progress, Tokenizer
+from generator.sampling import draw_latents
 
 
 class GeneratorTask:
@@ -59,9 +60,9 @@ class GeneratorTask:
         yield Phase("generator", nets["generator"](latents, batch.labels, draws, progress))
 
     @torch.no_grad()
-    def sample(self, network: nn.Module, labels: Tensor, draws: Draws) -> Tensor:
+    def sample(self, network: Any, labels: Tensor, draws: Draws) -> Tensor:
         """Pictures (B, 3, H, W) in [-1, 1] of the classes `labels`."""
-        latents = network.sample(labels, draws, self.guidance, **self.sample_options)
+        latents = draw_latents(network, labels, draws, self.guidance, **self.sample_options)
         return self.tokenizer.decode(latents, draws.fork("decode")).float()
 
     def preview(self, network: nn.Module, draws: Draws, count: int) -> Tensor:

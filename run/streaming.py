@@ -21,6 +21,7 @@ from core.files import replacing
 from core.images import finite_uint8, grid, save_png, to_uint8
 from core.rng import Draws
 from core.specs import Generator, Guidance, Previews, Streams, Tokenizer
+from generator.sampling import draw_latents
 
 
 @dataclass
@@ -93,7 +94,7 @@ def stream(
                 show(len(result.pictures) - 1, picture.float())
         fed = codes.shape[1]
 
-    result.codes = generator.sample(labels, draws, guidance, on_codes=arrived, **options)
+    result.codes = draw_latents(generator, labels, draws, guidance, on_codes=arrived, **options)
     return result
 
 

@@ -264,14 +264,14 @@ class FAR(Regularised):
                     )
                 if on_codes:
                     on_codes(codes[:, : index + 1])
-            return codes
+            return sampler.mark(codes)
         static = device.type == "cuda" if static is None else static
         weights = self.weights(self.norm.weight)
         key = (sampler.settings(), length, shared, None if forced is None else forced.shape, static, device)
         decoding = self.kept(key, lambda: Decoding(self, weights, sampler, length, shared, forced, static))
         decoding.begin(both, sampler, forced)
         decode(decoding.step, 0, length, on_codes and (lambda done: on_codes(decoding.codes[:, 1 : done + 1])))
-        return decoding.codes[:, 1:].clone()
+        return decoding.sampler.mark(decoding.codes[:, 1:])
 
     def _forced(self, prefix: Tensor | None, length: int, device: torch.device) -> Tensor | None:
         if prefix is None or prefix.shape[1] == 0:

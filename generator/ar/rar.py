@@ -270,7 +270,7 @@ class RAR(Regularised):
                 x = run_blocks(self.blocks, x, condition)[:, -1:]
                 logits = self.logits(x, condition[:, -1:])[:, 0]
                 codes[:, index] = sampler(logits, torch.full((1,), index, device=device))
-            return codes[..., None]
+            return sampler.mark(codes[..., None])
         static = device.type == "cuda" if static is None else static
         weights = self.weights(self.lm_head.weight)
         classes, rows = distinct(labels, self.num_classes)  # adaptive norms depend on class and slot alone
@@ -283,7 +283,7 @@ class RAR(Regularised):
                 lambda: Decoding(self, weights, sampler, len(classes), static),
             )
             decoding.run(both, classes, rows, sampler)
-            return decoding.slots[: len(labels), 2:, None].clone()
+            return decoding.sampler.mark(decoding.slots[: len(labels), 2:, None])
 
 
 def distinct(labels: Tensor, num_classes: int) -> tuple[Tensor, Tensor]:

@@ -38,7 +38,7 @@ from generator.ar.decode import uncompiled
 from generator.engine import Sampled, Weights, fused_attention, mismatches, modulated
 from generator.guidance import guide_logits
 from generator.guidance import scales as guidance_scales
-from generator.sampling import choose, filters
+from generator.sampling import Filter, choose, filters, mark
 
 RECORDED_BATCH = 64  # from here on the kernels take longer than their launch, and recordings only cost memory
 
@@ -373,18 +373,21 @@ class VAR(Sampled):
             raise UserError(f'VAR can be guided against no class (sample.guidance: cfg), not by "{guidance.kind}"')
         chosen = filters(self.branches, temperature, top_k, top_p)
         noise = draws.categorical("codes", (self.ends[-1], self.branches))  # (B, L, K)
+        seen = torch.zeros(len(labels), device=labels.device)
+
+        def draw(filter: Filter, logits: Tensor, numbers: Tensor) -> Tensor:
+            p = filter(logits)  # (B, p p, ..., V)
+            seen.add_(p[..., 0].flatten(1).sum(1))
+            return choose(p.flatten(0, -2), numbers.flatten())
 
         def pick(scale: int, logits: Tensor) -> Tensor:
             numbers = noise[:, slice((0, *self.ends)[scale], self.ends[scale])]  # (B, p p, K)
             if len(set(chosen)) == 1:  # all branches at once
-                return choose(chosen[0](logits).flatten(0, 2), numbers.flatten()).view_as(numbers)
-            codes = [
-                choose(chosen[k](logits[:, :, k]).flatten(0, 1), numbers[:, :, k].flatten())
-                for k in range(self.branches)
-            ]
+                return draw(chosen[0], logits, numbers).view_as(numbers)
+            codes = [draw(chosen[k], logits[:, :, k], numbers[:, :, k]) for k in range(self.branches)]
             return torch.stack(codes, dim=-1).view_as(numbers)
 
-        return self.generate(labels, guidance, pick, cuda_graph)[0]
+        return mark(self.generate(labels, guidance, pick, cuda_graph)[0], seen)
 
 
 class Passes:

@@ -7,16 +7,17 @@ import math
 import pytest
 import torch
 
+from core.errors import UserError
 from core.rng import Draws
 from core.schema import linear_scales
-from core.specs import Guidance
+from core.specs import NO_CODE, Guidance
 from generator.ar.far import FAR
 from generator.ar.gpt import GPT
 from generator.ar.llama import run_blocks
 from generator.ar.rar import RAR
 from generator.dit.dit_dh import DiTDH
 from generator.guidance import scales
-from generator.sampling import filter_logits
+from generator.sampling import draw_latents, filter_logits
 from generator.var.var import VAR
 from tokenizer.multiscale.imagefolder import ImageFolder
 
@@ -169,3 +170,60 @@ def test_linear_scales_of_dar(text, first, last):
     assert linear_scales(text) == (first, last)
     table = scales(Guidance(last, schedule="linear", start=first), 8)[:, 0]
     torch.testing.assert_close(table, torch.linspace(first, last, 8) if (first, last) != (1, 1) else torch.ones(8))
+
+
+# -- logits that are not finite ---------------------------------------------------------------------------------------
+@pytest.mark.parametrize("how", ["cached", "anew", "greedy", "top_k", "top_p"])
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+@pytest.mark.parametrize("name", CODE_GENERATORS)
+def test_logits_that_are_not_finite_are_told_once_a_batch(name, value, how):
+    """One class has them; the samples of the others are what they would be without."""
+    if how == "anew" and name == "var":
+        return
+    options = {
+        "anew": {"cached": False},
+        "greedy": {"temperature": 0.0},
+        "top_k": {"top_k": 3},
+        "top_p": {"top_p": 0.5},
+    }
+    options = options.get(how, {})
+    model = awake(name)
+    whole = sampled(model, Guidance(2.0), **options)
+    classes = {"rar": lambda: model.embeddings.weight[21:], "var": lambda: model.class_emb.embedding_table.weight}
+    with torch.no_grad():
+        classes.get(name, lambda: model.cls_embedding.embedding_table.weight)()[0].fill_(value)  # LABELS[1]
+    broken = sampled(model, Guidance(2.0), **options)
+    assert (broken[1] == NO_CODE).all() and torch.equal(broken[[0, 2]], whole[[0, 2]])
+    with pytest.raises(UserError, match="logits of a code are NaN or infinite in 1 of 3 samples"):
+        draw_latents(model, LABELS, Draws(1, torch.arange(3)), Guidance(2.0), **options)
+    again = model.sample(LABELS[[0, 2]].repeat(2)[:3], Draws(1, torch.arange(3)), Guidance(2.0), **options)
+    assert (again != NO_CODE).all()  # the next batch starts afresh
+
+
+@pytest.mark.parametrize("name", CODE_GENERATORS)
+def test_a_head_that_overflows_once_is_found(name):
+    """Nothing of it enters the cache, so only its own step can tell."""
+    model = awake(name)
+    head = {"rar": "lm_head", "var": "head"}.get(name) or next(
+        n for n, _ in model.named_modules() if n.startswith("output")
+    )
+    calls = []
+
+    def overflow(module, inputs, output):
+        calls.append(1)
+        return output * torch.inf if len(calls) == 2 else output
+
+    model.get_submodule(head).register_forward_hook(overflow)
+    with pytest.raises(UserError, match="in 3 of 3 samples"):
+        draw_latents(model, LABELS, Draws(1, torch.arange(3)), Guidance())
+
+
+def test_latents_that_are_not_finite_name_the_network():
+    trunk = {"width": 32, "depth": 1, "heads": 2}
+    model = DiTDH(
+        size={f"{part}_{name}": n for part in ("trunk", "head") for name, n in trunk.items()}, channels=8, grid=4
+    )
+    with torch.no_grad():
+        next(model.parameters()).fill_(torch.nan)
+    with pytest.raises(UserError, match="DiTDH: the latents after the last step are NaN or infinite in 3 of 3 samples"):
+        draw_latents(model.eval(), LABELS, Draws(1, torch.arange(3)), Guidance(), steps=2)

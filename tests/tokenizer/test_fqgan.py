@@ -303,6 +303,8 @@ def test_running_statistics_are_those_of_torch():
     torch.testing.assert_close(layer.running_mean, plain.running_mean)
     torch.testing.assert_close(layer.running_var, plain.running_var)
     kept = layer.running_var.clone()
+    layer(torch.full_like(x, torch.nan))  # a step that is skipped
+    assert torch.equal(kept, layer.running_var) and layer.running_mean.isfinite().all()
     layer.eval()(x)
     assert torch.equal(kept, layer.running_var)
 

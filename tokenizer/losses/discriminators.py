@@ -38,7 +38,8 @@ def _global_moments(x: Tensor) -> tuple[Tensor, Tensor]:
 class BatchNorm(nn.BatchNorm2d):
     """BatchNorm that always uses the statistics of the batch, in train and in eval mode.
 
-    The running statistics of nn.BatchNorm2d are kept so that files agree; nothing reads them.
+    The running statistics of nn.BatchNorm2d are kept so that files agree; nothing reads them. A batch that is not finite
+    leaves them alone, or every later checkpoint would hold NaN.
 
     Args:
         sync: statistics of the global batch, so that results do not depend on the number of ranks.
@@ -54,16 +55,22 @@ class BatchNorm(nn.BatchNorm2d):
             mean, variance = _global_moments(x)
             if self.training:
                 count = x.numel() // x.shape[1] * dist.get_world_size()
-                self._remember(mean.detach(), variance.detach() * (count / max(count - 1, 1)))
+                unbiased = variance.detach() * (count / max(count - 1, 1))
+                self._remember(
+                    self.running_mean.lerp(mean.detach(), self.momentum), self.running_var.lerp(unbiased, self.momentum)
+                )
             mean, scale = mean.view(1, -1, 1, 1), (self.weight * torch.rsqrt(variance + self.eps)).view(1, -1, 1, 1)
             return (x - mean) * scale + self.bias.view(1, -1, 1, 1)
-        running = (self.running_mean, self.running_var) if self.training else (None, None)
-        return F.batch_norm(x, *running, self.weight, self.bias, True, self.momentum, self.eps)
+        moved = (self.running_mean.clone(), self.running_var.clone()) if self.training else (None, None)
+        result = F.batch_norm(x, *moved, self.weight, self.bias, True, self.momentum, self.eps)
+        if self.training:
+            self._remember(*moved)
+        return result
 
     @torch.no_grad()
     def _remember(self, mean: Tensor, variance: Tensor) -> None:
-        self.running_mean.lerp_(mean, self.momentum)
-        self.running_var.lerp_(variance, self.momentum)
+        for running, moved in ((self.running_mean, mean), (self.running_var, variance)):
+            running.copy_(torch.where(moved.isfinite(), moved, running))
 
 
 class PatchGAN(Discriminator):
