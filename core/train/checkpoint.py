@@ -2,9 +2,9 @@
 
     <run>/checkpoints/step_00000500/{model,ema,...}.safetensors state.json manifest.json      latest -> step_00000500
 
-A checkpoint is written to `.tmp-step_00000500-<pid>`, every file synced, the manifest (sizes and sha256) last; then the
+A checkpoint is written to `.tmp-step_00000500-<pid>`, every file synced, the manifest (sizes and digests) last; then the
 folder is renamed. Loading takes the newest folder whose manifest verifies and says what it passed over. Nothing is
-pickled: tensors are safetensors, everything else is JSON. Only rank 0 writes; any rank may read.
+pickled: tensors are safetensors, everything else is JSON. Only rank 0 writes and verifies; any rank may read.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import os
 import re
 import shutil
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -25,9 +25,12 @@ from torch import Tensor
 
 from core.errors import UserError, nearest
 from core.files import (
+    DIGEST_PIECE,
+    digests,
     explain_os_errors,
     fsync_file,
     fsync_folder,
+    read_ahead,
     read_json,
     require_space,
     sha256_file,
@@ -36,7 +39,7 @@ from core.files import (
     write_json,
 )
 
-FORMAT = 1
+FORMAT = 2  # 1 had a sha256 per file, which one processor took longer to compute than to read the file
 MANIFEST, STATE = "manifest.json", "state.json"
 _STEP = re.compile(r"step_(\d{8,})")
 _LEFTOVER = re.compile(r"\.(tmp|old)-(step_\d{8,}|latest)-(\d+)")
@@ -93,15 +96,26 @@ def _read_manifest(path: Path) -> dict:
     whole = isinstance(manifest, dict) and (path / MANIFEST).read_bytes() == to_json(manifest).encode()
     if not whole or manifest.get("sha256") != _manifest_digest(manifest):
         raise UserError(f"{path / MANIFEST}: contents changed since it was written.")
-    if manifest["format"] != FORMAT:
+    if manifest["format"] not in (1, FORMAT):
         raise UserError(f"{path / MANIFEST}: format {manifest['format']}, this version reads {FORMAT}. Update Tessera.")
     return manifest
+
+
+def _digest_kind(manifest: dict) -> str:
+    return "xxh3" if manifest["format"] > 1 else "sha256"
+
+
+def _digests(paths: list[Path], manifest: dict) -> Iterable[str]:
+    """Of each file, as the manifest's format has them."""
+    return digests(paths, manifest["piece"]) if manifest["format"] > 1 else map(sha256_file, paths)
 
 
 def find_damage(path: str | os.PathLike, contents: bool = True) -> list[str]:
     """Sentences that name each missing or changed file; empty for a good checkpoint.
 
-    contents False skips the checksums and looks at names and sizes only.
+    Names and sizes first, contents only where these are right: nothing long is read in vain.
+
+    contents False skips the digests.
     """
     path = Path(path)
     problems = []
@@ -115,8 +129,14 @@ def find_damage(path: str | os.PathLike, contents: bool = True) -> list[str]:
                 problems.append(f"{file}: missing.")
             elif file.stat().st_size != expected["bytes"]:
                 problems.append(f"{file}: {file.stat().st_size} bytes instead of {expected['bytes']}.")
-            elif contents and sha256_file(file) != expected["sha256"]:
-                problems.append(f"{file}: contents changed since it was written (sha256 differs).")
+        if contents and not problems:
+            kind = _digest_kind(manifest)
+            found = _digests([path / name for name in manifest["files"]], manifest)
+            problems += [
+                f"{path / name}: contents changed since it was written ({kind} differs)."
+                for (name, expected), digest in zip(manifest["files"].items(), found)
+                if digest != expected[kind]
+            ]
     except UserError as error:
         problems.append(str(error))
     except OSError as error:  # a failing disk is damage too
@@ -157,12 +177,44 @@ class Checkpoint:
 # ---------------------------------------------------------------------------------------------------------------------
 # Writing
 # ---------------------------------------------------------------------------------------------------------------------
-def _snapshot(tensors: dict[str, dict[str, Tensor]]) -> tuple[dict[str, dict[str, Tensor]], list]:
+class _Staging:
+    """Pinned host memory that a GPU copies into. It is kept from save to save: pinning takes longer than copying, and what
+    is given back to torch is lost whenever its caches are emptied.
+
+    Args:
+        slab: bytes that are pinned at a time; a power of two, to which torch rounds.
+    """
+
+    def __init__(self, slab: int = 1 << 28, pinned: bool = True):
+        self.slab, self.pinned = slab, pinned
+        self.slabs: list[Tensor] = []
+        self._current = self._used = 0
+
+    def restart(self) -> None:
+        """Hand out the same memory again."""
+        self._current = self._used = 0
+
+    def like(self, tensor: Tensor) -> Tensor:
+        """Contiguous memory for a copy of `tensor`, whatever it holds now."""
+        while True:
+            if self._current == len(self.slabs):
+                size = max(self.slab, tensor.nbytes)
+                self.slabs.append(torch.empty(size, dtype=torch.uint8, pin_memory=self.pinned))
+            if self._used + tensor.nbytes <= self.slabs[self._current].numel():
+                break
+            self._current, self._used = self._current + 1, 0
+        start = self._used
+        self._used += -(-tensor.nbytes // 64) * 64  # aligned for every type
+        return self.slabs[self._current][start : start + tensor.nbytes].view(tensor.dtype).view(tensor.shape)
+
+
+def _snapshot(tensors: dict[str, dict[str, Tensor]], staging: _Staging) -> tuple[dict[str, dict[str, Tensor]], list]:
     """Private CPU copies, and the events after which those that come from a GPU are complete.
 
     The copies are queued on the current stream, ahead of the next optimiser step; the training thread does not wait.
     """
     devices = set()
+    staging.restart()
 
     def copy(t: Tensor) -> Tensor:
         t = t.detach()
@@ -170,7 +222,7 @@ def _snapshot(tensors: dict[str, dict[str, Tensor]]) -> tuple[dict[str, dict[str
             return t.clone(memory_format=torch.contiguous_format)
         if t.device.type == "cuda":
             devices.add(t.device)
-            return torch.empty(t.shape, dtype=t.dtype, pin_memory=True).copy_(t, non_blocking=True)
+            return staging.like(t).copy_(t, non_blocking=True)
         return t.cpu().contiguous()
 
     copies = {stem: {name: copy(t) for name, t in group.items()} for stem, group in tensors.items()}
@@ -192,6 +244,14 @@ def _write_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
     # safetensors goes through a private temporary file; give the result the folder's permissions.
     path.chmod(path.parent.stat().st_mode & 0o666)
     fsync_file(path)
+
+
+def _describe(files: list[Path], folder: Path) -> dict[str, dict]:
+    """The manifest's entry of each file in `folder`."""
+    return {
+        file.relative_to(folder).as_posix(): {"bytes": file.stat().st_size, "xxh3": digest}
+        for file, digest in zip(files, digests(files))
+    }
 
 
 def _process_alive(pid: int) -> bool:
@@ -220,6 +280,7 @@ class CheckpointStore:
         self.folder, self.keep, self.log = Path(folder), keep, log
         self.skipped: list[str] = []  # what the last call of `latest` passed over, and why
         self._damaged: set[str] = set()
+        self._staging = _Staging()
         self._thread: threading.Thread | None = None
         self._failure: str | None = None  # of the last save
 
@@ -230,6 +291,11 @@ class CheckpointStore:
             return []
         found = (_STEP.fullmatch(entry.name) for entry in self.folder.iterdir() if entry.is_dir())
         return sorted(int(match[1]) for match in found if match)
+
+    def read_ahead(self) -> None:
+        """For ranks that wait for the verdict of the main one: have what is probably loaded next in memory by then."""
+        for step in self.steps()[-1:]:
+            read_ahead((self.folder / step_name(step)).rglob("*.safetensors"))
 
     def latest(self, clean: bool = True) -> Checkpoint | None:
         """The newest checkpoint that verifies; None when there is none at all.
@@ -301,7 +367,7 @@ class CheckpointStore:
                 raise ValueError(f'"{stem}" cannot be part of a file name')
         text = to_json(state)
         self.wait()
-        copies, events = _snapshot(tensors)
+        copies, events = _snapshot(tensors, self._staging)
         # Not a daemon: a program that ends during a save ends after it.
         self._thread = threading.Thread(
             target=self._run, args=(step, copies, events, text, milestone), name="checkpoint writer"
@@ -344,11 +410,14 @@ class CheckpointStore:
                     _write_tensors(temporary / f"{stem}.safetensors", group)
             with explain_os_errors(final):
                 write_atomic(temporary / STATE, text)
-                files = {
-                    file.name: {"bytes": file.stat().st_size, "sha256": sha256_file(file)}
-                    for file in sorted(temporary.iterdir())
+                files = _describe(sorted(temporary.iterdir()), temporary)
+                manifest = {
+                    "format": FORMAT,
+                    "step": step,
+                    "milestone": milestone,
+                    "piece": DIGEST_PIECE,
+                    "files": files,
                 }
-                manifest = {"format": FORMAT, "step": step, "milestone": milestone, "files": files}
                 write_atomic(temporary / MANIFEST, to_json(manifest | {"sha256": _manifest_digest(manifest)}))
                 self._publish(temporary, final)
         except BaseException:

@@ -200,8 +200,13 @@ class Trainer:
         self.store.save(self.step, tensors, state, milestone=milestone, wait=wait)
 
     def restore(self) -> bool:
-        """Continue from the newest valid checkpoint of the run folder. False when there is none."""
-        checkpoint = self.store.latest(clean=self.world.is_main)
+        """Continue from the newest valid checkpoint of the run folder. False when there is none.
+
+        The main rank alone verifies; no rank uses anything before it has.
+        """
+        if not self.world.is_main:
+            self.store.read_ahead()
+        checkpoint = self.world.on_main(self.store.latest)
         if checkpoint is None:
             self.run.rewind_metrics(0)  # a run killed before its first checkpoint begins again
             return False

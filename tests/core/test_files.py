@@ -7,6 +7,7 @@ import os
 import re
 
 import pytest
+from xxhash import xxh3_128
 
 from core import files
 from core.arrays import NpzFile, read_npy
@@ -72,6 +73,21 @@ def test_sha256_of_more_than_one_piece(tmp_path):
     data = os.urandom(1 << 20) + b"rest"
     (tmp_path / "x").write_bytes(data)
     assert files.sha256_file(tmp_path / "x") == hashlib.sha256(data).hexdigest()
+
+
+def test_digests_by_pieces(tmp_path):
+    """By hand: of the pieces' digests, whatever the order in which they are computed."""
+    data = {"empty": b"", "short": b"x", "long": os.urandom((1 << 20) * 3 + 17)}
+    for name, content in data.items():
+        (tmp_path / name).write_bytes(content)
+    for piece in (1 << 20, 1 << 21, 1000):
+        by_hand = [
+            xxh3_128(b"".join(xxh3_128(c[i : i + piece]).digest() for i in range(0, len(c), piece))).hexdigest()
+            for c in data.values()
+        ]
+        assert list(files.digests([tmp_path / name for name in data], piece)) == by_hand
+    with pytest.raises(FileNotFoundError, match="gone"):
+        list(files.digests([tmp_path / "gone"]))
 
 
 def test_space_and_human_bytes(tmp_path):

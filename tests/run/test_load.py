@@ -28,7 +28,8 @@ def counted(monkeypatch) -> Counter:
 
         def call(argument, *more, **named):
             result = inner(argument, *more, **named)
-            counts[what, result if what == "fingerprint" else Path(argument).resolve()] += 1
+            for one in argument if what == "checked" else [argument]:
+                counts[what, result if what == "fingerprint" else Path(one).resolve()] += 1
             return result
 
         monkeypatch.setattr(where, call)
@@ -36,7 +37,7 @@ def counted(monkeypatch) -> Counter:
     watch("safetensors.torch.load_file", "read")
     watch("core.train.checkpoint._read_open", "read")
     watch("core.weights.hub.load_pickle", "read")
-    watch("core.train.checkpoint.sha256_file", "checked")
+    watch("core.train.checkpoint.digests", "checked")
     watch("core.weights.hub.fingerprint", "fingerprint")
     return counts
 

@@ -1,5 +1,6 @@
 """Checkpoints: bit-equal round trips, damage, kills, full disks, tidying."""
 
+import hashlib
 import os
 import shutil
 import subprocess
@@ -10,8 +11,11 @@ from pathlib import Path
 import pytest
 import torch
 
+from core import files
 from core.errors import UserError
-from core.train.checkpoint import Checkpoint, CheckpointStore, find_damage
+from core.files import read_json, sha256_file, to_json, write_json
+from core.train import checkpoint as checkpoint_module
+from core.train.checkpoint import Checkpoint, CheckpointStore, _Staging, find_damage
 
 ROOT = Path(__file__).resolve().parents[3]
 MODEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64, torch.int64, torch.uint8, torch.bool)
@@ -160,6 +164,64 @@ def test_every_mutation_of_every_file_falls_back(tmp_path):
             shutil.rmtree(folder)
             handled += 1
     assert handled == len(FILES) * len(MUTATIONS) == 55
+
+
+def test_checkpoints_with_sha256_are_read_and_verified(tmp_path):
+    """Format 1: a sha256 of each whole file."""
+    store = CheckpointStore(tmp_path)
+    for step in (1, 2):
+        store.save(step, some_tensors(step), {}, wait=True)
+        path = tmp_path / f"step_0000000{step}"
+        manifest = read_json(path / "manifest.json")
+        del manifest["piece"], manifest["sha256"]
+        for name, entry in manifest["files"].items():
+            del entry["xxh3"]
+            entry["sha256"] = sha256_file(path / name)
+        write_json(path / "manifest.json", sealed(manifest | {"format": 1}))
+    assert store.latest().step == 2
+    flip(0.9)(tmp_path / "step_00000002" / "model.safetensors")
+    assert store.latest().step == 1 and "(sha256 differs)" in store.skipped[0]
+
+
+def test_a_newer_format_is_named(tmp_path):
+    CheckpointStore(tmp_path).save(1, some_tensors(), {}, wait=True)
+    path = tmp_path / "step_00000001" / "manifest.json"
+    write_json(path, sealed(read_json(path) | {"format": 9}))
+    assert "format 9, this version reads 2. Update Tessera." in find_damage(path.parent)[0]
+
+
+def sealed(manifest: dict) -> dict:
+    fields = {k: v for k, v in manifest.items() if k != "sha256"}
+    return fields | {"sha256": hashlib.sha256(to_json(fields).encode()).hexdigest()}
+
+
+def test_contents_are_read_only_where_all_sizes_are_right(tmp_path, monkeypatch):
+    store = CheckpointStore(tmp_path)
+    for step in (1, 2):
+        store.save(step, some_tensors(step), {}, wait=True)
+    MUTATIONS["longer"](tmp_path / "step_00000002" / "nothing.safetensors")
+    read = []
+    monkeypatch.setattr(checkpoint_module, "digests", lambda paths, *a: read.extend(paths) or files.digests(paths, *a))
+    assert store.latest().step == 1
+    assert {path.parent.name for path in read} == {"step_00000001"}
+
+
+def test_staging_is_kept_and_hands_out_separate_memory():
+    tensors = [
+        torch.randn(3),
+        torch.randn(50),
+        torch.tensor(True),
+        torch.empty(0, 2),
+        torch.randn(7, 5).T,
+        torch.randn(9),
+    ]
+    staging, slabs = _Staging(slab=128, pinned=False), []
+    for _ in range(3):
+        staging.restart()
+        copies = [staging.like(t).copy_(t) for t in tensors]
+        assert all(torch.equal(c, t) and c.is_contiguous() and c.data_ptr() % 4 == 0 for c, t in zip(copies, tensors))
+        slabs.append([slab.data_ptr() for slab in staging.slabs])
+    assert slabs[0] == slabs[1] == slabs[2] and len(slabs[0]) == 5
 
 
 def test_none_valid_is_an_error_and_none_at_all_is_not(tmp_path):
