@@ -43,7 +43,7 @@ from evaluation.pictures import NpzPictures, Pictures, first_pictures, open_any
 from evaluation.protocols import Protocol
 from evaluation.references import Statistics
 from run.data import class_names, open_pictures
-from run.load import Source, load_config, load_tokenizer, read_weights
+from run.load import Source, load_config, read_tokenizer, read_weights
 from run.measurement import Measurement, Shown, Table, enough, eval_settings, evaluation_of
 from run.target import open_generator, read_target
 
@@ -447,7 +447,7 @@ def by_tokenizer(options: argparse.Namespace, overrides: list[str], world: World
     """Reconstructions by a tokenizer."""
     check_reconstructions(options, overrides)  # before a network is loaded
     settings = eval_settings(with_protocol(options.weights, overrides, options.tokenizer))
-    loaded = load_tokenizer({**options.tokenizer, **tokenizer_section(options.weights), "use_ema": not options.raw})
+    loaded = read_tokenizer({**options.tokenizer, **tokenizer_section(options.weights), "use_ema": not options.raw})
     tokenizer, fingerprint = loaded.module.to(world.device), loaded.fingerprint
     pictures = originals(options, settings, tokenizer.image_size)
     how, against, left_out = reconstruction_evaluation(options, settings, pictures, world)

@@ -1,7 +1,7 @@
 """From a checked config to networks, new or with weights: the one place that sees all of them.
 
     load_config                         YAML and overrides -> RunConfig
-    load_tokenizer, load_generator      finished networks from a run of ours, a released file or an address
+    read_tokenizer, read_generator      finished networks from a run of ours, a released file or an address
     build_pair                          tokenizer, generator and guide of a generator's config, whatever they are for
     build_tokenizer_task                a new tokenizer with teachers, objective and discriminator
     random_task                         the same without any weights: of the benchmark and --dry-run, sizes alone count
@@ -253,7 +253,7 @@ def _frozen(network: Network, settings: dict[str, Any], weights: Weights | None)
     return Loaded(network, weights.settings if weights else settings, hub.fingerprint(network.state_dict()), weights)
 
 
-def load_tokenizer(section: dict[str, Any], source: Source | None = None) -> Loaded[Tokenizer]:
+def read_tokenizer(section: dict[str, Any], source: Source | None = None) -> Loaded[Tokenizer]:
     """The tokenizer of a config section, with its latent statistics where they are known.
 
     Args:
@@ -277,7 +277,7 @@ def statistics_file(section: dict[str, Any], weights: Weights | None) -> str | N
     return str(beside) if beside and beside.is_file() else None
 
 
-def load_generator(
+def read_generator(
     source: str | Source, tokenizer: Loaded[Tokenizer] | None = None, section: dict[str, Any] | None = None
 ) -> Loaded[Generator]:
     """A finished generator. Its latent statistics go to `tokenizer`, whose latents it must have learnt.
@@ -414,14 +414,14 @@ def build_pair(
                 pair.guide = _new_generator(guide, tokenizer, num_classes)
                 pair.guide.module.eval().requires_grad_(False)
         return pair
-    tokenizer = load_tokenizer(config.tokenizer, sources.get("tokenizer.weights"))
+    tokenizer = read_tokenizer(config.tokenizer, sources.get("tokenizer.weights"))
     if "generator.weights" in sources:
-        generator = load_generator(sources["generator.weights"], tokenizer, config.generator)
+        generator = read_generator(sources["generator.weights"], tokenizer, config.generator)
     else:
         generator = _new_generator(config, tokenizer, num_classes)
     pair = Pair(tokenizer, generator)
     if named := guide_of(config.sample):
-        pair.guide = load_generator(sources.get("sample.guide", named))
+        pair.guide = read_generator(sources.get("sample.guide", named))
         introduce(pair.guide.module, tokenizer.module)
     return pair
 

@@ -35,7 +35,7 @@ from data.tokens import TokenStore
 from data.transforms import Transform
 from evaluation.images import psnr
 from run.data import compute_once, make_transform, open_pictures
-from run.load import load_tokenizer
+from run.load import read_tokenizer
 
 SHOWN = 16  # pictures that are decoded for the preview
 AGREEMENT = 0.95  # share of imported codes that the tokenizer must make again
@@ -99,7 +99,7 @@ def pretokenize(config: RunConfig, request: Request, pictures: DataSource | None
     """Make, check, show and export one store. Returns the exit code."""
     world = dist.start(config.train.device, config.train.rank_timeout)
     try:
-        tokenizer = load_tokenizer(config.tokenizer)
+        tokenizer = read_tokenizer(config.tokenizer)
         module = cast(Tokenizer, tokenizer.module.to(world.device))
         job = Pretokenizing(config, request, pictures, world, module, tokenizer.fingerprint)
         job.make()

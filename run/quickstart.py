@@ -41,7 +41,7 @@ from generator.sampling import draw_latents
 from generator.task import GeneratorTask
 from run import streaming
 from run.data import open_train, open_val
-from run.load import Loaded, Pair, load_config, load_generator, load_tokenizer
+from run.load import Loaded, Pair, load_config, read_generator, read_tokenizer
 from run.train import train
 
 FOLDER = Path(__file__).resolve().parents[1] / "configs" / "quickstart"
@@ -134,7 +134,7 @@ class Finished:
         val = open_val(self.config)
         assert val is not None  # the pictures of all quickstarts come with such ones
         self.source, self.val = open_train(self.config), val
-        tokenizer = load_tokenizer({"weights": str(folder / plan["tokenizer"])})
+        tokenizer = read_tokenizer({"weights": str(folder / plan["tokenizer"])})
         self.tokenizer = tokenizer.module.to(self.device)
         self.pair = Pair(tokenizer, self._generator("generator", tokenizer))
         self.size = self.tokenizer.image_size
@@ -144,7 +144,7 @@ class Finished:
         self.classifier = toy.fit(self.train.features[toy.CLASS_TAP], self.train.labels, self.source.num_classes)
 
     def _generator(self, role: str, tokenizer: Loaded[Tokenizer]) -> Loaded[Generator]:
-        generator = load_generator(str(self.folder / self.plan[role]), tokenizer)
+        generator = read_generator(str(self.folder / self.plan[role]), tokenizer)
         generator.module.to(self.device)
         return generator
 

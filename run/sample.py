@@ -30,7 +30,6 @@ from data.transforms import center_crop, to_tensor
 from evaluation.pictures import NpzWriter
 from generator.sampling import draw_latents
 from run import streaming
-from run.data import class_names
 from run.reconstruct import read_files
 from run.target import Sampler, Target, open_generator
 
@@ -76,7 +75,7 @@ def sample(target: Target, request: Request, world: World) -> None:
     """Load, draw, make the grid. Collective."""
     sampler = open_generator(target, world)
     config = sampler.config
-    labels = parse_labels(request.labels, sampler.num_classes, class_names(config))
+    labels = parse_labels(request.labels, sampler.num_classes, sampler.class_names)
     if request.preview:
         streaming.check(sampler.generator, sampler.tokenizer)
     count = request.num or len(labels) * max(1, -(-AT_LEAST // len(labels)))

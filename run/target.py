@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +34,7 @@ from core.weights.adapter import recognise
 from data.sources import open_source
 from generator.task import GeneratorTask
 from run import streaming
+from run.data import class_names
 from run.latent_stats import measure_once
 from run.load import ADAPTERS, REGISTRIES, Source, build_pair, guide_of, load_config, read_weights
 
@@ -57,11 +58,12 @@ class Target:
 
 @dataclass
 class Sampler:
-    """A finished generator, ready to sample. `facts` name the weights, for records."""
+    """A finished generator, ready to sample. `facts` name the weights, for records; `class_names` are [] where unknown."""
 
     config: RunConfig
     task: GeneratorTask
     facts: dict[str, Any]
+    class_names: list[str] = field(default_factory=list)
 
     @property
     def generator(self) -> Generator:
@@ -249,7 +251,7 @@ def open_generator(target: Target, world: World) -> Sampler:
             network.module.to(world.device)
     for source in sources.values():
         source.close()
-    return Sampler(config, pair.task(num_classes, config.sample), facts)
+    return Sampler(config, pair.task(num_classes, config.sample), facts, class_names(config))
 
 
 def _pictures_for_statistics(config: RunConfig, reference: str) -> DataSource:

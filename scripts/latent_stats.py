@@ -34,12 +34,12 @@ def main(arguments: list[str]) -> int:
     from core.specs import Continuous
     from data.sources import open_source
     from run.latent_stats import measure
-    from run.load import load_tokenizer
+    from run.load import read_tokenizer
     from tokenizer.continuous.stats import default_place, read_stats, save_stats
 
     source = None if options.pickle else open_source(options.url, options.split)
     section = {**known, "weights": options.weights, "use_ema": not options.raw, "latent_stats": "none"}
-    tokenizer = load_tokenizer(section)
+    tokenizer = read_tokenizer(section)
     module = tokenizer.module
     if not isinstance(module.spec, Continuous):
         raise UserError(f"{options.weights} gives {module.spec}: only continuous latents have statistics.")

@@ -47,13 +47,13 @@ def main(arguments: list[str]) -> int:
 
     from core import dist
     from run import streaming
-    from run.load import load_tokenizer
+    from run.load import read_tokenizer
     from run.reconstruct import read_files, read_source, reconstruct
 
     section = {**known, "weights": options.weights, "use_ema": not options.raw}
     if options.size:
         section["image_size"] = options.size
-    tokenizer = load_tokenizer(section).module
+    tokenizer = read_tokenizer(section).module
     if options.stages:
         streaming.check_previews(tokenizer)
     folder = Path(options.out or f"work_dirs/reconstruct_{Path(options.weights.rstrip('/')).stem}")

@@ -204,7 +204,7 @@ def test_perturbing_from_the_command_line(tokenizer_run, tmp_path, small_net, mo
     with pytest.raises(UserError, match="give ALPHA,BETA,DELTA"):
         evaluate.main([str(tokenizer_run), *val, "--perturb", "0.5", "--check"])
     assert not (tmp_path / "a").exists()
-    monkeypatch.setattr(evaluation, "load_tokenizer", lambda section: Loaded(OneCode(), {}, "one"))
+    monkeypatch.setattr(evaluation, "read_tokenizer", lambda section: Loaded(OneCode(), {}, "one"))
     monkeypatch.setattr(measure, "reconstruction_grid", lambda *a: torch.zeros(3, 8, 8, dtype=torch.uint8))
     assert evaluate.main([str(tokenizer_run), *val, "--perturb", "0.5,0.5,8"]) == 0
     assert {"rfid_24", "pfid_24", "psnr"} <= set(metrics(tmp_path / "a"))
@@ -317,7 +317,7 @@ def test_extras_that_mean_nothing_are_refused_before_anything_is_measured(tmp_pa
         raise AssertionError("measured")
 
     monkeypatch.setattr(networks, "feature_net", never)
-    monkeypatch.setattr(evaluation, "load_tokenizer", never)
+    monkeypatch.setattr(evaluation, "read_tokenizer", never)
     np.savez(tmp_path / "s.npz", arr_0=np.zeros((24, 16, 16, 3), np.uint8))
     for command, target in (
         (evaluate_generator, [str(tmp_path / "s.npz")]),

@@ -93,23 +93,23 @@ def test_official_statistics_are_read_without_running_code(tmp_path):
 
 
 def test_statistics_are_found_beside_the_weights_and_checked(released_tokenizer, tmp_path):
-    from run.load import load_tokenizer
+    from run.load import read_tokenizer
 
     place = tmp_path / "toy.latent_stats.safetensors"
-    tokenizer = load_tokenizer(released_tokenizer)
+    tokenizer = read_tokenizer(released_tokenizer)
     assert not tokenizer.module.latent_stats_known
     official_statistics(tmp_path / "stats.pkl")
     save_stats(place, read_stats(str(tmp_path / "stats.pkl")), tokenizer.fingerprint)
-    tokenizer = load_tokenizer(released_tokenizer).module
+    tokenizer = read_tokenizer(released_tokenizer).module
     assert tokenizer.latent_stats_known and tokenizer.latent_std.tolist() == [1, 2, 3, 4, 5, 6, 7, 8]
-    assert not load_tokenizer({**released_tokenizer, "latent_stats": "none"}).module.latent_stats_known
+    assert not read_tokenizer({**released_tokenizer, "latent_stats": "none"}).module.latent_stats_known
     save_stats(place, read_stats(str(tmp_path / "stats.pkl")), "of-something-else")
     with pytest.raises(UserError, match="computed with tokenizer weights of-something-else"):
-        load_tokenizer(released_tokenizer)
+        read_tokenizer(released_tokenizer)
     place.unlink()
     official_statistics(tmp_path / "stats.pkl", channels=4)
     with pytest.raises(UserError, match="4 values for 8 channels"):
-        load_tokenizer({**released_tokenizer, "latent_stats": str(tmp_path / "stats.pkl")})
+        read_tokenizer({**released_tokenizer, "latent_stats": str(tmp_path / "stats.pkl")})
 
 
 def test_statistics_program(tokenizer_run, tmp_path):
@@ -142,19 +142,19 @@ def test_training_uses_the_statistics_that_are_named(build_trainer, tokenizer_ru
 def test_a_generator_refuses_another_tokenizer_and_missing_statistics(
     generator_run, tokenizer_run, released_tokenizer, tmp_path
 ):
-    from run.load import Pair, load_generator, load_tokenizer
+    from run.load import Pair, read_generator, read_tokenizer
 
-    tokenizer = load_tokenizer({"weights": str(tokenizer_run)})
-    generator = load_generator(str(generator_run), tokenizer).module
+    tokenizer = read_tokenizer({"weights": str(tokenizer_run)})
+    generator = read_generator(str(generator_run), tokenizer).module
     assert tokenizer.module.latent_stats_known
-    raw = load_tokenizer({"weights": str(tokenizer_run), "use_ema": False})
+    raw = read_tokenizer({"weights": str(tokenizer_run), "use_ema": False})
     with pytest.raises(UserError, match=f"belong to another tokenizer. Use {tokenizer_run}"):
-        load_generator(str(generator_run), raw)
+        read_generator(str(generator_run), raw)
 
     path = tmp_path / "dit.pth"
     torch.save({"model": GENERATOR_ADAPTERS["dit_dh"].restore(generator)}, path)
-    fresh = load_tokenizer(released_tokenizer)
-    pair = Pair(fresh, load_generator(str(path), fresh))
+    fresh = read_tokenizer(released_tokenizer)
+    pair = Pair(fresh, read_generator(str(path), fresh))
     with pytest.raises(UserError, match="without the statistics.*scripts.latent_stats TOKENIZER"):
         pair.task(4, SampleConfig())
     fresh.module.set_latent_stats(0.5, 2.0)
@@ -166,9 +166,9 @@ def test_a_generator_refuses_another_tokenizer_and_missing_statistics(
 def moment_folder(tokenizer_run, tmp_path):
     """Eight pictures in a list, and the moments of each and of its mirror image as the official loader wants them."""
     from data.transforms import Transform
-    from run.load import load_tokenizer
+    from run.load import read_tokenizer
 
-    tokenizer = load_tokenizer({"weights": str(tokenizer_run)}).module
+    tokenizer = read_tokenizer({"weights": str(tokenizer_run)}).module
     plain = Transform(image_size=32)
     lines = []
     for number in range(8):

@@ -71,7 +71,7 @@ def test_layout_of_a_picture_or_of_the_first_sample(draw, tokenizer, monkeypatch
 
     from core.images import to_model_range
     from data.transforms import to_tensor
-    from run.load import load_tokenizer
+    from run.load import read_tokenizer
     from tokenizer.vq.dar import DAR
 
     decode, codes = DAR.decode, []
@@ -92,7 +92,7 @@ def test_layout_of_a_picture_or_of_the_first_sample(draw, tokenizer, monkeypatch
 
     reference = free_folder / "000002_2.png"
     _, layout = sampled("layout", "--num", 3, "--layout", reference, "--layout-groups", 3)
-    net = load_tokenizer({"weights": str(tokenizer)}).module
+    net = read_tokenizer({"weights": str(tokenizer)}).module
     wanted = net.encode(to_model_range(to_tensor(Image.open(reference).convert("RGB"))[None]))
     assert (layout[:, :12] == wanted[:, :12]).all() and len(layout.unique(dim=0)) == 3
     with pytest.raises(UserError, match="pictures of other settings .*layout_fingerprint"):

@@ -14,7 +14,7 @@ from core.weights.adapter import recognise
 from core.weights.layouts import check_layout, compare, read_layout
 from core.weights.names import Names
 from generator.dit.dit_dh import DiTDH
-from run.load import ADAPTERS, build, load_generator, read_weights
+from run.load import ADAPTERS, build, read_generator, read_weights
 from scripts import convert
 from tokenizer.continuous.rectok import RecTok
 
@@ -227,15 +227,15 @@ def test_one_set_of_weights(released, tmp_path, run, keep, seed):
     assert same(weight_files.read(ours).weights, dict(dit(seed).state_dict())) and not weight_files.read(ours).raw
     run(released, bare, "--weights", keep, "--to", "official")
     for path in (ours, bare):
-        generator = load_generator(str(path)).module
+        generator = read_generator(str(path)).module
         assert same(generator.state_dict(), dict(dit(seed).state_dict()))
 
 
 def test_runs_convert(generator_run, tokenizer_run, tmp_path, run):
     ours, official, again = (tmp_path / name for name in ("run.safetensors", "run.pth", "again.safetensors"))
     assert "averaged and raw" in run(generator_run, ours)[1]
-    straight = load_generator(str(generator_run)).module
-    converted = load_generator(str(ours))
+    straight = read_generator(str(generator_run)).module
+    converted = read_generator(str(ours))
     assert same(straight.state_dict(), converted.module.state_dict())
     assert {"mean", "std"} <= converted.weights.constants.keys() and converted.weights.provenance[
         "tokenizer_fingerprint"
@@ -243,7 +243,7 @@ def test_runs_convert(generator_run, tokenizer_run, tmp_path, run):
     assert "no place" in run(generator_run, official, "--to", "official")[1]
     run(official, again)
     for path in (official, again):
-        assert same(load_generator(str(path)).module.state_dict(), straight.state_dict())
+        assert same(read_generator(str(path)).module.state_dict(), straight.state_dict())
     assert run(tokenizer_run, tmp_path / "tokenizer.pth", "--to", "official")[0] == 0
 
 

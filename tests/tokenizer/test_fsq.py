@@ -10,7 +10,7 @@ import torch
 from core.errors import UserError
 from core.specs import Codes, Tokenizer
 from core.weights import files as weight_files
-from run.load import load_config, load_tokenizer
+from run.load import load_config, read_tokenizer
 from run.train import train
 from tokenizer.vq.fsq import FSQ, FiniteScalarQuantizer
 
@@ -102,7 +102,7 @@ def test_recipe_trains_and_its_run_is_read(tmp_path):
         ],
     )
     assert train(run) == 0
-    tokenizer = load_tokenizer({"weights": str(tmp_path / "fsq")}).module
+    tokenizer = read_tokenizer({"weights": str(tmp_path / "fsq")}).module
     assert isinstance(tokenizer, FSQ) and tokenizer.spec.vocab == 1000
 
 
