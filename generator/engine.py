@@ -137,11 +137,6 @@ def add_product(x: Tensor, h: Tensor, linear: nn.Linear) -> Tensor:
     return torch.addmm(x, h, linear.weight.t()) if linear.bias is None and x.dtype == h.dtype else x + linear(h)
 
 
-def modulated(x: Tensor, shift: Tensor, factor: Tensor) -> Tensor:
-    """x factor + shift, rounded to the type of `shift` as it is stored."""
-    return torch.addcmul(shift, x, factor, out=torch.empty_like(x, dtype=shift.dtype))
-
-
 def turning(cos: Tensor, sin: Tensor) -> Tensor:
     """A rotary table as `turn` wants it, (length, 2, d): the signs of the swapped pairs go with the sines."""
     return torch.stack((cos, torch.stack((-sin[:, ::2], sin[:, 1::2]), -1).flatten(1)), dim=1)

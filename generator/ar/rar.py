@@ -23,6 +23,7 @@ from core import sizes
 from core.errors import UserError
 from core.nn.attention import Attention
 from core.nn.dropout import dropout
+from core.nn.gated_norm import gated_norm
 from core.nn.kvcache import KVCache, LayerCache
 from core.nn.mlp import MLP
 from core.nn.norms import modulate
@@ -33,7 +34,7 @@ from generator.ar import rear as rear_module
 from generator.ar.decode import Recordings, decode, uncompiled
 from generator.ar.llama import run_blocks
 from generator.ar.rear import Regularised, annealed
-from generator.engine import Weights, attend, mismatches, modulated
+from generator.engine import Weights, attend, mismatches
 from generator.sampling import CodeSampler, filters
 
 EXTRA_POSITIONS, EXTRA_SLOTS = 1024, 100  # rows that the official tables have beyond the codes
@@ -314,6 +315,8 @@ class Decoding:
     def __init__(self, model: RAR, weights: Weights, sampler: CodeSampler, classes: int, static: bool):
         self.sampler = sampler
         self.blocks, self.lm_head = weights.copy(model.blocks), weights.copy(model.lm_head)
+        last = nn.LayerNorm(model.size.width, eps=1e-6, elementwise_affine=False)
+        self.norms = [*(block.norm1 for block in self.blocks), last]  # the last one is that of the head
         self.first_class, self.length = model.vocab + 1, model.length
         device, rows = sampler.noise.device, sampler.noise.shape[0] * (2 if sampler.guided else 1)
         # The learned token is one more row of the table.
@@ -366,35 +369,37 @@ class Decoding:
                 self._advance()
             decode(self.step, max(first, 1), last)
 
-    def _advance(self) -> tuple[Tensor, Tensor]:
-        """The slot at the cache's position through all blocks: (2B, D), and the modulation (2B, 6 D) of the head."""
+    def _advance(self) -> Tensor:
+        """The slot at the cache's position through all blocks: (2B, D), normalised and modulated for the head."""
         slot = self.cache.position
         known = self.slots.index_select(1, slot)[:, 0]  # (2B,)
         x = F.embedding(known, self.embeddings) + self.positions.index_select(0, slot)
-        modulations = self.ahead(slot)  # (layers + 1, 2B, 6 D)
-        for block, affine, layer, modulation in zip(self.blocks, self.affine, self.cache.open(), modulations):
-            x = decode_block(block, x, affine, layer, modulation)
-        return x, modulations[-1]
+        modulations = [rows.chunk(6, dim=-1) for rows in self.ahead(slot)]  # of every block and the head, (2B, D) each
+        shift, factor = modulations[0][:2]
+        h = gated_norm(x, shift, factor, self.norms[0])
+        layers = self.cache.open()
+        for block, affine, layer, own, after, norm in zip(
+            self.blocks, self.affine, layers, modulations, modulations[1:], self.norms[1:]
+        ):
+            gate1, shift2, factor2, gate2 = own[2:]
+            h = gated_norm(x, shift2, factor2, block.norm2, gate1, decode_attention(block.attn, h, affine, layer))
+            h = gated_norm(x, after[0], after[1], norm, gate2, block.mlp(h))
+        return h
 
     def _step(self) -> None:
-        x, modulation = self._advance()
-        factor, shift = modulation.chunk(6, dim=-1)[:2]
-        logits = self.lm_head(modulated(F.layer_norm(x, x.shape[-1:], eps=1e-6), shift, factor)).float()
+        logits = self.lm_head(self._advance()).float()
         slot = self.cache.position
         chosen = self.sampler(logits, slot - 1)
         self.slots.index_copy_(1, slot + 1, self.sampler.double(chosen)[:, None])
 
 
-def decode_block(block: Block, x: Tensor, affine: Tensor, layer: LayerCache, modulation: Tensor) -> Tensor:
-    """One new slot through a block, in few kernels: x (R, D) fp32; `modulation` (R, 6 D) with 1 added to the scales."""
-    shift1, factor1, gate1, shift2, factor2, gate2 = modulation.chunk(6, dim=-1)
-    attention = block.attn
-    heads = attention.qkv(modulated(block.norm1(x), shift1, factor1)).unflatten(-1, (-1, attention.head_dim))
+def decode_attention(attention: Attention, x: Tensor, affine: Tensor, layer: LayerCache) -> Tensor:
+    """Attention from one new slot, in few kernels: x (R, D) in the precision of the products."""
+    heads = attention.qkv(x).unflatten(-1, (-1, attention.head_dim))
     # One norm of queries, keys and values, which is not used for the values: it saves two kernels.
     turned = F.layer_norm(heads, heads.shape[-1:], eps=attention.q_norm.eps)[:, : 2 * attention.heads]
     torch.addcmul(affine[1], turned, affine[0], out=heads[:, : 2 * attention.heads])
-    x = torch.addcmul(x, gate1, attention.proj(attend(heads, layer, attention.scale)))
-    return torch.addcmul(x, gate2, block.mlp(modulated(block.norm2(x), shift2, factor2)))
+    return attention.proj(attend(heads, layer, attention.scale))
 
 
 class Modulations:
@@ -436,9 +441,9 @@ class Modulations:
         x = F.silu(x).flatten(0, 1).to(self.dtype)
         for table, layer in zip(self.tables, self.layers):
             torch.add(layer(x), self.plus_one.flatten(), out=table[:count])
-        # parity: scale first here, shift first in the blocks
-        width = self.last.in_features
-        torch.add(self.last(x), self.plus_one[:2].flip(0).flatten(), out=self.tables[-1, :count, : 2 * width])
+        # parity: the head's scale comes first, in the blocks the shift; in the table always the shift.
+        factor, shift = (self.last(x) + self.plus_one[:2].flip(0).flatten()).chunk(2, dim=-1)
+        torch.cat((shift, factor), dim=-1, out=self.tables[-1, :count, : shift.shape[-1] * 2])
 
     def __call__(self, slot: Tensor) -> Tensor:
         """(layers + 1, 2B, 6 D): of every block, and of the head in the first 2 D of the last; `slot` (1,) int64."""

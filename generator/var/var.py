@@ -28,6 +28,7 @@ from core.nn.blockcausal import prepare
 from core.nn.cuda_graph import Replayed, cuda_graphs_work
 from core.nn.dropout import drop_path, path_factors
 from core.nn.embed import LabelEmbedding
+from core.nn.gated_norm import gated_norm
 from core.nn.kvcache import KVCache, LayerCache
 from core.nn.mlp import MLP
 from core.nn.norms import modulate
@@ -35,7 +36,7 @@ from core.nn.precision import no_autocast
 from core.rng import Draws
 from core.specs import Guidance, LatentSpec, Loss, MultiScale, Progress, ScaleOps
 from generator.ar.decode import uncompiled
-from generator.engine import Sampled, Weights, fused_attention, mismatches, modulated
+from generator.engine import Sampled, Weights, fused_attention, mismatches
 from generator.guidance import guide_logits
 from generator.guidance import scales as guidance_scales
 from generator.sampling import Filter, choose, filters, mark
@@ -461,14 +462,17 @@ class Passes:
         x = torch.add(x, self.places[start:end], out=tokens).flatten(0, 1)
         self.cache.seek(start)
         layers = self.cache.open(end - start, causal=False)
-        for block, heads, six, layer in zip(self.blocks, self.heads, self.modulations, layers):
-            gamma1, gamma2, factor1, factor2, shift1, shift2 = six.unbind(2)
-            h = heads(modulated(F.layer_norm(x, x.shape[-1:], eps=block.norm.eps), shift1, factor1), layer)
-            x = torch.addcmul(x, gamma1, block.attn.proj(h))
-            h = block.ffn(modulated(F.layer_norm(x, x.shape[-1:], eps=block.norm.eps), shift2, factor2))
-            x = torch.addcmul(x, gamma2, h)
-        factor, shift = self.last.unbind(2)
-        logits = self.head(modulated(model.head_norm(x.float()), shift, factor))
+        modulations = [six.unbind(2) for six in self.modulations]
+        last, norms = self.last.unbind(2), [block.norm for block in self.blocks]
+        after = [*((shift1, factor1) for _, _, factor1, _, shift1, _ in modulations[1:]), (last[1], last[0])]
+        h = gated_norm(x, modulations[0][4], modulations[0][2], norms[0])
+        for block, heads, six, layer, (shift, factor), norm in zip(
+            self.blocks, self.heads, modulations, layers, after, [*norms[1:], model.head_norm]
+        ):
+            gamma1, gamma2, _, factor2, _, shift2 = six
+            h = gated_norm(x, shift2, factor2, block.norm, gamma1, block.attn.proj(heads(h, layer)))
+            h = gated_norm(x, shift, factor, norm, gamma2, block.ffn(h))
+        logits = self.head(h)
         logits = logits.float().unflatten(-1, (model.branches, model.vocab))
         return guide_logits(*logits.chunk(2), scale[:, None]) if self.guided else logits
 

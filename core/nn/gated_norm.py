@@ -1,0 +1,139 @@
+"""What adaptive norms do between two products, in one kernel: add the gated branch, normalise, modulate.
+
+In plain PyTorch these are three kernels per product of a decode step, which are so short that starting them takes longer than
+running them. On a GPU Triton (it comes with PyTorch) makes one of them. Where it cannot, for want of a C compiler for
+instance, the plain operations do the same.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+import sys
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+def gated_norm(
+    x: Tensor,
+    shift: Tensor,
+    factor: Tensor,
+    norm: nn.LayerNorm,
+    gate: Tensor | None = None,
+    branch: Tensor | None = None,
+) -> Tensor:
+    """norm(x) factor + shift of x + gate branch, which replaces x in place; inference only.
+
+    Args:
+        x: (..., D), contiguous; the first dimension counts samples.
+        shift, factor, gate: one row of D per sample, broadcast over what x has between.
+        norm: fp32 inside.
+        gate, branch: both or neither; `branch` has the shape of x.
+
+    Returns:
+        the shape of x, in the type of `shift`.
+    """
+    operation = torch.ops.tessera.gated_norm if x.device.type == "cuda" and _has_triton() else _plain
+    return operation(x, shift, factor, norm.weight, norm.bias, norm.eps, gate, branch)
+
+
+def _plain(
+    x: Tensor,
+    shift: Tensor,
+    factor: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    gate: Tensor | None,
+    branch: Tensor | None,
+) -> Tensor:
+    if gate is not None and branch is not None:
+        x.addcmul_(gate, branch)
+    weight, bias = (part if part is None else part.float() for part in (weight, bias))
+    normed = F.layer_norm(x.float(), x.shape[-1:], weight, bias, eps)
+    return torch.addcmul(shift, normed, factor, out=torch.empty_like(x, dtype=shift.dtype))
+
+
+@functools.lru_cache(None)
+def _has_triton() -> bool:
+    return importlib.util.find_spec("triton") is not None
+
+
+@torch.library.custom_op("tessera::gated_norm", mutates_args={"x"}, device_types="cuda")
+def _on_gpu(
+    x: Tensor,
+    shift: Tensor,
+    factor: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    gate: Tensor | None,
+    branch: Tensor | None,
+) -> Tensor:
+    run = _launch if _triton_works(x.device) else _plain
+    return run(x, shift, factor, weight, bias, eps, gate, branch)
+
+
+@_on_gpu.register_fake
+def _(x, shift, factor, weight, bias, eps, gate, branch):
+    return torch.empty_like(x, dtype=shift.dtype)
+
+
+def _launch(
+    x: Tensor,
+    shift: Tensor,
+    factor: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    gate: Tensor | None,
+    branch: Tensor | None,
+) -> Tensor:
+    from core.nn.triton_kernels import gated_norm_kernel
+
+    width, samples = x.shape[-1], x.shape[0]
+    rows = x.numel() // width
+    y = torch.empty_like(x, dtype=shift.dtype)
+    block = 1 << (width - 1).bit_length()
+    kernel: Any = gated_norm_kernel[(rows,)]
+    kernel(
+        x,
+        y,
+        shift,
+        factor,
+        x if gate is None else gate,
+        x if branch is None else branch.contiguous(),
+        x if weight is None else weight,
+        x if bias is None else bias,
+        width,
+        rows // samples,
+        shift.stride(0),
+        factor.stride(0),
+        0 if gate is None else gate.stride(0),
+        eps,
+        GATED=gate is not None,
+        AFFINE=weight is not None,
+        BLOCK=block,
+        num_warps=4 if block <= 2048 else 8,
+    )
+    return y
+
+
+@functools.lru_cache(None)
+def _triton_works(device: torch.device) -> bool:
+    """Tried once per process, before the first recording of a step."""
+    samples = torch.arange(2 * 3 * 40, dtype=torch.float32, device=device).sin().view(2, 3, 40)
+    rows = torch.arange(3 * 2 * 40, dtype=torch.float32, device=device).cos().view(3, 2, 1, 40)
+    arguments = rows[0], rows[1], None, None, 1e-6, rows[2], samples.flip(0)
+    try:
+        found, wanted = (run(samples.clone(), *arguments) for run in (_launch, _plain))
+        if torch.allclose(found, wanted, atol=1e-4):
+            return True
+        reason = f"it differs by {float((found - wanted).abs().max()):.1e}"
+    except Exception as error:  # whatever the compiler, the driver or their absence may raise
+        reason = str(error).strip().split("\n")[0]
+    print(f"sampling goes on without the fused norm, with the same results, more slowly: {reason}", file=sys.stderr)
+    return False
