@@ -13,21 +13,17 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
-from torch.utils._pytree import tree_leaves
 
 from core import dist
-from core.devices import floor_seconds, peak_of
 from core.errors import UserError
-from core.estimate import FlopCounter, number
-from core.files import explain_os_errors, human_bytes, write_atomic
+from core.estimate import number
+from core.files import explain_os_errors, human_bytes, read_json, write_atomic, write_json
 from core.images import to_model_range
-from core.nn.kvcache import KVCache
 from core.nn.precision import bf16_products
 from core.rng import Draws
 from core.schema import RunConfig
@@ -39,6 +35,7 @@ from data.loader import split
 from evaluation.report import cpu_name
 from generator.task import GeneratorTask
 from run import streaming
+from run.floors import Floor, ReadCounter, Work, floor_of, synchronize
 from run.load import GENERATORS, TOKENIZERS, load_config, networks_of, random_task, tokenizer_layout
 from run.target import Sampler
 
@@ -59,9 +56,11 @@ class Job:
     device: torch.device
     guide: RunConfig | None = None  # of the weaker model of autoguidance
     steps: tuple[int, ...] = ()
-    modes: tuple[str, ...] = ("eager",)  # or "compiled"
+    modes: tuple[str, ...] = ("config",)  # as it says, "eager" or "compiled"
     warmup: int = 3
     repeats: int = 10
+    seconds: float = float("inf")  # of a row: fewer repeats where a call takes long, one at least
+    against: Any = None  # run.against.Originals, timed in turn with ours
 
     def variants(self) -> Iterator[tuple[str, str, RunConfig]]:
         """(word, its name in the table, config) of everything to measure."""
@@ -167,7 +166,7 @@ def make_call(task: Any, config: RunConfig, what: str, batch: int, device: torch
 
 def make_step(task: Any, config: RunConfig, batch: int, device: torch.device) -> Callable[[], Any]:
     """The trainer's step on one batch over and over."""
-    config.train.global_batch, config.train.micro_batch = batch, 0
+    config.train.global_batch = batch
     with tempfile.TemporaryDirectory() as folder:
         config.work_dir = folder
         trainer = Trainer(
@@ -187,52 +186,6 @@ def make_step(task: Any, config: RunConfig, batch: int, device: torch.device) ->
 # ---------------------------------------------------------------------------------------------------------------------
 # Counting, on the meta device
 # ---------------------------------------------------------------------------------------------------------------------
-@dataclass
-class Work:
-    """Of one call, for the whole batch."""
-
-    flops: float
-    moved: float  # bytes
-
-
-_ATEN = torch.ops.aten
-_PICKING = {_ATEN.embedding, _ATEN.index_select, _ATEN.index, _ATEN.gather}  # these read what they return
-_BLANK = {_ATEN.zeros_like, _ATEN.ones_like, _ATEN.empty_like, _ATEN.full_like, _ATEN.new_zeros, _ATEN.new_empty}
-
-
-class ReadCounter(FlopCounter):
-    """Counts also `numbers`: weights read by every operation inside, and keys and values read from caches."""
-
-    def __init__(self, networks: list[torch.nn.Module]):
-        super().__init__()
-        self.numbers = 0
-        self.sizes = {p.untyped_storage()._cdata: p.numel() for network in networks for p in network.parameters()}
-
-    def see(self, operation: Any, arguments: Any, result: Any) -> None:
-        packet = operation._overloadpacket
-        if operation.is_view or packet in _BLANK:
-            return
-        for tensor in tree_leaves(arguments):
-            if isinstance(tensor, Tensor) and (size := self.sizes.get(tensor.untyped_storage()._cdata)):
-                self.numbers += min(size, (result if packet in _PICKING else tensor).numel())
-
-    def __enter__(self) -> ReadCounter:
-        counter, update = self, KVCache.update
-        self.update = update
-
-        def watched(self: KVCache, layer: int, k: Tensor, v: Tensor | None = None) -> tuple[Tensor, Tensor]:
-            keys_and_values = update(self, layer, k, v)
-            counter.numbers += sum(t.numel() for t in keys_and_values)
-            return keys_and_values
-
-        KVCache.update = watched
-        return super().__enter__()
-
-    def __exit__(self, *error: Any) -> None:
-        KVCache.update = self.update
-        super().__exit__(*error)
-
-
 def count(config: RunConfig, guide: RunConfig | None, what: str, batch: int) -> Work | str:
     """FLOPs and bytes of one call; a reason where the networks cannot run without data."""
     device, config = torch.device("meta"), copy.deepcopy(config)
@@ -276,82 +229,167 @@ def peak_memory(device: torch.device) -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
-def timed(call: Callable[[], Any], job: Job) -> tuple[float, float, list[Any]]:
-    """(seconds of the first call, median of the repeats, what those returned)."""
+@dataclass
+class Timing:
+    """Of one call, in seconds.
 
-    def synchronize() -> None:
-        if job.device.type == "cuda":
-            torch.cuda.synchronize(job.device)
+    Attributes:
+        results: what the timed calls returned.
+        theirs: median of the original's calls, each after one of ours.
+    """
+
+    first: float
+    median: float
+    results: list[Any]
+    theirs: float | None = None
+
+
+def timed(call: Callable[[], Any], job: Job, theirs: Callable[[], float] | None = None) -> Timing:
+    """Time `call`, and `theirs`, which tells its seconds itself, in turn with it."""
 
     def once() -> tuple[float, Any]:
-        synchronize()
+        synchronize(job.device)
         started = time.perf_counter()
         result = call()
-        synchronize()
+        synchronize(job.device)
         return time.perf_counter() - started, result
 
     first, _ = once()
-    for _ in range(job.warmup):
+    if theirs:
+        theirs()
+    warmup, repeats = job.warmup, job.repeats
+    if job.seconds < (warmup + repeats) * first:  # the first call may have compiled: the second tells
+        second, _ = once()
+        warmup = 0
+        repeats = max(1, min(repeats, int((job.seconds - first) / max(second, 1e-9)) - 1))
+    for _ in range(warmup):
         once()
+        if theirs:
+            theirs()
     if job.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(job.device)
-    seconds, results = zip(*(once() for _ in range(job.repeats)))
-    return first, statistics.median(seconds), list(results)
+    ours, others = [], []
+    for _ in range(repeats):
+        ours.append(once())
+        if theirs:
+            others.append(theirs())
+    seconds, results = zip(*ours)
+    return Timing(first, statistics.median(seconds), list(results), statistics.median(others) if others else None)
 
 
-def measure(
-    job: Job, config: RunConfig, what: str, label: str, batch: int, compiled: bool, work: Work | str
-) -> dict[str, str]:
+@dataclass
+class Row:
+    """One measurement. `cells` is its line of the table, `record` all of it in numbers.
+
+    Attributes:
+        what: train, encode, decode, sample ..., with what belongs to it.
+        compiled: whether torch.compile took part.
+        seconds, first: of a call, and of the first one.
+        memory: bytes, at most.
+        work, floor: what the call asks for, and how long that takes at least; None where it could not be counted.
+        first_preview: share of the time after which a stream shows something.
+        theirs: seconds of the original's call.
+    """
+
+    config: str
+    what: str
+    compiled: bool
+    batch: int
+    seconds: float
+    first: float
+    memory: int
+    precision: str
+    device: str
+    work: Work | None = None
+    floor: Floor | None = None
+    first_preview: float | None = None
+    theirs: float | None = None
+    torch: str = field(default_factory=lambda: torch.__version__.split("+")[0])
+
+    @property
+    def speed(self) -> float:
+        """Pictures per second."""
+        return self.batch / self.seconds
+
+    @property
+    def label(self) -> str:
+        if self.first_preview is None:
+            return self.what
+        return f"{self.what} (first preview after {100 * self.first_preview:.0f} % of the time)"
+
+    def cells(self) -> dict[str, str]:
+        cells = dict.fromkeys(HEADER, "-") | {
+            "config": self.config,
+            "what": self.label,
+            "mode": "compiled" if self.compiled else "eager",
+            "batch": str(self.batch),
+            "img/s": f"{self.speed:.4g}",
+            "memory": human_bytes(self.memory),
+            "first": f"{self.first:.2f} s",
+            "precision": self.precision,
+            "device": self.device,
+            "torch": self.torch,
+        }
+        if self.work:
+            cells["FLOPs/img"] = number(self.work.flops / self.batch)
+        if self.work and self.floor:
+            probed = ", probed" if self.floor.source == "probe" else ""
+            cells["MFU"] = f"{100 * self.work.flops / self.seconds / self.floor.peak.flops:.1f} %"
+            cells["floor img/s"] = f"{self.batch / self.floor.seconds:.4g} ({self.floor.bound}{probed})"
+        return cells
+
+    def record(self) -> dict[str, Any]:
+        record = {name: value for name, value in asdict(self).items() if value is not None}
+        return {
+            **record,
+            "img_per_s": self.speed,
+            **({"times_original": self.theirs / self.seconds} if self.theirs else {}),
+        }
+
+
+def measure(job: Job, config: RunConfig, what: str, label: str, batch: int, mode: str, work: Work | str) -> Row:
     """One row of the table. `label` names it, `work` is what `count` gave."""
     config, device = copy.deepcopy(config), job.device
+    compiled = config.train.compile if mode == "config" else mode == "compiled"
     task = random_task(copy.deepcopy(config), device, job.guide)
     if what == "train":
         config.train.compile = compiled
         call = make_step(task, config, batch, device)
     else:
+        compiled = mode == "compiled"  # what the programs do not do by themselves
         for network in networks_of(task):
-            network.eval()
+            network.eval().requires_grad_(False)  # as run.load gives finished networks
         if compiled:
             torch._dynamo.reset()
             for network in networks_of(task):
                 compile_blocks(network)
         call = make_call(task, config, what, batch, device)
-    first, seconds, results = timed(call, job)
-    name, share = device_name(device), ""
-    if starts_from_latents(config, what):
-        label += " (stored latents)"
-    if what == "stream":
-        share = f"{100 * statistics.median(streamed.first_share for streamed in results):.0f} % of the time"
-        label += f" (first preview after {share})"
-    row = dict.fromkeys(HEADER, "-") | {
-        "config": config.name,
-        "what": label,
-        "mode": "compiled" if compiled else "eager",
-        "batch": str(batch),
-        "img/s": f"{batch / seconds:.4g}",
-        "memory": human_bytes(peak_memory(device)),
-        "first": f"{first:.2f} s",
-        "precision": config.train.precision,
-        "device": name,
-        "torch": torch.__version__.split("+")[0],
-        "first preview": share,
-    }
-    if isinstance(work, str):
-        return row
-    row["FLOPs/img"] = number(work.flops / batch)
-    if config.train.precision == "bf16" and (peak := peak_of(name)):
-        bound = "flops" if work.flops / peak.flops > work.moved / peak.bandwidth else "bytes"
-        row["MFU"] = f"{100 * work.flops / seconds / peak.flops:.1f} %"
-        row["floor img/s"] = f"{batch / floor_seconds(work.flops, work.moved, peak):.4g} ({bound})"
-    return row
+    theirs = job.against.open(task, config, what, batch, device) if job.against else None
+    timing = timed(call, job, theirs)
+    name = device_name(device)
+    return Row(
+        config=config.name,
+        what=label + (" (stored latents)" if starts_from_latents(config, what) else ""),
+        compiled=compiled,
+        batch=batch,
+        seconds=timing.median,
+        first=timing.first,
+        memory=peak_memory(device),
+        precision=config.train.precision,
+        device=name,
+        work=None if isinstance(work, str) else work,
+        floor=None if isinstance(work, str) else floor_of(work, name, device, config.train.precision),
+        first_preview=statistics.median(s.first_share for s in timing.results) if what == "stream" else None,
+        theirs=timing.theirs,
+    )
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The table
 # ---------------------------------------------------------------------------------------------------------------------
-def run(job: Job) -> list[dict[str, str]]:
+def run(job: Job) -> list[Row]:
     """Measure and print everything; returns the rows."""
-    rows: list[dict[str, str]] = []
+    rows: list[Row] = []
     for what, label, config in job.variants():
         for batch in job.batches:
             work = count(config, job.guide, what, batch)
@@ -359,35 +397,55 @@ def run(job: Job) -> list[dict[str, str]]:
                 print(f"note: FLOPs of {label} could not be counted ({work})", file=sys.stderr)
             for mode in job.modes:
                 try:
-                    rows.append(measure(job, config, what, label, batch, mode == "compiled", work))
+                    row = measure(job, config, what, label, batch, mode, work)
                 except torch.cuda.OutOfMemoryError:
                     print(f"{label}, batch {batch}: out of memory", flush=True)
                     torch.cuda.empty_cache()
                     continue
-                if len(rows) == 1:  # not above a mistake that only building the networks shows
+                if not rows:  # not above a mistake that only building the networks shows
                     print("  ".join(f"{column:>10}" for column in PRINTED), flush=True)
-                print("  ".join(f"{rows[-1][column]:>10}" for column in PRINTED), flush=True)
-    speeds = {(row["what"], row["mode"], row["batch"]): float(row["img/s"]) for row in rows}
-    for (what, mode, batch), speed in speeds.items():
-        if what == "uncached" and ("generate", mode, batch) in speeds:
-            ratio = speeds["generate", mode, batch] / speed
-            print(f"batch {batch}, {mode}: {ratio:.1f} times faster with the cache than without")
-    for row in rows:
-        if row["first preview"]:
-            print(
-                f"stream, batch {row['batch']}, {row['mode']}: first preview after {row['first preview']} to the "
-                "whole picture"
-            )
+                rows.append(row)
+                cells = row.cells()
+                print("  ".join(f"{cells[column]:>10}" for column in PRINTED), flush=True)
+    for line in comparisons(rows):
+        print(line)
     return rows
 
 
-def append_rows(path: Path, rows: list[dict[str, str]], arguments: list[str]) -> None:
+def comparisons(rows: list[Row]) -> Iterator[str]:
+    """What rows say together, or beside the original."""
+    for row in rows:
+        where = f"batch {row.batch}, {'compiled' if row.compiled else 'eager'}"
+        if row.what == "uncached":
+            for other in rows:
+                if (other.what, other.compiled, other.batch) == ("generate", row.compiled, row.batch):
+                    ratio = row.seconds / other.seconds
+                    yield f"{where}: {ratio:.1f} times faster with the cache than without"
+        if row.first_preview is not None:
+            yield f"stream, {where}: first preview after {100 * row.first_preview:.0f} % of the time to the whole picture"
+        if row.theirs:
+            yield f"{row.what}, {where}: {row.theirs / row.seconds:.2f} times as fast as the original ({row.theirs:.3g} s)"
+
+
+def append_json(path: Path, rows: list[Row], command: str) -> None:
+    """Add the records of `rows` to the list in a JSON file."""
+    with explain_os_errors(path):
+        before = read_json(path) if path.is_file() else []
+        write_json(path, [*before, *({**row.record(), "command": command} for row in rows)])
+
+
+def table_lines(rows: list[Row]) -> list[str]:
+    """Of a markdown table below TITLES."""
+    return ["| " + " | ".join(row.cells()[column] for column in HEADER) + " |" for row in rows]
+
+
+def append_rows(path: Path, rows: list[Row], arguments: list[str]) -> None:
     """Add rows to the last table of a markdown file that has our header; a new section with one where there is none.
 
     Args:
         arguments: of the command, for the section's heading.
     """
-    lines = ["| " + " | ".join(row[column] for column in HEADER) + " |" for row in rows]
+    lines = table_lines(rows)
     with explain_os_errors(path):
         text = path.read_text() if path.is_file() else "# Benchmarks\n"
     kept = text.rstrip("\n").split("\n")

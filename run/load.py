@@ -547,11 +547,11 @@ def random_task(
     out as its config, its file or the table of released files says."""
     weights: Origin = "meta" if device.type == "meta" else "random"
     torch.manual_seed(0)
-    if config.task == "generator":
-        pair = build_pair(config, weights, sources, guide, num_classes)
-        task = pair.task(num_classes, config.sample)
-    else:
-        with torch.device("meta") if weights == "meta" else contextlib.nullcontext():
+    with torch.device(device):  # where random numbers are drawn fast
+        if config.task == "generator":
+            pair = build_pair(config, weights, sources, guide, num_classes)
+            task = pair.task(num_classes, config.sample)
+        else:
             task = build_tokenizer_task(config, weights)
     for network in networks_of(task):
         network.to(device)  # tables are made on the CPU whatever the context says

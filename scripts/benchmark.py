@@ -6,8 +6,10 @@
   python -m scripts.benchmark configs/dar/ar_l.yaml --tokenizer-config configs/dar/tokenizer.yaml --what sample,stream
 
 Networks start from random weights and pictures are noise: neither weights nor data are needed, speed depends on
-neither. train is the trainer's own step (forward, backward, clipping, AdamW, EMA; a generator encodes its pictures,
-unless data.cache_latents is set); sample includes decoding to pixels; the `sample` section of the config says how.
+neither. Everything else is what the programs run: networks built and frozen by run/load.py; train is the trainer's own
+step (forward, backward, clipping, AdamW, EMA, in parts of train.micro_batch; a generator encodes its pictures, unless
+data.cache_latents is set); sample is that of run_sample.sh, with decoding to pixels and the config's `sample` section;
+encode and decode are those of evaluations and of stored codes.
 Three more can be asked for:
 
   generate      sample without the decoding
@@ -19,14 +21,17 @@ Three more can be asked for:
 
   img/s         batch / median time of --repeats calls after --warmup, the device synchronised around each
   FLOPs/img     counted by torch on the meta device: matrix products and convolutions of the whole call, with backward
-  MFU           FLOPs per second of the bf16 peak of the device, where core/devices.py knows it
+  mode          eager or compiled; --mode config (default) trains as train.compile says
+  MFU           FLOPs per second of the peak of the device: in bf16 that of core/devices.py, where it knows the device;
+                otherwise a product of matrices and a copy are timed first ("probed")
   floor         img/s if arithmetic ran at peak and every byte (weights at each use, key and value cache) moved once at
-                the full bandwidth, the longer of the two; bound by flops or bytes; for devices whose peak is known
+                the full bandwidth, the longer of the two; bound by flops or bytes
   first         seconds of the first call: compilation, captured graphs, library set-up
   memory        peak on the GPU during the timed calls; of the process on a CPU
 """
 
 import argparse
+import shlex
 from pathlib import Path
 
 from core import cli
@@ -57,7 +62,7 @@ def main(arguments: list[str]) -> int:
         "--what", default=",".join(DEFAULT), help=f"of {','.join(WHAT)} (default: the first four, if they apply)"
     )
     parser.add_argument("--batch", default="32", help="batch sizes, 1,32,256 (default 32)")
-    parser.add_argument("--mode", choices=("eager", "compiled", "both"), default="eager")
+    parser.add_argument("--mode", choices=("config", "eager", "compiled", "both"), default="config")
     parser.add_argument("--decode-steps", help="numbers of steps that decode is measured with, 8,16 (default: its own)")
     parser.add_argument("--precision", choices=("fp32", "bf16"), help="default: the config's")
     parser.add_argument("--tokenizer-config", help="config whose tokenizer is used, where the weights are not here")
@@ -65,19 +70,19 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
     parser.add_argument("--repeats", type=int, default=10)
     parser.add_argument("--warmup", type=int, default=3)
+    parser.add_argument("--seconds", type=float, default=float("inf"), help="of a row: fewer repeats of slow calls")
     parser.add_argument("--markdown", help="file whose table gets the rows")
+    parser.add_argument("--json", help="file whose list gets the rows, in numbers")
     options = parser.parse_intermixed_args(arguments)
 
     batches = whole_numbers(options.batch, "--batch")
     steps = whole_numbers(options.decode_steps, "--decode-steps") if options.decode_steps else []
-    if options.repeats < 1 or options.warmup < 0:
-        raise UserError("--repeats: give 1 or more")
+    if options.repeats < 1 or options.warmup < 0 or options.seconds <= 0:
+        raise UserError("--repeats: give 1 or more; --warmup: 0 or more; --seconds: more than 0")
     wanted = options.what.split(",")
     for word in wanted:
         if word not in WHAT:
             raise UserError(f'--what: "{word}" is not known.{nearest(word, WHAT)}')
-
-    import torch
 
     from core import dist
     from run import benchmark
@@ -96,14 +101,16 @@ def main(arguments: list[str]) -> int:
         ("eager", "compiled") if options.mode == "both" else (options.mode,),
         options.warmup,
         options.repeats,
+        options.seconds,
     )
     benchmark.check(job)
-    if job.device.type == "cuda":
-        torch.set_float32_matmul_precision("high")
     rows = benchmark.run(job)
     if options.markdown and rows:
         benchmark.append_rows(Path(options.markdown), rows, arguments)
         print(f"added to {options.markdown}")
+    if options.json and rows:
+        benchmark.append_json(Path(options.json), rows, shlex.join(arguments))
+        print(f"added to {options.json}")
     return 0
 
 

@@ -23,7 +23,7 @@ import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors import safe_open
@@ -31,6 +31,9 @@ from torch import Tensor
 
 from tests.parity.fields import FieldError, Fields, Known
 from tests.parity.recipe import recipe_inputs, recipe_weights
+
+if TYPE_CHECKING:
+    from tests.parity.setting import Setting
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 EMBEDDED = Path(__file__).resolve().parent / "fixtures"  # the small set that travels with the code, see record.py
@@ -98,6 +101,11 @@ class Case:
         """Every setting by its path."""
         options = {"options": self.options.values_} if self.options else {}
         return {**self.config.values_, **options}
+
+    def to(self, device: torch.device) -> None:
+        """Move all tensors."""
+        for part in (self.weights, self.inputs, self.outputs):
+            part.update({name: value.to(device) for name, value in part.items()})
 
     @property
     def system(self) -> str:
@@ -188,6 +196,11 @@ def compare(name: str, ours: Any, reference: Tensor, tolerance: Tolerance) -> Co
     return Comparison(name, error / scale if scale else error, passed)
 
 
+def compare_all(case: Case, computed: dict[str, Any], tolerances: dict[str, Tolerance]) -> list[Comparison]:
+    """Every recorded output of a case."""
+    return [compare(name, computed.get(name), ref, tolerances[name]) for name, ref in case.outputs.items()]
+
+
 @dataclass
 class Outcome:
     """What running one file gave."""
@@ -208,8 +221,12 @@ class Outcome:
         return f"{verdict} {self.path.name} [{self.title}]: {text}"
 
 
-def run(path: Path) -> Outcome:
-    """Recompute and compare one file. Never raises: whatever goes wrong is in the outcome."""
+def run(path: Path, setting: Setting | None = None) -> Outcome:
+    """Recompute and compare one file. Never raises: whatever goes wrong is in the outcome.
+
+    Args:
+        setting: device and precision; None: as recorded, fp32 on the CPU.
+    """
     path = Path(path)
     title = "?"
     try:
@@ -220,11 +237,16 @@ def run(path: Path) -> Outcome:
             return Outcome(path, title, failure=f'unknown kind "{case.kind}" of system "{case.system}"')
         fields = FIELDS.get((case.system, case.kind), Known())
         fields.check(case.given())
-        computed = function(case)
+        if setting:
+            with setting.around(case):
+                computed = function(case)
+        else:
+            computed = function(case)
         if unread := fields.unread(case.given(), case.config.seen | case.options.seen):
             raise FieldError(f"given but not looked at: {', '.join(unread)}")
         judge = JUDGES.get((case.system, case.kind), lambda case, name: case.tolerance)
-        comparisons = [compare(name, computed.get(name), ref, judge(case, name)) for name, ref in case.outputs.items()]
+        tolerances = {name: judge(case, name) for name in case.outputs}
+        comparisons = (setting.compare if setting else compare_all)(case, computed, tolerances)
         stated = "per output" if (case.system, case.kind) in JUDGES else f"{case.tolerance.relative:g}"
         return Outcome(path, f"{title}, tolerance {stated}", comparisons)
     except Exception as error:

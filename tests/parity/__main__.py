@@ -4,6 +4,7 @@
                                                             (or $TESSERA_PARITY) where there is such a folder
     python -m tests.parity ../shared/parity/rectok          one folder, or files
     python -m tests.parity --known                          only files of a kind that some module handles
+    python -m tests.parity --device cuda --precision bf16   elsewhere and otherwise than recorded: tests/parity/setting.py
     python -m tests.parity --describe [KIND]                the settings that a kind (all kinds) understands
 
 Exits with 0 only if there was something to run and everything passed; an unknown kind is a failure.
@@ -18,6 +19,7 @@ from pathlib import Path
 import torch
 
 from tests.parity import FIELDS, default_folders, discover, find, run
+from tests.parity.setting import Setting
 
 
 def describe(name: str) -> int:
@@ -36,6 +38,8 @@ def main(arguments: list[str] | None = None) -> int:
     )
     parser.add_argument("paths", nargs="*", type=Path, help="fixtures or folders of them")
     parser.add_argument("--known", action="store_true", help="skip kinds that no module handles")
+    parser.add_argument("--device", default="cpu", help="compute there, cuda say (default: cpu, as recorded)")
+    parser.add_argument("--precision", choices=("fp32", "bf16"), default="fp32")
     parser.add_argument("--describe", nargs="?", const="", metavar="KIND", help="print known settings; run nothing")
     options = parser.parse_args(arguments)
     if options.describe is not None:
@@ -49,9 +53,14 @@ def main(arguments: list[str] | None = None) -> int:
     if not files:
         print("no fixtures found in " + ", ".join(map(str, folders)))
         return 1
+    setting = None
+    if (options.device, options.precision) != ("cpu", "fp32"):
+        setting = Setting(torch.device(options.device), options.precision)
     outcomes = []
     for path in files:
-        outcome = run(path)
+        if setting and setting.skips(path):
+            continue
+        outcome = run(path, setting)
         if options.known and outcome.failure.startswith("unknown kind"):
             continue
         print(outcome, flush=True)

@@ -16,6 +16,7 @@ from safetensors.torch import save_file
 from tests import parity
 from tests.parity.__main__ import main
 from tests.parity.fields import Fields, notes, only, reads
+from tests.parity.setting import Setting, placed
 
 parity.discover()
 SMALL = parity.find([parity.EMBEDDED])
@@ -186,6 +187,38 @@ def test_stated_tolerance_is_used(tmp_path, echo):
     assert parity.run(path).passed
     echo["u"] = torch.tensor([2, 0, 0, 0], dtype=torch.uint8)
     assert not parity.run(path).passed
+
+
+def test_another_precision_is_judged_by_its_own_rule(tmp_path, echo, capsys):
+    reference = {"a": torch.tensor([3.0, 4.0]), "grad/w": torch.tensor([1.0])}
+    path = write(tmp_path / "f.safetensors", reference, system="toy", kind="echo")
+    half = Setting(torch.device("cpu"), "bf16")
+    echo.update({"a": torch.tensor([3.0, 4.3]), "grad/w": torch.tensor([1.2])})
+    assert parity.run(path, half).passed and not parity.run(path).passed
+    echo["a"] = torch.tensor([3.0, 5.0])
+    assert not parity.run(path, half).passed
+    path = write(tmp_path / "f.safetensors", {**reference, "ids": torch.tensor([1, 2])}, system="toy", kind="echo")
+    echo["ids"] = torch.tensor([1, 2])
+    assert not parity.run(path, half).passed
+    echo["ids"] = torch.tensor([1, 3])  # from there on it is another picture
+    assert parity.run(path, half).passed and "ids 5.0e-01" in str(parity.run(path, half))
+    echo["a"] = torch.tensor([3.0, float("nan")])
+    assert not parity.run(path, half).passed
+    files = [str(parity.EMBEDDED / name) for name in ("dar/gpt_train.safetensors", "rear/schedules.safetensors")]
+    assert main([*files, "--precision", "bf16"]) == 0
+    line, count = capsys.readouterr().out.splitlines()  # schedules are nothing to a device
+    assert 1e-4 < float(re.search(r"loss ([\d.e-]+)", line)[1]) < 0.1 and count == "1 of 1 passed"
+
+
+def test_a_fixture_on_another_device():
+    """As far as it goes without one: constructors and loaded weights are there, and numbers kept aside follow."""
+    device = torch.device("meta")
+    with placed(device):
+        network = torch.nn.Linear(2, 2)
+        network.load_state_dict({"weight": torch.zeros(2, 2, device="cpu"), "bias": torch.zeros(2, device="cpu")})
+        assert network.weight.device == torch.full((1,), 1.0).device == device
+        assert (torch.zeros(2) + torch.zeros(2, device="cpu")).device == device
+    assert torch.zeros(1).device.type == "cpu"
 
 
 def test_command_line_fails_on_what_it_cannot_check(tmp_path, capsys, monkeypatch):

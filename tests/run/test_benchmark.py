@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import json
 import re
+import time
 
 import pytest
 import torch
 
 from core.devices import Peak, floor_seconds, peak_of
 from core.errors import UserError
+from core.train.trainer import Trainer
 from run import benchmark, estimate
 from run.load import load_config, random_task
 from scripts.benchmark import main
@@ -53,6 +56,36 @@ def test_the_cache_is_measured_against_none(bench, generator, tokenizer):
     assert re.search(r"batch 2, eager: [\d.]+ times faster with the cache", out)
     cached, anew = (float(row[5].split()[0]) for row in rows)  # both in M
     assert anew > 10 * cached
+
+
+def test_records_in_numbers(bench, tmp_path):
+    """A CPU is in no table of peaks: they are measured."""
+    record = tmp_path / "rows.json"
+    for _ in range(2):
+        ((row, *_), _) = bench(TOY_TOKENIZER, None, "--what", "decode", "--batch", 2, "--json", record)
+    first, second = json.loads(record.read_text())
+    assert first["what"] == "decode" and first["img_per_s"] == pytest.approx(2 / first["seconds"])
+    assert second["floor"]["source"] == "probe" and 0 < second["floor"]["seconds"] < second["seconds"]
+    assert second["work"]["flops"] > 0 and "probed)" in row[7] and 0 < float(row[6].split()[0]) < 100
+
+
+def test_slow_calls_are_repeated_less():
+    calls = []
+    job = benchmark.Job(None, [], [], torch.device("cpu"), warmup=2, repeats=20, seconds=0.2)
+    timing = benchmark.timed(lambda: calls.append(time.sleep(0.03)), job)
+    assert 2 < len(calls) < 10 and timing.median >= 0.03
+
+
+def test_networks_are_as_the_programs_have_them(monkeypatch, bench):
+    """Frozen for what is no training; a training cuts its batch into parts of train.micro_batch."""
+    seen = []
+    monkeypatch.setattr(benchmark, "random_task", lambda *a: seen.append(random_task(*a)) or seen[-1])
+    bench(TOY_GENERATOR, TOY_TOKENIZER, "--what", "sample", "--batch", 2)
+    assert not any(p.requires_grad for p in seen[-1].generator.parameters()) and not seen[-1].generator.training
+    trainers = []
+    monkeypatch.setattr(benchmark, "Trainer", lambda *a, **k: trainers.append(Trainer(*a, **k)) or trainers[-1])
+    bench(TOY_GENERATOR, TOY_TOKENIZER, "--what", "train", "--batch", 4, "train.micro_batch=2")
+    assert trainers[-1].accumulation == 2 and trainers[-1].step == 2  # the first and one repeat
 
 
 def test_no_table_before_a_mistake(capsys, monkeypatch, tmp_path):
