@@ -34,9 +34,12 @@ for word in "$@"; do
         *) rest+=("$word") ;;
     esac
 done
+source scripts/signals.sh
+hear_signals
 for scale in ${scales//,/ }; do
     guidance=(sample.guidance=cfg)
     [ -z "$guide" ] || guidance=(sample.guidance=auto sample.guide="$guide")
-    bash scripts/launch.sh scripts.evaluate_generator "$generator" tokenizer.weights="$tokenizer" sample.steps=150 \
+    attend bash scripts/launch.sh scripts.evaluate_generator "$generator" tokenizer.weights="$tokenizer" sample.steps=150 \
         sample.scale="$scale" "${guidance[@]}" eval.protocol=rectok --out "$out/scale_$scale" ${rest[@]+"${rest[@]}"}
+    if [ -n "$asked" ]; then stopped; fi # between two scales
 done

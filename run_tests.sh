@@ -14,6 +14,7 @@ for word in "$@"; do
 done
 TESSERA_DEV=yes
 source scripts/environment.sh
+trap - TERM INT USR1 # nothing to continue
 if [ -z "$chosen" ] && "$PYTHON" -c 'import xdist' 2>/dev/null; then # a process per core, each test with one thread
     words+=(-n logical --dist worksteal)
 fi

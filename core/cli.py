@@ -16,13 +16,14 @@ from typing import Any, NoReturn
 from core import caller, launch
 from core.errors import UserError, lost_worker
 from core.files import ADVICE, MACHINES_FAULTS
+from core.peers import OtherRankFailed
 from core.signals import REQUEUE_EXIT_CODE, Stopped, StopRequest, insist, words
 
 
 def run(main: Callable[[list[str]], int | None]) -> None:
     """Call main(arguments) and exit. A UserError becomes its message on stderr and exit code 2, a signal 75."""
     _open_outputs()
-    message, ending = "", {"code": 1}  # 1 of an exception that nobody catches
+    message, ending, echo = "", {"code": 1}, False  # 1 of an exception that nobody catches
     if launch.is_one_of_several():
         # What is registered first is called last: when other threads have ended and everything else was tidied up.
         atexit.register(lambda: leave(ending["code"]))
@@ -36,6 +37,7 @@ def run(main: Callable[[list[str]], int | None]) -> None:
         if os.environ.get("TESSERA_TRACEBACK"):
             raise
         code, message = error.exit_code, f"error: {error}"
+        echo = type(error) is OtherRankFailed
     except BrokenPipeError:  # the reader of our output went away, as in `... | head`
         sys.stderr.close()
         code = 1
@@ -44,7 +46,7 @@ def run(main: Callable[[list[str]], int | None]) -> None:
     except SystemExit as error:  # argparse's
         ending["code"] = error.code if isinstance(error.code, int) else int(error.code is not None)
         raise
-    _report(code, message)
+    _report(code, message, echo)
     ending["code"] = code
     sys.exit(code)
 
@@ -103,15 +105,27 @@ def _open_outputs() -> None:
             stream.reconfigure(errors="backslashreplace")
 
 
-def _report(code: int, message: str) -> None:
+def _report(code: int, message: str, echo: bool = False) -> None:
+    """Say why this program ends, as the last thing that the user sees.
+
+    Launchers print tracebacks of their own when a process fails, and turn every failure into exit code 1. Under run_*.sh
+    the first rank to fail, which need not be the main one, leaves code and sentence to scripts/launch.sh, which ends with
+    them. Under torchrun itself the sentence goes into the last lines of its report.
+
+    Args:
+        echo: the sentence only says that another rank has one.
+    """
     if (peers := _peers()) is not None:
         peers.goodbye()
-    if code and _speaks():
-        if message:
+    if not code:
+        return
+    if (exit_file := os.environ.get("TESSERA_EXIT_FILE")) is None:
+        if message and launch.speaks():
             print(message, file=sys.stderr, flush=True)
-        # torchrun turns every failure of a worker into exit code 1; the launch script reads the real one from here.
-        if os.environ.get("TESSERA_EXIT_FILE"):
-            Path(os.environ["TESSERA_EXIT_FILE"]).write_text(str(code))
+        if message and not echo:
+            launch.tell_torchrun(message)
+    elif not echo and _is_first(exit_file):
+        Path(exit_file).write_text(f"{code}\n{message}\n", encoding="utf-8", errors="backslashreplace")
 
 
 def _leave_bereft(_: str) -> None:
@@ -150,14 +164,11 @@ def leave(code: int) -> NoReturn:
     os._exit(code)
 
 
-def _speaks() -> bool:
-    """Whether this process reports for its node: the first of its ranks to fail, which need not be the main one.
+def _is_first(exit_file: str) -> bool:
+    """Whether this is the first rank of its node to end with a code.
 
     An unreadable picture, say, ends one rank; the others then die of its silence and know nothing of the reason.
     """
-    exit_file = os.environ.get("TESSERA_EXIT_FILE")
-    if not exit_file:
-        return launch.speaks()
     try:
         Path(f"{exit_file}.claimed").touch(exist_ok=False)
     except FileExistsError:

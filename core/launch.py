@@ -5,7 +5,10 @@ run_*.sh, torchrun and `accelerate launch` say it in the environment. An empty v
 
 from __future__ import annotations
 
+import contextlib
+import json
 import os
+import time
 from dataclasses import dataclass
 
 from core.errors import UserError
@@ -30,6 +33,14 @@ def is_one_of_several() -> bool:
 def speaks() -> bool:
     """Whether messages for the user are this process's: rank 0, or one that is no rank at all."""
     return _value("RANK") in ("", "0") or not is_one_of_several()
+
+
+def tell_torchrun(message: str) -> None:
+    """Leave the reason of this process's end where torchrun, if it started it, reads it for its report."""
+    if (path := _value("TORCHELASTIC_ERROR_FILE")) and not os.path.exists(path):
+        details = {"py_callstack": message, "timestamp": str(int(time.time()))}
+        with contextlib.suppress(OSError), open(path, "w", encoding="utf-8") as file:
+            json.dump({"message": {"message": message, "extraInfo": details}}, file)
 
 
 def ranks() -> Ranks:

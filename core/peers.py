@@ -8,6 +8,7 @@ for as long as everybody lives.
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import os
 import threading
 import time
@@ -73,6 +74,13 @@ class Peers:
         """This rank ends of its own will, and has said why."""
         with contextlib.suppress(Exception):
             self._set("left", "yes")
+
+    def count_once(self, topic: str, key: str = "") -> int:
+        """How many different keys all ranks have named under a topic, with this one if it is not "". Asks the store alone:
+        no rank waits for another."""
+        name = hashlib.blake2b(key.encode("utf-8", "backslashreplace"), digest_size=12).hexdigest()
+        is_new = bool(key) and self.store.add(f"tessera/{topic}/{name}", 1) == 1
+        return self.store.add(f"tessera/{topic}", int(is_new))
 
     def lost(self) -> str | None:
         """Names a rank of this machine whose process ended without a word; None where all live."""

@@ -104,6 +104,9 @@ LatentSpec = Continuous | Codes | MultiScale
 # ---------------------------------------------------------------------------------------------------------------------
 # What flows through a training step
 # ---------------------------------------------------------------------------------------------------------------------
+Kinds = dict[str, tuple[int, str]]  # of things in the data that are not read: kind -> (how many, the first)
+
+
 @dataclass
 class Batch:
     """Part of one global batch. Exactly one of `images` and `stored` is set."""
@@ -114,6 +117,7 @@ class Batch:
     stored: Tensor | None = None  # (B, ...) what Tokenizer.precompute returned for these samples (codes: any int dtype)
     features: dict[str, Tensor] = field(default_factory=dict)  # cached teacher features, name -> (B, N, D)
     replaced: dict[str, str] = field(default_factory=dict)  # key -> reason, of pictures that could not be read
+    unread: dict[int, Kinds] = field(default_factory=dict)  # see DataSource.unread
 
     def __len__(self) -> int:
         return self.labels.shape[0]
@@ -131,6 +135,7 @@ class Batch:
             changed(self.stored),
             {name: change(tensor) for name, tensor in self.features.items()},
             self.replaced,
+            self.unread,
         )
 
     def to(self, device: torch.device) -> Batch:
@@ -460,6 +465,11 @@ class DataSource(ABC):
     @abstractmethod
     def fingerprint(self) -> str:
         """Changes when the list of samples changes. Stored with checkpoints and caches."""
+
+    def unread(self) -> dict[int, Kinds]:
+        """Of a stream: what is not read of the parts that this process has come to the end of since the last call, by their
+        numbers."""
+        return {}
 
     def start_at(self, seed: int, images_seen: int, rank: int, world: int) -> None:
         """Where the run is, told before its first batch; streams go on from there."""

@@ -21,7 +21,7 @@ from torch.utils.data import get_worker_info
 
 from core.errors import UserError
 from core.rng import permutation, uniform_scalar
-from core.specs import DataSource, Sample
+from core.specs import DataSource, Kinds, Sample
 from data.decode import UnreadablePicture, decode_rgb, is_turned
 
 MAX_CLASSES = 1_000_000
@@ -65,7 +65,7 @@ class LeftOut:
     """Counts what lies beside the pictures and is not read, by kind, and remembers the first of each."""
 
     def __init__(self):
-        self.kinds: dict[str, tuple[int, str]] = {}  # kind -> (how many, the first)
+        self.kinds: Kinds = {}
 
     def add(self, kind: str, name: str, count: int = 1) -> None:
         before, first = self.kinds.get(kind, (0, name.encode("utf-8", "replace").decode()))  # safe to print
@@ -218,6 +218,7 @@ class StreamSource(DataSource):
     def __init__(self, name: str, samples: int, class_names: list[str]):
         self.name, self.samples, self.class_names, self.num_classes = name, samples, class_names, len(class_names)
         self._iterator: Iterator[Record] | None = None
+        self._unread: dict[int, Kinds] = {}
         self.start_at(0, 0, 0, 1)
 
     def start_at(self, seed: int, images_seen: int, rank: int, world: int) -> None:
@@ -231,13 +232,17 @@ class StreamSource(DataSource):
         description = f"stream {self.name} {self.samples}" + " upright" * self.upright
         return hashlib.blake2b(description.encode(), digest_size=16).hexdigest()
 
+    def unread(self) -> dict[int, Kinds]:
+        unread, self._unread = self._unread, {}
+        return unread
+
     @abstractmethod
     def count_shards(self) -> int:
         """How many parts the stream has."""
 
     @abstractmethod
     def shard(self, number: int) -> Iterator[Record]:
-        """Records of one part."""
+        """Records of one part; whoever comes to its end notes in `_unread` what it holds besides."""
 
     def records(self, reader: int, readers: int) -> Iterator[Record]:
         """Endless records of one of `readers` readers, which share shards, or pictures where shards are few."""

@@ -30,6 +30,7 @@ from core.chunks import ALONE, Chunks, enter, shared_array, write_rows
 from core.dist import World
 from core.errors import UserError
 from core.files import explain_os_errors, fsync_file, read_json, require_space, write_json
+from core.lock import Lock
 from core.specs import DataSource
 from data.checks import require_order
 from data.loader import Replaced, listed_batches
@@ -236,6 +237,7 @@ class Builder(Chunks):
     def __init__(self, path: str | Path, plan: Plan, world: World = ALONE):
         self.path = Path(path)
         self.folder = self.path.with_name(f".{self.path.name}.building")
+        self.lock = Lock(self.folder)  # of the main rank, for all of them
         self.plan: dict[str, Any] = world.on_main(lambda: self._enter(asdict(plan)))
         super().__init__(plan.samples, self.plan["chunk"], world, lambda chunk: self._recorded[chunk].any())
         self._begun = False
@@ -250,17 +252,22 @@ class Builder(Chunks):
         """Make the temporary folder, or take over the one of a killed build of the same cache. Returns its plan."""
         if self.path.exists():
             raise UserError(f"{self.path} exists. Delete it or choose another folder.")
-        owner = self.folder / "owner"
-        if (process := _live_owner(owner)) is not None:
-            raise UserError(f"{self.folder} is being built by process {process}. Wait for it, or delete the folder.")
+        self.lock.take()
+        try:
+            return self._take_over(plan)
+        except BaseException:
+            self.lock.release()
+            raise
+
+    def _take_over(self, plan: dict[str, Any]) -> dict[str, Any]:
         if not (self.folder / ARRAYS).is_file():  # it died before it had written anything
-            shutil.rmtree(self.folder, ignore_errors=True)
+            for left in self.folder.glob("[!.]*"):
+                left.unlink()
         advice = "Delete it, or choose another folder."
         plan = enter(self.folder / "plan.json", plan, "an unfinished build of something else", advice, ("chunk",))
         if not self._file(RECORD).is_file():
             np.save(self._file(RECORD), np.zeros((-(-plan["samples"] // plan["chunk"]), DIGEST), dtype=np.uint8))
         self._recorded = np.load(self._file(RECORD))
-        owner.write_text(f"{os.uname().nodename} {os.getpid()}")
         return plan
 
     def fill(
@@ -296,8 +303,10 @@ class Builder(Chunks):
         try:
             self.run(share, progress and (lambda done: progress(done - before, self.count - before)), stop)
         except BaseException:
-            if self.world.is_main and not (self.folder / ARRAYS).is_file():
-                shutil.rmtree(self.folder, ignore_errors=True)  # nothing to go on from
+            if self.world.is_main:
+                self.lock.release()
+                if not (self.folder / ARRAYS).is_file():
+                    shutil.rmtree(self.folder, ignore_errors=True)  # nothing to go on from
             raise
         self.world.on_main(self._finish)
 
@@ -345,23 +354,11 @@ class Builder(Chunks):
             raise RuntimeError(f"{self.folder}: chunk {int(np.argmin(recorded.any(axis=1)))} was never written")
         arrays = read_json(self.folder / ARRAYS)
         write_json(self.folder / DESCRIPTION, {**self.plan, "arrays": arrays, "content": _digest(recorded).hexdigest()})
-        for name in ("owner", "plan.json", ARRAYS):
+        for name in ("plan.json", ARRAYS):
             (self.folder / name).unlink()
+        (self.folder / "owner").unlink(missing_ok=True)  # of earlier versions
+        self.lock.release()
         os.rename(self.folder, self.path)
-
-
-def _live_owner(owner: Path) -> int | None:
-    """The process that is building, where it is another one of this machine and alive."""
-    try:
-        host, process = owner.read_text().split()
-        if host != os.uname().nodename or int(process) == os.getpid():
-            return None
-        os.kill(int(process), 0)
-    except PermissionError:  # alive, and of somebody else
-        pass
-    except (FileNotFoundError, ProcessLookupError, ValueError):  # no folder, no owner, or a dead one
-        return None
-    return int(process)
 
 
 @dataclass
@@ -421,7 +418,8 @@ def build(
     builder = Builder(path, plan, how.world)
 
     def make(spans: list[range]) -> Iterator[Rows]:
-        how.replaced = Replaced(sum(map(len, spans)), how.max_corrupt)
+        missing = builder.count - builder.items(builder.done)
+        how.replaced = Replaced(missing, how.max_corrupt, how.world.size, f"of {path} at {builder.count - missing}")
         read = listed_batches(source, transform, spans, how.workers, how.on_corrupt, views=range(views))
         for span, images in zip(spans, read, strict=True):
             rows = {

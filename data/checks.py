@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import numpy as np
 
 from core.errors import UserError
@@ -81,6 +84,12 @@ def remarks(source: DataSource) -> list[str]:
     asked = "; are the labels counted from 1?" if empty.tolist() == [0] else ""
     shown = _first([names[i] for i in empty])
     return [f"{len(empty)} of {len(names)} classes have no picture ({shown}){asked}"]
+
+
+def say_left_out(say: Callable[[str], Any], source: DataSource | None, name: str) -> None:
+    """Tell what is not read of a source that the user calls `name`, if anything."""
+    if source is not None and (line := left_out(source)):
+        say(f"{name}: {line}")
 
 
 def left_out(source: DataSource) -> str | None:

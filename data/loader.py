@@ -21,7 +21,7 @@ import shutil
 import signal
 import sys
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -29,10 +29,12 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader
 
+from core import dist
 from core.errors import UserError, lost_worker, nearest
 from core.files import human_bytes
 from core.rng import permutation
-from core.specs import Batch, DataSource, Sample
+from core.specs import Batch, DataSource, Kinds, Sample
+from data.base import LeftOut
 from data.decode import UnreadablePicture
 from data.transforms import Transform
 
@@ -58,12 +60,12 @@ def part(count: int, rank: int, world: int) -> range:
 
 
 def split(batch: Batch, count: int) -> list[Batch]:
-    """`batch` cut into `count` micro-batches of equal size, in order. Replaced keys stay with the first."""
+    """`batch` cut into `count` micro-batches of equal size, in order. What was replaced or not read stays with the first."""
     if len(batch) % count:
         raise UserError(f"a batch of {len(batch)} cannot be cut into {count} equal micro-batches.")
     size = len(batch) // count
     first, *others = (batch.map(lambda tensor, i=i: tensor[i * size : (i + 1) * size]) for i in range(count))
-    return [first] + [dataclasses.replace(other, replaced={}) for other in others]
+    return [first] + [dataclasses.replace(other, replaced={}, unread={}) for other in others]
 
 
 def read_or_replace(source: DataSource, index: int, on_corrupt: str) -> tuple[Sample, dict[str, str]]:
@@ -87,23 +89,30 @@ def read_or_replace(source: DataSource, index: int, on_corrupt: str) -> tuple[Sa
 
 
 class Replaced:
-    """The pictures that this process met and could not read, each counted once however often it comes.
+    """The pictures that ranks met and could not read, each counted once however often it comes and whoever meets it.
 
     Args:
-        pictures: how many there are.
+        pictures: how many there are for all ranks.
         limit: the share of them that may be missing; above it the run stops.
+        ranks: how many processes read, about equally many pictures each.
+        topic: tells what is being read from what else these ranks read.
     """
 
-    def __init__(self, pictures: int, limit: float = 1.0):
-        self.pictures, self.limit, self.read = pictures, limit, 0
-        self.reasons: dict[str, str] = {}  # by key
+    def __init__(self, pictures: int, limit: float = 1.0, ranks: int = 1, topic: str = "pictures"):
+        self.pictures, self.limit, self.ranks, self.topic = pictures, limit, ranks, f"unreadable {topic}"
+        self.read = 0
+        self.reasons: dict[str, str] = {}  # by key, of this rank
 
     def __len__(self) -> int:
-        return len(self.reasons)
+        peers = dist.peers()
+        return len(self.reasons) if peers is None else peers.count_once(self.topic)
 
     def add(self, reasons: dict[str, str], read: int) -> None:
-        """Note what became of the next `read` pictures."""
-        self.read += read
+        """Note what became of the next `read` pictures of this rank."""
+        self.read += read * self.ranks
+        peers = dist.peers()
+        for key in reasons.keys() - self.reasons.keys() if peers is not None else ():
+            peers.count_once(self.topic, key)
         self.reasons |= reasons
         judged = min(self.pictures, max(self.read, ENOUGH))
         if reasons and len(self) > self.limit * judged:
@@ -115,7 +124,7 @@ class Replaced:
     def names(self, count: int = MAX_NAMES) -> str:
         """The first `count` with their reasons."""
         first = [f"{key}: {reason}" for key, reason in itertools.islice(self.reasons.items(), count)]
-        return "; ".join(first + ["..."] * (len(self) > count))
+        return "; ".join(first + ["..."] * (len(self) > len(first)))
 
 
 @dataclass(eq=False)
@@ -172,7 +181,8 @@ class _Reader:
                 images[i] = self.transform(sample.image, (self.seed, position))
             else:
                 images[i] = self.transform.apply_view(sample.image, view)
-        return Batch(torch.tensor(labels, dtype=torch.int64), places, images, features=features, replaced=replaced)
+        batch = Batch(torch.tensor(labels, dtype=torch.int64), places, images, features=features, replaced=replaced)
+        return dataclasses.replace(batch, unread=self.source.unread())
 
 
 def _same(batch: Batch | str) -> Batch | str:
@@ -292,6 +302,7 @@ class Loader:
     stored: FeatureCache | MomentFiles | None = (
         None  # cached latents; handed out as Batch.stored, and no picture is read
     )
+    tell: Callable[[str], None] | None = None  # is told of each kind of thing that a stream holds and that is not read
 
     def __post_init__(self):
         if self.global_batch < 1 or self.global_batch % self.world:
@@ -308,7 +319,8 @@ class Loader:
             raise UserError(f"{self.stored.path} holds {names}; stored latents must be a single array.")
         self._reader = _Reader(self.source, self.transform, self.seed, self.on_corrupt, self.features, self.stored)
         self.images_per_epoch = len(self.stored if self.source is None else self.source)
-        self.replaced = Replaced(self.images_per_epoch, self.max_corrupt)
+        self.replaced = Replaced(self.images_per_epoch, self.max_corrupt, self.world, "of the training")
+        self.unread: dict[int, Kinds] = {}
 
     def order(self, images_seen: int) -> Iterator[list[Entry]]:
         """Entries of this rank's batches, from position `images_seen` of the run on, forever."""
@@ -333,7 +345,25 @@ class Loader:
             workers = 0 if self.source.one_process else workers
         for batch in _run(self._reader, self.order(images_seen), workers, self.pin):
             self.replaced.add(batch.replaced, len(batch))
+            if batch.unread:
+                self._note(batch.unread)
             yield batch
+
+    def _note(self, unread: dict[int, Kinds]) -> None:
+        known = {kind for kinds in self.unread.values() for kind in kinds}
+        self.unread |= unread
+        for kind, (_, first) in (item for kinds in unread.values() for item in kinds.items()):
+            if kind not in known and self.tell is not None:
+                self.tell(f"not read: {kind} ({first}); counted at the end")
+            known.add(kind)
+
+    def left_out(self) -> tuple[str, ...]:
+        """What this rank found in a stream and did not read, counted and named."""
+        total = LeftOut()
+        for kinds in self.unread.values():
+            for kind, (count, first) in kinds.items():
+                total.add(kind, first, count)
+        return total.describe()
 
 
 def listed_batches(

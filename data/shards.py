@@ -41,6 +41,7 @@ from data.base import MAX_CLASSES, LeftOut, ListedSource, PackedStrings, Record,
 
 PICTURES = ("jpg", "jpeg", "png", "webp")
 LABELS = ("cls", "cls.txt", "label.txt", "class_id.txt", "class.txt", "json")  # the first that a key has counts
+LONELY = ".json without a picture"
 LABEL_KEYS = ("label", "cls", "class", "class_id", "class_index")  # of a .json, the first that is there
 MAX_LABEL = 1 << 20  # bytes
 MAX_SHARDS = 100_000
@@ -204,7 +205,7 @@ def parse_label(data: bytes, where: str) -> int | None:
 # and what is left out, rows of (kind, how many, the first)
 Index = dict[str, np.ndarray]
 ARRAYS = ("blob", "lengths", "offsets", "sizes", "labels", "left_out")
-INDEX_VERSION = 4
+INDEX_VERSION = 5
 
 
 def scan_shard(path: Path) -> Index:
@@ -232,6 +233,9 @@ def scan_shard(path: Path) -> Index:
         raise UserError(
             f"{path}: {bare[0]} has a label but no picture (.{', .'.join(PICTURES)}). Pack the shard again."
         )
+    for entry in entries.values():
+        if not entry.pictures:
+            left_out.add(LONELY, entry.labels["json"][0])
     pictured = [entry for entry in entries.values() if entry.pictures]
     pictured.sort(key=lambda entry: entry.pictures[0][1])  # labels may lie in another order
     for entry in pictured:
@@ -378,10 +382,13 @@ class RemoteShards(StreamSource):
         """Records of one shard; a broken connection is taken up again where it broke."""
         url, delivered = self.urls[number], 0
         for attempt in range(ATTEMPTS):
+            left_out = LeftOut()
             try:
-                for record in itertools.islice(self._records(url), delivered, None):
+                for record in itertools.islice(self._records(url, left_out), delivered, None):
                     delivered += 1
                     yield record
+                if left_out.kinds:
+                    self._unread[number] = left_out.kinds
                 return
             except (OSError, tarfile.TarError, EOFError) as error:
                 hopeless = isinstance(error, urllib.error.HTTPError) and error.code in (401, 403, 404)
@@ -392,10 +399,10 @@ class RemoteShards(StreamSource):
                     ) from None
                 time.sleep(2.0**attempt - 0.9)
 
-    def _records(self, url: str) -> Iterator[Record]:
+    def _records(self, url: str, left_out: LeftOut) -> Iterator[Record]:
         """Records of a shard from its start. Members of one key lie side by side, or are several entries."""
         with open_url(url) as file, tarfile.open(fileobj=file, mode="r|") as tar:
-            for key, group in itertools.groupby(members(tar), key=lambda member: member[0]):
+            for key, group in itertools.groupby(members(tar, left_out), key=lambda member: member[0]):
                 entry: Entry[bytes] = Entry(url, key)
                 for _, extension, member in group:
                     if is_picture(extension):
@@ -403,12 +410,16 @@ class RemoteShards(StreamSource):
                     else:
                         entry.add_label(extension, tar, member)
                 if entry.pictures:
-                    yield entry.picture(), self._label(entry), f"{url}: {key}"
+                    yield entry.picture(), self._label(entry, left_out), f"{url}: {key}"
                 elif entry.labels.keys() - {"json"}:
                     raise UserError(f"{url}: {key} has a label but no picture. Pack the shard again.")
+                elif entry.labels:
+                    left_out.add(LONELY, entry.labels["json"][0])
 
-    def _label(self, entry: Entry[bytes]) -> int:
+    def _label(self, entry: Entry[bytes], left_out: LeftOut) -> int:
         if self.num_classes == 1:
+            for name, _ in entry.labels.values():
+                left_out.add("label(s), as there is one class (num_classes=N or classes=FILE for more)", name)
             return 0
         label = entry.label()
         if label is None:

@@ -32,6 +32,7 @@ from core.files import explain_os_errors, replacing, require_space, sha256_file
 from core.images import save_png
 from core.rng import hash64
 from core.specs import DataSource
+from data.base import LeftOut
 from data.checks import require_order
 from data.decode import UnreadablePicture
 from data.loader import listed_batches
@@ -247,10 +248,19 @@ def open_any(reference: str, size: int | None = None, workers: int = 0, split: s
         raise UserError(
             f"{reference}: pictures are read from an .npz (np.savez(OUT, arr_0=pictures)), a folder, a .tar or a .txt list."
         )
-    # samples may have folders beside them (previews); a data URL goes by its class folders
-    loose = loose_pictures(path) if path.is_dir() else None
-    source = loose or open_source(reference, split)
+    source = _beside_no_classes(path) or open_source(reference, split)
     return FolderPictures(source, reference) if size is None else SourcePictures(source, size, workers, name=reference)
+
+
+def _beside_no_classes(path: Path) -> DataSource | None:
+    """The pictures directly in a folder, whatever folders are beside them (previews); a data URL goes by its classes."""
+    left_out = LeftOut()
+    loose = loose_pictures(path, left_out) if path.is_dir() else None
+    if loose is not None and not (path / "sample.json").is_file():
+        for folder in sorted(entry.name for entry in path.iterdir() if entry.is_dir()):
+            left_out.add("folder(s) beside the pictures", folder)
+        loose.left_out = left_out.describe()
+    return loose
 
 
 def same_pictures(first: Pictures, second: Pictures) -> None:

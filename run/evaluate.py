@@ -32,6 +32,7 @@ from core.specs import DataSource
 from core.train.checkpoint import Checkpoint
 from core.train.log import progress_line
 from core.weights import released
+from data.checks import say_left_out
 from data.sources import SCHEMES, has_pictures, open_source
 from evaluation import measure, networks, protocols, references
 from evaluation.chunks import Work
@@ -149,6 +150,7 @@ def existing_samples(options: argparse.Namespace, overrides: list[str], world: W
     settings = eval_settings(overrides)
     protocol = protocols.get(settings.protocol)
     pictures = open_any(options.target)
+    say_left_out(world.say, pictures.source, options.target)
     count = enough(settings.num_images, len(pictures), options.target, options)
     size = references.side_of(pictures)
     net = networks.feature_net(world.device, settings.network, protocol)
@@ -199,7 +201,9 @@ def generated_samples(options: argparse.Namespace, overrides: list[str], world: 
         reference = references.load_reference(path, net, "generation", size, world)
     else:
         train = training_pictures(config, published and net.name == "lite0")
-        say(f"reference: statistics of the training pictures ({config.data.pictures or config.data.url})")
+        named = config.data.pictures or config.data.url
+        say(f"reference: statistics of the training pictures ({named})")
+        say_left_out(say, train, named)
         reference = references.training_statistics(config, train, size, net, world)
     dtype = measure.pixel_dtype(protocol, generator.bf16)
     job = {
@@ -450,6 +454,7 @@ def by_tokenizer(options: argparse.Namespace, overrides: list[str], world: World
     loaded = read_tokenizer({**options.tokenizer, **tokenizer_section(options.weights), "use_ema": not options.raw})
     tokenizer, fingerprint = loaded.module.to(world.device), loaded.fingerprint
     pictures = originals(options, settings, tokenizer.image_size)
+    say_left_out(world.say, pictures.source, options.url)
     how, against, left_out = reconstruction_evaluation(options, settings, pictures, world)
     perturb = Perturbation.parse(options.perturb) if options.perturb else None
     job = {
@@ -495,6 +500,8 @@ def by_folders(options: argparse.Namespace, overrides: list[str], world: World) 
     """Two sets of pictures, paired by name or in order (evaluation/pairs.py)."""
     settings = eval_settings(overrides)
     original, recon = (open_any(p, options.size, options.workers) for p in (options.original, options.reconstructed))
+    for pictures in (original, recon):
+        say_left_out(world.say, pictures.source, pictures.name)
     recon = paired(original, recon)
     count = enough(settings.num_images, len(original), options.original, options)
     how, against, left_out = reconstruction_evaluation(options, settings, original, world)

@@ -14,7 +14,7 @@ from core.files import human_bytes
 from core.rng import permutation
 from core.specs import DataSource
 from core.train.log import progress_line
-from data.checks import require_labels
+from data.checks import require_labels, say_left_out
 from data.sources import open_source
 from evaluation.measure import Result, Stopwatch
 from evaluation.pictures import SourcePictures
@@ -63,6 +63,7 @@ def linear_probe(options: argparse.Namespace, train: DataSource, val: DataSource
     rows = range(count) if count == len(train) else sorted(permutation(len(train), "probe")[:count].tolist())
     watch, sides = Stopwatch(world.device), []
     for name, source, chosen in (("train", train, rows), ("val", val, range(len(val)))):
+        say_left_out(world.say, source, f"{options.url} ({name})")
         pictures = SourcePictures(source, tokenizer.image_size, options.workers, chosen, f"{options.url} ({name})")
         with progress_line(world, len(pictures), f"features of {name}") as progress, watch("features"):
             sides.append(pooled_features(tokenizer, pictures, world, options.encode_batch, fingerprint, progress))

@@ -10,6 +10,7 @@ import numpy as np
 from core.dist import World
 from core.errors import UserError
 from core.train.log import progress_line
+from data.checks import say_left_out
 from evaluation import networks, protocols, references
 from evaluation.pictures import Pictures, first_pictures, open_any
 
@@ -34,6 +35,7 @@ def check(options: argparse.Namespace) -> Pictures:
 def make_reference(options: argparse.Namespace, pictures: Pictures, world: World) -> int:
     """Collective; returns the exit code."""
     out = Path(options.out)
+    say_left_out(world.say, pictures.source, options.url)
     protocol = protocols.get(options.protocol, options.purpose or "generation")
     net = networks.feature_net(world.device, options.network, protocol)
     transform = f"ADM centre crop to {options.size}" if options.size else "as they are"

@@ -27,7 +27,7 @@ from core.train.log import progress_line
 from core.weights import released
 from data import pairing, tokens
 from data.cache import Builder
-from data.checks import left_out, require_labels
+from data.checks import require_labels, say_left_out
 from data.loader import read_or_replace
 from data.sources import exists
 from data.token_files import TokenFiles, copy_to, export_jsonl, export_numbered, open_import
@@ -79,8 +79,11 @@ def check(config: RunConfig, request: Request) -> DataSource | None:
         raise UserError(f"--batch {request.batch} and --classes {request.classes}: give at least 1.")
     if request.to and request.to[0] not in FORMS:
         raise UserError(f'--to {request.to[0]}: write "--to official DIR" or "--to jsonl FILE".')
+    if not config.tokenizer.get("weights") and config.task == "tokenizer" and (config.run_dir / "checkpoints").is_dir():
+        config.tokenizer = {**config.tokenizer, "weights": str(config.run_dir)}  # what this config has trained
     if not config.tokenizer.get("weights"):
-        raise UserError("tokenizer.weights is not set, and tokens of an untrained tokenizer are useless.")
+        trained = f" {config.run_dir}, which this config trains, is not there." if config.task == "tokenizer" else ""
+        raise UserError(f"tokenizer.weights is not set, and tokens of an untrained tokenizer are useless.{trained}")
     released.resolve(config.tokenizer["weights"])
     dist.pick_device(config.train.device)
     pictures = None
@@ -147,8 +150,7 @@ class Pretokenizing:
         transform.view_of((0, 0))  # refuses crops without views
         size = f"{len(pictures):,} pictures x {transform.views} views"
         self.say(f"tokens of {size} ({transform.crop}) -> {self.folder}")
-        if self.world.is_main and (line := left_out(pictures)):
-            self.say(line)
+        say_left_out(self.say, pictures, self.config.data.pictures or self.config.data.url)
 
         def encode(images: Tensor) -> Tensor:
             return self.tokenizer.precompute(to_model_range(images.to(self.world.device)))

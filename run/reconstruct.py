@@ -15,6 +15,7 @@ from core.files import explain_os_errors
 from core.images import finite_uint8, grid, save_png, to_model_range
 from core.rng import Draws, hash64
 from core.specs import Codes, MultiScale, Previews, Tokenizer
+from data.checks import say_left_out
 from data.decode import UnreadablePicture, decode_rgb
 from data.sources import open_source
 from data.transforms import center_crop, to_tensor
@@ -40,6 +41,7 @@ def read_files(names: list[str]) -> Iterator[Named]:
 def read_source(url: str, count: int) -> Iterator[Named]:
     """(name, picture) of `count` pictures spread over a data source."""
     source = open_source(url, "val")
+    say_left_out(print, source, url)
     count = min(count, len(source))
     for i in range(count):
         try:

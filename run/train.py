@@ -15,6 +15,7 @@ from core.specs import Continuous, DataSource
 from core.train.run import RunFolder
 from core.train.trainer import PREVIEW_IMAGES, Trainer
 from core.weights import hub
+from data.checks import say_left_out
 from data.loader import Loader, read_or_replace, split
 from data.token_files import MomentFiles
 from data.tokens import TokenStore
@@ -74,6 +75,7 @@ def _train(config: RunConfig, inputs: Inputs, world: dist.World) -> int:
         provenance=provenance,
     )
     world.on_main(lambda: run.open(environment()))
+    tell = loader.tell = run.log if world.is_main else (lambda note: print(f"rank {world.rank}: {note}", flush=True))
     run.log(
         f"{config.task}: {sum(p.numel() for p in trainer.networks[task.primary].parameters()):,} parameters, "
         f"{len(source):,} pictures, {trainer.total_steps:,} steps of {config.train.global_batch} on {world.size} x "
@@ -82,6 +84,8 @@ def _train(config: RunConfig, inputs: Inputs, world: dist.World) -> int:
     )
     for note in data_notes(config, source) if world.is_main else ():
         run.log(f"data {note}")
+    if val is not source:
+        say_left_out(run.log, val, f"data.val_url={config.data.val_url}")
     if hint := hint_for_small_sets(config, len(source)):
         run.log(hint)
     try:
@@ -90,6 +94,8 @@ def _train(config: RunConfig, inputs: Inputs, world: dist.World) -> int:
         run.close()
     if count := len(loader.replaced):
         run.log(f"unreadable pictures, for which the next one was taken: {count} ({loader.replaced.names()})")
+    if unread := loader.left_out():
+        tell(f"not read: {'; '.join(unread)}")
     return code
 
 

@@ -7,11 +7,14 @@
 #   TESSERA_EXTRAS=yes               requirements-extras.txt too (wandb, tensorboard, datasets)
 
 ROOT="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
+source "$ROOT/scripts/signals.sh"
+hear_signals # from now on; what is started with exec hears them itself
 ASKS= # only a question
 for word in "$@"; do
     case "$word" in -h | --help | --list) ASKS=yes ;; esac
 done
 fail() { echo "error: $*" >&2; exit 2; }
+fail_unless_stopped() { [ -z "$asked" ] || stopped; fail "$@"; }
 
 check_python() {
     "$1" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null ||
@@ -54,11 +57,11 @@ install() { # the files $needed into $venv, made with $base
     for file in $needed; do set -- "$@" -r "$lists/$file"; done
     if command -v uv >/dev/null; then
         uv venv --quiet --allow-existing --python "$base" "$venv" &&
-            uv pip install --quiet --python "$PYTHON" "$@" || fail "uv could not install the requirements"
+            attend uv pip install --quiet --python "$PYTHON" "$@" || fail_unless_stopped "uv could not install the requirements"
     else
         "$base" -m venv "$venv" || fail "$base cannot make virtual environments (on Debian: apt install python3-venv)"
-        "$PYTHON" -m pip install --quiet --disable-pip-version-check "$@" ||
-            fail "pip could not install the requirements (see above; is the disk full or the network down?)"
+        attend "$PYTHON" -m pip install --quiet --disable-pip-version-check "$@" ||
+            fail_unless_stopped "pip could not install the requirements (see above; is the disk full or the network down?)"
     fi
     rm -rf "$lists"
     # What an editable installation would write: python scripts/NAME.py and notebooks find the packages from any folder.

@@ -32,6 +32,7 @@ def main(arguments: list[str]) -> int:
     from core import dist
     from core.errors import UserError
     from core.specs import Continuous
+    from data.checks import say_left_out
     from data.sources import open_source
     from run.latent_stats import measure
     from run.load import read_tokenizer
@@ -52,6 +53,7 @@ def main(arguments: list[str]) -> int:
         stats = read_stats(options.pickle)
         module.set_latent_stats(stats.mean, stats.std)  # checks that they fit
     else:
+        say_left_out(print, source, options.url)
         stats = measure(module, source, options.num, dist.pick_device("auto"))
     save_stats(place, stats, tokenizer.fingerprint)
     print(f"written to {Path(place)}: {module.spec.channels} channels, of tokenizer weights {tokenizer.fingerprint}")

@@ -80,7 +80,10 @@ if [ "$NODE_RANK" = 0 ]; then
 fi
 
 # Mistakes are found here, once and without a GPU, instead of on every rank.
-"$PYTHON" -m "$program" "$@" --check >/dev/null || exit $?
+code=0
+attend "$PYTHON" -m "$program" "$@" --check >/dev/null || code=$?
+if [ -n "$asked" ] && [ "$code" != 75 ]; then stopped; fi # 75: it has said so
+[ "$code" = 0 ] || exit "$code"
 
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-$(($(getconf _NPROCESSORS_ONLN) / NPROC > 0 ? $(getconf _NPROCESSORS_ONLN) / NPROC : 1))}"
 TESSERA_EXIT_FILE="$(mktemp)"
@@ -97,13 +100,15 @@ case "${LAUNCHER:-torchrun}" in
     *) fail "LAUNCHER is torchrun or accelerate, not $LAUNCHER" ;;
 esac
 
-# The launchers would take an option of ours for an abbreviation of theirs (--num), but not behind "--".
-"${command[@]}" -m -- "$program" "$@" &
-child=$!
-# SLURM and users signal this shell: hand it to the ranks themselves (the launcher would kill them after 30 seconds).
-trap 'pkill -TERM -P "$child" || kill -TERM "$child" 2>/dev/null' TERM INT USR1
-code=0
-wait "$child" || code=$?
-while kill -0 "$child" 2>/dev/null; do wait "$child" || code=$?; done
-written="$(cat "$TESSERA_EXIT_FILE" 2>/dev/null || true)"
+start_ranks() {
+    trap '' USR1 # a scheduler may signal a whole process group, and a launcher that gets this one dies
+    # The launchers would take an option of ours for an abbreviation of theirs (--num), but not behind "--".
+    exec "${command[@]}" -m -- "$program" "$@"
+}
+tells=children
+attend start_ranks "$@" || code=$?
+# The first rank to fail has left its code and its sentence, which comes after whatever the launcher had to say.
+{ read -r written && message="$(cat)"; } <"$TESSERA_EXIT_FILE" || written='' message=''
+[ -z "$message" ] || echo "$message" >&2
+if [ -z "$written" ] && [ -n "$asked" ] && [ "$code" != 0 ]; then stopped; fi # the ranks were only starting
 exit "${written:-$code}"

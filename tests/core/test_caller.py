@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import importlib
 import re
 
 import pytest
 
-from core import caller
+from core import caller, schema
+from scripts import train
 from tests.conftest import ROOT
 
 
@@ -72,12 +74,17 @@ def test_every_command_says_where_it_was_called_from():
             assert text.index('export TESSERA_CALLER="$PWD"') < text.index("cd "), script
 
 
-def test_options_without_a_value_are_known(monkeypatch):
-    """What stands behind one of them is not its value."""
-    flags: set[str] = set()
+# Words that are no paths. Whoever adds an option or a setting has to say here, or in core/caller.py, which it is.
+PLAIN_OPTIONS = {"--features", "--perturb", "--protocol", "--scale"}
+PLAIN_SETTINGS = {"split", "keep_best", "protocol", "wandb_project", "wandb_entity", "name"}
+
+
+def actions(monkeypatch) -> list[argparse.Action]:
+    """Of the parsers of all programs that run_*.sh start through scripts/launch.sh."""
+    found: list[argparse.Action] = []
 
     def parse(self, *_, **__):
-        flags.update(word for action in self._actions if action.nargs == 0 for word in action.option_strings)
+        found.extend(self._actions)
         raise SystemExit
 
     monkeypatch.setattr(argparse.ArgumentParser, "parse_intermixed_args", parse)
@@ -85,4 +92,30 @@ def test_options_without_a_value_are_known(monkeypatch):
         if name not in ("train", "download", "quickstart"):
             with pytest.raises(SystemExit):
                 importlib.import_module(f"scripts.{name}").main([])
-    assert flags - {"-h", "--help"} <= caller.FLAGS
+    return found
+
+
+def test_options_without_a_value_are_known(monkeypatch):
+    """What stands behind one of them is not its value."""
+    flags = {word for action in actions(monkeypatch) if action.nargs == 0 for word in action.option_strings}
+    assert len(flags) > 5 and flags - {"-h", "--help"} <= caller.FLAGS
+    assert set(re.findall(r"(--check|--dry-run)", train.USAGE)) <= caller.FLAGS
+
+
+def test_every_option_is_a_path_or_known_not_to_be_one(monkeypatch):
+    paths = caller.READ | caller.WRITTEN | caller.NAMES
+    words = {
+        action.option_strings[-1]
+        for action in actions(monkeypatch)
+        if action.option_strings and action.nargs != 0 and action.type in (None, str) and not action.choices
+    }
+    assert "--out" in words and {w for w in words if w[2:] not in paths} - {"--to"} == PLAIN_OPTIONS
+
+
+def test_every_setting_is_a_path_or_known_not_to_be_one():
+    paths = caller.READ | caller.WRITTEN | caller.NAMES
+    classes = [kind for kind in vars(schema).values() if dataclasses.is_dataclass(kind)]
+    texts = {
+        field.name for kind in classes for field in dataclasses.fields(kind) if field.type in ("str", "str | None")
+    }
+    assert "val_url" in texts and texts - paths == PLAIN_SETTINGS

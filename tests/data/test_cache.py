@@ -12,6 +12,7 @@ import pytest
 import torch
 
 import data.cache
+from core import lock
 from core.chunks import ALONE
 from core.errors import UserError
 from core.files import explain_os_errors
@@ -189,10 +190,11 @@ def test_build_that_died_before_it_had_a_plan(tmp_path):
     stale = tmp_path / ".c.building"
     stale.mkdir()
     (stale / "mean.npy").write_text("half")
-    (stale / "owner").write_text(f"{os.uname().nodename} 1")
-    with pytest.raises(UserError, match="being built by process 1"):  # process 1 is alive, and not ours
+    owner = {"host": os.uname().nodename, "process": 1, "started": lock._started(1)}
+    (stale / ".owner").write_text(json.dumps(owner))
+    with pytest.raises(UserError, match=r"c.building is in use by process 1 on"):  # it is alive, and not ours
         make(tmp_path / "c")
-    (stale / "owner").write_text(f"{os.uname().nodename} 4194304")  # above the largest process number
+    (stale / ".owner").write_text(json.dumps({**owner, "process": 4194304}))  # above the largest process number
     assert len(make(tmp_path / "c")) == 11 and os.listdir(tmp_path) == ["c"]
 
 

@@ -9,8 +9,11 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torch.distributed import HashStore
 
+from core import dist
 from core.errors import UserError
+from core.peers import Peers
 from data.cache import Pass
 from data.checks import left_out, require_classes, require_labels, require_same_classes
 from data.decode import UnreadablePicture, decode_rgb
@@ -194,6 +197,25 @@ def test_share_of_unreadable_pictures(tmp_path):
     with pytest.raises(UserError, match="^6 of the 100 pictures read so far .*k0: it is torn; .*raise that setting"):
         build(tmp_path / "s", source, Transform(8, flip=True), spec, codes, "f", how=how)
     build(tmp_path / "s", source, Transform(8, flip=True), spec, codes, "f", how=Pass(max_corrupt=0.06))
+
+
+def test_share_over_all_ranks(monkeypatch):
+    """A picture that both ranks meet counts once, and the pictures of both make the share."""
+    store = HashStore()
+    peers = [Peers(store, rank, 2, 1.0) for rank in range(2)]
+    ranks = [Replaced(1000, 0.05, 2) for _ in peers]
+
+    def add(rank: int, *keys: int) -> None:
+        monkeypatch.setattr(dist, "_peers", peers[rank])
+        ranks[rank].add({str(key): "torn" for key in keys}, 100)
+
+    add(0, *range(0, 30))
+    add(1, *range(20, 50))
+    add(0, *range(20, 50))
+    assert len(ranks[0]) == len(ranks[1]) == 50
+    with pytest.raises(UserError, match="^51 of the 400 pictures read so far .*data.max_corrupt=0.05"):
+        add(1, 50)
+    assert len(Replaced(1000, 0.05, 2, "of something else")) == 0
 
 
 def test_share_of_a_large_set():

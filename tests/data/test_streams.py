@@ -225,6 +225,29 @@ def test_remote_shards(web, tmp_path, monkeypatch):
     assert open_source(f"wds://{address}/s-00.tar?samples=3").class_names == ["unlabelled"]
 
 
+@pytest.mark.parametrize("workers", [0, 2])
+def test_what_remote_shards_hold_besides(web, tmp_path, monkeypatch, workers):
+    """Counted once a shard, however often, by whomever and in how many attempts it is read."""
+    address, handler = web
+    monkeypatch.setattr("time.sleep", lambda _: None)
+    monkeypatch.setenv("no_proxy", "127.0.0.1")
+    for shard in range(2):
+        members = {"a.txt": b"caption", "a.jpg": png(), "a.json": b'{"text": "x"}', "b.avif": b"", "c.json": b"{}"}
+        write_tar(tmp_path / f"t-{shard}.tar", members)
+    handler.broken.add("/t-1.tar")
+    told = []
+    source = open_source(f"wds://{address}/t-{{0..1}}.tar?samples=2")
+    loader = Loader(source, PLAIN, 0, 2, workers=workers, tell=told.append)
+    list(itertools.islice(loader.batches(), 6))
+    assert set(loader.left_out()) == {
+        "2 .txt (a.txt, ...)",
+        "2 label(s), as there is one class (num_classes=N or classes=FILE for more) (a.json, ...)",
+        "2 .avif (b.avif, ...)",
+        "2 .json without a picture (c.json, ...)",
+    }
+    assert len(told) == 4 and "not read: .txt (a.txt); counted at the end" in told
+
+
 def test_one_pass_of_a_stream_is_whole(web, monkeypatch):
     monkeypatch.setenv("no_proxy", "127.0.0.1")
     source = open_source(f"wds://{web[0]}/s-{{00..03}}.tar?samples=12&num_classes=3")

@@ -83,6 +83,27 @@ def test_generator_command(generator_run, tmp_path, small_net, capsys):
         assert again["fid_20"] == pytest.approx(found["fid_20"], rel=1e-6) and "precision_20" in again
 
 
+def test_what_is_left_out_is_told(tmp_path, capsys, small_net):
+    """Of samples, and of both sides of a comparison; folders beside samples are not looked into."""
+    images = np.random.default_rng(0).integers(0, 256, (12, 24, 24, 3), dtype=np.uint8)
+    for name in ("original", "recon"):
+        save_folder(tmp_path / name, images)
+    (tmp_path / "original" / "notes.md").touch()
+    (tmp_path / "recon" / "12.avif").touch()
+    save_folder(tmp_path / "recon" / "sheets", images[:1])
+    words = ["--original", str(tmp_path / "original"), "--reconstructed", str(tmp_path / "recon")]
+    assert evaluate.main([*words, "--out", str(tmp_path / "out")]) == 0
+    out = capsys.readouterr().out
+    assert f"{tmp_path}/original: not read: 1 .md (notes.md)\n" in out
+    assert f"{tmp_path}/recon: not read: 1 .avif (12.avif); 1 folder(s) beside the pictures (sheets)\n" in out
+    reference = str(tmp_path / "r.npz")
+    assert make_reference.main([str(tmp_path / "original"), reference]) == 0
+    assert "original: not read: 1 .md" in capsys.readouterr().out
+    words = [str(tmp_path / "recon"), f"eval.reference={reference}", "--out", str(tmp_path / "o")]
+    assert evaluate_generator.main(words) == 0
+    assert "recon: not read: 1 .avif" in capsys.readouterr().out
+
+
 def test_a_continued_command_writes_every_picture(generator_run, tmp_path, small_net, monkeypatch):
     """Killed while writing the .npz: the rows that are there stay, the others follow."""
 

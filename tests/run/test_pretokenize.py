@@ -28,7 +28,7 @@ from run import pretokenize
 from run.data import open_pictures
 from run.train import train
 from scripts.pretokenize import main
-from tests.conftest import TOY_GENERATOR
+from tests.conftest import TOY_GENERATOR, TOY_TOKENIZER
 from tests.data.test_tokens import SOURCE, TEN, config, make, toy  # noqa: F401  (fixtures)
 from tests.ranks import in_threads
 from tests.scripts.test_launch import run, start
@@ -70,6 +70,15 @@ def test_the_store_a_config_trains_from_is_the_one_it_makes(tmp_path, config):
     assert train(settings) == 0
     with pytest.raises(UserError, match="tokenizer.weights is not set"):
         main([str(tmp_path / "toy.yaml")])
+
+
+def test_the_config_of_a_tokenizer_stands_for_what_it_trained(tmp_path, tokenizer_run, capsys):
+    words = [TOY_TOKENIZER, f"work_dir={tokenizer_run.parent}", "data.crop=center", "train.device=cpu"]
+    words += ["data.url=synthetic://?size=32&classes=4&count=8", "--out", str(tmp_path / "store")]
+    assert main(words) == 0 and "8 pictures x 2 views" in capsys.readouterr().out
+    assert len(TokenStore(tmp_path / "store")) == 8
+    with pytest.raises(UserError, match="tokenizer.weights is not set.* which this config trains, is not there"):
+        main([*words, f"work_dir={tmp_path}"])
 
 
 @pytest.mark.parametrize("crop", ["random", "resize_random"])

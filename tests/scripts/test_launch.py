@@ -21,6 +21,7 @@ from PIL import Image
 
 from core import cli, dist, launch
 from core.errors import UserError
+from core.peers import OtherRankFailed
 from core.rng import permutation
 from core.train.checkpoint import CheckpointStore
 from core.train.run import read_metrics
@@ -89,7 +90,7 @@ def test_asked_to_stop(tmp_path, launcher):
     assert f"stopped at step {step} " in (folder / "log.txt").read_text()
 
 
-def launched_by(module: str, *words: object) -> subprocess.CompletedProcess:
+def launched_by(module: str, *words: object, code: int = 0) -> subprocess.CompletedProcess:
     """scripts/train.py under a launcher itself, without run_*.sh."""
     done = subprocess.run(
         [sys.executable, "-m", module, *map(str, words)],
@@ -99,7 +100,7 @@ def launched_by(module: str, *words: object) -> subprocess.CompletedProcess:
         timeout=600,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
     )
-    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.returncode == code, done.stderr[-3000:]
     return done
 
 
@@ -114,6 +115,15 @@ def test_torchrun_itself(tmp_path):
         *toy(tmp_path, "train.duration=1step"),
     )
     assert done.stdout.count("1 steps of 8 on 2 x cpu") == 1
+
+
+def test_torchrun_itself_ends_with_the_sentence(tmp_path):
+    """Of a mistake that the second rank alone meets, which prints nothing itself."""
+    done = launched_by(
+        "torch.distributed.run", "--nproc-per-node", 2, "--standalone", "-m", "tests.scripts.failing_rank", code=1
+    )
+    *_, sentence, border = done.stderr.splitlines()
+    assert sentence.strip() == "traceback : error: the disk is full" and set(border) == {"="}
 
 
 def test_accelerate_itself(tmp_path, tokenizer_run):
@@ -238,10 +248,13 @@ def test_weights_in_parts(tmp_path):
         assert ours["grad_norm/generator"] == pytest.approx(theirs["grad_norm/generator"], rel=1e-5)
 
 
-def test_a_mistake_that_only_the_ranks_find(tmp_path):
-    done = run("run_train_tokenizer.sh", *toy(tmp_path, "train.global_batch=9"), NPROC="2")
+@pytest.mark.parametrize("launcher", ["torchrun", "accelerate"])
+def test_a_mistake_that_only_the_ranks_find(tmp_path, launcher):
+    done = run("run_train_tokenizer.sh", *toy(tmp_path, "train.global_batch=9"), NPROC="2", LAUNCHER=launcher)
     assert done.returncode == 2, done.stderr[-2000:]
-    assert done.stderr.count("error: global batch 9 must be a positive multiple of 2 ranks.") == 1
+    sentence = "error: global batch 9 must be a positive multiple of 2 ranks."
+    assert done.stderr.count(sentence) == 1
+    assert done.stderr.splitlines()[-1].startswith(sentence)  # after the launcher's own traceback
 
 
 def test_a_mistake_that_only_one_rank_finds(tmp_path):
@@ -259,7 +272,8 @@ def test_a_mistake_that_only_one_rank_finds(tmp_path):
         NPROC="2",
     )
     assert done.returncode == 2, done.stderr[-2000:]
-    assert done.stderr.count("cannot be read") == 1 and broken.name in done.stderr
+    last = done.stderr.splitlines()[-1]
+    assert done.stderr.count("cannot be read") == 1 and "cannot be read" in last and broken.name in last
 
 
 def test_config_mistakes_are_reported_once(tmp_path):
@@ -276,6 +290,9 @@ def test_the_first_rank_that_fails_speaks(tmp_path, monkeypatch, capsys):
     def fail(_):
         raise UserError("the disk is full")
 
+    def echo(_):
+        raise OtherRankFailed("rank 0 failed; its message says why.")
+
     def end(main) -> tuple[int, str]:
         with pytest.raises(SystemExit) as stopped:
             cli.run(main)
@@ -283,9 +300,9 @@ def test_the_first_rank_that_fails_speaks(tmp_path, monkeypatch, capsys):
 
     monkeypatch.setenv("RANK", "1")
     assert end(lambda _: 0) == (0, "") and not (tmp_path / "code").exists()
-    assert end(fail) == (2, "error: the disk is full\n")
-    assert end(fail) == (2, "") and end(lambda _: 75) == (75, "")
-    assert (tmp_path / "code").read_text() == "2"
+    assert end(echo) == (2, "") and not (tmp_path / "code").exists()  # it may be faster than the one that knows why
+    assert end(fail) == end(fail) == (2, "") and end(lambda _: 75) == (75, "")
+    assert (tmp_path / "code").read_text() == "2\nerror: the disk is full\n"  # scripts/launch.sh ends with it
 
 
 ENDING = """
@@ -557,6 +574,42 @@ def test_more_processes_than_gpus(monkeypatch):
 def test_failures_of_the_check_are_passed_on(launched):
     words, done = launched(NPROC="2", FAKE_CODE="2")
     assert done.returncode == 2 and words[-1] == "--check"
+
+
+def stop_when_there(folder: Path, number: signal.Signals, **environment: str) -> tuple[int, list[str]]:
+    """Exit code and last lines of scripts/launch.sh, signalled once the fake interpreter has written `folder`/there."""
+    process = start("scripts/launch.sh", "scripts/train.py", "c.yaml", NPROC="2", **environment)
+    while not (folder / "there").exists() and process.poll() is None:
+        time.sleep(0.01)
+    process.send_signal(number)
+    _, err = process.communicate(timeout=60)
+    return process.returncode, err.splitlines()
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+@pytest.mark.parametrize("moment", ["--check", "torch.distributed.run"])
+def test_stopped_before_the_ranks_are_there(tmp_path, number, moment):
+    """While the command is checked, or while the launcher starts and has no ranks yet: nothing is lost but a moment."""
+    body = f'''[ "$1" = -c ] && exit 0
+case "$*" in *{moment}*) touch "{tmp_path}/there"; exec sleep 60 ;; esac'''
+    fake = program(tmp_path / "python", body)
+    code, lines = stop_when_there(tmp_path, number, TESSERA_PYTHON=str(fake))
+    assert code == 75
+    assert lines[-1] == f"stopped (received {number.name}); run the same command again to continue"
+
+
+def test_a_signal_to_the_whole_group_spares_the_launcher(tmp_path):
+    """SIGUSR1 as SLURM may send it: to the shell, the launcher and the ranks."""
+    body = f'''[ "$1" = -c ] && exit 0
+case "$*" in *--check*) exit 0 ;; esac
+kill -USR1 $$
+trap "exit 75" TERM
+(trap 'echo told >"{tmp_path}/rank"; exit 0' TERM; touch "{tmp_path}/there"; sleep 60 & wait) &
+wait; wait
+exit 75'''
+    fake = program(tmp_path / "python", body)
+    code, _ = stop_when_there(tmp_path, signal.SIGUSR1, TESSERA_PYTHON=str(fake))
+    assert code == 75 and (tmp_path / "rank").read_text() == "told\n"
 
 
 def test_unknown_launcher(launched):
