@@ -22,6 +22,8 @@ from core.files import text_instead
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM")
 # Resizing the short side of a 1 x 50000 strip to 256 would need gigabytes.
 MAX_ASPECT = 100
+# Of a JPEG: a bit for every 16 x 16 pixels. Damaged headers claim more, and the decoder would fill it up with grey.
+JPEG_PIXELS_PER_BYTE = 8 * 16 * 16
 ORIENTATION = 0x0112  # the EXIF tag
 
 
@@ -86,6 +88,8 @@ def decode_rgb(data: bytes, key: str, upright: bool = False) -> Image.Image:
             width, height = image.size
             if max(width, height) > MAX_ASPECT * min(width, height):
                 raise _Unsuitable(f"{width} x {height} is too narrow (limit 1:{MAX_ASPECT})")
+            if image.format == "JPEG" and width * height > JPEG_PIXELS_PER_BYTE * len(data):
+                raise _Unsuitable(f"its {len(data):,} bytes cannot hold the {width} x {height} pixels that it claims")
             image.load()
             return to_rgb(ImageOps.exif_transpose(image) if upright else image)
     except UnidentifiedImageError as error:  # its own text names a buffer

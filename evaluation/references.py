@@ -235,7 +235,7 @@ def _parse_facts(path: Path, text: str) -> Facts:
     try:
         record = json.loads(text)
         return Facts(**{k: record[k] for k in Facts.__dataclass_fields__ if k in record})
-    except (ValueError, TypeError) as error:
+    except (ValueError, TypeError, RecursionError) as error:
         raise UserError(f"{path}: its record of how it was made is damaged ({error}).") from error
 
 

@@ -88,7 +88,7 @@ def read(path: str | os.PathLike) -> WeightFile | None:
             or not isinstance(content.provenance, dict)
         ):
             raise ValueError("kind, settings with a name, and provenance were expected")
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise UserError(
             f'{path}: its header entry "{KEY}" is not what Tessera writes ({error}). Make the file again with '
             "convert.py."

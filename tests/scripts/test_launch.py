@@ -120,7 +120,7 @@ def test_torchrun_itself(tmp_path):
 def test_torchrun_itself_ends_with_the_sentence(tmp_path):
     """Of a mistake that the second rank alone meets, which prints nothing itself."""
     done = launched_by(
-        "torch.distributed.run", "--nproc-per-node", 2, "--standalone", "-m", "tests.scripts.failing_rank", code=1
+        "torch.distributed.run", "--nproc-per-node", 2, "--standalone", "-m", "tests.core.failing_rank", code=1
     )
     *_, sentence, border = done.stderr.splitlines()
     assert sentence.strip() == "traceback : error: the disk is full" and set(border) == {"="}
