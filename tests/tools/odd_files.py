@@ -38,7 +38,7 @@ from core.errors import UserError
 from core.weights.pickles import plain, tensors_in
 from data.decode import UnreadablePicture, decode_rgb
 from data.transforms import Transform
-from run.load import load_tokenizer
+from run.load import read_tokenizer
 from tests.core.weights import test_hub
 from tests.core.weights.test_containers import MODELS, official
 
@@ -450,7 +450,7 @@ def look_at_weights(path: Path) -> int:
         plain(content)
         list(tensors_in(content))
         _, name, settings = MODELS[MODEL]
-        load_tokenizer({"name": name, **settings, "weights": str(path)})
+        read_tokenizer({"name": name, **settings, "weights": str(path)})
     except UserError as error:
         sentence = str(error)
         assert path.name in sentence, sentence
