@@ -1,4 +1,4 @@
-"""What a device can do at most, and how long an amount of work must take on it at least.
+"""What a device can do at most, how long an amount of work must take on it at least, and how exactly it does fp32.
 
 Peaks are the vendors' figures for dense products with fp32 accumulation and for memory bandwidth; no kernel reaches
 them, so a time computed from them is a floor.
@@ -6,7 +6,12 @@ them, so a time computed from them is a floor.
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
+
+import torch
 
 
 @dataclass(frozen=True)
@@ -49,3 +54,36 @@ def peak_of(name: str) -> Peak | None:
 def floor_seconds(flops: float, moved_bytes: float, peak: Peak) -> float:
     """Arithmetic and memory traffic overlap at best: the longer of the two."""
     return max(flops / peak.flops, moved_bytes / peak.bandwidth)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# TF32: fp32 products with 10 bits of mantissa, several times as fast on the tensor cores of a GPU
+# ---------------------------------------------------------------------------------------------------------------------
+def _switches() -> tuple[tuple[Any, ...], str, dict[bool, Any]]:
+    """torch's settings of convolutions and of matrix products: (holders, their attribute, its value for TF32 or not)."""
+    # torch 2.9 gave every kind of operation its own setting and refuses to mix it with the older one
+    if getattr(torch.backends.cudnn, "conv", None) is not None:
+        holders = torch.backends.cudnn.conv, torch.backends.cuda.matmul
+        return holders, "fp32_precision", {True: "tf32", False: "ieee"}
+    return (torch.backends.cudnn, torch.backends.cuda.matmul), "allow_tf32", {True: True, False: False}
+
+
+def set_tf32(allowed: bool | None) -> None:
+    """Of all fp32 convolutions and products from here on; None: as torch sets out, convolutions in TF32, products not."""
+    holders, name, values = _switches()
+    for holder, default in zip(holders, (True, False)):
+        setattr(holder, name, values[default if allowed is None else allowed])
+
+
+@contextlib.contextmanager
+def without_tf32() -> Iterator[None]:
+    """Inside, fp32 is fp32."""
+    holders, name, values = _switches()
+    before = [getattr(holder, name) for holder in holders]
+    try:
+        for holder in holders:
+            setattr(holder, name, values[False])
+        yield
+    finally:
+        for holder, value in zip(holders, before):
+            setattr(holder, name, value)

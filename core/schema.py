@@ -163,6 +163,10 @@ class TrainConfig:
     init_from: str | None = setting(None, "start from these weights: run folder, checkpoint, file or hf://")
     device: Literal["auto", "cpu", "cuda"] = setting("auto", "auto takes CUDA where there is one")
     precision: Literal["fp32", "bf16"] = setting("bf16", "of matrix products; losses, norms and weights stay fp32")
+    tf32: bool | None = setting(
+        None,
+        "what stays fp32 may run in TF32 on a GPU, but for the search of codes; null: convolutions alone, torch's default",
+    )
     parallel: Literal["ddp", "fsdp"] = setting(
         "ddp", "ddp: whole weights on every rank; fsdp: a part each (generators)"
     )

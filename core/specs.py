@@ -393,6 +393,10 @@ class Discriminator(nn.Module, ABC):
     def forward(self, images: Tensor, draws: Draws | None = None) -> Tensor:
         """(B, 3, H, W) in [-1, 1], or [0, 1] where the objective says so -> logits of any shape, positive for real."""
 
+    def frozen(self) -> dict[str, nn.Module]:
+        """Networks that it looks through and that are no submodules: never trained, in no file."""
+        return {}
+
 
 @runtime_checkable
 class SparesWeightDecay(Protocol):

@@ -28,6 +28,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from core.devices import without_tf32
 from core.errors import UserError, nearest
 from core.files import sha256_file
 from core.nn.offline import efficientnet_lite0_input, load_efficientnet_lite0
@@ -41,20 +42,8 @@ from evaluation.protocols import PROTOCOLS, Protocol
 def full_precision() -> Iterator[None]:
     """No TF32 and no autocast inside: cuDNN convolutions use TF32 by default, which moves features by about 1e-3;
     online evaluation runs within a training's autocast, which knows nothing of the half-precision distances of ADM."""
-    # torch 2.9 gave every kind of operation its own setting and refuses to mix it with the older one
-    if getattr(torch.backends.cudnn, "conv", None) is not None:
-        holders, name, exact = (torch.backends.cudnn.conv, torch.backends.cuda.matmul), "fp32_precision", "ieee"
-    else:
-        holders, name, exact = (torch.backends.cudnn, torch.backends.cuda.matmul), "allow_tf32", False
-    before = [getattr(holder, name) for holder in holders]
-    try:
-        for holder in holders:
-            setattr(holder, name, exact)
-        with torch.autocast("cpu", enabled=False), torch.autocast("cuda", enabled=False):
-            yield
-    finally:
-        for holder, value in zip(holders, before):
-            setattr(holder, name, value)
+    with without_tf32(), torch.autocast("cpu", enabled=False), torch.autocast("cuda", enabled=False):
+        yield
 
 
 class FeatureNet(nn.Module, ABC):

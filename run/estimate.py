@@ -74,8 +74,7 @@ class Plan:
         self.tokenizer = self.task.tokenizer
         trained, frozen = self.task.networks(), list(self.task.frozen().values())
         if config.train.activation_checkpointing:
-            for network in trained.values():
-                parallel.checkpoint_activations(network)
+            parallel.checkpoint_activations(trained[self.task.primary])
         for network in frozen:
             network.eval().requires_grad_(False)
         for network in trained.values():

@@ -44,7 +44,12 @@ class TokenizerTask:
         return trained
 
     def frozen(self) -> dict[str, nn.Module]:
-        return {"objective": self.objective, **{f"teacher.{name}": net for name, net in self.teachers.items()}}
+        looked_through = self.discriminator.frozen() if self.discriminator is not None else {}
+        return {
+            "objective": self.objective,
+            **{f"teacher.{name}": net for name, net in self.teachers.items()},
+            **{f"discriminator.{name}": net for name, net in looked_through.items()},
+        }
 
     def constants(self) -> dict[str, Tensor]:
         return self.objective.constants()

@@ -50,6 +50,7 @@ class LPIPS(Frozen):
     """
 
     backbone: nn.Sequential
+    compiled_whole = True  # its layers are single ones
 
     def __init__(self, backbone: str = "vgg16", widths: tuple[int, ...] = VGG_WIDTHS, pretrained: bool = True):
         if backbone not in _PIXELS:

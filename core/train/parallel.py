@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import functools
 import inspect
+import types
 from collections.abc import Iterator
 from typing import Any
 
@@ -50,21 +50,55 @@ def accumulation(per_rank: int, largest: int) -> int:
     )
 
 
+def _recomputed(block: nn.Module, *args: Any, **kwargs: Any) -> Any:
+    """The block's own forward, computed again in backward. It draws nothing from a generator whose state would count."""
+    return checkpoint(type(block).forward, block, *args, use_reentrant=False, preserve_rng_state=False, **kwargs)
+
+
 def checkpoint_activations(network: nn.Module) -> None:
-    """Recompute every block in backward instead of keeping its activations."""
+    """Recompute every block in backward instead of keeping its activations. Blocks must change no buffer.
+
+    A method and not a functools.partial, which the compiler would not look into: it would leave the block uncompiled.
+    """
     for block in blocks_of(network):
-        block.forward = functools.partial(checkpoint, block.forward, use_reentrant=False)
+        block.forward = types.MethodType(_recomputed, block)
+
+
+def compiled_parts(network: nn.Module) -> list[nn.Module]:
+    """What is compiled, each for itself: repeated blocks, and networks that say `compiled_whole`; without any, all.
+
+    Blocks are the elements of nn.ModuleLists, and those of an nn.Sequential that holds several of a class.
+    """
+    found: list[nn.Module] = []
+
+    def visit(module: nn.Module) -> None:
+        for child in module.children():
+            if getattr(child, "compiled_whole", False):
+                found.append(child)
+                continue
+            blocks: list[nn.Module] = []
+            if isinstance(child, (nn.ModuleList, nn.Sequential)):
+                blocks = [block for block in child if any(block.children())]
+            if isinstance(child, nn.Sequential):  # it may be one of different things
+                kinds = [type(block) for block in blocks if type(block) is not nn.Sequential]
+                blocks = [block for block in blocks if kinds.count(type(block)) > 1]
+            found.extend(blocks)
+            if not blocks:
+                visit(child)
+
+    visit(network)
+    return found or [network]
 
 
 def compile_blocks(network: nn.Module, backend: str = "inductor") -> None:
-    """Compile block by block: one short compilation serves all blocks of a kind.
+    """Compile part by part: one short compilation serves all blocks of a kind.
 
     They share one cache: a variant per width, training or not, and batch size (fixed, then any). Autoguidance alone needs
     more than torch's limit of 8, beyond which it would run the rest uncompiled.
     """
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 64)
-    for block in blocks_of(network) or [network]:
-        block.compile(backend=backend)
+    for part in compiled_parts(network):
+        part.compile(backend=backend)
 
 
 def replicate(network: nn.Module, world: World) -> nn.Module:

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from core import images as image_tools
 from core.config import to_plain
+from core.devices import set_tf32
 from core.dist import AgreedFlag, World
 from core.errors import UserError, nearest
 from core.rng import Draws, hash64
@@ -78,6 +79,7 @@ class Trainer:
         self.evaluation_due = False  # a signal came while online metrics were computed
         train = self.settings
         parallel.set_determinism(train.deterministic)
+        set_tf32(train.tf32)
 
         if train.global_batch % world.size:
             raise UserError(
@@ -127,9 +129,8 @@ class Trainer:
     def _wrap(self) -> None:
         """Checkpoint, compile and distribute the networks: before optimisers and averages, which follow their shards."""
         train = self.settings
-        if train.activation_checkpointing:
-            for network in self.networks.values():
-                parallel.checkpoint_activations(network)
+        if train.activation_checkpointing:  # of what is large; a discriminator's blocks may change buffers
+            parallel.checkpoint_activations(self.networks[self.task.primary])
         self.skeleton = None  # of the primary network, where its weights are in parts
         if train.parallel == "fsdp" and self.world.size > 1:
             self.skeleton = parallel.skeleton(self.networks[self.task.primary], list(self.task.frozen().values()))

@@ -49,6 +49,18 @@ class Size:
 SIZES = {"b": Size(1024, 24, 16, 3), "l": Size(1280, 36, 20, 4)}
 
 
+class CrossEntropy(nn.Module):
+    """Of the codes that a linear layer without bias predicts: features (B, T, D), weight (V, D), codes (B, T) -> ().
+
+    A module, so that it is compiled as one: the logits of a large vocabulary are then read once, not once per operation.
+    """
+
+    compiled_whole = True
+
+    def forward(self, features: Tensor, weight: Tensor, codes: Tensor) -> Tensor:
+        return F.cross_entropy(F.linear(features, weight).float().flatten(0, 1), codes.flatten())
+
+
 class FAR(Regularised):
     """core.specs.Generator of Codes, K per position.
 
@@ -134,6 +146,7 @@ class FAR(Regularised):
         for name, part in zip(("cos", "sin"), table):
             self.register_buffer(f"rope_{name}", part, persistent=False)
         self.alignment = self.make_alignment(s.width, code_dim, branches)
+        self.cross_entropy = CrossEntropy()
         init_weights(self)
         for k in range(branches):  # the first loss is ln V exactly
             nn.init.zeros_(self._module("output", k).weight)
@@ -203,7 +216,7 @@ class FAR(Regularised):
         taps = self.taps()
         features = self.features(context, self.drop_labels(labels, draws), keys, taps)
         losses = [
-            F.cross_entropy(self.logits(features[:, :, k], k).flatten(0, 1), latents[..., k].flatten())
+            self.cross_entropy(features[:, :, k], self._module("output", k).weight, latents[..., k])
             for k in range(self.branches)
         ]
         logs = {f"ce_{k + 1}": loss for k, loss in enumerate(losses)}

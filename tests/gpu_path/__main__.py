@@ -1,5 +1,5 @@
 """python -m tests.gpu_path"""
 
-from tests.gpu_path import sampling
+from tests.gpu_path import sampling, training
 
-print(sampling.table())
+print(sampling.table(), training.table(), sep="\n\n")

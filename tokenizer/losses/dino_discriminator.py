@@ -177,6 +177,9 @@ class DinoDiscriminator(Discriminator):
     def features(self) -> DinoFeatures:
         return self._features[0]
 
+    def frozen(self) -> dict[str, nn.Module]:
+        return {"features": self.features}
+
     def _apply(self, fn, recurse: bool = True):
         """The backbone follows moves to another device or type."""
         self.features._apply(fn)

@@ -186,8 +186,10 @@ class Objective(nn.Module):
                 terms["semantic"] = self._semantic(recon, features)
             terms |= {name: term.float() for name, term in recon.terms.items()}
             if active:
+                # Under adaptive weights every loss has a graph of its own, which its one backward pass may free.
+                judged = self._seen(pictures) if adaptive else seen
                 with _frozen(discriminator) as judge:
-                    logits = self._judge(judge, seen, "generator", draws, progress)
+                    logits = self._judge(judge, judged, "generator", draws, progress)
                 terms["gan"] = GAN_LOSSES[self.settings.gan_loss](logits)
             if adaptive:
                 total, weights["gan"] = self._balanced(terms, pictures, recon)
@@ -238,7 +240,7 @@ class Objective(nn.Module):
             )
         weighted = {name: self.weights[name] * term for name, term in terms.items() if name != "gan"}
         supervised = sum(weighted.pop(name) for name in ("reconstruction", "perceptual") if name in weighted)
-        gradients = [torch.autograd.grad(loss, pictures, retain_graph=True)[0] for loss in (supervised, terms["gan"])]
+        gradients = [torch.autograd.grad(loss, pictures)[0] for loss in (supervised, terms["gan"])]
         norms = []
         for gradient in gradients:
             at_layer = torch.autograd.grad(recon.images, recon.last_layer, gradient, retain_graph=True)[0].float()

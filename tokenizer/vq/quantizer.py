@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
+from core.devices import without_tf32
 from core.dist import gather_over_ranks, mean_over_ranks
 from core.errors import UserError
 from core.nn.precision import no_autocast
@@ -62,8 +63,9 @@ def squared_distances(z: Tensor, table: Tensor) -> Tensor:
 
 @torch.no_grad()
 def nearest_codes(z: Tensor, table: Tensor) -> Tensor:
-    """Index of the row of `table` (V, D) nearest to each vector of z (..., D), the first of equals. fp32."""
-    with no_autocast(z):
+    """Index of the row of `table` (V, D) nearest to each vector of z (..., D), the first of equals. fp32, never TF32,
+    which moves codes that lie between two rows."""
+    with no_autocast(z), without_tf32():
         flat, table = z.float().reshape(-1, z.shape[-1]), table.float()
         norms = table.square().sum(1)  # |z|^2 is the same for all rows
         codes = [torch.addmm(norms, part, table.t(), alpha=-2).argmin(1) for part in _chunks(flat, len(table))]

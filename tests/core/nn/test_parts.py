@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 
 from core.errors import UserError
+from core.nn import attention as attention_module
 from core.nn.attention import Attention, CrossAttention
 from core.nn.dropout import drop_path, dropout, keyed_path_factors
 from core.nn.kvcache import KVCache
@@ -196,7 +197,9 @@ def test_settings_per_codebook():
         per_branch([1, 2, 3], 2, "top_k")
 
 
-def test_a_prefix_sees_itself_and_the_rest_sees_it_in_order():
+@pytest.mark.parametrize("by_name", [set(), {"cpu"}], ids=["CPU", "GPU"])
+def test_a_prefix_sees_itself_and_the_rest_sees_it_in_order(monkeypatch, by_name):
+    monkeypatch.setattr(attention_module, "CAUSAL_BY_NAME", by_name)
     torch.manual_seed(0)
     attention, x = Attention(64, 4, "layer"), torch.randn(2, 10, 64)
     mask = torch.ones(10, 10, dtype=torch.bool).tril()

@@ -16,6 +16,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from core.errors import UserError
+from core.nn.lpips import LPIPS
 from core.schema import Duration, LogConfig, OptimizerConfig, ScheduleConfig
 from core.train import log, parallel
 from core.train.checkpoint import CheckpointStore, find_damage
@@ -25,7 +26,8 @@ from core.train.optim import Schedule, make_adamw
 from core.train.run import read_metrics
 from core.train.trainer import Trainer
 from tests import parity
-from tests.conftest import TOY_GENERATOR, TOY_TOKENIZER
+from tests.conftest import TOY_GENERATOR, TOY_TOKENIZER, toy
+from tokenizer.losses.discriminators import PatchGAN
 
 NO_GAN = ("discriminator=null", "objective.weights.gan=0")
 
@@ -346,7 +348,27 @@ def test_compile_and_checkpointing_change_nothing(build_trainer, monkeypatch, to
     changed = build_trainer(config, *more, *mode, "objective.gan_start_epoch=0" if kind == "tokenizer" else "seed=0")
     for name, network in changed.networks.items():
         assert list(network.state_dict()) == list(plain.networks[name].state_dict())
+    compilations = torch._dynamo.utils.counters["frames"]["total"]
     assert_same(changed, plain)
+    assert (torch._dynamo.utils.counters["frames"]["total"] > compilations) == ("train.compile=true" in mode)
+
+
+@pytest.mark.parametrize(
+    "system, whole", [pytest.param("imagefolder", PatchGAN, marks=pytest.mark.slow), ("vqgan_plus", LPIPS)]
+)
+def test_everything_of_a_tokenizers_step_compiles(build_trainer, monkeypatch, system, whole):
+    """Loss networks, teachers and discriminators too, and adaptive weights, which differentiate parts of them twice."""
+    monkeypatch.setattr(parallel, "compile_blocks", functools.partial(parallel.compile_blocks, backend="aot_eager"))
+    torch._dynamo.reset()
+    compiled: list[nn.Module] = []
+    original = nn.Module.compile
+    monkeypatch.setattr(nn.Module, "compile", lambda self, **how: (compiled.append(self), original(self, **how))[1])
+    config, active = toy(f"{system}_tokenizer"), ["objective.gan_start=0step", "objective.adaptive_weight=true"]
+    if whole is LPIPS:
+        lpips = "{widths: [4, 8, 8, 8, 8], pretrained: false}"
+        active += [f"objective.perceptual={{lpips: {lpips}}}", "objective.weights.perceptual=1.0"]
+    assert_same(build_trainer(config, *active, "train.compile=true"), build_trainer(config, *active), rtol=1e-4)
+    assert any(isinstance(part, whole) for part in compiled)
 
 
 @pytest.mark.parametrize("kind", ["tokenizer", "generator"])
