@@ -70,8 +70,8 @@ def _until_stopped(main: Callable[[list[str]], int | None]) -> int:
 
 def _peers() -> Any | None:
     """What this process knows of the other ranks (core/peers.py); None where there are none."""
-    dist = sys.modules.get("core.dist")
-    return dist.peers() if dist is not None else None
+    look = getattr(sys.modules.get("core.dist"), "peers", None)  # the module may be half imported when a signal comes
+    return look() if look is not None else None
 
 
 def _of_other_ranks(error: BaseException) -> UserError | None:

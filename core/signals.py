@@ -37,8 +37,8 @@ class Stopped(BaseException):
 class StopRequest:
     """Collects the wish to stop while it is open as a context manager; old handlers come back when it closes.
 
-    One that is opened inside another takes its place and hands on what it heard, except to one that is `at_once`:
-    whoever opened it raises Stopped then. Outside the main thread, which alone receives signals, it does nothing.
+    One that is opened inside another takes its place, knows what that one has heard, and hands on what it heard, except to
+    one that is `at_once`: whoever opened it raises Stopped then. Outside the main thread, which alone receives signals, it does nothing.
 
     Args:
         time_limit_minutes: stop this long after construction. None: no limit.
@@ -58,6 +58,9 @@ class StopRequest:
     def __enter__(self) -> StopRequest:
         if threading.current_thread() is threading.main_thread():
             self._outer, StopRequest.innermost = StopRequest.innermost, self
+            # What was heard before counts: at the end of a step, before an evaluation; or Stopped was raised in the
+            # middle of an import of others, who let no exception through.
+            self._signal = self._signal or (self._outer._signal if self._outer is not None else None)
             for number in _SIGNALS:
                 self._previous[number] = signal.signal(number, self._handle)
         return self

@@ -81,3 +81,15 @@ def test_odd_names_in_the_log(tmp_path):
     run.path.mkdir()
     run._append("log.txt", "warning: \udcff.png cannot be read")
     assert (run.path / "log.txt").read_text() == "warning: \\udcff.png cannot be read\n"
+
+
+def test_a_signal_while_others_are_imported():
+    """torch lets no exception through in places of its import: the program is told again, and half a module asked."""
+    body = (
+        "import signal, sys, types, time; from core import signals; signals.LOOK_SECONDS, signals.GRACE_SECONDS = 0.1, 0.2\n"
+        "    sys.modules['core.dist'] = types.ModuleType('core.dist')\n"
+        "    try: signal.raise_signal(signal.SIGTERM)\n"
+        "    except BaseException: time.sleep(60)"
+    )
+    ended = program(body)
+    assert ended.returncode == 75 and ended.stderr.decode().startswith("stopped (received SIGTERM); run the same command")

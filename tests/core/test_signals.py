@@ -1,5 +1,6 @@
 """Polite stopping: signals and the time limit set a flag and nothing else."""
 
+import contextlib
 import signal
 import subprocess
 import sys
@@ -9,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from core import signals
-from core.signals import REQUEUE_EXIT_CODE, StopRequest
+from core.signals import REQUEUE_EXIT_CODE, Stopped, StopRequest
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -46,6 +47,18 @@ def test_time_limit(monkeypatch):
     assert request.requested() is None
     now += 1.0
     assert request.requested() == "reached the time limit of 2.5 minutes"
+
+
+def test_what_was_heard_is_not_forgotten():
+    """Before an evaluation begins; and where Stopped was raised inside an import that lets no exception through."""
+    for at_once in (False, True):
+        with StopRequest(at_once=at_once) as outer:
+            with contextlib.suppress(Stopped):
+                signal.raise_signal(signal.SIGTERM)
+            with StopRequest() as inner:
+                assert inner.requested() == outer.requested() == "received SIGTERM"
+    with StopRequest() as later:
+        assert later.requested() is None
 
 
 def test_second_interrupt_means_now(monkeypatch):
