@@ -27,7 +27,7 @@ from core.rng import Draws, hash64
 from core.train.log import progress_line
 from core.weights import hub
 from data.transforms import center_crop, to_tensor
-from evaluation.pictures import NpzWriter
+from evaluation.pictures import NpzPictures, NpzWriter, pieces
 from generator.sampling import draw_latents
 from run import streaming
 from run.reconstruct import read_files
@@ -261,14 +261,22 @@ class SampleFolder:
         return path
 
     def write_npz(self, path: Path, size: int) -> None:
-        """All pictures in one file."""
+        """All pictures in one file; one that holds them is left as it is, as after a kill in the last moment."""
         if path.exists():
-            raise UserError(f"{path} exists already; the pictures are in {self.path}. Choose another --npz.")
+            if not self._are_in(NpzPictures(path)):
+                raise UserError(f"{path} exists already; the pictures are in {self.path}. Choose another --npz.")
+            return
         with NpzWriter(path, self.count, (size, size)) as writer:
             for start in range(0, self.count, READ):
                 writer.write(start, self.read(start, min(start + READ, self.count)))
             writer.flush()
             writer.finish()
+
+    def _are_in(self, stored: NpzPictures) -> bool:
+        return len(stored) == self.count and all(
+            torch.equal(stored.read(piece.start, piece.stop), self.read(piece.start, piece.stop))
+            for piece in pieces(range(self.count))
+        )
 
 
 # ---------------------------------------------------------------------------------------------------------------------

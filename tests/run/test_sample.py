@@ -60,8 +60,13 @@ def test_what_is_there_stays(run, tmp_path):
     assert all((folder / name).stat().st_mtime_ns == time for name, time in before.items())
     stored = np.load(tmp_path / "s.npz")["arr_0"]
     assert stored.shape == (4, 32, 32, 3) and (stored[1] == np.asarray(Image.open(folder / "000001_1.png"))).all()
-    with pytest.raises(UserError, match="exists already"):
-        run("--labels", "0-1", "--num", 4, "--out", folder, "--npz", tmp_path / "s.npz")
+    made = (tmp_path / "s.npz").stat().st_mtime_ns
+    run("--labels", "0-1", "--num", 4, "--out", folder, "--npz", tmp_path / "s.npz")  # killed when all was written
+    assert (tmp_path / "s.npz").stat().st_mtime_ns == made
+    for more, seed in ((6, 0), (4, 1)):
+        with pytest.raises(UserError, match="exists already"):
+            out = ["--out", tmp_path / f"other_{seed}" if seed else folder]
+            run("--labels", "0-1", "--num", more, "--seed", seed, *out, "--npz", tmp_path / "s.npz")
 
 
 def test_a_folder_that_an_earlier_version_began_goes_on(run, tmp_path):
