@@ -1,297 +1,237 @@
 #!/usr/bin/env python3
 """Proof by violence that a run can be interrupted anywhere and continued exactly. CPU, minutes.
 
-    python -m tests.tools.torture --kills 20          SIGKILL at random moments, some of them inside a checkpoint save
-    python -m tests.tools.torture --mutations         every checkpoint file truncated, emptied, one bit flipped, deleted
+    python -m tests.tools.torture --kills 40          SIGKILL at random moments, and inside saves and evaluations
+    python -m tests.tools.torture --stops 20          SIGTERM, SIGINT and SIGUSR1 at random moments
+    python -m tests.tools.torture --ranks 4           two ranks, of which one is killed or (trainings) stopped
+    python -m tests.tools.torture --mutations 30      checkpoint files truncated, emptied, one bit flipped, deleted
     python -m tests.tools.torture --layouts           ranks, accumulation and loader workers change nothing
-    python -m tests.tools.torture --kills 20 --mutations --layouts --seed 1 --config configs/toy/rectok_generator.yaml
+    python -m tests.tools.torture rectok sample --kills 10 --stops 10 --seed 1
 
-After kills and damage the final weights, averages, optimiser moments and metrics must equal those of an uninterrupted
-run bit for bit. Prints one score line per part; exits with 0 only if every score is full.
+NAME: a system, whose tokenizer and generator are trained, or a program; default: everything. Counts are of each training
+and program. After kills, stops and damage the final weights, averages, optimiser moments, metrics and files must equal
+those of an uninterrupted run bit for bit. Prints one row per training and program with the places that the interruptions
+fell on; exits with 0 only if every score is full.
 
-Trainings run in children of a fork server that has imported everything, which saves seconds per restart; the first kill
-hits the real command line.
+Programs run in children of a fork server that has imported everything, which saves seconds per restart; the first
+interruption of each hits the real command line.
 """
 
 import argparse
-import json
-import multiprocessing
+import contextlib
+import functools
 import os
 import random
 import shutil
-import socket
+import signal
 import subprocess
 import sys
 import tempfile
 import time
-import zlib
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
-TOY = "configs/toy/rectok_tokenizer.yaml"
-# Periods that do not divide each other: checkpoints then hold half-filled averages of the log.
-PERIODS = ["train.device=cpu", "train.log_every=3step", "train.checkpoint_every=4step", "train.preview_every=never"]
+from tests.tools.arena import PATIENCE, PERIODS, PRELOADED, Arena, Runs, Score, differences, read_metrics, read_result
+from tests.tools.jobs import PROGRAMS, SYSTEMS, Workshop
+
+__all__ = ["PERIODS", "Arena", "differences", "read_metrics", "read_result"]
+
 NO_GAN = ["discriminator=null", "objective.weights.gan=0"]
-CLOCKS = ("images_per_second", "peak_memory_gib")  # metrics that measure time or memory: no two runs agree on them
-SAVE_SECONDS = 0.05  # about how long a toy checkpoint takes: kills aimed at a save land within
-PATIENCE = 120.0  # seconds before a child counts as hung
+# Places that random moments would seldom fall on, of trainings and of the others.
+AIMS = {True: ("save", "evaluation", "preview"), False: ("pieces", "report", "work", "statistics")}
+KILL, STOPS = (signal.SIGKILL,), (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+GO_ON = "run the same command again to continue"
+# The handlers of Python or of the system answer a signal that comes before ours are there.
+BEFORE = {number: {-number, 128 + number} for number in STOPS}
+Say = Callable[[str], None]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Runs in child processes
+# Kills and stops
 # ---------------------------------------------------------------------------------------------------------------------
-def fork_server():
-    """A multiprocessing context whose children start with torch imported and no thread alive."""
-    os.environ.update(OMP_NUM_THREADS="1")
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["run.train", "torch._dynamo", "omegaconf", "safetensors.torch"])
-    return context
-
-
-def _child(config: str, overrides: list[str], log: str, environment: dict[str, str], spy: str | None) -> None:
-    """One rank of a training, as scripts/train.py would run it, with its output in `log`."""
-    with open(log, "ab", buffering=0) as file:
-        os.dup2(file.fileno(), 1)
-        os.dup2(file.fileno(), 2)
-    os.environ.update(environment)
-    import torch
-
-    from core import cli
-    from run.load import load_config
-    from run.train import train
-
-    torch.set_num_threads(1)
-    if spy:
-        _record_batches(Path(spy))
-    cli.run(lambda _: train(load_config(config, overrides)))
-
-
-def _record_batches(path: Path) -> None:
-    """Write what every step is given: step, position, label and checksum of each picture."""
-    from core.train.trainer import Trainer
-
-    original = Trainer.train_step
-
-    def train_step(self, batch):
-        with path.open("a") as file:
-            for position, label, image in zip(batch.positions.tolist(), batch.labels.tolist(), batch.images):
-                file.write(f"{self.step} {position} {label} {zlib.crc32(image.numpy().tobytes()):08x}\n")
-        return original(self, batch)
-
-    Trainer.train_step = train_step
-
-
-ROOT = Path(__file__).resolve().parents[2]
-
-
 @dataclass
-class Arena:
-    """Where runs of one config take place.
+class Attempt:
+    """One start of a run that is to be interrupted."""
 
-    Args:
-        config: YAML of a toy run.
-        folder: work folder of all its runs.
-        overrides: what they have in common.
-    """
-
-    config: str
-    folder: Path
-    overrides: list[str] = field(default_factory=lambda: list(PERIODS))
+    runs: Runs
+    name: str
+    through_command_line: bool = False
 
     def __post_init__(self):
-        self.context = fork_server()
+        log = self.runs.log(self.name)
+        self._said = log.stat().st_size if log.exists() else 0
+        start = self.runs.start_command_line if self.through_command_line else self.runs.start
+        self.process = start(self.name)
 
-    def arguments(self, name: str, *more: str) -> list[str]:
-        """Overrides of the run called `name`."""
-        return [
-            *self.overrides,
-            f"name={name}",
-            f"work_dir={self.folder}",
-            f"data.cache_dir={self.folder / 'cache'}",
-            *more,
-        ]
+    def code(self) -> int | None:
+        """How it ended; None while it lives."""
+        return self.process.poll() if isinstance(self.process, subprocess.Popen) else self.process.exitcode
 
-    def log(self, name: str) -> Path:
-        return self.folder / f"{name}.log"
+    def wait_until(self, condition: Callable[[], bool], seconds: float) -> None:
+        """Or until it has ended; at most so long."""
+        deadline = time.monotonic() + seconds
+        while not condition() and self.code() is None and time.monotonic() < deadline:
+            time.sleep(0.0005)
 
-    def start(self, name: str, *more: str, environment: dict[str, str] | None = None, spy: Path | None = None):
-        """Begin or continue a run in a child."""
-        target = (self.config, self.arguments(name, *more), str(self.log(name)), environment or {}, spy and str(spy))
-        process = self.context.Process(target=_child, args=target)
-        process.start()
-        return process
+    def interrupt(self, number: int) -> tuple[int, float]:
+        """Send a signal; (exit code, seconds until the end)."""
+        began = time.monotonic()
+        if self.code() is None:
+            os.kill(self.process.pid, number)
+        self.join(PATIENCE)
+        return self.code() if self.code() is not None else self._give_up(), time.monotonic() - began
 
-    def start_command_line(self, name: str, *more: str) -> subprocess.Popen:
-        """The same through `python -m scripts.train`."""
-        command = [sys.executable, "-m", "scripts.train", self.config, *self.arguments(name, *more)]
-        with self.log(name).open("ab") as file:
-            return subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT, cwd=ROOT)
+    def join(self, seconds: float) -> None:
+        if not isinstance(self.process, subprocess.Popen):
+            self.process.join(seconds)
+            return
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self.process.wait(seconds)
 
-    def run(self, name: str, *more: str, **options) -> int:
-        """To its end; the exit code."""
-        process = self.start(name, *more, **options)
-        process.join(PATIENCE)
-        if process.exitcode is None:
-            process.kill()
-            raise TimeoutError(f"{name} hangs; see {self.log(name)}")
-        return process.exitcode
+    def _give_up(self) -> int:
+        self.process.kill()
+        self.join(PATIENCE)
+        raise TimeoutError(f"it does not end, {self.runs.where(self.name)}")
 
-    def run_ranks(self, name: str, ranks: int, *more: str, spy: Path | None = None) -> list[int]:
-        """The same on several gloo ranks; their exit codes."""
-        with socket.socket() as probe:  # a free port
-            probe.bind(("127.0.0.1", 0))
-            port = probe.getsockname()[1]
-        shared = {"WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-        processes = [
-            self.start(
-                name,
-                *more,
-                spy=spy and spy.with_suffix(f".{rank}"),
-                environment={**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)},
-            )
-            for rank in range(ranks)
-        ]
-        for process in processes:
-            process.join(PATIENCE)
-            if process.exitcode is None:
-                process.kill()
-        return [process.exitcode for process in processes]
+    def said(self) -> str:
+        """What it printed."""
+        return self.runs.log(self.name).read_bytes()[self._said :].decode(errors="replace")
 
-    def tail(self, name: str) -> str:
-        """The end of a run's output, for messages."""
-        return "\n".join(self.log(name).read_text(errors="replace").splitlines()[-8:])
+    def problem(self, number: int, code: int) -> str:
+        """What is wrong with how it ended; "" where nothing is."""
+        if code == 0 or (self.through_command_line and code in BEFORE.get(number, ())):
+            return ""
+        said = self.said()
+        expected = -number if number == signal.SIGKILL else 75
+        if code != expected or "Traceback" in said:
+            return f"{signal.Signals(number).name} ended with {code}: ...{said[-600:]}"
+        if number != signal.SIGKILL and said.count(GO_ON) != 1:
+            return f"{signal.Signals(number).name} is answered with {said[-300:]!r}"
+        return ""
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# What a run left behind
-# ---------------------------------------------------------------------------------------------------------------------
-def read_metrics(run: Path) -> list[dict]:
-    """metrics.jsonl without what clocks decide."""
-    lines = (run / "metrics.jsonl").read_text().splitlines()
-    return [{k: v for k, v in json.loads(line).items() if k not in CLOCKS} for line in lines]
-
-
-def read_result(run: Path) -> dict[str, object]:
-    """Everything that must not depend on interruptions: the last checkpoint, tensor by tensor as bytes, and metrics."""
-    from safetensors.torch import load_file
-
-    from core.train.checkpoint import CheckpointStore, find_damage
-
-    store = CheckpointStore(run / "checkpoints")
-    checkpoint = store.latest(clean=False)
-    if checkpoint is None or find_damage(checkpoint.path):
-        return {"checkpoint": None}
-    result: dict[str, object] = {
-        f"state {k}": checkpoint.state[k]
-        for k in ("step", "images_seen", "optimizers", "averages", "ema", "data_fingerprint")
-    }
-    for file in sorted(checkpoint.path.glob("*.safetensors")):
-        for name, tensor in load_file(file).items():
-            result[f"{file.name} {name}"] = (str(tensor.dtype), tuple(tensor.shape), tensor.numpy().tobytes())
-    for record in read_metrics(run):
-        result[f"metrics of step {record['step']}"] = record
-    result["metrics lines"] = len(read_metrics(run))
-    return result
-
-
-def differences(reference: dict[str, object], other: dict[str, object]) -> list[str]:
-    """Names of what is not bit-equal."""
-    return [key for key in sorted(reference.keys() | other.keys()) if reference.get(key) != other.get(key)]
-
-
-@dataclass
-class Score:
-    """`passed` of `total`, and what went wrong."""
-
-    title: str
-    passed: int = 0
-    total: int = 0
-    problems: list[str] = field(default_factory=list)
-
-    @property
-    def full(self) -> bool:
-        return self.passed == self.total and not self.problems
-
-    def count(self, passed: bool, problem: str) -> None:
-        self.total += 1
-        self.passed += passed
-        if not passed:
-            self.problems.append(problem)
-
-    def __str__(self) -> str:
-        return "\n".join([f"{self.title} {self.passed}/{self.total}", *(f"  {p}" for p in self.problems)])
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Kills
-# ---------------------------------------------------------------------------------------------------------------------
-def _writers_folder(run: Path) -> bool:
-    """Whether a checkpoint is being written right now."""
-    try:
-        return any(entry.name.startswith(".tmp-step") for entry in os.scandir(run / "checkpoints"))
-    except FileNotFoundError:
-        return False
-
-
-def _wait_for(condition: Callable[[], bool], alive: Callable[[], bool]) -> None:
-    """Until the condition holds or the process has ended."""
-    deadline = time.monotonic() + PATIENCE
-    while not condition() and alive() and time.monotonic() < deadline:
-        time.sleep(0.0003)
-
-
-def survive_kills(arena: Arena, kills: int, seed: int = 0, say: Callable[[str], None] = lambda _: None) -> Score:
-    """Kill runs `kills` times altogether. A run that ends is compared, and the next kills hit a new one."""
-    rng = random.Random(seed)
-    arena.run("warm_up")
-    started = time.monotonic()
-    if arena.run("reference"):
-        raise RuntimeError(f"the uninterrupted run failed:\n{arena.tail('reference')}")
-    seconds = time.monotonic() - started
-    reference = read_result(arena.folder / "reference")
-    score = Score("kills survived")
-    done, round_number = 0, 0
-    while done < kills:
-        name = f"killed_{round_number}"
+def interrupt(
+    runs: Runs, count: int, numbers: tuple[int, ...] = KILL, seed: int = 0, say: Say = lambda _: None
+) -> Score:
+    """Send `count` signals altogether. A run that ends is compared, and the next signals hit a new one."""
+    rng = random.Random(f"{seed} {runs.title}")
+    kind = "kills" if numbers == KILL else "stops"
+    (reference, seconds), score = runs.reference(), Score(f"{runs.title} {kind}")
+    round_number = 0
+    while score.total < count:
+        name, here = f"{kind}_{round_number}", 0
         round_number += 1
-        run, here, finished = arena.folder / name, 0, False
-        while done < kills and not finished:
-            through_command_line = done == 0
-            in_save = not through_command_line and rng.random() < 0.4
-            if through_command_line:
-                process = arena.start_command_line(name)
-                alive, wait = (lambda p=process: p.poll() is None), process.wait
-                _wait_for((run / "metrics.jsonl").is_file, alive)
-                time.sleep(rng.uniform(0.0, 0.1))
+        problems, finished = [], False
+        while score.total + here < count and not finished and not problems:
+            through_command_line = score.total + here == 0
+            number = rng.choice(numbers)
+            attempt = Attempt(runs, name, through_command_line)
+            aims = AIMS[isinstance(runs, Arena)]
+            aim = rng.choice(aims) if rng.random() < 0.5 and not through_command_line else "anywhere"
+            if aim == "anywhere":
+                attempt.join(rng.uniform(0.0, 0.9 * seconds) + (rng.uniform(0.3, 4.0) if through_command_line else 0))
             else:
-                process = arena.start(name)
-                alive, wait = process.is_alive, process.join
-                if in_save:
-                    _wait_for(lambda: _writers_folder(run), alive)
-                    time.sleep(rng.uniform(0.0, SAVE_SECONDS))
-                else:
-                    time.sleep(rng.uniform(0.0, 0.9 * seconds))
+                attempt.wait_until(lambda: runs.where(name) == aim, seconds)
+                attempt.join(rng.uniform(0.0, 0.05 if isinstance(runs, Arena) else 0.3 * seconds))
+            attempt.wait_until(lambda: through_command_line or runs.hears(name), PATIENCE)
+            before = runs.where(name)  # where a polite stop is no more when it has ended
+            try:
+                code, took = attempt.interrupt(number)
+            except TimeoutError as hanging:
+                problems.append(str(hanging))
+                break
+            finished = code == 0
+            if problem := attempt.problem(number, code):
+                problems.append(problem)
+            if not finished:
+                here += 1
+                where = "command line" if through_command_line else runs.where(name) if numbers == KILL else before
+                score.where[where] += 1
+                if number != signal.SIGKILL:
+                    score.longest = max(score.longest, took)
+                say(f"  {runs.title}: {signal.Signals(number).name} {score.total + here} in {where}, {took:.1f} s")
+        if not problems and not finished and (code := runs.run(name)):
+            problems.append(f"exit code {code}: {runs.tail(name)}")
+        if not problems:
+            problems += differences(reference, runs.result(name))
+        score.total += max(here, len(problems) > 0)
+        score.passed += here if not problems else 0
+        if problems:
+            score.problems.append(f"{name}, {here} interruptions: {len(problems)} problems, first {problems[:3]}")
+            say(f"  {score.problems[-1]}")
+        else:
+            _forget(runs, name)
+    return score
+
+
+def survive_kills(arena: Arena, kills: int, seed: int = 0, say: Say = lambda _: None) -> Score:
+    """Kill trainings so often."""
+    return interrupt(arena, kills, KILL, seed, say)
+
+
+def _forget(runs: Runs, name: str) -> None:
+    """Free the disk."""
+    for path in runs.folder.glob(f"{name}.*"):
+        path.unlink()
+    shutil.rmtree(runs.place(name))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Lost ranks
+# ---------------------------------------------------------------------------------------------------------------------
+PLAIN = ["train.eval_every=never", "train.preview_every=never", "train.rank_timeout=0.1"]
+
+
+def lose_ranks(runs: Runs, count: int, seed: int = 0, say: Say = lambda _: None) -> Score:
+    """Kill one of two ranks, or stop it for good: the other ends with 1 and names it, and two new ones go on.
+
+    Programs wait for a rank that is at work for as long as it lives, so only trainings are stopped, inside a step.
+    """
+    rng = random.Random(f"{seed} {runs.title}")
+    more = PLAIN if isinstance(runs, Arena) else []
+    runs.words("pair")  # makes what the runs need
+    started = time.monotonic()
+    if any(codes := runs.run_ranks("pair", 2, *more)):
+        raise RuntimeError(f"two ranks ended with {codes}:\n{runs.tail('pair')}")
+    seconds = time.monotonic() - started
+    reference, score = runs.result("pair"), Score(f"{runs.title} lost ranks")
+    for number in range(count):
+        name, victim = f"lost_{number}", rng.randrange(2)
+        hangs = isinstance(runs, Arena) and number % 2 == 1
+        processes = runs.start_ranks(name, 2, *more)
+        deadline = time.monotonic() + seconds
+        ready = {"step", "save"} if hangs else {"step", "save", "pieces", "between", "report", "evaluation"}
+        while runs.where(name, victim) not in ready and time.monotonic() < deadline and processes[victim].is_alive():
+            time.sleep(0.001)
+        time.sleep(rng.uniform(0.0, 0.3 * seconds))
+        where, alive = runs.where(name, victim), all(p.is_alive() for p in processes)
+        if alive:
+            os.kill(processes[victim].pid, signal.SIGSTOP if hangs else signal.SIGKILL)
+        other = processes[1 - victim]
+        other.join(PATIENCE)
+        title = f"rank {victim} {'stopped' if hangs else 'killed'} in {where}"
+        problems = []
+        if other.exitcode is None:
+            problems.append(f"{title}: the other one hangs in {runs.where(name, 1 - victim)}")
+        elif alive and other.exitcode == 1 and f"rank {victim}" not in runs.log(name).read_text(errors="replace"):
+            problems.append(f"{title}: the message does not name it: {runs.tail(name)}")
+        elif alive and other.exitcode not in (0, 1):
+            problems.append(f"{title}: the other one ended with {other.exitcode}: {runs.tail(name)}")
+        if "Traceback" in runs.log(name).read_text(errors="replace"):
+            problems.append(f"{title}: {runs.log(name).read_text(errors='replace')[-1500:]}")
+        for process in processes:
             process.kill()
-            wait()
-            code = process.returncode if through_command_line else process.exitcode
-            if code == -9:
-                done, here = done + 1, here + 1
-                say(
-                    f"  kill {done} {'inside a save' if in_save else 'anywhere'}: "
-                    f"{', '.join(sorted(p.name for p in run.glob('checkpoints/*step*'))) or 'nothing saved yet'}"
-                )
-            elif code == 0:
-                finished = True
-            else:
-                raise RuntimeError(f"{name} ended with {code} instead of being killed:\n{arena.tail(name)}")
-        code = 0 if finished else arena.run(name)
-        found = [f"exit code {code}"] if code else differences(reference, read_result(run))
-        found += [f"left behind {p.name}" for p in run.glob("checkpoints/.*")]
-        score.total += here
-        score.passed += here if not found else 0
-        if found:
-            score.problems.append(f"{name}, killed {here} times: {len(found)} differences, first {found[:3]}")
+            process.join()
+        if any(codes := runs.run_ranks(name, 2, *more)):
+            problems.append(f"{title}: two new ones ended with {codes}: {runs.tail(name)}")
+        else:
+            problems += [f"{title}: {found}" for found in differences(reference, runs.result(name))[:3]]
+        score.count(not problems, f"{name}: {problems[:3]}")
+        score.where[f"{'stopped' if hangs else 'killed'} in {where}" if alive else "too late"] += 1
+        say(f"  {runs.title}: {title}, the other one ended with {other.exitcode} {problems[:1]}")
+        if not problems:
+            _forget(runs, name)
     return score
 
 
@@ -316,9 +256,7 @@ DAMAGE: dict[str, Callable[[Path, random.Random], None]] = {
 }
 
 
-def survive_mutations(
-    arena: Arena, limit: int | None = None, seed: int = 0, say: Callable[[str], None] = lambda _: None
-) -> Score:
+def survive_mutations(arena: Arena, limit: int | None = None, seed: int = 0, say: Say = lambda _: None) -> Score:
     """Damage one file of the newest checkpoint at a time: the one before is used and the run ends as if nothing was.
 
     Args:
@@ -333,7 +271,7 @@ def survive_mutations(
     cases = [(file.name, kind) for file in sorted((whole / "checkpoints" / newest).iterdir()) for kind in DAMAGE]
     if limit is not None:
         cases = rng.sample(cases, limit)
-    score = Score("mutations survived")
+    score = Score(f"{arena.title} mutations")
     for number, (file, kind) in enumerate(cases):
         name = f"mutated_{number}"
         run = arena.folder / name
@@ -408,9 +346,7 @@ def worst_difference(reference: list[dict], other: list[dict]) -> float:
     )
 
 
-def compare_layouts(
-    arena: Arena, layouts: list[Layout] = LAYOUTS, say: Callable[[str], None] = lambda _: None
-) -> Score:
+def compare_layouts(arena: Arena, layouts: list[Layout] = LAYOUTS, say: Say = lambda _: None) -> Score:
     """The same run on other ranks, micro-batches and workers: same pictures, same losses."""
     spies = arena.folder / "batches"
     spies.mkdir(exist_ok=True)
@@ -446,26 +382,56 @@ def compare_layouts(
     return score
 
 
+def run_all(options: argparse.Namespace, folder: Path) -> list[Score]:
+    """What the command line asks for; scores are printed as they come."""
+    workshop, scores = Workshop(folder), []
+    say = functools.partial(print, flush=True) if options.verbose else lambda _: None
+    systems = [name for name in options.names if name in SYSTEMS]
+
+    def score(work: Callable[..., Score], *words: object) -> None:
+        scores.append(work(*words, options.seed, say))
+        print(scores[-1], flush=True)
+
+    for name in options.names:
+        for runs in workshop.trainings(name) if name in SYSTEMS else [workshop.program(name)]:
+            if options.kills:
+                score(interrupt, runs, options.kills, KILL)
+            if options.stops:
+                score(interrupt, runs, options.stops, STOPS)
+            if options.ranks and runs.takes_ranks:
+                score(lose_ranks, runs, options.ranks)
+            if options.mutations is not None and isinstance(runs, Arena):
+                score(survive_mutations, runs, options.mutations or None)
+    if options.layouts:
+        for name in systems:
+            scores.append(compare_layouts(Arena(f"configs/toy/{SYSTEMS[name][0]}.yaml", folder / "layouts"), say=print))
+            print(scores[-1], flush=True)
+    return scores
+
+
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--kills", type=int, default=0, help="how many")
-    parser.add_argument("--mutations", action="store_true", help="damage checkpoint files")
-    parser.add_argument("--layouts", action="store_true", help="ranks, accumulation, workers")
+    parser.add_argument("names", nargs="*", metavar="NAME", help=f"of {', '.join([*SYSTEMS, *PROGRAMS])}")
+    parser.add_argument("--kills", type=int, default=0, metavar="N")
+    parser.add_argument("--stops", type=int, default=0, metavar="N")
+    parser.add_argument("--ranks", type=int, default=0, metavar="N")
+    parser.add_argument("--mutations", type=int, nargs="?", const=0, metavar="N", help="chosen at random; default: all")
+    parser.add_argument("--layouts", action="store_true")
     parser.add_argument("--seed", type=int, default=0, help="of the moments and places")
-    parser.add_argument("--config", default=TOY, help="a run of seconds")
+    parser.add_argument("--verbose", action="store_true", help="a line per interruption")
+    parser.add_argument("--keep", type=Path, metavar="FOLDER", help="work there, and leave what differed")
     options = parser.parse_args(arguments)
-    if not (options.kills or options.mutations or options.layouts):
-        parser.error("nothing to do: give --kills N, --mutations or --layouts")
-    scores = []
-    with tempfile.TemporaryDirectory(prefix="torture-") as folder:
-        arena = Arena(options.config, Path(folder))
-        if options.kills:
-            scores.append(survive_kills(arena, options.kills, options.seed, print))
-        if options.mutations:
-            scores.append(survive_mutations(arena, None, options.seed, print))
-        if options.layouts:
-            scores.append(compare_layouts(arena, say=print))
-    print(*scores, sep="\n")
+    if not (options.kills or options.stops or options.ranks or options.mutations is not None or options.layouts):
+        parser.error("nothing to do: give --kills N, --stops N, --ranks N, --mutations or --layouts")
+    if unknown := sorted(set(options.names) - SYSTEMS.keys() - PROGRAMS.keys()):
+        parser.error(f"no system or program is called {' or '.join(unknown)}")
+    if options.keep and options.keep.exists():
+        parser.error(f"{options.keep} is there already")
+    PRELOADED.append("tests.tools.preloaded")
+    options.names = options.names or [*SYSTEMS, *PROGRAMS]
+    with contextlib.ExitStack() as stack:
+        folder = options.keep or Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="torture-")))
+        scores = run_all(options, folder.resolve())
     return 0 if all(score.full for score in scores) else 1
 
 

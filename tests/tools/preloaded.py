@@ -1,0 +1,25 @@
+"""What every child of the fork server inherits instead of importing or reading it."""
+
+# ruff: noqa: F401
+import copy
+
+import omegaconf
+import safetensors.torch
+import timm
+import torch._dynamo
+
+import evaluation.networks
+import run.convert
+import run.estimate
+import run.evaluate
+import run.latent_stats
+import run.linear_probe
+import run.make_reference
+import run.pretokenize
+import run.quickstart
+import run.reconstruct
+import run.sample
+import run.train
+
+_lite0 = evaluation.networks.load_efficientnet_lite0()
+evaluation.networks.load_efficientnet_lite0 = lambda: copy.deepcopy(_lite0)
