@@ -92,4 +92,6 @@ def test_a_signal_while_others_are_imported():
         "    except BaseException: time.sleep(60)"
     )
     ended = program(body)
-    assert ended.returncode == 75 and ended.stderr.decode().startswith("stopped (received SIGTERM); run the same command")
+    assert ended.returncode == 75 and ended.stderr.decode().startswith(
+        "stopped (received SIGTERM); run the same command"
+    )
