@@ -2,6 +2,8 @@
 
     <run>/checkpoints/step_00000500/{model,ema,...}.safetensors state.json manifest.json      latest -> step_00000500
 
+Weights that are in parts (FSDP) are written in parts: core/train/sharded.py.
+
 A checkpoint is written to `.tmp-step_00000500-<pid>`, every file synced, the manifest (sizes and digests) last; then the
 folder is renamed. Loading takes the newest folder whose manifest verifies and says what it passed over. Nothing is
 pickled: tensors are safetensors, everything else is JSON. Only rank 0 writes and verifies; any rank may read.
@@ -43,6 +45,7 @@ FORMAT = 2  # 1 had a sha256 per file, which one processor took longer to comput
 MANIFEST, STATE = "manifest.json", "state.json"
 _STEP = re.compile(r"step_(\d{8,})")
 _LEFTOVER = re.compile(r"\.(tmp|old)-(step_\d{8,}|latest)-(\d+)")
+PART = re.compile(r"(.+)\.part-\d{5,}-of-\d{5,}\.safetensors")
 _STEM = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*")
 
 
@@ -163,15 +166,29 @@ class Checkpoint:
                 self._held[name] = _open_tensors(self.path / name)
         return self
 
-    def tensors(self, stem: str) -> dict[str, Tensor]:
-        """The tensors saved under this name, on the CPU, mapped from disk."""
+    def tensors(self, stem: str, like: Callable[[str], Tensor | None] = lambda name: None) -> dict[str, Tensor]:
+        """The tensors saved under this name, on the CPU, mapped from disk.
+
+        Args:
+            like: name -> where this rank needs a part of the tensor only, one that is in such parts. Followed where the
+                checkpoint is in parts, any number of them; otherwise tensors are whole.
+        """
         name = f"{stem}.safetensors"
+        if parts := self._parts(stem):
+            from core.train import sharded
+
+            return sharded.read([self._held.get(part) or _open_tensors(self.path / part) for part in parts], like)
         if name not in self.files:
-            stems = [f.removesuffix(".safetensors") for f in self.files if f.endswith(".safetensors")]
+            parts = {f: match[1] for f in self.files if (match := PART.fullmatch(f))}
+            stems = {parts.get(f, f.removesuffix(".safetensors")) for f in self.files if f.endswith(".safetensors")}
             raise UserError(f'{self.path} holds no "{stem}".{nearest(stem, stems)}')
         if name in self._held:
             return _read_open(self.path / name, self._held[name])
         return read_tensors(self.path / name)
+
+    def _parts(self, stem: str) -> list[str]:
+        """Names of the files in which several ranks wrote parts of this."""
+        return [file for file in self.files if (match := PART.fullmatch(file)) and match[1] == stem]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -188,10 +205,12 @@ class _Staging:
     def __init__(self, slab: int = 1 << 28, pinned: bool = True):
         self.slab, self.pinned = slab, pinned
         self.slabs: list[Tensor] = []
+        self._devices: set[torch.device] = set()
         self._current = self._used = 0
 
     def restart(self) -> None:
         """Hand out the same memory again."""
+        self._devices.clear()
         self._current = self._used = 0
 
     def like(self, tensor: Tensor) -> Tensor:
@@ -207,34 +226,28 @@ class _Staging:
         self._used += -(-tensor.nbytes // 64) * 64  # aligned for every type
         return self.slabs[self._current][start : start + tensor.nbytes].view(tensor.dtype).view(tensor.shape)
 
+    def copy(self, tensor: Tensor) -> Tensor:
+        """A private copy on the CPU. From a GPU it is queued on the current stream; see `events`."""
+        tensor = tensor.detach()
+        if tensor.device.type == "cpu":
+            return tensor.clone(memory_format=torch.contiguous_format)
+        if tensor.device.type == "cuda":
+            self._devices.add(tensor.device)
+            return self.like(tensor).copy_(tensor, non_blocking=True)
+        return tensor.cpu().contiguous()
 
-def _snapshot(tensors: dict[str, dict[str, Tensor]], staging: _Staging) -> tuple[dict[str, dict[str, Tensor]], list]:
-    """Private CPU copies, and the events after which those that come from a GPU are complete.
-
-    The copies are queued on the current stream, ahead of the next optimiser step; the training thread does not wait.
-    """
-    devices = set()
-    staging.restart()
-
-    def copy(t: Tensor) -> Tensor:
-        t = t.detach()
-        if t.device.type == "cpu":
-            return t.clone(memory_format=torch.contiguous_format)
-        if t.device.type == "cuda":
-            devices.add(t.device)
-            return staging.like(t).copy_(t, non_blocking=True)
-        return t.cpu().contiguous()
-
-    copies = {stem: {name: copy(t) for name, t in group.items()} for stem, group in tensors.items()}
-    return copies, [torch.cuda.current_stream(device).record_event() for device in devices]
+    def events(self) -> list:
+        """After them the copies since `restart` are complete."""
+        return [torch.cuda.current_stream(device).record_event() for device in self._devices]
 
 
-def _write_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
+def write_tensors(path: Path, tensors: dict[str, Tensor], header: dict[str, str] | None = None) -> None:
+    """A safetensors file that is on disk."""
     from safetensors import SafetensorError
     from safetensors.torch import save_file
 
     try:
-        save_file(tensors, path)
+        save_file(tensors, path, header)
     except SafetensorError as error:
         # The library wraps the operating system's error in text; unwrap it, so that it can be explained.
         number = re.search(r"\(os error (\d+)\)", str(error))
@@ -246,7 +259,7 @@ def _write_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
     fsync_file(path)
 
 
-def _describe(files: list[Path], folder: Path) -> dict[str, dict]:
+def describe(files: list[Path], folder: Path) -> dict[str, dict]:
     """The manifest's entry of each file in `folder`."""
     return {
         file.relative_to(folder).as_posix(): {"bytes": file.stat().st_size, "xxh3": digest}
@@ -367,7 +380,9 @@ class CheckpointStore:
                 raise ValueError(f'"{stem}" cannot be part of a file name')
         text = to_json(state)
         self.wait()
-        copies, events = _snapshot(tensors, self._staging)
+        self._staging.restart()  # the copies are ahead of the next optimiser step; this thread does not wait for them
+        copies = {s: {name: self._copy(t) for name, t in group.items()} for s, group in tensors.items()}
+        events = self._staging.events()
         # Not a daemon: a program that ends during a save ends after it.
         self._thread = threading.Thread(
             target=self._run, args=(step, copies, events, text, milestone), name="checkpoint writer"
@@ -377,6 +392,9 @@ class CheckpointStore:
             self.wait()
             if self._failure is not None:
                 raise UserError(self._failure)
+
+    def _copy(self, tensor: Tensor) -> Tensor:
+        return self._staging.copy(tensor)
 
     def wait(self) -> None:
         """Until nothing is being written."""
@@ -397,32 +415,49 @@ class CheckpointStore:
             self._prune()
 
     def _write(self, step: int, copies: dict[str, dict[str, Tensor]], text: str, milestone: bool) -> None:
-        final = self.folder / step_name(step)
-        temporary = self._leftover("tmp", final.name)
-        with explain_os_errors(self.folder):
-            self.folder.mkdir(parents=True, exist_ok=True)
-            shutil.rmtree(temporary, ignore_errors=True)
-            require_space(self.folder, len(text) + sum(t.nbytes for group in copies.values() for t in group.values()))
-            temporary.mkdir()
+        size = sum(t.nbytes for group in copies.values() for t in group.values())
+        temporary = self._begin(step, size + len(text))
         try:
-            for stem, group in copies.items():
-                with explain_os_errors(final / f"{stem}.safetensors"):
-                    _write_tensors(temporary / f"{stem}.safetensors", group)
-            with explain_os_errors(final):
-                write_atomic(temporary / STATE, text)
-                files = _describe(sorted(temporary.iterdir()), temporary)
-                manifest = {
-                    "format": FORMAT,
-                    "step": step,
-                    "milestone": milestone,
-                    "piece": DIGEST_PIECE,
-                    "files": files,
-                }
-                write_atomic(temporary / MANIFEST, to_json(manifest | {"sha256": _manifest_digest(manifest)}))
-                self._publish(temporary, final)
+            self._finish(temporary, step, copies, text, milestone, {})
         except BaseException:
             shutil.rmtree(temporary, ignore_errors=True)
             raise
+
+    def _begin(self, step: int, size: int) -> Path:
+        """An empty folder on a disk that has room for so many bytes."""
+        temporary = self._leftover("tmp", step_name(step))
+        with explain_os_errors(self.folder):
+            self.folder.mkdir(parents=True, exist_ok=True)
+            shutil.rmtree(temporary, ignore_errors=True)
+            require_space(self.folder, size)
+            temporary.mkdir()
+        return temporary
+
+    def _finish(
+        self,
+        temporary: Path,
+        step: int,
+        tensors: dict[str, dict[str, Tensor]],
+        text: str,
+        milestone: bool,
+        described: dict[str, dict],
+    ) -> None:
+        """Write what is missing, the manifest last, and publish it all.
+
+        Args:
+            described: entries of the manifest for files that are there already.
+        """
+        final = self.folder / step_name(step)
+        for stem, group in tensors.items():
+            with explain_os_errors(final / f"{stem}.safetensors"):
+                write_tensors(temporary / f"{stem}.safetensors", group)
+        with explain_os_errors(final):
+            write_atomic(temporary / STATE, text)
+            new = [file for file in sorted(temporary.iterdir()) if file.name not in described]
+            files = describe(new, temporary) | described
+            manifest = {"format": FORMAT, "step": step, "milestone": milestone, "piece": DIGEST_PIECE, "files": files}
+            write_atomic(temporary / MANIFEST, to_json(manifest | {"sha256": _manifest_digest(manifest)}))
+            self._publish(temporary, final)
         self._damaged.discard(final.name)
 
     def _publish(self, temporary: Path, final: Path) -> None:

@@ -121,8 +121,8 @@ def replicate(network: nn.Module, world: World) -> nn.Module:
 def shard(network: nn.Module, world: World) -> None:
     """Replace the parameters of `network` by their shards (DTensors), block by block; in place.
 
-    The whole weights of one block exist only while it computes. `whole` and `place` translate between whole tensors,
-    which checkpoints hold, and shards.
+    The whole weights of one block exist only while it computes. `whole` and `place` translate between whole tensors
+    and shards.
     """
     from torch.distributed.device_mesh import init_device_mesh
 
@@ -135,21 +135,6 @@ def shard(network: nn.Module, world: World) -> None:
 def whole(tensor: Tensor) -> Tensor:
     """The tensor with the parts of all ranks; every rank must call it. Ordinary tensors are returned as they are."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
-
-
-def gather(files: dict[str, dict[str, Tensor]], keep: bool) -> dict[str, dict[str, Tensor]]:
-    """`files` with whole tensors, in host memory where they were in parts, so that no GPU ever holds them all.
-
-    Every rank must call it with the same names; where `keep` is False what is gathered is dropped.
-    """
-    gathered: dict[str, dict[str, Tensor]] = {}
-    for file, tensors in files.items():
-        gathered[file] = {}
-        for name, tensor in tensors.items():
-            value = whole(tensor)
-            if keep:
-                gathered[file][name] = value.cpu() if isinstance(tensor, DTensor) else value
-    return gathered
 
 
 def place(value: Tensor, like: Tensor) -> Tensor:

@@ -124,7 +124,15 @@ class Trainer:
         self._guard_copies: tuple[dict[str, Tensor], Any] | None = None  # host copies on their way, and their event
         self._skips_reported = dict.fromkeys(self.networks, 0)
         self._replaced: set[str] = set()  # keys of unreadable pictures
-        self.store = CheckpointStore(run.path / "checkpoints", keep=train.keep_checkpoints, log=run.log)
+        self.store = self._open_store()
+
+    def _open_store(self) -> CheckpointStore:
+        folder, keep = self.run.path / "checkpoints", self.settings.keep_checkpoints
+        if self.skeleton is None:
+            return CheckpointStore(folder, keep, self.run.log)
+        from core.train.sharded import ShardedStore
+
+        return ShardedStore(folder, keep, self.run.log, world=self.world)
 
     def _wrap(self) -> None:
         """Checkpoint, compile and distribute the networks: before optimisers and averages, which follow their shards."""
@@ -175,13 +183,13 @@ class Trainer:
         return files
 
     def save(self, wait: bool = False) -> None:
-        """Checkpoint the run as it stands. Collective: every rank calls it, the main rank writes."""
+        """Checkpoint the run as it stands. Collective: every rank calls it; the main rank writes, and with it those that
+        have parts of the weights."""
         tensors = self._tensors()
         optimizer_state = {}
         for name, optimizer in self.optimizers.items():
             tensors[f"{name}.optim"], optimizer_state[name] = flatten_optimizer(optimizer)
-        tensors = parallel.gather(tensors, keep=self.world.is_main)
-        if not self.world.is_main:
+        if not self.world.is_main and self.skeleton is None:
             return
         state = {
             "step": self.step,
@@ -220,12 +228,12 @@ class Trainer:
         device = self.world.device
         for name, network in self.networks.items():
             current = network.state_dict()
-            network.load_state_dict(
-                {n: parallel.place(value, current.get(n, value)) for n, value in checkpoint.tensors(name).items()}
-            )
-            restore_optimizer(self.optimizers[name], checkpoint.tensors(f"{name}.optim"), state["optimizers"][name])
+            saved = checkpoint.tensors(name, like=current.get)
+            network.load_state_dict({n: parallel.place(value, current.get(n, value)) for n, value in saved.items()})
+            moments = checkpoint.tensors(f"{name}.optim", like=lambda key, of=current: of.get(key.split("/", 1)[1]))
+            restore_optimizer(self.optimizers[name], moments, state["optimizers"][name])
         for decay, average in self.ema.averages.items():
-            saved = checkpoint.tensors(f"{self.task.primary}.ema_{decay}")
+            saved = checkpoint.tensors(f"{self.task.primary}.ema_{decay}", like=average.get)
             self.ema.load(decay, {name: saved[name] for name in average})
         trainer = checkpoint.tensors("trainer")
         for name, guard in self.guards.items():

@@ -23,8 +23,9 @@ from core import cli, dist, launch
 from core.errors import UserError
 from core.peers import OtherRankFailed
 from core.rng import permutation
-from core.train.checkpoint import CheckpointStore
+from core.train.checkpoint import Checkpoint, CheckpointStore
 from core.train.run import read_metrics
+from scripts import convert, sample
 from tests.conftest import ROOT, TOY_GENERATOR, TOY_TOKENIZER
 
 pytestmark = pytest.mark.skipif(shutil.which("bash") is None, reason="needs bash")
@@ -226,7 +227,8 @@ def test_the_command_line_overrules_accelerate(monkeypatch, train_main, tmp_path
 
 
 def test_weights_in_parts(tmp_path):
-    """FSDP2 on two ranks, with accumulation and previews, goes on on one rank as if nothing had been in parts."""
+    """FSDP2 on two ranks, with accumulation and previews, goes on on one rank as if nothing had been in parts; and a run
+    of one rank goes on in parts. What the ranks wrote serves the other programs."""
     common = [f"work_dir={tmp_path}", f"data.cache_dir={tmp_path}/cache", "train.device=cpu"]
     assert run("run_train_tokenizer.sh", *toy(tmp_path, "train.duration=1step"), NPROC="1").returncode == 0
     common += [f"tokenizer.weights={tmp_path}/toy_rectok_tokenizer", "train.checkpoint_every=3step"]
@@ -236,13 +238,18 @@ def test_weights_in_parts(tmp_path):
         assert done.returncode == 0, done.stderr[-3000:]
         return read_metrics(tmp_path / name / "metrics.jsonl")
 
-    whole = generator("whole", "1", "train.duration=5step", "train.preview_every=never")
-    generator(
-        "parts", "2", "train.duration=3step", "train.preview_every=3step", "train.parallel=fsdp", "train.micro_batch=2"
-    )
+    in_parts = ["train.parallel=fsdp", "train.micro_batch=2"]
+    generator("whole", "1", "train.duration=5step", "train.preview_every=never")
+    whole = generator("whole", "2", "train.duration=6step", "train.preview_every=never", *in_parts)
+    generator("parts", "2", "train.duration=3step", "train.preview_every=3step", *in_parts)
     assert (tmp_path / "parts" / "samples" / "step_00000003.png").is_file()
-    resumed = generator("parts", "1", "train.duration=5step", "train.preview_every=never")
-    assert [r["step"] for r in resumed] == [1, 2, 3, 4, 5]
+    files = Checkpoint(tmp_path / "parts" / "checkpoints" / "step_00000003").files
+    assert "generator.safetensors" not in files and "generator.optim.part-00001-of-00002.safetensors" in files
+    assert sample.main([str(tmp_path / "parts"), "--labels", "0", "--num", "1", "--out", str(tmp_path / "s")]) == 0
+    exported = str(tmp_path / "exported.safetensors")
+    assert convert.main([str(tmp_path / "parts"), exported]) == 0 and convert.main(["--describe", exported]) == 0
+    resumed = generator("parts", "1", "train.duration=6step", "train.preview_every=never")
+    assert [r["step"] for r in resumed] == [1, 2, 3, 4, 5, 6]
     for ours, theirs in zip(resumed, whole):
         assert ours["flow"] == pytest.approx(theirs["flow"], rel=1e-5)
         assert ours["grad_norm/generator"] == pytest.approx(theirs["grad_norm/generator"], rel=1e-5)
