@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
+import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -28,12 +31,28 @@ def start(module: str, *words: object) -> subprocess.Popen:
     )
 
 
-def command(program: str, out: Path, generator: Path) -> tuple[object, ...]:
-    """A short run of a program that writes into `out`."""
+def commands(tokenizer: Path, generator: Path) -> dict[str, tuple[object, ...]]:
+    """A short run of every program that computes; OUT stands for the folder that it writes into."""
+    pictures = "synthetic://?size=32&classes=4&count=64"
+    toy = (
+        TOY_TOKENIZER,
+        f"work_dir={tokenizer.parent}",
+        f"data.url={pictures}",
+        "data.crop=center",
+        "train.device=cpu",
+    )
+    lite = ("eval.network=lite0", "eval.batch=4", "eval.num_images=24")
     return {
-        "train": (TOY_TOKENIZER, f"work_dir={out}", "train.device=cpu", "train.duration=40step"),
-        "sample": (generator, "--labels", "0-3", "--num", 48, "--batch", 4, "--out", out, "train.device=cpu"),
-    }[program]
+        "train": (TOY_TOKENIZER, "work_dir=OUT", "train.device=cpu", "train.duration=40step"),
+        "sample": (generator, "--labels", "0-3", "--num", 48, "--batch", 4, "--out", "OUT", "train.device=cpu"),
+        "pretokenize": (*toy, "--batch", 4, "--out", "OUT/store"),
+        "evaluate": (tokenizer, pictures, *lite, "--write", "png", "--out", "OUT"),
+        "evaluate_generator": (generator, *lite, "train.device=cpu", "--write", "png", "--out", "OUT"),
+        "make_reference": (pictures, "OUT/r.safetensors", "--size", 32, "--network", "lite0", "--batch", 4),
+        "latent_stats": (tokenizer, pictures, "--out", "OUT/stats.safetensors"),
+        "linear_probe": (tokenizer, pictures, "--epochs", 2, "--out", "OUT"),
+        "reconstruct": ("--weights", tokenizer, "--url", pictures, "--num", 16, "--out", "OUT"),
+    }
 
 
 def contents(out: Path) -> dict[str, object]:
@@ -41,23 +60,32 @@ def contents(out: Path) -> dict[str, object]:
     made: dict[str, object] = {}
     for path in sorted(out.rglob("*")):
         name = str(path.relative_to(out))
-        if path.suffix in (".png", ".safetensors"):
+        if path.suffix in (".png", ".safetensors", ".npy"):
             made[name] = path.read_bytes()
+        if path.name == "metrics.json":
+            made[name] = json.loads(path.read_text())["metrics"]
     return made
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("program", ["train", "sample"])
-def test_stopped_anywhere(tmp_path, program, generator_run):
+@pytest.mark.parametrize("program", commands(Path(), Path()))
+def test_stopped_anywhere(tmp_path, program, tokenizer_run, generator_run):
+    """TESSERA_STOPS is how often, 3 times if nothing is said."""
+    words = commands(tokenizer_run, generator_run)[program]
+
+    def begin(out: str) -> subprocess.Popen:
+        (tmp_path / out).mkdir(exist_ok=True)
+        return start(program, *(str(word).replace("OUT", str(tmp_path / out)) for word in words))
+
     chosen = random.Random(program)
     began = time.monotonic()
-    whole = start(program, *command(program, tmp_path / "whole", generator_run))
+    whole = begin("whole")
     _, err = whole.communicate(timeout=300)
     assert whole.returncode == 0, err[-2000:]
     takes = time.monotonic() - began
     codes = []
-    for number in SIGNALS:
-        process = start(program, *command(program, tmp_path / "parts", generator_run))
+    for _, number in zip(range(int(os.environ.get("TESSERA_STOPS", 3))), itertools.cycle(SIGNALS)):
+        process = begin("parts")
         time.sleep(chosen.uniform(0.3, takes))  # from the moment on when Python has begun
         process.send_signal(number)
         out, err = process.communicate(timeout=300)  # how soon it ends is not asked: this machine may be busy
@@ -66,8 +94,11 @@ def test_stopped_anywhere(tmp_path, program, generator_run):
         if process.returncode:
             assert process.returncode == 75, (number, err[-2000:])
             assert (out + err).count("run the same command again to continue") == 1
+        else:
+            shutil.rmtree(tmp_path / "parts")
     assert 75 in codes
-    last = start(program, *command(program, tmp_path / "parts", generator_run))
+    (tmp_path / "parts").mkdir(exist_ok=True)
+    last = begin("parts")
     _, err = last.communicate(timeout=300)
     assert last.returncode == 0, err[-2000:]
     assert contents(tmp_path / "parts") == contents(tmp_path / "whole") != {}
