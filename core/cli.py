@@ -17,7 +17,7 @@ from core import caller, launch
 from core.errors import UserError, lost_worker
 from core.files import ADVICE, MACHINES_FAULTS
 from core.peers import OtherRankFailed
-from core.signals import REQUEUE_EXIT_CODE, Stopped, StopRequest, insist, words
+from core.signals import REQUEUE_EXIT_CODE, Stopped, StopRequest, ignore_signals, insist, words
 
 
 def run(main: Callable[[list[str]], int | None]) -> None:
@@ -48,6 +48,7 @@ def run(main: Callable[[list[str]], int | None]) -> None:
         raise
     _report(code, message, echo)
     ending["code"] = code
+    atexit.register(ignore_signals)  # what is called first: the work is done, and taking libraries apart takes its time
     sys.exit(code)
 
 

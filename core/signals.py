@@ -100,6 +100,12 @@ class StopRequest:
         return None
 
 
+def ignore_signals() -> None:
+    """For a process that is about to end with a code of its own."""
+    for number in _SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
+
+
 _wakeup: list[socket.socket] = []  # where signals arrive in the process that watches them
 
 

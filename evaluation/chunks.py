@@ -29,6 +29,7 @@ from core.chunks import Chunks, enter
 from core.dist import OtherRankFailed, World
 from core.errors import UserError
 from core.files import is_machines_fault, write_atomic
+from core.lock import Lock
 
 LARGEST_CHUNK, SMALLEST_CHUNK = 256, 16
 SUM, OWN = "sum/", "chunk/"
@@ -68,6 +69,7 @@ class Work(Chunks):
         self.made_parent = self.folder is not None and not self.folder.parent.exists()
         if self.folder is not None:
             facts = {**(job or {}), "count": count, "chunk": size}
+            self.lock = Lock(self.folder)  # of the main rank, for all of them
             size = world.on_main(lambda: self._enter(facts)["chunk"])
         super().__init__(count, size, world, self._is_whole)
 
@@ -75,10 +77,14 @@ class Work(Chunks):
         return self
 
     def __exit__(self, kind, error, _) -> None:
+        if error is not None and self.folder is not None:
+            self.lock.release()
         if isinstance(error, UserError) and not isinstance(error, OtherRankFailed) and not is_machines_fault(error):
             self._delete()
 
     def _enter(self, facts: dict[str, Any]) -> dict[str, Any]:
+        assert self.folder is not None
+        self.lock.take()
         return enter(
             self.folder / "job.json",
             facts,
@@ -179,6 +185,7 @@ class Work(Chunks):
     def _delete(self) -> None:
         if self.folder is None:
             return
+        self.lock.release()
         shutil.rmtree(self.folder, ignore_errors=True)
         if self.made_parent:
             with contextlib.suppress(OSError):  # other things are in it

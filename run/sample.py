@@ -22,6 +22,7 @@ from core.dist import World
 from core.errors import UserError, nearest
 from core.files import explain_os_errors
 from core.images import finite_uint8, grid, save_png, to_model_range
+from core.lock import Lock
 from core.nn.precision import bf16_products
 from core.rng import Draws, hash64
 from core.train.log import progress_line
@@ -89,15 +90,24 @@ def sample(target: Target, request: Request, world: World) -> None:
         "labels": labels,
         "precision": config.train.precision,
     }
-    world.on_main(lambda: folder.claim(facts))
-    new = folder.draw(sampler, request.batch, world)
-    if not world.is_main:
-        return
-    print(f"{count} pictures in {folder.path} ({new} new on this rank); look at {folder.write_grid()}")
+    lock = Lock(folder.path)  # of the main rank, for all of them
+    world.on_main(lock.take)
+    try:
+        world.on_main(lambda: folder.claim(facts))
+        new = folder.draw(sampler, request.batch, world)
+        if world.is_main:
+            _finish(folder, request, sampler.image_size, new)
+    finally:
+        lock.release()
+
+
+def _finish(folder: SampleFolder, request: Request, size: int, new: int) -> None:
+    """The grid, and what else was asked for, of pictures that are all there."""
+    print(f"{folder.count} pictures in {folder.path} ({new} new on this rank); look at {folder.write_grid()}")
     if request.preview:
         print(f"how they came about: {folder.write_stages()}")
     if request.npz:
-        folder.write_npz(Path(request.npz), sampler.image_size)
+        folder.write_npz(Path(request.npz), size)
         print(f"written to {request.npz}")
 
 

@@ -96,3 +96,20 @@ def test_a_process_outlives_a_program_that_was_stopped_in_it():
     """As a notebook does."""
     done = subprocess.run([sys.executable, "-c", LIVES_ON], cwd=ROOT, capture_output=True, text=True, timeout=600)
     assert done.stdout == "ended with 75\nlives\n", done.stdout + done.stderr
+
+
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGINT", "SIGUSR1"])
+def test_a_signal_behind_the_end_changes_no_exit_code(name):
+    """While libraries are being taken apart: the work is done, and a scheduler must not start it again."""
+    code = f"""
+        import atexit, signal
+        from core import cli
+
+        def main(_):
+            atexit.register(signal.raise_signal, signal.{name})
+            print("done")
+
+        cli.run(main)
+    """
+    done = subprocess.run([sys.executable, "-c", textwrap.dedent(code)], cwd=ROOT, text=True, capture_output=True)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "done\n", "")

@@ -54,6 +54,19 @@ def test_work_goes_on_where_it_was_killed(tmp_path):
     assert not (tmp_path / "work").exists()
 
 
+def test_two_programs_on_one_evaluation(tmp_path, monkeypatch):
+    """The second would delete what the first still writes."""
+    work = Work(23, ONE, tmp_path / "work", {"seed": 1})
+    monkeypatch.setattr("os.getpid", lambda: 1)  # another process, as far as locks know
+    with pytest.raises(UserError, match="work is in use by process"):
+        Work(23, ONE, tmp_path / "work", {"seed": 1})
+    monkeypatch.undo()
+    with pytest.raises(ZeroDivisionError), work:
+        raise ZeroDivisionError
+    monkeypatch.setattr("os.getpid", lambda: 1)
+    Work(23, ONE, tmp_path / "work", {"seed": 1})  # the first has ended
+
+
 def test_work_that_an_earlier_version_began_goes_on(tmp_path):
     """The folder as it lies on users' disks, to the letter."""
     from safetensors.torch import save_file

@@ -13,6 +13,7 @@ import pytest
 import torch
 from PIL import Image
 
+from core import lock
 from core.dist import OtherRankFailed
 from core.errors import UserError
 from run import streaming
@@ -67,6 +68,16 @@ def test_what_is_there_stays(run, tmp_path):
         with pytest.raises(UserError, match="exists already"):
             out = ["--out", tmp_path / f"other_{seed}" if seed else folder]
             run("--labels", "0-1", "--num", more, "--seed", seed, *out, "--npz", tmp_path / "s.npz")
+
+
+def test_two_programs_in_one_folder(run, tmp_path):
+    owner = {"host": os.uname().nodename, "process": 1, "started": lock._started(1)}
+    (tmp_path / ".owner").write_text(json.dumps(owner))
+    with pytest.raises(UserError, match="is in use by process 1 on"):
+        run("--labels", "0", "--num", 1, "--out", tmp_path)
+    (tmp_path / ".owner").write_text(json.dumps({**owner, "started": "0"}))  # its number was given again
+    run("--labels", "0", "--num", 1, "--out", tmp_path)
+    assert not (tmp_path / ".owner").exists()
 
 
 def test_a_folder_that_an_earlier_version_began_goes_on(run, tmp_path):
