@@ -35,7 +35,7 @@ from data.loader import split
 from evaluation.report import cpu_name
 from generator.task import GeneratorTask
 from run import streaming
-from run.floors import Floor, ReadCounter, Work, floor_of, synchronize
+from run.floors import Floor, ReadCounter, Work, peak_here, synchronize
 from run.load import GENERATORS, TOKENIZERS, load_config, networks_of, random_task, tokenizer_layout
 from run.target import Sampler
 
@@ -164,12 +164,12 @@ def make_call(task: Any, config: RunConfig, what: str, batch: int, device: torch
     return autocast(lambda: task.tokenizer.decode(latents, draws))
 
 
-def make_step(task: Any, config: RunConfig, batch: int, device: torch.device) -> Callable[[], Any]:
-    """The trainer's step on one batch over and over."""
+def make_trainer(task: Any, config: RunConfig, batch: int, device: torch.device) -> Trainer:
+    """The trainer of `config` before its first step, with `batch` pictures in a step and no data."""
     config.train.global_batch = batch
     with tempfile.TemporaryDirectory() as folder:
         config.work_dir = folder
-        trainer = Trainer(
+        return Trainer(
             task,
             config,
             batches=lambda seen: iter(()),
@@ -179,6 +179,11 @@ def make_step(task: Any, config: RunConfig, batch: int, device: torch.device) ->
             run=RunFolder(config, False),
             world=dist.World(0, 1, 0, device),
         )
+
+
+def make_step(task: Any, config: RunConfig, batch: int, device: torch.device) -> Callable[[], Any]:
+    """The trainer's step on one batch over and over."""
+    trainer = make_trainer(task, config, batch, device)
     data = make_batch(task, batch, device, starts_from_latents(config, "train"))
     return lambda: trainer.train_step(data)
 
@@ -378,7 +383,7 @@ def measure(job: Job, config: RunConfig, what: str, label: str, batch: int, mode
         precision=config.train.precision,
         device=name,
         work=None if isinstance(work, str) else work,
-        floor=None if isinstance(work, str) else floor_of(work, name, device, config.train.precision),
+        floor=None if isinstance(work, str) else Floor.of(work, *peak_here(name, device, config.train.precision)),
         first_preview=statistics.median(s.first_share for s in timing.results) if what == "stream" else None,
         theirs=timing.theirs,
     )

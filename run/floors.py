@@ -108,23 +108,23 @@ class Floor:
 
     Attributes:
         bound: "flops" or "bytes".
-        source: of the peaks, "table" or "probe".
+        source: of the peak, "table" or "probe".
     """
 
     seconds: float
     bound: str
-    source: str
     peak: Peak
+    source: str
+
+    @classmethod
+    def of(cls, work: Work, peak: Peak, source: str) -> Floor:
+        """Of a call that asks for `work`."""
+        bound = "flops" if work.flops / peak.flops > work.moved / peak.bandwidth else "bytes"
+        return cls(floor_seconds(work.flops, work.moved, peak), bound, peak, source)
 
 
-def floor_of(work: Work, name: str, device: torch.device, precision: str) -> Floor:
-    """Of a call that asks for `work`.
-
-    Args:
-        name: of the device.
-        precision: "bf16" or "fp32", of the products.
-    """
-    known = peak_of(name) if precision == "bf16" else None
-    peak = known or probe(device, torch.bfloat16 if precision == "bf16" else torch.float32)
-    bound = "flops" if work.flops / peak.flops > work.moved / peak.bandwidth else "bytes"
-    return Floor(floor_seconds(work.flops, work.moved, peak), bound, "table" if known else "probe", peak)
+def peak_here(name: str, device: torch.device, precision: str) -> tuple[Peak, str]:
+    """(peak, "table" or "probe") for products in "bf16" or "fp32" on the device of this name."""
+    if precision == "bf16" and (known := peak_of(name)):
+        return known, "table"
+    return probe(device, torch.bfloat16 if precision == "bf16" else torch.float32), "probe"
