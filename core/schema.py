@@ -218,7 +218,7 @@ class SampleConfig:
     power: float = setting(1.0, "exponent of schedule: cosine", low=0)
     steps: int | None = setting(None, "points of a diffusion sampler's time grid", low=2)
     cuda_graph: bool | None = setting(
-        None, "CUDA graphs of DiT^DH's steps (default: no), of VAR's scales (up to 64 labels)"
+        None, "CUDA graphs of DiT^DH's steps (default: up to 16 labels), of VAR's scales (up to 64)"
     )
     temperature: float | list[float] | None = setting(None, "of the softmax over codes, or one per codebook", low=0)
     top_k: int | list[int] | None = setting(

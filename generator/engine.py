@@ -17,10 +17,26 @@ from torch import Tensor, nn
 
 from core.nn.cuda_graph import Kept, addresses
 from core.nn.kvcache import LayerCache, activation_dtype
+from core.nn.mlp import SwiGLU
 from core.nn.norms import RMSNorm
 from core.specs import Generator, LatentSpec
 
-CAST = (nn.Linear, RMSNorm)  # modules that take and give the precision of the products
+
+class _Linear(nn.Linear):
+    """Takes its input as autocast would: in the type of the weights."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x.to(self.weight.dtype), self.weight, self.bias)
+
+
+class _Conv2d(nn.Conv2d):
+    """The same of a convolution."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self._conv_forward(x.to(self.weight.dtype), self.weight, self.bias)
+
+
+CASTING: dict[type, type] = {nn.Linear: _Linear, nn.Conv2d: _Conv2d}
 
 
 def _version(tensor: Tensor) -> int:
@@ -33,10 +49,11 @@ class Weights:
     Args:
         model: whose parameters are followed by `refresh`.
         dtype: of the products.
+        kinds: modules whose parameters are cast.
     """
 
-    def __init__(self, model: nn.Module, dtype: torch.dtype):
-        self.dtype = dtype
+    def __init__(self, model: nn.Module, dtype: torch.dtype, kinds: tuple[type, ...]):
+        self.dtype, self.kinds = dtype, kinds
         self._followed = list(model.parameters())
         self._storages = [p.untyped_storage() for p in self._followed]  # kept, so that no other gets their address
         self._casts: dict[int, tuple[Tensor, Tensor]] = {}  # by the identity of what was cast
@@ -68,16 +85,30 @@ class Weights:
         return self._copies[id(module)][1]
 
     def _copy(self, module: nn.Module) -> nn.Module:
-        copied = module.__class__.__new__(module.__class__)
+        kind = CASTING.get(type(module), type(module))
+        copied = kind.__new__(kind)
         copied.__dict__.update(module.__dict__)
         copied.__dict__.pop("forward", None)
         copied.__dict__["_compiled_call_impl"] = None
         copied.__dict__["_modules"] = {name: child and self.copy(child) for name, child in module._modules.items()}
-        if isinstance(module, CAST):
+        if isinstance(module, self.kinds):
             copied.__dict__["_parameters"] = {
                 name: p if p is None else self.cast(p) for name, p in module._parameters.items()
             }
+        if isinstance(module, SwiGLU) and module.is_padded(module.w12.weight.device):
+            self._pad(module, copied)
         return copied
+
+    def _pad(self, module: SwiGLU, copied: Any) -> None:
+        """Give the copy the padded weights that the original makes for every call."""
+        parts = zip(("w12", "w12", "w3"), ("weight", "bias", "weight"), range(3))
+        for layer, name, index in parts:
+            if getattr(module, layer)._parameters[name] is not None:
+                padded = self.derive(
+                    f"{layer}.{name} of {id(module)}", lambda index=index: module.padded(self.dtype)[index].detach()
+                )
+                copied._modules[layer]._parameters[name] = padded
+        copied.hidden = copied.w3.weight.shape[1]
 
     def refresh(self) -> None:
         """Follow parameters that were changed in place: by an optimiser, by loading."""
@@ -91,7 +122,13 @@ class Weights:
 
 
 class Sampled(Generator):
-    """A generator that keeps what sampling needs from call to call, until it is trained or its weights are replaced."""
+    """A generator that keeps what sampling needs from call to call, until it is trained or its weights are replaced.
+
+    Attributes:
+        cast: kinds of modules that take and give the precision of the products.
+    """
+
+    cast: tuple[type, ...] = (nn.Linear, RMSNorm)
 
     def __init__(self):
         super().__init__()
@@ -108,7 +145,7 @@ class Sampled(Generator):
 
         def make() -> Weights:
             self._state.clear()  # it reads the weights of before
-            return Weights(self, dtype)
+            return Weights(self, dtype, self.cast)
 
         weights = self._weights.get((dtype, addresses(self)), make)
         weights.refresh()

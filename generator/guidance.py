@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -68,8 +69,16 @@ def in_interval(t: Tensor, guidance: Guidance) -> Tensor:
     return (t >= low) & (t <= high)
 
 
-def guide(velocity: Tensor, worse: Tensor, t: Tensor, guidance: Guidance) -> Tensor:
-    """worse + scale (velocity - worse) for samples whose t (B,) lies in the interval, else velocity. In fp32."""
+def is_guided(t: float, guidance: Guidance) -> bool:
+    """The same of one number, in fp32 like a tensor's."""
+    low, high = np.float32(guidance.interval)
+    return bool(low <= np.float32(t) <= high)
+
+
+def guide(velocity: Tensor, worse: Tensor, t: Tensor | None, guidance: Guidance) -> Tensor:
+    """worse + scale (velocity - worse) for samples whose t (B,) lies in the interval (None: for all), else velocity. fp32."""
     velocity, worse = velocity.float(), worse.float()
     guided = worse + guidance.scale * (velocity - worse)  # (B, C, h, w)
+    if t is None:
+        return guided
     return torch.where(in_interval(t, guidance).view(-1, *[1] * (velocity.ndim - 1)), guided, velocity)

@@ -77,10 +77,12 @@ class Attention(nn.Module):
     def _heads(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Normalised queries (B, heads, N, d), keys and values (B, kv_heads, N, d)."""
         batch, length, _ = x.shape
-        bias = self.qkv.bias
         if hasattr(self, "q_bias"):
             bias = torch.cat((self.q_bias, torch.zeros_like(self.v_bias), self.v_bias))
-        qkv = F.linear(x, self.qkv.weight, bias).view(batch, length, -1, self.head_dim).transpose(1, 2)
+            qkv = F.linear(x, self.qkv.weight, bias)
+        else:
+            qkv = self.qkv(x)
+        qkv = qkv.view(batch, length, -1, self.head_dim).transpose(1, 2)
         q, k, v = qkv.split((self.heads, self.kv_heads, self.kv_heads), dim=1)
         if self.qk_norm == "l2":
             temperature = self.scale_mul.float().clamp_max(math.log(100.0)).exp()

@@ -33,18 +33,22 @@ class SwiGLU(nn.Module):
         self.w3 = nn.Linear(self.hidden, width, bias=bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.hidden % 8 and x.device.type in PADDED_DEVICES:
-            w12, b12, w3 = self._padded(x.device.type)
+        if self.is_padded(x.device):
+            kind = x.device.type
+            half = torch.is_autocast_enabled(kind)
+            w12, b12, w3 = self.padded(torch.get_autocast_dtype(kind) if half else self.w12.weight.dtype)
             gate, value = F.linear(x, w12, b12).chunk(2, dim=-1)  # (..., padded hidden) each
             return F.linear(F.silu(gate) * value, w3, self.w3.bias)
         gate, value = self.w12(x).chunk(2, dim=-1)  # (..., hidden) each
         return self.w3(F.silu(gate) * value)
 
-    def _padded(self, device: str) -> tuple[Tensor, Tensor | None, Tensor]:
-        """Weight and bias of w12 and weight of w3 with zeros up to a multiple of ALIGNMENT, in autocast's type."""
+    def is_padded(self, device: torch.device) -> bool:
+        return self.hidden % 8 != 0 and device.type in PADDED_DEVICES
+
+    def padded(self, dtype: torch.dtype) -> tuple[Tensor, Tensor | None, Tensor]:
+        """Weight and bias of w12 and weight of w3 in `dtype`, with zeros up to a multiple of ALIGNMENT."""
         extra = -self.hidden % ALIGNMENT
         weight, bias, w3 = self.w12.weight, self.w12.bias, self.w3.weight
-        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
         weight = F.pad(weight.to(dtype).unflatten(0, (2, self.hidden)), (0, 0, 0, extra)).flatten(0, 1)
         if bias is not None:
             bias = F.pad(bias.to(dtype).unflatten(0, (2, self.hidden)), (0, extra)).flatten()

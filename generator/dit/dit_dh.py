@@ -10,8 +10,9 @@ Shape letters: B batch, N tokens, C latent channels, D trunk width, E head width
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -19,17 +20,20 @@ from torch import Tensor, nn
 from core import sizes
 from core.errors import UserError, nearest
 from core.nn.attention import Attention
-from core.nn.cuda_graph import Replayed, cuda_graphs_work
+from core.nn.cuda_graph import Replayed, addresses, cuda_graphs_work
 from core.nn.embed import LabelEmbedding, TimeEmbedding, sincos_2d
 from core.nn.mlp import SwiGLU
 from core.nn.norms import RMSNorm, modulate
+from core.nn.precision import no_autocast
 from core.nn.rope import Rope, axial_rope
 from core.rng import Draws
-from core.specs import Continuous, Generator, Guidance, LatentSpec, Loss, Progress
+from core.specs import Continuous, Guidance, LatentSpec, Loss, Progress
 from generator.dit import flow
 from generator.dit.flow import euler
-from generator.engine import mismatches
-from generator.guidance import guide, in_interval
+from generator.engine import Sampled, mismatches
+from generator.guidance import guide, is_guided
+
+RECORDED_BATCH = 16  # from here on the kernels take longer than their launch
 
 
 @dataclass(frozen=True)
@@ -89,7 +93,7 @@ class FinalLayer(nn.Module):
         return self.linear(modulate(self.norm_final(x), shift, scale))
 
 
-class DiTDH(Generator):
+class DiTDH(Sampled):
     """core.specs.Generator of continuous latents by flow matching.
 
     Args:
@@ -101,6 +105,7 @@ class DiTDH(Generator):
     """
 
     models = Continuous
+    cast = (nn.Linear, nn.Conv2d)
 
     def __init__(
         self,
@@ -197,66 +202,25 @@ class DiTDH(Generator):
         return Loss(loss, {"flow": loss.detach()})
 
     # -- sampling -----------------------------------------------------------------------------------------------------
-    def field(
-        self,
-        labels: Tensor,
-        guidance: Guidance = Guidance(),
-        times: Tensor | None = None,
-        step: Callable[[Callable], Callable] = lambda function: function,
-    ) -> Callable[[Tensor, Tensor], Tensor]:
-        """The guided velocity as a function of (x, t); what does not depend on x is computed here, once.
-
-        t is (B,), or 0-dim on the CPU for a whole batch at one time; then steps outside the guidance interval do not
-        pay for guidance.
-
-        Args:
-            times: (K,) those that will be asked for as 0-dim t: embedded here in one go.
-            step: wraps the functions of tensors alone that a step calls, for instance to record them.
-        """
-        models = [self, guidance.guide] if guidance.active and guidance.kind == "auto" else [self]
-        classes = [model.y_embedder(labels) for model in models]  # (B, D) each, D of the model
-        doubled = torch.cat((classes[0], self.y_embedder(self.y_embedder.null(labels))))  # (2B, D)
-        known: list[dict[float, Tensor]] = [{} for _ in models]  # time -> (D,)
-        if times is not None:
-            known = [dict(zip(times.tolist(), model.t_embedder(times.to(labels.device)))) for model in models]
-
-        def embed(t: Tensor, count: int) -> list[Tensor]:
-            """(B, D) for each model."""
-            if t.ndim:
-                return [model.t_embedder(t) for model in models]
-            at = torch.full((1,), t.item(), device=labels.device)  # a fill, where .to() would synchronise
-            return [
-                (rows[t.item()] if t.item() in rows else model.t_embedder(at)[0]).expand(count, -1)
-                for model, rows in zip(models, known)
-            ]
-
-        @step
-        def plain(x: Tensor, time: Tensor) -> Tensor:
-            return self.network(x, time, classes[0])
-
-        @step
-        def guided(x: Tensor, t: Tensor, *time: Tensor) -> Tensor:
-            if len(models) == 2:
-                velocities = [model.network(x, *embedded) for model, *embedded in zip(models, time, classes)]
-            else:
-                velocities = self.network(torch.cat((x, x)), torch.cat((time[0], time[0])), doubled).chunk(2)
-            return guide(*velocities, t, guidance)
-
-        def velocity(x: Tensor, t: Tensor) -> Tensor:
-            time = embed(t, x.shape[0])
-            if not guidance.active or (t.ndim == 0 and not bool(in_interval(t, guidance))):
-                return plain(x, time[0])
-            return guided(x, torch.full((x.shape[0],), t.item(), device=x.device) if t.ndim == 0 else t, *time)
-
-        return velocity
+    def field(self, labels: Tensor, guidance: Guidance = Guidance()) -> Field:
+        """The guided velocity of the classes `labels`, as a function of (x, t)."""
+        field = Field([self, guidance.guide] if autoguided(guidance) else [self], guidance)
+        field.begin(labels)
+        return field
 
     @torch.no_grad()
     def sample(
-        self, labels: Tensor, draws: Draws, guidance: Guidance = Guidance(), steps: int = 150, cuda_graph: bool = False
+        self,
+        labels: Tensor,
+        draws: Draws,
+        guidance: Guidance = Guidance(),
+        steps: int = 150,
+        cuda_graph: bool | None = None,
     ) -> Tensor:
         """Latents (B, C, h, w), fp32. `steps` counts the points of the time grid, so there are steps - 1 updates.
 
-        cuda_graph: record a step once and replay it, which spares small batches the launch of its kernels.
+        cuda_graph: record a step once and replay it, also in later calls with as many labels; it spares small batches the
+            launch of their kernels. None: on a GPU, up to RECORDED_BATCH labels.
         """
         if guidance.kind not in ("cfg", "auto"):
             raise UserError(f'guidance kind "{guidance.kind}" is not known.{nearest(guidance.kind, ["cfg", "auto"])}')
@@ -264,7 +228,85 @@ class DiTDH(Generator):
             raise UserError('guidance kind "auto" needs a weaker generator to guide with, another DiT^DH')
         if steps < 2:
             raise UserError(f"sampling needs at least 2 steps, not {steps}")
+        device, batch = labels.device, len(labels)
         noise = draws.normal("noise", (self.channels, *self.grid))  # (B, C, h, w)
         times = flow.sampling_times(steps, self.time_shift)
-        wrap = {"step": Replayed} if cuda_graph and cuda_graphs_work(labels.device) else {}
-        return euler(self.field(labels, guidance, times, **wrap), noise, times)
+        if cuda_graph is None:
+            cuda_graph = device.type == "cuda" and batch <= RECORDED_BATCH
+        recorded = cuda_graph and cuda_graphs_work(device)
+        models = [self, guidance.guide] if autoguided(guidance) else [self]
+        weights = [model.weights(model.final_layer.linear.weight) for model in models]
+
+        def make() -> Field:
+            copies = [part.copy(model) for part, model in zip(weights, models)]
+            return Field(copies, guidance, Replayed if recorded else None)
+
+        key = batch, replace(guidance, guide=None), recorded, device, [addresses(model) for model in models[1:]]
+        with no_autocast(labels):
+            field = self.kept(key, make)
+            field.begin(labels, times.tolist())
+            return euler(field, noise, times)
+
+
+def autoguided(guidance: Guidance) -> bool:
+    return guidance.active and guidance.kind == "auto"
+
+
+class Field:
+    """The guided velocity as a function of a state and its time, for one batch after another: `begin` comes first.
+
+    What a step reads beside its arguments lies where it lay the last time; so a recorded step serves every batch of its
+    size.
+
+    Args:
+        models: the network and, where it is guided by a weaker one, that.
+        wrap: of the functions of tensors alone that a step calls, for instance core.nn.cuda_graph.Replayed.
+    """
+
+    def __init__(self, models: Sequence[Any], guidance: Guidance, wrap: Callable[[Callable], Callable] | None = None):
+        self.models, self.guidance = models, guidance
+        self.plain, self.guided = (wrap(f) if wrap else f for f in (self._plain, self._guided))
+        self.classes: list[Tensor] = []  # (B, D) each, D of the model; with no class behind it where that guides
+        self.known: list[dict[float, Tensor]] = [{} for _ in models]  # time -> (D,)
+
+    def begin(self, labels: Tensor, times: Sequence[float] = ()) -> None:
+        """What does not depend on the state: the classes (B,) and all times that will be asked for, embedded in one go."""
+        classes = [model.y_embedder(labels) for model in self.models]
+        if self.guidance.active and len(self.models) == 1:
+            embedder = self.models[0].y_embedder
+            classes[0] = torch.cat((classes[0], embedder(embedder.null(labels))))  # (2B, D)
+        if self.classes:
+            for own, given in zip(self.classes, classes):
+                own.copy_(given)
+        else:
+            self.classes = classes
+        if times:
+            at = torch.tensor(times, dtype=torch.float32, device="cpu").to(labels.device, non_blocking=True)
+            self.known = [dict(zip(times, model.t_embedder(at))) for model in self.models]
+
+    def _plain(self, x: Tensor, time: Tensor) -> Tensor:
+        return self.models[0].network(x, time, self.classes[0][: len(x)])
+
+    def _pair(self, x: Tensor, *time: Tensor) -> Sequence[Tensor]:
+        """The velocity and the worse one. Both classes go through one network together."""
+        if len(self.models) == 2:
+            return [model.network(x, *embedded) for model, *embedded in zip(self.models, time, self.classes)]
+        return self.models[0].network(torch.cat((x, x)), torch.cat((time[0], time[0])), self.classes[0]).chunk(2)
+
+    def _guided(self, x: Tensor, *time: Tensor) -> Tensor:
+        return guide(*self._pair(x, *time), None, self.guidance)
+
+    def __call__(self, x: Tensor, t: Tensor | float) -> Tensor:
+        """(B, C, h, w) at x (B, C, h, w) and the time of every sample, (B,), or of all, a number: then steps outside the
+        guidance interval pay for the network alone."""
+        if isinstance(t, Tensor):
+            time = [model.t_embedder(t) for model in self.models]
+            return guide(*self._pair(x, *time), t, self.guidance) if self.guidance.active else self._plain(x, time[0])
+
+        def embedded(model: Any, rows: dict[float, Tensor]) -> Tensor:
+            row = rows[t] if t in rows else model.t_embedder(torch.full((1,), t, device=x.device))[0]
+            return row.expand(len(x), -1)
+
+        if self.guidance.active and is_guided(t, self.guidance):
+            return self.guided(x, *map(embedded, self.models, self.known))
+        return self.plain(x, embedded(self.models[0], self.known[0]))

@@ -10,6 +10,7 @@ import itertools
 import math
 from collections.abc import Callable
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -48,20 +49,20 @@ def target(data: Tensor, noise: Tensor) -> Tensor:
 
 
 def euler(
-    velocity: Callable[[Tensor, Tensor], Tensor], x: Tensor, times: Tensor, trajectory: list[Tensor] | None = None
+    velocity: Callable[[Tensor, float], Tensor], x: Tensor, times: Tensor, trajectory: list[Tensor] | None = None
 ) -> Tensor:
     """Euler's method.
 
     Args:
-        velocity: of a state and one time for the whole batch, a 0-dim tensor.
+        velocity: of a state and one time for the whole batch.
         x: state at times[0], fp32. It is updated in fp32 whatever precision `velocity` returns.
-        times: (K,) on the CPU (then no step waits for the accelerator); K - 1 updates.
+        times: (K,) fp32 on the CPU (then no step waits for the accelerator); K - 1 updates.
         trajectory: appended to, if given: the K states.
     """
     if trajectory is not None:
         trajectory.append(x)
-    for now, after in itertools.pairwise(times):
-        x = x + (after - now) * velocity(x, now).float()
+    for now, after in itertools.pairwise(times.tolist()):
+        x = x + float(np.float32(after) - np.float32(now)) * velocity(x, now).float()
         if trajectory is not None:
             trajectory.append(x)
     return x

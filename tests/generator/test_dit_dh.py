@@ -322,7 +322,7 @@ def test_sampling_guides_step_by_step_like_sample_by_sample(kind):
     field = model.field(labels, guidance)
     times = flow.sampling_times(5, model.time_shift)
     with torch.no_grad():
-        expected = euler(lambda x, t: field(x, t.expand(2)), d.normal("noise", (8, 4, 4)), times)
+        expected = euler(lambda x, t: field(x, torch.full((2,), t)), d.normal("noise", (8, 4, 4)), times)
     sampled = model.sample(labels, d, guidance, steps=5)
     torch.testing.assert_close(sampled, expected, rtol=1e-4, atol=1e-4)
     assert not torch.allclose(sampled, model.sample(labels, d, steps=5))

@@ -15,9 +15,12 @@ from unittest import mock
 import torch
 from torch import Tensor, nn
 from torch._ops import HigherOrderOperator
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+
+from generator.dit import flow
+from tokenizer.vq import diffusion_decoder
 
 WAITING = ("_local_scalar_dense", "nonzero", "unique", "is_nonzero", "equal.default", "masked_select")
 # Allocations and views start no kernel; what these pick is what they read.
@@ -34,6 +37,15 @@ ALLOCATING = {
     "_reshape_alias",
 }
 PICKING = {"embedding", "index_select", "index", "gather", "index_copy_", "slice_scatter"}
+
+
+def attention(q, k, v, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None, enable_gqa=False) -> Tensor:
+    """One kernel, as on a GPU; on fake tensors the general entry decides for many."""
+    if enable_gqa:
+        k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], 1) for x in (k, v))
+    fused = torch.ops.aten._scaled_dot_product_efficient_attention
+    mask = None if attn_mask is None else attn_mask.expand(*q.shape[:3], -1)
+    return fused(q, k, v, mask, False, dropout_p, is_causal, scale=scale)[0]
 
 
 def size(tensors: Any) -> int:
@@ -104,6 +116,16 @@ class Graph:
         self.replays += 1
 
 
+def real(function: Callable) -> Callable:
+    """`function` outside of the fake world: what it gives has numbers."""
+
+    def run(*args):
+        with unset_fake_temporarily():
+            return function(*args)
+
+    return run
+
+
 @contextlib.contextmanager
 def gpu(weights: Callable[[], list[Tensor]] = list) -> Iterator[list[Graph]]:
     """Inside, "cuda" is a device of fake tensors; receives every recording that is made.
@@ -127,8 +149,11 @@ def gpu(weights: Callable[[], list[Tensor]] = list) -> Iterator[list[Graph]]:
             ("torch.cuda.is_bf16_supported", lambda *_: True),
             ("torch.cuda.graph_pool_handle", lambda: None),
             ("torch.nn.init.trunc_normal_", lambda tensor, *_, **__: tensor),  # it looks at numbers
+            ("torch.nn.functional.scaled_dot_product_attention", attention),
             ("core.nn.cuda_graph.capture", capture),
             ("generator.ar.decode.capture", capture),
+            ("generator.dit.flow.sampling_times", real(flow.sampling_times)),
+            ("tokenizer.vq.diffusion_decoder.solver_times", real(diffusion_decoder.solver_times)),
         ):
             stack.enter_context(mock.patch(target, value))
         torch.__future__.set_overwrite_module_params_on_conversion(True)
@@ -145,4 +170,7 @@ def build(make: Callable[[], nn.Module]) -> nn.Module:
         for name, buffer in module._buffers.items():
             if buffer is not None:  # tables are made on the CPU
                 module._buffers[name] = buffer.to("cuda")
+        for name, parameter in module._parameters.items():
+            if parameter is not None and parameter.device.type != "cuda":  # some tables count as parameters
+                module._parameters[name] = nn.Parameter(parameter.to("cuda"))
     return network.eval().requires_grad_(False)

@@ -16,21 +16,35 @@ from generator.ar.gpt import GPT
 from generator.ar.rar import RAR
 from tests.generator import test_var
 from tests.generator.test_var import Tape
-from tests.gpu_path.sampling import SYSTEMS, measure
+from tests.gpu_path.sampling import GUIDED, SYSTEMS, decoding_waits, measure, measure_flow
 
 
 @pytest.mark.parametrize(
-    "name, batch, bytes_", [("RAR-B", 256, None), ("FAR-B", 1, 1.3), ("D-AR-L", 64, 1.5), ("VAR-d17", 4, None)]
+    "name, batch, bytes_",
+    [("RAR-B", 256, None), ("RAR-B", 1, 1.3), ("FAR-B", 1, 1.3), ("D-AR-L", 1, 1.3), ("VAR-d17", 4, None)],
 )
 def test_ceilings(name, batch, bytes_):
     """At the published sizes, with guidance, under bf16 autocast. In large batches activations move as well, and half a
-    stride of the cache on average."""
+    stride of the cache on average: 1.37 to 1.41 of the ideal for 64."""
     report, system = measure(name, batch), SYSTEMS[name]
     assert report.kernels <= system.step
     assert 0 < report.recordings[0] <= system.recordings and report.recordings[1] == 0
     assert report.casts == 0 and not report.waits
     if bytes_:
         assert report.ideal < report.bytes <= bytes_ * report.ideal
+
+
+@pytest.mark.parametrize("kind", GUIDED)
+def test_a_sampler_of_flows_neither_waits_nor_records_twice(kind):
+    """It has one recording, and one more where some steps are not guided. Weights are cast before the first step."""
+    report = measure_flow(kind, size="s")
+    assert report.recordings == (2 if kind == "interval" else 1, 0)
+    assert report.casts == 0 and not report.waits and report.launched < 100
+
+
+@pytest.mark.parametrize("name", ["rectok", "fqgan", "vqgan_plus", "dar", "imagefolder"])
+def test_decoding_does_not_wait(name):
+    assert not decoding_waits(name)
 
 
 SIZE = {"width": 32, "layers": 2, "heads": 4, "hidden": 48}

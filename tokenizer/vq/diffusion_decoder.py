@@ -205,6 +205,11 @@ class DiffusionCore(nn.Module):
         return self.repa_out(pooled.flatten(2).transpose(1, 2))
 
 
+def solver_times(steps: int, shift: float) -> Tensor:
+    """(steps + 1,) increasing fp64 times from 0 to 1, on the CPU."""
+    return shifted_time(torch.linspace(0, 1, steps + 1, dtype=torch.float64, device="cpu"), shift)
+
+
 class Trajectory:
     """Solves the flow step by step: `step` takes the conditions of the next step and returns what would be the result
     if it were the last one, at no extra cost. Adams-Bashforth of order two with constant coefficients.
@@ -224,9 +229,9 @@ class Trajectory:
         if method not in ("adams2", "euler"):
             raise UserError(f'the solver is "adams2" or "euler", not "{method}"')
         self.core, self.x, self.steps, self.data_std, self.method = core, noise.float(), steps, data_std, method
-        times = shifted_time(torch.linspace(0, 1, steps + 1, dtype=torch.float64, device="cpu"), shift)
+        times = solver_times(steps, shift)
         self.times = times.tolist()
-        self.embedded = core.embed_time(times[:-1].float().to(noise.device))  # all steps at once
+        self.embedded = core.embed_time(times[:-1].float().to(noise.device, non_blocking=True))  # all steps at once
         self.done, self.previous = 0, None
 
     def step(self, conditions: Tensor) -> Tensor:
