@@ -7,6 +7,7 @@ them, so a time computed from them is a floor.
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -56,15 +57,32 @@ def floor_seconds(flops: float, moved_bytes: float, peak: Peak) -> float:
     return max(flops / peak.flops, moved_bytes / peak.bandwidth)
 
 
+# What a picture of 256 x 256 takes at most while a network of these systems looks at it or paints it, in fp32, activations
+# of the convolutional decoders and caches of the generators included.
+PICTURE_BYTES = 256 * 2**20
+
+
+def pictures_at_once(asked: int, device: torch.device, side: int = 256) -> int:
+    """How many pictures of `side` pixels go through a network together: `asked`, or if that is 0 a power of two from 8 to
+    512 whose activations take at most half of the GPU's free memory; 64 on a CPU."""
+    if asked:
+        return asked
+    if device.type != "cuda":
+        return 64
+    unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)  # kept by torch for itself
+    free = torch.cuda.mem_get_info(device)[0] + unused
+    fitting = free / 2 / (PICTURE_BYTES * (side / 256) ** 2)
+    return min(512, max(8, 2 ** int(math.log2(max(1.0, fitting)))))
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # TF32: fp32 products with 10 bits of mantissa, several times as fast on the tensor cores of a GPU
 # ---------------------------------------------------------------------------------------------------------------------
 def _switches() -> tuple[tuple[Any, ...], str, dict[bool, Any]]:
     """torch's settings of convolutions and of matrix products: (holders, their attribute, its value for TF32 or not)."""
     # torch 2.9 gave every kind of operation its own setting and refuses to mix it with the older one
-    if getattr(torch.backends.cudnn, "conv", None) is not None:
-        holders = torch.backends.cudnn.conv, torch.backends.cuda.matmul
-        return holders, "fp32_precision", {True: "tf32", False: "ieee"}
+    if (convolutions := getattr(torch.backends.cudnn, "conv", None)) is not None:
+        return (convolutions, torch.backends.cuda.matmul), "fp32_precision", {True: "tf32", False: "ieee"}
     return (torch.backends.cudnn, torch.backends.cuda.matmul), "allow_tf32", {True: True, False: False}
 
 

@@ -191,7 +191,13 @@ class TrainConfig:
 @dataclass
 class EvalConfig:
     num_images: int = setting(0, "pictures per online evaluation; 0: as many as the val split has", low=0)
-    batch: int = setting(64, "pictures per forward pass", low=1)
+    batch: int = setting(
+        0, "pictures per forward pass; 0: as many as a GPU's free memory surely holds, 64 on a CPU", low=0
+    )
+    compile: Literal["auto", "always", "never"] = setting(
+        "auto",
+        "torch.compile a tokenizer whose reconstructions are measured; auto: on a GPU, for 5,000 of a rank or more",
+    )
     network: str = setting("auto", "feature network: inception, lite0 (offline stand-in), auto, or a file of weights")
     protocol: str = setting(
         "adm", "what is measured and how, by the name of a published evaluation (docs/evaluation.md)"

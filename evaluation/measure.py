@@ -21,6 +21,7 @@ from typing import Protocol as Interface
 import torch
 from torch import Tensor, nn
 
+from core.devices import pictures_at_once
 from core.dist import World
 from core.errors import UserError
 from core.images import finite_uint8, grid, to_model_range, to_uint8, to_unit_range
@@ -384,7 +385,8 @@ def reconstruction(
 ) -> dict[str, float]:
     """Plain numbers of the first settings.num_images pictures, on this rank alone: what the quickstart shows."""
     protocol = protocols.get(settings.protocol, "reconstruction")
-    how = Evaluation(protocol, net, alone(device), settings.batch, metrics=offline_metrics(protocol, device))
+    batch = pictures_at_once(settings.batch, device, image_size)
+    how = Evaluation(protocol, net, alone(device), batch, metrics=offline_metrics(protocol, device))
     return reconstruct_first(how, tokenizer, source, image_size, settings.num_images)
 
 
@@ -487,7 +489,7 @@ class Online:
         protocol = protocols.get(self.settings.protocol, self.purpose)
         net = networks.feature_net(world.device, self.settings.network, protocol)
         metrics = offline_metrics(protocol, world.device) if self.purpose == "reconstruction" else {}
-        self.how = Evaluation(protocol, net, world, self.settings.batch, metrics=metrics)
+        self.how = Evaluation(protocol, net, world, self.settings.batch, metrics=metrics)  # its batch: see __call__
         path = self._reference_file()
         if path is not None:
             self.how.reference = load_reference(path, net, self.purpose, image_size, world)
@@ -520,6 +522,8 @@ class Online:
             return None  # statistics of the training pictures are made instead
 
     def __call__(self, task, network: nn.Module) -> dict[str, float]:
+        # Now, when the training has the memory that it needs.
+        self.how.batch = pictures_at_once(self.settings.batch, self.how.world.device, self.image_size)
         if self.purpose == "reconstruction":
             return reconstruct_first(self.how, network, self.val, self.image_size, self.settings.num_images)
         return self.generation(task, network)
@@ -534,7 +538,7 @@ class Online:
             lambda labels, draws: task.sample(network, labels, draws),
             how.labels,
             self.config.seed,
-            settings.batch,
+            how.batch,
             world.device,
             settings.rounding or how.protocol.rounding,
             pixel_dtype(how.protocol, self.config.train.precision == "bf16"),

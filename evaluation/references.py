@@ -28,6 +28,7 @@ from safetensors.torch import save as to_safetensors
 from torch import Tensor
 
 from core.arrays import NpzFile
+from core.devices import pictures_at_once
 from core.dist import World
 from core.errors import UserError
 from core.files import refuse_text, replacing, sha256_file, write_atomic
@@ -454,6 +455,7 @@ def training_statistics(
     pictures = SourcePictures(source, image_size, config.data.workers, rows, f"{count:,} training pictures")
     path = Path(config.data.cache_dir) / f"statistics_{net.name}_{pictures.fingerprint()}.safetensors"
     if not world.on_main(path.is_file):
-        statistics = make_statistics(pictures, net, world, config.eval.batch, facts=Facts("generation"))
+        batch = pictures_at_once(config.eval.batch, world.device)
+        statistics = make_statistics(pictures, net, world, batch, facts=Facts("generation"))
         world.on_main(lambda: save(path, statistics))
     return replace(load(path), name=pictures.name) if world.is_main else None

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from core import images as image_tools
 from core.arrays import NpzFile
+from core.devices import pictures_at_once
 from core.dist import World
 from core.errors import UserError
 from core.files import write_atomic
@@ -31,6 +32,7 @@ from core.schema import EvalConfig, RunConfig
 from core.specs import DataSource
 from core.train.checkpoint import Checkpoint
 from core.train.log import progress_line
+from core.train.parallel import compile_blocks
 from core.weights import released
 from data.checks import say_left_out
 from data.sources import SCHEMES, has_pictures, open_source
@@ -50,6 +52,7 @@ from run.target import open_generator, read_target
 
 SAMPLES = 50_000  # what published numbers are measured on
 SHOWN = 40
+ENOUGH_TO_COMPILE = 5_000  # reconstructions
 BEST_AND_WORST = 6
 CLASSES_SHOWN = 30
 IMAGENET_CLASSES, IMAGENET_VAL_EACH = 1000, 50
@@ -206,6 +209,7 @@ def generated_samples(options: argparse.Namespace, overrides: list[str], world: 
         say_left_out(say, train, named)
         reference = references.training_statistics(config, train, size, net, world)
     dtype = measure.pixel_dtype(protocol, generator.bf16)
+    batch = pictures_at_once(settings.batch, world.device, size)
     job = {
         **generator.facts,
         "sample": {k: v for k, v in asdict(config.sample).items() if v is not None},
@@ -231,7 +235,7 @@ def generated_samples(options: argparse.Namespace, overrides: list[str], world: 
         image_size=size,
         job=job,
         context={"label_counts": protocols.describe_labels(labels, generator.num_classes)},
-        produce=measure.producer(generator.sample, labels, config.seed, settings.batch, world.device, rounding, dtype),
+        produce=measure.producer(generator.sample, labels, config.seed, batch, world.device, rounding, dtype),
         reference_path=path,
     )
 
@@ -447,6 +451,13 @@ def reconstruction_context(how: Evaluation, fingerprint: str | None) -> dict[str
     }
 
 
+def is_compiled(settings: EvalConfig, count: int, device: torch.device) -> bool:
+    """Whether a tokenizer is compiled for this many reconstructions of a rank."""
+    if settings.compile == "auto":  # it takes a minute or so
+        return device.type == "cuda" and count >= ENOUGH_TO_COMPILE
+    return settings.compile == "always"
+
+
 def by_tokenizer(options: argparse.Namespace, overrides: list[str], world: World) -> Reconstructions:
     """Reconstructions by a tokenizer."""
     check_reconstructions(options, overrides)  # before a network is loaded
@@ -472,11 +483,13 @@ def by_tokenizer(options: argparse.Namespace, overrides: list[str], world: World
         **({"perturbation": asdict(perturb)} if perturb else {}),
         **asked_for(options),
     }
+    if is_compiled(settings, len(pictures) // world.size, world.device):
+        compile_blocks(tokenizer)
     rebuild = ByTokenizer(
         tokenizer,
         pictures,
         how.protocol,
-        settings.batch,
+        pictures_at_once(settings.batch, world.device, tokenizer.image_size),
         world.device,
         bf16=options.precision == "bf16",
         perturb=perturb,
@@ -527,7 +540,7 @@ def by_folders(options: argparse.Namespace, overrides: list[str], world: World) 
         image_size=original.size[0],
         job=job,
         context=reconstruction_context(how, None),
-        rebuild=ByPairs(original, recon, settings.batch, world.device),
+        rebuild=ByPairs(original, recon, how.batch, world.device),
         pictures=original,
         left_out=left_out,
     )

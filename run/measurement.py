@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from core import config as config_module
+from core.devices import pictures_at_once
 from core.dist import World
 from core.errors import UserError
 from core.files import read_json
@@ -149,7 +150,7 @@ def evaluation_of(
 ) -> Evaluation:
     """How a command measures; `more` are fields of Evaluation."""
     extras = {"replicates": options.bootstrap, "infinity": options.infinity}
-    return Evaluation(protocol, net, world, settings.batch, **extras, **more)
+    return Evaluation(protocol, net, world, pictures_at_once(settings.batch, world.device), **extras, **more)
 
 
 def write_result(

@@ -22,6 +22,7 @@ from torch import Tensor
 from core import dist
 from core import images as image_tools
 from core.config import to_yaml
+from core.devices import pictures_at_once
 from core.errors import UserError, nearest
 from core.files import read_json, write_atomic, write_json
 from core.rng import Draws, hash64
@@ -159,7 +160,7 @@ class Finished:
 
     def sample(self, label: str, **changes: Any) -> Variant:
         """Draw and measure the pictures of one way to sample, called `label`."""
-        task, batch = self.task(changes), self.config.eval.batch
+        task, batch = self.task(changes), pictures_at_once(self.config.eval.batch, self.device)
         labels = make_labels("balanced", self.settings["samples_per_class"] * task.num_classes, task.num_classes)
         line, kept = ProgressLine(len(labels), label=f"samples, {label}"), Kept([])
         produce = measure.producer(
@@ -202,7 +203,9 @@ def real_features(pictures: SourcePictures, net: FeatureNet, config: RunConfig) 
     path = Path(config.data.cache_dir) / f"real_{net.name}_{pictures.fingerprint()}.safetensors"
     if not path.is_file():
         device = next(net.parameters()).device
-        features = measure.picture_features(pictures, net, measure.alone(device), config.eval.batch)
+        features = measure.picture_features(
+            pictures, net, measure.alone(device), pictures_at_once(config.eval.batch, device)
+        )
         assert features is not None  # on one rank
         labels = torch.tensor(measure.source_labels(pictures.source))
         write_atomic(path, to_bytes({**features, "labels": labels}))

