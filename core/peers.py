@@ -9,9 +9,11 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import itertools
 import os
 import threading
 import time
+from collections.abc import Callable
 from typing import Any
 
 from core.errors import UserError
@@ -22,7 +24,13 @@ _LOOK_SECONDS = 1.0  # between two looks at whether all live
 _KEPT = "Checkpoints and finished pieces are kept; run the same command again to continue."
 # How collectives say that a connection broke or that nobody came.
 _BROKEN = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "NCCL error", "Socket Timeout")
-_WAITED = ("Timed out waiting", "timed out", "Watchdog caught collective operation timeout")
+_BROKEN += ("Connection was likely closed",)
+_WAITED = (
+    "Timed out waiting",
+    "timed out",
+    "Watchdog caught collective operation timeout",
+    "Application timeout caused",
+)
 
 
 class OtherRankFailed(UserError):
@@ -47,7 +55,7 @@ class Peers:
         self.store, self.rank, self.size, self.timeout_minutes = store, rank, size, timeout_minutes
         self.reached = 0  # collectives that this rank has come to
         self._meetings = 0
-        self._known: dict[int, tuple[str, int]] = {}
+        self._places: list[tuple[str, int]] = []  # host and process of every rank; [] until all have said
         self._set("place", f"{os.uname().nodename} {os.getpid()}")
         threading.Thread(target=self._beat, args=(store.clone(),), name="peers", daemon=True).start()
 
@@ -60,20 +68,20 @@ class Peers:
         return self.store.get(key).decode() if self.store.check([key]) else ""
 
     def _beat(self, store: Any) -> None:
-        noted = -1
-        while True:
-            if noted != self.reached:
-                noted = self.reached
-                try:
-                    store.set(f"tessera/reached/{self.rank}", str(noted))
-                except Exception:  # the store has ended with its host
-                    return
-            time.sleep(_BEAT_SECONDS)
+        """Note again and again that this rank lives and how far it is. Learn first who the others are: the store may be
+        the first to go."""
+        try:
+            places = store.multi_get([f"tessera/place/{rank}" for rank in range(self.size)])
+            self._places = [(host, int(process)) for host, process in (place.decode().split() for place in places)]
+            for beat in itertools.count():
+                store.set(f"tessera/beat/{self.rank}", f"{beat} {self.reached}")
+                time.sleep(_BEAT_SECONDS)
+        except Exception:  # the store has ended with its host
+            return
 
     def goodbye(self) -> None:
         """This rank ends of its own will, and has said why."""
-        with contextlib.suppress(Exception):
-            self._set("left", "yes")
+        _answer(lambda: self._set("left", "yes"), _LOOK_SECONDS)
 
     def count_once(self, topic: str, key: str = "") -> int:
         """How many different keys all ranks have named under a topic, with this one if it is not "". Asks the store alone:
@@ -84,23 +92,20 @@ class Peers:
 
     def lost(self) -> str | None:
         """Names a rank of this machine whose process ended without a word; None where all live."""
-        for rank in range(self.size):
-            if rank == self.rank:
-                continue
-            if rank not in self._known and (place := self._get("place", rank)):
-                host, process = place.split()
-                self._known[rank] = (host, int(process))
-            host, process = self._known.get(rank, ("", 0))
-            if host == os.uname().nodename and not _lives(process) and not self._get("left", rank):
+        for rank, (host, process) in enumerate(self._places):
+            if rank != self.rank and host == os.uname().nodename and not _lives(process) and not self._has_left(rank):
                 return f"rank {rank} (process {process} on {host}) is gone: killed, or out of memory"
         return None
 
+    def _has_left(self, rank: int) -> bool:
+        with contextlib.suppress(Exception):  # the store has ended with its host
+            return bool(self._get("left", rank))
+        return False
+
     def gone(self) -> RankGone | None:
         """What to raise where a rank has ended without a word."""
-        with contextlib.suppress(Exception):  # the store may be what is gone
-            if reason := self.lost():
-                return RankGone(f"{reason}. {_KEPT}")
-        return None
+        reason = _answer(self.lost, _LOOK_SECONDS)
+        return RankGone(f"{reason}. {_KEPT}") if isinstance(reason, str) else None
 
     def left(self) -> str | None:
         """Names a rank that ended of its own will; None where none did."""
@@ -110,14 +115,18 @@ class Peers:
         return None
 
     def behind(self) -> str | None:
-        """Names the ranks that have not come to the collective at which this one waits."""
-        time.sleep(_BEAT_SECONDS + 1)  # until all have noted how far they are
-        reached = [int(self._get("reached", rank) or 0) for rank in range(self.size)]
-        late = [rank for rank in range(self.size) if reached[rank] < self.reached]
-        if not late:
+        """Names the ranks that have not come to the collective at which this one waits, or that give no sign of life."""
+        before = [self._get("beat", rank) for rank in range(self.size)]
+        time.sleep(2 * _BEAT_SECONDS + 1)  # until all have noted how far they are, also on a busy machine
+        beats = [self._get("beat", rank) or "0 0" for rank in range(self.size)]
+        late = [rank for rank in range(self.size) if int(beats[rank].split()[1]) < self.reached]
+        silent = [rank for rank in range(self.size) if rank != self.rank and beats[rank] == before[rank]]
+        what = f"did not come to a step of all ranks within train.rank_timeout={self.timeout_minutes:g} minutes"
+        if not late and not silent:
             return None
-        places = ", ".join(f"{rank} ({self._get('place', rank).replace(' ', ', process ')})" for rank in late)
-        return f"rank {places} did not come to a step of all ranks within train.rank_timeout={self.timeout_minutes:g} minutes"
+        where = [(rank, *self._get("place", rank).split()) for rank in late or silent]
+        places = ", ".join(f"{rank} ({host}, process {process})" for rank, host, process in where)
+        return f"rank {places} {what if late else f'{what} and gives no sign of life'}"
 
     def meet(self) -> None:
         """Wait for all ranks, however long they are at work; UserError once one of them is gone."""
@@ -142,12 +151,34 @@ class Peers:
         is_broken, waited = (any(sign in text for sign in signs) for signs in (_BROKEN, _WAITED))
         if not is_broken and not waited:
             return None
-        reason = None
-        with contextlib.suppress(Exception):  # the store may be what is gone
-            time.sleep(0.2)  # a killed process is not gone at once
-            reason = self.lost() or self.left() or (self.behind() if waited else None)
+        reason = _answer(lambda: self._reason(waited), 4 * _BEAT_SECONDS)
+        if reason is _SILENCE:
+            reason = "rank 0 hangs: the store where ranks meet, which it or its launcher keeps, does not answer"
         reason = reason or f"another rank is gone or hangs ({str(error).strip().splitlines()[0][:200]})"
         return RankGone(f"{reason}. {_KEPT}")
+
+    def _reason(self, waited: bool) -> str | None:
+        time.sleep(0.2)  # a killed process is not gone at once
+        return self.lost() or self.left() or (self.behind() if waited else None)
+
+
+_SILENCE = object()
+
+
+def _answer(question: Callable[[], Any], seconds: float) -> Any:
+    """What question() returns; None where it fails, _SILENCE where it takes longer: the host of a store may be stopped."""
+    answers: list[Any] = []
+
+    def ask() -> None:
+        try:
+            answers.append(question())
+        except Exception:
+            answers.append(None)
+
+    thread = threading.Thread(target=ask, name="question to the store", daemon=True)
+    thread.start()
+    thread.join(seconds)
+    return answers[0] if answers else _SILENCE
 
 
 def _lives(process: int) -> bool:

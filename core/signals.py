@@ -9,6 +9,7 @@ to start the same command again.
 
 from __future__ import annotations
 
+import _thread
 import os
 import signal
 import socket
@@ -52,6 +53,7 @@ class StopRequest:
         self._start = time.monotonic()
         self._signal: str | None = None
         self._interrupted: float | None = None  # when the first Ctrl-C came
+        self._again = False
         self._previous: dict[int, Any] = {}
         self._outer: StopRequest | None = None
 
@@ -75,10 +77,6 @@ class StopRequest:
                 self._outer._signal = self._outer._signal or self._signal
         self._previous.clear()
 
-    @property
-    def is_open(self) -> bool:
-        return bool(self._previous)
-
     def _handle(self, number: int, _frame) -> None:
         if number == signal.SIGINT:
             now = time.monotonic()
@@ -88,8 +86,14 @@ class StopRequest:
                 raise KeyboardInterrupt  # the second Ctrl-C means: now
         is_first = self._signal is None
         self._signal = self._signal or signal.Signals(number).name
-        if is_first and self.at_once:
+        if (is_first or self._again) and self.at_once:
+            self._again = False
             raise Stopped(self.requested())
+
+    def insist(self) -> None:
+        """From another thread: raise Stopped once more. Somebody caught the first one, as some modules do while they load."""
+        self._again = True
+        _thread.interrupt_main(signal.SIGTERM)
 
     def requested(self) -> str | None:
         """Why to stop, as words for the log, or None to go on."""
@@ -132,9 +136,11 @@ def insist(look: Callable[[str], None], leave: Callable[[str], None]) -> None:
             name, request = signal.Signals(number[0]).name, StopRequest.innermost
             time.sleep(LOOK_SECONDS)
             look(name)
-            if request is not None and request.at_once:
+            # A program that has ended may live on, in a notebook or a test; a loop inside it stops by itself.
+            if request is not None and request.at_once and request is StopRequest.innermost:
+                request.insist()
                 time.sleep(GRACE_SECONDS - LOOK_SECONDS)
-                if request.is_open:  # a program that has ended may live on: in a notebook, in a test
+                if request is StopRequest.innermost:
                     leave(name)
 
     threading.Thread(target=watch, name="signals", daemon=True).start()
