@@ -17,12 +17,6 @@ from tests.tools import torture
 TOKENIZER = str(ROOT / "configs" / "toy" / "dar_tokenizer.yaml")
 
 
-@pytest.mark.slow
-def test_kills(tmp_path):
-    score = torture.survive_kills(torture.Arena(TOKENIZER, tmp_path), 2, seed=3)
-    assert score.full and score.total == 2, str(score)
-
-
 def test_two_ranks(tmp_path):
     """Two steps: later on, rounding puts a vector to another code, and from there on runs are different ones."""
     arena = torture.Arena(TOKENIZER, tmp_path, [*torture.PERIODS, "train.duration=2step", "tokenizer.usage_sample=0"])

@@ -395,12 +395,6 @@ def test_teachers_read_files_of_transformers(tmp_path, family, model):
 # ---------------------------------------------------------------------------------------------------------------------
 # Runs
 # ---------------------------------------------------------------------------------------------------------------------
-@pytest.mark.slow
-def test_kills(tmp_path):
-    score = torture.survive_kills(torture.Arena(TOY, tmp_path), 2, seed=3)
-    assert score.full and score.total == 2, str(score)
-
-
 def test_two_ranks(tmp_path):
     """Two steps: later on, rounding puts a vector to another code, and from there on runs are different ones."""
     arena = torture.Arena(TOY, tmp_path, [*torture.PERIODS, "train.duration=2step"])

@@ -215,12 +215,6 @@ def test_resnet_logits_are_a_perceptual_part():
 
 
 # -- runs -------------------------------------------------------------------------------------------------------------
-@pytest.mark.slow
-def test_kills(tmp_path):
-    score = torture.survive_kills(torture.Arena(TOY, tmp_path), 2, seed=3)
-    assert score.full and score.total == 2, str(score)
-
-
 def test_two_ranks(tmp_path):
     arena = torture.Arena(TOY, tmp_path, [*torture.PERIODS, "train.duration=4step", "objective.gan_start=1step"])
     score = torture.compare_layouts(arena, [torture.LAYOUTS[0]])

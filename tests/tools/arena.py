@@ -107,6 +107,8 @@ def _mark_places(path: str) -> None:
 
     StopRequest.__enter__ = ready
     for index, (_, module, name) in enumerate(PLACES):
+        if module.startswith("run.") and module not in sys.modules:
+            continue  # of another program, or too dear to import where nobody asks for places
         owner: Any = importlib.import_module(module)
         *outer, last = name.split(".")
         for part in outer:
@@ -242,6 +244,11 @@ class Runs(ABC):
     def exit_file(self, name: str) -> Path:
         """Where ranks write with what code the launcher is to end."""
         return self.folder / f"{name}.exit"
+
+    def said(self, name: str) -> str:
+        """All that its ranks printed, and what the launcher would print at the end."""
+        files = [path for path in (self.log(name), self.exit_file(name)) if path.is_file()]
+        return "\n".join(path.read_text(errors="replace") for path in files)
 
     def tail(self, name: str) -> str:
         """The end of a run's output, for messages."""

@@ -26,9 +26,12 @@ class Workshop:
         self.folder = folder
         self._made: dict[str, Path] = {}
 
-    def trainings(self, system: str) -> list[Arena]:
-        """Of its tokenizer and of its generator, with previews and evaluations on the way."""
-        return [self._arena(system, "tokenizer", SHOWN), self._arena(system, "generator", SHOWN)]
+    def jobs(self, name: str) -> list[Runs]:
+        """Of a system: training its tokenizer and its generator, with previews and evaluations. Of a program: itself."""
+        if name in SYSTEMS:
+            return [self._arena(name, "tokenizer", SHOWN), self._arena(name, "generator", SHOWN)]
+        module, command = PROGRAMS[name]
+        return [Program(self.folder / name, lambda out: command(self, out), module, name, name not in ALONE)]
 
     def _arena(self, system: str, kind: str, more: list[str]) -> Arena:
         tokenizer, changed, generator = SYSTEMS[system]
@@ -47,11 +50,6 @@ class Workshop:
                 raise RuntimeError(f"{key} failed:\n{arena.tail(key)}")
             self._made[key] = self.folder / key
         return self._made[key]
-
-    def program(self, name: str) -> Runs:
-        """A key of PROGRAMS."""
-        module, command = PROGRAMS[name]
-        return Program(self.folder / name, lambda out: command(self, out), module, name, name not in ALONE)
 
 
 def _sample(made: Workshop, out: Path) -> list[object]:

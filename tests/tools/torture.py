@@ -209,17 +209,17 @@ def lose_ranks(runs: Runs, count: int, seed: int = 0, say: Say = lambda _: None)
         if alive:
             os.kill(processes[victim].pid, signal.SIGSTOP if hangs else signal.SIGKILL)
         other = processes[1 - victim]
-        other.join(PATIENCE)
+        other.join(PATIENCE / 3)
         title = f"rank {victim} {'stopped' if hangs else 'killed'} in {where}"
-        problems = []
+        problems, said = [], runs.said(name)
         if other.exitcode is None:
             problems.append(f"{title}: the other one hangs in {runs.where(name, 1 - victim)}")
-        elif alive and other.exitcode == 1 and f"rank {victim}" not in runs.log(name).read_text(errors="replace"):
-            problems.append(f"{title}: the message does not name it: {runs.tail(name)}")
+        elif alive and other.exitcode == 1 and f"rank {victim}" not in said:
+            problems.append(f"{title}: the message does not name it: {said[-600:]}")
         elif alive and other.exitcode not in (0, 1):
             problems.append(f"{title}: the other one ended with {other.exitcode}: {runs.tail(name)}")
-        if "Traceback" in runs.log(name).read_text(errors="replace"):
-            problems.append(f"{title}: {runs.log(name).read_text(errors='replace')[-1500:]}")
+        if "Traceback" in said:
+            problems.append(f"{title}: {said[-1500:]}")
         for process in processes:
             process.kill()
             process.join()
@@ -393,7 +393,7 @@ def run_all(options: argparse.Namespace, folder: Path) -> list[Score]:
         print(scores[-1], flush=True)
 
     for name in options.names:
-        for runs in workshop.trainings(name) if name in SYSTEMS else [workshop.program(name)]:
+        for runs in workshop.jobs(name):
             if options.kills:
                 score(interrupt, runs, options.kills, KILL)
             if options.stops:

@@ -18,7 +18,7 @@ from PIL import Image
 from core.train.checkpoint import CheckpointStore
 from core.train.run import read_metrics
 from core.train.trainer import Trainer
-from tests.conftest import TOY_GENERATOR, TOY_TOKENIZER
+from tests.conftest import TOY_TOKENIZER
 from tests.tools import torture
 
 EVERY_STEP = ["train.time_limit_minutes=1e-9"]  # over before the first step ends
@@ -35,19 +35,6 @@ def arena(tmp_path) -> torture.Arena:
 def test_kills(arena):
     score = torture.survive_kills(arena, 4, seed=3)
     assert score.full and score.total == 4, str(score)
-
-
-@pytest.mark.slow
-def test_many_kills(arena):
-    score = torture.survive_kills(arena, 20, seed=4)
-    assert score.full and score.total == 20, str(score)
-
-
-@pytest.mark.slow
-def test_kills_of_a_generator(tmp_path, tokenizer_run):
-    arena = torture.Arena(TOY_GENERATOR, tmp_path, [*torture.PERIODS, f"tokenizer.weights={tokenizer_run}"])
-    score = torture.survive_kills(arena, 8, seed=5)
-    assert score.full and score.total == 8, str(score)
 
 
 def test_damaged_checkpoints(arena):
