@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import math
 from collections.abc import Iterator
+import sys
 from dataclasses import dataclass
 from typing import Any
 
@@ -105,3 +106,20 @@ def without_tf32() -> Iterator[None]:
     finally:
         for holder, value in zip(holders, before):
             setattr(holder, name, value)
+
+
+def peak_flops(device: torch.device, precision: str) -> float | None:
+    """Of one device per second, in the precision of a config; None where no table tells."""
+    if device.type != "cuda" or precision != "bf16":
+        return None
+    peak = peak_of(torch.cuda.get_device_name(device))
+    return peak.flops if peak else None
+
+
+def peak_memory(device: torch.device) -> int:
+    """Most bytes since the last reset on a GPU; of this process so far on a CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    import resource
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)

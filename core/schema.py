@@ -255,6 +255,8 @@ class LogConfig:
     wandb_project: str = setting("tessera", "its project")
     wandb_entity: str | None = setting(None, "its entity")
     tensorboard: bool = setting(False, "also write tensorboard event files")
+    trackio: bool = setting(False, "also log to trackio, on this machine or in TRACKIO_SPACE_ID")
+    trackio_project: str = setting("tessera", "its project")
 
 
 @dataclass

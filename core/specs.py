@@ -176,6 +176,18 @@ class Loss:
     logs: dict[str, Tensor] = field(default_factory=dict)
 
 
+@dataclass(frozen=True)
+class Chart:
+    """Numbers of `Loss.logs` that belong into one picture, for the page of a run.
+
+    `names` may end with * for all that begin so. `live`: the first one is shown on the live line, too.
+    """
+
+    title: str
+    names: tuple[str, ...]
+    live: bool = False
+
+
 @dataclass
 class Phase:
     """One backward pass of a step: `loss` trains the network called `network` and no other."""
@@ -256,6 +268,7 @@ class Tokenizer(nn.Module, ABC):
     spec: LatentSpec
     image_size: int
     term_names: tuple[str, ...] = ()  # what Recon.terms will hold
+    charts: tuple[Chart, ...] = ()  # of Recon.logs
     reads_features: bool = False  # whether `forward` also takes the teachers' features and the progress of the run
     latent_stats_known: bool = True  # False while `set_latent_stats` has to be called before latents are unit variance
 
@@ -363,6 +376,7 @@ class Generator(nn.Module, ABC):
     """
 
     models: type
+    charts: tuple[Chart, ...] = ()  # of what `forward` logs
 
     @abstractmethod
     def fits(self, spec: LatentSpec) -> list[str]:
@@ -435,6 +449,14 @@ class Task(Protocol):
 
     def preview(self, network: nn.Module, draws: Draws, count: int) -> Tensor:
         """(M, 3, H, W) in [-1, 1]: pictures that show the state of the run, the same ones each time."""
+        ...
+
+    def preview_groups(self, count: int) -> list[tuple[str, list[int]]]:
+        """What belongs together in `preview`: (caption, indices of pictures)."""
+        ...
+
+    def charts(self) -> list[Chart]:
+        """How everything that `phases` logs is shown, what matters most first."""
         ...
 
 

@@ -25,7 +25,7 @@ import platform
 import re
 import subprocess
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from html import escape
 from importlib import metadata
 from pathlib import Path
@@ -109,6 +109,12 @@ def _range(values: list[float], log: bool) -> tuple[float, float]:
     return low - 0.04 * (high - low), high + 0.04 * (high - low)
 
 
+def _spread(series: Series) -> bool:
+    """Whether values are best seen on a log scale: all positive, the largest of them 30 times the smallest."""
+    values = [y for line in series.values() for _, y in line if math.isfinite(y)]
+    return bool(values) and min(values) > 0 and max(values) > 30 * min(values)
+
+
 def line_chart(name: str, series: Series, log: bool = False, xlabel: str = "") -> str:
     """An <svg>. Values that are not finite (or not positive with `log`) leave a gap; no values at all say so."""
 
@@ -166,6 +172,32 @@ _NUMBER = re.compile(r"^[-+]?[\d.,]+(e[-+]?\d+)?\s?%?$")
 
 Picture = Tensor | Image.Image  # (3, H, W) uint8 or a PIL image
 
+RELOAD_SECONDS = 60  # of the page of something that goes on
+# Shows one frame at a time and a slider for them; without scripts all frames are there, one below the other.
+_SCRIPT = """
+document.querySelectorAll('.frames').forEach(box => {
+  const frames = [...box.querySelectorAll('.frame')], slider = box.querySelector('input'), shown = box.querySelector('output');
+  const show = () => frames.forEach((frame, i) => {
+    frame.hidden = i != slider.value;
+    if (!frame.hidden) slider.setAttribute('aria-valuetext', shown.value = frame.dataset.label);
+  });
+  box.querySelector('label').hidden = frames.length < 2;
+  box.querySelectorAll('h3').forEach(title => { title.hidden = frames.length > 1; });
+  slider.addEventListener('input', () => { document.body.dataset.used = 'yes'; show(); });
+  show();
+});
+const seconds = document.body.dataset.reload;
+if (seconds) setInterval(() => { if (!document.body.dataset.used && !document.hidden) location.reload(); }, 1000 * seconds);
+"""
+
+
+@dataclass
+class Frame:
+    """One moment of pictures that change: what it is called, and (caption, pictures that belong together) each."""
+
+    label: str
+    groups: Sequence[tuple[str, Sequence[Picture]]]
+
 
 def _to_pil(picture: Picture) -> Image.Image:
     if isinstance(picture, Tensor):
@@ -173,14 +205,18 @@ def _to_pil(picture: Picture) -> Image.Image:
     return picture.convert("RGB")
 
 
-def _image(picture: Picture, alt: str, css: str = "", width: int | None = None) -> str:
-    """An <img> that carries its pixels. `width` is in CSS pixels."""
+def _image(picture: Picture, alt: str, css: str = "", width: int | None = None, small: bool = False) -> str:
+    """An <img> that carries its pixels. `width` is in CSS pixels; `small` spends fewer bytes and loses a little."""
     buffer = io.BytesIO()
     image = _to_pil(picture)
-    image.save(buffer, format="PNG", optimize=True)
+    if small:
+        image.save(buffer, format="WEBP", quality=88)
+    else:
+        image.save(buffer, format="PNG", optimize=True)
     data = base64.b64encode(buffer.getvalue()).decode()
     size = f' width="{width}"' if width else ""
-    return f'<img class="{css}" alt="{escape(alt)}"{size} src="data:image/png;base64,{data}">'
+    kind = "webp" if small else "png"
+    return f'<img class="{css}" alt="{escape(alt)}"{size} src="data:image/{kind};base64,{data}">'
 
 
 def _show(value: Any) -> str:
@@ -197,6 +233,7 @@ class Report:
 
     def __init__(self, title: str, subtitle: str = ""):
         self.title, self.subtitle = title, subtitle
+        self.reloads = False  # whether an open page looks again, until its reader moves a slider
         self._tiles: list[str] = []
         self._sections: list[tuple[str, str]] = []  # (kind, html); neighbours of kind "chart" share a grid
 
@@ -220,8 +257,9 @@ class Report:
         paragraphs = "".join(f"<p>{escape(part)}</p>" for part in re.split(r"\n\s*\n", text.strip()))
         return self._add_card(title, paragraphs)
 
-    def add_curves(self, name: str, series: Series, log: bool = False, xlabel: str = "") -> Report:
-        """A chart of name -> [(x, y), ...]. Values that are not finite leave gaps."""
+    def add_curves(self, name: str, series: Series, log: bool | None = False, xlabel: str = "") -> Report:
+        """A chart of name -> [(x, y), ...]. Values that are not finite leave gaps. log None: where the values ask for it."""
+        log = _spread(series) if log is None else log
         legend = []
         for index, (label, points) in enumerate(series.items()):
             finite = [y for _, y in points if math.isfinite(y)]
@@ -239,6 +277,28 @@ class Report:
         factor = max(1, _SMALL // max(image.size))
         html = _image(image, title, "picture pixels" if factor > 1 else "picture", image.width * factor)
         return self._add_card(title, html + (f'<div class="caption">{escape(caption)}</div>' if caption else ""))
+
+    def add_frames(self, title: str, frames: Sequence[Frame], caption: str = "") -> Report:
+        """Pictures through time, the last ones first to be seen; a slider, for the arrow keys too, goes back."""
+        moments = []
+        for frame in frames:
+            cells = []
+            for name, pictures in frame.groups:
+                images = "".join(
+                    _image(p, f"{name}, {frame.label}".lstrip(", "), "pixels", small=True) for p in pictures
+                )
+                cells.append(f'<figure>{images}<figcaption title="{escape(name)}">{escape(name)}</figcaption></figure>')
+            label = escape(frame.label)
+            moments.append(
+                f'<div class="frame" data-label="{label}"><h3>{label}</h3><div class="cells">{"".join(cells)}</div></div>'
+            )
+        last = len(frames) - 1
+        slider = (
+            f'<label>when <input type="range" min="0" max="{last}" value="{last}" aria-label="{escape(title)}: when">'
+            " <output></output></label>"
+        )
+        text = f'<div class="caption">{escape(caption)}</div>' if caption else ""
+        return self._add_card(title, f'<div class="frames">{slider}{"".join(moments)}</div>{text}')
 
     def add_grid_with_neighbours(
         self,
@@ -274,7 +334,9 @@ class Report:
         body = ["".join(f"<td{style}>{escape(text)}</td>" for text, style in zip(row, css)) for row in cells]
         lines = "".join(f"<tr>{row}</tr>" for row in body)
         table = f"<table><thead><tr>{head}</tr></thead><tbody>{lines}</tbody></table>"
-        return self._add_card(title, f'<div class="scroll">{table}</div>')
+        return self._add_card(
+            title, f'<div class="scroll" tabindex="0" role="region" aria-label="{escape(title)}">{table}</div>'
+        )
 
     def add_config(self, text: str) -> Report:
         """The resolved configuration, folded away."""
@@ -311,9 +373,8 @@ class Report:
             '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
             '<meta name="viewport" content="width=device-width, initial-scale=1">'
             f"<title>{escape(self.title)}</title><style>\n{style}</style></head>\n"
-            f"<body><main><header><h1>{escape(self.title)}</h1>{subtitle}{tiles}</header>\n"
-            + "\n".join(body)
-            + "\n</main></body></html>\n"
+            f"<body{f' data-reload={RELOAD_SECONDS}' if self.reloads else ''}><main><header><h1>{escape(self.title)}</h1>"
+            f"{subtitle}{tiles}</header>\n" + "\n".join(body) + f"\n</main><script>{_SCRIPT}</script></body></html>\n"
         )
 
     def write(self, path: str | Path) -> None:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from core.images import to_model_range
 from core.rng import Draws
-from core.specs import Batch, Continuous, Generator, Guidance, Phase, Progress, Tokenizer
+from core.specs import Batch, Chart, Continuous, Generator, Guidance, Phase, Progress, Tokenizer
 from generator.sampling import draw_latents
 
 
@@ -22,6 +22,9 @@ class GeneratorTask:
         num_classes: of the data set.
         guidance: used for previews.
         sample_options: passed to generator.sample (number of steps ...).
+
+    Attributes:
+        class_names: captions of previews; [] for numbers.
     """
 
     primary = "generator"
@@ -36,6 +39,7 @@ class GeneratorTask:
     ):
         self.generator, self.tokenizer = generator, tokenizer
         self.num_classes, self.guidance, self.sample_options = num_classes, guidance, sample_options or {}
+        self.class_names: list[str] = []
 
     def networks(self) -> dict[str, nn.Module]:
         return {"generator": self.generator}
@@ -69,3 +73,11 @@ class GeneratorTask:
         """One picture per class, round and round."""
         labels = torch.arange(count, device=draws.positions.device) % self.num_classes
         return self.sample(network, labels, draws)
+
+    def preview_groups(self, count: int) -> list[tuple[str, list[int]]]:
+        """Each picture with the name of its class."""
+        names = self.class_names or [str(label) for label in range(self.num_classes)]
+        return [(names[i % self.num_classes], [i]) for i in range(count)]
+
+    def charts(self) -> list[Chart]:
+        return list(self.generator.charts)

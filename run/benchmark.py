@@ -20,6 +20,7 @@ from typing import Any
 import torch
 
 from core import dist
+from core.devices import peak_memory
 from core.errors import UserError
 from core.estimate import number
 from core.files import explain_os_errors, human_bytes, read_json, write_atomic, write_json
@@ -223,15 +224,6 @@ def device_name(device: torch.device) -> str:
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     return f"{cpu_name()}, {torch.get_num_threads()} threads"
-
-
-def peak_memory(device: torch.device) -> int:
-    """Most bytes since the last reset on a GPU; of this process so far on a CPU."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    import resource
-
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 @dataclass

@@ -60,9 +60,13 @@ class Plan:
 
     Args:
         gpus: that share the global batch.
+        sources: weights that are open already, see run.load.build_pair.
+        classes: of the data; None: look there.
     """
 
-    def __init__(self, config: RunConfig, gpus: int = GPUS, sources: dict[str, Source] | None = None):
+    def __init__(
+        self, config: RunConfig, gpus: int = GPUS, sources: dict[str, Source] | None = None, classes: int | None = None
+    ):
         self.config, self.gpus = config, gpus
         if config.train.global_batch % gpus:
             raise UserError(
@@ -70,7 +74,9 @@ class Plan:
             )
         self.per_gpu = config.train.global_batch // gpus
         self.micro = self.per_gpu // parallel.accumulation(self.per_gpu, config.train.micro_batch)
-        self.task = random_task(config, torch.device("meta"), num_classes=num_classes(config), sources=sources)
+        self.task = random_task(
+            config, torch.device("meta"), num_classes=classes or num_classes(config), sources=sources
+        )
         self.tokenizer = self.task.tokenizer
         trained, frozen = self.task.networks(), list(self.task.frozen().values())
         if config.train.activation_checkpointing:

@@ -30,7 +30,6 @@ from core.schema import EvalConfig, RunConfig
 from core.specs import DataSource, Generator, Previews, Tokenizer
 from core.train.checkpoint import read_tensors
 from core.train.log import ProgressLine
-from core.train.run import read_metrics
 from evaluation import measure, networks, toy
 from evaluation.chunks import Work
 from evaluation.measure import Evaluation
@@ -43,18 +42,13 @@ from generator.task import GeneratorTask
 from run import streaming
 from run.data import open_train, open_val
 from run.load import Loaded, Pair, load_config, read_generator, read_tokenizer
+from run.page import SPEED, read_run
 from run.train import train
 
 FOLDER = Path(__file__).resolve().parents[1] / "configs" / "quickstart"
 SHOWN_PER_CLASS = 8
 SHOWN_STAGES = 8  # pictures whose stages are shown, as many unseen ones as samples
 LAST_STAGE = "samples, metrics, report"
-CURVES = (  # title, logged names
-    ("loss", ("flow", "total")),
-    ("terms", ("reconstruction", "perceptual", "semantic")),
-    ("PSNR of the training batch", ("psnr",)),
-    ("discriminator logits", ("logits_real", "logits_fake")),
-)
 
 
 def read_plan(system: str) -> dict[str, Any]:
@@ -96,9 +90,10 @@ def run(system: str, smoke: bool) -> int:
         if stage == LAST_STAGE:
             break
         begun = time.perf_counter()
-        config = load_config(str(FOLDER / system / f"{stage}.yaml"), overrides_for(plan, stage, modes, str(folder)))
+        recipe = str(FOLDER / system / f"{stage}.yaml")
+        config = load_config(recipe, overrides_for(plan, stage, modes, str(folder)))
         try:
-            code = train(config)
+            code = train(config, recipe)
         finally:
             seconds[stage] = seconds.get(stage, 0.0) + time.perf_counter() - begun
             if folder.is_dir():
@@ -369,8 +364,10 @@ def add_tables(
         ],
     )
     for stage, config in toys.configs.items():
-        for title, curves in logged_curves(config):
-            page.add_curves(f"{stage}: {title}", curves, log=title == "terms", xlabel="images")
+        stage_run = read_run(config.run_dir)
+        for chart in stage_run.charts:
+            if chart not in SPEED and (lines := stage_run.curves(chart)):
+                page.add_curves(f"{stage}: {chart.title}", lines, log=None, xlabel="images")
     page.add_table("Time", ["stage", "seconds"], [[name, f"{value:.0f}"] for name, value in seconds.items()])
     for warning in sorted({m["warning"] for m in measured.values() if m["warning"]}):
         page.add_text(
@@ -390,17 +387,3 @@ def codebook_use(rebuilt: dict[str, float]) -> dict[str, dict[str, float]]:
         if match := re.fullmatch(r"codebook_usage_?(.*?)_?(scale\d+)?", name):
             usage.setdefault(match[1], {})[match[2] or ""] = value
     return usage
-
-
-def logged_curves(config: RunConfig) -> list[tuple[str, dict[str, list[tuple[float, float]]]]]:
-    """(title, name -> points) of what one stage logged, smoothed to about a hundred points."""
-    records = [r for r in read_metrics(config.run_dir / "metrics.jsonl") if "lr" in r]
-    bundle = max(1, len(records) // 100)
-
-    def series(name: str) -> list[tuple[float, float]]:
-        points = [(r["images_seen"], r[name]) for r in records if r.get(name) is not None]
-        groups = [points[i : i + bundle] for i in range(0, len(points), bundle)]
-        return [(group[-1][0], sum(y for _, y in group) / len(group)) for group in groups]
-
-    charts = [(title, {name: points for name in names if (points := series(name))}) for title, names in CURVES]
-    return [(title, curves) for title, curves in charts if curves]

@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import time
+import warnings
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from core import dist
+from core.devices import peak_flops
 from core.errors import UserError
+from core.files import read_json
 from core.schema import RunConfig
 from core.specs import Continuous, DataSource
-from core.train.run import RunFolder
+from core.train.run import ABOUT, RunFolder
 from core.train.trainer import PREVIEW_IMAGES, Trainer
 from core.weights import hub
 from data.checks import say_left_out
@@ -23,8 +27,10 @@ from data.transforms import Transform
 from evaluation import measure
 from evaluation.report import environment
 from generator.task import GeneratorTask
+from run import page
 from run.check import Inputs, check_inputs, data_notes
 from run.data import make_transform, open_pictures, open_val, precomputed
+from run.estimate import Plan
 from run.latent_stats import measure_once
 from run.load import REGISTRIES, Loaded, Source, build_pair, build_tokenizer_task, read_weights
 from tokenizer.task import TokenizerTask
@@ -32,17 +38,22 @@ from tokenizer.task import TokenizerTask
 SMALL_SET = 50_000  # pictures; the published recipes are made for 1.28 million
 
 
-def train(config: RunConfig) -> int:
-    """Run a training to its end, or until it is asked to stop. Returns the exit code."""
+def train(config: RunConfig, recipe: str | None = None) -> int:
+    """Run a training to its end, or until it is asked to stop. Returns the exit code.
+
+    Args:
+        recipe: file that `config` was made from, with which the run's page compares it.
+    """
+    about = page.changes(config, recipe)
     inputs = check_inputs(config)
     world = dist.start(config.train.device, config.train.rank_timeout)
     try:
-        return _train(config, inputs, world)
+        return _train(config, inputs, world, about)
     finally:
         world.stop()
 
 
-def _train(config: RunConfig, inputs: Inputs, world: dist.World) -> int:
+def _train(config: RunConfig, inputs: Inputs, world: dist.World, about: dict[str, Any]) -> int:
     started = time.perf_counter()
     source, val, sources = inputs.data, inputs.val, inputs.weights
     pictures = open_pictures(config) if isinstance(source, TokenStore) else source
@@ -61,6 +72,8 @@ def _train(config: RunConfig, inputs: Inputs, world: dist.World) -> int:
         assert shown is not None  # run.data.needed_val asks for the latter where a run has tokens alone
         evaluate = measure.Online(config, shown, val, task.tokenizer.image_size, world)
     run = RunFolder(config, world.is_main)
+    writer = page.PageWriter(run.path, run.log)
+    flops = _flops(config, source.num_classes, sources, run, world)
     trainer = Trainer(
         task,
         config,
@@ -73,21 +86,28 @@ def _train(config: RunConfig, inputs: Inputs, world: dist.World) -> int:
         evaluate=evaluate,
         initial_ema=initial_ema,
         provenance=provenance,
+        sinks=[writer],
+        flops=flops,
     )
     world.on_main(lambda: run.open(environment()))
     tell = loader.tell = run.log if world.is_main else (lambda note: print(f"rank {world.rank}: {note}", flush=True))
-    run.log(
+    summary = (
         f"{config.task}: {sum(p.numel() for p in trainer.networks[task.primary].parameters()):,} parameters, "
         f"{len(source):,} pictures, {trainer.total_steps:,} steps of {config.train.global_batch} on {world.size} x "
-        f"{world.device.type}, in {trainer.accumulation} part(s) each; ready after "
-        f"{time.perf_counter() - started:.1f} s"
+        f"{world.device.type}, in {trainer.accumulation} part(s) each"
     )
+    run.log(f"{summary}; ready after {time.perf_counter() - started:.1f} s")
+    names = source.class_names if len(source.class_names) == source.num_classes else []
+    about |= {"summary": summary, "total_images": trainer.total_images, "flops": flops, "class_names": names}
+    run.describe({**about, **page.facts(task)})
     for note in data_notes(config, source) if world.is_main else ():
         run.log(f"data {note}")
     if val is not source:
         say_left_out(run.log, val, f"data.val_url={config.data.val_url}")
     if hint := hint_for_small_sets(config, len(source)):
         run.log(hint)
+    if world.is_main:
+        writer.begin()
     try:
         code = trainer.fit()
     finally:
@@ -96,7 +116,40 @@ def _train(config: RunConfig, inputs: Inputs, world: dist.World) -> int:
         run.log(f"unreadable pictures, for which the next one was taken: {count} ({loader.replaced.names()})")
     if unread := loader.left_out():
         tell(f"not read: {'; '.join(unread)}")
+    if not code:
+        run.log(f"look at {run.path / page.PAGE}; next: {next_command(config)}")
     return code
+
+
+def next_command(config: RunConfig) -> str:
+    """What to do with a finished run."""
+    if config.task == "generator":
+        return f"bash run_sample.sh {config.run_dir} --labels 0-7 --out {config.run_dir / 'pictures'}"
+    return f"bash run_eval_tokenizer.sh {config.run_dir}"
+
+
+def _flops(
+    config: RunConfig, num_classes: int, sources: dict[str, Source], run: RunFolder, world: dist.World
+) -> float | None:
+    """Of one picture, forward and backward through all networks; None where no peak is known to compare them with.
+
+    It takes seconds, and once: a resumed run finds it in its folder.
+    """
+    if not world.is_main or peak_flops(world.device, config.train.precision) is None:
+        return None
+    noted = run.path / ABOUT
+    if noted.is_file() and (known := read_json(noted).get("flops")):
+        return known
+    alone = replace(config, train=replace(config.train, global_batch=1, micro_batch=1))
+    try:
+        with torch.random.fork_rng(), warnings.catch_warnings(action="ignore"):
+            return Plan(alone, 1, sources, num_classes).step.flops
+    except Exception as error:  # of networks that cannot be laid out without weights; the run does without
+        world.say(f"no MFU is logged: a step could not be counted ({type(error).__name__}: {error})")
+        return None
+    finally:
+        for weights in sources.values():
+            weights.close()
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -131,6 +184,7 @@ def _generator_task(
         assert pictures is not None  # see run.data.needed_val
         measure_once(config, tokenizer, pictures, world)
     task = pair.task(source.num_classes, config.sample)
+    task.class_names = source.class_names
     return task, {"tokenizer_fingerprint": tokenizer.fingerprint, "tokenizer": config.tokenizer}
 
 

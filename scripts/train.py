@@ -81,7 +81,7 @@ def main(arguments: list[str]) -> int:
         print(estimate.describe(config, **hardware))
         print(check.report(config))
     else:
-        return train(config)
+        return train(config, path)
     return 0
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from core.rng import Draws
-from core.specs import Recon, Tokenizer
+from core.specs import Chart, Recon, Tokenizer
 from tokenizer.vq.quantizer import Quantizer
 
 
@@ -28,6 +28,10 @@ class CodesOfOneBranch(CodeTokenizer):
 
     quantizer: Quantizer
     last_layer: Tensor
+    charts = (
+        Chart("share of codes in use", ("usage",)),
+        Chart("entropy of codes", ("per_sample_entropy", "batch_entropy")),
+    )
 
     @property
     def term_names(self) -> tuple[str, ...]:

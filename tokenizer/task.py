@@ -10,8 +10,10 @@ from torch import Tensor, nn
 
 from core.images import to_model_range
 from core.rng import Draws
-from core.specs import Batch, Discriminator, Phase, Progress, Tokenizer
+from core.specs import Batch, Chart, Discriminator, Phase, Progress, Tokenizer
 from tokenizer.losses.objective import Objective
+
+PREVIEW_COLUMNS = 8
 
 
 class TokenizerTask:
@@ -85,5 +87,26 @@ class TokenizerTask:
         device = next(network.parameters()).device
         originals = to_model_range(self.preview_images[:count].to(device))
         rebuilt = network.decode(network.encode(originals)).float()
-        rows = [torch.cat(pair) for pair in zip(originals.split(8), rebuilt.split(8))]
+        rows = [torch.cat(pair) for pair in zip(originals.split(PREVIEW_COLUMNS), rebuilt.split(PREVIEW_COLUMNS))]
         return torch.cat(rows)
+
+    def preview_groups(self, count: int) -> list[tuple[str, list[int]]]:
+        """Each picture with its reconstruction."""
+        count = min(count, 0 if self.preview_images is None else len(self.preview_images))
+        rows = torch.arange(2 * count).split(2 * PREVIEW_COLUMNS)
+        return [("", list(pair)) for row in rows for pair in zip(*(part.tolist() for part in row.chunk(2)))]
+
+    def charts(self) -> list[Chart]:
+        terms = ("reconstruction", "perceptual", "semantic", *self.tokenizer.term_names)
+        charts = [
+            Chart("loss", ("total",), live=True),
+            Chart("PSNR of the training batch, dB", ("psnr",), live=True),
+            Chart("terms of the loss", terms),
+        ]
+        if self.discriminator is not None:
+            charts += [
+                Chart("tokenizer against discriminator", ("gan", "discriminator")),
+                Chart("discriminator's logits", ("logits_real", "logits_fake")),
+                Chart("weight of the GAN term", ("gan_weight",)),
+            ]
+        return charts + list(self.tokenizer.charts)

@@ -6,16 +6,20 @@ import math
 import re
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
+import uuid
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from pathlib import Path
+from typing import Any, Protocol
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from core.dist import World
 from core.errors import UserError
+from core.files import write_atomic
 from core.schema import LogConfig
 from core.train.run import RunFolder
 
@@ -55,15 +59,46 @@ class _Pending:
     copied: torch.cuda.Event | None
 
 
-class RunLog:
-    """Turns device means into records one interval late, so that the copy never stalls a step."""
+class Sink(Protocol):
+    """Where numbers and pictures of a run go."""
 
-    def __init__(self, run: RunFolder, config: LogConfig, world: World, total_images: int, resolved: dict[str, Any]):
-        self.run, self.world, self.total_images = run, world, total_images
+    def __call__(self, numbers: Mapping[str, float], step: int) -> None: ...
+
+    def picture(self, grid: Tensor, step: int) -> None:
+        """(3, H, W) uint8 on the CPU: the preview of a step."""
+        ...
+
+    def close(self) -> None: ...
+
+
+class RunLog:
+    """Turns device means into records one interval late, so that the copy never stalls a step.
+
+    Args:
+        total_images: of the whole run.
+        resolved: its config, for sinks.
+        step: that the run is at; what sinks hold of later ones is from before a kill.
+        live: names of the numbers on the live line.
+        sinks: besides those of `config`.
+    """
+
+    def __init__(
+        self,
+        run: RunFolder,
+        config: LogConfig,
+        world: World,
+        total_images: int,
+        resolved: dict[str, Any],
+        *,
+        step: int = 0,
+        live: Sequence[str] = (),
+        sinks: Sequence[Sink] = (),
+    ):
+        self.run, self.world, self.total_images, self.live = run, world, total_images, live
         self.pending: _Pending | None = None
-        self.latest: dict[str, float] = {}
+        self.latest: dict[str, Any] = {}  # the last record
+        self.sinks = [*_open_sinks(run, config, resolved, step), *sinks] if world.is_main else []
         self.line = ProgressLine(total_images, label=run.path.name) if world.is_main else None
-        self.sinks = _open_sinks(run, config, resolved) if world.is_main else []
 
     def submit(self, record: dict[str, Any], averages: Averages, extra: dict[str, Tensor | float]) -> None:
         """Queue one record: `record` is host data, `averages` and `extra` are on the device. Writes the one before."""
@@ -88,8 +123,8 @@ class RunLog:
         pending, self.pending = self.pending, None
         if pending.copied is not None:
             pending.copied.synchronize()  # recorded an interval ago: already done
-        self.latest = dict(zip(pending.names, pending.values.tolist()))
-        self.write({**pending.record, **self.latest})
+        self.latest = {**pending.record, **dict(zip(pending.names, pending.values.tolist()))}
+        self.write(self.latest)
 
     def write(self, record: dict[str, Any]) -> None:
         """One finished record to every sink. It has `step` and `images_seen`."""
@@ -101,6 +136,30 @@ class RunLog:
         numbers = {k: v for k, v in record.items() if isinstance(v, (int, float))}
         for sink in self.sinks:
             sink(numbers, int(record["step"]))
+
+    def picture(self, grid: Tensor | None, step: int) -> None:
+        """A preview, (3, H, W) uint8, to every sink. What one of them cannot do with it ends no run."""
+        if grid is None:
+            return
+        for sink in self.sinks:
+            try:
+                sink.picture(grid, step)
+            except Exception as error:  # any of the sink's library
+                self.run.log(f"warning: {type(sink).__name__.strip('_')} does not take the preview: {error}")
+
+    def show(self, done: int, step: int) -> None:
+        """The live line after `done` pictures."""
+        if self.line is None:
+            return
+        shown = [f"step {step:,}", *(f"{name} {self._latest(name)}" for name in self.live)]
+        for name, title, unit in (("lr", "lr", ""), ("mfu", "MFU", " %"), ("peak_memory_gib", "memory", " GiB")):
+            if name in self.latest:
+                shown.append(f"{title} {self._latest(name)}{unit}")
+        self.line.update(done, "  ".join(shown))
+
+    def _latest(self, name: str) -> str:
+        value = self.latest.get(name)
+        return "-" if value is None else f"{value:.3g}"
 
     def close(self) -> None:
         self.flush()
@@ -116,12 +175,13 @@ class _Wandb:
             import wandb
         except ImportError:
             raise UserError("log.wandb=true needs the package wandb: pip install wandb") from None
+        self.library = wandb
         try:
             self.session = wandb.init(
                 project=config.wandb_project,
                 entity=config.wandb_entity,
                 name=run.path.name,
-                id=re.sub(r"[/\\#?%:]", "-", run.path.name),  # which an id may not hold
+                id=_session_id(run.path),
                 dir=str(run.path),
                 config=resolved,
                 resume="allow",
@@ -133,35 +193,79 @@ class _Wandb:
                 "`wandb login`, check log.wandb_project and log.wandb_entity, set WANDB_MODE=offline, or leave out log.wandb."
             ) from error
 
-    def __call__(self, numbers: dict[str, float], step: int) -> None:
-        self.session.log(numbers, step=step)
+    def __call__(self, numbers: Mapping[str, float], step: int) -> None:
+        self.session.log(dict(numbers), step=step)
+
+    def picture(self, grid: Tensor, step: int) -> None:
+        self.session.log({"preview": self.library.Image(_hwc(grid))}, step=step)
 
     def close(self) -> None:
         self.session.finish()
 
 
+def _session_id(folder: Path) -> str:
+    """Of the session of a run folder, noted in it: two folders of one name are two sessions, a moved one stays itself."""
+    plain = re.sub(r"[/\\#?%:]", "-", folder.name)  # which an id may not hold
+    place = folder / "wandb_id.txt"
+    if not place.is_file():
+        begun = (folder / "wandb").is_dir()  # by an earlier version, which took the name alone
+        write_atomic(place, plain if begun else f"{plain}-{uuid.uuid4().hex[:8]}")
+    return place.read_text().strip()
+
+
+def _hwc(grid: Tensor) -> np.ndarray:
+    return grid.permute(1, 2, 0).numpy()
+
+
 class _Tensorboard:
-    def __init__(self, run: RunFolder):
+    def __init__(self, run: RunFolder, step: int):
         try:
             from torch.utils.tensorboard import SummaryWriter
         except ImportError:
             raise UserError("log.tensorboard=true needs the package tensorboard: pip install tensorboard") from None
-        self.writer = SummaryWriter(str(run.path / "tensorboard"))
+        # what was written of later steps, before a kill, is written again
+        self.writer = SummaryWriter(str(run.path / "tensorboard"), purge_step=step + 1 if step else None)
 
-    def __call__(self, numbers: dict[str, float], step: int) -> None:
+    def __call__(self, numbers: Mapping[str, float], step: int) -> None:
         for name, value in numbers.items():
             self.writer.add_scalar(name, value, step)
+
+    def picture(self, grid: Tensor, step: int) -> None:
+        self.writer.add_image("preview", grid, step)
 
     def close(self) -> None:
         self.writer.close()
 
 
-def _open_sinks(run: RunFolder, config: LogConfig, resolved: dict[str, Any]) -> list:
-    sinks = []
+class _Trackio:
+    def __init__(self, run: RunFolder, config: LogConfig, resolved: dict[str, Any]):
+        try:
+            import trackio  # pyright: ignore[reportMissingImports]
+        except ImportError:
+            raise UserError("log.trackio=true needs the package trackio: pip install trackio") from None
+        self.library = trackio
+        self.session = trackio.init(
+            project=config.trackio_project, name=run.path.name, config=resolved, resume="allow", embed=False
+        )
+
+    def __call__(self, numbers: Mapping[str, float], step: int) -> None:
+        self.session.log(dict(numbers), step=step)
+
+    def picture(self, grid: Tensor, step: int) -> None:
+        self.session.log({"preview": self.library.Image(_hwc(grid))}, step=step)
+
+    def close(self) -> None:
+        self.session.finish()
+
+
+def _open_sinks(run: RunFolder, config: LogConfig, resolved: dict[str, Any], step: int) -> list[Sink]:
+    sinks: list[Sink] = []
     if config.wandb:
         sinks.append(_Wandb(run, config, resolved))
     if config.tensorboard:
-        sinks.append(_Tensorboard(run))
+        sinks.append(_Tensorboard(run, step))
+    if config.trackio:
+        sinks.append(_Trackio(run, config, resolved))
     return sinks
 
 

@@ -1,6 +1,6 @@
 """The folder of a run: what was asked for, in what environment, what happened.
 
-work_dirs/<name>/ config.yaml command.txt environment.json log.txt metrics.jsonl samples/ checkpoints/
+work_dirs/<name>/ config.yaml command.txt environment.json about.json log.txt metrics.jsonl samples/ checkpoints/
 """
 
 from __future__ import annotations
@@ -17,6 +17,8 @@ from core.errors import UserError
 from core.files import explain_os_errors, write_atomic, write_json
 from core.lock import Lock
 from core.schema import RunConfig
+
+ABOUT = "about.json"
 
 # Keys that may differ between the parts of one run: they change where and how fast it runs, not what it computes.
 FREE = (
@@ -47,15 +49,16 @@ FREE = (
 )
 
 
-def _flatten(value: Any, prefix: str = "") -> dict[str, Any]:
+def flatten(value: Any, prefix: str = "") -> dict[str, Any]:
+    """Nested settings -> dotted name -> value."""
     if isinstance(value, dict) and value:
-        return {k: v for key, item in value.items() for k, v in _flatten(item, f"{prefix}{key}.").items()}
+        return {k: v for key, item in value.items() for k, v in flatten(item, f"{prefix}{key}.").items()}
     return {prefix[:-1]: value}
 
 
 def differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
     """Sentences about the keys in which two configurations differ, free keys left out."""
-    a, b = _flatten(old), _flatten(new)
+    a, b = flatten(old), flatten(new)
     return [
         f"{key}: was {a.get(key)!r}, now {b.get(key)!r}"
         for key in sorted(a.keys() | b.keys())
@@ -104,6 +107,12 @@ class RunFolder:
                 write_atomic(self.saved, to_yaml(self.config))
                 self._append("command.txt", shlex.join(sys.argv))
                 write_json(self.path / "environment.json", environment)
+
+    def describe(self, facts: dict[str, Any]) -> None:
+        """Note what pages and exports want to know of the run beyond its configuration, in about.json."""
+        if self.is_main:
+            with explain_os_errors(self.path):
+                write_json(self.path / ABOUT, facts)
 
     def close(self) -> None:
         """Let other programs in."""

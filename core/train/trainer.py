@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from core import images as image_tools
 from core.config import to_plain
-from core.devices import set_tf32
+from core.devices import peak_flops, peak_memory, set_tf32
 from core.dist import AgreedFlag, World
 from core.errors import UserError, nearest
 from core.rng import Draws, hash64
@@ -31,12 +31,12 @@ from core.train import parallel
 from core.train.checkpoint import CheckpointStore
 from core.train.ema import Ema
 from core.train.guards import StepGuard
-from core.train.log import Averages, RunLog
+from core.train.log import Averages, RunLog, Sink
 from core.train.optim import Schedule, make_adamw, weight_decay_at
 from core.train.optimizer_state import flatten_optimizer, restore_optimizer
 from core.train.run import RunFolder
 
-PREVIEW_IMAGES = 16
+PREVIEW_IMAGES, PREVIEW_COLUMNS = 16, 8
 
 
 class Trainer:
@@ -55,6 +55,8 @@ class Trainer:
             If it fails on one rank it must fail on all.
         initial_ema: averaged weights to start from (full state of the primary network), when they differ from it.
         provenance: JSON facts stored in every checkpoint (fingerprints of weights the run depends on).
+        sinks: take numbers and previews besides those that `config.log` names.
+        flops: of one picture, all networks forward and backward, where the share of the GPU's peak is to be logged.
     """
 
     def __init__(
@@ -71,11 +73,14 @@ class Trainer:
         evaluate: Callable[[Task, nn.Module], dict[str, float]] | None = None,
         initial_ema: dict[str, Tensor] | None = None,
         provenance: dict[str, Any] | None = None,
+        sinks: Sequence[Sink] = (),
+        flops: float | None = None,
     ):
         self.task, self.config, self.settings = task, config, config.train
         self.batches, self.split, self.run, self.world, self.evaluate = batches, split, run, world, evaluate
         self.images_per_epoch, self.data_fingerprint = images_per_epoch, data_fingerprint
-        self.provenance = provenance or {}
+        self.provenance, self.sinks, self.flops = provenance or {}, sinks, flops
+        self.peak = (peak_flops(world.device, config.train.precision) or 0.0) * world.size
         self.evaluation_due = False  # a signal came while online metrics were computed
         train = self.settings
         parallel.set_determinism(train.deterministic)
@@ -124,6 +129,7 @@ class Trainer:
         self._guard_copies: tuple[dict[str, Tensor], Any] | None = None  # host copies on their way, and their event
         self._skips_reported = dict.fromkeys(self.networks, 0)
         self._replaced: set[str] = set()  # keys of unreadable pictures
+        self._hours_said = False
         self.store = self._open_store()
 
     def _open_store(self) -> CheckpointStore:
@@ -295,7 +301,10 @@ class Trainer:
     # ------------------------------------------------------------------------------------------------------------------
     def fit(self) -> int:
         """Train to the end or until asked to stop. Returns the exit code: 0 or REQUEUE_EXIT_CODE."""
-        log = RunLog(self.run, self.config.log, self.world, self.total_images, to_plain(self.config))
+        self.restore()
+        live = [chart.names[0] for chart in self.task.charts() if chart.live]
+        settings = (self.run, self.config.log, self.world, self.total_images, to_plain(self.config))
+        log = RunLog(*settings, step=self.step, live=live, sinks=self.sinks)
         try:
             return self._fit(log)
         except torch.OutOfMemoryError:
@@ -309,7 +318,6 @@ class Trainer:
 
     def _fit(self, log: RunLog) -> int:
         train = self.settings
-        self.restore()
         if log.line:
             log.line.restart(self.images_seen)
         agreed = AgreedFlag(self.world)
@@ -331,11 +339,10 @@ class Trainer:
                     speed = (self.step - steady_step) * train.global_batch / max(now - steady_since, 1e-9)
                     steady_since, steady_step = now, self.step
                     self._log_step(log, extra, speed)
-                if log.line:
-                    log.line.update(self.images_seen, self._summary(log))
+                log.show(self.images_seen, self.step)
                 paused = time.perf_counter()
                 if self._every(train.preview_every, self.step) or (last and train.preview_every != "never"):
-                    self.preview()
+                    log.picture(self.preview(), self.step)
                     self.world.barrier()
                 if self.evaluate and (
                     self._every(train.eval_every, self.step) or (last and train.eval_every != "never")
@@ -376,9 +383,17 @@ class Trainer:
             "epoch": round(self.images_seen / self.images_per_epoch, 4),
             "images_per_second": round(speed, 2),
         }
-        if self.world.device.type == "cuda":
-            record["peak_memory_gib"] = round(torch.cuda.max_memory_allocated() / 2**30, 3)
+        if self.flops and self.peak:
+            record["mfu"] = round(100 * speed * self.flops / self.peak, 2)
+        record["peak_memory_gib"] = round(peak_memory(self.world.device) / 2**30, 3)
         log.submit(record, self.averages, extra)
+        if not self._hours_said and self.step < self.total_steps and log.line:
+            self._hours_said = True
+            hours = (self.total_images - self.images_seen) / max(speed, 1e-9) / 3600
+            self.run.log(
+                f"step {self.step:,} of {self.total_steps:,}: about {hours:.2g} hours are left at the {speed:,.3g} img/s so "
+                "far, without previews, evaluations and checkpoints"
+            )
 
     def _report_replaced(self, batch: Batch) -> None:
         """Name pictures that could not be read, once each, on whichever rank met them."""
@@ -419,11 +434,6 @@ class Trainer:
             event.record()
         self._guard_copies = (copies, event)
 
-    @staticmethod
-    def _summary(log: RunLog) -> str:
-        shown = {k: v for k, v in log.latest.items() if k in ("total", "loss", "psnr", "lr")}
-        return "  ".join(f"{k} {v:.3g}" for k, v in shown.items())
-
     @contextlib.contextmanager
     def averaged(self) -> Iterator[nn.Module]:
         """The primary network in eval mode with averaged weights. Collective where the weights are in parts: then it is
@@ -443,25 +453,28 @@ class Trainer:
         finally:
             network.train()
 
-    def preview(self) -> None:
-        """Write samples/step_<n>.png on the main rank. Whatever goes wrong with a picture is said and ends no run."""
+    def preview(self) -> Tensor | None:
+        """Write samples/step_<n>.png on the main rank, and return it, (3, H, W) uint8. Whatever goes wrong with a picture is
+        said and ends no run."""
         if not self.world.is_main and self.skeleton is None:
-            return
+            return None
         with self.averaged() as network:
             if not self.world.is_main:
-                return
+                return None
             try:
-                self._write_preview(network)
+                return self._write_preview(network)
             except (UserError, torch.OutOfMemoryError) as error:
                 with contextlib.suppress(UserError):  # the disk that has no room for the picture has none for log.txt
                     self.run.log(f"warning: no preview of step {self.step}: {str(error).splitlines()[0]}")
+        return None
 
-    def _write_preview(self, network: nn.Module) -> None:
+    def _write_preview(self, network: nn.Module) -> Tensor:
         positions = torch.arange(PREVIEW_IMAGES, device=self.world.device)
         pictures = self.task.preview(network, Draws(hash64(self.config.seed, "preview"), positions), PREVIEW_IMAGES)
         pictures = image_tools.finite_uint8(pictures.float(), "truncate", range(len(pictures)))
-        path = self.run.path / "samples" / f"step_{self.step:08d}.png"
-        image_tools.save_png(image_tools.grid(pictures, columns=8), path)
+        grid = image_tools.grid(pictures.cpu(), columns=PREVIEW_COLUMNS)
+        image_tools.save_png(grid, self.run.path / "samples" / f"step_{self.step:08d}.png")
+        return grid
 
     def _evaluate(self, log: RunLog) -> bool:
         """Online metrics. Collective: all ranks share the pictures, the main rank has the numbers.

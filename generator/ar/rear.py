@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from core.config import parse_section
 from core.errors import UserError
 from core.rng import Draws
-from core.specs import Loss, Progress, Tokenizer, codebook_rows
+from core.specs import Chart, Loss, Progress, Tokenizer, codebook_rows
 from generator.engine import Sampled
 
 Noise = Literal["none", "switch", "mask"]
@@ -85,6 +85,12 @@ class Regularised(Sampled):
     rear: Settings | None
     alignment: CodeAlignment | None
     vocab: int
+    charts = (
+        Chart("loss", ("loss", "ce"), live=True),
+        Chart("cross-entropy of each codebook", ("ce_*",)),
+        Chart("reAR's alignment", ("alignment",)),
+        Chart("share of codes that were likeliest", ("accuracy",)),
+    )
 
     def make_alignment(self, width: int, code_dim: int, branches: int) -> CodeAlignment | None:
         """The MLPs on a trunk of this width, where a layer is to be read."""

@@ -27,7 +27,7 @@ from core.nn.norms import RMSNorm, modulate
 from core.nn.precision import no_autocast
 from core.nn.rope import Rope, axial_rope
 from core.rng import Draws
-from core.specs import Continuous, Guidance, LatentSpec, Loss, Progress
+from core.specs import Chart, Continuous, Guidance, LatentSpec, Loss, Progress
 from generator.dit import flow
 from generator.dit.flow import euler
 from generator.engine import Sampled, mismatches
@@ -106,6 +106,7 @@ class DiTDH(Sampled):
 
     models = Continuous
     cast = (nn.Linear, nn.Conv2d)
+    charts = (Chart("loss", ("flow",), live=True),)
 
     def __init__(
         self,

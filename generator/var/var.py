@@ -34,7 +34,7 @@ from core.nn.mlp import MLP
 from core.nn.norms import modulate
 from core.nn.precision import no_autocast
 from core.rng import Draws
-from core.specs import Guidance, LatentSpec, Loss, MultiScale, Progress, ScaleOps
+from core.specs import Chart, Guidance, LatentSpec, Loss, MultiScale, Progress, ScaleOps
 from generator.ar.decode import uncompiled
 from generator.engine import Sampled, Weights, fused_attention, mismatches
 from generator.guidance import guide_logits
@@ -145,6 +145,10 @@ class VAR(Sampled):
     """
 
     models = MultiScale
+    charts = (
+        Chart("loss", ("loss_mean", "loss_tail"), live=True),
+        Chart("codes that were likeliest, %", ("acc_mean", "acc_tail")),
+    )
 
     def __init__(
         self,

@@ -24,7 +24,7 @@ from core.nn.lora import TunedLayerNorm, adapt
 from core.nn.precision import no_autocast
 from core.nn.vit import VisionTransformer, ViTSize, dinov2_files, dinov2_weights
 from core.rng import Draws
-from core.specs import Codes, MultiScale, Progress, Recon
+from core.specs import Chart, Codes, MultiScale, Progress, Recon
 from core.weights.released import needs
 from tokenizer.codes import CodeTokenizer
 from tokenizer.losses.contrastive import info_nce
@@ -113,6 +113,7 @@ class ImageFolder(CodeTokenizer):
     """
 
     reads_features = True  # forward takes the teachers' features
+    charts = (Chart("codes in use, %", ("usage/*",)),)
 
     def __init__(
         self,

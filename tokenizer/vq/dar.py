@@ -26,7 +26,7 @@ from core.nn.kvcache import KVCache
 from core.nn.mlp import MLP
 from core.nn.rope import AxialRope, Rope
 from core.rng import Draws
-from core.specs import Codes, Recon
+from core.specs import Chart, Codes, Recon
 from tokenizer.codes import CodeTokenizer
 from tokenizer.vq.diffusion_decoder import DecoderSettings, DiffusionCore, Trajectory, plain_norm, shifted_time
 from tokenizer.vq.quantizer import VectorQuantizer
@@ -77,6 +77,8 @@ class DAR(CodeTokenizer):
         init_std, gate_init: of linear maps and of the gates of the layers before and after the codes, when training
             starts. Published: 0.02 and 0, so that all pictures have the same codes for the first thousand steps.
     """
+
+    charts = (Chart("share of codes in use, and of positions with one code", ("usage", "dead_positions")),)
 
     def __init__(
         self,

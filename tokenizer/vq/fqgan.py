@@ -23,7 +23,7 @@ from core.errors import UserError, nearest
 from core.nn.conv import AttnBlock, ResBlock, channels_last, group_norm, growing_levels, shrinking_levels, through
 from core.nn.transformer import Transformer
 from core.rng import Draws
-from core.specs import Codes, Recon
+from core.specs import Chart, Codes, Recon
 from tokenizer.codes import CodeTokenizer
 from tokenizer.vq.quantizer import Quantized, VectorQuantizer, unit
 
@@ -177,6 +177,12 @@ class FQGAN(CodeTokenizer):
         across_ranks: means of that term over the batch of all ranks. parity: False is what was published.
         usage_window: latest assignments whose distinct share is logged as usage.
     """
+
+    charts = (
+        Chart("share of codes in use", ("usage/*",)),
+        Chart("codebook terms of each branch", ("codebook/*", "commitment/*")),
+        Chart("entropy terms of each branch", ("entropy/*", "per_sample_entropy/*", "batch_entropy/*")),
+    )
 
     def __init__(
         self,

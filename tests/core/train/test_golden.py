@@ -19,7 +19,7 @@ PAIRS = {
     "imagefolder_tokenizer": "imagefolder_var",
 }  # in configs/toy
 STEPS = 12
-CLOCKS = ("images_per_second", "peak_memory_gib", "seconds")
+CLOCKS = ("images_per_second", "peak_memory_gib", "mfu", "seconds")
 
 
 @pytest.fixture(scope="module")

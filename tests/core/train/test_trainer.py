@@ -469,6 +469,7 @@ def test_a_run_that_wandb_does_not_take(tmp_path, monkeypatch):
 
     monkeypatch.setitem(sys.modules, "wandb", types.SimpleNamespace(init=init))
     run = types.SimpleNamespace(path=tmp_path / "a:b#c")
+    run.path.mkdir()
     with pytest.raises(UserError, match=r"does not take the run \(ValueError: No API key .* log in.\). Log in with"):
         log._Wandb(run, LogConfig(wandb=True), {})
-    assert asked["id"] == "a-b-c" and asked["name"] == "a:b#c"
+    assert re.fullmatch("a-b-c-[0-9a-f]{8}", asked["id"]) and asked["name"] == "a:b#c"
