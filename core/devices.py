@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Iterator
 import sys
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 

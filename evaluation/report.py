@@ -368,13 +368,15 @@ class Report:
         rows = max(1, math.ceil(len(self._tiles) / 5))
         columns = f'style="--columns:{math.ceil(len(self._tiles) / rows)}"'  # equal rows: 5, 3 + 3, 4 + 3, 4 + 4
         tiles = f'<div class="tiles" {columns}>{"".join(self._tiles)}</div>' if self._tiles else ""
+        needs_script = self.reloads or any('class="frames"' in html for _, html in self._sections)
+        script = f"<script>{_SCRIPT}</script>" if needs_script else ""
         style = Path(__file__).with_name("report.css").read_text(encoding="utf-8")
         return (
             '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
             '<meta name="viewport" content="width=device-width, initial-scale=1">'
             f"<title>{escape(self.title)}</title><style>\n{style}</style></head>\n"
             f"<body{f' data-reload={RELOAD_SECONDS}' if self.reloads else ''}><main><header><h1>{escape(self.title)}</h1>"
-            f"{subtitle}{tiles}</header>\n" + "\n".join(body) + f"\n</main><script>{_SCRIPT}</script></body></html>\n"
+            f"{subtitle}{tiles}</header>\n" + "\n".join(body) + f"\n</main>{script}</body></html>\n"
         )
 
     def write(self, path: str | Path) -> None:

@@ -16,7 +16,16 @@ PACKAGES = ("core", "data", "evaluation", "tokenizer", "generator")
 ALLOWED = {"core": {"core"}, **{name: {"core", name} for name in PACKAGES[1:]}}
 ALLOWED["evaluation"] |= {"data"}
 ALLOWED["run"] = {*PACKAGES, "run"}
-OPTIONAL = {"wandb", "tensorboard", "datasets", "webdataset", "transformers", "huggingface_hub", "accelerate"}
+OPTIONAL = {
+    "wandb",
+    "tensorboard",
+    "datasets",
+    "webdataset",
+    "transformers",
+    "huggingface_hub",
+    "accelerate",
+    "trackio",
+}
 LONGEST_FILE = 700
 SHORTEST_COPY = 6  # lines: shorter bodies may well be equal by chance
 

@@ -51,6 +51,7 @@ RULES = [
     Rule(r"bash run_(train_\w+|decoder_finetune_tokenizer|finetune_decoder)\.sh", "--check"),
     Rule(r"bash run_(sample|pretokenize|eval_\w+|linear_probe|make_reference)\.sh", "--check"),
     Rule(r"bash run_download\.sh", "--dry-run"),
+    Rule(r"bash run_report\.sh", ""),
     Rule(r"bash run_quickstart\.sh", "--help", "ten minutes; tests/run/test_quickstart.py runs the five with --smoke"),
     Rule(r"bash run_tests\.sh", "--help", "these are the tests"),
     Rule(r"python -m scripts\.(convert|reconstruct|latent_stats)", ""),

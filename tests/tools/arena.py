@@ -24,7 +24,11 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[2]
 # Periods that do not divide each other: checkpoints then hold half-filled averages of the log.
 PERIODS = ["train.device=cpu", "train.log_every=3step", "train.checkpoint_every=4step", "train.preview_every=never"]
-CLOCKS = ("images_per_second", "peak_memory_gib", "mfu")  # metrics that measure time or memory: no two runs agree on them
+CLOCKS = (
+    "images_per_second",
+    "peak_memory_gib",
+    "mfu",
+)  # metrics that measure time or memory: no two runs agree on them
 PRELOADED = ["run.train", "torch._dynamo", "omegaconf", "safetensors.torch"]  # before the first child is started
 PATIENCE = 300.0  # seconds before a child counts as hung
 
