@@ -226,6 +226,9 @@ class SampleConfig:
     cuda_graph: bool | None = setting(
         None, "CUDA graphs of DiT^DH's steps (default: up to 16 labels), of VAR's scales (up to 64)"
     )
+    compile: bool | Literal["auto"] = setting(
+        "auto", "torch.compile the blocks of DiT^DH's steps and of decoding; auto: on a GPU, from 16 batches on"
+    )
     temperature: float | list[float] | None = setting(None, "of the softmax over codes, or one per codebook", low=0)
     top_k: int | list[int] | None = setting(
         None, "sample among the k likeliest codes, or one per codebook; 0: all", low=0
@@ -236,6 +239,7 @@ class SampleConfig:
     )
 
     GUIDANCE: ClassVar[tuple[str, ...]] = ("scale", "guidance", "interval", "guide", "schedule", "start", "power")
+    SPEED: ClassVar[tuple[str, ...]] = ("compile",)  # changes no picture
 
     def __post_init__(self):
         if isinstance(self.scale, str):  # D-AR's notation, turned into what the rest of the code knows
@@ -245,7 +249,11 @@ class SampleConfig:
 
     def options(self) -> dict[str, Any]:
         """What was set beyond guidance: keyword arguments of the generator's `sample`."""
-        given = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name not in self.GUIDANCE}
+        return {name: value for name, value in self.facts().items() if name not in self.GUIDANCE}
+
+    def facts(self) -> dict[str, Any]:
+        """What was set and what pictures depend on, for records."""
+        given = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name not in self.SPEED}
         return {name: value for name, value in given.items() if value is not None}
 
 

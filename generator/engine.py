@@ -126,8 +126,10 @@ class Sampled(Generator):
 
     Attributes:
         cast: kinds of modules that take and give the precision of the products.
+        compiled: whether torch.compile shall take part where a step is large.
     """
 
+    compiled = False
     cast: tuple[type, ...] = (nn.Linear, RMSNorm)
 
     def __init__(self):
@@ -147,7 +149,7 @@ class Sampled(Generator):
             self._state.clear()  # it reads the weights of before
             return Weights(self, dtype, self.cast)
 
-        weights = self._weights.get((dtype, addresses(self)), make)
+        weights = self._weights.get((dtype, self.compiled, addresses(self)), make)
         weights.refresh()
         return weights
 

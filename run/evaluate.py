@@ -210,9 +210,10 @@ def generated_samples(options: argparse.Namespace, overrides: list[str], world: 
         reference = references.training_statistics(config, train, size, net, world)
     dtype = measure.pixel_dtype(protocol, generator.bf16)
     batch = pictures_at_once(settings.batch, world.device, size)
+    generator.prepare(count // (batch * world.size), world.device)
     job = {
         **generator.facts,
-        "sample": {k: v for k, v in asdict(config.sample).items() if v is not None},
+        "sample": config.sample.facts(),
         "seed": config.seed,
         "labels": kind,
         "labels_fingerprint": f"{hash64(labels.numpy().tobytes().hex()):016x}",

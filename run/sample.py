@@ -9,7 +9,7 @@ from __future__ import annotations
 import inspect
 import re
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -81,10 +81,9 @@ def sample(target: Target, request: Request, world: World) -> None:
         streaming.check(sampler.generator, sampler.tokenizer)
     count = request.num or len(labels) * max(1, -(-AT_LEAST // len(labels)))
     folder = SampleFolder(Path(request.out), labels, count, ANIMATIONS[request.preview])
-    settings = asdict(config.sample)
     facts = {
         **sampler.facts,
-        **{f"sample.{key}": value for key, value in settings.items() if value is not None and key != "guide"},
+        **{f"sample.{key}": value for key, value in config.sample.facts().items() if key != "guide"},
         **begin_alike(sampler, request, labels[0], world.device),
         "seed": config.seed,
         "labels": labels,
@@ -94,6 +93,7 @@ def sample(target: Target, request: Request, world: World) -> None:
     world.on_main(lock.take)
     try:
         world.on_main(lambda: folder.claim(facts))
+        sampler.prepare(count // (request.batch * world.size), world.device)
         new = folder.draw(sampler, request.batch, world)
         if world.is_main:
             _finish(folder, request, sampler.image_size, new)

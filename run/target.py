@@ -24,14 +24,17 @@ from torch import Tensor
 from core import config as config_module
 from core.dist import World
 from core.errors import UserError
+from core.nn.gated_norm import triton_works
 from core.nn.precision import bf16_products
 from core.rng import Draws
 from core.schema import RunConfig, SampleConfig
 from core.specs import DataSource, Generator, Tokenizer
 from core.train.checkpoint import Checkpoint
+from core.train.parallel import compile_blocks
 from core.weights import released
 from core.weights.adapter import recognise
 from data.sources import open_source
+from generator.engine import Sampled
 from generator.task import GeneratorTask
 from run import streaming
 from run.data import class_names
@@ -40,6 +43,7 @@ from run.load import ADAPTERS, REGISTRIES, Source, build_pair, guide_of, load_co
 
 ROOT = Path(__file__).resolve().parent.parent
 Log = Callable[[str], None]
+COMPILED_BATCHES = 16  # from so many on compiling costs less than it saves on a GPU
 
 
 @dataclass
@@ -84,6 +88,18 @@ class Sampler:
     @property
     def bf16(self) -> bool:
         return self.config.train.precision == "bf16"
+
+    def prepare(self, batches: int, device: torch.device) -> None:
+        """Compile what runs so often, if `sample.compile` wants it; the first batch then takes a minute longer."""
+        wanted = self.config.sample.compile
+        if wanted == "auto":
+            wanted = device.type == "cuda" and batches >= COMPILED_BATCHES and triton_works(device)
+        if not wanted:
+            return
+        for generator in (self.generator, self.task.guidance.guide):
+            if isinstance(generator, Sampled):
+                generator.compiled = True
+        compile_blocks(self.tokenizer)
 
     @torch.no_grad()
     def sample(self, labels: Tensor, draws: Draws) -> Tensor:

@@ -73,7 +73,7 @@ def _on_gpu(
     gate: Tensor | None,
     branch: Tensor | None,
 ) -> Tensor:
-    run = _launch if _triton_works(x.device) else _plain
+    run = _launch if triton_works(x.device) else _plain
     return run(x, shift, factor, weight, bias, eps, gate, branch)
 
 
@@ -123,8 +123,8 @@ def _launch(
 
 
 @functools.lru_cache(None)
-def _triton_works(device: torch.device) -> bool:
-    """Tried once per process, before the first recording of a step."""
+def triton_works(device: torch.device) -> bool:
+    """Whether kernels can be compiled and run on `device`: tried once per process, before the first recording of a step."""
     samples = torch.arange(2 * 3 * 40, dtype=torch.float32, device=device).sin().view(2, 3, 40)
     rows = torch.arange(3 * 2 * 40, dtype=torch.float32, device=device).cos().view(3, 2, 1, 40)
     arguments = rows[0], rows[1], None, None, 1e-6, rows[2], samples.flip(0)

@@ -28,9 +28,10 @@ from core.nn.precision import no_autocast
 from core.nn.rope import Rope, axial_rope
 from core.rng import Draws
 from core.specs import Chart, Continuous, Guidance, LatentSpec, Loss, Progress
+from core.train.parallel import compile_blocks
 from generator.dit import flow
 from generator.dit.flow import euler
-from generator.engine import Sampled, mismatches
+from generator.engine import Sampled, Weights, mismatches
 from generator.guidance import guide, is_guided
 
 RECORDED_BATCH = 16  # from here on the kernels take longer than their launch
@@ -239,7 +240,7 @@ class DiTDH(Sampled):
         weights = [model.weights(model.final_layer.linear.weight) for model in models]
 
         def make() -> Field:
-            copies = [part.copy(model) for part, model in zip(weights, models)]
+            copies = [self._ready(model, part) for part, model in zip(weights, models)]
             return Field(copies, guidance, Replayed if recorded else None)
 
         key = batch, replace(guidance, guide=None), recorded, device, [addresses(model) for model in models[1:]]
@@ -247,6 +248,14 @@ class DiTDH(Sampled):
             field = self.kept(key, make)
             field.begin(labels, times.tolist())
             return euler(field, noise, times)
+
+    @staticmethod
+    def _ready(model: DiTDH, weights: Weights) -> nn.Module:
+        """The network in the precision of the products, compiled if it is so itself or if that is wanted."""
+        found = model if weights.dtype == model.final_layer.linear.weight.dtype else weights.copy(model)
+        if model.compiled or (found is not model and model.blocks[0]._compiled_call_impl is not None):
+            compile_blocks(found)
+        return found
 
 
 def autoguided(guidance: Guidance) -> bool:

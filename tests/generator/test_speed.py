@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -11,10 +12,13 @@ from core.nn import mlp
 from core.nn.cuda_graph import Replayed, cuda_graphs_work
 from core.nn.mlp import SwiGLU
 from core.rng import Draws
+from core.schema import SampleConfig
 from core.specs import Guidance
 from core.train import parallel
 from core.train.run import read_metrics
 from generator.dit.dit_dh import DiTDH
+from run import target
+from run.target import Sampler
 from tests.conftest import TOY_GENERATOR, TOY_TOKENIZER
 from tests.generator.test_dit_dh import dit, draws, images, rectok, semantic
 
@@ -105,6 +109,45 @@ def test_compiled_sampling_does_not_recompile(frames):
             torch.testing.assert_close(model.sample(labels, d, kind, steps=5), wanted, rtol=1e-5, atol=1e-5)
         compiled.append(frames["total"])
     assert compiled[0] == compiled[-1] == frames["ok"]
+
+
+@pytest.mark.parametrize("half", [False, True])
+def test_sampling_may_be_compiled(monkeypatch, frames, half):
+    """A finished network's blocks, or those of its copy in the precision of the products; the same samples, both times."""
+    torch.manual_seed(0)
+    model, labels, d = dit(size=LARGER).eval(), torch.arange(4), draws(0, 1, 2, 3)
+    monkeypatch.setattr(
+        "generator.dit.dit_dh.compile_blocks", lambda network: parallel.compile_blocks(network, backend="eager")
+    )
+    with torch.autocast("cpu", torch.bfloat16, enabled=half):
+        plain = model.sample(labels, d, Guidance(2.0), steps=4)
+        assert frames["total"] == 0
+        model.compiled = True
+        for _ in range(2):
+            assert torch.equal(model.sample(labels, d, Guidance(2.0), steps=4), plain)
+    assert frames["ok"] == frames["total"] > 0
+    assert half == (model.blocks[0]._compiled_call_impl is None)
+
+
+@pytest.mark.parametrize(
+    "wanted, device, batches, compiled",
+    [
+        (True, "cpu", 1, True),
+        (False, "cuda", 99, False),
+        ("auto", "cuda", 16, True),
+        ("auto", "cuda", 15, False),
+        ("auto", "cpu", 99, False),
+    ],
+)
+def test_what_is_compiled_for_a_run(monkeypatch, wanted, device, batches, compiled):
+    asked = []
+    monkeypatch.setattr(target, "compile_blocks", asked.append)
+    monkeypatch.setattr(target, "triton_works", lambda device: True)
+    network, guide, tokenizer = dit().eval(), dit(size=SMALLER).eval(), object()
+    task = SimpleNamespace(generator=network, guidance=Guidance(2.0, "auto", guide=guide), tokenizer=tokenizer)
+    config = SimpleNamespace(sample=SampleConfig(compile=wanted))
+    Sampler(config, task, {}).prepare(batches, torch.device(device))
+    assert network.compiled == guide.compiled == compiled and asked == [tokenizer] * compiled
 
 
 @pytest.mark.slow
