@@ -36,6 +36,7 @@ from data.loader import split
 from evaluation.report import cpu_name
 from generator.task import GeneratorTask
 from run import streaming
+from run.against import Originals, asked
 from run.floors import Floor, ReadCounter, Work, peak_here, synchronize
 from run.load import GENERATORS, TOKENIZERS, load_config, networks_of, random_task, tokenizer_layout
 from run.target import Sampler
@@ -61,7 +62,7 @@ class Job:
     warmup: int = 3
     repeats: int = 10
     seconds: float = float("inf")  # of a row: fewer repeats where a call takes long, one at least
-    against: Any = None  # run.against.Originals, timed in turn with ours
+    against: Originals | None = None  # timed in turn with ours
 
     def variants(self) -> Iterator[tuple[str, str, RunConfig]]:
         """(word, its name in the table, config) of everything to measure."""
@@ -361,7 +362,10 @@ def measure(job: Job, config: RunConfig, what: str, label: str, batch: int, mode
             for network in networks_of(task):
                 compile_blocks(network)
         call = make_call(task, config, what, batch, device)
-    theirs = job.against.open(task, config, what, batch, device) if job.against else None
+    theirs = None
+    if job.against:
+        told = asked(config, task.tokenizer.spec.sizes(), what, batch, device)
+        theirs = job.against.open(told)
     timing = timed(call, job, theirs)
     name = device_name(device)
     return Row(
@@ -404,6 +408,8 @@ def run(job: Job) -> list[Row]:
                 rows.append(row)
                 cells = row.cells()
                 print("  ".join(f"{cells[column]:>10}" for column in PRINTED), flush=True)
+    if job.against:
+        job.against.close()
     for line in comparisons(rows):
         print(line)
     return rows

@@ -17,6 +17,13 @@ Three more can be asked for:
   stream        sample with every picture that can be seen on the way (scripts.sample --preview); the row says after
                 which share of the time to the whole picture the first one was there
 
+--against DIR times the original too, in the same run and in turn: DIR is a checkout of its repository, whose code runs in a
+process of its own with what it imports installed here. Both sides have random weights of the same sizes, the same batch,
+precision and device; theirs trains with AdamW, clipping and, where ours is compiled, torch.compile, samples as its own
+sampling program does, and DiT^DH with classifier-free guidance alone. Not compared: training of tokenizers (their losses
+need weights), stream and uncached. Ratios are printed and kept by --json. run/originals.py names every module and call that
+is expected; it was written without the originals' code and has only been tried on stand-ins of the same names.
+
 --decode-steps 8,16 measures decode once for each number of steps, where the tokenizer decodes in steps. Columns:
 
   img/s         batch / median time of --repeats calls after --warmup, the device synchronised around each
@@ -71,6 +78,9 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--repeats", type=int, default=10)
     parser.add_argument("--warmup", type=int, default=3)
     parser.add_argument("--seconds", type=float, default=float("inf"), help="of a row: fewer repeats of slow calls")
+    parser.add_argument(
+        "--against", metavar="DIR", help="checkout of the original's repository, timed in turn with ours"
+    )
     parser.add_argument("--markdown", help="file whose table gets the rows")
     parser.add_argument("--json", help="file whose list gets the rows, in numbers")
     options = parser.parse_intermixed_args(arguments)
@@ -85,7 +95,7 @@ def main(arguments: list[str]) -> int:
             raise UserError(f'--what: "{word}" is not known.{nearest(word, WHAT)}')
 
     from core import dist
-    from run import benchmark
+    from run import against, benchmark
 
     overrides = [*options.overrides, *([f"train.precision={options.precision}"] if options.precision else [])]
     config = benchmark.read_config(options.config, overrides, options.tokenizer_config)
@@ -102,6 +112,7 @@ def main(arguments: list[str]) -> int:
         options.warmup,
         options.repeats,
         options.seconds,
+        against.Originals(options.against) if options.against else None,
     )
     benchmark.check(job)
     rows = benchmark.run(job)

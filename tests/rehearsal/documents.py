@@ -54,6 +54,7 @@ RULES = [
     Rule(r"bash run_report\.sh", ""),
     Rule(r"bash run_quickstart\.sh", "--help", "ten minutes; tests/run/test_quickstart.py runs the five with --smoke"),
     Rule(r"bash run_tests\.sh", "--help", "these are the tests"),
+    Rule(r"bash run_gpu_check\.sh", "--help", "minutes on a GPU; tests/run/test_gpu_check.py rehearses it"),
     Rule(r"python -m scripts\.(convert|reconstruct|latent_stats)", ""),
     Rule(r"(OMP_NUM_THREADS=1 )?python -m scripts\.benchmark", "tiny", slow=True),
     Rule(
