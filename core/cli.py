@@ -19,6 +19,8 @@ from core.files import ADVICE, MACHINES_FAULTS
 from core.peers import OtherRankFailed
 from core.signals import REQUEUE_EXIT_CODE, Stopped, StopRequest, ignore_signals, insist, words
 
+SHOWN_NAME = 300  # characters of a file's name in a message
+
 
 def run(main: Callable[[list[str]], int | None]) -> None:
     """Call main(arguments) and exit. A UserError becomes its message on stderr and exit code 2, a signal 75."""
@@ -91,7 +93,8 @@ def _machines_fault(error: Exception) -> UserError | None:
     """A sentence about a full disk and the like, wherever it was met; None for errors that programs make."""
     if not isinstance(error, OSError) or error.errno not in MACHINES_FAULTS:
         return None
-    place = f"{os.fsdecode(error.filename)}: " if isinstance(error.filename, (str, bytes)) else ""
+    name = os.fsdecode(error.filename) if isinstance(error.filename, (str, bytes)) else ""
+    place = f"{name if len(name) <= SHOWN_NAME else name[:SHOWN_NAME] + ' ...'}: " if name else ""
     return UserError(f"{place}{ADVICE[error.errno]}.")
 
 

@@ -13,8 +13,10 @@ the registry and the remaining keys are its constructor arguments, checked again
 from __future__ import annotations
 
 import dataclasses
+import functools
 import inspect
 import os
+import re
 import sys
 import types
 import typing
@@ -23,39 +25,64 @@ from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, Union, get_args, get_origin
 
 from core.errors import UserError, nearest
+from core.limits import Limits
 from core.registry import Registry
 from core.schema import Duration, NetworkConfig, RunConfig, TrainConfig
 
-_RESERVED_TYPES = {
+RESERVED_TYPES = {
     "name": str,
     "weights": str | None,
     "use_ema": bool,
     "latent_stats": str | None,
     "view": Literal["vectors", "sequence"] | None,
 }
-RESERVED = set(_RESERVED_TYPES)  # component keys that are not constructor arguments
+RESERVED = set(RESERVED_TYPES)  # component keys that are not constructor arguments
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Checking
 # ---------------------------------------------------------------------------------------------------------------------
-def _describe(hint: Any) -> str:
+def describe(hint: Any) -> str:
     """A type as a user would say it."""
     origin = get_origin(hint)
+    if origin is Annotated:
+        inner, *about = get_args(hint)
+        comma = ", " if get_origin(inner) in (Union, types.UnionType) else " "
+        return comma.join([describe(inner), *(str(limits) for limits in about if isinstance(limits, Limits))])
     if origin is Literal:
         return " or ".join(f'"{c}"' for c in get_args(hint))
     if origin in (Union, types.UnionType):
-        return " or ".join(_describe(a) for a in get_args(hint))
+        return " or ".join(describe(a) for a in get_args(hint))
     names = {
         int: "a whole number",
         float: "a number",
         bool: "true or false",
         str: "a text",
         list: "a list",
+        tuple: "a list",
         dict: "a table of keys",
         type(None): "null",
     }
     return names.get(origin or hint, getattr(hint, "__name__", str(hint)))
+
+
+def table_of(hint: Any) -> type | None:
+    """The schema of the table that a type allows: Annotated[dict, Schema], also as one of several; None without one."""
+    named = (about for part in (hint, *get_args(hint)) for about in getattr(part, "__metadata__", ()))
+    return next((about for about in named if isinstance(about, type) and dataclasses.is_dataclass(about)), None)
+
+
+@functools.cache
+def keys_of(schema: type | None, prefix: str = "") -> tuple[str, ...]:
+    """Dotted names of all settings of a schema."""
+    keys: tuple[str, ...] = ()
+    for name, hint in typing.get_type_hints(schema).items() if schema else ():
+        inner = next((k for k in (hint, *get_args(hint)) if isinstance(k, type) and dataclasses.is_dataclass(k)), None)
+        if inner:
+            keys += keys_of(inner, f"{prefix}{name}.")
+        elif get_origin(hint) is not ClassVar:
+            keys += (f"{prefix}{name}",)
+    return keys
 
 
 class _Checker:
@@ -78,15 +105,22 @@ class _Checker:
         return given if check is None else check(self, path, given, hint)
 
     def annotated(self, path: str, given: Any, hint: Any) -> Any:
-        """A component: Annotated[dict, kind], or Annotated[dict, kind, "table"]."""
-        _, kind, *form = get_args(hint)
-        return self.component(path, given, kind, table="table" in form)
+        """A number with Limits, a table with a schema, or a component: Annotated[dict, kind], or Annotated[dict, kind, "table"]."""
+        inner, kind, *form = get_args(hint)
+        if isinstance(kind, type):  # the schema of a table, which its owner completes and checks
+            return self.value(path, given, inner)
+        if not isinstance(kind, Limits):
+            return self.component(path, given, kind, table="table" in form)
+        count, value = len(self.problems), self.value(path, given, inner)
+        if len(self.problems) == count and not kind.hold(value):
+            self.wrong(path, f"must be {kind}, got {value!r}.")
+        return value
 
     def literal(self, path: str, given: Any, hint: Any) -> Any:
         choices = get_args(hint)
         if given not in choices:
             advice = nearest(given, map(str, choices)) if isinstance(given, str) else ""
-            self.wrong(path, f"expected {_describe(hint)}, got {given!r}.{advice}")
+            self.wrong(path, f"expected {describe(hint)}, got {given!r}.{advice}")
         return given
 
     def duration(self, path: str, given: Any, hint: Any) -> Any:
@@ -121,7 +155,12 @@ class _Checker:
 
     def plain(self, path: str, given: Any, hint: Any) -> Any:
         if type(given) is not hint:
-            self.wrong(path, f"expected {_describe(hint)}, got {given!r}.")
+            advice = (
+                f" Quotes make a text of it: {path}=\"'{given}'\"."
+                if hint is str and type(given) in (int, float)
+                else ""
+            )
+            self.wrong(path, f"expected {describe(hint)}, got {given!r}.{advice}")
         return given
 
     def union(self, path: str, given: Any, hint: Any) -> Any:
@@ -135,7 +174,7 @@ class _Checker:
             result = trial.value(path, given, option)
             if not trial.problems:
                 return result
-        self.wrong(path, f"expected {_describe(hint)}, got {given!r}.")
+        self.wrong(path, f"expected {describe(hint)}, got {given!r}.")
         return given
 
     CHECKS: ClassVar[dict[Any, Callable[..., Any]]] = {  # by the type of a setting, or its origin
@@ -163,13 +202,13 @@ class _Checker:
         prefix = f"{path}." if path else ""
         for key in given:
             if key not in fields:
-                self.wrong(f"{prefix}{key}", f"unknown key.{nearest(key, fields)}")
+                self.wrong(f"{prefix}{key}", f"unknown key.{nearest(key, fields, keys_of(RunConfig))}")
         values = {}
         for key, spec in fields.items():
             where = f"{prefix}{key}"
             if key in given:
                 values[key] = self.value(where, given[key], hints[key])
-                self.limits(where, values[key], spec.metadata.get("low"), spec.metadata.get("high"))
+                self.within(where, values[key], spec.metadata.get("limits") or Limits())
             elif spec.metadata.get("required"):
                 if dataclasses.is_dataclass(hints[key]):  # name the mandatory keys inside rather than the section
                     self.section(where, {}, hints[key])
@@ -177,12 +216,10 @@ class _Checker:
                     self.wrong(where, f"is missing: {spec.metadata['help']}.")
         return schema(**values)
 
-    def limits(self, path: str, value: Any, low: float | None, high: float | None) -> None:
-        """Of a number, or of all numbers in a list."""
-        numbers = [n for n in (value if isinstance(value, list) else [value]) if type(n) in (int, float)]
-        if any((low is not None and n < low) or (high is not None and n > high) for n in numbers):
-            bounds = f"at least {low}" if high is None else f"between {low} and {high}"
-            self.wrong(path, f"must be {bounds}, got {value!r}.")
+    def within(self, path: str, value: Any, limits: Limits) -> None:
+        """A number, or all numbers of a list."""
+        if not all(map(limits.hold, value if isinstance(value, list) else [value])):
+            self.wrong(path, f"must be {limits}, got {value!r}.")
 
     def component(self, path: str, given: Any, kind: str, table: bool) -> Any:
         """{name: ..., arguments ...} against the signature of what the registry holds; a table has names as keys."""
@@ -200,7 +237,8 @@ class _Checker:
             if len(registry.entries) == 1:
                 given = {"name": registry.names()[0], **given}
             elif given.get("weights"):  # the weights know what they are
-                self.value(f"{path}.weights", given["weights"], str)
+                for key in RESERVED & given.keys():
+                    self.value(f"{path}.{key}", given[key], RESERVED_TYPES[key])
                 return given
             else:
                 self.wrong(path, f"needs a name.{nearest('', registry.entries)}")
@@ -213,9 +251,15 @@ class _Checker:
         result = dict(given)
         for key, item in given.items():
             if key in RESERVED and key not in accepted:
-                self.value(f"{path}.{key}", item, _RESERVED_TYPES[key])
+                self.value(f"{path}.{key}", item, RESERVED_TYPES[key])
             elif key not in accepted:
-                self.wrong(f"{path}.{key}", f'{kind} "{given["name"]}" has no such setting.{nearest(key, accepted)}')
+                inner = [
+                    f"{path}.{name}.{field}"
+                    for name, p in accepted.items()
+                    for field in keys_of(table_of(p.annotation))
+                ]
+                advice = nearest(key, accepted, inner)
+                self.wrong(f"{path}.{key}", f'{kind} "{given["name"]}" has no such setting.{advice}')
             else:
                 hint = accepted[key].annotation
                 result[key] = self.value(f"{path}.{key}", item, Any if hint is inspect.Parameter.empty else hint)
@@ -293,7 +337,7 @@ def _other_problems(config: RunConfig) -> Iterator[str]:
     elif sample.guidance == "auto" and sample.scale > 1 and not sample.guide:
         yield "sample.guide: autoguidance needs the weights of a weaker model."
     for name, pair in (("data.scale", config.data.scale), ("sample.interval", sample.interval)):
-        if len(pair) != 2:
+        if len(pair) != 2 or pair[0] > pair[1]:
             yield f"{name}: expected [low, high], got {pair}."
     if not config.name or "/" in config.name or config.name.startswith("."):
         yield f'name: becomes a folder name, so "{config.name}" will not do.'
@@ -317,12 +361,55 @@ def _read_yaml(path: Path, seen: tuple[Path, ...] = ()) -> Any:
         raise UserError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from None
     if config is None or not OmegaConf.is_dict(config):
         raise UserError(f"{path} should hold a table of keys.")
+    if problems := list(_misread(path.read_text(encoding="utf-8"))):
+        raise UserError(f"{path}: {'; '.join(problems)}.")
     base = config.pop("base", None)
     if base is None:
         return config
     if not isinstance(base, str):
         raise UserError(f"{path}: base should name another YAML file, not {base}.")
     return OmegaConf.merge(_read_yaml(path.parent / base, (*seen, path.resolve())), config)
+
+
+_OCTAL = re.compile(r"[-+]?0[0-7_]+")
+
+
+def _misread(text: str) -> Iterator[str]:
+    """Numbers in a YAML text that mean another one than they show: leading zeros are octal there, colons base 60."""
+    import yaml
+
+    seen: set[int] = set()
+
+    def walk(node: Any, path: str) -> Iterator[str]:
+        if id(node) in seen:  # an anchor
+            return
+        seen.add(id(node))
+        if isinstance(node, yaml.MappingNode):
+            for key, value in node.value:
+                yield from walk(value, f"{path}.{key.value}" if path else str(key.value))
+        elif isinstance(node, yaml.SequenceNode):
+            for value in node.value:
+                yield from walk(value, path)
+        elif isinstance(node, yaml.ScalarNode) and not node.style and node.tag.endswith((":int", ":float")):
+            written = node.value
+            if ":" in written or _OCTAL.fullmatch(written):
+                how = "a number to the base 60" if ":" in written else "an octal number"
+                plain = "" if ":" in written else f"{written.replace('_', '').lstrip('0') or '0'} for the number, "
+                yield f"{path or 'the value'}: YAML reads {written} as {how}; write {plain}'{written}' in quotes for a text"
+
+    loader: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
+    try:
+        yield from walk(yaml.compose(text, Loader=loader), "")
+    except yaml.YAMLError:  # what OmegaConf alone reads
+        return
+
+
+def _misread_override(word: str) -> Iterator[str]:
+    """The same of what follows the equals sign, and what YAML would take for a comment there."""
+    key, _, value = word.partition("=")
+    yield from (f"{key}{problem.removeprefix('the value')}" for problem in _misread(value))
+    if re.search(r"\s#", value) and not re.match(r"""\s*["'\[{]""", value):
+        yield f"{key}: YAML takes what follows the # in {value!r} for a comment; write it in quotes, {key}=\"'{value}'\""
 
 
 def load(path: str | Path, overrides: list[str], registries: Mapping[str, Registry]) -> RunConfig:
@@ -336,12 +423,26 @@ def load(path: str | Path, overrides: list[str], registries: Mapping[str, Regist
     return override(lambda: _read_yaml(Path(path)), overrides, registries, source=str(path))
 
 
+def peek(path: str, overrides: list[str]) -> dict[str, Any]:
+    """What a YAML file and overrides say, unchecked."""
+    from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+
+    try:
+        merged: Any = OmegaConf.to_container(OmegaConf.merge(_read_yaml(Path(path)), read_overrides(overrides)))
+    except (OmegaConfBaseException, TypeError) as error:
+        raise UserError(f"{path}: {str(error).splitlines()[0]}") from None
+    return merged
+
+
 def read_overrides(overrides: list[str]) -> dict[str, Any]:
     """["a.b=1"] -> {"a": {"b": 1}}."""
     from omegaconf import OmegaConf
 
     if malformed := [o for o in overrides if "=" not in o or o.startswith("-")]:
         raise UserError(f"overrides look like train.global_batch=256, not {' '.join(malformed)}")
+    if problems := [problem for word in overrides for problem in _misread_override(word)]:
+        raise UserError("; ".join(problems) + ".")
     try:
         changes: Any = OmegaConf.to_container(OmegaConf.from_dotlist(overrides))
         return changes
@@ -412,17 +513,3 @@ def to_yaml(config: Any) -> str:
     import yaml
 
     return yaml.safe_dump(to_plain(config), sort_keys=False, allow_unicode=True)
-
-
-def help_text(schema: type = RunConfig, prefix: str = "") -> str:
-    """Every setting with its default and its line of help, for --help."""
-    lines = []
-    hints = typing.get_type_hints(schema, include_extras=True)
-    for spec in dataclasses.fields(schema):
-        if dataclasses.is_dataclass(hints[spec.name]):
-            lines.append(help_text(hints[spec.name], f"{prefix}{spec.name}."))
-            continue
-        default = spec.default if spec.default_factory is dataclasses.MISSING else spec.default_factory()
-        default = "required" if spec.metadata.get("required") else default
-        lines.append(f"  {prefix + spec.name:<34} {spec.metadata.get('help', '')} [{default}]")
-    return "\n".join(lines)

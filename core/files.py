@@ -38,7 +38,8 @@ ADVICE = {
 
 DIGEST_PIECE = 1 << 24  # bytes, see `digests`
 
-MACHINES_FAULTS = {errno.ENOSPC, errno.EDQUOT, errno.EMFILE, errno.ENFILE, errno.EROFS, errno.EIO}  # never a program's
+# Never a program's; of a name, the user's.
+MACHINES_FAULTS = {errno.ENOSPC, errno.EDQUOT, errno.EMFILE, errno.ENFILE, errno.EROFS, errno.EIO, errno.ENAMETOOLONG}
 
 
 @contextlib.contextmanager

@@ -14,6 +14,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
 
+from core.limits import Limits
+
 if typing.TYPE_CHECKING:  # --help does without torch
     from core.specs import Progress
 
@@ -67,7 +69,8 @@ def linear_scales(text: str) -> tuple[float, float]:
 
 def setting(default: Any, help: str, low: float | None = None, high: float | None = None) -> Any:
     """A dataclass field with a line of help and an allowed range. `...` as default makes it mandatory."""
-    metadata = {"help": help, "low": low, "high": high, "required": default is ...}
+    limits = None if low is None and high is None else Limits(low, high)
+    metadata = {"help": help, "limits": limits, "required": default is ...}
     if dataclasses.is_dataclass(default):
         return field(default_factory=type(default), metadata=metadata)
     if isinstance(default, (dict, list)):
@@ -90,7 +93,9 @@ class DataConfig:
         "center", "how pictures are brought to image_size; stored features and tokens: center, resize_center or ten"
     )
     flip: bool = setting(True, "mirror half of the pictures; crop: ten does so by itself")
-    scale: list[float] = setting([0.8, 1.0], "random: share of the short side kept; random_resized: of the area")
+    scale: list[float] = setting(
+        [0.8, 1.0], "random: share of the short side kept; random_resized: of the area", low=0.001, high=1
+    )
     crop_range: float = setting(1.1, "ten: how much larger than its crops the picture is", low=1, high=10)
     short_side: int | None = setting(
         None, "resize_center, resize_random: short side before the crop; null: image_size", low=1
@@ -217,7 +222,7 @@ class SampleConfig:
         1.0, "guidance scale, one per codebook, or from,to (linear); 1 is none", low=0
     )
     guidance: Literal["cfg", "auto"] = setting("cfg", "cfg: against no class; auto: against a weaker model (guide)")
-    interval: list[float] = setting([0.0, 1.0], "guide only while t is inside")
+    interval: list[float] = setting([0.0, 1.0], "guide only while t is inside", low=0, high=1)
     guide: str | None = setting(None, "weights of the weaker model of guidance: auto")
     schedule: Literal["constant", "linear", "cosine"] = setting("constant", "of the scale, from first token to last")
     start: float = setting(1.0, "scale of the first token of schedule: linear", low=0)

@@ -382,6 +382,15 @@ class Generator(nn.Module, ABC):
     def fits(self, spec: LatentSpec) -> list[str]:
         """Sentences for the user that say what does not match; empty when the pair works."""
 
+    def guides(self, guidance: Guidance) -> str:
+        """What `sample` cannot do of a guidance, as the end of a sentence; "" where it can all. Here: what is true of
+        generators of codes, guided by kind "cfg" alone."""
+        return (
+            ""
+            if guidance.kind == "cfg"
+            else f"is guided against no class (sample.guidance: cfg), not by {guidance.kind}"
+        )
+
     def bind(self, tokenizer: Tokenizer) -> None:
         """Take what training or sampling needs of the tokenizer's frozen parts (codebook rows for reAR's regulariser,
         VAR's inputs), but not as a submodule: weights stay the tokenizer's."""

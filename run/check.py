@@ -43,6 +43,7 @@ def check(config: RunConfig) -> str:
     check_networks(config, inputs.weights)
     check_step(config, inputs)
     notes = [f"data           {note}" for note in data_notes(config, inputs.data)]
+    notes += [f"schedule       {note}" for note in schedule_notes(config, len(inputs.data))]
     return "\n".join([report(config, []), *notes])
 
 
@@ -73,6 +74,22 @@ def data_notes(config: RunConfig, source: DataSource) -> list[str]:
     if line := left_out(source):
         notes.append(line)
     return notes + (remarks(source) if config.task == "generator" else [])
+
+
+def schedule_notes(config: RunConfig, images_per_epoch: int) -> list[str]:
+    """Where a warm-up ends after the run: right for a short trial of a recipe, else a mistake."""
+    recipes = {"train": config.train, "train.discriminator": config.train.discriminator}
+    whole = config.train.duration.images(images_per_epoch, config.train.global_batch)
+    notes = []
+    for where, schedule in ((where, recipe.schedule) for where, recipe in recipes.items() if recipe is not None):
+        parts = (schedule.warmup_from, schedule.warmup)
+        begin, length = (part.images(images_per_epoch, config.train.global_batch) for part in parts)
+        if length and begin + length > whole:
+            notes.append(
+                f"{where}.schedule.warmup={schedule.warmup} ends after the run of {config.train.duration}: the learning rate "
+                f"comes to {100 * max(0, whole - begin) / length:.2g} % of its peak"
+            )
+    return notes
 
 
 def check_networks(config: RunConfig, sources: dict[str, Source]) -> None:

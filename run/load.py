@@ -34,6 +34,7 @@ from core.weights import hub, released
 from core.weights.adapter import describe_differences, merged, recognise, unusable
 from generator import GENERATORS
 from generator.adapters import ADAPTERS as GENERATOR_ADAPTERS
+from generator.guidance import per_branch
 from generator.task import GeneratorTask
 from run import translate
 from tokenizer import TOKENIZERS
@@ -383,6 +384,11 @@ class Pair:
                 "python -m scripts.latent_stats TOKENIZER [URL], or give tokenizer.latent_stats=FILE."
             )
         guidance = make_guidance(settings, self.guide and self.guide.module)
+        if wrong := self.generator.module.guides(guidance):
+            raise UserError(f"sample: {type(self.generator.module).__name__} {wrong}.")
+        if isinstance(spec := self.tokenizer.module.spec, (Codes, MultiScale)):
+            for name in ("scale", "temperature", "top_k", "top_p"):
+                per_branch(getattr(settings, name), spec.branches, name)
         if guidance.kind == "auto" and guidance.guide is None:  # guidance is off, or only sizes count
             guidance = Guidance()
         options = sample_options(settings, self.generator.module)

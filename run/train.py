@@ -28,7 +28,7 @@ from evaluation import measure
 from evaluation.report import environment
 from generator.task import GeneratorTask
 from run import page
-from run.check import Inputs, check_inputs, data_notes
+from run.check import Inputs, check_inputs, data_notes, schedule_notes
 from run.data import make_transform, open_pictures, open_val, precomputed
 from run.estimate import Plan
 from run.latent_stats import measure_once
@@ -104,6 +104,8 @@ def _train(config: RunConfig, inputs: Inputs, world: dist.World, about: dict[str
         run.log(f"data {note}")
     if val is not source:
         say_left_out(run.log, val, f"data.val_url={config.data.val_url}")
+    for note in schedule_notes(config, len(source)):
+        run.log(f"warning: {note}")
     if hint := hint_for_small_sets(config, len(source)):
         run.log(hint)
     if world.is_main:

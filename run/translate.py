@@ -12,6 +12,7 @@ import difflib
 import functools
 import itertools
 import operator
+import os
 import re
 import tomllib
 from collections import Counter
@@ -149,6 +150,8 @@ def _content(path: Path) -> dict[str, Any]:
     """The keys of a YAML file on top of those of its bases; {} for anything else."""
     import yaml
 
+    if not os.path.isfile(path):  # a pipe would never end
+        return {}
     try:
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (OSError, yaml.YAMLError, ValueError):
@@ -172,7 +175,7 @@ def _config_of(word: str) -> dict[str, Any]:
     path = Path(FILES.get(word, word))
     if path.is_dir():
         return _content(path / "config.yaml")
-    return _content(path) if path.suffix in (".yaml", ".yml") and path.is_file() else {}
+    return _content(path) if path.suffix in (".yaml", ".yml") else {}
 
 
 def systems_of(words: Iterable[str]) -> list[str]:

@@ -10,6 +10,7 @@ from typing import Any
 
 from core.errors import UserError
 from run import translate
+from scripts.settings_help import settings_help
 
 
 def tokenizer_settings(arguments: Sequence[str]) -> tuple[list[str], dict[str, Any]]:
@@ -28,6 +29,10 @@ def parse(parser: argparse.ArgumentParser, program: str, arguments: Sequence[str
     Args:
         program: a key of translate.PROGRAMS.
     """
+    if {"--help", "-h"} & {*arguments} and any(word.endswith((".yaml", ".yml")) for word in arguments):
+        parser.print_help()
+        print(settings_help(arguments))
+        raise SystemExit(0)
     options = {word: action for action in parser._actions for word in action.option_strings}
     foreign = [
         a

@@ -6,8 +6,10 @@ The run_train_*.sh scripts call it with --stage=NAME; what they take instead of 
 Config -> task -> Trainer. This file only puts the pieces together; the loop is core/train/trainer.py.
 """
 
+import os
+
 from core import cli, launch
-from core.errors import UserError
+from core.errors import UserError, check_choice
 
 USAGE = """usage: python -m scripts.train CONFIG [key=value ...] [--check] [--dry-run] [--help]
 
@@ -48,15 +50,19 @@ def main(arguments: list[str]) -> int:
     stages = [a.removeprefix("--stage=") for a in arguments if a.startswith("--stage=")]
     arguments = [a for a in arguments if not a.startswith("--stage=")]
     if "--help" in arguments or "-h" in arguments or not (arguments or stages):
-        from core.config import help_text
+        from scripts.settings_help import settings_help
 
-        print(USAGE + "\nSettings [default]:\n" + help_text())
+        print(USAGE + settings_help(arguments))
         return 0 if arguments else 2
     modes = {a for a in arguments if a in ("--check", "--dry-run")}
     hardware, words = take_hardware([a for a in arguments if a not in modes])
     from run import translate
     from scripts.stages import STAGES, resolve
 
+    for stage in stages:
+        check_choice("--stage", stage, STAGES)
+    if len(stages) > 1:
+        raise UserError(f"--stage={stages[1]}: this program has --stage={stages[0]} already.")
     if any(a.startswith("--") for a in words):
         # the tokenizer script runs RecTok's recipe by default, but users of every system type it
         recipes = [STAGES[stage].config for stage in stages if stage != "tokenizer"]
@@ -65,6 +71,8 @@ def main(arguments: list[str]) -> int:
             translate.explain(named, translate.tasks_of(named, *stages), options=("--check", "--dry-run", "--help"))
         )
     translate.refuse(words)
+    if not stages and (not words or ("=" in words[0] and not os.path.exists(words[0]))):
+        raise UserError("say which CONFIG; --help shows examples.")
     path, overrides = resolve(stages[0], words) if stages else (words[0], words[1:])
     given = {o.partition("=")[0] for o in overrides}
     asked = [setting for setting in launch.asked_by_accelerate() if setting.partition("=")[0] not in given]

@@ -20,6 +20,7 @@ from torch.nn import functional as F
 
 from core.errors import UserError
 from core.images import to_uint8, to_unit_range
+from core.limits import Count, Layers, Pixels, Positive, Whole, Width
 from core.nn.frozen import Frozen
 from core.nn.offline import efficientnet_lite0_input, load_efficientnet_lite0
 from core.nn.vit import VisionTransformer, ViTSize, dinov2_files, dinov2_weights, timm_shape
@@ -48,7 +49,7 @@ class Teacher(Frozen, ABC):
 
     name: str
     dim: int
-    grid: int
+    grid: Count
 
     @torch.no_grad()
     def forward(self, images: Tensor, draws: Draws | None = None) -> Tensor:
@@ -144,19 +145,19 @@ class DINOv3Teacher(Teacher):
 
     def __init__(
         self,
-        image_size: int = 256,
+        image_size: Pixels = 256,
         weights: str | None = None,
         pretrained: bool = True,
-        processor_size: int = 224,
+        processor_size: Width = 224,
         direct: bool = False,
         teacher_train_mode: bool = False,
-        hidden_size: int = 1024,
-        intermediate_size: int = 4096,
-        num_hidden_layers: int = 24,
-        num_attention_heads: int = 16,
-        patch_size: int = 16,
-        num_register_tokens: int = 4,
-        rope_theta: float = 100.0,
+        hidden_size: Width = 1024,
+        intermediate_size: Width = 4096,
+        num_hidden_layers: Layers = 24,
+        num_attention_heads: Width = 16,
+        patch_size: Pixels = 16,
+        num_register_tokens: Whole = 4,
+        rope_theta: Positive = 100.0,
     ):
         from timm.models.eva import Eva  # takes seconds: only when used
 
@@ -290,7 +291,7 @@ class TimmTeacher(Teacher):
         self,
         model: str,
         *,
-        grid: int = 16,
+        grid: Count = 16,
         weights: str | None = None,
         pretrained: bool = True,
         direct: bool | Literal["bicubic"] = False,
@@ -356,8 +357,8 @@ class DINOv2ClassTeacher(Teacher):
 
     def __init__(
         self,
-        image_size: int = 256,
-        patch_size: int = 16,
+        image_size: Pixels = 256,
+        patch_size: Pixels = 16,
         model: str | dict = "base",
         weights: str | None = None,
         pretrained: bool = True,
@@ -384,7 +385,7 @@ class EfficientNetTeacher(Teacher):
 
     name, dim = "efficientnet_lite0", 320
 
-    def __init__(self, grid: int, input_size: int = 128):
+    def __init__(self, grid: Count, input_size: Width = 128):
         super().__init__()
         self.grid, self.input_size = grid, input_size
         network = load_efficientnet_lite0()

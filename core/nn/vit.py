@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from core.errors import UserError
+from core.limits import Layers, Width
 from core.nn.attention import Attention
 from core.nn.dropout import drop_path, path_factors
 from core.nn.embed import resize_positions, sincos_2d
@@ -29,9 +30,9 @@ from core.weights.released import Released, timm_file
 class ViTSize:
     """Shape of one transformer."""
 
-    width: int
-    layers: int
-    heads: int
+    width: Width
+    layers: Layers
+    heads: Width
 
     @classmethod
     def parse(cls, value: str | dict[str, int], setting: str, table: Mapping[str, ViTSize] | None = None) -> ViTSize:

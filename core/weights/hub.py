@@ -95,6 +95,8 @@ def resolve(reference: str, to: Path | None = None) -> Path:
 def _local(reference: str) -> Path:
     path = Path(reference).expanduser()
     if path.exists():
+        if not (path.is_file() or path.is_dir()):
+            raise UserError(f"{path} is neither a file nor a folder. Copy what it gives into a file first.")
         return path
     if path.name == reference and (CACHE / reference).exists():
         return CACHE / reference

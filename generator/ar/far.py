@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
-from typing import Literal
+from typing import Annotated, Literal
 
 import torch
 import torch.nn.functional as F
@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from core import sizes
 from core.errors import UserError
+from core.limits import Count, Layers, Positive, Rate, Share, Whole, Width
 from core.nn.dropout import dropout
 from core.nn.embed import LabelEmbedding
 from core.nn.kvcache import KVCache
@@ -38,12 +39,12 @@ from generator.sampling import CodeSampler, filters
 class Size:
     """Shape of trunk and head. `hidden` is the feed-forward width, by default 8/3 of `width` in steps of 256."""
 
-    width: int
-    layers: int
-    heads: int
-    head_layers: int = 3
-    hidden: int | None = None
-    kv_heads: int | None = None
+    width: Width
+    layers: Layers
+    heads: Width
+    head_layers: Whole = 3
+    hidden: Width | None = None
+    kv_heads: Width | None = None
 
 
 SIZES = {"b": Size(1024, 24, 16, 3), "l": Size(1280, 36, 20, 4)}
@@ -80,22 +81,22 @@ class FAR(Regularised):
     def __init__(
         self,
         *,
-        size: str | dict = "b",
-        length: int = 256,
-        branches: int = 2,
-        vocab: int = 16384,
-        grid: list[int] | None = None,
-        num_classes: int = 1000,
-        label_drop: float = 0.1,
-        token_dropout: float = 0.1,
-        residual_dropout: float = 0.1,
-        ffn_dropout: float = 0.1,
-        path_dropout: float = 0.0,
-        rope_theta: float = 10000.0,
-        norm_eps: float = 1e-5,
+        size: str | Annotated[dict, Size] = "b",
+        length: Count = 256,
+        branches: Count = 2,
+        vocab: Count = 16384,
+        grid: list[Count] | None = None,
+        num_classes: Count = 1000,
+        label_drop: Share = 0.1,
+        token_dropout: Rate = 0.1,
+        residual_dropout: Rate = 0.1,
+        ffn_dropout: Rate = 0.1,
+        path_dropout: Rate = 0.0,
+        rope_theta: Positive = 10000.0,
+        norm_eps: Positive = 1e-5,
         rotary: Literal["auto", "line"] = "auto",
-        rear: dict | None = None,
-        code_dim: int = 8,
+        rear: Annotated[dict, rear_module.Settings] | None = None,
+        code_dim: Width = 8,
     ):
         super().__init__()
         s = sizes.pick(size, self.size_type, self.sizes)

@@ -4,8 +4,9 @@ positions on a line."""
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
+from core.limits import Count, Whole
 from generator.ar import far
 
 
@@ -13,7 +14,7 @@ from generator.ar import far
 class Size(far.Size):
     """Shape of a trunk alone."""
 
-    head_layers: int = 0
+    head_layers: Whole = 0
 
 
 SIZES = {
@@ -40,6 +41,11 @@ class GPT(far.FAR):
     size_type, sizes = Size, SIZES
 
     def __init__(
-        self, *, size: str | dict = "l", branches: int = 1, rotary: Literal["auto", "line"] = "line", **others: Any
+        self,
+        *,
+        size: str | Annotated[dict, Size] = "l",
+        branches: Count = 1,
+        rotary: Literal["auto", "line"] = "line",
+        **others: Any,
     ):
         super().__init__(size=size, branches=branches, rotary=rotary, **others)

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import functools
 from dataclasses import dataclass
+from typing import Annotated
 
 import torch
 import torch.nn.functional as F
@@ -21,6 +22,7 @@ from torch import Tensor, nn
 
 from core import sizes
 from core.errors import UserError
+from core.limits import Count, Layers, Rate, Share, Width
 from core.nn.attention import Attention
 from core.nn.dropout import dropout
 from core.nn.gated_norm import gated_norm
@@ -45,10 +47,10 @@ MODULATION_BYTES = 1 << 30  # how much of the adaptive norms is computed ahead w
 class Size:
     """Shape of the trunk; `hidden` is the width inside the feed-forward layers."""
 
-    width: int
-    layers: int
-    heads: int
-    hidden: int
+    width: Width
+    layers: Layers
+    heads: Width
+    hidden: Width
 
 
 SIZES = {
@@ -114,17 +116,17 @@ class RAR(Regularised):
     def __init__(
         self,
         *,
-        size: str | dict = "b",
-        length: int = 256,
-        branches: int = 1,
-        vocab: int = 1024,
-        code_dim: int = 256,
-        num_classes: int = 1000,
-        label_drop: float = 0.1,
-        dropout: float = 0.1,
-        attention_dropout: float = 0.1,
-        permute: list[float] | None = None,
-        rear: dict | None = None,
+        size: str | Annotated[dict, Size] = "b",
+        length: Count = 256,
+        branches: Count = 1,
+        vocab: Count = 1024,
+        code_dim: Width = 256,
+        num_classes: Count = 1000,
+        label_drop: Share = 0.1,
+        dropout: Rate = 0.1,
+        attention_dropout: Rate = 0.1,
+        permute: list[Share] | None = None,
+        rear: Annotated[dict, rear_module.Settings] | None = None,
     ):
         super().__init__()
         self.size = sizes.pick(size, Size, SIZES)

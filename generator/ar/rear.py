@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from core.config import parse_section
 from core.errors import UserError
+from core.limits import Factor, Width
 from core.rng import Draws
 from core.specs import Chart, Loss, Progress, Tokenizer, codebook_rows
 from generator.engine import Sampled
@@ -53,8 +54,8 @@ class Settings:
     anneal: tuple[float, float] = (0.0, 0.75)
     encode_layer: int | None = 0
     decode_layer: int | None = -1  # -1: three quarters up
-    weight: float = 1.0
-    projection: int = 2048
+    weight: Factor = 1.0
+    projection: Width = 2048
     count_once: bool = False
 
 

@@ -12,13 +12,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 from torch import Tensor, nn
 
 from core import sizes
 from core.errors import UserError, nearest
+from core.limits import Count, Layers, Share, Width
 from core.nn.attention import Attention
 from core.nn.cuda_graph import Replayed, addresses, cuda_graphs_work
 from core.nn.embed import LabelEmbedding, TimeEmbedding, sincos_2d
@@ -41,12 +42,12 @@ RECORDED_BATCH = 16  # from here on the kernels take longer than their launch
 class Size:
     """Shape of trunk and head."""
 
-    trunk_width: int
-    trunk_depth: int
-    trunk_heads: int
-    head_width: int = 2048
-    head_depth: int = 2
-    head_heads: int = 16
+    trunk_width: Width
+    trunk_depth: Layers
+    trunk_heads: Width
+    head_width: Width = 2048
+    head_depth: Layers = 2
+    head_heads: Width = 16
 
 
 SIZES = {"s": Size(384, 12, 6), "b": Size(768, 12, 12), "l": Size(1024, 24, 16), "xl": Size(1152, 28, 16)}
@@ -112,11 +113,11 @@ class DiTDH(Sampled):
     def __init__(
         self,
         *,
-        size: str | dict = "xl",
-        channels: int = 128,
-        grid: int | tuple[int, int] = 16,
-        num_classes: int = 1000,
-        label_drop: float = 0.1,
+        size: str | Annotated[dict, Size] = "xl",
+        channels: Width = 128,
+        grid: Count | tuple[Count, Count] = 16,
+        num_classes: Count = 1000,
+        label_drop: Share = 0.1,
         qk_norm: bool = False,
     ):
         super().__init__()
@@ -204,6 +205,15 @@ class DiTDH(Sampled):
         return Loss(loss, {"flow": loss.detach()})
 
     # -- sampling -----------------------------------------------------------------------------------------------------
+    def guides(self, guidance: Guidance) -> str:
+        if isinstance(guidance.scale, tuple):
+            return f"has no codebooks: sample.scale is one number, not {list(guidance.scale)}"
+        return (
+            ""
+            if guidance.schedule == "constant"
+            else f"takes a constant scale, not sample.schedule: {guidance.schedule}"
+        )
+
     def field(self, labels: Tensor, guidance: Guidance = Guidance()) -> Field:
         """The guided velocity of the classes `labels`, as a function of (x, t)."""
         field = Field([self, guidance.guide] if autoguided(guidance) else [self], guidance)

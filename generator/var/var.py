@@ -15,7 +15,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import accumulate
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 import torch.nn.functional as F
@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from core.config import parse_section
 from core.errors import UserError
+from core.limits import Count, Layers, Positive, Rate, Share, Whole, Width
 from core.nn.attention import Attention
 from core.nn.blockcausal import prepare
 from core.nn.cuda_graph import Replayed, cuda_graphs_work
@@ -48,10 +49,10 @@ RECORDED_BATCH = 64  # from here on the kernels take longer than their launch, a
 class Progressive:
     """Begin with the coarse scales and add finer ones as training goes on. All but `first` are shares of the run."""
 
-    until: float  # from here on every scale is trained
-    first: int = 4  # number of the finest scale at the start
-    warmup: float = 0.0  # `first` stays at least so long
-    ramp: float = 1 / 300  # over which the weight of a scale just added grows
+    until: Share  # from here on every scale is trained
+    first: Whole = 4  # number of the finest scale at the start
+    warmup: Share = 0.0  # `first` stays at least so long
+    ramp: Share = 1 / 300  # over which the weight of a scale just added grows
 
     @classmethod
     def parse(cls, value: dict[str, Any] | None, scales: int) -> Progressive | None:
@@ -153,24 +154,24 @@ class VAR(Sampled):
     def __init__(
         self,
         *,
-        depth: int = 17,
-        width: int | None = None,
-        heads: int | None = None,
-        mlp_ratio: float = 4.0,
-        scales: list[int] | tuple[int, ...] = (1, 1, 2, 3, 3, 4, 5, 6, 8, 11),
-        branches: int = 2,
-        vocab: int = 4096,
-        code_dim: int = 32,
-        num_classes: int = 1000,
-        label_drop: float = 0.1,
-        drop_path: float | None = None,
+        depth: Layers = 17,
+        width: Width | None = None,
+        heads: Width | None = None,
+        mlp_ratio: Positive = 4.0,
+        scales: list[Count] | tuple[Count, ...] = (1, 1, 2, 3, 3, 4, 5, 6, 8, 11),
+        branches: Count = 2,
+        vocab: Count = 4096,
+        code_dim: Width = 32,
+        num_classes: Count = 1000,
+        label_drop: Share = 0.1,
+        drop_path: Rate | None = None,
         l2_norm: bool = True,
         shared_adaln: bool = False,
         gamma_init: float = 1e-4,
         adaln_init: float = 0.5,
         head_init: float = 0.02,
-        label_smoothing: float = 0.0,
-        progressive: dict | None = None,
+        label_smoothing: Share = 0.0,
+        progressive: Annotated[dict, Progressive] | None = None,
     ):
         super().__init__()
         width, heads = width or 64 * depth, heads or depth

@@ -48,6 +48,7 @@ def test_closed_outputs():
     [
         (OSError(errno.EMFILE, "Too many open files", "/a/b"), "error: /a/b: too many files are open. Raise the limit"),
         (OSError(errno.ENOSPC, "No space left on device"), "error: the disk is full. Free some space"),
+        (OSError(errno.ENAMETOOLONG, "File name too long", "a" * 5000), "error: a{300} ...: the name is too long"),
         (
             RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed."),
             "ended by the system .Killed.. The mem",

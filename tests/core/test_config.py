@@ -17,7 +17,9 @@ from core.config import check, load, to_plain, to_yaml
 from core.errors import UserError
 from core.registry import Registry
 from core.schema import Duration
-from run.load import REGISTRIES, load_config
+from run.check import schedule_notes
+from run.load import REGISTRIES, constructor_arguments, load_config
+from scripts import sample, train
 from tests.conftest import ROOT, TOY_GENERATOR, TOY_TOKENIZER
 
 CONFIGS = sorted(p for p in (ROOT / "configs").rglob("*.yaml") if "task:" in p.read_text() or "base:" in p.read_text())
@@ -323,3 +325,122 @@ def test_weights_of_a_tokenizer_that_is_trained(section):
     plain = {**yaml.safe_load(Path(TOY_TOKENIZER).read_text()), "tokenizer": section}
     with pytest.raises(UserError, match="train.init_from, not as tokenizer.weights"):
         check(plain, REGISTRIES, "mine.yaml")
+
+
+@pytest.mark.parametrize(
+    "config, lines",
+    [
+        (
+            TOY_TOKENIZER,
+            [
+                "  tokenizer.encoder.layers           (a whole number between 1 and 1000) [required]",
+                "  objective.lecam                    weight of LeCAM (Tseng et al. 2021) inside the discriminator's loss: its "
+                "logits stay near running means (a number at least 0) [0.0]",
+                "  discriminator.",
+            ],
+        ),
+        (TOY_GENERATOR, ["  generator.label_drop", "(a number between 0 and 1) [0.1]", "  tokenizer.weights"]),
+        (
+            "configs/fqgan/far_b_dual.yaml",
+            ["  generator.token_dropout", "at least 0 and less than 1", "generator.size.layers"],
+        ),
+    ],
+)
+def test_help_of_a_config_lists_the_settings_of_its_parts(capsys, config, lines):
+    assert train.main([config, "--help"]) == 0
+    said = capsys.readouterr().out
+    for line in ["  train.global_batch", *lines]:
+        assert line in said
+    with pytest.raises(SystemExit) as stopped:
+        sample.main([config, "generator.name=rar", "--help"])
+    said = capsys.readouterr().out
+    assert stopped.value.code == 0 and "--labels" in said and "  generator.attention_dropout" in said
+
+
+@pytest.mark.parametrize(
+    "wrong, advice",
+    [
+        ("generator.codebook_size=4", "vocab"),
+        ("generator.n_layer=4", "generator.size.layers"),
+        ("generator.dim=4", "generator.size.width"),
+        ("generator.class_dropout_prob=0.1", "label_drop"),
+        ("batch_size=4", "train.global_batch"),
+        ("train.learning_rate=4", "train.optimizer.lr"),
+        ("train.epochs=4", "duration"),
+        ("data.num_workers=4", "workers"),
+        ("sample.cfg_scale=4", "scale"),
+        ("train.globl_batch=4", "global_batch"),
+    ],
+)
+def test_words_of_other_codebases_are_understood(wrong, advice):
+    with pytest.raises(UserError, match=f'Did you mean "{re.escape(advice)}"'):
+        load_config(str(ROOT / "configs" / "toy" / "far.yaml"), [wrong])
+
+
+@pytest.mark.parametrize(
+    "wrong, sentence",
+    [
+        ("generator.label_drop=2.0", "generator.label_drop: must be between 0 and 1, got 2.0"),
+        ("generator.token_dropout=-1", "generator.token_dropout: must be at least 0 and less than 1, got -1.0"),
+        ("generator.size={width: 32, layers: 0, heads: 2}", "layers: must be between 1 and 1000, got 0"),
+        ("generator.size={width: 32, layers: -1, heads: 2}", "layers: must be between 1 and 1000, got -1"),
+        ("generator.size={width: 32, layers: 1000000000, heads: 2}", "layers: must be between 1 and 1000"),
+        ("generator.rear={weight: -1}", "weight: must be at least 0, got -1.0"),
+        ("tokenizer.use_ema=maybe", "tokenizer.use_ema: expected true or false, got 'maybe'"),
+    ],
+)
+def test_values_that_nothing_can_use_are_refused(wrong, sentence):
+    """At loading, or where the table is read."""
+    config = str(ROOT / "configs" / "toy" / "far.yaml")
+    with pytest.raises(UserError, match=re.escape(sentence)):
+        REGISTRIES["generator"].build(constructor_arguments(load_config(config, [wrong]).generator))
+
+
+@pytest.mark.parametrize(
+    "wrong, sentence",
+    [
+        ("seed=010", "seed: YAML reads 010 as an octal number; write 10 for the number, '010' in quotes for a text"),
+        ("name=001", "name: YAML reads 001 as an octal number"),
+        ("train.micro_batch=1:30", "train.micro_batch: YAML reads 1:30 as a number to the base 60"),
+        ("data.scale=[00.5,0_1]", "data.scale: YAML reads 0_1 as an octal number"),
+        ("name=a #b", "takes what follows the # in 'a #b' for a comment"),
+        ("data.url=folder://a\t#b", "for a comment; write it in quotes"),
+        ("name=1e3", "expected a text, got 1000.0. Quotes make a text of it"),
+        ("data.scale=[1.0,0.8]", "data.scale: expected [low, high], got [1.0, 0.8]"),
+        ("data.scale=[-1,0.8]", "data.scale: must be between 0.001 and 1"),
+        ("sample.interval=[0.8,0.2]", "sample.interval: expected [low, high]"),
+        ("sample.interval=[0.2,2]", "sample.interval: must be between 0 and 1"),
+    ],
+)
+def test_what_yaml_would_read_as_something_else(wrong, sentence):
+    assert sentence in problem(ROOT / "configs" / "toy" / "far.yaml", wrong)
+
+
+@pytest.mark.parametrize(
+    "right", ["seed=10", "name='001'", "seed=0", "seed=0x10", "name=\"'a #b'\"", "train.optimizer.lr=0.1", "name=a#b"]
+)
+def test_what_yaml_reads_as_it_stands(right):
+    load_config(str(ROOT / "configs" / "toy" / "far.yaml"), [right])
+
+
+def test_octal_numbers_in_a_file(tmp_path):
+    path = tmp_path / "x.yaml"
+    path.write_text(f"base: {ROOT}/configs/toy/far.yaml\nseed: 010\n")
+    assert "x.yaml: seed: YAML reads 010 as an octal number" in problem(path)
+
+
+@pytest.mark.parametrize(
+    "schedule, said",
+    [
+        (
+            ["train.schedule.warmup=8step"],
+            "train.schedule.warmup=8step ends after the run of 4step: the learning rate comes to 50 %",
+        ),
+        (["train.schedule.warmup=2step", "train.schedule.warmup_from=3step"], "comes to 50 % of its peak"),
+        (["train.schedule.warmup=4step"], ""),
+        (["train.schedule.warmup=0ep"], ""),
+    ],
+)
+def test_a_warm_up_longer_than_the_run_is_told(schedule, said):
+    notes = schedule_notes(load_config(TOY_TOKENIZER, ["train.duration=4step", *schedule]), 48)
+    assert (said in notes[0]) if said else not notes

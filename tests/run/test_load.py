@@ -9,10 +9,11 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from core.errors import UserError
 from core.train import checkpoint as checkpoint_module
 from core.train.checkpoint import Checkpoint, CheckpointStore, step_name
 from core.weights import hub
-from run.load import Source, build_pair, load_config, read_weights
+from run.load import Source, build_pair, load_config, random_task, read_weights
 from scripts import sample, train
 from tests.conftest import TOY_GENERATOR
 
@@ -130,3 +131,17 @@ def test_a_trainer_deletes_the_chosen_checkpoint(tokenizer_copy, monkeypatch, mo
     assert source.path.resolve() == (chosen if moment == "once it is open" else next_one)
     tensors = weights.tensors(True)
     assert tensors.keys() == expected.keys() and all(torch.equal(tensors[name], expected[name]) for name in expected)
+
+
+@pytest.mark.parametrize(
+    "wrong, sentence",
+    [
+        ("sample.scale=[2.0,1.0]", "DiTDH has no codebooks: sample.scale is one number"),
+        ("sample.schedule=linear", "DiTDH takes a constant scale, not sample.schedule: linear"),
+    ],
+)
+def test_guidance_that_a_generator_does_not_have(tokenizer_run, wrong, sentence):
+    """Found where networks are laid out, not at the first preview."""
+    config = load_config(TOY_GENERATOR, [f"tokenizer.weights={tokenizer_run}", wrong])
+    with pytest.raises(UserError, match=sentence):
+        random_task(config, torch.device("meta"), num_classes=4)

@@ -209,3 +209,18 @@ def test_check_finds_networks_that_do_not_fit(train_main, tokenizer_run, generat
     assert code == 2 and "holds a generator, a tokenizer was asked for" in err
     code, _, err = train_main(*common, f"tokenizer.weights={tokenizer_run}", "generator.channels=4")
     assert code == 2 and "generator.channels is 4, the tokenizer has 8" in err
+
+
+@pytest.mark.parametrize(
+    "words, sentence",
+    [
+        (["--check"], "say which CONFIG"),
+        (["--stage=pixels", TOY_TOKENIZER], '--stage "pixels" is not known'),
+        (
+            ["--stage=tokenizer", "--stage=var", TOY_TOKENIZER],
+            "--stage=var: this program has --stage=tokenizer already",
+        ),
+    ],
+)
+def test_lines_without_a_config_or_with_two_stages(mistake, words, sentence):
+    assert sentence in mistake(*words)

@@ -1,6 +1,7 @@
 """Random edits of the toy configs: each is checked, and whatever the check accepts is trained, previewed and evaluated.
 
     python -m tests.tools.fuzz [--edits 200] [--seed 0] [--first 0] [--out FOLDER]
+    python -m tests.tools.fuzz --lines 1000                                            command lines: tests/tools/lines.py
 
 An edit sets, removes or misspells one or two keys: those of the file, all others that a config knows, and the constructor
 arguments of what it names. It may end in two ways: refused by --check in one sentence, or run for two steps. A traceback, a
@@ -12,21 +13,17 @@ from __future__ import annotations
 
 import argparse
 import copy
-import dataclasses
 import inspect
-import os
 import random
-import resource
-import signal
 import sys
 import tempfile
-import time
-import typing
 from collections import Counter
 from pathlib import Path
 from typing import Any
 
 import yaml
+
+from tests.tools.forked import start, warm_up
 
 ROOT = Path(__file__).resolve().parents[2]
 TOKENIZERS = {"toy_rectok_tokenizer": "rectok_tokenizer", "toy_fqgan_tokenizer": "fqgan_tokenizer"}
@@ -65,17 +62,11 @@ CHECK_SECONDS, RUN_SECONDS = 10, 90  # of processor time; a process that sleeps 
 
 def known_keys(config: dict[str, Any]) -> list[str]:
     """Dotted keys of a config's schema and of the constructors that it names."""
+    from core.config import keys_of
     from core.schema import RunConfig
     from run.load import REGISTRIES
 
-    def of_class(cls: type, prefix: str) -> list[str]:
-        keys: list[str] = []
-        for field, kind in typing.get_type_hints(cls).items():
-            inner = next((k for k in (kind, *typing.get_args(kind)) if dataclasses.is_dataclass(k)), None)
-            keys += of_class(inner, f"{prefix}{field}.") if inner else [f"{prefix}{field}"]
-        return keys
-
-    keys = [key for key in of_class(RunConfig, "") if not key.endswith("GUIDANCE")]
+    keys = list(keys_of(RunConfig))
     for section in ("tokenizer", "generator", "objective", "discriminator"):
         part = config.get(section) or {}
         name = part.get("name") or (section == "objective" and next(iter(REGISTRIES[section].entries)))
@@ -150,61 +141,18 @@ def edit(config: dict[str, Any], chance: random.Random, keys: list[str]) -> tupl
     return changed, words
 
 
-def in_child(arguments: list[str], folder: Path, seconds: int) -> tuple[int | str, str]:
-    """(exit code, or "hangs", or a signal; what it printed) of scripts/train.py in a process of its own."""
-    output = folder / "output.txt"
-    child = os.fork()
-    if child == 0:
-        code = 1
-        try:
-            sink = os.open(output, os.O_CREAT | os.O_TRUNC | os.O_WRONLY)
-            os.dup2(sink, 1), os.dup2(sink, 2)
-            resource.setrlimit(resource.RLIMIT_CPU, (seconds, seconds + 5))
-            resource.setrlimit(resource.RLIMIT_DATA, (12 << 30, 12 << 30))
-            os.setsid()
-            os.chdir(folder)
-            from core import cli
-            from scripts import train
-
-            sys.argv = ["train", *arguments]
-            cli.run(train.main)
-        except SystemExit as stopped:
-            code = stopped.code if isinstance(stopped.code, int) else 0
-        except BaseException:
-            import traceback
-
-            traceback.print_exc()
-        finally:
-            sys.stdout.flush()
-            sys.stderr.flush()
-            os._exit(code)
-    until = time.monotonic() + 10 * seconds
-    while time.monotonic() < until:
-        ended, status = os.waitpid(child, os.WNOHANG)
-        if ended:
-            said = output.read_text(errors="replace") if output.exists() else ""
-            if os.WIFSIGNALED(status):
-                number = os.WTERMSIG(status)
-                return "hangs" if number in (signal.SIGXCPU, signal.SIGKILL) else signal.Signals(number).name, said
-            return os.waitstatus_to_exitcode(status), said
-        time.sleep(0.02)
-    os.killpg(child, signal.SIGKILL)
-    os.waitpid(child, 0)
-    return "hangs", output.read_text(errors="replace")
-
-
 def verdict(path: Path, changed: dict[str, Any], folder: Path) -> tuple[str, str]:
     """("refused" | "ran" | a finding, what was printed)."""
     here = set(paths(changed))
     short = [f"{key}={value}" for key, value in SHORT.items() if key not in here or key == "train.duration"]
-    code, said = in_child([str(path), *short, "--check"], folder, CHECK_SECONDS)
+    code, said = start("scripts.train", [str(path), *short, "--check"], folder, CHECK_SECONDS)
     if "Traceback" in said:
         return "traceback in --check", said
     if code == 2:
         return ("refused", said) if "error: " in said else ("refused without a sentence", said)
     if code != 0:
         return f"--check ended with {code}", said
-    code, said = in_child([str(path), *short], folder, RUN_SECONDS)
+    code, said = start("scripts.train", [str(path), *short], folder, RUN_SECONDS)
     if "Traceback" in said:
         return "traceback after --check was content", said
     if code == 2 and "not finite" in said:
@@ -212,25 +160,19 @@ def verdict(path: Path, changed: dict[str, Any], folder: Path) -> tuple[str, str
     return ("ran", said) if code == 0 else (f"ended with {code} after --check was content", said)
 
 
-def run(edits: int, seed: int, first: int, out: Path) -> Counter[str]:
-    """Counts by verdict; findings are printed as they come."""
-    import torch
-
-    import run.data
-    import run.estimate
-    import run.train  # noqa: F401  (imported once, inherited by the forks)
-
-    torch.set_num_threads(1)
-    os.environ.update(CUDA_VISIBLE_DEVICES="", TESSERA_OFFLINE="1", OMP_NUM_THREADS="1")
+def make_tokenizers(out: Path) -> None:
+    """The runs that the toy generators name, a step long."""
     for name, config in TOKENIZERS.items():
         if not (out / "work_dirs" / name).exists():
-            toy = [
-                str(ROOT / "configs" / "toy" / f"{config}.yaml"),
-                "train.duration=1step",
-                "train.preview_every=never",
-            ]
-            code, said = in_child(toy, out, RUN_SECONDS)
+            toy = [f"{ROOT}/configs/toy/{config}.yaml", "train.duration=1step", "train.preview_every=never"]
+            code, said = start("scripts.train", toy, out, RUN_SECONDS)
             assert code == 0, said
+
+
+def run(edits: int, seed: int, first: int, out: Path) -> Counter[str]:
+    """Counts by verdict; findings are printed as they come."""
+    warm_up()
+    make_tokenizers(out)
     configs = sorted((ROOT / "configs" / "toy").glob("*.yaml"))
     keys = {path: known_keys(yaml.safe_load(path.read_text())) for path in configs}
     counts: Counter[str] = Counter()
@@ -252,6 +194,7 @@ def run(edits: int, seed: int, first: int, out: Path) -> Counter[str]:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--edits", type=int, default=200)
+    parser.add_argument("--lines", type=int, help="so many command lines instead of edits")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--first", type=int, default=0)
     parser.add_argument("--out", type=Path, help="keep the files here")
@@ -259,9 +202,14 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as scratch:
         folder = options.out or Path(scratch)
         folder.mkdir(parents=True, exist_ok=True)
-        counts = run(options.edits, options.seed, options.first, folder.resolve())
+        if options.lines:
+            from tests.tools import lines
+
+            counts = lines.run(options.lines, options.seed, options.first, folder.resolve())
+        else:
+            counts = run(options.edits, options.seed, options.first, folder.resolve())
     print(", ".join(f"{count} {result}" for result, count in counts.most_common()))
-    return int(bool(set(counts) - {"refused", "ran"}))
+    return int(bool(set(counts) - {"refused", "ran", "answered"}))
 
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import torch
 from einops.layers.torch import Rearrange
@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from core.config import parse_section
 from core.errors import UserError, check_choice
+from core.limits import Factor, Limits, Pixels, Share, Width
 from core.nn.attention import Attention
 from core.nn.mlp import SwiGLU
 from core.nn.norms import RMSNorm
@@ -42,7 +43,7 @@ SIZES = {
 class Semantic:
     """The semantic decoders: one per teacher, predicting features of that teacher's width."""
 
-    teachers: dict[str, int]  # name -> feature width
+    teachers: dict[str, Width]  # name -> feature width
     decoder: Literal["transformer", "mlp"] = "transformer"  # "mlp" sees one token at a time
     size: Any = "tiny"  # of the transformer
     input: Literal["noisy", "clean"] = "noisy"  # the latent as the pixel decoder sees it, or before the noise
@@ -210,20 +211,20 @@ class RecTok(Tokenizer):
     def __init__(
         self,
         *,
-        image_size: int = 256,
-        patch_size: int = 16,
-        channels: int = 128,
-        encoder: str | dict = "base",
-        decoder: str | dict = "base",
-        gamma: float = 1.0,
+        image_size: Pixels = 256,
+        patch_size: Pixels = 16,
+        channels: Width = 128,
+        encoder: str | Annotated[dict, ViTSize] = "base",
+        decoder: str | Annotated[dict, ViTSize] = "base",
+        gamma: Factor = 1.0,
         noise_schedule: str = "shift",
-        mask_ratio: float = 0.4,
-        mask_ratio_min: float = -0.1,
+        mask_ratio: Share = 0.4,
+        mask_ratio_min: Annotated[float, Limits(-1, 1)] = -0.1,
         mask_ratio_type: str = "random",
-        semantic: dict | None = None,
+        semantic: Annotated[dict, Semantic] | None = None,
         train_decoder_only: bool = False,
         qk_norm: bool = False,
-        init_std: float = 0.02,
+        init_std: Factor = 0.02,
     ):
         super().__init__()
         if image_size % patch_size:

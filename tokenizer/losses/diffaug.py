@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from core.limits import Share
 from core.rng import Draws
 from core.schema import Duration
 from core.specs import Progress
@@ -111,8 +112,8 @@ class DiffAugment:
             at all, not even before. Until the start they are blurred in full.
     """
 
-    probability: float = 1.0
-    cutout: float = 0.2
+    probability: Share = 1.0
+    cutout: Share = 0.2
     fade: Duration = Duration("0step")
 
     def blur_amount(self, since_start: int, progress: Progress) -> float:

@@ -16,6 +16,7 @@ from torch.nn import functional as F
 
 from core.errors import UserError
 from core.images import to_unit_range
+from core.limits import Count, Share, Whole
 from core.nn.frozen import Frozen
 from core.nn.lpips import helper_weights
 from core.nn.vit import VisionTransformer, ViTSize
@@ -151,11 +152,11 @@ class DinoDiscriminator(Discriminator):
     def __init__(
         self,
         size: dict | None = None,
-        depths: list[int] | tuple[int, ...] = (2, 5, 8, 11),
-        kernel: int = 9,
+        depths: list[Whole] | tuple[Whole, ...] = (2, 5, 8, 11),
+        kernel: Count = 9,
         pretrained: bool = True,
         weights: str | None = None,
-        crop_probability: float = 0.5,
+        crop_probability: Share = 0.5,
     ):
         super().__init__()
         shape = DINO_SMALL if size is None else ViTSize.parse(size, "discriminator.size")

@@ -15,6 +15,7 @@ from torch.nn import functional as F
 
 from core.dist import gather_over_ranks
 from core.errors import UserError
+from core.limits import Count, Layers, Pixels, Positive, Width
 from core.nn.conv import channels_last, group_norm
 from core.rng import Draws
 from core.specs import Discriminator
@@ -84,7 +85,9 @@ class PatchGAN(Discriminator):
         init: "default" is PyTorch's; "normal" is pix2pix's, convolutions N(0, 0.02), norms N(1, 0.02).
     """
 
-    def __init__(self, ndf: int = 64, n_layers: int = 3, norm: str = "batch", sync: bool = True, init: str = "default"):
+    def __init__(
+        self, ndf: Width = 64, n_layers: Layers = 3, norm: str = "batch", sync: bool = True, init: str = "default"
+    ):
         super().__init__()
         if init not in ("default", "normal"):
             raise UserError(f'discriminator "patchgan": init is "default" or "normal", not "{init}".')
@@ -139,7 +142,7 @@ class BlurDiscriminator(Discriminator):
         groups: of the norms.
     """
 
-    def __init__(self, channels: int = 128, stages: int = 4, groups: int = 32):
+    def __init__(self, channels: Width = 128, stages: Layers = 4, groups: Count = 32):
         super().__init__()
         widths = [channels * min(2**i, 8) for i in range(stages)]
         layers: list[nn.Module] = [nn.Conv2d(3, channels, 3, padding=1), nn.LeakyReLU(0.2)]
@@ -183,7 +186,7 @@ class StyleGANDiscriminator(Discriminator):
         channels: width at 32 x 32 and below is 512, and half of that for each doubling above, times this.
     """
 
-    def __init__(self, image_size: int = 256, channels: float = 1.0):
+    def __init__(self, image_size: Pixels = 256, channels: Positive = 1.0):
         super().__init__()
         if image_size < 8 or image_size & (image_size - 1):
             raise UserError(f'discriminator "stylegan": image_size is a power of two from 8 on, not {image_size}.')

@@ -16,7 +16,7 @@ import contextlib
 import math
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -27,6 +27,7 @@ from core.config import parse_section
 from core.dist import mean_over_ranks
 from core.errors import UserError, nearest
 from core.images import to_unit_range
+from core.limits import Factor, Whole
 from core.nn.precision import no_autocast
 from core.rng import Draws
 from core.schema import Duration
@@ -87,21 +88,21 @@ class Settings:
             nothing. parity: False is each rank's share, what the official codes train with.
     """
 
-    weights: dict[str, float | None] | None = None
+    weights: dict[str, Factor | None] | None = None
     perceptual: dict[str, Any] | None = None
     reconstruction: Literal["mse", "l1"] = "mse"
     pixels: Literal["unit", "signed"] = "unit"
     log_variance: float = 0.0
     semantic_loss: Literal["cosine", "l1", "l2", "infonce"] = "cosine"
     semantic_target: Literal["all", "masked"] = "all"
-    contrast_group: int = 0
-    gan_start_epoch: float = 0.0
+    contrast_group: Whole = 0
+    gan_start_epoch: Factor = 0.0
     gan_start: Duration | None = None
     gan_loss: Literal["hinge", "non_saturating"] = "hinge"
     discriminator_loss: Literal["hinge", "vanilla"] = "hinge"
     adaptive_weight: bool = False
-    augment: dict[str, Any] | None = None
-    lecam: float = 0.0
+    augment: Annotated[dict, DiffAugment] | None = None
+    lecam: Factor = 0.0
     skip_idle: bool = False
     across_ranks: bool = True
 

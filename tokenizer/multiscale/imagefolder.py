@@ -12,7 +12,7 @@ B batch, K branches, C channels of a code, P = side of a latent map, L codes per
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from core.config import parse_section
 from core.dist import group_size
 from core.errors import UserError, check_choice, nearest
+from core.limits import Count, Factor, Pixels, Rate, Share, Whole, Width
 from core.nn.lora import TunedLayerNorm, adapt
 from core.nn.precision import no_autocast
 from core.nn.vit import VisionTransformer, ViTSize, dinov2_files, dinov2_weights
@@ -43,9 +44,9 @@ class Semantic:
     logits grows from `scale` to 100 within 200 epochs.
     """
 
-    teachers: dict[str, int]  # name -> width of its feature; one
-    branches: str | tuple[int, ...] = "last"  # "last", "all" or numbers
-    scale: float = 1.0
+    teachers: dict[str, Count]  # name -> width of its feature; one
+    branches: str | tuple[Whole, ...] = "last"  # "last", "all" or numbers
+    scale: Factor = 1.0
     normalise: bool = False
 
     @classmethod
@@ -118,30 +119,30 @@ class ImageFolder(CodeTokenizer):
     def __init__(
         self,
         *,
-        image_size: int = 256,
-        patch_size: int = 16,
-        encoder: str | dict = "base",
-        decoder: str | dict = "base",
+        image_size: Pixels = 256,
+        patch_size: Pixels = 16,
+        encoder: str | Annotated[dict, ViTSize] = "base",
+        decoder: str | Annotated[dict, ViTSize] = "base",
         pretrained: bool | str = False,
-        latent_grid: int = 11,
-        scales: list[int] | tuple[int, ...] = RELEASED_SCALES,
-        branches: int = 2,
-        vocab: int = 4096,
-        code_dim: int = 32,
-        latent_width: int | None = None,
+        latent_grid: Count = 11,
+        scales: list[Count] | tuple[Count, ...] = RELEASED_SCALES,
+        branches: Count = 2,
+        vocab: Count = 4096,
+        code_dim: Width = 32,
+        latent_width: Width | None = None,
         quantizer: str = "auto",
         cosine: bool = True,
-        shared_phi: int = 4,
+        shared_phi: Whole = 4,
         commitment: str = "mean",
-        codebook_drop: float = 0.1,
-        start_drop: int = 3,
-        semantic: dict | None = None,
+        codebook_drop: Share = 0.1,
+        start_drop: Whole = 3,
+        semantic: Annotated[dict, Semantic] | None = None,
         enc_tuning: str = "full",
         dec_tuning: str = "full",
-        lora_rank: int = 8,
-        lora_alpha: float = 8.0,
-        drop_path: float = 0.1,
-        pixel_channels: int = 0,
+        lora_rank: Whole = 8,
+        lora_alpha: Factor = 8.0,
+        drop_path: Rate = 0.1,
+        pixel_channels: Whole = 0,
     ):
         super().__init__()
         scales = tuple(scales)

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 import torch.nn.functional as F
@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from core.config import parse_section
 from core.errors import UserError
+from core.limits import Count, Factor, Layers, Pixels, Positive, Whole, Width
 from core.nn.attention import Attention
 from core.nn.kvcache import KVCache
 from core.nn.mlp import MLP
@@ -83,30 +84,30 @@ class DAR(CodeTokenizer):
     def __init__(
         self,
         *,
-        image_size: int = 256,
-        patch_size: int = 16,
-        encoder_width: int = 768,
-        encoder_layers: int = 8,
-        condition_width: int = 768,
-        condition_layers: int = 8,
-        length: int = 256,
-        groups: int = 8,
-        window: int | None = None,
-        steps: int = 8,
-        vocab: int = 16384,
-        code_dim: int = 8,
+        image_size: Pixels = 256,
+        patch_size: Pixels = 16,
+        encoder_width: Width = 768,
+        encoder_layers: Layers = 8,
+        condition_width: Width = 768,
+        condition_layers: Layers = 8,
+        length: Count = 256,
+        groups: Count = 8,
+        window: Count | None = None,
+        steps: Count = 8,
+        vocab: Count = 16384,
+        code_dim: Width = 8,
         quantize: bool = True,
         low_rank_queries: bool = True,
-        decoder: dict[str, Any] | None = None,
-        output_size: int = 0,
+        decoder: Annotated[dict, DecoderSettings] | None = None,
+        output_size: Whole = 0,
         semantic: dict[str, Any] | None = None,
         entropy: bool = False,
-        usage_window: int = 65536,
-        usage_sample: int = 512,
+        usage_window: Whole = 65536,
+        usage_sample: Whole = 512,
         perceptual_by_time: bool = False,
-        head_dim: int = 64,
-        rope_theta: float = 10000.0,
-        init_std: float = 0.02,
+        head_dim: Width = 64,
+        rope_theta: Positive = 10000.0,
+        init_std: Factor = 0.02,
         gate_init: float = 0.0,
     ):
         super().__init__()

@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from core.errors import UserError
+from core.limits import Layers, Pixels, Positive, Whole, Width
 from core.nn.attention import Attention, CrossAttention
 from core.nn.embed import sinusoidal
 from core.nn.mlp import MLP
@@ -94,16 +95,16 @@ class DecoderSettings:
         rope_theta: of the attention layers.
     """
 
-    width: int = 768
-    depth: int = 12
-    patch_size: int = 8
-    data_std: float = 0.6
-    time_shift: float = 2.0
+    width: Width = 768
+    depth: Layers = 12
+    patch_size: Pixels = 8
+    data_std: Positive = 0.6
+    time_shift: Positive = 2.0
     own_time: bool = True
     modulated_output: bool = False
-    feature_layer: int = 8
-    feature_hidden: int = 2048
-    rope_theta: float = 10000.0
+    feature_layer: Whole = 8
+    feature_hidden: Width = 2048
+    rope_theta: Positive = 10000.0
 
 
 class DiffusionCore(nn.Module):

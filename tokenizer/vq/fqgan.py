@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import itertools
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +20,7 @@ from torch.nn import functional as F
 
 from core.config import parse_section
 from core.errors import UserError, nearest
+from core.limits import Count, Layers, Pixels, Whole, Width
 from core.nn.conv import AttnBlock, ResBlock, channels_last, group_norm, growing_levels, shrinking_levels, through
 from core.nn.transformer import Transformer
 from core.rng import Draws
@@ -126,10 +127,10 @@ class FeaturePredictor(Transformer):
 class Semantic:
     """Which sub-codebooks predict a teacher's class token, and the transformers that do it."""
 
-    teachers: dict[str, int] = field(default_factory=dict)  # name -> feature width
+    teachers: dict[str, Width] = field(default_factory=dict)  # name -> feature width
     branches: dict[str, str] = field(default_factory=dict)  # teacher -> sub-codebook
-    layers: int = 3
-    heads: int = 8
+    layers: Layers = 3
+    heads: Width = 8
 
     @classmethod
     def parse(cls, value: dict[str, Any] | None, names: tuple[str, ...]) -> Semantic:
@@ -187,23 +188,23 @@ class FQGAN(CodeTokenizer):
     def __init__(
         self,
         *,
-        image_size: int = 256,
-        branches: int = 2,
+        image_size: Pixels = 256,
+        branches: Count = 2,
         size: str | list[int] = "vq16",
-        decoder_mult: list[int] | None = None,
-        channels: int = 128,
-        res_blocks: int = 2,
-        z_channels: int = 256,
-        groups: int = 32,
-        vocab: int = 16384,
-        code_dim: int = 8,
+        decoder_mult: list[Count] | None = None,
+        channels: Width = 128,
+        res_blocks: Whole = 2,
+        z_channels: Width = 256,
+        groups: Count = 32,
+        vocab: Count = 16384,
+        code_dim: Width = 8,
         normalise: bool = True,
-        adapter_layers: int = 6,
-        adapter_heads: int = 8,
-        semantic: dict | None = None,
+        adapter_layers: Layers = 6,
+        adapter_heads: Width = 8,
+        semantic: Annotated[dict, Semantic] | None = None,
         entropy_loss: bool = True,
         across_ranks: bool = True,
-        usage_window: int = 65536,
+        usage_window: Whole = 65536,
     ):
         super().__init__()
         if isinstance(size, str) and size not in SIZES:

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from core.errors import UserError
+from core.limits import Count, Whole
 from core.nn.precision import no_autocast
 from tokenizer.vq.maskgit import ConvTokenizer
 from tokenizer.vq.quantizer import Quantized, Quantizer
@@ -91,5 +92,5 @@ class FSQ(ConvTokenizer):
         others: see ConvTokenizer.
     """
 
-    def __init__(self, *, levels: list[int] = (8, 5, 5, 5), usage_window: int = 0, **others: Any):
+    def __init__(self, *, levels: list[Count] = (8, 5, 5, 5), usage_window: Whole = 0, **others: Any):
         super().__init__(FiniteScalarQuantizer(list(levels), usage_window=usage_window), **others)

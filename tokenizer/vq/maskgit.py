@@ -16,6 +16,7 @@ from torch.nn import functional as F
 
 from core.errors import UserError, nearest
 from core.images import to_unit_range
+from core.limits import Count, Factor, Pixels, Positive, Whole, Width
 from core.nn.conv import Downsample, ResBlock, channels_last, group_norm, growing_levels, shrinking_levels, through
 from core.specs import Codes
 from tokenizer.codes import CodesOfOneBranch
@@ -79,13 +80,13 @@ class ConvTokenizer(CodesOfOneBranch):
         quantizer: Quantizer,
         /,
         *,
-        image_size: int = 256,
-        channels: int = 128,
-        channel_mult: list[int] = (1, 1, 2, 2, 4),
-        res_blocks: int = 2,
-        decoder_res_blocks: int | None = None,
+        image_size: Pixels = 256,
+        channels: Width = 128,
+        channel_mult: list[Count] = (1, 1, 2, 2, 4),
+        res_blocks: Whole = 2,
+        decoder_res_blocks: Whole | None = None,
         halving: str = "conv",
-        groups: int = 32,
+        groups: Count = 32,
     ):
         super().__init__()
         if halving not in HALVING:
@@ -126,7 +127,13 @@ class MaskGITVQGAN(ConvTokenizer):
     """
 
     def __init__(
-        self, *, vocab: int = 1024, code_dim: int = 256, usage_window: int = 0, halving: str = "pool", **others: Any
+        self,
+        *,
+        vocab: Count = 1024,
+        code_dim: Width = 256,
+        usage_window: Whole = 0,
+        halving: str = "pool",
+        **others: Any,
     ):
         quantizer = VectorQuantizer(vocab, code_dim, normalise=False, usage_window=usage_window)
         super().__init__(quantizer, halving=halving, **others)
@@ -150,14 +157,14 @@ class VQGANPlus(ConvTokenizer):
         self,
         *,
         quantizer: str = "lookup",
-        vocab: int = 4096,
-        code_dim: int = 64,
+        vocab: Count = 4096,
+        code_dim: Width = 64,
         normalise: bool = False,
         entropy_loss: bool = False,
-        entropy_temperature: float = 0.01,
-        entropy_gamma: float = 1.0,
+        entropy_temperature: Positive = 0.01,
+        entropy_gamma: Factor = 1.0,
         across_ranks: bool = True,
-        usage_window: int = 0,
+        usage_window: Whole = 0,
         **others: Any,
     ):
         known = ("lookup", "lookup_free")

@@ -10,6 +10,7 @@ Shape letters: B batch, N latent tokens, P patches, W width, V codebook size, D 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Annotated
 
 import torch
 from einops import rearrange
@@ -18,6 +19,7 @@ from torch import Tensor, nn
 from core.config import parse_section
 from core.errors import UserError
 from core.images import to_unit_range
+from core.limits import Count, Pixels, Whole, Width
 from core.nn.transformer import Transformer
 from core.nn.vit import ViTSize
 from core.specs import Codes
@@ -84,12 +86,12 @@ class Decoder(Half):
 class Proxy:
     """Codebook and decoder of the MaskGIT-VQGAN whose codes the first releases predict; defaults are the released one."""
 
-    vocab: int = 1024
-    code_dim: int = 256
-    channels: int = 128
-    channel_mult: tuple[int, ...] = (1, 1, 2, 2, 4)
-    res_blocks: int = 2
-    groups: int = 32
+    vocab: Count = 1024
+    code_dim: Width = 256
+    channels: Width = 128
+    channel_mult: tuple[Count, ...] = (1, 1, 2, 2, 4)
+    res_blocks: Whole = 2
+    groups: Count = 32
 
 
 class TiTok(CodesOfOneBranch):
@@ -112,18 +114,18 @@ class TiTok(CodesOfOneBranch):
     def __init__(
         self,
         *,
-        image_size: int = 256,
-        patch_size: int = 16,
-        decoder_patch_size: int | None = None,
-        encoder: str | dict = "base",
-        decoder: str | dict = "large",
-        latents: int = 128,
-        vocab: int = 8192,
-        code_dim: int = 64,
+        image_size: Pixels = 256,
+        patch_size: Pixels = 16,
+        decoder_patch_size: Pixels | None = None,
+        encoder: str | Annotated[dict, ViTSize] = "base",
+        decoder: str | Annotated[dict, ViTSize] = "large",
+        latents: Count = 128,
+        vocab: Count = 8192,
+        code_dim: Width = 64,
         normalise: bool = False,
         legacy: bool = False,
-        proxy: dict | bool | None = None,
-        usage_window: int = 0,
+        proxy: Annotated[dict, Proxy] | bool | None = None,
+        usage_window: Whole = 0,
     ):
         super().__init__()
         painted = decoder_patch_size or patch_size

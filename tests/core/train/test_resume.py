@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
+from core.signals import Stopped
 from core.train.checkpoint import CheckpointStore
 from core.train.run import read_metrics
 from core.train.trainer import Trainer
@@ -159,6 +160,46 @@ def test_stop_within_one_step(monkeypatch, run_toy, step):
 def test_stop_in_the_last_step_is_no_stop(monkeypatch, run_toy):
     stop_at(monkeypatch, 19)
     assert run_toy("late")[0] == 0
+
+
+def test_a_resumed_run_begins_with_the_evaluation_that_a_signal_stopped(build_trainer, tmp_path):
+    """Of the step it belongs to, once, before anything is trained; also where that is stopped again, and after the last step."""
+    begun: list[int] = []
+
+    def start(stopped: int) -> tuple[int, Trainer]:
+        """A run of four steps that is evaluated after each other one; a signal stops its evaluation number `stopped`."""
+        trainer = build_trainer(
+            TOY_TOKENIZER, "train.duration=4step", "train.eval_every=2step", "name=one", "train.checkpoint_every=never"
+        )
+        ended: list[int] = []
+
+        def evaluate(task, network) -> dict[str, float]:
+            begun.append(trainer.step)
+            if len(ended) == stopped:
+                os.kill(os.getpid(), signal.SIGTERM)
+                raise Stopped("received SIGTERM")
+            ended.append(trainer.step)
+            return {"rfid": float(trainer.step)}
+
+        trainer.evaluate = evaluate
+        return trainer.fit(), trainer
+
+    def evaluated() -> list[tuple[int, float]]:
+        records = read_metrics(tmp_path / "one" / "metrics.jsonl")
+        return [(record["step"], record["eval/rfid"]) for record in records if "eval/rfid" in record]
+
+    for stopped, step, done, all_begun in (
+        (0, 2, [], [2]),
+        (0, 2, [], [2, 2]),  # again, as soon as the run has begun
+        (1, 4, [(2, 2.0)], [2, 2, 2, 4]),
+    ):
+        code, trainer = start(stopped)
+        assert (code, trainer.step, trainer.evaluation_due) == (75, step, True)
+        assert begun == all_begun and evaluated() == done
+    code, trainer = start(9)
+    assert (code, trainer.step, trainer.evaluation_due) == (0, 4, False)
+    assert begun == [2, 2, 2, 4, 4] and evaluated() == [(2, 2.0), (4, 4.0)]
+    assert start(9)[0] == 0 and begun == [2, 2, 2, 4, 4]  # not owed a second time
 
 
 def test_finished_run_does_nothing(run_toy):
