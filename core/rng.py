@@ -70,6 +70,11 @@ def random_bits(keys: Tensor, numel: int) -> Tensor:
     return _mix_tensor(keys[:, None] + counter)
 
 
+def random_bits_at(keys: Tensor, index: Tensor) -> Tensor:
+    """Single draws of `random_bits`: number `index` (int64, from 0) of each key; the two broadcast."""
+    return _mix_tensor(keys + (index + 1) * _signed(_GOLDEN))
+
+
 def permutation(length: int, *key: int | str) -> np.ndarray:
     """A permutation of range(length), int64, as a function of the key alone (1.3 M entries take 0.2 s)."""
     with np.errstate(over="ignore"):

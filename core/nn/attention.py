@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from core.errors import UserError
+from core.nn import dropped_attention
 from core.nn.blockcausal import block_causal
 from core.nn.dropout import dropout
 from core.nn.kvcache import LayerCache
@@ -41,7 +42,8 @@ class Attention(nn.Module):
         causal: position i sees positions up to i. With a cache the cache decides.
         scale: of the scores; default head_dim^-0.5.
         dropout: on the attention weights, in training. The fused kernels cannot take a mask that is a function of seed
-            and sample, so this multiplies out the weights: leave it 0 where the recipe allows.
+            and sample: on a GPU core.nn.dropped_attention computes such masks on the way, elsewhere this multiplies out
+            the weights.
     """
 
     def __init__(
@@ -125,7 +127,10 @@ class Attention(nn.Module):
         elif blocks is not None:
             out = block_causal(q, k, v, blocks, self.scale)
         elif keys is not None and self.dropout > 0:
-            out = self._explicit(q, k, v, mask, causal, keys)
+            if mask is None and len(keys) == batch and q.device.type in dropped_attention.DEVICES:
+                out = dropped_attention.attend(q, k, v, keys, self.dropout, salt=0, causal=causal, scale=self.scale)
+            else:
+                out = self._explicit(q, k, v, mask, causal, keys)
         else:
             out = self._fused(q, k, v, mask, causal)
         return self.proj(out.transpose(1, 2).reshape(batch, length, width))

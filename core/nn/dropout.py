@@ -11,14 +11,27 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from core.rng import derive, random_bits
+from core.rng import derive, random_bits, random_bits_at
+
+LANES = 65536  # values of one draw
+
+
+def threshold_of(p: float) -> int:
+    """Of the values of a draw so many drop an element."""
+    return round(p * LANES)
 
 
 def _kept(keys: Tensor, salt: int, count: int, p: float) -> tuple[Tensor, float]:
     """((B, count) bool, True with probability 1 - p; 1 / (1 - p) for the p that is realised)."""
-    threshold = round(p * 65536)
+    threshold = threshold_of(p)
     lanes = random_bits(derive(keys, salt), (count + 3) // 4).view(torch.int16)[:, :count]
-    return lanes >= threshold - 32768, 65536 / (65536 - threshold)
+    return lanes >= threshold - LANES // 2, LANES / (LANES - threshold)
+
+
+def kept_at(keys: Tensor, element: Tensor, threshold: int) -> Tensor:
+    """The mask at single elements, bool: what `dropout` keeps at these places of a sample, for keys derived already."""
+    lane = random_bits_at(keys, element >> 2) >> (16 * (element & 3))
+    return (lane & 0xFFFF) ^ 0x8000 >= threshold
 
 
 def dropout(x: Tensor, p: float, keys: Tensor | None, salt: int) -> Tensor:
