@@ -53,13 +53,27 @@ def flex(q: Tensor, k: Tensor, v: Tensor, mask, scale: float | None, compiled: b
     return attend(q.contiguous(), k.contiguous(), v.contiguous(), block_mask=mask, scale=scale)
 
 
+class _Prefixes(torch.autograd.Function):
+    """x[:, :, :end] for each of the ends. Their gradients are summed in one tensor, instead of one of full length each."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, ends: tuple[int, ...]) -> tuple[Tensor, ...]:
+        ctx.ends = ends
+        return tuple(x[:, :, :end] for end in ends)
+
+    @staticmethod
+    def backward(ctx, *gradients: Tensor):
+        total = gradients[-1].clone()
+        for end, gradient in zip(reversed(ctx.ends[:-1]), reversed(gradients[:-1])):  # the order in which autograd adds
+            total[:, :, :end] += gradient
+        return total, None
+
+
 def blockwise(q: Tensor, k: Tensor, v: Tensor, ends: tuple[int, ...], scale: float | None) -> Tensor:
     """By one fused call per block."""
-    parts = [
-        F.scaled_dot_product_attention(q[:, :, start:stop], k[:, :, :stop], v[:, :, :stop], scale=scale)
-        for start, stop in zip((0, *ends), ends)
-    ]
-    return torch.cat(parts, dim=2)
+    queries = q.split([stop - start for start, stop in zip((0, *ends), ends)], dim=2)
+    seen = zip(queries, _Prefixes.apply(k, ends), _Prefixes.apply(v, ends))
+    return torch.cat([F.scaled_dot_product_attention(*block, scale=scale) for block in seen], dim=2)
 
 
 def block_causal(q: Tensor, k: Tensor, v: Tensor, blocks, scale: float | None = None) -> Tensor:
