@@ -59,9 +59,18 @@ def _mix_tensor(x: Tensor) -> Tensor:
     return x ^ _shift_right(x, 31)
 
 
+# What kernels that draw by themselves need, as int64.
+GOLDEN, MIX1, MIX2 = map(_signed, (_GOLDEN, _MIX1, _MIX2))
+
+
+def salt_of(salt: int) -> int:
+    """What `derive` adds to a key before it mixes."""
+    return _signed((salt + 1) * _MIX1)
+
+
 def derive(keys: Tensor, salt: int) -> Tensor:
     """Other keys from (B,) int64 keys, for another use of the same samples; a tensor operation, for compiled code."""
-    return _mix_tensor(keys + _signed((salt + 1) * _MIX1))
+    return _mix_tensor(keys + salt_of(salt))
 
 
 def random_bits(keys: Tensor, numel: int) -> Tensor:

@@ -2,16 +2,22 @@
 
 A network takes one key per sample from its draws (`draws.keys("dropout")`, (B,) int64) and derives from it a key per
 layer (`core.rng.derive`); inside a layer a constant `salt` tells the places apart. One 64-bit draw decides four
-elements, so the rate is exact to 1/65536 and costs about as much as reading the activations once. Without keys (in
-sampling and evaluation) nothing happens.
+elements, so the rate is exact to 1/65536. Without keys (in sampling and evaluation) nothing happens.
+
+On a GPU one Triton kernel draws and applies a mask, and backward draws it again instead of keeping it; inside of what
+torch.compile compiles, its kernels do. The masks are the same everywhere.
 """
 
 from __future__ import annotations
 
+import functools
+from typing import Any
+
 import torch
 from torch import Tensor
 
-from core.rng import derive, random_bits, random_bits_at
+from core.nn.gated_norm import has_triton, kernel_works
+from core.rng import GOLDEN, MIX1, MIX2, derive, random_bits, random_bits_at, salt_of
 
 LANES = 65536  # values of one draw
 
@@ -38,8 +44,75 @@ def dropout(x: Tensor, p: float, keys: Tensor | None, salt: int) -> Tensor:
     """Zero elements of x with probability p and scale the others. x has B or a multiple of B rows."""
     if keys is None or p == 0:
         return x
+    if x.device.type == "cuda":
+        apply = _by_element if torch.compiler.is_compiling() or not has_triton() else torch.ops.tessera.dropout
+        return apply(x, keys, salt, threshold_of(p))
     kept, scale = _kept(keys, salt, x.numel() // keys.shape[0], p)
     return x * kept.view(x.shape) * scale
+
+
+def _by_element(x: Tensor, keys: Tensor, salt: int, threshold: int) -> Tensor:
+    rows = x.reshape(keys.shape[0], -1)
+    element = torch.arange(rows.shape[1], device=x.device)
+    kept = kept_at(derive(keys, salt)[:, None], element, threshold)
+    return (rows * kept * (LANES / (LANES - threshold))).view(x.shape)
+
+
+@torch.library.custom_op("tessera::dropout", mutates_args=(), device_types="cuda")
+def _on_gpu(x: Tensor, keys: Tensor, salt: int, threshold: int) -> Tensor:
+    return (_launch if _kernel_works(x.device) else _by_element)(x, keys, salt, threshold)
+
+
+@_on_gpu.register_fake
+def _(x, keys, salt, threshold):
+    return torch.empty_like(x, memory_format=torch.contiguous_format)
+
+
+def _remember(ctx, inputs, output) -> None:
+    _, keys, ctx.salt, ctx.threshold = inputs
+    ctx.save_for_backward(keys)
+
+
+def _backward(ctx, gradient: Tensor):
+    (keys,) = ctx.saved_tensors
+    return torch.ops.tessera.dropout(gradient, keys, ctx.salt, ctx.threshold), None, None, None
+
+
+_on_gpu.register_autograd(_backward, setup_context=_remember)
+
+
+def _launch(x: Tensor, keys: Tensor, salt: int, threshold: int) -> Tensor:
+    from core.nn.triton_kernels import dropout_kernel
+
+    x, draws = x.contiguous(), 256
+    count, y = x.numel() // keys.shape[0], torch.empty_like(x)
+    kernel: Any = dropout_kernel[(-(-count // (4 * draws)), keys.shape[0])]
+    kernel(
+        x,
+        y,
+        keys,
+        count,
+        salt_of(salt),
+        threshold,
+        LANES / (LANES - threshold),
+        GOLDEN=GOLDEN,
+        FIRST=MIX1,
+        SECOND=MIX2,
+        DRAWS=draws,
+    )
+    return y
+
+
+@functools.lru_cache(None)
+def _kernel_works(device: torch.device) -> bool:
+    """Tried once per process."""
+    keys = torch.arange(-2, 1, device=device)
+    x = torch.ones(3, 5, 7, device=device)
+    return kernel_works(
+        "training goes on without the fused dropout, with the same masks",
+        lambda: _launch(x, keys, 3, 20000),
+        lambda: _by_element(x, keys, 3, 20000),
+    )
 
 
 def drop_path(x: Tensor, factors: Tensor | None) -> Tensor:

@@ -39,6 +39,7 @@ def _with_sums(q: Tensor, k: Tensor, v: Tensor, **options) -> tuple[Tensor, Tens
 
     if hasattr(module, "AuxRequest"):  # torch 2.9
         result, aux = module.flex_attention(q, k, v, return_aux=module.AuxRequest(lse=True), **options)
+        assert aux.lse is not None
         return result, aux.lse
     return module.flex_attention(q, k, v, return_lse=True, **options)
 

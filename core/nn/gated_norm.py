@@ -10,6 +10,7 @@ from __future__ import annotations
 import functools
 import importlib.util
 import sys
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -36,7 +37,7 @@ def gated_norm(
     Returns:
         the shape of x, in the type of `shift`.
     """
-    operation = torch.ops.tessera.gated_norm if x.device.type == "cuda" and _has_triton() else _plain
+    operation = torch.ops.tessera.gated_norm if x.device.type == "cuda" and has_triton() else _plain
     return operation(x, shift, factor, norm.weight, norm.bias, norm.eps, gate, branch)
 
 
@@ -58,7 +59,8 @@ def _plain(
 
 
 @functools.lru_cache(None)
-def _has_triton() -> bool:
+def has_triton() -> bool:
+    """Whether the package is there; see `kernel_works`."""
     return importlib.util.find_spec("triton") is not None
 
 
@@ -122,18 +124,27 @@ def _launch(
     return y
 
 
+def kernel_works(otherwise: str, fused: Callable[[], Tensor], plain: Callable[[], Tensor]) -> bool:
+    """Whether a kernel of ours computes here what plain operations do; where not, one line begins with `otherwise`."""
+    try:
+        found, wanted = fused(), plain()
+        if torch.allclose(found, wanted, atol=1e-4):
+            return True
+        reason = f"it differs by {float((found - wanted).abs().max()):.1e}"
+    except Exception as error:  # whatever the compiler, the driver or their absence may raise
+        reason = str(error).strip().split("\n")[0]
+    print(f"{otherwise}, more slowly: {reason}", file=sys.stderr)
+    return False
+
+
 @functools.lru_cache(None)
 def triton_works(device: torch.device) -> bool:
     """Whether kernels can be compiled and run on `device`: tried once per process, before the first recording of a step."""
     samples = torch.arange(2 * 3 * 40, dtype=torch.float32, device=device).sin().view(2, 3, 40)
     rows = torch.arange(3 * 2 * 40, dtype=torch.float32, device=device).cos().view(3, 2, 1, 40)
     arguments = rows[0], rows[1], None, None, 1e-6, rows[2], samples.flip(0)
-    try:
-        found, wanted = (run(samples.clone(), *arguments) for run in (_launch, _plain))
-        if torch.allclose(found, wanted, atol=1e-4):
-            return True
-        reason = f"it differs by {float((found - wanted).abs().max()):.1e}"
-    except Exception as error:  # whatever the compiler, the driver or their absence may raise
-        reason = str(error).strip().split("\n")[0]
-    print(f"sampling goes on without the fused norm, with the same results, more slowly: {reason}", file=sys.stderr)
-    return False
+    return kernel_works(
+        "sampling goes on without the fused norm, with the same results",
+        lambda: _launch(samples.clone(), *arguments),
+        lambda: _plain(samples.clone(), *arguments),
+    )
