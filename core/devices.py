@@ -123,3 +123,25 @@ def peak_memory(device: torch.device) -> int:
     import resource
 
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Estimates for a GPU where there is none
+# ---------------------------------------------------------------------------------------------------------------------
+_rehearsing = False
+
+
+def is_rehearsal() -> bool:
+    """Whether tensors have no data, and are to cost what they would on a GPU."""
+    return _rehearsing
+
+
+@contextlib.contextmanager
+def rehearsal() -> Iterator[None]:
+    """Inside, fake tensors of the CPU stand for those of a GPU."""
+    global _rehearsing
+    before, _rehearsing = _rehearsing, True
+    try:
+        yield
+    finally:
+        _rehearsing = before

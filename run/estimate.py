@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from core.devices import rehearsal
 from core.errors import UserError
 from core.estimate import Rehearsal, Step, number
 from core.images import to_model_range
@@ -109,7 +110,8 @@ class Plan:
     def _step(self, micro: int) -> Step:
         with self.rehearsal.mode:
             batch = self._batch(micro)
-        return self.rehearsal.step(lambda networks: self._phases(networks, batch))
+        with rehearsal():
+            return self.rehearsal.step(lambda networks: self._phases(networks, batch))
 
     def _batch(self, micro: int) -> Batch:
         """Pictures of nothing, or what is stored of them where the run has it stored."""

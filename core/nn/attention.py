@@ -127,7 +127,7 @@ class Attention(nn.Module):
         elif blocks is not None:
             out = block_causal(q, k, v, blocks, self.scale)
         elif keys is not None and self.dropout > 0:
-            if mask is None and len(keys) == batch and q.device.type in dropped_attention.DEVICES:
+            if mask is None and len(keys) == batch and dropped_attention.works_on(q.device):
                 out = dropped_attention.attend(q, k, v, keys, self.dropout, salt=0, causal=causal, scale=self.scale)
             else:
                 out = self._explicit(q, k, v, mask, causal, keys)

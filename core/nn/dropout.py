@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from core.devices import is_rehearsal
 from core.nn.gated_norm import has_triton, kernel_works
 from core.rng import GOLDEN, MIX1, MIX2, derive, random_bits, random_bits_at, salt_of
 
@@ -44,7 +45,7 @@ def dropout(x: Tensor, p: float, keys: Tensor | None, salt: int) -> Tensor:
     """Zero elements of x with probability p and scale the others. x has B or a multiple of B rows."""
     if keys is None or p == 0:
         return x
-    if x.device.type == "cuda":
+    if x.device.type == "cuda" or is_rehearsal():
         apply = _by_element if torch.compiler.is_compiling() or not has_triton() else torch.ops.tessera.dropout
         return apply(x, keys, salt, threshold_of(p))
     kept, scale = _kept(keys, salt, x.numel() // keys.shape[0], p)

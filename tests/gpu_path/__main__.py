@@ -1,5 +1,10 @@
-"""python -m tests.gpu_path"""
+"""python -m tests.gpu_path [memory]"""
 
-from tests.gpu_path import sampling, training
+import sys
 
-print(sampling.table(), training.table(), sep="\n\n")
+from tests.gpu_path import memory, sampling, training
+
+if sys.argv[1:] == ["memory"]:
+    print(memory.table())
+else:
+    print(sampling.table(), training.table(), sep="\n\n")

@@ -11,6 +11,7 @@ from core.estimate import Rehearsal
 from core.specs import Loss, Phase
 from run import estimate
 from run.load import load_config
+from tests.gpu_path.memory import CEILING
 from tests.run.test_recipes import RECIPES
 
 # Of the same networks and batches as another one: they run with all tests.
@@ -89,8 +90,8 @@ def test_half_precision_is_measured_not_assumed():
     assert (large - small) / (full[1] - full[0]) == pytest.approx(0.5, abs=0.06)
 
 
-def test_attention_dropout_lays_out_all_scores():
-    """RAR's recipe drops attention weights: its scores are kept for backward, which a fused kernel would not do."""
+def test_attention_dropout_keeps_no_scores():
+    """RAR's recipe drops attention weights: on a GPU that keeps the results of one more pass and no scores."""
 
     def peak(dropout: float) -> int:
         config = load_config(
@@ -106,8 +107,9 @@ def test_attention_dropout_lays_out_all_scores():
         )
         return estimate.Plan(config, 1).step.peak
 
-    scores = 2 * 4 * 8 * 258 * 258  # layers, pictures, heads, slots x slots; at least probabilities and masks are kept
-    assert peak(0.1) - peak(0.0) > 5 * scores
+    scores = 2 * 4 * 8 * 258 * 258  # layers, pictures, heads, slots x slots
+    results = 2 * 4 * 258 * (32 + 8) * 4  # layers, pictures, slots, width and sums, bytes
+    assert results <= peak(0.1) - peak(0.0) < 2 * results < scores
 
 
 @pytest.mark.parametrize(
@@ -116,7 +118,9 @@ def test_attention_dropout_lays_out_all_scores():
 def test_recipes_fit_their_hardware(path):
     """Every published recipe keeps below 80 GB on each of 8 GPUs, without weights, data or GPU."""
     plan = estimate.Plan(load_config(path, []), 8)
-    assert plan.memory.total < 80e9, f"{plan.memory.total / 1e9:.1f} GB; train.micro_batch={plan.fitting(80e9)} fits"
+    assert plan.memory.total < min(80e9, CEILING), (
+        f"{plan.memory.total / 1e9:.1f} GB; train.micro_batch={plan.fitting(80e9)} fits"
+    )
 
 
 def test_dry_run_compares_with_the_gpu(capsys):
