@@ -14,7 +14,6 @@ from unittest import mock
 
 import torch
 from torch import Tensor, nn
-from torch._ops import HigherOrderOperator
 from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -67,8 +66,6 @@ class Count(TorchDispatchMode):
         weights: parameters whose casts are counted.
     """
 
-    supports_higher_order_operators = True
-
     def __init__(self, weights: list[Tensor] = ()):
         super().__init__()
         self.held = {w.untyped_storage()._cdata for w in weights}
@@ -78,9 +75,6 @@ class Count(TorchDispatchMode):
     def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
         kwargs = kwargs or {}
         result = operation(*args, **kwargs)
-        if isinstance(operation, HigherOrderOperator):  # FlexAttention
-            self.kernels[operation.name()] += 1
-            return result
         name = operation._overloadpacket.__name__
         given, made = ([t for t in tree_leaves(part) if isinstance(t, Tensor)] for part in ((args, kwargs), result))
         on_gpu = [any(t.device.type == "cuda" for t in part) for part in (given, made)]
