@@ -56,7 +56,13 @@ RULES = [
     Rule(r"bash run_tests\.sh", "--help", "these are the tests"),
     Rule(r"bash run_gpu_check\.sh", "--help", "minutes on a GPU; tests/run/test_gpu_check.py rehearses it"),
     Rule(r"python -m scripts\.(convert|reconstruct|latent_stats)", ""),
+    Rule(
+        r"python -m scripts\.benchmark .*--against",
+        "--help",
+        "needs a checkout; tests/run/test_against.py has stand-ins",
+    ),
     Rule(r"(OMP_NUM_THREADS=1 )?python -m scripts\.benchmark", "tiny", slow=True),
+    Rule(r"python -m tests\.tools\.benchmark_loop", "--help", "tests/tools/test_benchmark_loop.py runs it small"),
     Rule(
         r"python -m tests\.tools\.known_answer",
         "--help",
