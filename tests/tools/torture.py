@@ -104,7 +104,8 @@ class Attempt:
             return ""
         said = self.said()
         expected = -number if number == signal.SIGKILL else 75
-        if code != expected or "Traceback" in said:
+        # decoding processes of one that was killed may say that they lost it
+        if code != expected or (number != signal.SIGKILL and "Traceback" in said):
             return f"{signal.Signals(number).name} ended with {code}: ...{said[-600:]}"
         if number != signal.SIGKILL and said.count(GO_ON) != 1:
             return f"{signal.Signals(number).name} is answered with {said[-300:]!r}"
