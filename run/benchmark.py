@@ -39,7 +39,7 @@ from run import streaming
 from run.against import Originals, asked
 from run.floors import Floor, ReadCounter, Work, peak_here, synchronize
 from run.load import GENERATORS, TOKENIZERS, load_config, networks_of, random_task, tokenizer_layout
-from run.target import Sampler
+from run.target import COMPILED_BATCHES, Sampler
 
 OF_GENERATORS = ("sample", "generate", "uncached", "stream")
 IMAGENET = 1_281_167
@@ -345,6 +345,20 @@ class Row:
         }
 
 
+def compile_as_the_programs(task: Any, config: RunConfig, mode: str, device: torch.device) -> bool:
+    """Compile what sampling or evaluating compiles, if `mode` or, as in long runs, the config says so. Whether it did."""
+    if isinstance(task, GeneratorTask):
+        if mode != "config":
+            config.sample.compile = mode == "compiled"
+        torch._dynamo.reset()
+        return Sampler(config, task, {}).prepare(COMPILED_BATCHES, device)
+    if mode == "compiled" or (mode == "config" and config.eval.compile == "always"):
+        torch._dynamo.reset()
+        compile_blocks(task.tokenizer)
+        return True
+    return False
+
+
 def measure(job: Job, config: RunConfig, what: str, label: str, batch: int, mode: str, work: Work | str) -> Row:
     """One row of the table. `label` names it, `work` is what `count` gave."""
     config, device = copy.deepcopy(config), job.device
@@ -354,13 +368,9 @@ def measure(job: Job, config: RunConfig, what: str, label: str, batch: int, mode
         config.train.compile = compiled
         call = make_step(task, config, batch, device)
     else:
-        compiled = mode == "compiled"  # what the programs do not do by themselves
         for network in networks_of(task):
             network.eval().requires_grad_(False)  # as run.load gives finished networks
-        if compiled:
-            torch._dynamo.reset()
-            for network in networks_of(task):
-                compile_blocks(network)
+        compiled = compile_as_the_programs(task, config, mode, device)
         call = make_call(task, config, what, batch, device)
     theirs = None
     if job.against:

@@ -258,10 +258,11 @@ class Wanted:
     kind: str
     what: str
     batch: int
+    mode: str = "eager"
 
     @property
     def key(self) -> str:
-        return f"{self.system} {self.kind} {self.what} {self.batch}"
+        return f"{self.system} {self.kind} {self.what} {self.mode} {self.batch}"
 
 
 def rows_wanted(rehearse: bool) -> Iterator[Wanted]:
@@ -277,6 +278,11 @@ def rows_wanted(rehearse: bool) -> Iterator[Wanted]:
     for system in SYSTEMS:
         for kind in ("generator", "tokenizer"):
             yield Wanted(system, kind, "train", batches[1])
+    if not rehearse:  # minutes of compilation
+        yield Wanted("rectok", "generator", "sample", batches[1], "compiled")
+        for system in SYSTEMS:
+            for kind in ("generator", "tokenizer"):
+                yield Wanted(system, kind, "train", batches[1], "compiled")
 
 
 def _lines(path: Path) -> list[dict[str, Any]]:
@@ -304,7 +310,7 @@ def measure(device: torch.device, rehearse: bool, folder: Path) -> int:
         config, guide = SYSTEMS[wanted.system].config(wanted.kind, rehearse)
         job = benchmark.Job(config, [], [], device, guide, warmup=1, repeats=3 if rehearse else 7, seconds=SECONDS)
         try:
-            row = benchmark.measure(job, config, wanted.what, wanted.what, wanted.batch, "config", "counted aside")
+            row = benchmark.measure(job, config, wanted.what, wanted.what, wanted.batch, wanted.mode, "counted aside")
         except (UserError, RuntimeError) as error:  # out of memory is one
             bad += not isinstance(error, torch.OutOfMemoryError)
             reason = "out of memory" if isinstance(error, torch.OutOfMemoryError) else str(error).splitlines()[0]
@@ -351,7 +357,7 @@ def rows_with_floors(folder: Path) -> list[Row]:
             continue
         names = {f.name for f in dataclasses.fields(Row)}
         row = Row(**{name: value for name, value in record["row"].items() if name in names})
-        if two_counts := counts.get(record["key"].rsplit(" ", 1)[0]):
+        if two_counts := counts.get(record["key"].rsplit(" ", 2)[0]):
             row.work = work = extrapolated(two_counts[0], two_counts[1], row.batch)
             row.floor = Floor.of(work, Peak(**record["peak"]), record["source"])
         rows.append(row)

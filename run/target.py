@@ -89,17 +89,19 @@ class Sampler:
     def bf16(self) -> bool:
         return self.config.train.precision == "bf16"
 
-    def prepare(self, batches: int, device: torch.device) -> None:
-        """Compile what runs so often, if `sample.compile` wants it; the first batch then takes a minute longer."""
+    def prepare(self, batches: int, device: torch.device) -> bool:
+        """Compile what runs so often, if `sample.compile` wants it: whether it does. The first batch then takes a minute
+        longer."""
         wanted = self.config.sample.compile
         if wanted == "auto":
             wanted = device.type == "cuda" and batches >= COMPILED_BATCHES and triton_works(device)
         if not wanted:
-            return
+            return False
         for generator in (self.generator, self.task.guidance.guide):
             if isinstance(generator, Sampled):
                 generator.compiled = True
         compile_blocks(self.tokenizer)
+        return True
 
     @torch.no_grad()
     def sample(self, labels: Tensor, draws: Draws) -> Tensor:

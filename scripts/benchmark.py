@@ -28,7 +28,7 @@ is expected; it was written without the originals' code and has only been tried 
 
   img/s         batch / median time of --repeats calls after --warmup, the device synchronised around each
   FLOPs/img     counted by torch on the meta device: matrix products and convolutions of the whole call, with backward
-  mode          eager or compiled; --mode config (default) trains as train.compile says
+  mode          eager or compiled; --mode config (default) as train.compile, sample.compile and eval.compile say
   MFU           FLOPs per second of the peak of the device: in bf16 that of core/devices.py, where it knows the device;
                 otherwise a product of matrices and a copy are timed first ("probed")
   floor         img/s if arithmetic ran at peak and every byte (weights at each use, key and value cache) moved once at

@@ -116,7 +116,9 @@ def test_rows_get_their_floors_and_are_measured_once(tmp_path, monkeypatch):
     wanted = [gpu_stages.Wanted("rectok", "tokenizer", what, 2) for what in ("decode", "encode")]
     monkeypatch.setattr(gpu_stages, "rows_wanted", lambda rehearse: wanted)
     cpu = torch.device("cpu")
-    (tmp_path / "rows.jsonl").write_text('{"key": "rectok tokenizer decode 2"}\n{"key": "rect')  # killed in this row
+    (tmp_path / "rows.jsonl").write_text(
+        '{"key": "rectok tokenizer decode eager 2"}\n{"key": "rect'
+    )  # killed in this row
     assert gpu_stages.measure(cpu, True, tmp_path) == 0 == gpu_stages.count(cpu, True, tmp_path, "rectok", "dar")
     (row,) = gpu_stages.rows_with_floors(tmp_path)
     counted = benchmark.count(*gpu_stages.SYSTEMS["rectok"].config("tokenizer", True), "encode", 2)
