@@ -27,7 +27,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from torch.utils.data import DataLoader
+from torch import Tensor
+from torch.utils.data import DataLoader, get_worker_info
 
 from core import dist
 from core.errors import UserError, lost_worker, nearest
@@ -155,9 +156,18 @@ class _Reader:
 
     def __getitems__(self, entries: list[Entry]) -> Batch | str:
         try:
-            return self._read(entries)
+            batch = self._read(entries)
         except UserError as error:  # DataLoader would wrap it into a traceback
             return str(error)
+        if get_worker_info() is None:
+            return batch
+        try:  # here, for what fails in the thread that hands batches over is lost, and the main process waits for ever
+            return batch.map(Tensor.share_memory_)
+        except RuntimeError as error:
+            return (
+                f"a process that decodes pictures got no shared memory for a batch ({error}). Set workers=0 (data.workers, "
+                "--workers), or raise the limit of this machine or job (docker run --shm-size, ulimit -f)."
+            )
 
     def _read(self, entries: list[Entry]) -> Batch:
         positions, indices, _ = zip(*entries)

@@ -19,6 +19,7 @@ from core.specs import Continuous, DataSource
 from core.train.run import ABOUT, RunFolder
 from core.train.trainer import PREVIEW_IMAGES, Trainer
 from core.weights import hub
+from data.base import ListedSource
 from data.checks import say_left_out
 from data.loader import Loader, read_or_replace, split
 from data.token_files import MomentFiles
@@ -62,6 +63,8 @@ def _train(config: RunConfig, inputs: Inputs, world: dist.World, about: dict[str
         task = _tokenizer_task(config, val or source)
     else:
         task, provenance = _generator_task(config, sources, source, world)
+    if isinstance(source, ListedSource):
+        provenance["data_contents"] = world.on_main(source.contents)
     initial_ema = _start(config, task, sources)
     for weights in sources.values():
         weights.close()

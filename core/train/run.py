@@ -6,6 +6,7 @@ work_dirs/<name>/ config.yaml command.txt environment.json about.json log.txt me
 from __future__ import annotations
 
 import json
+import re
 import shlex
 import sys
 import time
@@ -49,6 +50,22 @@ FREE = (
 )
 
 
+# Keys that name something by its place, which may move: what lies there is compared where a run is resumed, with what
+# its checkpoints say of it.
+PLACES = ("data.url", "data.pictures", "tokenizer.weights")
+
+
+def _moved(key: str, before: Any, now: Any) -> bool:
+    """Whether the two values may be the same thing at two places: a source of another kind or with other options is not."""
+    if key not in PLACES or not isinstance(before, str) or not isinstance(now, str):
+        return False
+    if key == "tokenizer.weights" or before.rstrip("/") == now.rstrip("/"):
+        return True
+    (scheme, options), other = (re.findall(r"^(?:([a-z]+)://)?[^?]*(.*)$", url)[0] for url in (before, now))
+    # token stores have the fingerprint of the pictures they were made of, and others that of their name
+    return (scheme, options) == other and scheme in ("", "folder", "list", "wds")
+
+
 def flatten(value: Any, prefix: str = "") -> dict[str, Any]:
     """Nested settings -> dotted name -> value."""
     if isinstance(value, dict) and value:
@@ -57,12 +74,14 @@ def flatten(value: Any, prefix: str = "") -> dict[str, Any]:
 
 
 def differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
-    """Sentences about the keys in which two configurations differ, free keys left out."""
+    """Sentences about the keys in which two configurations differ; keys that are free, or name a place, left out."""
     a, b = flatten(old), flatten(new)
     return [
         f"{key}: was {a.get(key)!r}, now {b.get(key)!r}"
         for key in sorted(a.keys() | b.keys())
-        if a.get(key) != b.get(key) and not any(key == f or key.startswith(f + ".") for f in FREE)
+        if a.get(key) != b.get(key)
+        and not any(key == f or key.startswith(f + ".") for f in FREE)
+        and not _moved(key, a.get(key), b.get(key))
     ]
 
 

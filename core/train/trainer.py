@@ -231,6 +231,19 @@ class Trainer:
                 f"{checkpoint.path} was trained on other data (fingerprint {state['data_fingerprint']}, now "
                 f"{self.data_fingerprint}). Restore the data set, or start a new run with name=..."
             )
+        places = [config["data"]["url"].rstrip("/") for config in (state["config"], to_plain(self.config))]
+        contents = [facts.get("data_contents") for facts in (state["provenance"], self.provenance)]
+        if places[0] != places[1] and contents[0] != contents[1]:
+            raise UserError(
+                f"{checkpoint.path} was trained on the pictures of {places[0]}, and those of {places[1]} have the same names "
+                "but are others. Restore data.url, or start a new run with name=..."
+            )
+        tokenizers = [facts.get("tokenizer_fingerprint") for facts in (state["provenance"], self.provenance)]
+        if None not in tokenizers and tokenizers[0] != tokenizers[1]:
+            raise UserError(
+                f"{checkpoint.path} was trained on the latents of another tokenizer (weights {tokenizers[0]}, now "
+                f"{tokenizers[1]}). Restore tokenizer.weights, or start a new run with name=..."
+            )
         device = self.world.device
         for name, network in self.networks.items():
             current = network.state_dict()

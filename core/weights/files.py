@@ -40,8 +40,16 @@ def replace_with(path: str | os.PathLike, write: Callable[[Path], object], overw
     path = Path(path)
     if path.exists() and not overwrite:
         raise UserError(f"{path} exists already. Choose another name, or say --force to replace it.")
+    from safetensors import SafetensorError
+
     with replacing(path) as temporary:
-        write(temporary)
+        try:
+            write(temporary)
+        except (SafetensorError, RuntimeError) as error:  # which is how these libraries say that a disk is full
+            reason = str(error).strip().splitlines()[0][:200]
+            raise UserError(
+                f"{path} could not be written ({reason}). Free some space or choose another place."
+            ) from error
         temporary.chmod(path.parent.stat().st_mode & 0o666)  # the safetensors library makes private files
 
 

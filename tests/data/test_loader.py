@@ -315,3 +315,15 @@ def test_mistakes(options, message):
         Loader(**{"source": SOURCE, "transform": RANDOM, "seed": 0, "global_batch": 8, **options})
     with pytest.raises(UserError, match="equal micro"):
         split(take(Loader(SOURCE, RANDOM, 0, 8), 1)[0], 3)
+
+
+def test_no_shared_memory_in_a_worker(monkeypatch):
+    """Said by the worker; the thread that hands batches over would drop it, and the main process wait for ever."""
+
+    def refused(_):
+        raise RuntimeError("unable to resize file </torch_1> to the right size: No space left on device (28)")
+
+    monkeypatch.setattr(torch.Tensor, "share_memory_", refused)
+    with pytest.raises(UserError, match="got no shared memory for a batch .unable to resize.*Set workers=0"):
+        take(Loader(Damaged(10, set()), Transform(8), 0, 2, workers=1), 1)
+    assert len(take(Loader(Damaged(10, set()), Transform(8), 0, 2), 1)) == 1

@@ -15,11 +15,12 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
+from core.errors import UserError
 from core.signals import Stopped
 from core.train.checkpoint import CheckpointStore
-from core.train.run import read_metrics
+from core.train.run import differences, read_metrics
 from core.train.trainer import Trainer
-from tests.conftest import TOY_TOKENIZER
+from tests.conftest import TOY_GENERATOR, TOY_TOKENIZER
 from tests.tools import torture
 
 EVERY_STEP = ["train.time_limit_minutes=1e-9"]  # over before the first step ends
@@ -256,6 +257,55 @@ def test_other_data_is_refused(run_toy, tmp_path):
     (folder / "more.png").unlink()
     code, run, err = run_toy("shown", *arguments)
     assert code == 0 and CheckpointStore(run / "checkpoints").steps()[-1] == 20, err
+
+
+@pytest.mark.parametrize(
+    ("key", "before", "now", "same"),
+    [
+        ("data.url", "folder://a", "folder://a/", True),
+        ("data.url", "folder://a", "folder:///b/c", True),
+        ("data.url", "a/b", "/c", True),
+        ("data.url", "folder://a?exif=1", "folder://b?exif=1", True),
+        ("data.url", "folder://a?exif=1", "folder://b", False),
+        ("data.url", "folder://a", "list://a", False),
+        ("data.url", "tokens://a", "tokens://a/", True),
+        ("data.url", "tokens://a", "tokens://b", False),  # other codes of the same pictures
+        ("data.url", "synthetic://?size=8", "synthetic://?size=9", False),
+        ("data.pictures", None, "folder://a", False),
+        ("tokenizer.weights", "hf://a/b/c.pt", "/d/c.pt", True),
+        ("train.schedule.shape", "a", "a/", False),
+    ],
+)
+def test_what_may_only_have_moved(key, before, now, same):
+    section, name = key.split(".", 1)
+    assert (not differences({section: {name: before}}, {section: {name: now}})) == same
+
+
+def test_data_that_moved_goes_on(run_toy, tmp_path):
+    """What is the same by its fingerprint is the same, wherever it lies; what is not is refused by then."""
+    for place in "ab":
+        folder = tmp_path / place / "class"
+        folder.mkdir(parents=True)
+        for number in range(10):
+            Image.new("RGB", (32, 32), (20 * number, 0, 0)).save(folder / f"{number}.png")
+    words = ["data.val_url=null"]
+    assert run_toy("moved", *words, f"data.url=folder://{tmp_path}/a", "train.duration=4step")[0] == 0
+    shutil.copytree(tmp_path / "a", tmp_path / "c")
+    Image.new("RGB", (40, 40)).save(tmp_path / "c" / "class" / "3.png")
+    code, _, err = run_toy("moved", *words, f"data.url=folder://{tmp_path}/c", "train.duration=6step")
+    assert code == 2 and "have the same names but are others" in err
+    code, run, err = run_toy("moved", *words, f"data.url=folder://{tmp_path}/b/", "train.duration=6step")
+    assert code == 0 and CheckpointStore(run / "checkpoints").steps()[-1] == 6, err
+
+
+def test_the_latents_of_another_tokenizer_are_refused(build_trainer, tokenizer_run, tokenizer_copy):
+    words = ["name=same", "train.duration=1step", "train.preview_every=never"]
+    build_trainer(TOY_GENERATOR, f"tokenizer.weights={tokenizer_run}", *words).fit()
+    trainer = build_trainer(TOY_GENERATOR, f"tokenizer.weights={tokenizer_copy}", *words)  # the same at another place
+    assert trainer.restore()
+    trainer.provenance["tokenizer_fingerprint"] = "0" * 16
+    with pytest.raises(UserError, match="latents of another tokenizer .weights .*, now 0000"):
+        trainer.restore()
 
 
 @pytest.mark.parametrize(

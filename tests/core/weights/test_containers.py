@@ -4,6 +4,8 @@ programs read. Those readers are stated here again from the specs (section on ch
 from __future__ import annotations
 
 import argparse
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -14,6 +16,7 @@ from core.weights.names import NEVER_WEIGHTS, matching
 from run.convert import unrecorded
 from run.load import ADAPTERS, REGISTRIES, read_weights
 from scripts import convert
+from tests.conftest import ROOT
 
 VIT = {"width": 64, "layers": 1, "heads": 1}
 TINY = {"width": 192, "layers": 1, "heads": 4}
@@ -370,6 +373,26 @@ def test_headers_of_our_files_that_say_nothing(tmp_path, settings):
     save_file({"a": torch.zeros(1)}, tmp_path / "x.safetensors", {weight_files.KEY: json.dumps(about)})
     with pytest.raises(UserError, match='header entry "tessera" is not what Tessera writes'):
         weight_files.read(tmp_path / "x.safetensors")
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="limits as Linux has them")
+@pytest.mark.parametrize("write", ["save_file(tensors, place)", "torch.save(tensors, place)"])
+def test_a_disk_that_is_full_is_one_sentence(tmp_path, write):
+    """Files of at most 4 KB stand for it: the libraries say it in exceptions of their own."""
+    code = f"""if True:
+        import resource, signal, sys, torch
+        from core import cli
+        from core.weights.files import replace_with
+        from safetensors.torch import save_file
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        tensors = {{"w": torch.zeros(9000)}}
+        resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))
+        cli.run(lambda _: replace_with({str(tmp_path / "x")!r}, lambda place: {write}))"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, text=True, capture_output=True)
+    assert done.returncode == 2 and done.stderr.count("\n") == 1 and "x could not be written" in done.stderr, (
+        done.stderr
+    )
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_set_that_is_alone_keeps_its_name(tmp_path, capsys):
