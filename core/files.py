@@ -69,8 +69,15 @@ def text_instead(start: bytes) -> str | None:
     return None
 
 
+def refuse_device(path: str | os.PathLike) -> None:
+    """UserError for a pipe or a device: reading it might never end."""
+    if os.path.exists(path) and not (os.path.isfile(path) or os.path.isdir(path)):
+        raise UserError(f"{os.fspath(path)} is neither a file nor a folder. Copy what it gives into a file first.")
+
+
 def refuse_text(path: str | os.PathLike) -> None:
     """UserError that says what is there where another file was expected and a download left something else."""
+    refuse_device(path)
     with explain_os_errors(path), open(path, "rb") as file:
         instead = text_instead(file.read(200))
     if instead:
@@ -160,6 +167,7 @@ def write_json(path: str | os.PathLike, value: Any) -> None:
 
 def read_json(path: str | os.PathLike) -> Any:
     """The contents of a JSON file; UserError when it is missing or not JSON."""
+    refuse_device(path)
     with explain_os_errors(path):
         data = Path(path).read_bytes()
     try:

@@ -36,7 +36,7 @@ class Limits:
 
 Count = Annotated[int, Limits(1, 2**24)]  # codes, classes, positions
 Width = Annotated[int, Limits(1, 2**16)]  # channels of a layer
-Layers = Annotated[int, Limits(1, 1000)]
+Layers = Annotated[int, Limits(1, 256)]
 Pixels = Annotated[int, Limits(1, 2**14)]  # of one side
 Whole = Annotated[int, Limits(0, 2**24)]
 Share = Annotated[float, Limits(0, 1)]

@@ -25,6 +25,7 @@ from evaluation.networks import WEIGHTS_FILE
 from run.data import asks_val_labels, make_transform, needed_val, open_pictures, open_train
 from run.estimate import costs
 from run.load import REGISTRIES, Source, read_weights
+from tokenizer.continuous.stats import read_stats
 
 
 @dataclass
@@ -102,6 +103,8 @@ def check_networks(config: RunConfig, sources: dict[str, Source]) -> None:
         read_weights("tokenizer", source, config.tokenizer)
     if source := sources.get("train.init_from"):
         read_weights(config.task, source, getattr(config, config.task))
+    if (named := config.tokenizer.get("latent_stats")) and named != "none":
+        read_stats(named)
 
 
 def check_step(config: RunConfig, inputs: Inputs) -> None:

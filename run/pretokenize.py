@@ -19,6 +19,7 @@ from torch import Tensor
 from core import dist
 from core.dist import World
 from core.errors import UserError
+from core.files import refuse_device
 from core.images import grid, save_png, to_model_range, to_uint8, to_unit_range
 from core.rng import hash64, permutation
 from core.schema import RunConfig
@@ -86,6 +87,10 @@ def check(config: RunConfig, request: Request) -> DataSource | None:
         raise UserError(f"tokenizer.weights is not set, and tokens of an untrained tokenizer are useless.{trained}")
     released.resolve(config.tokenizer["weights"])
     dist.pick_device(config.train.device)
+    if request.foreign:
+        refuse_device(place := Path(request.foreign).expanduser())
+        if not place.exists():
+            raise UserError(f"--import {request.foreign}: no such file or folder. Check the spelling of the path.")
     pictures = None
     if request.foreign and not config.data.pictures and not exists(config.data.url):
         print(f"data.url={config.data.url} is not here: the tokens are taken without their pictures")

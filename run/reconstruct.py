@@ -11,7 +11,7 @@ from PIL import Image
 from torch import Tensor
 
 from core.errors import UserError
-from core.files import explain_os_errors
+from core.files import explain_os_errors, refuse_device
 from core.images import finite_uint8, grid, save_png, to_model_range
 from core.rng import Draws, hash64
 from core.specs import Codes, MultiScale, Previews, Tokenizer
@@ -30,6 +30,7 @@ Named = tuple[str, Image.Image]
 def read_files(names: list[str]) -> Iterator[Named]:
     """(name, picture) of each file; UserError for the first that cannot be read."""
     for name in names:
+        refuse_device(name)
         with explain_os_errors(name):
             data = Path(name).read_bytes()
         try:

@@ -29,7 +29,7 @@ from torch import Tensor
 
 from core import launch
 from core.errors import UserError, nearest
-from core.files import explain_os_errors, read_json, refuse_text, replacing, require_space
+from core.files import explain_os_errors, read_json, refuse_device, refuse_text, replacing, require_space
 from core.train.checkpoint import MANIFEST, CheckpointStore, find_damage, read_tensors
 from core.weights.pickles import load_pickle
 from core.weights.released import in_hub_cache, put
@@ -95,8 +95,7 @@ def resolve(reference: str, to: Path | None = None) -> Path:
 def _local(reference: str) -> Path:
     path = Path(reference).expanduser()
     if path.exists():
-        if not (path.is_file() or path.is_dir()):
-            raise UserError(f"{path} is neither a file nor a folder. Copy what it gives into a file first.")
+        refuse_device(path)
         return path
     if path.name == reference and (CACHE / reference).exists():
         return CACHE / reference

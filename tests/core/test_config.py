@@ -333,7 +333,7 @@ def test_weights_of_a_tokenizer_that_is_trained(section):
         (
             TOY_TOKENIZER,
             [
-                "  tokenizer.encoder.layers           (a whole number between 1 and 1000) [required]",
+                "  tokenizer.encoder.layers           (a whole number between 1 and 256) [required]",
                 "  objective.lecam                    weight of LeCAM (Tseng et al. 2021) inside the discriminator's loss: its "
                 "logits stay near running means (a number at least 0) [0.0]",
                 "  discriminator.",
@@ -382,9 +382,9 @@ def test_words_of_other_codebases_are_understood(wrong, advice):
     [
         ("generator.label_drop=2.0", "generator.label_drop: must be between 0 and 1, got 2.0"),
         ("generator.token_dropout=-1", "generator.token_dropout: must be at least 0 and less than 1, got -1.0"),
-        ("generator.size={width: 32, layers: 0, heads: 2}", "layers: must be between 1 and 1000, got 0"),
-        ("generator.size={width: 32, layers: -1, heads: 2}", "layers: must be between 1 and 1000, got -1"),
-        ("generator.size={width: 32, layers: 1000000000, heads: 2}", "layers: must be between 1 and 1000"),
+        ("generator.size={width: 32, layers: 0, heads: 2}", "layers: must be between 1 and 256, got 0"),
+        ("generator.size={width: 32, layers: -1, heads: 2}", "layers: must be between 1 and 256, got -1"),
+        ("generator.size={width: 32, layers: 1000000000, heads: 2}", "layers: must be between 1 and 256"),
         ("generator.rear={weight: -1}", "weight: must be at least 0, got -1.0"),
         ("tokenizer.use_ema=maybe", "tokenizer.use_ema: expected true or false, got 'maybe'"),
     ],

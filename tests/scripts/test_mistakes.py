@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 import subprocess
 import sys
 
@@ -10,6 +11,11 @@ import pytest
 import torch
 from PIL import Image
 
+from core.errors import UserError
+from core.files import read_json
+from core.weights.pickles import load_pickle
+from run.load import Source, load_config
+from run.reconstruct import read_files
 from tests.conftest import ROOT, TOY_GENERATOR, TOY_TOKENIZER
 
 
@@ -224,3 +230,24 @@ def test_check_finds_networks_that_do_not_fit(train_main, tokenizer_run, generat
 )
 def test_lines_without_a_config_or_with_two_stages(mistake, words, sentence):
     assert sentence in mistake(*words)
+
+
+def test_latent_statistics_are_opened_by_the_check(mistake, tokenizer_run):
+    absent = ("tokenizer.latent_stats=absent.safetensors", "--check")
+    assert "absent.safetensors: no such file" in mistake(TOY_GENERATOR, f"tokenizer.weights={tokenizer_run}", *absent)
+
+
+def test_a_pipe_is_not_waited_for(tmp_path):
+    """Nobody writes into it, so a program that opened it would never end."""
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    for read in (
+        lambda: next(read_files([str(pipe)])),
+        lambda: read_json(pipe),
+        lambda: load_pickle(pipe),
+        lambda: Source(str(pipe)),
+    ):
+        with pytest.raises(UserError, match="neither a file nor a folder"):
+            read()
+    with pytest.raises(UserError, match="there is no config"):
+        load_config(str(pipe), [])
