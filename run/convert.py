@@ -21,6 +21,7 @@ from core.weights.adapter import Adapter, Facts, entry, merged, nested, recognis
 from core.weights.layouts import Comparison, build_on_meta, compare, read_layout
 from core.weights.pickles import tensors_in
 from run.load import ADAPTERS, REGISTRIES, Weights, read_weights
+from run.sharing import about_weights
 
 SETS = {True: "averaged", False: "raw"}
 
@@ -120,6 +121,11 @@ def describe(reference: str) -> bool:
         f"{parameter_count(model)}, {size_of(model.state_dict())}",
         *facts,
     ]
+    if names := weights.about.get("class_names"):
+        lines.append(f"classes   {len(names)}: {', '.join(names[:5])}{' ...' if len(names) > 5 else ''}")
+    lines += [
+        f"measured  {r['metric']} {r['value']:.5g}, protocol {r['protocol']}" for r in weights.about.get("results", ())
+    ]
     if trained_on := weights.provenance.get("tokenizer_fingerprint"):
         lines.append(f"trained on the latents of tokenizer weights {trained_on}")
     problems = []
@@ -215,6 +221,7 @@ class Conversion:
         if adapter is not None:
             return self._write_official(kind, adapter, weights, states)
         names = " and ".join(SETS[averaged] for averaged in sets)
+        about = about_weights(weights, hub.fingerprint(states[sets[0]]), network)
         content = weight_files.WeightFile(
             kind,
             settings,
@@ -222,6 +229,7 @@ class Conversion:
             states[False] if len(sets) > 1 else {},
             weights.constants,
             {**weights.provenance, "converted_from": path.name, "holds": names},
+            about,
         )
         weight_files.save(self.target, content, self.overwrite)
         return f'written to {self.target}: {kind} "{settings["name"]}", {names} weights'

@@ -77,10 +77,11 @@ class Source:
 
     Args:
         reference: run folder, checkpoint folder, file, file name in pretrained_models/, or hf://owner/repo/file.
+        kind: "tokenizer" or "generator", where it decides between the files of a folder or a repository.
     """
 
-    def __init__(self, reference: str):
-        self.reference, self.path = reference, released.resolve(reference)
+    def __init__(self, reference: str, kind: str | None = None):
+        self.reference, self.kind, self.path = reference, kind, released.resolve(reference, kind)
 
     @functools.cached_property
     def content(self) -> Checkpoint | weight_files.WeightFile | dict[str, Any]:
@@ -92,7 +93,7 @@ class Source:
                 if self.path.is_dir():
                     raise
                 # The trainer of a living run has deleted it meanwhile: it has newer ones.
-                self.path = released.resolve(self.reference)
+                self.path = released.resolve(self.reference, self.kind)
         return weight_files.read(self.path) or hub.load_tensors(self.path)
 
     def close(self) -> None:
@@ -110,6 +111,7 @@ class Weights:
         tensors: averaged? -> state dict under our names; None for a released file, which its adapter translates.
         official: contents of a released file.
         constants: latent statistics and the like.
+        about: what a file of ours says beside its weights, see run/sharing.py.
     """
 
     kind: str
@@ -119,6 +121,7 @@ class Weights:
     official: dict[str, Any] | None = None
     constants: dict[str, Tensor] = field(default_factory=dict)
     provenance: dict[str, Any] = field(default_factory=dict)
+    about: dict[str, Any] = field(default_factory=dict)
 
     def read(self, network: nn.Module, averaged: bool = True) -> dict[str, Tensor]:
         """A state dict that fits `network` exactly; UserError where there is none."""
@@ -157,7 +160,7 @@ def read_weights(kind: str, source: str | Source, known: dict[str, Any] | None =
         source: an opened one, or what `Source` takes.
         known: settings that the user states; they answer what a released file does not tell (numbers of heads).
     """
-    source = Source(source) if isinstance(source, str) else source
+    source = Source(source, kind) if isinstance(source, str) else source
     content = source.content
     if isinstance(content, dict):
         return _released(kind, source.path, content, known)
@@ -170,7 +173,8 @@ def read_weights(kind: str, source: str | Source, known: dict[str, Any] | None =
     def tensors(averaged: bool) -> dict[str, Tensor]:
         return content.weights if averaged or not content.raw else content.raw
 
-    return Weights(kind, source.path, content.settings, tensors, None, content.constants, content.provenance)
+    about = content.provenance, content.about
+    return Weights(kind, source.path, content.settings, tensors, None, content.constants, *about)
 
 
 def _checkpoint(kind: str, checkpoint: Checkpoint) -> Weights:
@@ -262,7 +266,7 @@ def read_tokenizer(section: dict[str, Any], source: Source | None = None) -> Loa
     """
     weights = None
     if section.get("weights"):
-        weights = read_weights("tokenizer", source or Source(section["weights"]), section)
+        weights = read_weights("tokenizer", source or section["weights"], section)
     tokenizer = _frozen(view(build("tokenizer", section, weights), section.get("view")), section, weights)
     if place := statistics_file(section, weights):
         stats = read_stats(place, tokenizer.fingerprint)

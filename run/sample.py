@@ -32,6 +32,7 @@ from evaluation.pictures import NpzPictures, NpzWriter, pieces
 from generator.sampling import draw_latents
 from run import streaming
 from run.reconstruct import read_files
+from run.sharing import in_words
 from run.target import Sampler, Target, open_generator
 
 SHOWN = 64  # pictures in grid.png
@@ -119,10 +120,15 @@ def parse_labels(text: str, num_classes: int, names: list[str]) -> list[int]:
     by_name: dict[str, list[int]] = {}
     for i, name in enumerate(names):
         by_name.setdefault(_plain(name), []).append(i)
+    parts: dict[str, list[int]] = {}  # "tench" of "tench, Tinca tinca", unless a class is called so alone
+    for i, name in enumerate(names):
+        for part in dict.fromkeys(_plain(name).split(", ")) if "," in name else ():
+            parts.setdefault(part, []).append(i)
+    by_name = {**parts, **by_name}
     labels: list[int] = []
     for word in _words(text, set(by_name)):
         numbers = re.fullmatch(r"([0-9]+)(?:\s*(?:-|\.\.)\s*([0-9]+))?", word)
-        called = by_name.get(_plain(word), [])
+        called = by_name.get(_plain(word)) or by_name.get(_plain(in_words(word)), [])
         if numbers is None and len(called) > 1:  # ImageNet has two cranes
             raise UserError(
                 f'--labels: "{word}" is the name of classes {" and ".join(map(str, called))}; give the number.'

@@ -31,15 +31,16 @@ from core.schema import RunConfig, SampleConfig
 from core.specs import DataSource, Generator, Tokenizer
 from core.train.checkpoint import Checkpoint
 from core.train.parallel import compile_blocks
-from core.weights import released
+from core.weights import hub, released
 from core.weights.adapter import recognise
+from core.weights.files import WeightFile
 from data.sources import open_source
 from generator.engine import Sampled
 from generator.task import GeneratorTask
 from run import streaming
-from run.data import class_names
 from run.latent_stats import measure_once
-from run.load import ADAPTERS, REGISTRIES, Source, build_pair, guide_of, load_config, read_weights
+from run.load import ADAPTERS, IMAGENET_CLASSES, REGISTRIES, Source, build_pair, guide_of, load_config, read_weights
+from run.sharing import names_of_classes, paired_tokenizer
 
 ROOT = Path(__file__).resolve().parent.parent
 Log = Callable[[str], None]
@@ -135,7 +136,7 @@ def read_target(target: str, overrides: list[str], log: Log = lambda _: None) ->
         config = load_config(target, overrides)
         weights = (config.generator or {}).get("weights") or _run_of(target, config, overrides, log)
     else:
-        itself = Source(target)
+        itself = Source(target, "generator")
         config = _config_of(itself, overrides, sources, log)
         weights = (config.generator or {}).get("weights")
         if not weights:
@@ -154,7 +155,7 @@ def read_target(target: str, overrides: list[str], log: Log = lambda _: None) ->
     }
     for setting, reference in named.items():
         if reference and setting not in sources:
-            sources[setting] = Source(reference)
+            sources[setting] = Source(reference, "tokenizer" if setting == "tokenizer.weights" else "generator")
     return Target(config, weights, sources)
 
 
@@ -212,9 +213,13 @@ def _smallest_config(source: Source, overrides: list[str], sources: dict[str, So
     """The smallest config around a file; what training would need is filled in and never used."""
     stated = config_module.read_overrides([o for o in overrides if o.startswith(("generator.", "tokenizer."))])
     tokenizer, generator = stated.get("tokenizer", {}), stated.get("generator", {})
+    about = source.content.about if isinstance(source.content, WeightFile) else {}
     beside = {}
     if tokenizer.get("weights"):
-        sources["tokenizer.weights"] = Source(tokenizer["weights"])
+        sources["tokenizer.weights"] = Source(tokenizer["weights"], "tokenizer")
+    elif about.get("tokenizer"):
+        beside = {**about["tokenizer"]["section"], "weights": paired_tokenizer(source.path, about["tokenizer"])}
+        sources["tokenizer.weights"] = Source(beside["weights"], "tokenizer")
     elif isinstance(source.content, dict) and recognise(ADAPTERS["tokenizer"], source.content):
         beside = {"weights": str(source.path)}  # VAR's trainer keeps its tokenizer beside it
         sources["tokenizer.weights"] = source
@@ -223,6 +228,7 @@ def _smallest_config(source: Source, overrides: list[str], sources: dict[str, So
             f"{source.reference} is a file of generator weights, and no released one by its name. Say which tokenizer "
             "decodes its latents: tokenizer.weights=pretrained_models/FILE"
         )
+    noted = about.get("config", {})
     codes = read_weights("tokenizer", sources["tokenizer.weights"], tokenizer).settings
     sizes = {key: codes[key] for key in ("branches", "scales") if key in codes}  # no VAR tells them itself
     return {
@@ -230,7 +236,9 @@ def _smallest_config(source: Source, overrides: list[str], sources: dict[str, So
         "task": "generator",
         "tokenizer": beside,
         "generator": read_weights("generator", source, {**sizes, **generator}).settings,
-        "data": {"url": "folder://data/imagenet/train", "val_url": "folder://data/imagenet/val"},
+        "data": noted.get("data") or {"url": "folder://data/imagenet/train", "val_url": "folder://data/imagenet/val"},
+        "sample": noted.get("sample") or {},
+        "eval": noted.get("eval") or {},
         "train": {
             "duration": "0ep",
             "global_batch": 1,
@@ -260,16 +268,31 @@ def open_generator(target: Target, world: World) -> Sampler:
         measure_once(config, pair.tokenizer, source, world)
         facts["latent_statistics"] = f"measured on {config.data.url}"
     facts["weights_fingerprint"] = pair.generator.fingerprint
+    if commits := {s: c for s, source in sources.items() if (c := hub.commit_of(source.path))}:
+        facts["commits"] = commits
     if pair.guide:
         facts |= {"guide": config.sample.guide, "guide_fingerprint": pair.guide.fingerprint}
     num_classes = pair.generator.settings.get("num_classes")
     num_classes = num_classes or open_source(config.data.url, config.data.split).num_classes
+    names = names_of_classes(config, sources["generator.weights"], num_classes)
     for network in (pair.tokenizer, pair.generator, pair.guide):
         if network:
             network.module.to(world.device)
     for source in sources.values():
         source.close()
-    return Sampler(config, pair.task(num_classes, config.sample), facts, class_names(config))
+    return Sampler(config, pair.task(num_classes, config.sample), facts, names)
+
+
+def list_labels(target: Target) -> str:
+    """A line for each class: its number and its name."""
+    source = target.sources["generator.weights"]
+    num_classes = read_weights("generator", source, target.config.generator).settings.get(
+        "num_classes", IMAGENET_CLASSES
+    )
+    names = names_of_classes(target.config, source, num_classes)
+    if not names:
+        return f"classes 0 to {num_classes - 1}; their names are not known: give data.url of the pictures"
+    return "\n".join(f"{i:5d}  {name}" for i, name in enumerate(names))
 
 
 def _pictures_for_statistics(config: RunConfig, reference: str) -> DataSource:

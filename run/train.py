@@ -34,6 +34,7 @@ from run.data import make_transform, open_pictures, open_val, precomputed
 from run.estimate import Plan
 from run.latent_stats import measure_once
 from run.load import REGISTRIES, Loaded, Source, build_pair, build_tokenizer_task, read_weights
+from run.sharing import readable
 from tokenizer.task import TokenizerTask
 
 SMALL_SET = 50_000  # pictures; the published recipes are made for 1.28 million
@@ -65,6 +66,8 @@ def _train(config: RunConfig, inputs: Inputs, world: dist.World, about: dict[str
         task, provenance = _generator_task(config, sources, source, world)
     if isinstance(source, ListedSource):
         provenance["data_contents"] = world.on_main(source.contents)
+    if commits := {s: c for s, weights in sources.items() if (c := hub.commit_of(weights.path))}:
+        provenance["commits"] = commits
     initial_ema = _start(config, task, sources)
     for weights in sources.values():
         weights.close()
@@ -189,7 +192,7 @@ def _generator_task(
         assert pictures is not None  # see run.data.needed_val
         measure_once(config, tokenizer, pictures, world)
     task = pair.task(source.num_classes, config.sample)
-    task.class_names = source.class_names
+    task.class_names = readable(source.class_names)
     return task, {"tokenizer_fingerprint": tokenizer.fingerprint, "tokenizer": config.tokenizer}
 
 

@@ -50,7 +50,7 @@ whole NNODES "$NNODES" 1 100000
 whole NODE_RANK "$NODE_RANK" 0 "$((NNODES - 1))"
 
 for word in "$@"; do
-    case "$word" in --check | --dry-run) NPROC=1 NNODES=1 ;; esac # questions, which one process answers
+    case "$word" in --check | --dry-run | --list-labels) NPROC=1 NNODES=1 ;; esac # questions, which one process answers
 done
 if [ "$NPROC" = 1 ] && [ "$NNODES" = 1 ]; then
     exec "$PYTHON" -m "$program" "$@"

@@ -17,6 +17,7 @@ sample.scale=..., sample.guide=... (with sample.guidance=auto) and sample.steps=
 stage was there and adds <index>_<label>_stages.png and .webp (--preview gif: a .gif too); stages.png has the first.
 --layout PICTURE --layout-groups N: all pictures begin with the codes of the first N stages of that picture.
 sample.shared=N: they begin with the first N codes of picture 0.
+--list-labels prints the classes that GENERATOR knows; ImageNet's names are known without its pictures.
 Several GPUs: bash run_sample.sh, see scripts/launch.sh.
 """
 
@@ -39,8 +40,9 @@ def main(arguments: list[str]) -> int:
         "--weights", help="the generator, where no config or run is named first; or other weights for it"
     )
     parser.add_argument("--tokenizer", help="its weights, for a released generator")
-    parser.add_argument("--labels", required=True)
-    parser.add_argument("--out", required=True)
+    parser.add_argument("--labels", help="needed, as --out is")
+    parser.add_argument("--out")
+    parser.add_argument("--list-labels", action="store_true", help="print the classes with their names, and stop")
     parser.add_argument("--num", type=int, help="pictures in all (default: at least 16, as many of each label)")
     parser.add_argument("--seed", type=int)
     parser.add_argument("--batch", type=int, default=32, help="pictures at once per GPU (default 32)")
@@ -74,13 +76,19 @@ def main(arguments: list[str]) -> int:
 
     from core import dist, launch
     from run.sample import Request, sample
-    from run.target import read_target
+    from run.target import list_labels, read_target
 
+    if not options.list_labels:
+        for name in ("labels", "out"):
+            if not getattr(options, name):
+                parser.error(f"the following arguments are required: --{name}")
     request = Request(**{field.name: getattr(options, field.name) for field in dataclasses.fields(Request)})
     request.check()
-    silent = options.check or not launch.speaks()
+    silent = options.check or options.list_labels or not launch.speaks()
     chosen = read_target(target, overrides, (lambda _: None) if silent else print)
-    if options.check:
+    if options.list_labels:
+        print(list_labels(chosen))
+    if options.check or options.list_labels:
         return 0
     world = dist.start(chosen.config.train.device, chosen.config.train.rank_timeout)
     try:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import http.server
 import json
 import threading
@@ -18,17 +19,22 @@ class FakeHub:
     def __init__(self) -> None:
         self.files: dict[str, bytes | tuple[int, str]] = {}
         self.asked: list[tuple[str, str]] = []
+        self.tokens: list[str] = []
+        self.refuses = 0  # status with which nothing is taken
         self.address = ""
 
     def answer(self, request: http.server.BaseHTTPRequestHandler) -> None:
         where = request.path.lstrip("/").split("?")[0]
+        if request.command == "POST":
+            length = int(request.headers.get("Content-Length") or 0)
+            return self._take(request, where, request.rfile.read(length))
         if where.startswith("api/models/"):
             owner, name = where.split("/")[2:4]
             body = json.dumps(
                 [
                     {"type": "file", "path": f.removeprefix(f"{owner}/{name}/"), "size": 1, "oid": "0" * 40}
                     for f, content in self.files.items()
-                    if isinstance(content, bytes)
+                    if isinstance(content, bytes) and f.startswith(f"{owner}/{name}/")
                 ]
             ).encode()
             return self._send(request, 200, body, {"Content-Type": "application/json"})
@@ -41,6 +47,27 @@ class FakeHub:
             return self._send(request, found[0], b"", {"X-Error-Code": found[1], "X-Error-Message": "no"})
         self._send(request, 200, found, {"ETag": f'"{"a" * 40}"', "X-Repo-Commit": "c" * 40})
         return None
+
+    def _take(self, request: http.server.BaseHTTPRequestHandler, where: str, body: bytes) -> None:
+        """What a client does that publishes; `tokens` lists who it said it was."""
+        self.tokens.append(request.headers.get("Authorization", ""))
+        if self.refuses:
+            return self._send(request, self.refuses, b'{"error": "no"}', {"Content-Type": "application/json"})
+        answer: dict = {}
+        if where == "api/repos/create":
+            name = json.loads(body)
+            answer = {"url": f"{self.address}/{name.get('organization')}/{name['name']}"}
+        elif "/preupload/" in where:
+            paths = [file["path"] for file in json.loads(body)["files"]]
+            answer = {"files": [{"path": p, "uploadMode": "regular", "shouldIgnore": False} for p in paths]}
+        elif "/commit/" in where:
+            repository = "/".join(where.split("/")[2:4])
+            for line in map(json.loads, body.decode().splitlines()):
+                if line["key"] == "file":
+                    value = line["value"]
+                    self.files[f"{repository}/{value['path']}"] = base64.b64decode(value["content"])
+            answer = {"commitUrl": f"{self.address}/{repository}/commit/{'d' * 40}", "commitOid": "d" * 40}
+        return self._send(request, 200, json.dumps(answer).encode(), {"Content-Type": "application/json"})
 
     def _send(
         self, request: http.server.BaseHTTPRequestHandler, status: int, body: bytes, headers: dict[str, str]
@@ -61,7 +88,7 @@ def serving() -> Iterator[FakeHub]:
         def do_GET(self):
             fake.answer(self)
 
-        do_HEAD = do_GET
+        do_HEAD = do_POST = do_GET
 
         def log_message(self, *_):
             pass

@@ -1,7 +1,8 @@
 """One network in one file of ours: safetensors whose header says what it is.
 
 Tensors lie under our names; what is used is plain, raw weights beside averaged ones start with "raw/", latent statistics
-with "constants/". The header's entry "tessera" is JSON: kind, settings (name and constructor arguments), provenance.
+with "constants/". The header's entry "tessera" is JSON: kind, settings (name and constructor arguments), provenance, and
+what else one wants to know of the weights (run/sharing.py): class names, preprocessing, the paired tokenizer, results.
 Anyone can read the tensors with the safetensors library alone. Nothing is pickled.
 """
 
@@ -33,6 +34,7 @@ class WeightFile:
     raw: dict[str, Tensor] = field(default_factory=dict)  # empty: `weights` are raw, or the only ones kept
     constants: dict[str, Tensor] = field(default_factory=dict)
     provenance: dict[str, Any] = field(default_factory=dict)
+    about: dict[str, Any] = field(default_factory=dict)  # {} in files of earlier versions
 
 
 def replace_with(path: str | os.PathLike, write: Callable[[Path], object], overwrite: bool = False) -> None:
@@ -67,14 +69,19 @@ def save(path: str | os.PathLike, content: WeightFile, overwrite: bool = False) 
         **{RAW + name: t for name, t in content.raw.items()},
         **{CONSTANTS + name: t for name, t in content.constants.items()},
     }
-    about = {"kind": content.kind, "settings": content.settings, "provenance": content.provenance}
+    header = {
+        "kind": content.kind,
+        "settings": content.settings,
+        "provenance": content.provenance,
+        **({"about": content.about} if content.about else {}),
+    }
     replace_with(
-        path, lambda place: save_file(unshared(tensors), place, {KEY: json.dumps(about, sort_keys=True)}), overwrite
+        path, lambda place: save_file(unshared(tensors), place, {KEY: json.dumps(header, sort_keys=True)}), overwrite
     )
 
 
-def read(path: str | os.PathLike) -> WeightFile | None:
-    """The contents, mapped from disk; None when this is not such a file."""
+def read_header(path: str | os.PathLike) -> WeightFile | None:
+    """What such a file says of itself, without its tensors; None when this is not such a file."""
     if Path(path).suffix != ".safetensors":
         return None
     from safetensors import SafetensorError, safe_open
@@ -89,11 +96,14 @@ def read(path: str | os.PathLike) -> WeightFile | None:
         return None
     try:
         about = json.loads(about)
-        content = WeightFile(about["kind"], about["settings"], {}, provenance=about["provenance"])
+        content = WeightFile(
+            about["kind"], about["settings"], {}, provenance=about["provenance"], about=about.get("about", {})
+        )
         if (
             content.kind not in ("tokenizer", "generator")
             or not isinstance(content.settings.get("name"), str)
             or not isinstance(content.provenance, dict)
+            or not isinstance(content.about, dict)
         ):
             raise ValueError("kind, settings with a name, and provenance were expected")
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
@@ -101,6 +111,14 @@ def read(path: str | os.PathLike) -> WeightFile | None:
             f'{path}: its header entry "{KEY}" is not what Tessera writes ({error}). Make the file again with '
             "convert.py."
         ) from error
+    return content
+
+
+def read(path: str | os.PathLike) -> WeightFile | None:
+    """The contents, mapped from disk; None when this is not such a file."""
+    content = read_header(path)
+    if content is None:
+        return None
     for name, tensor in read_tensors(path).items():
         prefix = next((p for p in (RAW, CONSTANTS) if name.startswith(p)), "")
         {RAW: content.raw, CONSTANTS: content.constants, "": content.weights}[prefix][name.removeprefix(prefix)] = (

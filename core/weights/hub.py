@@ -1,6 +1,7 @@
 """From a reference that a user types to a file on this machine, and from a file to tensors.
 
-    hf://owner/repo/folder/file.pt     a file of a Hugging Face repository; hf://owner/repo@revision/... of one revision
+    hf://owner/repo/folder/file.pt     a file of a Hugging Face repository; hf://owner/repo@revision/... of one revision;
+                                       hf://owner/repo its only file of weights, or tokenizer.safetensors where one is asked for
     https://host/file.safetensors      any file on the web
     name.safetensors                   a file in pretrained_models/
     path/to/file, work_dirs/my_run     a file, or the newest good checkpoint of a run
@@ -31,8 +32,9 @@ from core import launch
 from core.errors import UserError, nearest
 from core.files import explain_os_errors, read_json, refuse_device, refuse_text, replacing, require_space
 from core.train.checkpoint import MANIFEST, CheckpointStore, find_damage, read_tensors
+from core.weights import released
 from core.weights.pickles import load_pickle
-from core.weights.released import in_hub_cache, put
+from core.weights.released import hub_cache_folder, in_hub_cache, put
 
 CACHE = Path("pretrained_models")  # where downloads go and bare names are looked up
 WEIGHTS = (".safetensors", ".pt", ".pth", ".ckpt", ".bin", ".tar")  # how files of weights end
@@ -69,19 +71,20 @@ def is_offline() -> bool:
     return any(value.lower() in ("1", "true", "yes", "on") for value in values)
 
 
-def resolve(reference: str, to: Path | None = None) -> Path:
+def resolve(reference: str, to: Path | None = None, kind: str | None = None) -> Path:
     """The file (or checkpoint folder) that `reference` stands for, downloaded first if need be.
 
     Args:
         reference: one of the forms in this file's docstring.
         to: where a download goes instead of pretrained_models/.
+        kind: "tokenizer" or "generator", where it decides between the files of a folder or a repository.
     """
     scheme, separator, rest = reference.partition("://")
     if not separator:
         path = _local(reference)
-        return _newest_checkpoint(path) if path.is_dir() else path
+        return _newest_checkpoint(path, kind) if path.is_dir() else path
     if scheme == "hf":
-        return _from_hugging_face(reference, rest, to)
+        return _from_hugging_face(reference, rest, to, kind)
     if scheme == "https":
         return _from_web(reference, to)
     if scheme == "http":
@@ -97,8 +100,9 @@ def _local(reference: str) -> Path:
     if path.exists():
         refuse_device(path)
         return path
-    if path.name == reference and (CACHE / reference).exists():
-        return CACHE / reference
+    for cache in () if path.is_absolute() else (CACHE, released.ROOT / CACHE):
+        if (cache / path).exists():
+            return cache / path
     folder = path.parent
     while not folder.exists():
         folder = folder.parent
@@ -112,7 +116,7 @@ def _near(name: str, *folders: Path) -> str:
     return nearest(name, {entry.name for folder in folders if folder.is_dir() for entry in folder.iterdir()})
 
 
-def _newest_checkpoint(path: Path) -> Path:
+def _newest_checkpoint(path: Path, kind: str | None) -> Path:
     if (path / MANIFEST).exists():
         problems = find_damage(path)
         if problems:
@@ -122,6 +126,8 @@ def _newest_checkpoint(path: Path) -> Path:
     checkpoint = CheckpointStore(folder).latest(clean=False)  # the run may be alive: only look
     if checkpoint is not None:
         return checkpoint.path
+    if kind and (path / f"{kind}.safetensors").is_file():
+        return path / f"{kind}.safetensors"
     if weights := _first_weights(path):
         return _taken(path, *weights)
     raise UserError(f"{path} is a folder without checkpoints{_instead(path)}")
@@ -182,13 +188,14 @@ def _require_online(reference: str, url: str, target: Path) -> None:
         )
 
 
-def _from_hugging_face(reference: str, rest: str, to: Path | None) -> Path:
+def _from_hugging_face(reference: str, rest: str, to: Path | None, kind: str | None) -> Path:
     parts = rest.split("/")
-    if len(parts) < 3 or any(part in ("", ".", "..") for part in parts):
+    if len(parts) < 2 or any(part in ("", ".", "..") for part in parts):
         raise UserError(f'"{reference}" should read hf://owner/repository/path/of/file.')
     owner, (name, _, revision), filename = parts[0], parts[1].partition("@"), "/".join(parts[2:])
     repository, revision = f"{owner}/{name}", revision or "main"
     folder = CACHE / owner / parts[1]
+    filename = filename or _weights_in(reference, repository, revision, folder, kind)
     target = to or folder / filename
     if target.exists():
         return target
@@ -202,11 +209,53 @@ def _from_hugging_face(reference: str, rest: str, to: Path | None) -> Path:
     return target
 
 
+def _weights_in(reference: str, repository: str, revision: str, folder: Path, kind: str | None) -> str:
+    """The one file of a repository that an address without a file means; UserError that lists them where it is open."""
+    if is_offline():
+        cached = hub_cache_folder(repository, revision)
+        places = [place for place in (folder, cached) if place and place.is_dir()]
+        names = [f.relative_to(p).as_posix() for p in places for f in p.rglob("*") if f.is_file()]
+    else:
+        from huggingface_hub import HfApi
+
+        try:
+            names = HfApi(endpoint=_endpoint()).list_repo_files(repository, revision=revision)
+        except Exception as error:  # any of the library's, of its HTTP client's or of the network
+            reason = _reason(error, repository, revision)
+            raise UserError(f"{reference}: its files could not be listed: {reason}.") from error
+    weights = sorted({name for name in names if name.endswith(WEIGHTS) and not name.startswith(".cache/")})
+    if kind and f"{kind}.safetensors" in weights:
+        return f"{kind}.safetensors"
+    if len(weights) == 1:
+        return weights[0]
+    if not weights:
+        where = "on this machine, and downloads are switched off" if is_offline() else "in it"
+        raise UserError(f"{reference}: there is no file of weights {where}.")
+    listed = "\n".join(f"  hf://{repository}{'' if revision == 'main' else '@' + revision}/{name}" for name in weights)
+    raise UserError(f"{reference} holds {len(weights)} files of weights; name one:\n{listed}")
+
+
+def _endpoint() -> str:
+    return os.environ.get("HF_ENDPOINT", "https://huggingface.co").rstrip("/")
+
+
+def commit_of(path: Path) -> str | None:
+    """The commit of the repository that a downloaded file is from; None for other files."""
+    parts = path.absolute().parts
+    if "snapshots" in parts[:-1]:
+        return parts[parts.index("snapshots") + 1]
+    for folder in path.absolute().parents:
+        note = folder / ".cache" / "huggingface" / "download" / f"{path.absolute().relative_to(folder)}.metadata"
+        if note.is_file():
+            return note.read_text().split("\n")[0].strip() or None
+    return None
+
+
 def _ask_hugging_face(
     reference: str, repository: str, revision: str, filename: str, folder: Path, target: Path
 ) -> None:
     """Download into `target` through `folder`; UserError in one sentence, at once, where that cannot be."""
-    endpoint = os.environ.get("HF_ENDPOINT", "https://huggingface.co").rstrip("/")
+    endpoint = _endpoint()
     url = f"{endpoint}/{repository}/resolve/{revision}/{filename}"
     _require_online(reference, url, target)
     try:
@@ -229,6 +278,8 @@ def _ask_hugging_face(
             f"{reference} could not be downloaded: {reason}{hint or ','} or download {url} by hand and copy it "
             f"to {target}."
         ) from error
+    if launch.speaks() and (commit := commit_of(folder / filename)):
+        print(f"{reference}: of commit {commit}", file=sys.stderr, flush=True)
     if target != folder / filename:
         put(folder / filename, target)
 

@@ -180,12 +180,12 @@ def find(reference: str | Path) -> Released | None:
     return next((f for f in table() if name == f.reference or Path(name).name == f.name), None)
 
 
-def resolve(reference: str) -> Path:
+def resolve(reference: str, kind: str | None = None) -> Path:
     """core.weights.hub.resolve, which here also says how to fetch a released file that is missing."""
     from core.weights import hub  # with torch
 
     try:
-        return hub.resolve(reference)
+        return hub.resolve(reference, kind=kind)
     except UserError:
         file = None if "://" in reference or Path(reference).exists() else find(reference)
         if file is None:
@@ -230,12 +230,17 @@ def in_torch_cache(name: str) -> Path | None:
 
 def in_hub_cache(repository: str, filename: str, revision: str = "main") -> Path | None:
     """A file that huggingface_hub, and so timm or transformers, has downloaded into its own cache."""
+    file = hub_cache_folder(repository, revision) / filename
+    return file if file.is_file() else None
+
+
+def hub_cache_folder(repository: str, revision: str = "main") -> Path:
+    """Where that cache keeps the files of a repository, whether they are there or not."""
     cache = os.environ.get("HF_HUB_CACHE") or _cache_folder("HF_HOME", "huggingface") / "hub"
     folder = Path(cache).expanduser() / f"models--{repository.replace('/', '--')}"
     reference = folder / "refs" / revision
     commit = reference.read_text().strip() if reference.is_file() else revision
-    file = folder / "snapshots" / commit / filename
-    return file if file.is_file() else None
+    return folder / "snapshots" / commit
 
 
 def find_package_file(requirement: str, path: str, sha256: str | None = None) -> Path:
