@@ -125,14 +125,14 @@ def _train(config: RunConfig, inputs: Inputs, world: dist.World, about: dict[str
     if unread := loader.left_out():
         tell(f"not read: {'; '.join(unread)}")
     if not code:
-        run.log(f"look at {run.path / page.PAGE}; next: {next_command(config)}")
+        run.log(f"look at {run.path / page.PAGE}; next: {next_command(config, source.num_classes)}")
     return code
 
 
-def next_command(config: RunConfig) -> str:
+def next_command(config: RunConfig, num_classes: int) -> str:
     """What to do with a finished run."""
     if config.task == "generator":
-        return f"bash run_sample.sh {config.run_dir} --labels 0-7 --out {config.run_dir / 'pictures'}"
+        return f"bash run_sample.sh {config.run_dir} --labels 0-{min(num_classes, 8) - 1} --out {config.run_dir / 'pictures'}"
     return f"bash run_eval_tokenizer.sh {config.run_dir}"
 
 

@@ -52,6 +52,7 @@ RULES = [
     Rule(r"bash run_(sample|pretokenize|eval_\w+|linear_probe|make_reference)\.sh", "--check"),
     Rule(r"bash run_download\.sh", "--dry-run"),
     Rule(r"bash run_report\.sh", ""),
+    Rule(r"bash run_publish\.sh", "--dry-run"),
     Rule(r"bash run_quickstart\.sh", "--help", "ten minutes; tests/run/test_quickstart.py runs the five with --smoke"),
     Rule(r"bash run_tests\.sh", "--help", "these are the tests"),
     Rule(r"bash run_gpu_check\.sh", "--help", "minutes on a GPU; tests/run/test_gpu_check.py rehearses it"),
