@@ -5,6 +5,6 @@ import sys
 from tests.gpu_path import memory, sampling, training
 
 if sys.argv[1:] == ["memory"]:
-    print(memory.table())
+    memory.print_table()
 else:
     print(sampling.table(), training.table(), sep="\n\n")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import multiprocessing
+
 from run.estimate import Plan
 from run.load import load_config
 from tests.conftest import ROOT
@@ -12,16 +14,19 @@ FOLDERS = ("rectok", "fqgan", "rear", "dar", "imagefolder")
 RECIPES = sorted(str(p.relative_to(ROOT)) for folder in FOLDERS for p in (ROOT / "configs" / folder).glob("*.yaml"))
 
 
-def table() -> str:
-    """Every recipe, one line each."""
-    lines = [
-        "| recipe | pictures at a time, per GPU | weights, gradients, AdamW, averages | frozen networks | most alive in "
-        "a step | sum, GiB |",
-        "|---|---|---|---|---|---|",
-    ]
-    for path in RECIPES:
-        plan = Plan(load_config(path, []), GPUS)
-        sizes = plan.memory.state, plan.memory.frozen, plan.memory.peak, plan.memory.total
-        held = " | ".join(f"{size / 2**30:.1f}" for size in sizes)
-        lines.append(f"| {path.removeprefix('configs/')} | {plan.micro} of {plan.per_gpu} | {held} |")
-    return "\n".join(lines)
+def _row(path: str) -> str:
+    plan = Plan(load_config(path, []), GPUS)
+    sizes = plan.memory.state, plan.memory.frozen, plan.memory.peak, plan.memory.total
+    held = " | ".join(f"{size / 2**30:.1f}" for size in sizes)
+    return f"| {path.removeprefix('configs/')} | {plan.micro} of {plan.per_gpu} | {held} |"
+
+
+def print_table(recipes: list[str] = RECIPES) -> None:
+    """Every recipe, one line each, in a process of its own: some networks are kept for the life of one."""
+    print(
+        "| recipe | pictures at a time, per GPU | weights and all that follows them | frozen | alive in a step | sum, GiB |"
+    )
+    print("|---|---|---|---|---|---|", flush=True)
+    with multiprocessing.get_context("fork").Pool(1, maxtasksperchild=1) as pool:
+        for row in pool.imap(_row, recipes, chunksize=1):
+            print(row, flush=True)
