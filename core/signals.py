@@ -10,12 +10,13 @@ to start the same command again.
 from __future__ import annotations
 
 import _thread
+import contextlib
 import os
 import signal
 import socket
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 REQUEUE_EXIT_CODE = 75  # EX_TEMPFAIL of sysexits.h: "try again later"
@@ -108,6 +109,20 @@ def ignore_signals() -> None:
     """For a process that is about to end with a code of its own."""
     for number in _SIGNALS:
         signal.signal(number, signal.SIG_IGN)
+
+
+@contextlib.contextmanager
+def undivided() -> Iterator[None]:
+    """A piece of work in the middle of which Stopped is not raised; what is heard meanwhile is raised, or handed on, behind it.
+
+    A mask of the main thread is not enough: the system then gives the signal to another thread, and Python's handler runs
+    in the main one all the same.
+    """
+    with StopRequest() as request:
+        yield
+    outer = StopRequest.innermost
+    if outer is not None and outer.at_once and (reason := request.requested()):
+        raise Stopped(reason)
 
 
 _wakeup: list[socket.socket] = []  # where signals arrive in the process that watches them

@@ -34,6 +34,7 @@ from core import dist
 from core.errors import UserError, lost_worker, nearest
 from core.files import human_bytes
 from core.rng import permutation
+from core.signals import undivided
 from core.specs import Batch, DataSource, Kinds, Sample
 from data.base import LeftOut
 from data.decode import UnreadablePicture
@@ -274,12 +275,13 @@ def _run(reader: _Reader, order: Iterable[list[Entry]], workers: int, pin: bool 
         **options,
     )
     atexit.register(closing.set)
-    mask = signal.pthread_sigmask(signal.SIG_BLOCK, _HELD)
     try:
-        batches = iter(loader)
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
-    try:
+        with undivided():  # half an iterator leaves workers behind, for which the end of this process would wait
+            mask = signal.pthread_sigmask(signal.SIG_BLOCK, _HELD)
+            try:
+                batches = iter(loader)
+            finally:
+                signal.pthread_sigmask(signal.SIG_SETMASK, mask)
         for batch in batches:
             if isinstance(batch, str):
                 raise UserError(batch)

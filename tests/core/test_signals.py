@@ -113,3 +113,13 @@ def test_a_signal_behind_the_end_changes_no_exit_code(name):
     """
     done = subprocess.run([sys.executable, "-c", textwrap.dedent(code)], cwd=ROOT, text=True, capture_output=True)
     assert (done.returncode, done.stdout, done.stderr) == (0, "done\n", "")
+
+
+def test_an_undivided_piece_is_finished_before_stopped_is_raised():
+    done = []
+    with StopRequest(at_once=True), pytest.raises(Stopped, match="SIGTERM"), signals.undivided():
+        signal.raise_signal(signal.SIGTERM)
+        done.append("finished")
+    with StopRequest() as loop, signals.undivided():
+        signal.raise_signal(signal.SIGUSR1)
+    assert done == ["finished"] and loop.requested() == "received SIGUSR1"
