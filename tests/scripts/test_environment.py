@@ -32,7 +32,7 @@ def repository(tmp_path) -> Path:
     """A copy of what an installation needs, without a .venv."""
     copy = tmp_path / "a repository"
     (copy / "scripts").mkdir(parents=True)
-    for name in ("environment.sh", "launch.sh"):
+    for name in ("environment.sh", "signals.sh", "launch.sh"):
         shutil.copy(ROOT / "scripts" / name, copy / "scripts" / name)
     (copy / "requirements.txt").write_text("nothing\n")
     return copy

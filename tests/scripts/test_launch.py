@@ -611,7 +611,7 @@ def test_a_signal_to_the_whole_group_spares_the_launcher(tmp_path):
 case "$*" in *--check*) exit 0 ;; esac
 kill -USR1 $$
 trap "exit 75" TERM
-(trap 'echo told >"{tmp_path}/rank"; exit 0' TERM; touch "{tmp_path}/there"; sleep 60 & wait) &
+(trap 'echo told >"{tmp_path}/rank"; exit 0' TERM; touch "{tmp_path}/there"; while :; do sleep 0.1; done) &
 wait; wait
 exit 75'''
     fake = program(tmp_path / "python", body)
