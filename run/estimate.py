@@ -89,13 +89,17 @@ class Plan:
         self.rehearsal = Rehearsal(trained, frozen, config.train.precision == "bf16")
         self.state = sum(self._state(name, network) for name, network in trained.items())
         self.frozen = 4.0 * sum(t.numel() for n in frozen for t in [*n.parameters(), *n.buffers()])
+        self.stage = STAGE
         self.step = self._step(self.micro)
+        if trained.keys() - self.step.forward.keys():  # a discriminator that begins later
+            self.stage = 1.0
+            self.step = self._step(self.micro)
         self.costs = [
             Cost(
                 name,
                 _count(network.parameters()),
                 _count(p for p in network.parameters() if p.requires_grad),
-                self.step.forward[name] / self.micro,
+                self.step.forward.get(name, 0.0) / self.micro,
             )
             for name, network in trained.items()
         ]
@@ -126,7 +130,7 @@ class Plan:
     def _phases(self, networks: dict[str, Any], batch: Batch) -> Iterator[Phase]:
         train = self.config.train
         total = train.duration.images(IMAGENET, train.global_batch) or train.global_batch
-        step = max(1, round(STAGE * total / train.global_batch))
+        step = max(1, round(self.stage * total / train.global_batch))
         progress = Progress(step * train.global_batch, total, IMAGENET, step, train.global_batch)
         return self.task.phases(networks, batch, Draws(0, batch.positions), progress)
 

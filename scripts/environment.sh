@@ -80,6 +80,7 @@ else
     venv="$ROOT/.venv"
     PYTHON="$venv/bin/python"
     needed="requirements.txt${TESSERA_EXTRAS:+ requirements-extras.txt}${TESSERA_DEV:+ requirements-extras.txt requirements-dev.txt}"
+    if [ -n "$ASKS" ]; then needed=requirements.txt; fi
     missing=
     for file in $needed; do
         if [ "$(cat "$venv/$file.sha256" 2>/dev/null)" != "$(stamp "$file")" ]; then missing=yes; fi

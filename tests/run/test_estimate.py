@@ -123,6 +123,12 @@ def test_recipes_fit_their_hardware(path):
     )
 
 
+@pytest.mark.parametrize("system", ["fqgan", "imagefolder"])
+def test_discriminators_that_begin_late_are_counted(system):
+    plan = estimate.Plan(load_config(f"configs/quickstart/{system}/tokenizer.yaml", []), 1)
+    assert all(cost.forward_flops > 0 for cost in plan.costs) and "discriminator" in {cost.name for cost in plan.costs}
+
+
 def test_dry_run_compares_with_the_gpu(capsys):
     """What fits is the largest equal part of a GPU's pictures."""
     from scripts import train

@@ -17,6 +17,7 @@ from core.rng import Draws
 from core.specs import Progress, Recon
 from core.weights.released import Released, find_package_file
 from tokenizer.losses import DISCRIMINATORS
+from tokenizer.losses.dino_discriminator import SpectralConv1d
 from tokenizer.losses.discriminators import PatchGAN
 from tokenizer.losses.objective import Objective
 from tokenizer.losses.perceptual import Perceptual
@@ -173,6 +174,17 @@ def test_losses_are_fp32_under_autocast():
 # ---------------------------------------------------------------------------------------------------------------------
 # Discriminator
 # ---------------------------------------------------------------------------------------------------------------------
+def test_spectral_norm_is_fp32_under_autocast():
+    layer, twin = SpectralConv1d(8, 4, 3), SpectralConv1d(8, 4, 3)
+    twin.load_state_dict(layer.state_dict())
+    x = torch.randn(2, 8, 20, generator=torch.Generator().manual_seed(0))
+    expected = layer(x)
+    with torch.autocast("cpu", torch.bfloat16):
+        out = twin(x)
+    assert out.dtype == torch.bfloat16 and torch.equal(twin.weight_v, layer.weight_v)
+    torch.testing.assert_close(out.float(), expected, atol=0.02, rtol=0.02)
+
+
 def test_batchnorm_has_the_keys_of_torch_and_never_uses_running_statistics():
     keys = set(PatchGAN(ndf=4).state_dict())
     assert {"main.3.running_mean", "main.3.num_batches_tracked", "main.0.bias", "main.11.weight"} <= keys

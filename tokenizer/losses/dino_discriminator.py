@@ -19,6 +19,7 @@ from core.images import to_unit_range
 from core.limits import Count, Share, Whole
 from core.nn.frozen import Frozen
 from core.nn.lpips import helper_weights
+from core.nn.precision import no_autocast
 from core.nn.vit import VisionTransformer, ViTSize
 from core.rng import Draws
 from core.specs import Discriminator
@@ -91,11 +92,12 @@ class SpectralConv1d(nn.Conv1d):
 
     def forward(self, x: Tensor) -> Tensor:
         flat = self.weight_orig.flatten(1)
-        if self.training:
-            with torch.no_grad():
-                self._iterate(flat)
-        # copies, since the next forward before this one's backward changes the buffers
-        sigma = torch.dot(self.weight_u.clone(), flat @ self.weight_v.clone())
+        with no_autocast(x):  # nor is there a product of fp32 and bf16 on every device
+            if self.training:
+                with torch.no_grad():
+                    self._iterate(flat)
+            # copies, since the next forward before this one's backward changes the buffers
+            sigma = torch.dot(self.weight_u.clone(), flat @ self.weight_v.clone())
         return self._conv_forward(x, self.weight_orig / sigma, self.bias)
 
 
