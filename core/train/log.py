@@ -242,7 +242,10 @@ class _Trackio:
         try:
             import trackio  # pyright: ignore[reportMissingImports]
         except ImportError:
-            raise UserError("log.trackio=true needs the package trackio: pip install trackio") from None
+            raise UserError(
+                "log.trackio=true needs the package trackio: pip install trackio==0.43.0, then pip install -r"
+                " requirements.txt once more (trackio brings an older Pillow, whose crops differ by a grey level)"
+            ) from None
         self.library = trackio
         self.session = trackio.init(
             project=config.trackio_project, name=run.path.name, config=resolved, resume="allow", embed=False
