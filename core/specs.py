@@ -19,6 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from core.errors import UserError
 from core.rng import Draws
 
 
@@ -256,6 +257,29 @@ class Guidance:
         return dataclasses.replace(self, floor=0.0)
 
 
+@dataclass(frozen=True)
+class Kept:
+    """Latents of a picture that sampling leaves as they are, for editing.
+
+    Args:
+        values: (B or 1, ...) as the tokenizer's `spec` says.
+        mask: bool, True where they are kept; of codes (B or 1, L), of continuous latents (B or 1, 1, h, w).
+    """
+
+    values: Tensor
+    mask: Tensor
+
+    def codes(self, batch: int, length: int, branches: int) -> Tensor:
+        """(B, length, K) codes, NO_CODE where they are free; UserError where the shapes do not go together."""
+        shape, wanted = tuple(self.values.shape), (length, branches)
+        if self.values.ndim != 3 or shape[1:] != wanted or self.mask.shape[1:] != (length,):
+            raise UserError(
+                f"kept codes of shape {list(shape)} with a mask of shape {list(self.mask.shape)} do not fit sequences of "
+                f"{length} positions with {branches} codebook(s): give (B or 1, {length}, {branches}) and (B or 1, {length})."
+            )
+        return torch.where(self.mask[..., None], self.values, NO_CODE).expand(batch, -1, -1)
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Who implements what
 # ---------------------------------------------------------------------------------------------------------------------
@@ -373,6 +397,9 @@ class Generator(nn.Module, ABC):
     the data. The keyword arguments that `sample` takes beyond the three below are the keys of the config's `sample`
     section that this generator understands (steps, temperature, top_k ...) and what it can do while it samples:
     `on_codes` is called with all codes so far, `prefix` are codes to go on from.
+
+    Every `sample` takes `kept`, a `Kept`: those latents are in the result, bit for bit, and what is drawn beside them
+    heeds them as far as the order of this generator allows. `heeds` says how far.
     """
 
     models: type
@@ -398,6 +425,10 @@ class Generator(nn.Module, ABC):
     @abstractmethod
     def forward(self, latents: Tensor, labels: Tensor, draws: Draws, progress: Progress | None = None) -> Loss:
         """Training loss of a batch."""
+
+    def heeds(self) -> str:
+        """A sentence about which kept latents a new one is drawn by; "" for all of them."""
+        return ""
 
     @abstractmethod
     def sample(self, labels: Tensor, draws: Draws, guidance: Guidance = Guidance(), **options) -> Tensor:

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from core.errors import UserError
 from core.rng import Draws
-from core.specs import NO_CODE, Generator, Guidance
+from core.specs import NO_CODE, Generator, Guidance, Kept
 from generator.guidance import guide_logits, per_branch, scales
 
 
@@ -105,6 +105,8 @@ class CodeSampler:
         draws: one number per sample, position and codebook is taken from it, all at once.
         guidance: of kind "cfg". When active, logits come doubled: conditional rows, then unconditional ones.
         trace: receives (guided logits, probabilities), (B, V) fp32 each, of every call; for parity tests.
+        kept: codes that take the place of what is drawn.
+        shared: the first so many positions take the codes of the first sample, whatever the labels.
     """
 
     def __init__(
@@ -115,10 +117,15 @@ class CodeSampler:
         draws: Draws,
         guidance: Guidance,
         trace: list | None = None,
+        kept: Kept | None = None,
+        shared: int = 0,
     ):
         if guidance.kind != "cfg":
             raise UserError(f'sample.guidance: codes are guided by "cfg" only, not by "{guidance.kind}".')
-        self.guided, self.filters, self.trace = guidance.active, filters, trace
+        self.guided, self.filters, self.trace, self.shared = guidance.active, filters, trace, shared
+        self.forced = None  # (B, T, K), NO_CODE where a code is drawn
+        if kept is not None:
+            self.forced = kept.codes(len(labels), length, len(filters)).to(labels.device).contiguous()
         self.scales = scales(guidance, length, len(filters)).to(labels.device, non_blocking=True)  # (T, K)
         self.noise = draws.categorical("codes", (length, len(filters)))  # (B, T, K) or (B, T, K, V)
         self.sum = torch.zeros(
@@ -127,13 +134,16 @@ class CodeSampler:
 
     def settings(self) -> tuple:
         """What a recording of a step depends on, beside the numbers that `refill` replaces."""
-        return self.guided, self.filters, self.noise.shape, self.noise.dtype, self.trace is None
+        changes = self.shared, self.forced is None, self.trace is None
+        return self.guided, self.filters, self.noise.shape, self.noise.dtype, *changes
 
     def refill(self, other: CodeSampler) -> None:
-        """Scales, noise and trace of another one with the same settings, at the addresses of this one."""
+        """Scales, noise, kept codes and trace of another one with the same settings, at the addresses of this one."""
         self.scales.copy_(other.scales)
         self.noise.copy_(other.noise)
         self.sum.copy_(other.sum)
+        if self.forced is not None:
+            self.forced.copy_(other.forced)
         self.trace = other.trace
 
     def double(self, x: Tensor) -> Tensor:
@@ -151,11 +161,19 @@ class CodeSampler:
         self.sum.add_(p[:, 0])
         if self.trace is not None:
             self.trace.append((logits.float(), p))
-        return choose(p, self.noise.index_select(1, t)[:, 0, branch])
+        chosen = choose(p, self.noise.index_select(1, t)[:, 0, branch])
+        if self.shared:
+            chosen = torch.where(t < self.shared, chosen[:1], chosen)
+        return chosen if self.forced is None else keep(chosen, self.forced.index_select(1, t)[:, 0, branch])
 
     def mark(self, codes: Tensor) -> Tensor:
         """A copy of the codes (B, T, K) of a batch that is done, see `mark`."""
         return mark(codes, self.sum)
+
+
+def keep(chosen: Tensor, forced: Tensor) -> Tensor:
+    """Codes as `forced` has them, and as they were drawn where that is NO_CODE; of equal shape."""
+    return torch.where(forced == NO_CODE, chosen, forced)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

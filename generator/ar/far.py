@@ -26,7 +26,7 @@ from core.nn.kvcache import KVCache
 from core.nn.norms import RMSNorm
 from core.nn.rope import Rope, axial_rope, line_rope, with_class_row
 from core.rng import Draws, derive
-from core.specs import Codes, Guidance, LatentSpec, Loss, Progress
+from core.specs import Codes, Guidance, Kept, LatentSpec, Loss, Progress
 from generator.ar import rear as rear_module
 from generator.ar.decode import Recordings, decode, uncompiled
 from generator.ar.llama import decode_blocks, ffn_width, init_weights, make_blocks, normed, run_blocks
@@ -236,6 +236,7 @@ class FAR(Regularised):
         top_k: int | list[int] = 0,
         top_p: float | list[float] = 1.0,
         *,
+        kept: Kept | None = None,
         prefix: Tensor | None = None,
         shared: int = 0,
         on_codes: Callable[[Tensor], None] | None = None,
@@ -248,6 +249,7 @@ class FAR(Regularised):
 
         Args:
             temperature, top_k, top_p: of every codebook, or one each; 1, 0 and 0 (or 1) do nothing, temperature 0 is greedy.
+            kept: see core.specs.Kept. Positions come in their order: a code is drawn by those before it alone.
             prefix: (B or 1, n, K) codes that the sequences begin with, in place of what would be sampled there.
             shared: the first so many positions take the codes of the first sample, whatever the labels.
             on_codes: called with the codes so far, (B, t, K), when t of them are there; it may start work on the device.
@@ -258,12 +260,12 @@ class FAR(Regularised):
         """
         device, length = labels.device, length or self.length
         chosen = filters(self.branches, temperature, top_k, top_p)
-        sampler = CodeSampler(labels, length, chosen, draws, guidance, trace)
-        both = sampler.labels(labels, self.cls_embedding.null(labels))
-        codes = torch.zeros(len(labels), length, self.branches, dtype=torch.int64, device=device)
-        forced = self._forced(prefix, length, device)
         if not 0 <= shared <= length:
             raise UserError(f"{shared} shared positions in a sequence of {length}: give 0 to {length}.")
+        kept = kept or self._begun(prefix, length)
+        sampler = CodeSampler(labels, length, chosen, draws, guidance, trace, kept, shared)
+        both = sampler.labels(labels, self.cls_embedding.null(labels))
+        codes = torch.zeros(len(labels), length, self.branches, dtype=torch.int64, device=device)
 
         if not cached:
             for index in range(length):
@@ -273,21 +275,28 @@ class FAR(Regularised):
                     known = [
                         self._module("tok_embeddings", j)(sampler.double(codes[:, index, j]))[:, None] for j in range(k)
                     ]
-                    codes[:, index, k] = settle(
-                        t, sampler(self.logits(self.head(states, known)[:, 0, k], k), t, k), k, shared, forced
-                    )
+                    codes[:, index, k] = sampler(self.logits(self.head(states, known)[:, 0, k], k), t, k)
                 if on_codes:
                     on_codes(codes[:, : index + 1])
             return sampler.mark(codes)
         static = device.type == "cuda" if static is None else static
         weights = self.weights(self.norm.weight)
-        key = (sampler.settings(), length, shared, None if forced is None else forced.shape, static, device)
-        decoding = self.kept(key, lambda: Decoding(self, weights, sampler, length, shared, forced, static))
-        decoding.begin(both, sampler, forced)
+        key = (sampler.settings(), length, static, device)
+        decoding = self.kept(key, lambda: Decoding(self, weights, sampler, length, static))
+        decoding.begin(both, sampler)
         decode(decoding.step, 0, length, on_codes and (lambda done: on_codes(decoding.codes[:, 1 : done + 1])))
         return decoding.sampler.mark(decoding.codes[:, 1:])
 
-    def _forced(self, prefix: Tensor | None, length: int, device: torch.device) -> Tensor | None:
+    def heeds(self) -> str:
+        if self.grid is None:
+            return "Codes are drawn one after another: a kept code is heeded by the later ones alone."
+        return (
+            "Codes are drawn row by row: what is kept below a masked place, or to the right of it in its row, is not yet "
+            "seen when that place is drawn."
+        )
+
+    def _begun(self, prefix: Tensor | None, length: int) -> Kept | None:
+        """A prefix as kept codes."""
         if prefix is None or prefix.shape[1] == 0:
             return None
         if prefix.ndim != 3 or prefix.shape[2] != self.branches or prefix.shape[1] > length:
@@ -295,17 +304,8 @@ class FAR(Regularised):
                 f"a prefix of shape {list(prefix.shape)} cannot begin sequences of {length} positions with "
                 f"{self.branches} codebook(s): give (B or 1, up to {length}, {self.branches})."
             )
-        return prefix.to(device)
-
-
-def settle(t: Tensor, chosen: Tensor, k: int, shared: int, forced: Tensor | None) -> Tensor:
-    """What becomes of the codes (B,) drawn for codebook k of position t; `shared` and `forced` as in FAR.sample."""
-    if shared:
-        chosen = torch.where(t < shared, chosen[:1], chosen)
-    if forced is not None:
-        wanted = forced[:, :, k].index_select(1, t.clamp_max(forced.shape[1] - 1))[:, 0]
-        chosen = torch.where(t < forced.shape[1], wanted, chosen)
-    return chosen
+        known = prefix.shape[1]
+        return Kept(F.pad(prefix, (0, 0, 0, length - known)), torch.arange(length, device=prefix.device)[None] < known)
 
 
 class Decoding:
@@ -317,18 +317,8 @@ class Decoding:
         sampler: whose tensors are refilled by `begin`; the rest as in FAR.sample.
     """
 
-    def __init__(
-        self,
-        model: FAR,
-        weights: Weights,
-        sampler: CodeSampler,
-        length: int,
-        shared: int,
-        forced: Tensor | None,
-        static: bool,
-    ):
-        self.sampler, self.shared, self.branches, self.dtype = sampler, shared, model.branches, weights.dtype
-        self.forced = None if forced is None else forced.clone()
+    def __init__(self, model: FAR, weights: Weights, sampler: CodeSampler, length: int, static: bool):
+        self.sampler, self.branches, self.dtype = sampler, model.branches, weights.dtype
         part = {name: weights.copy(getattr(model, name)) for name in ("layers", "ar_head", "norm", "aggregation_layer")}
         self.layers, self.head, self.norm, self.aggregate = part.values()
         self.tables = [model._module("tok_embeddings", k).weight for k in range(self.branches)]
@@ -351,13 +341,11 @@ class Decoding:
         self.start = torch.zeros(self.streams, samples, model.size["width"], dtype=weights.dtype, device=device)
         self.step = Recordings(self._step, self.cache)
 
-    def begin(self, labels: Tensor, sampler: CodeSampler, forced: Tensor | None) -> None:
+    def begin(self, labels: Tensor, sampler: CodeSampler) -> None:
         """The batch that the steps are about; labels (2B,) or (B,)."""
         self.start.copy_(self.classes(labels).view_as(self.start))
         if sampler is not self.sampler:
             self.sampler.refill(sampler)
-        if forced is not None:
-            self.forced.copy_(forced)
 
     def _embed(self, codes: Tensor, k: int) -> Tensor:
         return F.embedding(codes, self.tables[k]).to(self.dtype)
@@ -373,7 +361,7 @@ class Decoding:
             self.head_cache.start = k  # known here: nothing on the device has to be told
             x = decode_blocks(self.head, x, self.rope[k], self.head_cache.open())
             logits = self.outputs[k](normed(x, self.norm)).float()
-            chosen.append(settle(t, self.sampler(logits, t, k), k, self.shared, self.forced))  # (B,)
+            chosen.append(self.sampler(logits, t, k))  # (B,)
             if k + 1 < self.branches:
                 x = self._embed(chosen[-1], k).repeat(self.streams, 1)
         self.codes.index_copy_(1, t + 1, torch.stack(chosen, -1)[:, None])

@@ -31,7 +31,7 @@ from core.nn.mlp import MLP
 from core.nn.norms import modulate
 from core.nn.precision import no_autocast
 from core.rng import Draws
-from core.specs import Codes, Guidance, LatentSpec, Loss, Progress
+from core.specs import Codes, Guidance, Kept, LatentSpec, Loss, Progress
 from generator.ar import rear as rear_module
 from generator.ar.decode import Recordings, decode, uncompiled
 from generator.ar.llama import run_blocks
@@ -249,6 +249,7 @@ class RAR(Regularised):
         top_k: int = 0,
         top_p: float = 1.0,
         *,
+        kept: Kept | None = None,
         cached: bool = True,
         static: bool | None = None,
         trace: list | None = None,
@@ -258,22 +259,29 @@ class RAR(Regularised):
         Args:
             guidance: parity: a scale between 0 and 1 mixes; 0 is none.
             temperature, top_k, top_p: 1, 0 and 0 (or 1) do nothing, temperature 0 is greedy.
+            kept: see core.specs.Kept. A network trained in all orders (`permute`) takes what all samples keep first, so
+                that every other code is drawn by all of it; otherwise the order stays raster.
             cached: False computes the whole sequence anew for every code, as a reference.
             static: fixed shapes, so that a step is one CUDA graph; default on a GPU.
             trace: see CodeSampler.
         """
         device, length = labels.device, self.length
         chosen = filters(1, temperature, top_k, top_p)
-        sampler = CodeSampler(labels, length, chosen, draws, guidance.mixing(), trace)
+        order = None
+        if kept is not None and self.permute is not None:
+            order = (~kept.mask.all(0)).to(device).int().argsort(stable=True)  # (N,) place of the p-th code
+            kept = Kept(kept.values.to(device)[:, order], kept.mask.to(device)[:, order])
+        sampler = CodeSampler(labels, length, chosen, draws, guidance.mixing(), trace, kept)
         both = sampler.labels(labels, torch.full_like(labels, self.num_classes))
         codes = torch.zeros(len(labels), length, dtype=torch.int64, device=device)
         if not cached:
             for index in range(length):
-                x, condition = self.slots(sampler.double(codes[:, :index]), both)
+                places = None if order is None else order.expand(len(both), -1)
+                x, condition = self.slots(sampler.double(codes[:, :index]), both, places)
                 x = run_blocks(self.blocks, x, condition)[:, -1:]
                 logits = self.logits(x, condition[:, -1:])[:, 0]
                 codes[:, index] = sampler(logits, torch.full((1,), index, device=device))
-            return sampler.mark(codes[..., None])
+            return sampler.mark(raster(codes, order)[..., None])
         static = device.type == "cuda" if static is None else static
         weights = self.weights(self.lm_head.weight)
         classes, rows = distinct(labels, self.num_classes)  # adaptive norms depend on class and slot alone
@@ -282,11 +290,26 @@ class RAR(Regularised):
             classes = torch.cat((classes, classes.new_full((1,), self.num_classes)))
         with no_autocast(labels):
             decoding = self.kept(
-                (sampler.settings(), len(classes), static, device),
-                lambda: Decoding(self, weights, sampler, len(classes), static),
+                (sampler.settings(), len(classes), order is None, static, device),
+                lambda: Decoding(self, weights, sampler, len(classes), static, order),
             )
+            if order is not None:
+                decoding.positions.copy_(decoding.positions_of(self, order))
             decoding.run(both, classes, rows, sampler)
-            return decoding.sampler.mark(decoding.slots[: len(labels), 2:, None])
+            return decoding.sampler.mark(raster(decoding.slots[: len(labels), 2:], order)[..., None])
+
+    def heeds(self) -> str:
+        if self.permute is not None:
+            return "The kept codes come first, an order that the network knows from the earlier part of its training."
+        return (
+            "The network knows one order, row by row: what is kept below a masked place, or to the right of it in its row, "
+            "is not yet seen when that place is drawn."
+        )
+
+
+def raster(codes: Tensor, order: Tensor | None) -> Tensor:
+    """Codes (B, N) of the places `order` (N,), put at their places."""
+    return codes if order is None else codes[:, order.argsort()]
 
 
 def distinct(labels: Tensor, num_classes: int) -> tuple[Tensor, Tensor]:
@@ -312,9 +335,18 @@ class Decoding:
         weights: the network's, in the precision of the products.
         sampler: whose tensors are refilled by `run`.
         classes: U, how many different ones a batch has.
+        order: (N,) the place of the p-th code; None: raster. With one `positions` is written anew for every batch.
     """
 
-    def __init__(self, model: RAR, weights: Weights, sampler: CodeSampler, classes: int, static: bool):
+    def __init__(
+        self,
+        model: RAR,
+        weights: Weights,
+        sampler: CodeSampler,
+        classes: int,
+        static: bool,
+        order: Tensor | None = None,
+    ):
         self.sampler = sampler
         self.blocks, self.lm_head = weights.copy(model.blocks), weights.copy(model.lm_head)
         last = nn.LayerNorm(model.size.width, eps=1e-6, elementwise_affine=False)
@@ -323,7 +355,10 @@ class Decoding:
         device, rows = sampler.noise.device, sampler.noise.shape[0] * (2 if sampler.guided else 1)
         # The learned token is one more row of the table.
         self.embeddings = weights.derive("embeddings", lambda: torch.cat((model.embeddings.weight, model.cls_token[0])))
-        self.positions = weights.derive("positions", lambda: self._positions(model))
+        if order is None:
+            self.positions = weights.derive("positions", lambda: self.positions_of(model))
+        else:
+            self.positions = self.positions_of(model, order)
         self.affine = [
             weights.derive(f"affine {index}", functools.partial(self._affine, block.attn))
             for index, block in enumerate(model.blocks)
@@ -345,10 +380,14 @@ class Decoding:
         self.step = Recordings(self._step, self.cache)
 
     @staticmethod
-    def _positions(model: RAR) -> Tensor:
+    def positions_of(model: RAR, order: Tensor | None = None) -> Tensor:
         """(N + 1, D): what is added to the input of every slot that predicts or comes before."""
-        target = F.pad(model.target_aware_pos_embed[0, 2 : 2 + model.length], (0, 0, 1, 0))
-        return model.pos_embed[0, : model.length + 1] + target
+        if order is None:
+            target, own = slice(2, 2 + model.length), slice(0, model.length + 1)
+        else:
+            target, own = 2 + order, F.pad(2 + order[:-1], (2, 0))
+            own[1] = 1
+        return model.pos_embed[0, own] + F.pad(model.target_aware_pos_embed[0, target], (0, 0, 1, 0))
 
     @staticmethod
     def _affine(attention: Attention) -> Tensor:

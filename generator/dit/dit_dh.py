@@ -28,7 +28,7 @@ from core.nn.norms import RMSNorm, modulate
 from core.nn.precision import no_autocast
 from core.nn.rope import Rope, axial_rope
 from core.rng import Draws
-from core.specs import Chart, Continuous, Guidance, LatentSpec, Loss, Progress
+from core.specs import Chart, Continuous, Guidance, Kept, LatentSpec, Loss, Progress
 from core.train.parallel import compile_blocks
 from generator.dit import flow
 from generator.dit.flow import euler
@@ -228,11 +228,15 @@ class DiTDH(Sampled):
         guidance: Guidance = Guidance(),
         steps: int = 150,
         cuda_graph: bool | None = None,
+        *,
+        kept: Kept | None = None,
     ) -> Tensor:
         """Latents (B, C, h, w), fp32. `steps` counts the points of the time grid, so there are steps - 1 updates.
 
         cuda_graph: record a step once and replay it, also in later calls with as many labels; it spares small batches the
             launch of their kernels. None: on a GPU, up to RECORDED_BATCH labels.
+        kept: see core.specs.Kept. After every step these lie where their own path from the noise is by then, so that the
+            others are drawn by all of them.
         """
         if guidance.kind not in ("cfg", "auto"):
             raise UserError(f'guidance kind "{guidance.kind}" is not known.{nearest(guidance.kind, ["cfg", "auto"])}')
@@ -257,7 +261,25 @@ class DiTDH(Sampled):
         with no_autocast(labels):
             field = self.kept(key, make)
             field.begin(labels, times.tolist())
-            return euler(field, noise, times)
+            return euler(
+                field, noise, times, after=None if kept is None else self._on_path(kept, noise, float(times[-1]))
+            )
+
+    @staticmethod
+    def _on_path(kept: Kept, noise: Tensor, end: float) -> Callable[[Tensor, float], Tensor]:
+        """What puts kept latents on the straight line from their noise (B, C, h, w) to themselves, where they are at `end`."""
+        mask, values = kept.mask.to(noise.device), kept.values.to(noise.device).float()
+        if values.shape[1:] != noise.shape[1:] or mask.shape[1:] != (1, *noise.shape[2:]):
+            raise UserError(
+                f"kept latents of shape {list(values.shape)} with a mask of shape {list(mask.shape)}: give (B or 1, "
+                f"{', '.join(map(str, noise.shape[1:]))}) and (B or 1, 1, {noise.shape[2]}, {noise.shape[3]})."
+            )
+
+        def put(x: Tensor, time: float) -> Tensor:
+            path = values if time == end else time * values + (1 - time) * noise
+            return torch.where(mask, path, x)
+
+        return put
 
     @staticmethod
     def _ready(model: DiTDH, weights: Weights) -> nn.Module:

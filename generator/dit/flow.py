@@ -49,7 +49,11 @@ def target(data: Tensor, noise: Tensor) -> Tensor:
 
 
 def euler(
-    velocity: Callable[[Tensor, float], Tensor], x: Tensor, times: Tensor, trajectory: list[Tensor] | None = None
+    velocity: Callable[[Tensor, float], Tensor],
+    x: Tensor,
+    times: Tensor,
+    trajectory: list[Tensor] | None = None,
+    after: Callable[[Tensor, float], Tensor] | None = None,
 ) -> Tensor:
     """Euler's method.
 
@@ -58,11 +62,14 @@ def euler(
         x: state at times[0], fp32. It is updated in fp32 whatever precision `velocity` returns.
         times: (K,) fp32 on the CPU (then no step waits for the accelerator); K - 1 updates.
         trajectory: appended to, if given: the K states.
+        after: (state, its time) -> the state to go on from, called after every update.
     """
     if trajectory is not None:
         trajectory.append(x)
-    for now, after in itertools.pairwise(times.tolist()):
-        x = x + float(np.float32(after) - np.float32(now)) * velocity(x, now).float()
+    for now, then in itertools.pairwise(times.tolist()):
+        x = x + float(np.float32(then) - np.float32(now)) * velocity(x, now).float()
+        if after is not None:
+            x = after(x, then)
         if trajectory is not None:
             trajectory.append(x)
     return x

@@ -35,12 +35,12 @@ from core.nn.mlp import MLP
 from core.nn.norms import modulate
 from core.nn.precision import no_autocast
 from core.rng import Draws
-from core.specs import Chart, Guidance, LatentSpec, Loss, MultiScale, Progress, ScaleOps
+from core.specs import Chart, Guidance, Kept, LatentSpec, Loss, MultiScale, Progress, ScaleOps
 from generator.ar.decode import uncompiled
 from generator.engine import Sampled, Weights, fused_attention, mismatches
 from generator.guidance import guide_logits
 from generator.guidance import scales as guidance_scales
-from generator.sampling import Filter, choose, filters, mark
+from generator.sampling import Filter, choose, filters, keep, mark
 
 RECORDED_BATCH = 64  # from here on the kernels take longer than their launch, and recordings only cost memory
 
@@ -364,6 +364,8 @@ class VAR(Sampled):
         top_k: int | list[int] = 0,
         top_p: float | list[float] = 1.0,
         cuda_graph: bool | None = None,
+        *,
+        kept: Kept | None = None,
     ) -> Tensor:
         """Codes (B, L, K).
 
@@ -371,6 +373,7 @@ class VAR(Sampled):
             temperature, top_k, top_p: one number, or one per branch.
             cuda_graph: record the pass of every scale once and replay it, also in later calls with as many labels;
                 it spares small batches the launch of their kernels. None: on a GPU, up to RECORDED_BATCH labels.
+            kept: see core.specs.Kept. A code is drawn by all codes of coarser scales.
 
         parity: the published guidance grows linearly from nothing at the first scale; in its own count cfg = 3.25 at
         the last. Here that is scale 4.25, schedule "linear", start 1.
@@ -380,6 +383,9 @@ class VAR(Sampled):
         chosen = filters(self.branches, temperature, top_k, top_p)
         noise = draws.categorical("codes", (self.ends[-1], self.branches))  # (B, L, K)
         seen = torch.zeros(len(labels), device=labels.device)
+        forced = None
+        if kept is not None:
+            forced = kept.codes(len(labels), self.ends[-1], self.branches).to(labels.device)
 
         def draw(filter: Filter, logits: Tensor, numbers: Tensor) -> Tensor:
             p = filter(logits)  # (B, p p, ..., V)
@@ -387,13 +393,23 @@ class VAR(Sampled):
             return choose(p.flatten(0, -2), numbers.flatten())
 
         def pick(scale: int, logits: Tensor) -> Tensor:
-            numbers = noise[:, slice((0, *self.ends)[scale], self.ends[scale])]  # (B, p p, K)
+            span = slice((0, *self.ends)[scale], self.ends[scale])
+            numbers = noise[:, span]  # (B, p p, K)
             if len(set(chosen)) == 1:  # all branches at once
-                return draw(chosen[0], logits, numbers).view_as(numbers)
-            codes = [draw(chosen[k], logits[:, :, k], numbers[:, :, k]) for k in range(self.branches)]
-            return torch.stack(codes, dim=-1).view_as(numbers)
+                codes = draw(chosen[0], logits, numbers)
+            else:
+                codes = [draw(chosen[k], logits[:, :, k], numbers[:, :, k]) for k in range(self.branches)]
+                codes = torch.stack(codes, dim=-1)
+            codes = codes.view_as(numbers)
+            return codes if forced is None else keep(codes, forced[:, span])
 
         return mark(self.generate(labels, guidance, pick, cuda_graph)[0], seen)
+
+    def heeds(self) -> str:
+        return (
+            "A scale is drawn at once, by the coarser ones: cells of coarse scales that the mask touches are drawn anew for "
+            "the whole of their area, and kept codes of finer scales then refine other values than in the photo."
+        )
 
 
 class Passes:
