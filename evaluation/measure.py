@@ -163,13 +163,20 @@ class Evaluation:
         return Result(scores, left_out, **more)
 
     @torch.no_grad()
-    def of_samples(self, produce: Produce, work: Work, writers: tuple = (), progress: Progress = None) -> Result | None:
-        """Sample (or read), take features, compare.
+    def features_of_samples(
+        self,
+        produce: Produce,
+        work: Work,
+        writers: tuple = (),
+        progress: Progress = None,
+        watch: Stopwatch | None = None,
+    ) -> Chunk | None:
+        """Sample (or read) and take features, tap -> (N, D) on the main rank.
 
         Args:
             writers: each is handed (first index, pictures) of every chunk before the chunk counts as done.
         """
-        watch = Stopwatch(self.world.device)
+        watch = watch or Stopwatch(self.world.device)
 
         def compute(indices: range) -> Chunk:
             with watch("pictures"):
@@ -183,7 +190,12 @@ class Evaluation:
             return features
 
         work.compute(compute, progress)
-        features = work.gather()
+        return work.gather()
+
+    def of_samples(self, produce: Produce, work: Work, writers: tuple = (), progress: Progress = None) -> Result | None:
+        """`features_of_samples`, compared."""
+        watch = Stopwatch(self.world.device)
+        features = self.features_of_samples(produce, work, writers, progress, watch)
         if features is None:
             return None
         with watch("metrics"):

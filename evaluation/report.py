@@ -46,6 +46,7 @@ from evaluation.scores import Score
 # Inline SVG: one function, no dependency. Colours come from the page's CSS (classes s0 ... s6).
 
 Series = dict[str, list[tuple[float, float]]]
+Bars = dict[str, list[tuple[float, float, float]]]  # of a series: (x, low, high) of intervals
 
 WIDTH, HEIGHT = 460, 270
 _LEFT, _RIGHT, _TOP, _BOTTOM = 54, 14, 12, 42
@@ -115,8 +116,9 @@ def _spread(series: Series) -> bool:
     return bool(values) and min(values) > 0 and max(values) > 30 * min(values)
 
 
-def line_chart(name: str, series: Series, log: bool = False, xlabel: str = "") -> str:
+def line_chart(name: str, series: Series, log: bool = False, xlabel: str = "", bars: Bars | None = None) -> str:
     """An <svg>. Values that are not finite (or not positive with `log`) leave a gap; no values at all say so."""
+    bars = bars or {}
 
     def usable(point: tuple[float, float]) -> bool:
         return math.isfinite(point[0]) and math.isfinite(point[1]) and (point[1] > 0 or not log)
@@ -128,7 +130,8 @@ def line_chart(name: str, series: Series, log: bool = False, xlabel: str = "") -
     x_low, x_high = min(p[0] for p in points), max(p[0] for p in points)
     if x_low == x_high:
         x_low, x_high = x_low - 0.5, x_high + 0.5
-    y_low, y_high = _range([p[1] for p in points], log)
+    ends = [end for of in bars.values() for _, *both in of for end in both if usable((0.0, end))]
+    y_low, y_high = _range([p[1] for p in points] + ends, log)
     scale = math.log if log else float
 
     def place(x: float, y: float) -> tuple[float, float]:
@@ -148,7 +151,7 @@ def line_chart(name: str, series: Series, log: bool = False, xlabel: str = "") -
     if xlabel:
         x = (_LEFT + WIDTH - _RIGHT) / 2
         parts.append(f'<text class="label" x="{x}" y="{HEIGHT - 6}" text-anchor="middle">{escape(xlabel)}</text>')
-    for index, line in enumerate(series.values()):
+    for index, (label, line) in enumerate(series.items()):
         path, pen_down, drawn = [], False, []
         for point in _thin(line):
             if usable(point):
@@ -158,7 +161,12 @@ def line_chart(name: str, series: Series, log: bool = False, xlabel: str = "") -
         colour = f"s{index % NUM_COLOURS}"
         if path:
             parts.append(f'<path class="line {colour}" d="{"".join(path)}"/>')
-            parts.append(f'<circle class="{colour}" cx="{drawn[-1][0]:.1f}" cy="{drawn[-1][1]:.1f}" r="3"/>')
+        for x, y in drawn if label in bars else drawn[-1:]:
+            parts.append(f'<circle class="{colour}" cx="{x:.1f}" cy="{y:.1f}" r="3"/>')
+        for x, low, high in bars.get(label, []):
+            if usable((x, low)) and usable((x, high)):
+                (across, bottom), (_, top) = place(x, low), place(x, high)
+                parts.append(f'<path class="line {colour}" opacity=".5" d="M{across:.1f} {bottom:.1f}V{top:.1f}"/>')
     return "".join(parts) + "</svg>"
 
 
@@ -257,7 +265,9 @@ class Report:
         paragraphs = "".join(f"<p>{escape(part)}</p>" for part in re.split(r"\n\s*\n", text.strip()))
         return self._add_card(title, paragraphs)
 
-    def add_curves(self, name: str, series: Series, log: bool | None = False, xlabel: str = "") -> Report:
+    def add_curves(
+        self, name: str, series: Series, log: bool | None = False, xlabel: str = "", bars: Bars | None = None
+    ) -> Report:
         """A chart of name -> [(x, y), ...]. Values that are not finite leave gaps. log None: where the values ask for it."""
         log = _spread(series) if log is None else log
         legend = []
@@ -265,7 +275,7 @@ class Report:
             finite = [y for _, y in points if math.isfinite(y)]
             last = f" <b>{format_number(finite[-1])}</b>" if finite else ""
             legend.append(f'<span><i class="s{index % NUM_COLOURS}"></i>{escape(label)}{last}</span>')
-        chart = line_chart(name, series, log, xlabel)
+        chart = line_chart(name, series, log, xlabel, bars)
         heading = escape(name) + (' <span class="caption">log scale</span>' if log else "")
         html = f'<section class="card"><h3>{heading}</h3>{chart}<div class="legend">{"".join(legend)}</div></section>'
         self._sections.append(("chart", html))

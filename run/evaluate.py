@@ -48,7 +48,7 @@ from evaluation.references import Statistics
 from run.data import class_names, open_pictures
 from run.load import Source, load_config, read_tokenizer, read_weights
 from run.measurement import Measurement, Shown, Table, enough, eval_settings, evaluation_of
-from run.target import open_generator, read_target
+from run.target import Sampler, open_generator, read_target
 
 SAMPLES = 50_000  # what published numbers are measured on
 SHOWN = 40
@@ -186,17 +186,62 @@ def existing_samples(options: argparse.Namespace, overrides: list[str], world: W
     )
 
 
-def generated_samples(options: argparse.Namespace, overrides: list[str], world: World) -> Samples:
-    """Samples of a generator."""
+@dataclass
+class Drawing:
+    """How the samples of a generator are drawn and measured, whatever its sampling settings.
+
+    Attributes:
+        how: what is measured, with the reference and the labels.
+        labels_from: where the labels come from, a kind of protocols.make_labels.
+        reference_path: None where the reference is the training pictures.
+    """
+
+    how: Evaluation
+    labels_from: str
+    reference_path: Path | None
+    rounding: str
+    bf16_pixels: bool
+    batch: int
+
+    @property
+    def labels(self) -> Tensor:
+        assert self.how.labels is not None
+        return self.how.labels
+
+    def facts(self, generator: Sampler) -> dict[str, Any]:
+        """What decides the pictures and their numbers, beside count and extras."""
+        config, protocol = generator.config, self.how.protocol
+        return {
+            **generator.facts,
+            "sample": config.sample.facts(),
+            "seed": config.seed,
+            "labels": self.labels_from,
+            "labels_fingerprint": f"{hash64(self.labels.numpy().tobytes().hex()):016x}",
+            "rounding": self.rounding,
+            "precision": config.train.precision,
+            "bf16_pixels": self.bf16_pixels,
+            "count": len(self.labels),
+            "protocol": protocol.name,
+            "network": self.how.feature_net.name,
+            "reference": str(self.reference_path) if self.reference_path else config.data.url,
+        }
+
+    def produce(self, generator: Sampler) -> Produce:
+        """indices -> pictures."""
+        dtype = measure.pixel_dtype(self.how.protocol, generator.bf16)
+        device, seed = self.how.world.device, generator.config.seed
+        return measure.producer(generator.sample, self.labels, seed, self.batch, device, self.rounding, dtype)
+
+
+def drawing(options: argparse.Namespace, generator: Sampler, world: World) -> Drawing:
+    """Labels, reference and network of a generator's protocol. Collective."""
     say = print if world.is_main else (lambda *_: None)
-    generator = open_generator(read_target(options.target, overrides, say), world)
     config, settings, size = generator.config, generator.config.eval, generator.image_size
     protocol = protocols.get(settings.protocol)
     count = settings.num_images or SAMPLES
     kind = settings.labels or protocol.labels
     val = validation_labels(config, generator.num_classes) if kind == "val" else None
     labels = protocols.make_labels(kind, count, generator.num_classes, config.seed, val)
-    rounding = settings.rounding or protocol.rounding
     net = networks.feature_net(world.device, settings.network, protocol)
     published = generator.num_classes == IMAGENET_CLASSES
     path = references.choose_reference(settings.reference, protocol, net, size, "generation", published)
@@ -208,36 +253,37 @@ def generated_samples(options: argparse.Namespace, overrides: list[str], world: 
         say(f"reference: statistics of the training pictures ({named})")
         say_left_out(say, train, named)
         reference = references.training_statistics(config, train, size, net, world)
-    dtype = measure.pixel_dtype(protocol, generator.bf16)
-    batch = pictures_at_once(settings.batch, world.device, size)
-    generator.prepare(count // (batch * world.size), world.device)
-    job = {
-        **generator.facts,
-        "sample": config.sample.facts(),
-        "seed": config.seed,
-        "labels": kind,
-        "labels_fingerprint": f"{hash64(labels.numpy().tobytes().hex()):016x}",
-        "rounding": rounding,
-        "precision": config.train.precision,
-        "bf16_pixels": generator.bf16 and protocol.bf16_pixels,
-        "count": count,
-        "protocol": protocol.name,
-        "network": net.name,
+    return Drawing(
+        evaluation_of(options, settings, protocol, net, world, reference=reference, labels=labels),
+        kind,
+        path,
+        settings.rounding or protocol.rounding,
+        generator.bf16 and protocol.bf16_pixels,
+        pictures_at_once(settings.batch, world.device, size),
+    )
+
+
+def generated_samples(options: argparse.Namespace, overrides: list[str], world: World) -> Samples:
+    """Samples of a generator."""
+    say = print if world.is_main else (lambda *_: None)
+    generator = open_generator(read_target(options.target, overrides, say), world)
+    drawn = drawing(options, generator, world)
+    job = drawn.facts(generator) | {
         "write": options.write,
-        "reference": str(path) if path else config.data.url,
         "bootstrap": options.bootstrap,
         "infinity": options.infinity,
     }
+    generator.prepare(job["count"] // (drawn.batch * world.size), world.device)
     return Samples(
         options=options,
-        how=evaluation_of(options, settings, protocol, net, world, reference=reference, labels=labels),
+        how=drawn.how,
         title=f"Samples of {job.get('weights')}",
         stem=Path(options.target.rstrip("/")).stem,
-        image_size=size,
+        image_size=generator.image_size,
         job=job,
-        context={"label_counts": protocols.describe_labels(labels, generator.num_classes)},
-        produce=measure.producer(generator.sample, labels, config.seed, batch, world.device, rounding, dtype),
-        reference_path=path,
+        context={"label_counts": protocols.describe_labels(drawn.labels, generator.num_classes)},
+        produce=drawn.produce(generator),
+        reference_path=drawn.reference_path,
     )
 
 

@@ -367,6 +367,21 @@ def sample_options(settings: SampleConfig, generator: Generator) -> dict[str, An
     return options
 
 
+def sampling_of(
+    settings: SampleConfig, generator: Generator, spec: LatentSpec, guide: nn.Module | None
+) -> tuple[Guidance, dict[str, Any]]:
+    """(guidance, keyword arguments of generator.sample); UserError for what this generator cannot do."""
+    guidance = make_guidance(settings, guide)
+    if wrong := generator.guides(guidance):
+        raise UserError(f"sample: {type(generator).__name__} {wrong}.")
+    if isinstance(spec, (Codes, MultiScale)):
+        for name in ("scale", "temperature", "top_k", "top_p"):
+            per_branch(getattr(settings, name), spec.branches, name)
+    if guidance.kind == "auto" and guidance.guide is None:  # guidance is off, or only sizes count
+        guidance = Guidance()
+    return guidance, sample_options(settings, generator)
+
+
 @dataclass
 class Pair:
     """A generator, the tokenizer whose latents it models, and the weaker generator that guides it, if one does."""
@@ -387,16 +402,9 @@ class Pair:
                 f"{self.generator.weights.path} comes without the statistics of the latents it models. Measure them once: "
                 "python -m scripts.latent_stats TOKENIZER [URL], or give tokenizer.latent_stats=FILE."
             )
-        guidance = make_guidance(settings, self.guide and self.guide.module)
-        if wrong := self.generator.module.guides(guidance):
-            raise UserError(f"sample: {type(self.generator.module).__name__} {wrong}.")
-        if isinstance(spec := self.tokenizer.module.spec, (Codes, MultiScale)):
-            for name in ("scale", "temperature", "top_k", "top_p"):
-                per_branch(getattr(settings, name), spec.branches, name)
-        if guidance.kind == "auto" and guidance.guide is None:  # guidance is off, or only sizes count
-            guidance = Guidance()
-        options = sample_options(settings, self.generator.module)
-        return GeneratorTask(self.generator.module, self.tokenizer.module, num_classes, guidance, options)
+        generator, tokenizer = self.generator.module, self.tokenizer.module
+        guidance, options = sampling_of(settings, generator, tokenizer.spec, self.guide and self.guide.module)
+        return GeneratorTask(generator, tokenizer, num_classes, guidance, options)
 
 
 def build_pair(

@@ -15,7 +15,7 @@ hf://owner/repository/file. Picture i of `sample` is picture i that run_sample.s
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -24,8 +24,6 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from core import config as config_module
-from core.config import to_plain
 from core.dist import pick_device
 from core.errors import UserError, check_choice
 from core.images import finite_uint8, to_model_range
@@ -34,7 +32,7 @@ from core.specs import LatentSpec, Tokenizer
 from data.decode import to_rgb
 from data.transforms import center_crop, to_tensor
 from evaluation.measure import alone
-from run.load import REGISTRIES, make_guidance, read_tokenizer, sample_options
+from run.load import read_tokenizer
 from run.reconstruct import read_files
 from run.sample import parse_labels
 from run.target import Sampler, open_generator, read_target
@@ -235,9 +233,4 @@ class GeneratorModel:
             return self.sampler
         if {"guide", "guidance"} & settings.keys():
             raise UserError('a weaker model is loaded with the generator: overrides=["sample.guide=FILE"].')
-        base, changes = to_plain(self.sampler.config), [f"sample.{key}={value}" for key, value in settings.items()]
-        config, task = config_module.override(lambda: base, changes, REGISTRIES, "sample()"), self.sampler.task
-        guidance = make_guidance(config.sample, task.guidance.guide)
-        options = sample_options(config.sample, task.generator)
-        tuned = type(task)(task.generator, task.tokenizer, task.num_classes, guidance, options)
-        return replace(self.sampler, config=config, task=tuned)
+        return self.sampler.tuned([f"sample.{key}={value}" for key, value in settings.items()], "sample()")

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from core import config as config_module
+from core.config import to_plain
 from core.dist import World
 from core.errors import UserError
 from core.nn.gated_norm import triton_works
@@ -39,7 +40,17 @@ from generator.engine import Sampled
 from generator.task import GeneratorTask
 from run import streaming
 from run.latent_stats import measure_once
-from run.load import ADAPTERS, IMAGENET_CLASSES, REGISTRIES, Source, build_pair, guide_of, load_config, read_weights
+from run.load import (
+    ADAPTERS,
+    IMAGENET_CLASSES,
+    REGISTRIES,
+    Source,
+    build_pair,
+    guide_of,
+    load_config,
+    read_weights,
+    sampling_of,
+)
 from run.sharing import names_of_classes, paired_tokenizer
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -89,6 +100,19 @@ class Sampler:
     @property
     def bf16(self) -> bool:
         return self.config.train.precision == "bf16"
+
+    def tuned(self, changes: list[str], source: str = "sampling settings") -> Sampler:
+        """The same networks with other keys of the config's `sample` section, which are checked as those of a config are.
+
+        Args:
+            changes: "sample.scale=2" ...; sample.guide and sample.guidance would need other networks.
+        """
+        base, task = to_plain(self.config), self.task
+        config = config_module.override(lambda: base, changes, REGISTRIES, source)
+        guidance, options = sampling_of(config.sample, task.generator, task.tokenizer.spec, task.guidance.guide)
+        return replace(
+            self, config=config, task=type(task)(task.generator, task.tokenizer, task.num_classes, guidance, options)
+        )
 
     def prepare(self, batches: int, device: torch.device) -> bool:
         """Compile what runs so often, if `sample.compile` wants it: whether it does. The first batch then takes a minute

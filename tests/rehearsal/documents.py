@@ -49,7 +49,7 @@ RULES = [
     Rule(r".*--dry-run|.*--list", ""),
     Rule(r"bash run_train_\w+\.sh configs/toy/", "train.duration=2step", "toys run for real"),
     Rule(r"bash run_(train_\w+|decoder_finetune_tokenizer|finetune_decoder)\.sh", "--check"),
-    Rule(r"bash run_(sample|pretokenize|eval_\w+|linear_probe|make_reference)\.sh", "--check"),
+    Rule(r"bash run_(sample|sweep|compare|pretokenize|eval_\w+|linear_probe|make_reference)\.sh", "--check"),
     Rule(r"bash run_download\.sh", "--dry-run"),
     Rule(r"bash run_report\.sh", ""),
     Rule(r"bash run_publish\.sh", "--dry-run"),
