@@ -31,6 +31,8 @@ FLAGS = {
     "--infinity",
     "--keep",
     "--stages",
+    "--list-labels",
+    "--rehearse",
     "--verify",
     "--preview",
     "--all",

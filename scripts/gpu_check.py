@@ -2,7 +2,7 @@
 """Prove and measure this code on one GPU within some minutes; nothing is downloaded.
 
     bash run_gpu_check.sh                                   eight minutes: the stages below, the most valuable first
-    bash run_gpu_check.sh --minutes 3 --stages tests,benchmark
+    bash run_gpu_check.sh --minutes 3 --only tests,benchmark
     bash run_gpu_check.sh --device cpu --rehearse           every stage at toy size, without a GPU
 
 Stages, each with its share of the time, in a process of its own:
@@ -30,7 +30,7 @@ def main(arguments: list[str]) -> int:
         prog="bash run_gpu_check.sh", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--minutes", type=float, default=8.0, help="for everything (default 8)")
-    parser.add_argument("--stages", help="of those above, separated by commas (default: all)")
+    parser.add_argument("--only", help="of those above, separated by commas (default: all)")
     parser.add_argument(
         "--out", default="work_dirs/gpu_check/results.json", help="default work_dirs/gpu_check/results.json"
     )
@@ -39,17 +39,17 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--rehearse", action="store_true", help="toy sizes, to see that every stage runs")
     parser.add_argument("--again", action="store_true", help="forget what is in --out")
     parser.add_argument("--work", nargs="+", help=argparse.SUPPRESS)  # a stage in a process of its own
-    options = parser.parse_args(arguments)
+    options = parser.parse_intermixed_args(arguments)
 
     from run import gpu_check, gpu_stages
 
     out = Path(options.out)
     if options.work:
         return gpu_stages.work(options.work, options.device, options.rehearse, out)
-    wanted = options.stages.split(",") if options.stages else list(gpu_check.NAMES)
+    wanted = options.only.split(",") if options.only else list(gpu_check.NAMES)
     for name in wanted:
         if name not in gpu_check.NAMES:
-            raise UserError(f'--stages: "{name}" is not known.{nearest(name, gpu_check.NAMES)}')
+            raise UserError(f'--only: "{name}" is not known.{nearest(name, gpu_check.NAMES)}')
     if options.minutes <= 0:
         raise UserError(f"--minutes {options.minutes:g}: give more than 0")
     markdown = Path(options.markdown or (out.parent / "benchmarks.md" if options.rehearse else "docs/benchmarks.md"))

@@ -65,6 +65,7 @@ def furnished(rehearsal):
     (house.folder / "configs" / "tokenizer.yaml").write_text(ORIGINAL_YAML)
     store = f"bash run_pretokenize.sh {generator.path.relative_to(generator.path.parents[2])} --out data/tokens/imagenet data.workers=0"
     house.run(store).expect()
+    house.run(store.replace(" data.workers=0", " --to official codes")).expect()
     return rehearsal
 
 

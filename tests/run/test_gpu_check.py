@@ -28,7 +28,7 @@ def test_without_a_gpu_it_says_so(tmp_path, capsys):
 
 
 @pytest.mark.parametrize(
-    "words, says", [(["--stages", "test"], 'Did you mean "tests"'), (["--minutes", "0"], "more than 0")]
+    "words, says", [(["--only", "test"], 'Did you mean "tests"'), (["--minutes", "0"], "more than 0")]
 )
 def test_mistakes(words, says):
     with pytest.raises(UserError, match=says):
