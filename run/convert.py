@@ -278,7 +278,9 @@ class Conversion:
                     f"{self.target}: a safetensors file has room for one set of weights; say --weights ema or raw."
                 )
             first = next(iter(states.values()))
-            weight_files.replace_with(self.target, lambda place: save_file(weight_files.unshared(first), place), self.overwrite)
+            weight_files.replace_with(
+                self.target, lambda place: save_file(weight_files.unshared(first), place), self.overwrite
+            )
         else:
             packed = container.pack(states.get(False) or {}, states.get(True))
             if self.tokenizer and container.beside is not None:

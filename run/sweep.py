@@ -251,7 +251,7 @@ class Sweep:
             with work, progress_line(self.world, number, setting.name, done=work.items(work.done)) as progress:
                 parts.append(
                     drawn.how.features_of_samples(
-                        lambda r: produce(range(first + r.start, first + r.stop)), work, writers, progress
+                        lambda r, first=first: produce(range(first + r.start, first + r.stop)), work, writers, progress
                     )
                 )
                 work.lock.release()

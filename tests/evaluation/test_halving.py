@@ -1,5 +1,7 @@
 """evaluation/halving.py: the best of a grid for a part of its cost."""
 
+import itertools
+
 import numpy as np
 import pytest
 
@@ -13,7 +15,7 @@ def test_a_ladder_keeps_to_its_budget(settings, full):
     ladder = plan(settings, full)
     assert ladder[0].kept == settings and ladder[-1].pictures == full
     assert cost(ladder) <= BUDGET * settings * full
-    for lower, upper in zip(ladder, ladder[1:]):
+    for lower, upper in itertools.pairwise(ladder):
         assert upper.kept < lower.kept and upper.pictures > lower.pictures
 
 

@@ -186,7 +186,10 @@ def adapter_of(name: str):
 
 
 def official(name: str, seed: int = 1) -> dict[str, torch.Tensor]:
-    return {n: t.detach().clone(memory_format=torch.contiguous_format) for n, t in adapter_of(name).restore(build(name, seed)).items()}
+    return {
+        n: t.detach().clone(memory_format=torch.contiguous_format)
+        for n, t in adapter_of(name).restore(build(name, seed)).items()
+    }
 
 
 def same(a: dict, b: dict) -> bool:
