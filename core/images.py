@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import math
 from collections.abc import Sequence
 from pathlib import Path
@@ -73,7 +74,14 @@ def grid(images: Tensor, columns: int | None = None, padding: int = 2) -> Tensor
 
 def save_png(image: Tensor, path: str | Path) -> None:
     """Write one (3, H, W) uint8 picture atomically."""
+    with replacing(path, sync=False) as temporary:
+        temporary.write_bytes(png(image))
+
+
+def png(image: Tensor) -> bytes:
+    """The file that `save_png` writes."""
     from PIL import Image
 
-    with replacing(path, sync=False) as temporary:
-        Image.fromarray(image.permute(1, 2, 0).cpu().numpy()).save(temporary, format="PNG")
+    buffer = io.BytesIO()
+    Image.fromarray(image.permute(1, 2, 0).cpu().numpy()).save(buffer, format="PNG")
+    return buffer.getvalue()

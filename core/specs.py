@@ -396,7 +396,8 @@ class Generator(nn.Module, ABC):
     Constructor arguments named like an entry of `spec.sizes()`, and `num_classes`, are filled in from the tokenizer and
     the data. The keyword arguments that `sample` takes beyond the three below are the keys of the config's `sample`
     section that this generator understands (steps, temperature, top_k ...) and what it can do while it samples:
-    `on_codes` is called with all codes so far, `prefix` are codes to go on from.
+    `on_codes` is called with all codes so far, `on_latents` with continuous latents on their way, `prefix` are codes to
+    go on from.
 
     Every `sample` takes `kept`, a `Kept`: those latents are in the result, bit for bit, and what is drawn beside them
     heeds them as far as the order of this generator allows. `heeds` says how far.

@@ -221,13 +221,13 @@ class GeneratorModel:
         count = len(chosen) if num is None else num
         if count < 1:
             raise UserError(f"num={num}: give 1 or more.")
-        device, sampler, images = self.tokenizer.device, self._tuned(settings), []
+        device, sampler, images = self.tokenizer.device, self.tuned(settings), []
         for part in torch.arange(count, device=device).split(batch):
             asked = torch.tensor([chosen[i % len(chosen)] for i in part.tolist()], device=device)
             images.append(sampler.sample(asked, Draws(hash64(seed, "samples"), part)))
         return to_output(torch.cat(images), output)
 
-    def _tuned(self, settings: dict[str, Any]) -> Sampler:
+    def tuned(self, settings: dict[str, Any]) -> Sampler:
         """The sampler with other settings, which are checked as those of a config are."""
         if not settings:
             return self.sampler

@@ -21,6 +21,7 @@ from data.sources import open_source
 from data.transforms import center_crop, to_tensor
 from evaluation.images import psnr
 from run import streaming
+from run.alter import Changes
 
 BATCH = 8
 SHOWN = 64  # rows of grid.png
@@ -55,17 +56,31 @@ def read_source(url: str, count: int) -> Iterator[Named]:
 
 def panel(original: Tensor, rebuilt: Tensor, gain: float) -> Tensor:
     """(3, H, W) uint8 each -> original | reconstruction | difference, (3, H, 3W + 4)."""
-    difference = (128 + gain * (rebuilt.float() - original.float())).round().clamp(0, 255).to(torch.uint8)
     gap = original.new_full((3, original.shape[1], 2), 255)
-    return torch.cat((original, gap, rebuilt, gap, difference), 2)
+    return torch.cat((original, gap, rebuilt, gap, difference(original, rebuilt, gain)), 2)
 
 
-def reconstruct(tokenizer: Tokenizer, pictures: Iterable[Named], folder: Path, gain: float, with_stages: bool) -> None:
+def difference(original: Tensor, rebuilt: Tensor, gain: float) -> Tensor:
+    """uint8 pictures -> one that is grey where they are alike, and shows what was added or lost `gain` times as strong."""
+    return (128 + gain * (rebuilt.float() - original.float())).round().clamp(0, 255).to(torch.uint8)
+
+
+def reconstruct(
+    tokenizer: Tokenizer,
+    pictures: Iterable[Named],
+    folder: Path,
+    gain: float,
+    with_stages: bool,
+    changes: Changes = Changes(),
+    alone: bool = False,
+) -> None:
     """Write <name>_psnr<dB>.png of each picture and grid.png, with stages also filmstrips; print what was measured.
 
     Args:
         tokenizer: on the device to use.
         gain: of the difference.
+        changes: to the latents, before they are decoded.
+        alone: also write each reconstruction by itself, <name>_rebuilt.png.
     """
     device = next(tokenizer.parameters()).device
     named = [(name, to_tensor(center_crop(picture, tokenizer.image_size))) for name, picture in pictures]
@@ -75,21 +90,22 @@ def reconstruct(tokenizer: Tokenizer, pictures: Iterable[Named], folder: Path, g
         batch = torch.stack(originals)
         draws = Draws(hash64(0, "decode"), torch.arange(start, start + len(batch), device=device))
         with torch.no_grad():
-            latents = tokenizer.encode(to_model_range(batch.to(device)))
+            latents = changes.latents(tokenizer, to_model_range(batch.to(device)), draws)
             if with_stages:
                 assert isinstance(tokenizer, Previews)
                 stages = tokenizer.previews(latents, draws)
             else:
-                stages = [tokenizer.decode(latents, draws)]
+                stages = [changes.decode(tokenizer, latents, draws)]
             rebuilt = [finite_uint8(stage.float(), "nearest", draws.positions) for stage in stages][-1].cpu()
         codes.append(latents.cpu())
         for i, (name, value) in enumerate(zip(names, psnr(batch / 255, rebuilt / 255).tolist())):
-            safe = re.sub(r"[^\w.-]+", "_", name)
-            stem = f"{start + i:03d}_{safe}"
+            stem = file_stem(start + i, name)
             place = folder / f"{stem}_psnr{value:.2f}.png"
             panels.append(panel(batch[i], rebuilt[i], gain))
             values.append(value)
             save_png(panels[-1], place)
+            if alone:
+                save_png(rebuilt[i], folder / f"{stem}_rebuilt.png")
             print(f"{value:6.2f} dB  {place}")
             if with_stages:
                 strips.append(folder / f"{stem}_stages.png")
@@ -101,6 +117,12 @@ def reconstruct(tokenizer: Tokenizer, pictures: Iterable[Named], folder: Path, g
     print(f"{sum(values) / len(values):6.2f} dB  mean of {len(values)}; all of them in {folder / 'grid.png'}")
     if isinstance(tokenizer.spec, (Codes, MultiScale)):
         print_usage(tokenizer.spec, torch.cat(codes))
+
+
+def file_stem(number: int, name: str) -> str:
+    """How the files of a picture begin."""
+    safe = re.sub(r"[^\w.-]+", "_", name)
+    return f"{number:03d}_{safe}"
 
 
 def print_usage(spec: Codes | MultiScale, codes: Tensor) -> None:

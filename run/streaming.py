@@ -14,14 +14,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from core.errors import UserError
 from core.files import replacing
 from core.images import finite_uint8, grid, save_png, to_uint8
 from core.rng import Draws
-from core.specs import Generator, Guidance, Previews, Streams, Tokenizer
+from core.specs import Codes, Generator, Guidance, Previews, Streams, Tokenizer
 from generator.sampling import draw_latents
+from run.alter import blank_codes
 
 
 @dataclass
@@ -96,6 +98,71 @@ def stream(
 
     result.codes = draw_latents(generator, labels, draws, guidance, on_codes=arrived, **options)
     return result
+
+
+WATCHED = 12  # looks at a batch on its way, at most
+
+
+@torch.no_grad()
+def watch(
+    generator: Generator,
+    tokenizer: Tokenizer,
+    labels: Tensor,
+    draws: Draws,
+    guidance: Guidance,
+    options: dict[str, Any],
+    show: Callable[[Tensor], None],
+) -> Tensor:
+    """Sample, and show what can be seen of the pictures meanwhile, whatever the pair is; the pictures at the end.
+
+    These are the ones that are drawn without a look. A tokenizer that streams shows each stage at no cost; others decode
+    again at every look: codes of the first scales, a raster with grey where codes are missing, latents on their way.
+
+    Args:
+        options: of the generator's `sample`.
+        show: called with pictures (B, 3, H, W) in [-1, 1], of the last ones too.
+    """
+    accepted, looks = inspect.signature(generator.sample).parameters, 0
+    if "on_codes" in accepted and isinstance(tokenizer, Streams):
+        streamed = stream(generator, tokenizer, labels, draws, guidance, options, lambda _, pictures: show(pictures))
+        return streamed.pictures[-1]
+
+    def arrived(codes: Tensor) -> None:
+        nonlocal looks
+        if codes.shape[1] < tokenizer.spec.length and codes.shape[1] * WATCHED >= (looks + 1) * tokenizer.spec.length:
+            looks = codes.shape[1] * WATCHED // tokenizer.spec.length
+            show(_unfinished(tokenizer, codes, draws.fork("decode")))
+
+    def moved(latents: Tensor, share: float) -> None:
+        nonlocal looks
+        if (looks + 1) / WATCHED <= share < 1:
+            looks = int(share * WATCHED)
+            show(tokenizer.decode(latents, draws.fork("decode")).float())
+
+    hooks = {name: hook for name, hook in (("on_codes", arrived), ("on_latents", moved)) if name in accepted}
+    latents = draw_latents(generator, labels, draws, guidance, **hooks, **options)
+    if not hooks and isinstance(tokenizer, Previews):
+        pictures = [picture.float() for picture in tokenizer.previews(latents, draws.fork("decode"))]
+    else:
+        pictures = [tokenizer.decode(latents, draws.fork("decode")).float()]
+    for picture in pictures:
+        show(picture)
+    return pictures[-1]
+
+
+def _unfinished(tokenizer: Tokenizer, codes: Tensor, draws: Draws) -> Tensor:
+    """A picture of the first codes (B, n, K)."""
+    spec = tokenizer.spec
+    if isinstance(tokenizer, Previews):
+        return tokenizer.previews(codes, draws)[-1].float()
+    known = codes.shape[1]
+    whole = blank_codes(tokenizer).expand(len(codes), spec.length, -1).clone()
+    whole[:, :known] = codes
+    pictures = tokenizer.decode(whole, draws).float()
+    if not isinstance(spec, Codes) or spec.grid is None:
+        return pictures
+    there = (torch.arange(spec.length, device=codes.device) < known).view(1, 1, *spec.grid)
+    return pictures * F.interpolate(there.float(), pictures.shape[-2:])
 
 
 def layout_prefix(tokenizer: Tokenizer, image: Tensor, groups: int) -> Tensor:

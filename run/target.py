@@ -143,6 +143,13 @@ class Sampler:
                 self.generator, self.tokenizer, labels, draws, self.task.guidance, self.task.sample_options, show
             )
 
+    def watch(self, labels: Tensor, draws: Draws, show: Callable[[Tensor], None]) -> Tensor:
+        """The same pictures, with looks at them on their way, whatever tokenizer and generator are: streaming.watch."""
+        with bf16_products(labels.device, self.bf16):
+            return streaming.watch(
+                self.generator, self.tokenizer, labels, draws, self.task.guidance, self.task.sample_options, show
+            )
+
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The config

@@ -8,6 +8,8 @@ is grey where there is none and shows it --gain times as strong. Tokenizers with
 codes were used. What the weights do not tell is given as in a config: tokenizer.length=32.
 --stages adds DIR/<name>_stages.png, what each further part of the codes adds, and DIR/stages.png of the first pictures:
 for tokenizers whose first codes are a picture already (groups of D-AR, scales of ImageFolder).
+--kept, --noise, --put, and --donor with --branches change latents before they are decoded; run_playground.sh shows the same
+in a browser.
 """
 
 import argparse
@@ -32,6 +34,18 @@ def main(arguments: list[str]) -> int:
     )
     parser.add_argument("--gain", type=float, default=4.0, help="of the difference (default 4)")
     parser.add_argument("--stages", action="store_true", help="also what each part of the codes adds")
+    parser.add_argument("--rebuilt", action="store_true", help="also each reconstruction alone: DIR/<name>_rebuilt.png")
+    parser.add_argument(
+        "--kept", type=int, metavar="N", help="only the first N groups, scales or tokens of the latents"
+    )
+    parser.add_argument(
+        "--noise", type=float, default=0.0, metavar="SHARE", help="of noise in continuous latents, 0 to 1"
+    )
+    parser.add_argument(
+        "--put", metavar="PLACE=CODE,...", help="other codes; BRANCH:PLACE=CODE where there are several"
+    )
+    parser.add_argument("--donor", metavar="PICTURE", help="take the codes of --branches from this picture")
+    parser.add_argument("--branches", metavar="NAMES", help="names or numbers of branches: semantic")
     parser.add_argument("--raw", action="store_true", help="raw weights instead of averaged ones")
     words, known = command_line.tokenizer_settings(arguments)
     options = command_line.parse(parser, "reconstruct", words)
@@ -46,7 +60,7 @@ def main(arguments: list[str]) -> int:
     from itertools import chain
 
     from core import dist
-    from run import streaming
+    from run import alter, streaming
     from run.load import read_tokenizer
     from run.reconstruct import read_files, read_source, reconstruct
 
@@ -56,13 +70,26 @@ def main(arguments: list[str]) -> int:
     tokenizer = read_tokenizer(section).module
     if options.stages:
         streaming.check_previews(tokenizer)
+    spec = tokenizer.spec
+    changes = alter.Changes(
+        options.kept,
+        options.noise,
+        alter.parse_put(options.put, spec) if options.put else (),
+        next(read_files([options.donor]))[1] if options.donor else None,
+        alter.parse_branches(options.branches, spec) if options.branches else (),
+    )
+    changes.check(tokenizer)
+    if options.stages and options.kept is not None:
+        raise UserError("--stages shows all parts of the latents, --kept the first ones alone; give one of them.")
     folder = Path(options.out or f"work_dirs/reconstruct_{Path(options.weights.rstrip('/')).stem}")
     if (folder / "grid.png").exists():
         raise UserError(f"{folder} holds reconstructions already. Choose another --out, or remove it.")
     size = tokenizer.image_size
     print(f"{type(tokenizer).__name__}: {size} x {size} pictures, latents {tokenizer.spec}")
     pictures = chain(read_files(options.images), read_source(options.url, options.num) if options.url else ())
-    reconstruct(tokenizer.to(dist.pick_device("auto")), pictures, folder, options.gain, options.stages)
+    reconstruct(
+        tokenizer.to(dist.pick_device("auto")), pictures, folder, options.gain, options.stages, changes, options.rebuilt
+    )
     return 0
 
 

@@ -250,6 +250,7 @@ class RAR(Regularised):
         top_p: float = 1.0,
         *,
         kept: Kept | None = None,
+        on_codes: Callable[[Tensor], None] | None = None,
         cached: bool = True,
         static: bool | None = None,
         trace: list | None = None,
@@ -261,6 +262,7 @@ class RAR(Regularised):
             temperature, top_k, top_p: 1, 0 and 0 (or 1) do nothing, temperature 0 is greedy.
             kept: see core.specs.Kept. A network trained in all orders (`permute`) takes what all samples keep first, so
                 that every other code is drawn by all of it; otherwise the order stays raster.
+            on_codes: called with the codes so far, (B, t, 1), when t of them are there, in raster order alone.
             cached: False computes the whole sequence anew for every code, as a reference.
             static: fixed shapes, so that a step is one CUDA graph; default on a GPU.
             trace: see CodeSampler.
@@ -295,7 +297,9 @@ class RAR(Regularised):
             )
             if order is not None:
                 decoding.positions.copy_(decoding.positions_of(self, order))
-            decoding.run(both, classes, rows, sampler)
+            slots = decoding.slots[: len(labels)]
+            arrived = on_codes if order is None else None
+            decoding.run(both, classes, rows, sampler, arrived and (lambda end: arrived(slots[:, 2 : end + 1, None])))
             return decoding.sampler.mark(raster(decoding.slots[: len(labels), 2:], order)[..., None])
 
     def heeds(self) -> str:
@@ -395,8 +399,15 @@ class Decoding:
         pairs = [torch.stack((norm.weight, norm.bias)) for norm in (attention.q_norm, attention.k_norm)]
         return torch.stack(pairs, dim=1).repeat_interleave(attention.heads, dim=1)
 
-    def run(self, labels: Tensor, classes: Tensor, rows: Tensor, sampler: CodeSampler) -> None:
-        """A whole batch: labels (2B,) or (B,), and their `distinct` classes."""
+    def run(
+        self,
+        labels: Tensor,
+        classes: Tensor,
+        rows: Tensor,
+        sampler: CodeSampler,
+        after: Callable[[int], None] | None = None,
+    ) -> None:
+        """A whole batch: labels (2B,) or (B,), and their `distinct` classes. `after`: see generator.ar.decode.decode."""
         if sampler is not self.sampler:
             self.sampler.refill(sampler)
         self.slots[:, 0] = len(self.embeddings) - 1
@@ -408,7 +419,7 @@ class Decoding:
             if first == 0:  # the learned token predicts nothing
                 self.cache.seek(0)
                 self._advance()
-            decode(self.step, max(first, 1), last)
+            decode(self.step, max(first, 1), last, after)
 
     def _advance(self) -> Tensor:
         """The slot at the cache's position through all blocks: (2B, D), normalised and modulated for the head."""

@@ -230,6 +230,7 @@ class DiTDH(Sampled):
         cuda_graph: bool | None = None,
         *,
         kept: Kept | None = None,
+        on_latents: Callable[[Tensor, float], None] | None = None,
     ) -> Tensor:
         """Latents (B, C, h, w), fp32. `steps` counts the points of the time grid, so there are steps - 1 updates.
 
@@ -237,6 +238,7 @@ class DiTDH(Sampled):
             launch of their kernels. None: on a GPU, up to RECORDED_BATCH labels.
         kept: see core.specs.Kept. After every step these lie where their own path from the noise is by then, so that the
             others are drawn by all of them.
+        on_latents: called after every step with the latents on their way and the share of steps that are done.
         """
         if guidance.kind not in ("cfg", "auto"):
             raise UserError(f'guidance kind "{guidance.kind}" is not known.{nearest(guidance.kind, ["cfg", "auto"])}')
@@ -261,9 +263,8 @@ class DiTDH(Sampled):
         with no_autocast(labels):
             field = self.kept(key, make)
             field.begin(labels, times.tolist())
-            return euler(
-                field, noise, times, after=None if kept is None else self._on_path(kept, noise, float(times[-1]))
-            )
+            after = None if kept is None else self._on_path(kept, noise, float(times[-1]))
+            return euler(field, noise, times, after=after, watch=on_latents)
 
     @staticmethod
     def _on_path(kept: Kept, noise: Tensor, end: float) -> Callable[[Tensor, float], Tensor]:

@@ -54,6 +54,7 @@ def euler(
     times: Tensor,
     trajectory: list[Tensor] | None = None,
     after: Callable[[Tensor, float], Tensor] | None = None,
+    watch: Callable[[Tensor, float], None] | None = None,
 ) -> Tensor:
     """Euler's method.
 
@@ -63,13 +64,16 @@ def euler(
         times: (K,) fp32 on the CPU (then no step waits for the accelerator); K - 1 updates.
         trajectory: appended to, if given: the K states.
         after: (state, its time) -> the state to go on from, called after every update.
+        watch: called after that with (state, share of the updates that are done).
     """
     if trajectory is not None:
         trajectory.append(x)
-    for now, then in itertools.pairwise(times.tolist()):
+    for done, (now, then) in enumerate(itertools.pairwise(times.tolist()), 1):
         x = x + float(np.float32(then) - np.float32(now)) * velocity(x, now).float()
         if after is not None:
             x = after(x, then)
+        if watch is not None:
+            watch(x, done / (len(times) - 1))
         if trajectory is not None:
             trajectory.append(x)
     return x

@@ -366,6 +366,7 @@ class VAR(Sampled):
         cuda_graph: bool | None = None,
         *,
         kept: Kept | None = None,
+        on_codes: Callable[[Tensor], None] | None = None,
     ) -> Tensor:
         """Codes (B, L, K).
 
@@ -374,6 +375,7 @@ class VAR(Sampled):
             cuda_graph: record the pass of every scale once and replay it, also in later calls with as many labels;
                 it spares small batches the launch of their kernels. None: on a GPU, up to RECORDED_BATCH labels.
             kept: see core.specs.Kept. A code is drawn by all codes of coarser scales.
+            on_codes: called with the codes so far, (B, t, K), when another scale is there.
 
         parity: the published guidance grows linearly from nothing at the first scale; in its own count cfg = 3.25 at
         the last. Here that is scale 4.25, schedule "linear", start 1.
@@ -381,7 +383,7 @@ class VAR(Sampled):
         if guidance.kind != "cfg":
             raise UserError(f'VAR can be guided against no class (sample.guidance: cfg), not by "{guidance.kind}"')
         chosen = filters(self.branches, temperature, top_k, top_p)
-        noise = draws.categorical("codes", (self.ends[-1], self.branches))  # (B, L, K)
+        noise, so_far = draws.categorical("codes", (self.ends[-1], self.branches)), []  # (B, L, K), its parts
         seen = torch.zeros(len(labels), device=labels.device)
         forced = None
         if kept is not None:
@@ -401,7 +403,11 @@ class VAR(Sampled):
                 codes = [draw(chosen[k], logits[:, :, k], numbers[:, :, k]) for k in range(self.branches)]
                 codes = torch.stack(codes, dim=-1)
             codes = codes.view_as(numbers)
-            return codes if forced is None else keep(codes, forced[:, span])
+            codes = codes if forced is None else keep(codes, forced[:, span])
+            if on_codes:
+                so_far.append(codes)
+                on_codes(torch.cat(so_far, dim=1))
+            return codes
 
         return mark(self.generate(labels, guidance, pick, cuda_graph)[0], seen)
 

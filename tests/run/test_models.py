@@ -77,7 +77,7 @@ def test_samples_are_those_of_the_command(generator_run, tmp_path):
     assert sample.main(command) == 0
     files = [np.asarray(Image.open(f)) for f in sorted((tmp_path / "s").glob("[0-9]*.png"))]
     assert np.array_equal(drawn, np.stack(files))
-    tuned = generator._tuned({"scale": 9.0, "steps": 2}).task  # a toy's pictures hardly depend on guidance
+    tuned = generator.tuned({"scale": 9.0, "steps": 2}).task  # a toy's pictures hardly depend on guidance
     assert (tuned.guidance.scale, tuned.sample_options) == (9.0, {"steps": 2})
     plain, quick = (generator.sample("ring 3", seed=5, output="float", **how) for how in ({}, {"steps": 2}))
     assert not torch.equal(plain, quick)

@@ -1,0 +1,43 @@
+#!/usr/bin/env python3
+"""A page in the browser to look into models: python -m scripts.playground [WEIGHTS or RUN ...] [--host H] [--port P]
+
+Tokenize: a picture beside its reconstruction and the difference, its codes, and what becomes of it with fewer tokens or
+scales, noise, other codes, or those of a second picture. Generate: pictures of classes, seen as they come about, from one
+model or from two with the same seed. Each view shows the command that makes the same files.
+
+WEIGHTS or RUN: run folders, checkpoints, files of weights, hf:// addresses, of tokenizers and of generators, which bring
+their tokenizers. Without any: the small trained models in pretrained_models/tiny.
+It listens on this machine alone. With --host 0.0.0.0 others reach it by the address with the token that is printed.
+"""
+
+import argparse
+
+from core import cli
+
+
+def main(arguments: list[str]) -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m scripts.playground", description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
+    parser.add_argument("models", nargs="*", metavar="WEIGHTS or RUN")
+    parser.add_argument("--host", default="127.0.0.1", help="address to listen on (default 127.0.0.1, this machine)")
+    parser.add_argument("--port", type=int, help="default: the first free one from 7860 on")
+    options = parser.parse_args(arguments)
+
+    from run.playground import views
+    from run.playground.server import open_server
+
+    models = views.Models(options.models or views.shipped(), print)
+    for entry in models.entries:
+        print(f"{entry.kind or 'unknown'} {entry.reference}: {entry.error or 'ready'}")
+    server = open_server(models, options.host, options.port)
+    if server.token:
+        print("warning: everyone who can reach this machine and knows the token can use these models")
+    print(f"open {server.address} (Ctrl-C ends it)", flush=True)
+    with server:
+        server.serve_forever()
+    return 0
+
+
+if __name__ == "__main__":
+    cli.run(main)
