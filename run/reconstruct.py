@@ -26,6 +26,7 @@ from run.alter import Changes
 BATCH = 8
 SHOWN = 64  # rows of grid.png
 Named = tuple[str, Image.Image]
+UNCHANGED = Changes()
 
 
 def read_files(names: list[str]) -> Iterator[Named]:
@@ -71,7 +72,7 @@ def reconstruct(
     folder: Path,
     gain: float,
     with_stages: bool,
-    changes: Changes = Changes(),
+    changes: Changes = UNCHANGED,
     alone: bool = False,
 ) -> None:
     """Write <name>_psnr<dB>.png of each picture and grid.png, with stages also filmstrips; print what was measured.

@@ -11,6 +11,7 @@ It listens on this machine alone. With --host 0.0.0.0 others reach it by the add
 """
 
 import argparse
+from ipaddress import IPv4Address
 
 from core import cli
 
@@ -20,9 +21,11 @@ def main(arguments: list[str]) -> int:
         prog="python -m scripts.playground", description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
     parser.add_argument("models", nargs="*", metavar="WEIGHTS or RUN")
-    parser.add_argument("--host", default="127.0.0.1", help="address to listen on (default 127.0.0.1, this machine)")
+    parser.add_argument(
+        "--host", type=IPv4Address, default="127.0.0.1", help="where to listen (default 127.0.0.1, this machine alone)"
+    )
     parser.add_argument("--port", type=int, help="default: the first free one from 7860 on")
-    options = parser.parse_args(arguments)
+    options = parser.parse_intermixed_args(arguments)
 
     from run.playground import views
     from run.playground.server import open_server
@@ -30,7 +33,7 @@ def main(arguments: list[str]) -> int:
     models = views.Models(options.models or views.shipped(), print)
     for entry in models.entries:
         print(f"{entry.kind or 'unknown'} {entry.reference}: {entry.error or 'ready'}")
-    server = open_server(models, options.host, options.port)
+    server = open_server(models, str(options.host), options.port)
     if server.token:
         print("warning: everyone who can reach this machine and knows the token can use these models")
     print(f"open {server.address} (Ctrl-C ends it)", flush=True)

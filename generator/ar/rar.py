@@ -13,6 +13,7 @@ Shape letters: B batch, N codes, S slots, V codebook size, D width.
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Annotated
 

@@ -79,7 +79,7 @@ function picker(place, label, chosen) {
   file.onchange = () => file.files.length && read(file.files[0]);
   state.examples.forEach((example, i) => {
     const button = make('button', {type: 'button'}, make('img', {src: example.data, alt: `example ${i + 1}`, className: 'pixels'}));
-    button.onclick = () => take({name: example.name, data: example.data.split(',')[1]}, button);
+    button.onclick = () => take({name: example.name, data: example.data.split(',')[1], example: example.data}, button);
     button.setAttribute('aria-pressed', false);
     buttons.push(button);
   });
@@ -95,10 +95,11 @@ function picker(place, label, chosen) {
 }
 
 function slider(id, label, properties, says) {
-  const input = make('input', {type: 'range', id, ...properties});
-  const output = make('output', {textContent: says(input.value)});
-  input.oninput = () => { output.textContent = says(input.value); later(); };
-  return make('label', {}, `${label}: `, output, input);
+  const input = make('input', {type: 'range', id, ...properties}), shown = make('span');
+  const show = () => { input.ariaValueText = shown.textContent = says(input.value); };
+  input.oninput = () => { show(); later(); };
+  show();
+  return make('label', {}, `${label}: `, shown, input);
 }
 
 /** The controls that a tokenizer's own description asks for. */
@@ -125,7 +126,7 @@ function setUpTokenizer() {
       if (state.donor) return later();
       say('tokenize-message', 'Choose the second picture, too.');
     };
-    return make('label', {}, box, ` ${name}`);
+    return make('label', {}, box, ` branch ${name}`);
   }));
   later();
 }
@@ -170,6 +171,9 @@ function showTokenized(answer) {
   const ssim = answer.ssim === null ? '' : `, SSIM ${answer.ssim.toFixed(4)}`;
   $('numbers').textContent = `PSNR ${answer.psnr.toFixed(2)} dB${ssim}; ${answer.seconds.toFixed(2)} s`;
   Object.assign($('save-rebuilt'), {href: answer.rebuilt, download: answer.file});
+  const {name, example} = state.picture;
+  $('save-example').hidden = !example;
+  if (example) Object.assign($('save-example'), {href: example, download: name, textContent: `Download ${name}`});
   showCommand($('tokenize-command'), answer.command);
   $('codes').hidden = !answer.codes;
   state.codes = answer.codes;
@@ -197,6 +201,7 @@ function drawMaps() {
   const boxes = model.branches.flatMap((name, branch) => model.maps.map((map, number) => {
     const title = (model.branches.length > 1 ? `branch ${name}, ` : '') + map.title;
     const grid = make('div', {className: 'map', role: 'group', ariaLabel: `codes, ${title}`});
+    grid.style.maxWidth = `${Math.min(360, 48 * map.columns)}px`;
     grid.style.gridTemplateColumns = `repeat(${map.columns}, minmax(0, 1fr))`;
     const cells = Array.from({length: map.count}, (_, i) => {
       const cell = {branch, place: map.start + i, map: number, button: make('button', {type: 'button', className: 'cell'})};
@@ -274,7 +279,8 @@ function setUpGenerator() {
   $('classes').replaceChildren(...model.classes.map(value => make('option', {value})));
   if (!$('labels').value) $('labels').value = model.classes[0];
   $('options').replaceChildren(...Object.entries(model.options).map(([name, {value, meaning}]) => {
-    const input = make('input', {value: [value].flat().join(', '), inputMode: 'decimal'});
+    const text = [value].flat().join(', ');
+    const input = make('input', {value: text, defaultValue: text, inputMode: 'decimal', autocomplete: 'off'});
     input.dataset.option = name;
     return make('label', {}, name.replace('_', '-').replace('scale', 'guidance'), input, make('small', {textContent: meaning}));
   }));
@@ -358,13 +364,11 @@ function finish(gallery, done) {
 /** A slider over what could be seen on the way; the last look is the finished pictures. */
 function replayer(gallery, looks) {
   const last = looks.length - 1;
-  const input = make('input', {type: 'range', min: 0, max: last, value: last});
-  const output = make('output', {textContent: `${last + 1} of ${last + 1}`});
-  input.oninput = () => {
-    output.textContent = `${Number(input.value) + 1} of ${last + 1}`;
-    paint(gallery, looks[input.value]);
-  };
-  return make('label', {className: 'caption'}, 'how they came about: ', output, input);
+  const input = make('input', {type: 'range', min: 0, max: last, value: last}), shown = make('span');
+  const show = () => { input.ariaValueText = shown.textContent = `${Number(input.value) + 1} of ${last + 1}`; };
+  input.oninput = () => { show(); paint(gallery, looks[input.value]); };
+  show();
+  return make('label', {className: 'caption'}, 'how they came about: ', shown, input);
 }
 
 $('generator').onchange = setUpGenerator;

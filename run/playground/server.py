@@ -64,7 +64,7 @@ class Server(ThreadingHTTPServer):
     def __init__(self, models: views.Models, host: str = LOOPBACK, port: int = 0):
         super().__init__((host, port), Handler)
         self.models = models
-        self.token = "" if host in (LOOPBACK, "localhost") else secrets.token_urlsafe(16)
+        self.token = "" if host == LOOPBACK else secrets.token_urlsafe(16)
         self.page, self.policy = page()
         self.examples = views.examples()
 

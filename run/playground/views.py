@@ -126,9 +126,8 @@ class Models:
                 continue
             log(f"loading {reference}")
             self._add(reference, kind)
-        if failed := [entry.error for entry in self.entries if entry.error]:
-            if len(failed) == len(self.entries):
-                raise UserError(failed[0])
+        if all(entry.error for entry in self.entries):
+            raise UserError(self.entries[0].error)
 
     def _add(self, reference: str, kind: str) -> None:
         """The entry of a reference, and that of the tokenizer of a generator."""
@@ -219,7 +218,7 @@ def generator_controls(model: GeneratorModel) -> Fields:
     """The options of its `sample` that the page offers, with what they are unless told."""
     sampler = model.sampler
     parameters = inspect.signature(sampler.generator.sample).parameters
-    options = {"scale": {"value": sampler.config.sample.scale, "meaning": "guidance; 1: none"}}
+    options = {"scale": {"value": sampler.config.sample.scale, "meaning": "1: none"}}
     for name, meaning in OPTIONS.items():
         if name in parameters:
             value = sampler.task.sample_options.get(name, parameters[name].default)

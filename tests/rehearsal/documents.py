@@ -52,6 +52,7 @@ RULES = [
     Rule(r"bash run_(sample|sweep|compare|pretokenize|eval_\w+|linear_probe|make_reference)\.sh", "--check"),
     Rule(r"bash run_download\.sh", "--dry-run"),
     Rule(r"bash run_report\.sh", ""),
+    Rule(r"bash run_playground\.sh", "--help", "serves until it is stopped; tests/run/test_playground.py asks it"),
     Rule(r"bash run_publish\.sh", "--dry-run"),
     Rule(r"bash run_quickstart\.sh", "--help", "ten minutes; tests/run/test_quickstart.py runs the five with --smoke"),
     Rule(r"bash run_tests\.sh", "--help", "these are the tests"),

@@ -23,6 +23,7 @@ from generator.sampling import draw_latents
 from run.playground import server, views
 from scripts import reconstruct, sample
 from tests.conftest import finished_run, toy
+from tests.tools.browser import CHROMIUM, Browser
 
 PAIRS = {
     "rectok": ("rectok_tokenizer", "rectok_generator"),
@@ -321,3 +322,65 @@ def test_which_models(runs, tmp_path, monkeypatch):
     for kind in ("tokenizer", "generator"):
         (tmp_path / "dar" / f"{kind}.safetensors").touch()
     assert views.shipped() == [str(tmp_path / "dar" / "generator.safetensors")]
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(CHROMIUM is None, reason="there is no Chromium here")
+def test_in_a_browser_with_the_keyboard_alone(page, tmp_path, monkeypatch):
+    evil = "<script>document.title='evil'</script>"
+    far = page.models.find(model(page, "fqgan", "generator")["number"], "generator").model
+    monkeypatch.setattr(far.sampler, "class_names", [evil, *far.sampler.class_names[1:]])
+    number = model(page, "fqgan", "tokenizer")["number"]
+
+    def choose(browser, which, value):
+        browser.see(f"$('{which}').value = {value}, $('{which}').dispatchEvent(new Event('change')), 1")
+
+    with Browser(tmp_path / "profile", width=400) as browser:
+        browser.open(page.address)
+        browser.wait("document.querySelectorAll('.examples button').length > 3")
+        browser.press("Tab")
+        assert browser.see("document.activeElement.id") == "tab-tokenize"
+        choose(browser, "tokenizer", number)
+        for _ in range(8):  # over the tokenizer and the file to the first example
+            browser.press("Tab")
+            if browser.see("document.activeElement.matches('#picture .examples button')"):
+                break
+        browser.press("Enter")
+        browser.wait("!$('codes').hidden && document.querySelectorAll('.cell').length > 0")
+        before = browser.see("$('rebuilt').src")
+        browser.see("document.querySelector('.cell').focus(), 1")
+        browser.press("ArrowRight", 3)
+        assert browser.see("$('code-says').textContent").startswith("place 3: code ")
+        alike = browser.see("document.querySelectorAll('.same').length")
+        assert alike == browser.see("state.codes[0].filter(code => code === state.codes[0][3]).length") >= 1
+        browser.press("Enter")
+        assert browser.see("document.activeElement.id") == "code"
+        browser.see("document.activeElement.select(), 1")
+        browser.type("99999")
+        browser.press("Enter")
+        browser.wait("$('tokenize-message').textContent.includes('code 99999 does not exist')")
+        browser.press("Enter")  # back on the cell
+        browser.see("document.activeElement.select(), 1")
+        browser.type(str(browser.see("(state.codes[0][3] + 1) % tokenizer().vocab")))
+        browser.press("Enter")
+        browser.wait(f"$('rebuilt').src !== {json.dumps(before)}")
+        assert browser.see("document.querySelectorAll('.put').length") == 1
+        assert "--put 0:3=" in browser.see("document.querySelector('#tokenize-command pre').textContent")
+        assert browser.see("document.documentElement.scrollWidth") <= 400
+
+        browser.see("$('tab-tokenize').focus(), 1")
+        browser.press("ArrowRight")
+        choose(browser, "generator", model(page, "fqgan", "generator")["number"])
+        choose(browser, "second", model(page, "dar", "generator")["number"])
+        browser.see("$('labels').value = '0', $('labels').focus(), 1")
+        browser.press("Enter")
+        browser.wait("document.querySelectorAll('#results .command').length === 2")
+        captions = browser.see("[...document.querySelectorAll('#results figcaption')].map(c => c.textContent)")
+        assert captions == [evil] * 8 + [model(page, "dar", "generator")["classes"][0]] * 8
+        assert browser.see("document.title") == "Playground"
+        assert browser.see("document.documentElement.scrollWidth") <= 400
+        divs = "[...document.querySelectorAll('*')].filter(e => e.onclick && !/BUTTON|INPUT|A/.test(e.tagName)).length"
+        assert browser.see(divs) == 0
+        unnamed = "[...document.querySelectorAll('input,select')].filter(e => !e.labels?.length && !e.ariaLabel).length"
+        assert browser.see(unnamed) == 0
+        assert [c for c in browser.complaints if "400 (Bad Request)" not in c] == []
