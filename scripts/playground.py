@@ -14,6 +14,7 @@ import argparse
 from ipaddress import IPv4Address
 
 from core import cli
+from core.signals import Stopped
 
 
 def main(arguments: list[str]) -> int:
@@ -32,13 +33,16 @@ def main(arguments: list[str]) -> int:
 
     models = views.Models(options.models or views.shipped(), print)
     for entry in models.entries:
-        print(f"{entry.kind or 'unknown'} {entry.reference}: {entry.error or 'ready'}")
+        print(f"not shown: {entry.error}" if entry.error else f"{entry.kind} {entry.name} is ready")
     server = open_server(models, str(options.host), options.port)
     if server.token:
         print("warning: everyone who can reach this machine and knows the token can use these models")
     print(f"open {server.address} (Ctrl-C ends it)", flush=True)
     with server:
-        server.serve_forever()
+        try:
+            server.serve_forever()
+        except Stopped:
+            print("the playground is closed")
     return 0
 
 

@@ -388,7 +388,7 @@ async function start() {
   $('second').replaceChildren(make('option', {value: '', textContent: 'none'}), ...working('generator').map(option));
   $('draw').disabled = !working('generator').length;
   $('problems').replaceChildren(...state.models.filter(model => model.error).map(model =>
-    make('p', {className: 'card problem', textContent: `${model.reference}: ${model.error}`})));
+    make('p', {className: 'card problem', textContent: (model.error.includes(model.reference) ? '' : `${model.reference}: `) + model.error})));
   picker($('picture'), 'Picture', picture => { state.picture = picture; state.put.clear(); later(); });
   picker($('donor'), 'Second picture', picture => { state.donor = picture; later(); });
   setUpTokenizer();
