@@ -18,7 +18,19 @@ SETTING = re.compile(r"([A-Za-z_][\w.]*)=(.*)", re.DOTALL)
 URL = re.compile(r"(folder|list|wds|tokens)://(.*?)(\?.*)?", re.DOTALL)
 QUERY = re.compile(r"([?&](?:root|classes)=)([^&]*)")
 # Options and last parts of keys whose values are paths: of what is read, of what is written.
-READ = {"weights", "tokenizer", "guide", "layout", "original", "reconstructed", "import", "url", "from", "markdown"}
+READ = {
+    "weights",
+    "tokenizer",
+    "guide",
+    "layout",
+    "mask",
+    "original",
+    "reconstructed",
+    "import",
+    "url",
+    "from",
+    "markdown",
+}
 READ |= {"tokenizer-config", "guide-config", "val_url", "pictures", "moments", "init_from", "reference", "latent_stats"}
 WRITTEN = {"out", "npz", "work_dir", "cache_dir"}
 NAMES = {"network", "labels"}  # names of ours too: paths where there is a slash or a dot in them
@@ -35,6 +47,7 @@ FLAGS = {
     "--rehearse",
     "--verify",
     "--preview",
+    "--full",
     "--all",
 }
 

@@ -7,6 +7,7 @@
     tokenizer.decode(codes)[0].save("rebuilt.png")
     generator = run.load_generator("work_dirs/my_run")
     generator.sample(labels=["tree frog", 207], seed=0)     # PIL pictures
+    generator.edit("cat.jpg", 207, mask="mask.png")         # white in the mask is drawn anew
 
 A reference is what every program takes: a run folder, a checkpoint, a file of weights, the name of a released one, or
 hf://owner/repository/file. Picture i of `sample` is picture i that run_sample.sh draws with the same seed and settings.
@@ -32,6 +33,7 @@ from core.specs import LatentSpec, Tokenizer
 from data.decode import to_rgb
 from data.transforms import center_crop, to_tensor
 from evaluation.measure import alone
+from run import edit
 from run.load import read_tokenizer
 from run.reconstruct import read_files
 from run.sample import parse_labels
@@ -120,6 +122,16 @@ def _to_pil(pictures: Any) -> list[Image.Image]:
     if pictures.ndim != 3:
         raise UserError(f"an array of pictures is (H, W, 3) or (B, H, W, 3), not {pictures.shape}.")
     return [Image.fromarray(pictures)]
+
+
+def _one(picture: Any) -> Image.Image:
+    """A single picture or mask."""
+    if isinstance(picture, (str, Path)):
+        return next(read_files([str(picture)], upright=True))[1]
+    if isinstance(picture, (np.ndarray, Tensor)) and picture.ndim == 2:
+        picture = np.asarray(picture).astype(bool).astype(np.uint8)[..., None].repeat(3, -1) * 255
+    (one,) = _to_pil(picture)
+    return one
 
 
 def to_output(images: Tensor, output: Output) -> Pictures:
@@ -216,8 +228,7 @@ class GeneratorModel:
             batch: pictures at once.
             settings: keys of a config's `sample` section: scale, steps, temperature, top_k ...
         """
-        words = [labels] if isinstance(labels, (str, int)) else labels
-        chosen = parse_labels(",".join(map(str, words)), self.sampler.num_classes, self.class_names)
+        chosen = self._numbers(labels)
         count = len(chosen) if num is None else num
         if count < 1:
             raise UserError(f"num={num}: give 1 or more.")
@@ -226,6 +237,46 @@ class GeneratorModel:
             asked = torch.tensor([chosen[i % len(chosen)] for i in part.tolist()], device=device)
             images.append(sampler.sample(asked, Draws(hash64(seed, "samples"), part)))
         return to_output(torch.cat(images), output)
+
+    def edit(
+        self,
+        photo: Any,
+        labels: str | int | Sequence[str | int],
+        mask: Any = None,
+        outpaint: float | None = None,
+        num: int | None = None,
+        seed: int = 0,
+        output: Output = "pil",
+        rules: edit.Rules | None = None,
+        **settings: Any,
+    ) -> Pictures:
+        """A photo with a part drawn anew as pictures of classes, those of run_edit.sh with the same seed; the rest stays.
+
+        Args:
+            photo: a PIL picture, a uint8 array (H, W, 3) or tensor (3, H, W), or the name of a file, which is turned upright.
+            labels, num, output, settings: as for `sample`; all pictures are made at once.
+            mask: as `photo`, or an array or tensor of bool (H, W): white or True is what changes.
+            outpaint: instead of a mask: the share of the picture on either side of the photo, see run.edit.outpainting.
+            rules: which codes are kept; None: those that no masked pixel touches.
+        """
+        if (mask is None) == (outpaint is None):
+            raise UserError(
+                "say what is to change: mask=... (white or True), or outpaint=SHARE for what is around the photo."
+            )
+        chosen = self._numbers(labels)
+        sampler = self.tuned(settings)
+        size, image = self.tokenizer.image_size, _one(photo)
+        if outpaint is not None:
+            canvas = edit.outpainting(image, outpaint, size)
+        else:
+            canvas = edit.inpainting(image, _one(mask), size)
+        asked = [chosen[i % len(chosen)] for i in range(len(chosen) if num is None else num)]
+        drawn = edit.edit(sampler, canvas, asked, rules or edit.Rules(), self.tokenizer.device, seed)
+        return to_output(to_model_range(drawn.pictures), output)
+
+    def _numbers(self, labels: str | int | Sequence[str | int]) -> list[int]:
+        words = [labels] if isinstance(labels, (str, int)) else labels
+        return parse_labels(",".join(map(str, words)), self.sampler.num_classes, self.class_names)
 
     def tuned(self, settings: dict[str, Any]) -> Sampler:
         """The sampler with other settings, which are checked as those of a config are."""

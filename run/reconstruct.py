@@ -29,14 +29,15 @@ Named = tuple[str, Image.Image]
 UNCHANGED = Changes()
 
 
-def read_files(names: list[str]) -> Iterator[Named]:
-    """(name, picture) of each file; UserError for the first that cannot be read."""
+def read_files(names: list[str], upright: bool = False) -> Iterator[Named]:
+    """(name, picture) of each file, turned as its EXIF data says where `upright`; UserError for the first that cannot be
+    read."""
     for name in names:
         refuse_device(name)
         with explain_os_errors(name):
             data = Path(name).read_bytes()
         try:
-            yield Path(name).stem, decode_rgb(data, name)
+            yield Path(name).stem, decode_rgb(data, name, upright)
         except UnreadablePicture as error:
             raise UserError(f"{error}. Give a JPEG, PNG, WebP, GIF, BMP, TIFF or PPM picture.") from error
 

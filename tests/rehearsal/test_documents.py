@@ -47,6 +47,9 @@ def furnished(rehearsal):
     photos = sorted((house.folder / "data" / "imagenet" / "val").rglob("*.JPEG"))
     for name, photo in zip(("cat.jpg", "dog.png"), photos):
         Image.open(photo).save(house.folder / name)
+    mask = Image.new("L", Image.open(photos[0]).size)
+    mask.paste(255, (mask.width // 3, mask.height // 3, mask.width // 2, mask.height // 2))
+    mask.save(house.folder / "mask.png")
     (house.folder / "my").mkdir()
     shutil.copytree(house.folder / "data" / "imagenet" / "train", house.folder / "my" / "pictures")
     for folder in ("originals", "folder/of/pngs"):

@@ -1,0 +1,80 @@
+#!/usr/bin/env python3
+"""Edit a photo: python -m scripts.edit GENERATOR PHOTO --mask M.PNG --label 207 [--out X.PNG] [key=value ...]
+
+What is white in the mask is drawn anew as a picture of the class; everything else stays, pixel for pixel. GENERATOR is
+what run_sample.sh takes: a config, run folder, checkpoint or released file. PHOTO may have any size: its middle square is
+seen, in the tokenizer's size, in which X.PNG comes; --full adds X_full.png, the photo in its own size with the new part.
+
+The mask has the photo's size, its proportions, or the size of what the model sees; transparent counts as white. A code
+is kept if no pixel of its cell is white (--cover SHARE: if no more than that share is; --margin N: the mask is widened by
+N pixels for that). Codes without places (D-AR, TiTok): the first half is kept (--first SHARE).
+--outpaint SHARE instead of a mask: the whole photo in the middle, SHARE of the picture on either side of its longer side.
+
+Also written: X_panel.png (photo, mask, as decoded, with the photo put back) and X.json: PSNR outside the mask before
+the photo is put back, the step across the mask's border against steps inside it, settings and weights.
+Several labels or --num N: X_000_207.png and so on. The same seed, label and number give the same picture.
+"""
+
+import argparse
+
+from core import cli
+from scripts import command_line
+
+
+def main(arguments: list[str]) -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m scripts.edit", description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
+    parser.add_argument("generator", help="config, run folder, checkpoint, released file or hf:// address")
+    parser.add_argument("photo")
+    parser.add_argument("overrides", nargs="*", metavar="key=value")
+    parser.add_argument("--label", "--labels", required=True, help="class number or name; several: 207,tree frog")
+    parser.add_argument("--mask", help="picture whose white pixels are to change")
+    parser.add_argument("--outpaint", type=float, metavar="SHARE", help="draw around the photo; 0 fills up to a square")
+    parser.add_argument("--out", help="PNG to write (default PHOTO_edit.png)")
+    parser.add_argument("--num", type=int, help="pictures (default: one per label)")
+    parser.add_argument("--full", action="store_true", help="also the photo in its own size")
+    parser.add_argument(
+        "--margin", type=int, default=0, help="pixels beside the mask whose codes are not kept (default 0)"
+    )
+    parser.add_argument("--cover", type=float, default=0.0, help="share of a kept cell that may be masked (default 0)")
+    parser.add_argument("--first", type=float, default=0.5, help="share kept of codes without places (default 0.5)")
+    parser.add_argument("--tokenizer", help="its weights, for a generator that does not name them")
+    parser.add_argument("--guide", help="weights of the weaker model of autoguidance")
+    parser.add_argument("--scale", help="guidance scale, or one per codebook: 1.5 or [3,2]")
+    parser.add_argument("--steps", type=int)
+    parser.add_argument("--seed", type=int)
+    options = command_line.parse(parser, "edit", arguments)
+
+    short = {
+        "sample.scale": options.scale,
+        "sample.guide": options.guide,
+        "sample.guidance": "auto" if options.guide else None,
+        "sample.steps": options.steps,
+        "tokenizer.weights": options.tokenizer,
+        "seed": options.seed,
+    }
+    overrides = [*options.overrides, *(f"{key}={value}" for key, value in short.items() if value is not None)]
+
+    import dataclasses
+    from pathlib import Path
+
+    from core import caller, dist
+    from evaluation.measure import alone
+    from run import edit
+    from run.target import open_generator, read_target
+
+    options.out = options.out or caller.written(f"{Path(options.photo).stem}_edit.png")
+    request, rules = (
+        kind(**{field.name: getattr(options, field.name) for field in dataclasses.fields(kind)})
+        for kind in (edit.Request, edit.Rules)
+    )
+    request.check()
+    target = read_target(options.generator, overrides, print)
+    device = dist.pick_device(target.config.train.device)
+    edit.run(open_generator(target, alone(device)), request, rules, device)
+    return 0
+
+
+if __name__ == "__main__":
+    cli.run(main)
