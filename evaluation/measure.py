@@ -71,6 +71,7 @@ class Result:
     seconds: dict[str, float] = field(default_factory=dict)
     per_picture: dict[str, Tensor] = field(default_factory=dict)  # name -> (N,)
     features: dict[str, Tensor] = field(default_factory=dict)  # tap -> (N, D) of the evaluated pictures
+    code_counts: Tensor | None = None  # (scales, K, V) int64 over all pictures
 
     def values(self) -> dict[str, float]:
         return {s.name: s.value for s in self.scores}
@@ -282,6 +283,7 @@ class Evaluation:
             scores, left_out, seconds=dict(watch.seconds), per_picture=values, features=part("samples/")
         )
         if f"{SUM}codes" in gathered:
+            result.code_counts = gathered[f"{SUM}codes"]
             usage = rebuild.codebooks.usage(gathered[f"{SUM}codes"])
             result.scores += [Score(name, value, count, self.protocol.name, "") for name, value in usage.items()]
         return result

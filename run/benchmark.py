@@ -49,6 +49,16 @@ PRINTED = HEADER[1:10]
 
 
 @dataclass
+class Effort:
+    """How long one call is timed; a `Job` says it for many."""
+
+    device: torch.device
+    warmup: int = 3
+    repeats: int = 10
+    seconds: float = float("inf")
+
+
+@dataclass
 class Job:
     """Everything to measure: each of `wanted`, with each number of decoding `steps`, for each batch, in each mode."""
 
@@ -242,7 +252,7 @@ class Timing:
     theirs: float | None = None
 
 
-def timed(call: Callable[[], Any], job: Job, theirs: Callable[[], float] | None = None) -> Timing:
+def timed(call: Callable[[], Any], job: Job | Effort, theirs: Callable[[], float] | None = None) -> Timing:
     """Time `call`, and `theirs`, which tells its seconds itself, in turn with it."""
 
     def once() -> tuple[float, Any]:

@@ -55,6 +55,7 @@ SHOWN = 40
 ENOUGH_TO_COMPILE = 5_000  # reconstructions
 BEST_AND_WORST = 6
 CLASSES_SHOWN = 30
+PER_PICTURE = "per_picture.safetensors"  # metric -> (N,), and (scales, K, V) counts of codes
 IMAGENET_CLASSES, IMAGENET_VAL_EACH = 1000, 50
 
 
@@ -419,6 +420,13 @@ class Reconstructions(Measurement):
         image_tools.save_png(measure.reconstruction_grid(self.tokenizer, self.pictures, self.how.world.device), path)
         grid = ("Reconstructions", path, "Originals; below each row its reconstructions.")
         return [grid, *self.extremes(result, folder)]
+
+    def write(self, result: Result, folder: Path, unfinished: Path) -> None:
+        if getattr(self.options, "keep", False):
+            counts = {} if result.code_counts is None else {"codes": result.code_counts}
+            tensors = {f"picture/{name}": values for name, values in result.per_picture.items()} | counts
+            write_atomic(folder / PER_PICTURE, to_bytes(tensors))
+        super().write(result, folder, unfinished)
 
     @torch.no_grad()
     def extremes(self, result: Result, folder: Path) -> list[Shown]:

@@ -1,0 +1,518 @@
+"""What run_compare.sh does: tokenizers, or generators, under one protocol on one page.
+
+Each of them is measured as run_eval_tokenizer.sh and run_eval_generator.sh measure, in a folder of its own that a killed
+comparison goes on with. What is put together from those folders is rates, paired differences, speeds and pictures.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+from torch import Tensor
+
+from core.devices import peak_memory
+from core.dist import World
+from core.errors import UserError
+from core.files import read_json, write_atomic, write_json
+from core.images import grid, to_model_range
+from core.lock import Lock
+from core.nn.lpips import lpips_squeeze
+from core.rng import Draws
+from core.specs import Tokenizer
+from core.train.checkpoint import Checkpoint
+from core.weights.adapter import recognise
+from evaluation import protocols
+from evaluation.comparison import (
+    SAMPLE_BITS,
+    bits_per_pixel,
+    entropy_coded_bits_per_pixel,
+    most_disputed,
+    paired_difference,
+    region,
+)
+from evaluation.images import lpips_metric
+from evaluation.report import NOTHING, Report, environment, write_metrics
+from run.benchmark import Effort, device_name, timed
+from run.evaluate import (
+    PER_PICTURE,
+    Reconstructions,
+    by_tokenizer,
+    check_reconstructions,
+    check_samples,
+    generated_samples,
+    tokenizer_section,
+)
+from run.linear_probe import linear_probe, open_sources
+from run.load import ADAPTERS, Source, load_config
+from run.measurement import eval_settings
+
+TEXT_AND_FACES = "T-ACC, T-NED and F-Sim (TokBench): their text and face recognisers are not part of this code"
+REGIONS, CANDIDATES = 8, 32  # shown; pictures in which they are looked for
+BATCHES = (1, 32)  # of the speeds
+CODES, USE = "codebook_", ("usage", "entropy_bits", "perplexity")
+
+Value = tuple[float, float | None, float | None]  # a number and its interval, where it has one
+Numbers = dict[str, dict[str, Value]]  # name -> metric -> value
+
+
+@dataclass
+class Side:
+    """One tokenizer of a comparison, measured."""
+
+    name: str
+    folder: Path
+    measurement: Reconstructions
+    scores: dict[str, dict[str, Any]]
+    left_out: dict[str, str]
+    per_picture: dict[str, Tensor]
+    code_counts: Tensor | None
+    trained_on: str
+    speeds: dict[str, Any]
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        tokenizer = self.measurement.tokenizer
+        assert isinstance(tokenizer, Tokenizer)
+        return tokenizer
+
+    def rates(self) -> dict[str, float]:
+        """Bits per pixel."""
+        size, spec = self.tokenizer.image_size, self.tokenizer.spec
+        found = {"bpp": bits_per_pixel(spec, size)}
+        if self.code_counts is not None:
+            found["entropy_coded_bpp"] = entropy_coded_bits_per_pixel(self.code_counts, self.measurement.count, size)
+        return found
+
+    def numbers(self) -> dict[str, Value]:
+        """metric -> (value, low, high)."""
+        found = numbers_of(self.scores)
+        more = {**self.rates(), **{name: value for name, value in self.speeds.items() if isinstance(value, float)}}
+        return found | {name: (value, None, None) for name, value in more.items()}
+
+
+def numbers_of(scores: dict[str, dict[str, Any]]) -> dict[str, Value]:
+    """From what a metrics.json says of its scores."""
+    found: dict[str, Value] = {}
+    for name, score in scores.items():
+        low, high = score.get("interval") or (None, None)
+        found[name] = (score["value"], low, high)
+    return found
+
+
+def names_of(targets: list[str]) -> list[str]:
+    """The shortest ends of the targets' paths that tell them apart."""
+    parts = [[p for p in target.rstrip("/").split("/") if p] for target in targets]
+    for length in range(1, max(map(len, parts)) + 1):
+        names = ["/".join(p[-length:]) for p in parts]
+        if len({*names}) == len(names):
+            return names
+    raise UserError(f"{' '.join(targets)}: the same one is named twice. Name each once.")
+
+
+def kind_of(target: str) -> str:
+    """ "tokenizer" or "generator"; a config says it itself."""
+    if target.endswith((".yaml", ".yml")):
+        return load_config(target, []).task
+    content = Source(target).content
+    if isinstance(content, Checkpoint):
+        return content.state["primary"]
+    if isinstance(content, dict):
+        return "generator" if recognise(ADAPTERS["generator"], content) else "tokenizer"
+    return content.kind
+
+
+def prepare(options: argparse.Namespace, overrides: list[str]) -> str:
+    """Find mistakes without loading a network; what is compared, "tokenizer" or "generator"."""
+    if len(options.targets) < 2:
+        raise UserError("name two or more tokenizers, or two or more generators, to compare.")
+    names_of(options.targets)
+    kinds = [kind_of(target) for target in options.targets]
+    if len({*kinds}) > 1:
+        named = "; ".join(f"{t} is a {k}" for t, k in zip(options.targets, kinds))
+        raise UserError(f"tokenizers are compared with tokenizers and generators with generators: {named}.")
+    settings = with_one_protocol(overrides)
+    for target, name in zip(options.targets, names_of(options.targets)):
+        each = options_for(options, target, name, Path("unused"))
+        if kinds[0] == "tokenizer":
+            check_reconstructions(each, settings)
+        else:
+            check_samples(each, settings, existing=False)
+    if options.probe:
+        open_sources(options.probe)
+    return kinds[0]
+
+
+def with_one_protocol(overrides: list[str]) -> list[str]:
+    """One protocol for all: ADM's, which measures most, unless another is named."""
+    named = any(word.startswith("eval.protocol=") for word in overrides)
+    return overrides if named else ["eval.protocol=adm", *overrides]
+
+
+def options_for(options: argparse.Namespace, target: str, name: str, folder: Path) -> argparse.Namespace:
+    """What run_eval_tokenizer.sh or run_eval_generator.sh would be told."""
+    each = copy.copy(options)
+    each.weights = each.target = target
+    each.out, each.keep, each.infinity, each.write = str(folder / name.replace("/", "-")), True, False, None
+    each.original = each.reconstructed = each.perturb = each.size = None
+    each.url, each.raw, each.tokenizer = options.data, False, {}
+    return each
+
+
+def compare(options: argparse.Namespace, overrides: list[str], world: World) -> int:
+    """Measure all and put them together. Collective; returns the exit code."""
+    kind = prepare(options, overrides)
+    folder = Path(
+        options.out or "work_dirs/compare/" + "-".join(n.replace("/", "_") for n in names_of(options.targets))[:150]
+    )
+    lock = Lock(folder)
+    world.on_main(lock.take)
+    try:
+        together = compare_tokenizers if kind == "tokenizer" else compare_generators
+        together(options, with_one_protocol(overrides), folder, world)
+    finally:
+        lock.release()
+    return 0
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Tokenizers
+# ---------------------------------------------------------------------------------------------------------------------
+def compare_tokenizers(options: argparse.Namespace, overrides: list[str], folder: Path, world: World) -> None:
+    sides = []
+    for target, name in zip(options.targets, names_of(options.targets)):
+        world.say(f"--- {name}")
+        each = options_for(options, target, name, folder)
+        measurement = by_tokenizer(each, overrides, world)
+        with_some_lpips(measurement, world.device)
+        measurement.run()
+        if options.probe:
+            probe(each, options.probe, Path(each.out) / "probe", world)
+        if world.is_main:
+            sides.append(measured(name, Path(each.out), measurement, options, world.device))
+    if world.is_main:
+        write_tokenizers(options, overrides, folder, sides, world.device)
+
+
+def with_some_lpips(measurement: Reconstructions, device: torch.device) -> None:
+    """Where the weights of the published LPIPS are not here, the one that comes with the code, under its own name."""
+    if "lpips" in measurement.left_out:
+        name, metric = lpips_metric(lpips_squeeze().to(device))
+        measurement.how.metrics[name] = metric
+        measurement.job["lpips"] = name
+
+
+def probe(options: argparse.Namespace, url: str, folder: Path, world: World) -> None:
+    """Accuracies of a linear classifier on the latents, where they are not there yet. Collective."""
+    if not options.again and world.on_main((folder / "metrics.json").is_file):
+        return
+    each = copy.copy(options)
+    each.url, each.out, each.features, each.encode_batch = url, str(folder), None, 64
+    each.epochs, each.batch, each.lr, each.weight_decay, each.schedule, each.seed = 10, 256, 1e-3, 1e-4, "cosine", 0
+    linear_probe(each, *open_sources(url), world)
+
+
+def measured(
+    name: str, folder: Path, measurement: Reconstructions, options: argparse.Namespace, device: torch.device
+) -> Side:
+    """What is in the folder of one tokenizer, and its speed."""
+    record = read_json(folder / "metrics.json")["context"]
+    tensors = load_file(folder / PER_PICTURE)
+    scores = record["scores"]
+    if (accuracies := folder / "probe" / "metrics.json").is_file():
+        found = read_json(accuracies)["context"]["scores"]
+        scores |= {key: score for key, score in found.items() if not key.endswith("best_epoch")}
+    assert isinstance(measurement.tokenizer, Tokenizer)
+    return Side(
+        name,
+        folder,
+        measurement,
+        scores,
+        record["left_out"],
+        {key.removeprefix("picture/"): t for key, t in tensors.items() if key.startswith("picture/")},
+        tensors.get("codes"),
+        trained_on(measurement.job["weights"]),
+        noted_speeds(folder / "speeds.json", measurement.tokenizer, device, options),
+    )
+
+
+def trained_on(target: str) -> str:
+    """The pictures that a tokenizer has seen, as far as its weights tell."""
+    source = Source(tokenizer_section(target)["weights"], "tokenizer")
+    content = source.content
+    if isinstance(content, Checkpoint):
+        return content.state["config"]["data"]["url"]
+    about = getattr(content, "about", {})
+    return about.get("config", {}).get("data", {}).get("url") or "not told by its file"
+
+
+def noted_speeds(path: Path, tokenizer: Tokenizer, device: torch.device, options: argparse.Namespace) -> dict[str, Any]:
+    """Those of an earlier run of the same command on such a device, else measured now."""
+    here = {"device": device_name(device), "seconds": options.seconds}
+    before = read_json(path) if path.is_file() and not options.again else {}
+    if before.get("measured") != here:
+        before = {"measured": here, "speeds": speeds(tokenizer, device, options.seconds)}
+        write_json(path, before)
+    return dict(sorted(before["speeds"].items()))
+
+
+@torch.no_grad()
+def speeds(tokenizer: Tokenizer, device: torch.device, seconds: float) -> dict[str, Any]:
+    """Pictures per second, latency in ms and memory in bytes (GPU only) of encoding and decoding, in fp32 and eager."""
+    found: dict[str, Any] = {}
+    for batch in BATCHES if seconds else ():
+        images = to_model_range(
+            torch.full((batch, 3, tokenizer.image_size, tokenizer.image_size), 128, dtype=torch.uint8)
+        )
+        images = images.to(device)
+        draws = Draws(0, torch.arange(batch, device=device))
+        latents = tokenizer.encode(images)
+        for what, call in (
+            ("encode", lambda: tokenizer.encode(images)),
+            ("decode", lambda: tokenizer.decode(latents, draws)),
+        ):
+            time = timed(call, Effort(device, 2, 10, seconds)).median
+            found[f"{what}_img_per_s_batch{batch}"] = batch / time
+            found[f"{what}_ms_batch{batch}"] = 1000 * time
+            found[f"{what}_memory_batch{batch}"] = float(peak_memory(device)) if device.type == "cuda" else None
+    return found
+
+
+def differences(sides: list[Side]) -> list[list[Any]]:
+    """Rows about each tokenizer after the first, against the first, over the same pictures."""
+    first, rows = sides[0], []
+    for other in sides[1:]:
+        for metric in other.per_picture.keys() & first.per_picture.keys():
+            found = paired_difference(other.per_picture[metric], first.per_picture[metric])
+            values = f"{found.mean:+.4f}", f"{found.low:+.4f} to {found.high:+.4f}"
+            rows.append([f"{other.name} - {first.name}", metric, *values, found.verdict])
+    return sorted(rows)
+
+
+def fairness(side: Side) -> list[Any]:
+    """What has to be alike for numbers to be comparable."""
+    tokenizer, how, job = side.tokenizer, side.measurement.how, side.measurement.job
+    parameters = sum(p.numel() for p in tokenizer.parameters())
+    rounding = how.protocol.reconstruction_rounding
+    size = tokenizer.image_size
+    return [
+        side.name,
+        side.trained_on,
+        f"{size} px, centre crop",
+        f"{job['count']:,}",
+        rounding,
+        f"{parameters / 1e6:.1f} M",
+        str(tokenizer.spec),
+        f"{tokenizer.spec.length:,}",
+    ]
+
+
+@torch.no_grad()
+def disputed(sides: list[Side]) -> Tensor | None:
+    """A row per region: the original, then every tokenizer; (3, H, W) uint8."""
+    if "psnr" not in sides[0].per_picture:
+        return None
+    spread = torch.stack([side.per_picture["psnr"] for side in sides]).std(0)
+    found = []
+    for i in spread.topk(min(CANDIDATES, len(spread))).indices.tolist():
+        pairs = [next(iter(side.measurement.rebuild(range(i, i + 1)))) for side in sides]
+        recons = [pair.recon[0].cpu() for pair in pairs]
+        place = most_disputed(recons)
+        original = max((pair.original[0].cpu() for pair in pairs), key=lambda picture: picture.shape[-1])
+        crops = [region(picture, place) for picture in (original, *recons)]
+        worth = float(torch.stack(crops[1:]).float().var(0, unbiased=False).mean())
+        found.append((worth, i, crops))
+    found.sort(key=lambda entry: (-entry[0], entry[1]))
+    return grid(torch.stack([crop for _, _, crops in found[:REGIONS] for crop in crops]), columns=1 + len(sides))
+
+
+def write_tokenizers(
+    options: argparse.Namespace, overrides: list[str], folder: Path, sides: list[Side], device: torch.device
+) -> None:
+    """compare.csv, compare.tex, metrics.json, report.html."""
+    protocol = protocols.get(eval_settings(overrides).protocol, "reconstruction")
+    net = sides[0].measurement.how.feature_net
+    report = Report(
+        "Tokenizers compared", f"protocol {protocol.name}, features of {net.name}, pictures of {options.data}"
+    )
+    headers = ["tokenizer", "trained on", "resolution, crop", "pictures", "rounding", "parameters", "latents", "tokens"]
+    report.add_table("What is being compared", headers, [fairness(side) for side in sides])
+    if len({side.tokenizer.image_size for side in sides}) > 1:
+        report.add_text(
+            "",
+            "The tokenizers work at different resolutions: each is compared with its own crops, and PSNR, SSIM and LPIPS of different resolutions are not the same scale.",
+        )
+    quality = [name for name in sides[0].scores if not name.startswith(CODES)]
+    numbers = {side.name: side.numbers() for side in sides}
+    report.add_table("Quality, with 95 % intervals", ["tokenizer", *quality], rows_of(numbers, quality))
+    report.add_table("Paired differences", ["", "metric", "mean", "95 % interval", "says"], differences(sides))
+    report.add_table("Rate", ["tokenizer", "bpp", "entropy_coded_bpp"], rows_of(numbers, ["bpp", "entropy_coded_bpp"]))
+    report.add_text(
+        "",
+        f"bpp: log2 V of each code, or {SAMPLE_BITS} bits for each number of continuous latents, divided by the pixels. entropy_coded_bpp: an ideal coder that knows how often each code of a branch and scale occurs in these pictures.",
+    )
+    for metric in ("psnr", *(name for name in quality if name.startswith(("rfid", "rfd")))):
+        points = {
+            side.name: [(side.rates()["bpp"], side.scores[metric]["value"])] for side in sides if metric in side.scores
+        }
+        bars = {
+            s.name: [(s.rates()["bpp"], *s.scores[metric]["interval"])]
+            for s in sides
+            if s.scores.get(metric, {}).get("interval")
+        }
+        report.add_curves(f"{metric} over bits per pixel", points, None, "bits per pixel", bars)
+    if rows := speed_rows(sides):
+        report.add_table(
+            f"Speed on {device_name(device)}, fp32, eager",
+            ["tokenizer", "", "batch", "img/s", "latency, ms", "memory, GB"],
+            rows,
+        )
+    if (picture := disputed(sides)) is not None:
+        report.add_image(
+            "Where they disagree most",
+            picture,
+            "A row per region: the original, then " + ", ".join(s.name for s in sides) + ".",
+        )
+    headers = ["tokenizer", "branch, scale", *USE]
+    report.add_table(
+        "Codebooks, by branch and scale", headers, [row for side in sides for row in codebook_rows_of(side)]
+    )
+    left_out = {
+        **{f"{s.name}: {name}": why for s in sides for name, why in s.left_out.items()},
+        "text and faces": TEXT_AND_FACES,
+    }
+    report.add_table("Left out", ["what", "why"], [[name, why] for name, why in left_out.items()])
+    report.add_environment(environment()).write(folder / "report.html")
+    write_tables(folder, numbers, [*quality, "bpp", "entropy_coded_bpp"])
+    context = {
+        "count": sides[0].measurement.count,
+        "net": net.name,
+        "protocol": protocol.name,
+        "left_out": left_out,
+        "targets": options.targets,
+    }
+    write_metrics(
+        folder / "metrics.json", {name: {m: v[0] for m, v in of.items()} for name, of in numbers.items()}, context
+    )
+    print(f"written to {folder}: report.html, compare.csv, compare.tex, metrics.json")
+
+
+def codebook_rows_of(side: Side) -> list[list[Any]]:
+    """A row per branch and scale; "" is the only codebook, a branch without a scale is all of its scales."""
+    places = [name.removeprefix(CODES + USE[0]) for name in side.scores if name.startswith(CODES + USE[0])]
+    values = [[f"{side.scores[f'{CODES}{use}{place}']['value']:.4g}" for use in USE] for place in places]
+    return [[side.name, place.strip("_").replace("_", ", ") or "all", *row] for place, row in zip(places, values)]
+
+
+def speed_rows(sides: list[Side]) -> list[list[Any]]:
+    rows = []
+    for side in sides:
+        for batch in BATCHES if side.speeds else ():
+            for what in ("encode", "decode"):
+                memory = side.speeds[f"{what}_memory_batch{batch}"]
+                rows.append(
+                    [
+                        side.name,
+                        what,
+                        batch,
+                        f"{side.speeds[f'{what}_img_per_s_batch{batch}']:.4g}",
+                        f"{side.speeds[f'{what}_ms_batch{batch}']:.4g}",
+                        f"{memory / 1e9:.3g}" if memory else NOTHING,
+                    ]
+                )
+    return rows
+
+
+def rows_of(numbers: Numbers, metrics: list[str]) -> list[list[str]]:
+    """A row per name."""
+
+    def cell(name: str, metric: str) -> str:
+        if metric not in numbers[name]:
+            return NOTHING
+        value, low, high = numbers[name][metric]
+        return f"{value:.4f}" + ("" if low is None else f" [{low:.4f}, {high:.4f}]")
+
+    return [[name, *(cell(name, metric) for metric in metrics)] for name in numbers]
+
+
+def write_tables(folder: Path, numbers: Numbers, metrics: list[str]) -> None:
+    """compare.csv with everything, a line a number; compare.tex with `metrics`, a row a name."""
+    lines = ["name,metric,value,low,high"]
+    for name, of in numbers.items():
+        for metric, values in of.items():
+            lines.append(",".join([f'"{name}"', metric, *("" if v is None else repr(v) for v in values)]))
+    write_atomic(folder / "compare.csv", "\n".join(lines) + "\n")
+
+    def escaped(text: str) -> str:
+        return text.replace("_", r"\_").replace("%", r"\%").replace("&", r"\&").replace(NOTHING, "--")
+
+    body = [" & ".join(map(escaped, row)) + r" \\" for row in (["", *metrics], *rows_of(numbers, metrics))]
+    head = rf"\begin{{tabular}}{{l{'r' * len(metrics)}}}"
+    write_atomic(
+        folder / "compare.tex",
+        "\n".join([head, r"\hline", body[0], r"\hline", *body[1:], r"\hline", r"\end{tabular}"]) + "\n",
+    )
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Generators
+# ---------------------------------------------------------------------------------------------------------------------
+def compare_generators(options: argparse.Namespace, overrides: list[str], folder: Path, world: World) -> None:
+    """Samples of each under one protocol."""
+    numbers: Numbers = {}
+    facts, left_out, net = [], {}, ""
+    report = Report(
+        "Generators compared", f"protocol {eval_settings([o for o in overrides if o.startswith('eval.')]).protocol}"
+    )
+    for target, name in zip(options.targets, names_of(options.targets)):
+        world.say(f"--- {name}")
+        each = options_for(options, target, name, folder)
+        generated_samples(each, overrides, world).run()
+        if not world.is_main:
+            continue
+        context = read_json(Path(each.out) / "metrics.json")["context"]
+        numbers[name] = numbers_of(context["scores"])
+        left_out |= {f"{name}: {metric}": why for metric, why in context["left_out"].items()}
+        net = context["net"]
+        sampling = ", ".join(f"{key} {value}" for key, value in context["sample"].items())
+        facts.append(
+            [
+                name,
+                f"{context['count']:,}",
+                context["labels"],
+                context["rounding"],
+                context["reference"],
+                context["precision"]["features"],
+                sampling,
+            ]
+        )
+    if not world.is_main:
+        return
+    metrics = list(dict.fromkeys(metric for of in numbers.values() for metric in of))
+    report.add_table(
+        "What is being compared",
+        ["generator", "samples", "labels", "rounding", "reference", "features in", "sampling"],
+        facts,
+    )
+    report.add_table(
+        f"Quality, with 95 % intervals (features of {net})", ["generator", *metrics], rows_of(numbers, metrics)
+    )
+    for target, name in zip(options.targets, names_of(options.targets)):
+        path = folder / name.replace("/", "-") / "samples.png"
+        if path.is_file():
+            report.add_image(name, Image.open(path), "The first samples.")
+    report.add_table("Left out", ["what", "why"], [[what, why] for what, why in left_out.items()])
+    report.add_environment(environment()).write(folder / "report.html")
+    write_tables(folder, numbers, metrics)
+    write_metrics(
+        folder / "metrics.json",
+        {name: {m: v[0] for m, v in of.items()} for name, of in numbers.items()},
+        {"net": net, "left_out": left_out, "targets": options.targets},
+    )
+    print(f"written to {folder}: report.html, compare.csv, compare.tex, metrics.json")

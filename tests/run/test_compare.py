@@ -1,0 +1,91 @@
+"""run/compare.py: tokenizers and generators side by side, from the command line to a page."""
+
+from __future__ import annotations
+
+import csv
+import json
+import shutil
+
+import pytest
+import torch
+
+from core.errors import UserError
+from evaluation.images import interval_of
+from run import compare as module
+from run.load import read_tokenizer
+from scripts import compare
+from tests.conftest import finished_run, toy
+
+DATA = ("--data", "synthetic://?size=32&classes=4&count=24", "--workers", "0", "--bootstrap", "2")
+
+
+@pytest.fixture(scope="module")
+def fqgan(tmp_path_factory):
+    return finished_run(tmp_path_factory, toy("fqgan_tokenizer"))
+
+
+def numbers(folder) -> dict[tuple[str, str], float]:
+    rows = csv.DictReader((folder / "compare.csv").read_text().splitlines())
+    return {(row["name"], row["metric"]): float(row["value"]) for row in rows}
+
+
+def test_tokenizers(fqgan, tokenizer_run, tmp_path, capsys):
+    out = tmp_path / "out"
+    words = [str(fqgan), str(tokenizer_run), *DATA, "--seconds", "0.01", "--out", str(out)]
+    assert compare.main(words) == 0
+    found, page = numbers(out), (out / "report.html").read_text()
+    a, b = module.names_of([str(fqgan), str(tokenizer_run)])
+    record = json.loads((out / a.replace("/", "-") / "metrics.json").read_text())
+    assert found[a, "psnr"] == record["metrics"]["psnr"]["value"]
+    assert 0 < found[a, "entropy_coded_bpp"] <= found[a, "bpp"] and (b, "entropy_coded_bpp") not in found
+    assert not any(metric.startswith("rfid") for _, metric in found), "only FID's own network gives one"
+    assert any(metric.startswith("rfd_lite0") for _, metric in found)
+    pictures = module.load_file(out / a.replace("/", "-") / module.PER_PICTURE)
+    assert pictures["picture/psnr"].mean() == pytest.approx(found[a, "psnr"])
+    assert record["context"]["scores"]["psnr"]["interval"] == pytest.approx(interval_of(pictures["picture/psnr"]))
+    for said in ("Paired differences", "Where they disagree most", "TokBench", "synthetic://", "over bits per pixel"):
+        assert said in page
+    assert 'src="http' not in page and "<link" not in page
+    assert (out / "compare.tex").read_text().count(r"\\") == 3
+    # again: nothing is measured anew, and the numbers are the same
+    before = (out / "compare.csv").read_text()
+    capsys.readouterr()
+    assert compare.main(words) == 0
+    assert capsys.readouterr().out.count("measured before") == 2 and (out / "compare.csv").read_text() == before
+
+
+def test_generators(generator_run, tmp_path):
+    other = shutil.copytree(generator_run, tmp_path / "other", symlinks=True)
+    out = tmp_path / "out"
+    assert compare.main([str(generator_run), str(other), "--num", "32", "--bootstrap", "2", "--out", str(out)]) == 0
+    found = numbers(out)
+    assert len({name for name, _ in found}) == 2 and len({*found.values()}) == len(found) // 2  # the same weights
+    assert "fd_lite0" in (out / "report.html").read_text()
+
+
+def test_accuracies_of_a_probe(fqgan, tokenizer_run, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)  # features are kept in work_dirs/cache
+    url = "synthetic://?size=32&classes=4&count=24"
+    words = [str(fqgan), str(tokenizer_run), *DATA, "--probe", url, "--seconds", "0", "--out", "out"]
+    assert compare.main(words) == 0
+    found = {name for name, metric in numbers(tmp_path / "out") if metric.startswith("probe_top1_")}
+    assert len(found) == 2
+
+
+def test_speeds_are_of_both_batches(fqgan):
+    found = module.speeds(read_tokenizer({"weights": str(fqgan)}).module, torch.device("cpu"), 0.01)
+    assert {f"{what}_img_per_s_batch{batch}" for what in ("encode", "decode") for batch in (1, 32)} <= found.keys()
+    assert found["encode_memory_batch1"] is None and found["encode_ms_batch1"] > 0
+
+
+def test_mistakes_are_told_before_anything_is_loaded(fqgan, tokenizer_run, generator_run, monkeypatch):
+    monkeypatch.setattr(module, "by_tokenizer", lambda *_: pytest.fail("a network was loaded"))
+    for words, said in (
+        ([fqgan], "two or more"),
+        ([fqgan, fqgan], "named twice"),
+        ([fqgan, generator_run, *DATA], "generators with generators"),
+        ([fqgan, "missing.pt", *DATA], "missing.pt"),
+        ([fqgan, tokenizer_run, "--data", "nowhere"], "nowhere"),
+    ):
+        with pytest.raises(UserError, match=said):
+            compare.main([str(word) for word in words])
