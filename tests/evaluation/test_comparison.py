@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 
+from core.nn.lpips import lpips_vgg
 from core.specs import Codes, Continuous, MultiScale
 from evaluation.comparison import bits_per_pixel, entropy_coded_bits_per_pixel, most_disputed, paired_difference, region
 from evaluation.images import Codebooks, interval_of, psnr, ssim
@@ -105,3 +106,19 @@ def test_psnr_and_ssim_of_the_libraries():
     np.testing.assert_allclose(np.stack([psnr(a, b), ssim(a, b)], 1), theirs, atol=2e-5)
     of_torchmetrics = image.structural_similarity_index_measure(b, a, data_range=1.0, reduction="none")
     np.testing.assert_allclose(ssim(a, b, "ssim_torchmetrics"), of_torchmetrics, atol=1e-4)
+
+
+def test_lpips_of_its_library():
+    """On random VGG weights, which both then have; the linear layers are those that the library brings."""
+    library = pytest.importorskip("lpips")
+    theirs = library.LPIPS(net="vgg", pnet_rand=True, verbose=False).eval()
+    ours = lpips_vgg(pretrained=False)
+    slices = [getattr(theirs.net, f"slice{i}") for i in range(1, 6)]
+    convolutions = [layer for part in slices for layer in part if isinstance(layer, torch.nn.Conv2d)]
+    for mine, other in zip((m for m in ours.backbone if isinstance(m, torch.nn.Conv2d)), convolutions, strict=True):
+        mine.load_state_dict(other.state_dict())
+    for i, head in enumerate(ours.heads):
+        head.weight.data.copy_(getattr(theirs, f"lin{i}").model[1].weight)
+    a, b = torch.rand(2, 3, 3, 64, 64, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        torch.testing.assert_close(ours(a, b), theirs(b, a, normalize=True).flatten(), rtol=1e-4, atol=1e-7)
