@@ -28,6 +28,7 @@ READ = {
     "reconstructed",
     "import",
     "url",
+    "data",
     "from",
     "markdown",
 }

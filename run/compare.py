@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import copy
+import functools
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -274,8 +275,8 @@ def speeds(tokenizer: Tokenizer, device: torch.device, seconds: float) -> dict[s
         draws = Draws(0, torch.arange(batch, device=device))
         latents = tokenizer.encode(images)
         for what, call in (
-            ("encode", lambda: tokenizer.encode(images)),
-            ("decode", lambda: tokenizer.decode(latents, draws)),
+            ("encode", functools.partial(tokenizer.encode, images)),
+            ("decode", functools.partial(tokenizer.decode, latents, draws)),
         ):
             time = timed(call, Effort(device, 2, 10, seconds)).median
             found[f"{what}_img_per_s_batch{batch}"] = batch / time
@@ -503,7 +504,7 @@ def compare_generators(options: argparse.Namespace, overrides: list[str], folder
     report.add_table(
         f"Quality, with 95 % intervals (features of {net})", ["generator", *metrics], rows_of(numbers, metrics)
     )
-    for target, name in zip(options.targets, names_of(options.targets)):
+    for name in names_of(options.targets):
         path = folder / name.replace("/", "-") / "samples.png"
         if path.is_file():
             report.add_image(name, Image.open(path), "The first samples.")

@@ -24,7 +24,7 @@ def test_bits_per_pixel_by_hand():
 
 def huffman_bits(codes: list[int]) -> int:
     """Length of a message in its own Huffman code: within one bit per code of the entropy, exact for powers of two."""
-    values, counts = np.unique(codes, return_counts=True)
+    _, counts = np.unique(codes, return_counts=True)
     heap = [(int(c), i) for i, c in enumerate(counts)]
     heapq.heapify(heap)
     total = 0
