@@ -59,11 +59,8 @@ def parse(arguments: list[str]) -> argparse.Namespace:
 def main(arguments: list[str]) -> int:
     options = parse(arguments)
     from run.linear_probe import linear_probe, open_sources, section_of
-    from run.load import Source, lay_out_tokenizer, says_its_sizes
 
-    section = section_of(options)  # before the pictures are looked at
-    if says_its_sizes(source := Source(section["weights"], "tokenizer")):
-        lay_out_tokenizer(section, source)
+    section_of(options)  # before the pictures are looked at
     train, val = open_sources(options.url)
     if options.check:
         return 0

@@ -305,8 +305,7 @@ def test_written_reconstructions_and_flat_folders(tokenizer_run, tmp_path, small
         (["eval.protocol=rectoc"], 'mean "rectok"'),
         (["eval.reference=absent.npz"], "there is no absent"),
         (["sample.scale=x"], "sample.scale"),
-        (["eval.labels=random", "eval.network=lite0"], None),
-        (["eval.labels=val"], "needs the validation set"),
+        (["eval.labels=val"], None),
         (["eval.rounding=up"], "nearest"),
     ],
 )
