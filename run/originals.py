@@ -30,6 +30,10 @@ Asked = dict[
 ]  # "what", "batch", "device", "precision", "compile", and "tokenizer", "generator", "sample": settings
 
 
+class NotComparable(Exception):
+    """A system has no such thing to time. Not NotImplementedError: their code may raise that, which is a fault to report."""
+
+
 def find(*places: str) -> Any:
     """The first of "module:name" that this checkout has."""
     failures = []
@@ -70,24 +74,24 @@ class Original:
     """One system. Methods give networks and functions of no arguments; what one does not define cannot be compared."""
 
     def tokenizer(self, asked: Asked) -> Any:
-        raise NotImplementedError
+        raise NotComparable
 
     def generator(self, asked: Asked) -> Any:
-        raise NotImplementedError
+        raise NotComparable
 
     def encode(self, model: Any, asked: Asked) -> Callable[[], Any]:
-        raise NotImplementedError
+        raise NotComparable
 
     def decode(self, model: Any, asked: Asked) -> Callable[[], Any]:
-        raise NotImplementedError
+        raise NotComparable
 
     def generate(self, model: Any, asked: Asked) -> Callable[[], Any]:
         """Latents of a batch of classes, without decoding."""
-        raise NotImplementedError
+        raise NotComparable
 
     def loss(self, model: Any, asked: Asked) -> Callable[[], Tensor]:
         """The loss of a training step on latents that are there."""
-        raise NotImplementedError
+        raise NotComparable
 
 
 class ReAR(Original):
@@ -114,7 +118,7 @@ class ReAR(Original):
                 )
             )
         if t["name"] != "maskgit_vqgan":
-            raise NotImplementedError
+            raise NotComparable
         settings = tree(
             channel_mult=list(t["channel_mult"]),
             num_resolutions=len(t["channel_mult"]),
@@ -345,7 +349,7 @@ class ImageFolder(Original):
         t = asked["tokenizer"]
         names = {size: f"vit_{size}_patch14_dinov2.lvd142m" for size in ("small", "base", "large", "giant")}
         if t["encoder"] not in list(names) or t["decoder"] not in list(names):
-            raise NotImplementedError
+            raise NotComparable
         factory = find(
             "tokenizer.tokenizer_image.xqgan_model:VQ_models", "tokenizer.tokenizer_image.msvq_model:VQ_models"
         )
@@ -571,7 +575,7 @@ def main(checkout: str) -> None:
             call = build(message)
             call()
             answer(ready=True)
-        except NotImplementedError:
+        except NotComparable:
             answer(skipped=True)
         except Exception as error:  # of code that is not ours: the parent says it
             answer(error=f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}")

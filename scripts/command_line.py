@@ -23,6 +23,25 @@ def tokenizer_settings(arguments: Sequence[str]) -> tuple[list[str], dict[str, A
     return [word for word in arguments if word not in settings], read_overrides(settings).get("tokenizer", {})
 
 
+def overrides_of(options: dict[str, Any]) -> list[str]:
+    """`key=value` words of the config keys whose options were given; None: not given."""
+    return [f"{key}={value}" for key, value in options.items() if value is not None]
+
+
+def sampling_overrides(options: argparse.Namespace) -> list[str]:
+    """What the short options of sampling (--scale, --guide, --steps, --tokenizer, --seed) say as `key=value`."""
+    return overrides_of(
+        {
+            "sample.scale": options.scale,
+            "sample.guide": options.guide,
+            "sample.guidance": "auto" if options.guide else None,
+            "sample.steps": options.steps,
+            "tokenizer.weights": options.tokenizer,
+            "seed": options.seed,
+        }
+    )
+
+
 def parse(parser: argparse.ArgumentParser, program: str, arguments: Sequence[str]) -> argparse.Namespace:
     """parser.parse_intermixed_args, where words of the original programs are answered with ours.
 

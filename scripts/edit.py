@@ -46,15 +46,7 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--seed", type=int)
     options = command_line.parse(parser, "edit", arguments)
 
-    short = {
-        "sample.scale": options.scale,
-        "sample.guide": options.guide,
-        "sample.guidance": "auto" if options.guide else None,
-        "sample.steps": options.steps,
-        "tokenizer.weights": options.tokenizer,
-        "seed": options.seed,
-    }
-    overrides = [*options.overrides, *(f"{key}={value}" for key, value in short.items() if value is not None)]
+    overrides = [*options.overrides, *command_line.sampling_overrides(options)]
 
     import dataclasses
     from pathlib import Path

@@ -54,9 +54,7 @@ def parse(arguments: list[str]) -> tuple[argparse.Namespace, list[str]]:
         parser.add_argument(flag, action="store_true", help=argparse.SUPPRESS)
     options = command_line.parse(parser, "evaluate_generator", arguments)
     options.target, settings = command_line.target_of(options.target, options.weights, options.settings)
-    for key, value in (("tokenizer.weights", options.tokenizer), ("eval.num_images", options.num)):
-        if value is not None:
-            settings.append(f"{key}={value}")
+    settings += command_line.overrides_of({"tokenizer.weights": options.tokenizer, "eval.num_images": options.num})
     return options, settings
 
 

@@ -64,15 +64,7 @@ def main(arguments: list[str]) -> int:
     options = command_line.parse(parser, "sample", arguments)
 
     target, overrides = command_line.target_of(options.generator, options.weights, options.overrides)
-    short = {
-        "sample.scale": options.scale,
-        "sample.guide": options.guide,
-        "sample.guidance": "auto" if options.guide else None,
-        "sample.steps": options.steps,
-        "tokenizer.weights": options.tokenizer,
-        "seed": options.seed,
-    }
-    overrides += [f"{key}={value}" for key, value in short.items() if value is not None]
+    overrides += command_line.sampling_overrides(options)
 
     from core import dist, launch
     from run.sample import Request, sample

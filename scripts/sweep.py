@@ -53,9 +53,7 @@ def parse(arguments: list[str]) -> tuple[argparse.Namespace, list[str], dict[str
         parser.add_argument(flag, action="store_true", help=argparse.SUPPRESS)
     options = command_line.parse(parser, "evaluate_generator", arguments)
     options.target, settings = command_line.target_of(options.target, options.weights, options.settings)
-    for key, value in (("tokenizer.weights", options.tokenizer), ("eval.num_images", options.num)):
-        if value is not None:
-            settings.append(f"{key}={value}")
+    settings += command_line.overrides_of({"tokenizer.weights": options.tokenizer, "eval.num_images": options.num})
     options.infinity = False
     return options, settings, {name: getattr(options, name) for name in AXES if getattr(options, name) is not None}
 

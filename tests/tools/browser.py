@@ -95,7 +95,8 @@ class Browser:
         """The value of the expression, once it is true."""
         end = time.monotonic() + seconds
         while not (value := self.see(expression)):
-            assert time.monotonic() < end, f"still not: {expression}"
+            if time.monotonic() > end:  # it would be waited for in vain
+                raise TimeoutError(f"still not: {expression}")
             time.sleep(0.05)
         return value
 
