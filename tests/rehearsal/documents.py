@@ -53,6 +53,7 @@ RULES = [
     Rule(r"bash run_download\.sh", "--dry-run"),
     Rule(r"bash run_playground\.sh", "--help", "serves until it is stopped; tests/run/test_playground.py asks it"),
     Rule(r"bash run_(report|edit)\.sh", ""),
+    Rule(r"bash run_reproduce\.sh", "--list", "hours; tests/run/test_reproduce.py"),
     Rule(r"bash run_publish\.sh", "--dry-run"),
     Rule(r"bash run_quickstart\.sh", "--help", "ten minutes; tests/run/test_quickstart.py runs the five with --smoke"),
     Rule(r"bash run_tests\.sh", "--help", "these are the tests"),
