@@ -32,7 +32,7 @@ from core.devices import without_tf32
 from core.errors import UserError, nearest
 from core.files import sha256_file
 from core.nn.offline import efficientnet_lite0_input, load_efficientnet_lite0
-from core.weights.hub import load_tensors, resolve
+from core.weights.hub import is_offline, load_tensors, resolve
 from core.weights.pickles import load_pickle
 from core.weights.released import helper
 from evaluation.protocols import PROTOCOLS, Protocol
@@ -456,6 +456,13 @@ def load_inception_weights(weights: str | Path | Mapping[str, Tensor] | None) ->
 # Which one
 # ---------------------------------------------------------------------------------------------------------------------
 OFFLINE_SIZE = 128  # pixels the offline network sees; nearly four times quicker than its own 224
+
+
+def look_for_net(name: str, protocol: Protocol) -> FeatureNet | None:
+    """`feature_net` on the CPU, for --check; None where the published weights have yet to be downloaded."""
+    if name == "inception" and helper(WEIGHTS_FILE).found() is None and not is_offline():
+        return None
+    return feature_net(torch.device("cpu"), name, protocol)
 
 
 def feature_net(device: torch.device, name: str = "lite0", protocol: Protocol = PROTOCOLS["adm"]) -> FeatureNet:

@@ -196,8 +196,7 @@ def make_labels(kind: str, count: int, num_classes: int, seed: int = 0, val: Seq
     if kind == "val":
         if val is None:
             raise UserError(
-                "labels: val needs the validation set, whose labels are used. Give eval.val_url (or "
-                "data.val_url), or a file of labels."
+                "labels: val needs the validation set, whose labels are used. Give data.val_url, or a file of labels."
             )
         labels = torch.as_tensor(list(val), dtype=torch.int64)
         if len(labels) < count:

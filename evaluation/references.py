@@ -36,9 +36,10 @@ from core.rng import permutation
 from core.schema import RunConfig
 from core.specs import DataSource
 from core.weights.pickles import load_pickle
+from core.weights.released import helper
 from evaluation.chunks import OWN, Work
 from evaluation.distances import Moments
-from evaluation.networks import FeatureNet, features_of
+from evaluation.networks import WEIGHTS_FILE, FeatureNet, features_of
 from evaluation.pictures import ArrayPictures, Pictures, SourcePictures, check_pictures, pieces
 from evaluation.protocols import Protocol
 
@@ -109,9 +110,12 @@ class Statistics:
             }
             raise UserError(f"{self.name} is a reference for {facts.purpose}: it describes the {other[facts.purpose]}.")
         if facts.network not in (None, network):
+            advice = "Make a reference with run_make_reference.sh, or choose the network of the file."
+            if facts.network == "inception" and helper(WEIGHTS_FILE).found() is None:
+                advice = f"FID's network is not here: {helper(WEIGHTS_FILE).command} fetches it."
             raise UserError(
                 f'{self.name} was made with the feature network "{facts.network}", the pictures are measured with '
-                f'"{network}". Make a reference with run_make_reference.sh, or choose the network of the file.'
+                f'"{network}". {advice}'
             )
         if facts.preprocess not in (None, preprocess):
             raise UserError(

@@ -15,7 +15,7 @@ import argparse
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, NoReturn, cast
 
 import torch
 from safetensors.torch import save as to_bytes
@@ -46,9 +46,9 @@ from evaluation.pictures import NpzPictures, Pictures, first_pictures, open_any
 from evaluation.protocols import Protocol
 from evaluation.references import Statistics
 from run.data import class_names, open_pictures
-from run.load import Source, load_config, read_tokenizer, read_weights
+from run.load import Source, lay_out_tokenizer, load_config, read_tokenizer, read_weights
 from run.measurement import Measurement, Shown, Table, enough, eval_settings, evaluation_of
-from run.target import Sampler, open_generator, read_target
+from run.target import Sampler, Target, lay_out, open_generator, read_target
 
 SAMPLES = 50_000  # what published numbers are measured on
 SHOWN = 40
@@ -77,16 +77,61 @@ def holds_pictures(target: str) -> bool:
 
 
 def check_samples(options: argparse.Namespace, overrides: list[str], existing: bool) -> None:
-    """Find mistakes without loading a network."""
+    """Find mistakes without loading a generator; with --check also those that only its sizes or the files of the
+    comparison show."""
     if existing:
-        settings = eval_settings(overrides)
-        enough(settings.num_images, len(open_any(options.target)), options.target, options)
-    else:
-        settings = read_target(options.target, overrides).config.eval
-        enough(settings.num_images, settings.num_images or SAMPLES, "eval.num_images", options)
+        settings, pictures = eval_settings(overrides), open_any(options.target)
+        enough(settings.num_images, len(pictures), options.target, options)
+        protocol = protocols.get(settings.protocol)
+        if options.check and check_comparison(settings, protocol, references.side_of(pictures), "generation", True):
+            no_reference(protocol, settings.network, references.side_of(pictures))
+        return
+    target = read_target(options.target, overrides)
+    settings = target.config.eval
+    enough(settings.num_images, settings.num_images or SAMPLES, "eval.num_images", options)
     protocol = protocols.get(settings.protocol)
-    if settings.reference:
+    if options.check:
+        check_generated(target)
+    elif settings.reference:
         references.choose_reference(settings.reference, protocol, None, 0, "generation", True)
+
+
+def check_generated(target: Target) -> None:
+    """UserError for what `generated_samples` would refuse, but for the values of weights."""
+    generator, settings = lay_out(target), target.config.eval
+    protocol = protocols.get(settings.protocol)
+    labels_of(target.config, protocol, generator.num_classes)
+    published = generator.num_classes == IMAGENET_CLASSES
+    if check_comparison(settings, protocol, generator.image_size, "generation", published):
+        training_pictures(target.config, published)
+
+
+def check_comparison(
+    settings: EvalConfig, protocol: Protocol, size: references.Side, purpose: str, published: bool
+) -> bool:
+    """Whether there is no file to compare pictures of `size` with; UserError where feature network or reference cannot
+    be used. `published`: see `references.choose_reference`."""
+    net = networks.look_for_net(settings.network, protocol)
+    path = references.choose_reference(settings.reference, protocol, net, size, purpose, published)
+    if path is not None:
+        reference = references.load(path)
+        if net is not None:
+            references.check_reference(reference, net, purpose, size)
+    return path is None and net is not None
+
+
+def no_reference(protocol: Protocol, network: str, size: references.Side) -> NoReturn:
+    raise UserError(
+        f'nothing to compare with: protocol "{protocol.name}" names no reference for pictures of {size} px and '
+        f'the network "{network}". Give eval.reference=FILE (run_make_reference.sh makes one).'
+    )
+
+
+def labels_of(config: RunConfig, protocol: Protocol, num_classes: int) -> Tensor:
+    """The classes of the samples, (N,) int64."""
+    kind = config.eval.labels or protocol.labels
+    val = validation_labels(config, num_classes) if kind == "val" else None
+    return protocols.make_labels(kind, config.eval.num_images or SAMPLES, num_classes, config.seed, val)
 
 
 class FirstSamples:
@@ -160,10 +205,7 @@ def existing_samples(options: argparse.Namespace, overrides: list[str], world: W
     net = networks.feature_net(world.device, settings.network, protocol)
     path = references.choose_reference(settings.reference, protocol, net, size, "generation", True)
     if path is None:
-        raise UserError(
-            f'nothing to compare with: protocol "{protocol.name}" names no reference for pictures of {size} px and '
-            f'the network "{net.name}". Give eval.reference=FILE (run_make_reference.sh makes one).'
-        )
+        no_reference(protocol, net.name, size)
     reference = references.load_reference(path, net, "generation", size, world)
     job = {
         "samples": options.target,
@@ -239,10 +281,7 @@ def drawing(options: argparse.Namespace, generator: Sampler, world: World) -> Dr
     say = print if world.is_main else (lambda *_: None)
     config, settings, size = generator.config, generator.config.eval, generator.image_size
     protocol = protocols.get(settings.protocol)
-    count = settings.num_images or SAMPLES
-    kind = settings.labels or protocol.labels
-    val = validation_labels(config, generator.num_classes) if kind == "val" else None
-    labels = protocols.make_labels(kind, count, generator.num_classes, config.seed, val)
+    labels = labels_of(config, protocol, generator.num_classes)
     net = networks.feature_net(world.device, settings.network, protocol)
     published = generator.num_classes == IMAGENET_CLASSES
     path = references.choose_reference(settings.reference, protocol, net, size, "generation", published)
@@ -256,7 +295,7 @@ def drawing(options: argparse.Namespace, generator: Sampler, world: World) -> Dr
         reference = references.training_statistics(config, train, size, net, world)
     return Drawing(
         evaluation_of(options, settings, protocol, net, world, reference=reference, labels=labels),
-        kind,
+        settings.labels or protocol.labels,
         path,
         settings.rounding or protocol.rounding,
         generator.bf16 and protocol.bf16_pixels,
@@ -339,19 +378,26 @@ def together(*checks: Callable[[], Any]) -> None:
 
 
 def check_reconstructions(options: argparse.Namespace, overrides: list[str]) -> None:
-    """Find mistakes without loading a network."""
+    """Find mistakes without loading a tokenizer; with --check also those in the files of the comparison."""
     settings = eval_settings(overrides)
     if options.original:
         sides = [open_any(p, options.size) for p in (options.original, options.reconstructed)]
         paired(*sides)
         enough(settings.num_images, len(sides[0]), options.original, options)
+        size = references.side_of(sides[0])
     else:
         if options.perturb:
             Perturbation.parse(options.perturb)
         together(lambda: tokenizer_section(options.weights), lambda: originals(options, settings, None))
         settings = eval_settings(with_protocol(options.weights, overrides, options.tokenizer))
+        size = 0
+        if options.check:
+            size = lay_out_tokenizer({**options.tokenizer, **tokenizer_section(options.weights)}).image_size
+            originals(options, settings, size)
     protocol = protocols.get(settings.protocol, "reconstruction")
-    if settings.reference:
+    if options.check:
+        check_comparison(settings, protocol, size, "reconstruction", False)
+    elif settings.reference:
         references.choose_reference(settings.reference, protocol, None, 0, "reconstruction", False)
 
 

@@ -229,8 +229,14 @@ class Loaded(Generic[Network]):
         return self.module.image_size
 
 
-def build(kind: str, section: dict[str, Any], weights: Weights | None = None, **defaults: Any) -> Any:
-    """A network of this kind from its config section; with weights, their settings fill in what the section leaves out."""
+def build(
+    kind: str, section: dict[str, Any], weights: Weights | None = None, filled: bool = True, **defaults: Any
+) -> Any:
+    """A network of this kind from its config section; with weights, their settings fill in what the section leaves out.
+
+    Args:
+        filled: load the weights; without it only their sizes count.
+    """
     settings = constructor_arguments(section)
     if weights is None:
         return REGISTRIES[kind].build(settings, **defaults)
@@ -241,6 +247,8 @@ def build(kind: str, section: dict[str, Any], weights: Weights | None = None, **
     if "pretrained" in REGISTRIES[kind].signature(settings["name"]):
         settings["pretrained"] = False  # what it would start from is about to be replaced
     network = REGISTRIES[kind].build(settings, **defaults)
+    if not filled:
+        return network
     try:
         weights.load(network, section.get("use_ema", True))
     except UserError as error:
@@ -444,6 +452,29 @@ def build_pair(
     return pair
 
 
+def lay_out_pair(config: RunConfig, sources: dict[str, Source]) -> Pair:
+    """The pair that `build_pair` makes of finished weights, on the meta device. UserError where one would not fit the
+    other; the values of weights are not read.
+
+    Args:
+        sources: "tokenizer.weights", "generator.weights" and, where it is used, "sample.guide".
+    """
+
+    def generator_of(setting: str, section: dict[str, Any]) -> Loaded[Generator]:
+        sizes = tokenizer.module.spec.sizes()
+        weights = read_weights("generator", sources[setting], {**sizes, **section})
+        network = build("generator", {}, weights, filled=False, **sizes).to("meta")
+        introduce(network, tokenizer.module)
+        return Loaded(network.eval(), weights.settings)
+
+    tokenizer = lay_out_tokenizer(config.tokenizer, sources["tokenizer.weights"])
+    with torch.device("meta"):
+        pair = Pair(tokenizer, generator_of("generator.weights", config.generator or {}))
+        if guide_of(config.sample):
+            pair.guide = generator_of("sample.guide", {})
+    return pair
+
+
 def _new_generator(config: RunConfig, tokenizer: Loaded[Tokenizer], num_classes: int) -> Loaded[Generator]:
     """The generator of a config with random weights; the tokenizer's sizes fill in what the config leaves out."""
     assert config.generator is not None
@@ -486,6 +517,14 @@ def tokenizer_layout(section: dict[str, Any], source: Source | None = None) -> t
         f"{problem} Only the tokenizer's sizes are needed here: give tokenizer.name=... and its settings, or "
         "--tokenizer-config CONFIG to the benchmark."
     )
+
+
+def lay_out_tokenizer(section: dict[str, Any], source: Source | None = None) -> Loaded[Tokenizer]:
+    """The tokenizer that `read_tokenizer` makes of finished weights, on the meta device; their values are not read."""
+    weights = read_weights("tokenizer", source or section["weights"], section)
+    with torch.device("meta"):
+        network = build("tokenizer", section, weights, filled=False).to("meta")  # tables are made on the CPU
+        return Loaded(view(network, section.get("view")).eval(), weights.settings)
 
 
 def _laid_out(section: dict[str, Any], source: Source | None) -> Loaded[Tokenizer]:

@@ -18,7 +18,9 @@ from evaluation.pictures import Pictures, first_pictures, open_any
 def check(options: argparse.Namespace) -> Pictures:
     """The pictures; UserError for what is wrong with the command."""
     out = Path(options.out)
-    protocols.get(options.protocol)
+    protocol = protocols.get(options.protocol)
+    if options.check:
+        networks.look_for_net(options.network, protocol)
     if out.suffix not in (".npz", ".safetensors"):
         raise UserError(f"{out}: choose a name that ends in .npz or .safetensors.")
     if options.keep_pictures and out.suffix != ".npz":

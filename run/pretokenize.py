@@ -25,7 +25,6 @@ from core.rng import hash64, permutation
 from core.schema import RunConfig
 from core.specs import Continuous, DataSource, Tokenizer
 from core.train.log import progress_line
-from core.weights import released
 from data import pairing, tokens
 from data.cache import Builder
 from data.checks import require_labels, say_left_out
@@ -36,7 +35,7 @@ from data.tokens import TokenStore
 from data.transforms import Transform
 from evaluation.images import psnr
 from run.data import compute_once, make_transform, open_pictures
-from run.load import read_tokenizer
+from run.load import lay_out_tokenizer, read_tokenizer
 
 SHOWN = 16  # pictures that are decoded for the preview
 AGREEMENT = 0.95  # share of imported codes that the tokenizer must make again
@@ -85,7 +84,7 @@ def check(config: RunConfig, request: Request) -> DataSource | None:
     if not config.tokenizer.get("weights"):
         trained = f" {config.run_dir}, which this config trains, is not there." if config.task == "tokenizer" else ""
         raise UserError(f"tokenizer.weights is not set, and tokens of an untrained tokenizer are useless.{trained}")
-    released.resolve(config.tokenizer["weights"])
+    lay_out_tokenizer(config.tokenizer)
     dist.pick_device(config.train.device)
     if request.foreign:
         refuse_device(place := Path(request.foreign).expanduser())

@@ -33,7 +33,7 @@ from generator.sampling import draw_latents
 from run import streaming
 from run.reconstruct import read_files
 from run.sharing import in_words
-from run.target import Sampler, Target, open_generator
+from run.target import Sampler, Target, lay_out, open_generator
 
 SHOWN = 64  # pictures in grid.png
 COLUMNS = 16  # of grid.png at most, one per label
@@ -71,6 +71,17 @@ class Request:
             raise UserError(f"--num {self.num} and --batch {self.batch}: give 1 or more")
         if self.npz and not self.npz.endswith(".npz"):
             raise UserError(f"--npz {self.npz}: choose a name that ends in .npz")
+
+
+def check(target: Target, request: Request) -> None:
+    """UserError for what `sample` would refuse, without loading weights."""
+    sampler = lay_out(target)
+    parse_labels(request.labels, sampler.num_classes, sampler.class_names)
+    if request.preview:
+        streaming.check(sampler.generator, sampler.tokenizer)
+    check_alike(sampler, request)
+    if request.layout is not None:
+        list(read_files([request.layout]))
 
 
 def sample(target: Target, request: Request, world: World) -> None:
@@ -299,21 +310,33 @@ class SampleFolder:
 # How pictures begin
 # ---------------------------------------------------------------------------------------------------------------------
 @torch.no_grad()
+def check_alike(sampler: Sampler, request: Request) -> int:
+    """How many codes sample.shared lets all samples share; UserError where that or --layout cannot be done."""
+    shared = sampler.task.sample_options.get("shared") or 0
+    if request.layout is not None and shared:
+        raise UserError("--layout and sample.shared both say how pictures begin; give one of them.")
+    wanted = request.layout is not None or shared
+    if wanted and "prefix" not in inspect.signature(sampler.generator.sample).parameters:
+        raise UserError(
+            f"{type(sampler.generator).__name__} cannot continue codes that are given, so there is no --layout."
+        )
+    if shared > getattr(sampler.tokenizer.spec, "length", shared):
+        raise UserError(
+            f"sample.shared={shared}: a picture has {sampler.tokenizer.spec.length} codes; give at most those."
+        )
+    return shared
+
+
 def begin_alike(sampler: Sampler, request: Request, first_label: int, device: torch.device) -> dict[str, Any]:
     """Let all samples begin with the same codes, if --layout or sample.shared ask for it; facts about them.
 
     Both become a `prefix` for the generator, so that a picture does not depend on those in its batch.
     """
+    shared = check_alike(sampler, request)
     options = sampler.task.sample_options
-    shared = options.pop("shared", 0)
+    options.pop("shared", None)
     if request.layout is None and not shared:
         return {}
-    if request.layout is not None and shared:
-        raise UserError("--layout and sample.shared both say how pictures begin; give one of them.")
-    if "prefix" not in inspect.signature(sampler.generator.sample).parameters:
-        raise UserError(
-            f"{type(sampler.generator).__name__} cannot continue codes that are given, so there is no --layout."
-        )
     if request.layout is not None:
         ((_, picture),) = read_files([request.layout])
         image = to_model_range(to_tensor(center_crop(picture, sampler.image_size))[None]).to(device)
@@ -323,10 +346,6 @@ def begin_alike(sampler: Sampler, request: Request, first_label: int, device: to
             "layout_groups": request.layout_groups,
             "layout_fingerprint": hub.fingerprint({"codes": options["prefix"]}),
         }
-    if shared > sampler.tokenizer.spec.length:
-        raise UserError(
-            f"sample.shared={shared}: a picture has {sampler.tokenizer.spec.length} codes; give at most those."
-        )
     draws = Draws(hash64(sampler.config.seed, "samples"), torch.zeros(1, dtype=torch.int64, device=device))
     label = torch.tensor([first_label], device=device)
     with bf16_products(device, sampler.bf16):

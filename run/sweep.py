@@ -35,7 +35,7 @@ from evaluation.measure import Evaluation
 from evaluation.report import NUM_COLOURS, Report, environment, write_metrics
 from evaluation.scores import Score
 from generator.task import GeneratorTask
-from run.evaluate import SAMPLES, Drawing, FirstSamples, drawing
+from run.evaluate import SAMPLES, Drawing, FirstSamples, check_generated, drawing
 from run.load import REGISTRIES, random_task, sampling_of
 from run.measurement import enough
 from run.target import Sampler, Target, open_generator, read_target
@@ -309,6 +309,8 @@ def prepare(
             same = [other for other in settings if other.weights == setting.weights]
             check(checked[setting.weights], same)
     target = next(iter(checked.values()))
+    if options.check:
+        check_generated(target)
     wanted = target.config.eval.num_images
     count = enough(wanted, wanted or SAMPLES, "eval.num_images", options)
     return target, settings, plan(len(settings), count, options.first)

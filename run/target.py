@@ -29,7 +29,7 @@ from core.nn.gated_norm import triton_works
 from core.nn.precision import bf16_products
 from core.rng import Draws
 from core.schema import RunConfig, SampleConfig
-from core.specs import DataSource, Generator, Tokenizer
+from core.specs import Continuous, DataSource, Generator, Tokenizer
 from core.train.checkpoint import Checkpoint
 from core.train.parallel import compile_blocks
 from core.weights import hub, released
@@ -44,12 +44,15 @@ from run.load import (
     ADAPTERS,
     IMAGENET_CLASSES,
     REGISTRIES,
+    Pair,
     Source,
     build_pair,
     guide_of,
+    lay_out_pair,
     load_config,
     read_weights,
     sampling_of,
+    statistics_file,
 )
 from run.sharing import names_of_classes, paired_tokenizer
 
@@ -303,15 +306,37 @@ def open_generator(target: Target, world: World) -> Sampler:
         facts["commits"] = commits
     if pair.guide:
         facts |= {"guide": config.sample.guide, "guide_fingerprint": pair.guide.fingerprint}
-    num_classes = pair.generator.settings.get("num_classes")
-    num_classes = num_classes or open_source(config.data.url, config.data.split).num_classes
-    names = names_of_classes(config, sources["generator.weights"], num_classes)
     for network in (pair.tokenizer, pair.generator, pair.guide):
         if network:
             network.module.to(world.device)
+    sampler = _sampler(target, pair, facts)
     for source in sources.values():
         source.close()
+    return sampler
+
+
+def _sampler(target: Target, pair: Pair, facts: dict[str, Any]) -> Sampler:
+    """The classes are those of the generator, or of the pictures where it does not say."""
+    config = target.config
+    num_classes = pair.generator.settings.get("num_classes")
+    num_classes = num_classes or open_source(config.data.url, config.data.split).num_classes
+    names = names_of_classes(config, target.sources["generator.weights"], num_classes)
     return Sampler(config, pair.task(num_classes, config.sample), facts, names)
+
+
+def lay_out(target: Target) -> Sampler:
+    """What `open_generator` gives, on the meta device: for --check. UserError for what it would refuse, but for the values
+    of weights, which are not read."""
+    config, sources = target.config, target.sources
+    sampler = _sampler(target, lay_out_pair(config, sources), {})
+    if isinstance(sampler.tokenizer.spec, Continuous):
+        constants = read_weights("generator", sources["generator.weights"], config.generator).constants
+        section = config.tokenizer
+        if not constants and not statistics_file(
+            section, read_weights("tokenizer", sources["tokenizer.weights"], section)
+        ):
+            _pictures_for_statistics(config, target.weights)
+    return sampler
 
 
 def list_labels(target: Target) -> str:

@@ -59,8 +59,9 @@ def parse(arguments: list[str]) -> argparse.Namespace:
 def main(arguments: list[str]) -> int:
     options = parse(arguments)
     from run.linear_probe import linear_probe, open_sources, section_of
+    from run.load import lay_out_tokenizer
 
-    section_of(options)  # before the pictures are looked at
+    lay_out_tokenizer(section_of(options))  # before the pictures are looked at
     train, val = open_sources(options.url)
     if options.check:
         return 0

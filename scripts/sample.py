@@ -67,7 +67,7 @@ def main(arguments: list[str]) -> int:
     overrides += command_line.sampling_overrides(options)
 
     from core import dist, launch
-    from run.sample import Request, sample
+    from run.sample import Request, check, sample
     from run.target import list_labels, read_target
 
     if not options.list_labels:
@@ -80,7 +80,10 @@ def main(arguments: list[str]) -> int:
     chosen = read_target(target, overrides, (lambda _: None) if silent else print)
     if options.list_labels:
         print(list_labels(chosen))
-    if options.check or options.list_labels:
+    if options.list_labels:
+        return 0
+    if options.check:
+        check(chosen, request)
         return 0
     world = dist.start(chosen.config.train.device, chosen.config.train.rank_timeout)
     try:

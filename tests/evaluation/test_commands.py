@@ -305,7 +305,8 @@ def test_written_reconstructions_and_flat_folders(tokenizer_run, tmp_path, small
         (["eval.protocol=rectoc"], 'mean "rectok"'),
         (["eval.reference=absent.npz"], "there is no absent"),
         (["sample.scale=x"], "sample.scale"),
-        (["eval.labels=val"], None),
+        (["eval.labels=random", "eval.network=lite0"], None),
+        (["eval.labels=val"], "needs the validation set"),
         (["eval.rounding=up"], "nearest"),
     ],
 )

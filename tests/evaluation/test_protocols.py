@@ -38,7 +38,7 @@ def test_labels(tmp_path):
     assert protocols.make_labels(str(tmp_path / "labels.txt"), 3, 3).tolist() == [2, 1, 0]
     assert protocols.make_labels(str(tmp_path / "labels.npy"), 2, 3).tolist() == [1, 2]
     for kind, count, classes, message in (
-        ("val", 1, 3, "eval.val_url"),
+        ("val", 1, 3, "Give data.val_url"),
         ("balenced", 1, 3, "neither"),
         (str(tmp_path / "labels.txt"), 9, 3, "has 3 labels"),
         (str(tmp_path / "labels.npy"), 3, 2, "classes 0 to 1"),

@@ -97,6 +97,47 @@ def test_bad_pictures_leave_nothing_behind(bad_pictures, tmp_path, small_net, na
     assert not list(out.rglob("*work*")) and not list(out.rglob("*partial*"))
 
 
+UNUSABLE = {
+    "eval.network={}/text.npz": "archive|not",
+    "eval.network={}/absent.pth": "no such file",
+    "eval.reference={}/text.npz": "not a whole .npz",
+    "eval.reference={}/no_arr_0.npz": "neither statistics",
+    "eval.reference={}/negative.npz": "no covariance",
+    "eval.protocol=none": "unknown protocol",
+}
+
+
+@pytest.mark.parametrize("setting", UNUSABLE)
+def test_check_opens_what_an_evaluation_will_open(bad_pictures, generator_run, tokenizer_run, tmp_path, setting):
+    np.savez(bad_pictures / "negative.npz", mu=np.zeros(2048), sigma=-np.eye(2048))
+    good, network = str(bad_pictures / "good"), ["eval.network=lite0"] * ("network" not in setting)
+    words = [*network, setting.format(bad_pictures), "--check", "--out", str(tmp_path / "out")]
+    programs = {
+        "samples": lambda: evaluate_generator.main([good, *words]),
+        "generator": lambda: evaluate_generator.main([str(generator_run), "--num", "4", *words]),
+        "tokenizer": lambda: evaluate.main([str(tokenizer_run), good, "--workers", "0", *words]),
+        "pairs": lambda: evaluate.main(["--original", good, "--reconstructed", good, "--workers", "0", *words]),
+    }
+    for program in programs.values():
+        with pytest.raises(UserError, match=UNUSABLE[setting]):
+            program()
+    if "network" in setting:
+        with pytest.raises(UserError, match=UNUSABLE[setting]):
+            make_reference.main([good, str(tmp_path / "r.npz"), "--network", words[0].partition("=")[2], "--check"])
+    assert not list(tmp_path.iterdir())
+
+
+def test_check_of_labels(generator_run, tmp_path):
+    (tmp_path / "labels.txt").write_text("0\n1\n2\n9\n")
+    for words, message in (
+        (["eval.labels=" + str(tmp_path / "labels.txt")], "labels.txt"),
+        (["eval.labels=x"], "neither"),
+    ):
+        with pytest.raises(UserError, match=message):
+            evaluate_generator.main([str(generator_run), "--num", "4", "eval.network=lite0", *words, "--check"])
+    assert evaluate_generator.main([str(generator_run), "--num", "4", "eval.network=lite0", "--check"]) == 0
+
+
 @pytest.mark.parametrize("command", ["generator", "reconstruction", "reference"])
 def test_features_that_are_not_finite_leave_nothing_behind(bad_pictures, tmp_path, small_net, monkeypatch, command):
     whole = SmallInception.taps

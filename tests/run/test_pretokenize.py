@@ -11,13 +11,13 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from safetensors.torch import save_file
 
 from core.errors import UserError
 from core.images import to_model_range
 from core.rng import hash64
 from core.specs import Codes
 from core.weights import hub
+from core.weights.files import WeightFile, save
 from data import tokens
 from data.cache import Builder, Pass
 from data.sources import open_source
@@ -409,7 +409,7 @@ def test_a_recipe_whose_pictures_are_not_on_this_disk(tmp_path, config, capsys):
     recipe = recipe.replace("crop: ten", 'crop: ten, val_url: "folder:///gone/val"')
     weights = tmp_path / "weights.safetensors"
     path.write_text(recipe.replace("name: toy_codes", f"name: toy_codes, weights: {weights}"))
-    save_file(ToyCodes().state_dict(), weights)
+    save(weights, WeightFile("tokenizer", {"name": "toy_codes"}, ToyCodes().state_dict()))
     settings = config(f"data.url=tokens://{tmp_path}/mine")
     settings.tokenizer.pop("weights")  # the stand-in's are made, not read
     assert main([str(path), "--import", str(tmp_path / "t.jsonl"), "--check"]) == 0

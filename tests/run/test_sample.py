@@ -172,6 +172,28 @@ def test_mistakes(generator_run, tokenizer_run, tmp_path):
         sample.main([str(generator_run), "--labels", "0", "--out", str(tmp_path)])
 
 
+def test_check_sees_what_sampling_will_see(generator_run, tokenizer_run, tmp_path):
+    """Everything that --check lets pass would only be refused with the weights loaded, on every GPU."""
+    page = tmp_path / "page.pth"
+    page.write_text("<!DOCTYPE html><html></html>")
+    guided = ["sample.guidance=auto", "sample.scale=2"]
+    for arguments, message in (
+        (["--labels", "4"], "knows classes 0 to 3"),
+        (["--labels", "cow"], '"cow" is neither a class number'),
+        (["sample.top_k=5"], "no such sampling option"),
+        (["sample.shared=3"], "no such sampling option"),
+        (["--layout", str(page)], "cannot continue codes"),
+        (["--preview"], "nothing to preview"),
+        ([*guided, f"sample.guide={page}"], "a web page"),
+        ([*guided, f"sample.guide={tokenizer_run}"], "a generator was asked for"),
+        ([f"tokenizer.weights={page}"], "a web page"),
+    ):
+        with pytest.raises(UserError, match=message):
+            sample.main([str(generator_run), "--labels", "0", "--out", str(tmp_path / "out"), *arguments, "--check"])
+    assert sample.main([str(generator_run), "--labels", "0", "--out", str(tmp_path / "out"), "--check"]) == 0
+    assert not (tmp_path / "out").exists()
+
+
 @pytest.mark.slow
 def test_two_ranks_make_the_same_pictures(generator_run, tmp_path):
     import sys

@@ -13,11 +13,13 @@ import torch
 from core.errors import UserError
 from core.weights import released
 from evaluation import protocols
+from evaluation.networks import WEIGHTS_FILE
 from run import evaluate
 from run.load import ADAPTERS, TOKENIZERS, load_config, tokenizer_layout
 from run.target import read_target
 from scripts import evaluate_generator, sample
 from tests.conftest import ROOT
+from tests.rehearsal.released import FILES
 
 MASKGIT, COSINE = "pretrained_models/maskgit-vqgan-imagenet-f16-256.bin", {"schedule": "cosine"}
 AUTO = {"scale": 1.29, "steps": 150, "guidance": "auto", "guide": "pretrained_models/ditdhs_epoch_0029.pth"}
@@ -137,6 +139,11 @@ def test_a_config_without_a_run_takes_what_was_released_for_it(site):
 
 
 def test_weights_on_the_command_line(site):
+    (site / "pretrained_models" / WEIGHTS_FILE).unlink()  # numbers are those of the stand-in then
+    for name in (Path(MASKGIT).name, "rar_b.bin"):
+        with pytest.raises(UserError, match=f"{name}: not a whole PyTorch file"):  # as the run would say
+            evaluate_generator.main(["--weights", "rar_b.bin", "--check"])
+        FILES[name](site / "pretrained_models" / name)
     for words in (
         ["--weights", "rar_b.bin"],
         ["--weights", "rar_b.bin", "sample.scale=2"],
@@ -145,7 +152,7 @@ def test_weights_on_the_command_line(site):
     ):
         options, settings = evaluate_generator.parse([*words, "--check"])
         assert read_target(options.target, settings).weights.endswith("rar_b.bin")
-        assert evaluate_generator.main([*words, "--check"]) == 0
+        assert evaluate_generator.main([*words, "data.url=synthetic://", "--check"]) == 0
         assert sample.main([*words, "--labels", "1", "--out", "o", "--check"]) == 0
     with pytest.raises(UserError, match="name a generator"):
         evaluate_generator.parse(["sample.scale=2"])
