@@ -27,7 +27,7 @@ from typing import Annotated, Any, ClassVar, Literal, Union, get_args, get_origi
 from core.errors import UserError, nearest
 from core.limits import Limits
 from core.registry import Registry
-from core.schema import Duration, NetworkConfig, RunConfig, TrainConfig
+from core.schema import Duration, NetworkConfig, RunConfig, ScheduleConfig, TrainConfig
 
 RESERVED_TYPES = {
     "name": str,
@@ -306,6 +306,55 @@ def _recipe_problems(where: str, recipe: TrainConfig | NetworkConfig) -> Iterato
         yield f"{where}.schedule.min_lr: must be more than 0 for kind: {schedule.kind}."
 
 
+def _schedule_problems(train: TrainConfig, overrides: list[str]) -> Iterator[str]:
+    """Parts of schedules that end before they begin, or after the run, however many pictures an epoch has.
+
+    A duration that only the command line gives makes a short trial of a recipe: what the recipe says stays then, and the
+    run notes it (run.check.schedule_notes).
+    """
+    stated = [word.partition("=")[0] for word in overrides]
+
+    def is_stated(key: str) -> bool:
+        return any(f"{key}.".startswith(f"{name}.") for name in stated)
+
+    recipes = {"train": train, "train.discriminator": train.discriminator}
+    for where, recipe in recipes.items():
+        for keys, problem in _wrong_lengths(recipe.schedule, train) if recipe is not None else ():
+            full = [f"{where}.schedule.{key}" for key in keys]
+            if not is_stated("train.duration") or any(map(is_stated, full)):
+                yield f"{full[0]}: {problem}"
+
+
+def _wrong_lengths(schedule: ScheduleConfig, train: TrainConfig) -> Iterator[tuple[list[str], str]]:
+    """(keys of the schedule, what is wrong with them)"""
+
+    def surely(compare: Callable[[Callable[[Duration], int]], bool]) -> bool:
+        """Whether it holds for the shortest and the longest epoch, and so for all between."""
+        sizes = (train.global_batch, 10**12)
+        return all(compare(lambda d, size=size: d.images(size, train.global_batch)) for size in sizes)
+
+    start, end, whole = schedule.warmup_from, schedule.decay_end, train.duration
+    risen = f"the warm-up of {schedule.warmup}" + (f" from {start} on" if surely(lambda n: n(start) > 0) else "")
+    if surely(lambda n: 0 < n(whole) < n(start) + n(schedule.warmup) and n(schedule.warmup) > 0):
+        yield (
+            ["warmup", "warmup_from"],
+            f"{risen} ends after the run, whose train.duration is {whole}; shorten the one or lengthen the other.",
+        )
+    elif surely(lambda n: 0 < n(whole) <= n(start)):
+        yield (
+            ["warmup_from"],
+            f"{start} is not before the end of the run, whose train.duration is {whole}, so the rate would stay at "
+            f"warmup_lr={schedule.warmup_lr}.",
+        )
+    if schedule.kind == "constant":
+        return
+    if end is not None and surely(lambda n: n(end) <= n(start) + n(schedule.warmup)):
+        yield ["decay_end", "warmup", "warmup_from"], f"the decay would end at {end}, before {risen} does."
+    begin = schedule.decay_start
+    if begin is not None and end is not None and surely(lambda n: n(end) <= n(begin)):
+        yield ["decay_end", "decay_start"], f"the decay would end at {end} and start at decay_start={begin}."
+
+
 def _task_problems(config: RunConfig) -> Iterator[str]:
     yield from _recipe_problems("train", config.train)
     if config.train.discriminator is not None:
@@ -420,7 +469,9 @@ def load(path: str | Path, overrides: list[str], registries: Mapping[str, Regist
         overrides: "train.global_batch=256" and the like.
         registries: what component sections may name, by section kind.
     """
-    return override(lambda: _read_yaml(Path(path)), overrides, registries, source=str(path))
+    config = override(lambda: _read_yaml(Path(path)), overrides, registries, source=str(path))
+    _refuse([*_schedule_problems(config.train, overrides)], str(path))
+    return config
 
 
 def peek(path: str, overrides: list[str]) -> dict[str, Any]:
@@ -487,10 +538,14 @@ def check(plain: dict[str, Any], registries: Mapping[str, Registry], source: str
     checker = _Checker(registries)
     config = checker.section("", plain, RunConfig)
     # after what single keys can tell: how they fit together
-    if problems := checker.problems or [*_task_problems(config), *_other_problems(config)]:
+    _refuse(checker.problems or [*_task_problems(config), *_other_problems(config)], source)
+    return config
+
+
+def _refuse(problems: list[str], source: str) -> None:
+    if problems:
         count = "a mistake" if len(problems) == 1 else f"{len(problems)} mistakes"
         raise UserError(f"{source} has {count}:\n" + "\n".join(f"  - {p}" for p in problems))
-    return config
 
 
 def to_plain(config: Any) -> dict[str, Any]:
