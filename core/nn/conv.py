@@ -193,3 +193,13 @@ def through(x: Tensor, *stacks: Iterable[nn.Module]) -> Tensor:
     for module in itertools.chain(*stacks):
         x = module(x)
     return x
+
+
+def pixel_convs(channels: int, seen: int = 0) -> nn.Sequential:
+    """Two 3x3 convolutions that make colours of `channels` values per pixel, over the whole picture, so that no seams show
+    between patches: (B, channels + seen, H, W) -> (B, 3, H, W). `seen` values per pixel come beside them. Nothing for 0
+    channels. Ours: the published decoders paint patches."""
+    if not channels:
+        return nn.Sequential()
+    first = nn.Conv2d(channels + seen, channels, 3, padding=1)
+    return nn.Sequential(first, nn.GELU(), nn.Conv2d(channels, 3, 3, padding=1))

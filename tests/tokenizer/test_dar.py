@@ -160,6 +160,32 @@ def test_official_file_and_back():
 
 
 # -- the language model -----------------------------------------------------------------------------------------------
+def test_convolutions_after_the_patches_see_over_their_seams():
+    """A patch paints its own pixels, as published, or reaches two further; convolutions see the noisy pixels, too."""
+    plain = {**SMALL["decoder"]}
+    for channels, reach in ((0, 0), (4, 2)):
+        tokenizer = small(decoder={**plain, "pixel_channels": channels})
+        core, painted = tokenizer.diff_decoder.net, []
+        hook = core.conv_out.register_forward_hook(lambda _, __, out: painted.append(out))
+        noisy = torch.randn(1, 3, 32, 32, generator=torch.Generator().manual_seed(2))
+        arguments = core.embed_time(torch.tensor([0.5])), torch.zeros(1, 4, 32)
+        before = core(noisy, *arguments)[0]
+        hook.remove()
+        core.conv_out.register_forward_hook(lambda _, __, out: painted[0].index_add(2, torch.tensor([3]), ones(out)))
+        rows = (core(noisy, *arguments)[0] != before)[0].any(0).any(1).nonzero()
+        assert (int(rows.min()), int(rows.max())) == (12 - reach, 15 + reach)
+        assert core.last_layer.weight.shape[0] == (3 if channels else 48)
+    with pytest.raises(UserError, match="pixel_channels=4 cannot be exported"):
+        ADAPTERS["dar"].restore(tokenizer)
+    with pytest.raises(UserError, match="goes with the plain output layer"):
+        small(decoder={**plain, "pixel_channels": 4, "own_time": False, "modulated_output": True})
+
+
+def ones(maps: torch.Tensor) -> torch.Tensor:
+    """(B, C, 1, W) to add to a row of patches."""
+    return torch.ones_like(maps[:, :, :1])
+
+
 def language_model() -> GPT:
     torch.manual_seed(0)
     model = GPT(size={"width": 32, "layers": 2, "heads": 2, "hidden": 48}, length=16, vocab=32, num_classes=5).eval()

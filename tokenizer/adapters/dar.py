@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
+from core.errors import UserError
 from core.weights.adapter import BARE, Adapter, Facts, layer_count
 from core.weights.names import Names, Renames, State
 from tokenizer.vq.dar import DAR
@@ -102,6 +103,15 @@ def _inspect(state: State, facts: Facts) -> dict[str, Any]:
     return settings
 
 
+def _restore(model: DAR) -> State:
+    if len(convs := model.diff_decoder.net.pixel_convs):
+        raise UserError(
+            "the official D-AR code has no convolutions after its output layer; a model with "
+            f"tokenizer.decoder.pixel_channels={convs[0].out_channels} cannot be exported to its layout"
+        )
+    return RENAMES.official(model.state_dict())
+
+
 ADAPTER = Adapter(
     title="the D-AR tokenizer",
     build=DAR,
@@ -117,5 +127,5 @@ ADAPTER = Adapter(
     ),
     container=BARE,
     rename=RENAMES.ours,
-    restore=lambda model: RENAMES.official(model.state_dict()),
+    restore=_restore,
 )

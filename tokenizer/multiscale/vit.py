@@ -13,6 +13,7 @@ import torch
 from einops import rearrange
 from torch import Tensor, nn
 
+from core.nn.conv import pixel_convs
 from core.nn.vit import VisionTransformer, ViTSize
 from core.rng import Draws
 
@@ -51,19 +52,14 @@ class PixelHead(nn.Module):
     """(B, N, D) -> pictures; a token holds its patch as (row, column, colour).
 
     Args:
-        channels: a token paints so many values per pixel, not three, and two 3x3 convolutions over the whole picture make
-            colours of them, so that no seams show between patches. 0: as published.
+        channels: a token paints so many values per pixel, not three, of which `pixel_convs` makes colours. 0: as published.
     """
 
     def __init__(self, width: int, patch_size: int, grid: int, channels: int = 0):
         super().__init__()
         self.patch_size, self.grid = patch_size, grid
         self.model = nn.Linear(width, (channels or 3) * patch_size**2)
-        self.convs = nn.Sequential()
-        if channels:
-            self.convs = nn.Sequential(
-                nn.Conv2d(channels, channels, 3, padding=1), nn.GELU(), nn.Conv2d(channels, 3, 3, padding=1)
-            )
+        self.convs = pixel_convs(channels)
 
     @property
     def last_weight(self) -> nn.Parameter:

@@ -266,7 +266,7 @@ class DAR(CodeTokenizer):
             predictions={self.teacher: features} if features is not None else {},
             perceptual_weights=2 * t if self.perceptual_by_time else None,
             logs={} if codes is None else self._code_logs(codes, draws),
-            last_layer=core.conv_out.weight if core.conv_out is not None else core.linear_out.linear.weight,
+            last_layer=core.last_layer.weight,
             details={"t": t, "velocity": velocity, "window": window, "features": features, "codes": codes},
         )
 

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from core.errors import UserError
 from core.limits import Layers, Pixels, Positive, Whole, Width
 from core.nn.attention import Attention, CrossAttention
+from core.nn.conv import pixel_convs
 from core.nn.embed import sinusoidal
 from core.nn.mlp import MLP
 from core.nn.norms import modulate
@@ -93,6 +94,8 @@ class DecoderSettings:
         feature_layer: the features for representation alignment (REPA, Yu et al. 2024) are taken before this block.
         feature_hidden: hidden width of the alignment head.
         rope_theta: of the attention layers.
+        pixel_channels: a patch paints so many values per pixel, not three, of which `core.nn.conv.pixel_convs` makes the
+            velocity, beside the noisy pixels themselves. 0: as published.
     """
 
     width: Width = 768
@@ -105,6 +108,7 @@ class DecoderSettings:
     feature_layer: Whole = 8
     feature_hidden: Width = 2048
     rope_theta: Positive = 10000.0
+    pixel_channels: Whole = 0
 
 
 class DiffusionCore(nn.Module):
@@ -136,6 +140,10 @@ class DiffusionCore(nn.Module):
             raise UserError(
                 "decoder: modulated_output needs own_time: false, since it is fed the shared time embedding."
             )
+        if settings.modulated_output and settings.pixel_channels:
+            raise UserError(
+                "decoder: pixel_channels goes with the plain output layer, not with modulated_output: true."
+            )
         if image_size % patch_size:
             raise UserError(f"decoder: patch_size {patch_size} does not divide image_size {image_size}.")
         self.patch_size, self.feature_layer = patch_size, settings.feature_layer
@@ -145,7 +153,9 @@ class DiffusionCore(nn.Module):
         self.conv_in = nn.Conv2d(pixels, width, 1)
         self.blocks = nn.ModuleList(Block(width, heads, own_time) for _ in range(settings.depth))
         self.time_embed = None if own_time else TimeMLP(width)
-        self.conv_out = None if settings.modulated_output else nn.Conv2d(width, pixels, 1)
+        painted = (settings.pixel_channels or channels) * patch_size**2
+        self.conv_out = None if settings.modulated_output else nn.Conv2d(width, painted, 1)
+        self.pixel_convs = pixel_convs(settings.pixel_channels, seen=channels)
         self.linear_out = ModulatedOutput(width, pixels) if settings.modulated_output else None
         self.repa_out = None
         if feature_width is not None:
@@ -162,9 +172,17 @@ class DiffusionCore(nn.Module):
                     nn.init.trunc_normal_(module.weight, std=std)
                     nn.init.zeros_(module.bias)
             nn.init.zeros_(block.adaLN_modulation[1].weight)
-        if self.conv_out is not None:
-            nn.init.zeros_(self.conv_out.weight)
-            nn.init.zeros_(self.conv_out.bias)
+        last = self.last_layer
+        if isinstance(last, nn.Conv2d):
+            nn.init.zeros_(last.weight)
+            nn.init.zeros_(last.bias)
+
+    @property
+    def last_layer(self) -> nn.Conv2d | nn.Linear:
+        """That paints the velocity."""
+        if len(self.pixel_convs):
+            return self.pixel_convs[-1]
+        return self.linear_out.linear if self.conv_out is None else self.conv_out
 
     def embed_time(self, t: Tensor) -> list[Tensor]:
         """The time embedding of every block for times (S,): depth tensors of (S, D)."""
@@ -195,7 +213,10 @@ class DiffusionCore(nn.Module):
             out = self.linear_out(h, time[0]).transpose(1, 2).unflatten(2, grid)
         else:
             out = self.conv_out(h.transpose(1, 2).unflatten(2, grid))
-        return F.pixel_shuffle(out, self.patch_size), features
+        out = F.pixel_shuffle(out, self.patch_size)
+        if len(self.pixel_convs):
+            out = self.pixel_convs(torch.cat((out, x.to(out.dtype)), dim=1))
+        return out, features
 
     def _features(self, h: Tensor, grid: torch.Size) -> Tensor:
         """Patches pooled to 16 rows (and as much in width), through the alignment head."""
