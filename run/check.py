@@ -168,6 +168,8 @@ def find_weights(config: RunConfig) -> tuple[dict[str, Source], list[str]]:
     named |= {f"teachers.{name}.weights": settings.get("weights") for name, settings in config.teachers.items()}
     if config.train.eval_every != "never" and config.eval.network not in ("auto", "inception", "lite0"):
         named["eval.network"] = config.eval.network
+    # of folders and repositories that hold both
+    kinds = {"tokenizer.weights": "tokenizer", "train.init_from": config.task, "sample.guide": "generator"}
     sources, lines = {}, []
     for setting, reference in named.items():
         if not reference:
@@ -175,7 +177,7 @@ def find_weights(config: RunConfig) -> tuple[dict[str, Source], list[str]]:
         if setting.startswith("teachers.") and (Path(reference).exists() or find_local_file(reference)):
             continue  # a teacher takes folders, too
         try:
-            sources[setting] = Source(reference)
+            sources[setting] = Source(reference, kinds.get(setting))
         except UserError as error:
             known = None if "://" in reference else released.find(reference)
             lines.append(f"{setting}={reference}: {f'fetch it with {known.command}' if known else error}")

@@ -196,11 +196,14 @@ class Conversion:
     answers: dict[str, Any] = field(default_factory=dict)  # settings that the file does not tell
     tokenizer: str | None = None  # to be held by an official file beside its generator
     overwrite: bool = False
+    bf16: bool = False  # weights in half the room, rounded; constants stay fp32
 
     def run(self) -> str:
         """Write `target`; returns a sentence about it. UserError where the source has not what is asked for."""
         path = released.resolve(self.source)
         self._check_target()
+        if self.bf16 and self.official:
+            raise UserError("--dtype bf16 is for files of ours; official programs read fp32.")
         kind, sets = self._choose(path)
         answers = {key: value for key, value in self.answers.items() if key != kind}
         answers = merged(answers, self.answers.get(kind, {}))  # with and without the kind in front
@@ -220,8 +223,11 @@ class Conversion:
             )
         if adapter is not None:
             return self._write_official(kind, adapter, weights, states)
+        if self.bf16:
+            states = {averaged: in_bf16(state) for averaged, state in states.items()}
+        network.load_state_dict(states[sets[0]])  # the fingerprint is that of what readers will hold
         names = " and ".join(SETS[averaged] for averaged in sets)
-        about = about_weights(weights, hub.fingerprint(states[sets[0]]), network)
+        about = about_weights(weights, hub.fingerprint(network.state_dict()), network)
         content = weight_files.WeightFile(
             kind,
             settings,
@@ -307,6 +313,11 @@ class Conversion:
                 "add it with --tokenizer FILE."
             )
         return "".join(f" {note}" for note in notes)
+
+
+def in_bf16(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The same with fractions rounded to bf16; whole numbers and truth values as they are."""
+    return {name: t.bfloat16() if t.is_floating_point() else t for name, t in state.items()}
 
 
 def sets_in(path: Path) -> dict[str, tuple[bool, ...]]:

@@ -415,7 +415,7 @@ def tokenizer_section(target: str) -> dict[str, Any]:
         if config.task == "generator" and not config.tokenizer.get("weights"):
             raise UserError(f"{target} names no tokenizer.weights. Name the tokenizer's run or file itself.")
         target = config.tokenizer["weights"] if config.task == "generator" else str(config.run_dir)
-    released.resolve(target)
+    released.resolve(target, "tokenizer")
     return {"weights": target}
 
 

@@ -5,6 +5,7 @@
   python -m scripts.convert --check-layout LAYOUT.json ...                    does our model take exactly these tensors? (loads nothing)
   python -m scripts.convert RecTok.pth RecTok.safetensors                     released file -> our safetensors, which say what they are
   python -m scripts.convert work_dirs/my_run my_run.safetensors               the newest checkpoint of a run -> the same
+  python -m scripts.convert work_dirs/my_run small.safetensors --weights ema --dtype bf16      a quarter of the room
   python -m scripts.convert work_dirs/my_run mine.pth --to official           -> the layout that the official code loads
   python -m scripts.convert RecTok.safetensors again.pth --to official
   python -m scripts.convert my_far.pt my_far.safetensors --set size.heads=16  what the file does not say, once for all
@@ -40,6 +41,7 @@ def main(arguments: list[str]) -> int:
         metavar="KEY=VALUE",
         help="what the file does not say, size.heads=16 and the like",
     )
+    parser.add_argument("--dtype", choices=("fp32", "bf16"), default="fp32", help="of the weights in a file of ours")
     parser.add_argument("--tokenizer", help="to be held by an official file of VAR beside the generator")
     parser.add_argument("--force", action="store_true", help="replace a file that exists")
     options = command_line.parse(parser, "convert", arguments)
@@ -70,6 +72,7 @@ def main(arguments: list[str]) -> int:
         read_overrides(options.set),
         options.tokenizer,
         options.force,
+        options.dtype == "bf16",
     )
     print(conversion.run())
     return 0
