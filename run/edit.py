@@ -366,10 +366,16 @@ def panel(canvas: Canvas, edited: Edited) -> Tensor:
     return grid(torch.stack(rows), columns=4)
 
 
+def places(out: Path, labels: list[int]) -> list[Path]:
+    """Of the pictures: OUT itself, or OUT with the number and label of each."""
+    if len(labels) == 1:
+        return [out]
+    return [out.with_name(f"{out.stem}_{i:03d}_{n}.png") for i, n in enumerate(labels)]
+
+
 def write(canvas: Canvas, edited: Edited, labels: list[int], about: dict[str, Any], out: Path) -> list[Path]:
-    """OUT itself, or OUT with the number and label of each picture; a panel and a JSON file beside it."""
-    several = len(labels) > 1
-    paths = [out.with_name(f"{out.stem}_{i:03d}_{n}.png") if several else out for i, n in enumerate(labels)]
+    """The pictures at their `places`; a panel and a JSON file beside them."""
+    paths = places(out, labels)
     for path, picture in zip(paths, edited.pictures):
         save_png(picture, path)
     save_png(panel(canvas, edited), out.with_name(f"{out.stem}_panel.png"))

@@ -1,7 +1,7 @@
 'use strict';
 const $ = id => document.getElementById(id);
 const token = new URLSearchParams(location.search).get('token') || '';
-const state = {models: [], picture: null, donor: null, put: new Map(), cells: [], codes: null, chosen: null};
+const state = {models: [], picture: null, donor: null, put: new Map(), cells: [], codes: null, chosen: null, photo: null, image: null, stroke: null};
 
 /** An element with properties and children; text is never read as HTML. */
 function make(tag, properties = {}, ...children) {
@@ -41,7 +41,7 @@ function showCommand(place, command) {
 }
 
 // -- tabs ------------------------------------------------------------------------------------------------------------
-const tabs = [$('tab-tokenize'), $('tab-generate')];
+const tabs = [...document.querySelectorAll('[role=tab]')];
 function open(tab) {
   for (const other of tabs) {
     other.setAttribute('aria-selected', other === tab);
@@ -53,16 +53,17 @@ tabs.forEach((tab, i) => {
   tab.onclick = () => open(tab);
   tab.onkeydown = event => {
     if (event.key !== 'ArrowLeft' && event.key !== 'ArrowRight') return;
-    open(tabs[1 - i]);
-    tabs[1 - i].focus();
+    const next = tabs[(i + (event.key === 'ArrowRight' ? 1 : tabs.length - 1)) % tabs.length];
+    open(next);
+    next.focus();
   };
 });
 
 // -- tokenize --------------------------------------------------------------------------------------------------------
 const tokenizer = () => state.models[$('tokenizer').value];
 
-/** A field for files, and the examples; `chosen` gets {name, data}. */
-function picker(place, label, chosen) {
+/** A field for files, and the examples; `chosen` gets {name, data}; what cannot be read is told in `message`. */
+function picker(place, label, message, chosen) {
   const file = make('input', {type: 'file', accept: 'image/*'});
   file.setAttribute('aria-label', label);
   const buttons = [];
@@ -73,7 +74,7 @@ function picker(place, label, chosen) {
   const read = one => {
     const reader = new FileReader();
     reader.onload = () => take({name: one.name, data: reader.result.split(',')[1] || ''}, null);
-    reader.onerror = () => say('tokenize-message', `${one.name} cannot be read.`, true);
+    reader.onerror = () => say(message, `${one.name} cannot be read.`, true);
     reader.readAsDataURL(one);
   };
   file.onchange = () => file.files.length && read(file.files[0]);
@@ -94,10 +95,10 @@ function picker(place, label, chosen) {
   place.replaceChildren(file, make('div', {className: 'examples'}, ...buttons));
 }
 
-function slider(id, label, properties, says) {
+function slider(id, label, properties, says, moved = later) {
   const input = make('input', {type: 'range', id, ...properties}), shown = make('span');
   const show = () => { input.ariaValueText = shown.textContent = says(input.value); };
-  input.oninput = () => { show(); later(); };
+  input.oninput = () => { show(); moved(); };
   show();
   return make('label', {}, `${label}: `, shown, input);
 }
@@ -273,12 +274,11 @@ $('undo').onclick = () => { setUpTokenizer(); $('tokenizer').focus(); };
 const generator = () => state.models[$('generator').value];
 let drawing = null;
 
-function setUpGenerator() {
-  const model = generator();
-  if (!model) return say('generate-message', 'No generator is loaded.');
-  $('classes').replaceChildren(...model.classes.map(value => make('option', {value})));
-  if (!$('labels').value) $('labels').value = model.classes[0];
-  $('options').replaceChildren(...Object.entries(model.options).map(([name, {value, meaning}]) => {
+/** The fields that a generator's own description asks for: its classes, and its options in `place`. */
+function setUpFields(model, labels, classes, place) {
+  $(classes).replaceChildren(...model.classes.map(value => make('option', {value})));
+  if (!$(labels).value) $(labels).value = model.classes[0];
+  $(place).replaceChildren(...Object.entries(model.options).map(([name, {value, meaning}]) => {
     const text = [value].flat().join(', ');
     const input = make('input', {value: text, defaultValue: text, inputMode: 'decimal', autocomplete: 'off'});
     input.dataset.option = name;
@@ -286,13 +286,18 @@ function setUpGenerator() {
   }));
 }
 
-/** The options of a model: what the fields say, of those that it takes. */
-function optionsOf(model) {
+function setUpGenerator() {
+  if (!generator()) return say('generate-message', 'No generator is loaded.');
+  setUpFields(generator(), 'labels', 'classes', 'options');
+}
+
+/** The options of a model: what the fields in `place` say, of those that it takes; `own`: they were set up for it. */
+function optionsOf(model, place, own) {
   const options = {};
-  for (const input of $('options').querySelectorAll('input')) {
+  for (const input of $(place).querySelectorAll('input')) {
     const name = input.dataset.option, words = input.value.split(',').map(word => word.trim());
     if (!(name in model.options) || input.value.trim() === '') continue;
-    if (model !== generator() && input.value === input.defaultValue) continue;  // the second one's own defaults
+    if (!own && input.value === input.defaultValue) continue;  // the second one's own defaults
     const numbers = words.map(word => word === '' || isNaN(word) ? word : Number(word));
     options[name] = numbers.length > 1 ? numbers : numbers[0];
   }
@@ -330,7 +335,7 @@ async function drawOne(model, signal) {
   };
   try {
     const request = {model: model.number, labels: $('labels').value, num: Number($('num').value),
-      seed: Number($('seed').value), options: optionsOf(model)};
+      seed: Number($('seed').value), options: optionsOf(model, 'options', model === generator())};
     const reader = (await ask('generate', request, signal)).body.pipeThrough(new TextDecoderStream()).getReader();
     let rest = '';
     for (let piece = await reader.read(); !piece.done; piece = await reader.read()) {
@@ -357,6 +362,7 @@ function finish(gallery, done) {
     const {data, file} = done[i], name = done[i].class;
     figure.querySelector('img').alt = `sample of ${name}`;
     figure.querySelector('figcaption').textContent = name;
+    if (done[i].says) figure.append(make('p', {className: 'caption', textContent: done[i].says}));
     figure.append(make('a', {className: 'button', href: data, download: file, textContent: 'Download', ariaLabel: `Download ${file}`}));
   });
 }
@@ -375,23 +381,135 @@ $('generator').onchange = setUpGenerator;
 $('generate-form').onsubmit = event => { event.preventDefault(); draw(); };
 $('stop').onclick = () => drawing && drawing.abort();
 
+// -- edit ------------------------------------------------------------------------------------------------------------
+const editor = () => state.models[$('editor-model').value];
+const mask = document.createElement('canvas');  // white is what is to be drawn anew; as large as the model's pictures
+
+function setUpEditor() {
+  const model = editor();
+  if (!model) return say('edit-message', 'No generator is loaded.');
+  setUpFields(model, 'edit-labels', 'edit-classes', 'edit-options');
+  $('brush-place').replaceChildren(slider('brush', 'brush', {min: 1, max: Math.ceil(model.size / 2), value: Math.ceil(model.size / 8)},
+    n => `${n} of ${model.size} pixels wide`, () => {}));
+  if (mask.width !== model.size) {
+    mask.width = mask.height = $('paper').width = $('paper').height = model.size;
+    fill('black');
+  }
+  showPaper();
+}
+
+function fill(colour, left = 0, top = 0, right = 100, bottom = 100) {
+  const context = mask.getContext('2d', {willReadFrequently: true}), percent = mask.width / 100;
+  context.fillStyle = colour;
+  context.fillRect(Math.round(left * percent), Math.round(top * percent), Math.round((right - left) * percent), Math.round((bottom - top) * percent));
+  showPaper();
+}
+
+/** The middle of the photo, which is what the model sees, red where it is marked. */
+function showPaper() {
+  const size = mask.width, paper = $('paper').getContext('2d'), image = state.image;
+  paper.clearRect(0, 0, size, size);
+  if (image) {
+    const side = Math.min(image.naturalWidth, image.naturalHeight);
+    paper.drawImage(image, (image.naturalWidth - side) / 2, (image.naturalHeight - side) / 2, side, side, 0, 0, size, size);
+  }
+  const marks = mask.getContext('2d', {willReadFrequently: true}).getImageData(0, 0, size, size);
+  let count = 0;
+  for (let i = 0; i < marks.data.length; i += 4) {
+    const marked = marks.data[i] >= 128;
+    count += marked;
+    marks.data.set([224, 48, 64, marked ? 150 : 0], i);
+  }
+  const over = make('canvas', {width: size, height: size});
+  over.getContext('2d').putImageData(marks, 0, 0);
+  paper.drawImage(over, 0, 0);
+  $('marked').textContent = `${Math.round(100 * count / (size * size))} % of the picture is marked`;
+}
+
+/** A round mark from where the pointer was to where it is. */
+function brushTo(event) {
+  const {left, top, width} = $('paper').getBoundingClientRect(), scale = mask.width / width;
+  const here = [(event.clientX - left) * scale, (event.clientY - top) * scale];
+  const context = mask.getContext('2d', {willReadFrequently: true});
+  context.strokeStyle = $('erase').ariaPressed === 'true' ? 'black' : 'white';
+  context.lineWidth = Number($('brush').value);
+  context.lineCap = 'round';
+  context.beginPath();
+  context.moveTo(...(state.stroke || here));
+  context.lineTo(...here);
+  context.stroke();
+  state.stroke = here;
+  showPaper();
+}
+
+function choosePhoto(photo) {
+  state.photo = photo;
+  state.image = null;
+  const image = new Image();
+  image.onload = () => { state.image = image; showPaper(); };
+  image.onerror = () => say('edit-message', `This browser cannot show ${photo.name}; it can be marked all the same.`);
+  image.src = `data:image/png;base64,${photo.data}`;
+  say('edit-message', '');
+  $('paint').hidden = false;
+  $('change').disabled = !editor();
+  showPaper();
+}
+
+async function change() {
+  const model = editor();
+  if (drawing) drawing.abort();
+  const mine = drawing = new AbortController();
+  const data = mask.toDataURL('image/png');
+  say('edit-message', 'working ...');
+  $('edited').hidden = true;
+  try {
+    const answer = await (await ask('edit', {model: model.number, picture: state.photo, mask: {name: 'mask.png', data: data.split(',')[1]},
+      labels: $('edit-labels').value, num: Number($('edit-num').value), seed: Number($('edit-seed').value),
+      options: optionsOf(model, 'edit-options', true)}, mine.signal)).json();
+    $('edited-pictures').replaceChildren();
+    finish($('edited-pictures'), answer.done);
+    $('remarks').replaceChildren(...answer.remarks.map(textContent => make('p', {className: 'caption', textContent})));
+    $('save-mask').href = data;
+    const {name, example} = state.photo;
+    $('save-photo').hidden = !example;
+    if (example) Object.assign($('save-photo'), {href: example, download: name, textContent: `Download ${name}`});
+    showCommand($('edit-command'), answer.command);
+    $('edited').hidden = false;
+    say('edit-message', `${answer.done.length} pictures in ${answer.seconds.toFixed(1)} s`);
+  } catch (error) {
+    if (error.name !== 'AbortError') say('edit-message', error.message, true);
+  }
+}
+
+$('paper').onpointerdown = event => { $('paper').setPointerCapture(event.pointerId); state.stroke = null; brushTo(event); };
+$('paper').onpointermove = event => { if (event.buttons) brushTo(event); };
+$('erase').onclick = () => { $('erase').ariaPressed = $('erase').ariaPressed !== 'true'; };
+$('clear').onclick = () => fill('black');
+$('everything').onclick = () => fill('white');
+$('rectangle').onclick = () => fill('white', ...['left', 'top', 'right', 'bottom'].map(side => Number($(`side-${side}`).value)));
+$('editor-model').onchange = setUpEditor;
+$('edit-form').onsubmit = event => { event.preventDefault(); change(); };
+
 // -- start -----------------------------------------------------------------------------------------------------------
 async function start() {
   const answer = await (await ask('models')).json();
   state.models = answer.models;
   state.examples = answer.examples;
-  $('num').max = answer.most;
+  $('num').max = $('edit-num').max = answer.most;
   const working = kind => state.models.filter(model => model.kind === kind && !model.error);
   const option = model => make('option', {value: model.number, textContent: model.name, title: model.reference});
   $('tokenizer').replaceChildren(...working('tokenizer').map(option));
   $('generator').replaceChildren(...working('generator').map(option));
+  $('editor-model').replaceChildren(...working('generator').map(option));
   $('second').replaceChildren(make('option', {value: '', textContent: 'none'}), ...working('generator').map(option));
   $('draw').disabled = !working('generator').length;
   $('problems').replaceChildren(...state.models.filter(model => model.error).map(model =>
     make('p', {className: 'card problem', textContent: (model.error.includes(model.reference) ? '' : `${model.reference}: `) + model.error})));
-  picker($('picture'), 'Picture', picture => { state.picture = picture; state.put.clear(); later(); });
-  picker($('donor'), 'Second picture', picture => { state.donor = picture; later(); });
+  picker($('picture'), 'Picture', 'tokenize-message', picture => { state.picture = picture; state.put.clear(); later(); });
+  picker($('donor'), 'Second picture', 'tokenize-message', picture => { state.donor = picture; later(); });
+  picker($('photo'), 'Photo', 'edit-message', choosePhoto);
   setUpTokenizer();
   setUpGenerator();
+  setUpEditor();
 }
 start().catch(error => say('tokenize-message', error.message, true));

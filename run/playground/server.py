@@ -143,6 +143,8 @@ class Handler(BaseHTTPRequestHandler):
         request = self._read()
         if path == "/tokenize":
             self._send_json(views.tokenize(self.server.models, request))
+        elif path == "/edit":
+            self._send_json(views.edit(self.server.models, request))
         elif path == "/generate":
             views.generate(self.server.models, request, self._send_line)
         else:

@@ -34,11 +34,13 @@ from data.decode import UnreadablePicture, decode_rgb
 from data.sources import open_source
 from data.transforms import center_crop, to_tensor
 from evaluation.images import psnr, ssim
+from run import edit as editing
 from run.alter import Changes, branch_names, parts_of
 from run.load import ADAPTERS, Source
 from run.models import GeneratorModel, TokenizerModel, load_generator, load_tokenizer
 from run.reconstruct import difference, file_stem
 from run.sample import SampleFolder, parse_labels
+from run.target import Sampler
 
 TINY = Path(__file__).resolve().parents[2] / "pretrained_models" / "tiny"
 MOST = 32  # pictures at once: a batch of run_sample.sh
@@ -83,8 +85,8 @@ def shipped() -> list[str]:
     """The small trained models that come with the code: a generator brings its tokenizer."""
     found = []
     for folder in sorted(TINY.glob("*")):
-        files = [folder / f"{kind}.safetensors" for kind in ("generator", "tokenizer")]
-        found += [str(file) for file in files if file.is_file()][:1]
+        if any((folder / f"{kind}.safetensors").is_file() for kind in ("generator", "tokenizer")):
+            found.append(f"{TINY.name}/{folder.name}")
     if not found:
         raise UserError(
             f"there are no small models in {TINY}. Name weights or a run: "
@@ -94,10 +96,11 @@ def shipped() -> list[str]:
 
 
 def kind_of(reference: str) -> str:
-    """ "tokenizer" or "generator", whichever the weights are of; UserError where there are none."""
+    """ "tokenizer" or "generator", whichever the weights are of, and the latter where there are both; UserError where there
+    are none."""
     if reference.endswith((".yaml", ".yml")):
         return "generator"
-    source = Source(reference)
+    source = Source(reference, "generator")
     try:
         if isinstance(source.content, Checkpoint):
             return source.content.state["primary"]
@@ -262,15 +265,15 @@ def read_list(request: Fields, name: str) -> list[Any]:
     return value
 
 
-def read_picture(request: Fields, name: str) -> tuple[str, Any]:
-    """(name of its file, picture in RGB) of {"name": ..., "data": base64}."""
+def read_picture(request: Fields, name: str, upright: bool = False) -> tuple[str, Any]:
+    """(name of its file, picture in RGB) of {"name": ..., "data": base64}, turned as its EXIF data says where `upright`."""
     given = request.get(name)
     if not isinstance(given, dict) or not isinstance(given.get("data"), str):
         raise UserError(f"{name}: choose a picture first.")
     title = PurePath(str(given.get("name") or "picture.png").replace("\\", "/")).name or "picture.png"
     try:
         data = base64.b64decode(given["data"], validate=True)
-        return title, decode_rgb(data, title)
+        return title, decode_rgb(data, title, upright)
     except binascii.Error:
         raise UserError(f"{title}: its bytes did not arrive whole; choose it again.") from None
     except UnreadablePicture as error:
@@ -306,11 +309,16 @@ def read_changes(request: Fields, tokenizer: Tokenizer) -> tuple[Changes, list[s
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# The two views
+# The views
 # ---------------------------------------------------------------------------------------------------------------------
 def data_url(image: Tensor) -> str:
     """A (3, H, W) uint8 picture."""
     return f"data:image/png;base64,{base64.b64encode(png(image.cpu())).decode()}"
+
+
+def _argument(title: str) -> str:
+    """The name of a file so that no program takes it for an option."""
+    return f"./{title}" if title.startswith("-") or "=" in title else title
 
 
 def tokenize(models: Models, request: Fields) -> Fields:
@@ -331,8 +339,8 @@ def tokenize(models: Models, request: Fields) -> Fields:
         rebuilt = finite_uint8(decoded.float(), "nearest", [0]).cpu()
         seconds = time.perf_counter() - begun
     pair = original / 255, rebuilt / 255
-    named = f"./{title}" if title.startswith("-") or "=" in title else title
-    command = ["python", "-m", "scripts.reconstruct", "--weights", entry.reference, named, *words, *entry.words]
+    command = ["python", "-m", "scripts.reconstruct", "--weights", entry.reference, _argument(title)]
+    command += [*words, *entry.words]
     return {
         "original": data_url(original[0]),
         "rebuilt": data_url(rebuilt[0]),
@@ -346,42 +354,106 @@ def tokenize(models: Models, request: Fields) -> Fields:
     }
 
 
+@dataclass
+class Drawing:
+    """What is to be drawn, of a request with model, labels (as --labels of run_sample.sh), num, seed and options {name: a
+    number, or one per codebook}. `sampler` is tuned as the options say; `words` say so to a program."""
+
+    entry: Entry
+    sampler: Sampler
+    text: str
+    labels: list[int]
+    num: int
+    seed: int
+    words: list[str]
+
+    @classmethod
+    def read(cls, models: Models, request: Fields) -> Drawing:
+        entry = models.find(request.get("model"), "generator")
+        model: GeneratorModel = entry.model
+        text = request.get("labels")
+        if not isinstance(text, str) or not text.strip():
+            raise UserError("labels: name a class, or several, separated by commas.")
+        labels = parse_labels(text, model.sampler.num_classes, model.class_names)
+        num = read_whole(request, "num", min(len(labels), MOST), 1, MOST)
+        seed = read_whole(request, "seed", 0, 0, (1 << 63) - 1)
+        options = read_options(request, entry)
+        words = ["--num", str(num), "--seed", str(seed), *(f"sample.{key}={value}" for key, value in options.items())]
+        return cls(entry, model.tuned(options), text, labels, num, seed, words)
+
+    def name(self, label: int) -> str:
+        """Of a class."""
+        names = self.sampler.class_names
+        return names[label] if names else str(label)
+
+
 def generate(models: Models, request: Fields, send: Callable[[Fields], None]) -> None:
     """Send looks at pictures on their way, {"pictures": [...]}, then {"done": [...], "command": ...}.
 
-    Request: model, labels (as --labels of run_sample.sh), num, seed, options {name: a number, or one per codebook}.
+    Request: see Drawing.
     """
-    entry = models.find(request.get("model"), "generator")
-    model: GeneratorModel = entry.model
-    text = request.get("labels")
-    if not isinstance(text, str) or not text.strip():
-        raise UserError("labels: name a class, or several, separated by commas.")
-    labels = parse_labels(text, model.sampler.num_classes, model.class_names)
-    num = read_whole(request, "num", min(len(labels), MOST), 1, MOST)
-    seed = read_whole(request, "seed", 0, 0, (1 << 63) - 1)
-    options = read_options(request, entry)
-    folder = SampleFolder(Path("samples"), labels, num)
-    device = model.tokenizer.device
+    drawing = Drawing.read(models, request)
+    num, device = drawing.num, drawing.entry.model.tokenizer.device
+    folder = SampleFolder(Path("samples"), drawing.labels, num)
     numbers = torch.arange(num, device=device)
     asked = torch.tensor([folder.label(i) for i in range(num)], device=device)
 
     def show(pictures: Tensor) -> None:
         send({"pictures": [data_url(p) for p in finite_uint8(pictures, "nearest", numbers)]})
 
-    with entry.lock:
+    with drawing.entry.lock:
         begun = time.perf_counter()
-        sampler = model.tuned(options)
-        images = sampler.watch(asked, Draws(hash64(seed, "samples"), numbers), show)
+        images = drawing.sampler.watch(asked, Draws(hash64(drawing.seed, "samples"), numbers), show)
         seconds = time.perf_counter() - begun
     pixels = finite_uint8(images, "nearest", numbers)
-    command = ["bash", "run_sample.sh", entry.reference, "--labels", text, "--num", str(num), "--seed", str(seed)]
-    command += [f"sample.{key}={value}" for key, value in options.items()]
-    names = model.class_names or [str(i) for i in range(model.sampler.num_classes)]
+    command = ["bash", "run_sample.sh", drawing.entry.reference, "--labels", drawing.text, *drawing.words]
     done = [
-        {"data": data_url(pixels[i]), "file": folder.picture(i).name, "class": names[folder.label(i)]}
+        {"data": data_url(pixels[i]), "file": folder.picture(i).name, "class": drawing.name(folder.label(i))}
         for i in range(num)
     ]
     send({"done": done, "seconds": seconds, "command": shlex.join([*command, "--out", "samples"])})
+
+
+def edit(models: Models, request: Fields) -> Fields:
+    """A photo with what is white in the mask drawn anew, run/edit.py.
+
+    Request: see Drawing; picture; mask, of the size of the model's pictures or of the photo's.
+    """
+    drawing = Drawing.read(models, request)
+    title, photo = read_picture(request, "picture", upright=True)
+    _, mask = read_picture(request, "mask")
+    sampler, device, rules = drawing.sampler, drawing.entry.model.tokenizer.device, editing.Rules()
+    canvas = editing.inpainting(photo, mask, sampler.image_size)
+    labels = [drawing.labels[i % len(drawing.labels)] for i in range(drawing.num)]
+    with drawing.entry.lock:
+        begun = time.perf_counter()
+        edited = editing.edit(sampler, canvas, labels, rules, device, drawing.seed)
+        seconds = time.perf_counter() - begun
+    paths = editing.places(Path("edited.png"), labels)
+    command = ["bash", "run_edit.sh", drawing.entry.reference, _argument(title), "--mask", "mask.png"]
+    command += ["--label", drawing.text, *drawing.words, "--out", "edited.png"]
+    return {
+        "done": [
+            {"data": data_url(pixels), "file": path.name, "class": drawing.name(label), "says": _measured(facts)}
+            for pixels, path, label, facts in zip(edited.pictures, paths, labels, edited.facts)
+        ],
+        "remarks": [f"{edited.kept} are kept. {MEASURED}", *editing.remarks(sampler, canvas, edited, rules)],
+        "seconds": seconds,
+        "command": shlex.join(command),
+    }
+
+
+MEASURED = (
+    "Below each picture: PSNR outside the mask before the photo is put back, afterwards the two are equal; mean step from pixel "
+    "to pixel across the mask's border and inside it, in grey levels."
+)
+
+
+def _measured(facts: dict[str, float]) -> str:
+    """The measurements of an edited picture, as MEASURED explains them."""
+    words = [f"{facts['outside_psnr']:.1f} dB"] if "outside_psnr" in facts else []
+    words += [f"{name} {facts[key]:.0f}" for name, key in (("border", "seam"), ("inside", "inside")) if key in facts]
+    return ", ".join(words)
 
 
 def read_options(request: Fields, entry: Entry) -> dict[str, str]:

@@ -21,7 +21,7 @@ from core.rng import Draws
 from data.sources import open_source
 from generator.sampling import draw_latents
 from run.playground import server, views
-from scripts import reconstruct, sample
+from scripts import edit, reconstruct, sample
 from tests.conftest import finished_run, toy
 from tests.tools.browser import CHROMIUM, Browser
 
@@ -186,6 +186,41 @@ def test_the_command_of_samples_gives_their_bytes(page, tmp_path, system):
         assert looks[0] != looks[-1]
 
 
+def mask(size, rows=0.5):
+    """As the page sends it: the lower part white."""
+    marked = np.zeros((size, size, 3), np.uint8)
+    marked[round(size * (1 - rows)) :] = 255
+    buffer = io.BytesIO()
+    Image.fromarray(marked).save(buffer, "PNG")
+    return {"name": "mask.png", "data": base64.b64encode(buffer.getvalue()).decode()}
+
+
+@pytest.mark.parametrize("system", list(PAIRS))
+def test_the_command_of_an_edit_gives_its_bytes(page, tmp_path, monkeypatch, system):
+    found = model(page, system, "generator")
+    data, photo = picture()
+    request = {
+        "model": found["number"],
+        "picture": photo,
+        "mask": mask(found["size"]),
+        "labels": "1,0",
+        "num": 3,
+        "seed": 5,
+    }
+    status, (answer,) = ask(page, "/edit", {**request, "options": {"scale": 2.5}})
+    assert status == 200, answer
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / photo["name"]).write_bytes(data)
+    (tmp_path / "mask.png").write_bytes(base64.b64decode(request["mask"]["data"]))
+    words = shlex.split(answer["command"])
+    assert words[:2] == ["bash", "run_edit.sh"] and edit.main(words[2:]) == 0
+    for drawn in answer["done"]:
+        assert content(drawn["data"]) == (tmp_path / drawn["file"]).read_bytes()
+        assert " dB, border " in drawn["says"]
+    assert [drawn["class"] for drawn in answer["done"]] == [found["classes"][label] for label in (1, 0, 1)]
+    assert "are kept" in answer["remarks"][0]
+
+
 @pytest.mark.parametrize("system", list(PAIRS))
 def test_looks_lead_to_what_is_drawn_without_them(page, system):
     sampler = page.models.find(model(page, system, "generator")["number"], "generator").model.sampler
@@ -241,6 +276,12 @@ def test_what_is_wrong_is_said_in_a_sentence_and_the_server_lives_on(page):
     refused("/generate", {**draw, "options": {"scale": "${oc.env:HOME}"}}, "scale: give a number")
     refused("/generate", {**draw, "options": {"scale": -1}}, "sample.scale")
     refused("/generate", {**draw, "options": {"top_k": [1, 2, 3]}}, "top_k")
+    change = {**draw, "picture": data, "mask": mask(32)}
+    refused("/edit", {**change, "picture": None}, "picture: choose a picture")
+    refused("/edit", {**change, "mask": None}, "mask: choose a picture")
+    refused("/edit", {**change, "mask": mask(32, rows=0)}, "the mask marks nothing")
+    refused("/edit", {**change, "mask": mask(31)}, "the mask is 31 x 31")
+    refused("/edit", {**change, "model": number}, "no generator with the number")
     refused("/elsewhere", {}, "nothing at")
     status, (answer,) = ask(page, "/tokenize", whole)
     assert status == 200 and answer["codes"]
@@ -321,7 +362,7 @@ def test_which_models(runs, tmp_path, monkeypatch):
     (tmp_path / "dar").mkdir()
     for kind in ("tokenizer", "generator"):
         (tmp_path / "dar" / f"{kind}.safetensors").touch()
-    assert views.shipped() == [str(tmp_path / "dar" / "generator.safetensors")]
+    assert views.shipped() == [f"{tmp_path.name}/dar"]
 
 
 @pytest.mark.slow
@@ -377,6 +418,23 @@ def test_in_a_browser_with_the_keyboard_alone(page, tmp_path, monkeypatch):
         browser.wait("document.querySelectorAll('#results .command').length === 2")
         captions = browser.see("[...document.querySelectorAll('#results figcaption')].map(c => c.textContent)")
         assert captions == [evil] * 8 + [model(page, "dar", "generator")["classes"][0]] * 8
+        browser.see("$('tab-generate').focus(), 1")
+        browser.press("ArrowRight")
+        choose(browser, "editor-model", model(page, "fqgan", "generator")["number"])
+        assert browser.see("$('paint').hidden && $('change').disabled")
+        browser.see("document.querySelector('#photo .examples button').focus(), 1")
+        browser.press("Enter")
+        browser.wait("state.image !== null")
+        browser.see("$('rectangle').focus(), 1")
+        browser.press("Enter")
+        assert browser.see("$('marked').textContent") == "50 % of the picture is marked"
+        browser.see("$('edit-num').value = 2, $('edit-labels').value = '0', $('edit-labels').focus(), 1")
+        browser.press("Enter")
+        browser.wait("!$('edited').hidden")
+        assert browser.see("[...document.querySelectorAll('#edited figcaption')].map(c => c.textContent)") == [evil] * 2
+        assert "--mask mask.png" in browser.see("document.querySelector('#edit-command pre').textContent")
+        browser.see("$('clear').click(), $('change').click(), 1")
+        browser.wait("$('edit-message').textContent.includes('the mask marks nothing')")
         assert browser.see("document.title") == "Playground"
         assert browser.see("document.documentElement.scrollWidth") <= 400
         divs = "[...document.querySelectorAll('*')].filter(e => e.onclick && !/BUTTON|INPUT|A/.test(e.tagName)).length"
