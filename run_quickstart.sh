@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Train a small tokenizer and a small generator on embedded pictures, here and now, and look at the report.
-#   bash run_quickstart.sh [SYSTEM] [--smoke]     SYSTEM: rectok (default), fqgan, rear, dar or imagefolder
+# Look at what the shipped tiny models make, train a generator beside the shipped one, and look at the report.
+#   bash run_quickstart.sh [SYSTEM] [--from-scratch] [--smoke]     SYSTEM: rectok (default), fqgan, rear, dar or imagefolder
 # Ctrl-C and run again to continue.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")"

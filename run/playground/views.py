@@ -83,10 +83,8 @@ class Entry:
 # ---------------------------------------------------------------------------------------------------------------------
 def shipped() -> list[str]:
     """The small trained models that come with the code: a generator brings its tokenizer."""
-    found = []
-    for folder in sorted(TINY.glob("*")):
-        if any((folder / f"{kind}.safetensors").is_file() for kind in ("generator", "tokenizer")):
-            found.append(f"{TINY.name}/{folder.name}")
+    folders = (folder for folder in sorted(TINY.glob("*")) if any(folder.glob("*.safetensors")))
+    found = [f"{TINY.name}/{folder.name}" for folder in folders]
     if not found:
         raise UserError(
             f"there are no small models in {TINY}. Name weights or a run: "

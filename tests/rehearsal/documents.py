@@ -92,6 +92,8 @@ RULES = [
     Rule(
         r"python -m tests\.tools\.torture", "--help", "kills for minutes; tests/core/train/test_resume.py runs it small"
     ),
+    Rule(r"python -m tests\.tools\.(odd_files|fuzz)", "--help", "minutes; tests/tools/ runs them small"),
+    Rule(r"python -m tests\.tools\.tiny", "--help", "writes what tests/run/test_tiny.py compares with"),
     Rule(r"python -m tests\.(parity|rehearsal)", "--help", "tests themselves"),
     Rule(r"accelerate launch", "", "tests/scripts/test_launch.py"),
 ]
@@ -107,12 +109,13 @@ def blocks(document: str, language: str) -> list[str]:
 
 
 def commands() -> list[Command]:
-    """Logical lines of all bash blocks and of indented commands, each text once."""
+    """Logical lines of all bash blocks, of indented commands and of those in a cell of a table, each text once."""
     found: dict[str, Command] = {}
     for document in DOCUMENTS:
         text = (ROOT / document).read_text(encoding="utf-8")
         indented = "\n".join(re.findall(r"^    ((?:bash|python|accelerate) .*)$", text, flags=re.M))
-        for block in [*blocks(document, "bash"), indented]:
+        cells = "\n".join(re.findall(r"\| `((?:bash|python) [^`|]*)` \|", text))
+        for block in [*blocks(document, "bash"), indented, cells]:
             names: dict[str, str] = {}
             for line in re.sub(r" *\\\n\s*", " ", block).splitlines():
                 line = re.sub(r"(^|\s+)#.*", "", line).strip()

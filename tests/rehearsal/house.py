@@ -130,6 +130,7 @@ def copy_project(folder: Path) -> None:
     for file in ROOT.glob("run_*.sh"):
         shutil.copy2(file, folder)
     shutil.copy2(ROOT / "requirements.txt", folder)
+    shutil.copytree(ROOT / "pretrained_models" / "tiny", folder / "pretrained_models" / "tiny")
 
 
 def pictures(folder: Path) -> None:

@@ -1,7 +1,7 @@
 """Every published recipe, the commands that document it, and the settings that make it small.
 
-A recipe is any YAML in configs/ but the toys and quickstarts. Only sizes, duration and hardware are overridden; what a
-recipe says of losses, schedules, teachers, data and evaluation stays.
+A recipe is any YAML in configs/ but the toys, quickstarts and tiny models. Only sizes, duration and hardware
+are overridden; what a recipe says of losses, schedules, teachers, data and evaluation stays.
 """
 
 from __future__ import annotations
@@ -247,4 +247,4 @@ class Recipe:
 def published() -> list[Recipe]:
     """All recipes, by what lies in configs/."""
     names = sorted(p.relative_to(CONFIGS).with_suffix("").as_posix() for p in CONFIGS.rglob("*.yaml"))
-    return [Recipe(name) for name in names if name.split("/")[0] not in ("toy", "quickstart")]
+    return [Recipe(name) for name in names if name.split("/")[0] not in ("toy", "quickstart", "tiny")]

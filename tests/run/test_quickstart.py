@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -28,6 +29,16 @@ def test_every_stage_is_a_valid_config_in_every_mode(system, mode):
     assert plan["report"]["headline"] in {variant["label"] for variant in variants}
     assert all(set(variant) <= {"label", *keys} for variant in variants)
     assert {plan["tokenizer"], plan["generator"], plan.get("guide", plan["generator"])} <= set(plan["stages"])
+
+
+@pytest.mark.parametrize("mode", ["cpu", "gpu", "smoke"])
+@pytest.mark.parametrize("system", SYSTEMS)
+def test_the_second_act_is_a_valid_config_in_every_mode(system, mode):
+    plan = quickstart.read_plan(system)["shipped"]
+    recipe = quickstart.TINY / system / "generator.yaml"
+    config = load_config(str(recipe), quickstart.overrides_for(plan, "generator", [mode], "work_dirs/none"))
+    assert config.tokenizer["weights"] == f"tiny/{system}" and config.run_dir == Path("work_dirs/none/generator")
+    assert plan["report"]["headline"] in {variant["label"] for variant in plan["report"]["variants"]}
 
 
 def test_unknown_system_names_the_known_ones():
@@ -63,8 +74,8 @@ def test_features_of_real_pictures_are_computed_once(tmp_path):
 @pytest.mark.parametrize("system", SYSTEMS)
 def test_smoke(system, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    assert main([system, "--smoke"]) == 0
-    folder = tmp_path / "work_dirs" / f"quickstart_{system}_smoke"
+    assert main([system, "--from-scratch", "--smoke"]) == 0
+    folder = tmp_path / "work_dirs" / f"from_scratch_{system}_smoke"
     page = (folder / "report.html").read_text(encoding="utf-8")
     assert (
         "http://" not in page.replace("http://www.w3.org", "")
@@ -79,3 +90,27 @@ def test_smoke(system, tmp_path, monkeypatch, capsys):
     assert len(list(folder.glob("samples_*.png"))) == len(variants) and (folder / "reconstructions.png").is_file()
     if system != "rectok":
         assert any(name.startswith("codebook_usage") for name in metrics) and "codebook use" in page
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("system", [system for system in SYSTEMS if quickstart.is_shipped(system)])
+def test_two_acts(system, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert main([system, "--smoke"]) == 0
+    folder, said = tmp_path / "work_dirs" / f"quickstart_{system}_smoke", capsys.readouterr().out
+    assert said.count(f"{folder}/report.html") == 2  # after each act
+    page = (folder / "report.html").read_text(encoding="utf-8")
+    assert "Side by side" in page and "Samples, shipped" in page and "Samples, trained here" in page
+    metrics = json.loads((folder / "metrics.json").read_text())["metrics"]
+    for variant in quickstart.read_plan(system)["shipped"]["report"]["variants"]:
+        for model in ("shipped", "trained here"):
+            assert 0 <= metrics[f"class_accuracy ({model}, {variant['label']})"]["value"] <= 1
+
+
+def test_without_shipped_models_every_stage_is_trained(tmp_path, monkeypatch, capsys):
+    asked = []
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(quickstart, "is_shipped", lambda system: False)
+    monkeypatch.setattr(quickstart, "train", lambda config, recipe: asked.append(config.name) or 75)
+    assert main(["fqgan"]) == 75 and asked == ["tokenizer"]
+    assert "No tiny models of fqgan are here" in capsys.readouterr().out

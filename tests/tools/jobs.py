@@ -112,6 +112,6 @@ PROGRAMS: dict[str, tuple[str, Callable[[Workshop, Path], list[object]]]] = {
     "latent_stats": ("latent_stats", _latent_stats),
     "linear_probe": ("linear_probe", _linear_probe),
     "convert": ("convert", lambda made, out: [made.made("dar", "tokenizer"), out / "file.safetensors"]),
-    "quickstart": ("quickstart", lambda made, out: ["--smoke"]),
+    "quickstart": ("quickstart", lambda made, out: ["--from-scratch", "--smoke"]),
 }
 ALONE = ("reconstruct", "latent_stats", "convert", "quickstart")  # run on one rank
