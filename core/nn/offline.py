@@ -29,17 +29,19 @@ SQUEEZENET = (
 SQUEEZENET_MEAN = (123.68, 116.779, 103.939)  # of ImageNet, RGB
 
 
-def load_efficientnet_lite0() -> nn.Module:
-    """timm's tf_efficientnet_lite0 with ImageNet weights (top-1 of the TensorFlow release), eval mode, frozen.
+def load_efficientnet_lite0(pretrained: bool = True) -> nn.Module:
+    """timm's tf_efficientnet_lite0 with ImageNet weights (top-1 of the TensorFlow release) or random ones, eval mode, frozen.
 
     Feed it `efficientnet_lite0_input`. Its `blocks[4]` gives 112 channels, the last block 320, `forward_head(
     forward_features(x), pre_logits=True)` 1280 and the whole network 1000 logits.
     """
     import timm  # takes seconds: only when used
 
-    weights = load_pickle(find_package_file(*EFFICIENTNET_LITE0))
     # The tf_ variant: the weights want TensorFlow's asymmetric "same" padding and its BatchNorm eps.
     network = timm.create_model("tf_efficientnet_lite0", pretrained=False)
+    if not pretrained:
+        return network.eval().requires_grad_(False)
+    weights = load_pickle(find_package_file(*EFFICIENTNET_LITE0))
     ours = network.state_dict()  # other names, the same order
     if len(ours) != len(weights) or any(a.shape != b.shape for a, b in zip(ours.values(), weights.values())):
         raise UserError(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections import Counter
 from pathlib import Path
 
@@ -15,7 +16,9 @@ from core.train.checkpoint import Checkpoint, CheckpointStore, step_name
 from core.weights import hub
 from run.load import Source, build_pair, load_config, random_task, read_weights
 from scripts import sample, train
-from tests.conftest import TOY_GENERATOR
+from tests.conftest import ROOT, TOY_GENERATOR
+from tokenizer.losses import PERCEPTUAL
+from tokenizer.teachers import TEACHERS
 
 
 @pytest.fixture
@@ -145,3 +148,12 @@ def test_guidance_that_a_generator_does_not_have(tokenizer_run, wrong, sentence)
     config = load_config(TOY_GENERATOR, [f"tokenizer.weights={tokenizer_run}", wrong])
     with pytest.raises(UserError, match=sentence):
         random_task(config, torch.device("meta"), num_classes=4)
+
+
+def test_sizes_alone_need_no_weights_of_frozen_networks():
+    """On the meta device torch warns of each tensor that is copied, dozens of lines before what was asked for."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        random_task(load_config(str(ROOT / "configs/quickstart/rectok/tokenizer.yaml"), []), torch.device("meta"))
+    for registry in (TEACHERS, PERCEPTUAL):
+        assert all("pretrained" in registry.signature(name) for name in registry.names())
