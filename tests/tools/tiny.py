@@ -34,6 +34,7 @@ RECORD = Path(__file__).parents[1] / "run" / "tiny.json"
 CLASSIFIER = RECORD.with_name("tiny_classifier.safetensors")
 SYSTEMS = [path.name for path in sorted(TINY.iterdir()) if is_shipped(path.name)]
 UNSEEN, SAMPLES, COLUMNS = 48, 90, 9
+CLASSIFIED = 64  # px of the pictures that the classifier has learnt from
 
 
 @functools.cache
@@ -86,7 +87,7 @@ def figures(system: str) -> dict[str, float]:
 
 def record() -> None:
     """The classifier, in fp16, and then the figures that it gives."""
-    standard = Standard(recipe(SYSTEMS[0]), model(SYSTEMS[0]).tokenizer.image_size)
+    standard = Standard(recipe(SYSTEMS[0]), CLASSIFIED)
     fitted = standard.classifier
     state = {name: getattr(fitted, name).half() for name in ("mean", "scale", "weight", "bias")}
     save_file(state, CLASSIFIER)
