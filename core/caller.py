@@ -44,6 +44,7 @@ FLAGS = {
     "--infinity",
     "--keep",
     "--stages",
+    "--list",
     "--list-labels",
     "--rehearse",
     "--verify",
