@@ -91,6 +91,11 @@ def open_source(url: str, split: str | None = None, upright: bool = False) -> Da
         if split is None:
             raise UserError(f"{url} contains {{split}} but no split is given. Add ?split=train.")
         path = path.replace("{split}", split)
+    if path.endswith(".jsonl"):
+        raise UserError(
+            f"{url}: .jsonl files hold codes, not pictures. Make a store of them: bash run_pretokenize.sh CONFIG --import "
+            f"{path} --out DIR; then data.url=tokens://DIR."
+        )
     if not path and scheme != "synthetic":
         raise UserError(f"{url}: nothing after {scheme}://. Write for example {scheme}://PATH.")
     source = opener(path, split, options)

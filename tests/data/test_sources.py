@@ -187,6 +187,8 @@ def test_missing_file_is_an_unreadable_picture(folder):
         ("folder://{tmp}/none", "no such folder"),
         ("folder://{tmp}/empty", "holds no pictures. Expected .* in it, or in one folder per class"),
         ("folder://", "nothing after"),
+        ("codes.jsonl", "hold codes, not pictures. .*run_pretokenize.sh CONFIG --import codes.jsonl --out DIR"),
+        ("list://{tmp}/codes.jsonl?root=x", "hold codes, not pictures"),
         ("list://{tmp}/none.txt", "no such file"),
         ("wds://{tmp}/none-{{00..01}}.tar", "no shard called"),
         ("wds://{tmp}/{{9..1}}.tar", "upwards"),
