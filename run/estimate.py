@@ -8,7 +8,7 @@ while a micro-batch goes forward and backward, by core.estimate.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,19 +17,22 @@ from torch import nn
 
 from core.devices import rehearsal
 from core.errors import UserError
-from core.estimate import Rehearsal, Step, number
+from core.estimate import FlopCounter, Rehearsal, Step, number
 from core.images import to_model_range
 from core.rng import Draws
 from core.schema import RunConfig
 from core.specs import Batch, Phase, Progress, Tokenizer
 from core.train import parallel
+from generator.task import GeneratorTask
 from run.data import num_classes, open_train
 from run.load import Source, random_task, tokenizer_layout
+from tokenizer.task import TokenizerTask
 
 GPUS, GPU_GB = 8, 80.0  # what the recipes are written for, where no GPU is found
 TFLOPS = {"bf16": 400.0, "fp32": 200.0}  # assumed per GPU: 40 % of an H100's peak (fp32: convolutions in TF32)
 LIBRARIES = 1.5e9  # bytes of the CUDA context, cuDNN, cuBLAS and NCCL
 IMAGENET = 1_281_167
+INCEPTION = 11.4e9  # FLOPs per picture
 STAGE = 0.6  # of the run that is looked at: discriminators have begun, orders are still being permuted
 
 
@@ -160,6 +163,34 @@ def costs(config: RunConfig, sources: dict[str, Source] | None = None) -> tuple[
     alone = dataclasses.replace(config, train=dataclasses.replace(config.train, global_batch=1, micro_batch=1))
     plan = Plan(alone, 1, sources)
     return plan.tokenizer, plan.costs
+
+
+def evaluation_flops(task: TokenizerTask | GeneratorTask | Tokenizer) -> float:
+    """FLOPs behind one picture of an evaluation: sampled, or rebuilt, and looked at by Inception with what it is held against.
+
+    A sample is one pass over the whole picture per step of the generator, and as much again for guidance: codes that are
+    drawn one after another with a cache cost as much as one pass.
+
+    Args:
+        task: with networks on the meta device.
+    """
+    tokenizer = task if isinstance(task, Tokenizer) else task.tokenizer
+    draws, labels = Draws(0, torch.arange(1, device="meta")), torch.zeros(1, dtype=torch.int64, device="meta")
+    progress = Progress(IMAGENET, 2 * IMAGENET, IMAGENET, 1)
+
+    def flops(call: Callable[..., Any], *inputs: Any) -> float:
+        with torch.no_grad(), FlopCounter() as counter:
+            call(*inputs)
+        return counter.flops
+
+    picture = torch.zeros(1, 3, tokenizer.image_size, tokenizer.image_size, device="meta")
+    latents = tokenizer.encode(picture)
+    decoding = flops(tokenizer.decode, latents, draws)
+    if not isinstance(task, GeneratorTask):
+        return flops(tokenizer.encode, picture) + decoding + 2 * INCEPTION
+    guidance, each = task.guidance, flops(task.generator, latents, labels, draws, progress)
+    beside = flops(guidance.guide, latents, labels, draws, progress) if guidance.guide else each * guidance.active
+    return task.sample_options.get("steps", 1) * (each + beside) + decoding + INCEPTION
 
 
 def describe(

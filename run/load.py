@@ -15,7 +15,7 @@ import contextlib
 import functools
 import inspect
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Generic, Literal, TypeVar, cast
 
@@ -123,16 +123,23 @@ class Weights:
     provenance: dict[str, Any] = field(default_factory=dict)
     about: dict[str, Any] = field(default_factory=dict)
 
-    def read(self, network: nn.Module, averaged: bool = True) -> dict[str, Tensor]:
-        """A state dict that fits `network` exactly; UserError where there is none."""
+    def read(
+        self,
+        network: nn.Module,
+        averaged: bool = True,
+        change: Callable[[dict[str, Tensor]], dict[str, Tensor]] = lambda state: state,
+    ) -> dict[str, Tensor]:
+        """A state dict that fits `network` exactly, after `change` of one under our names; UserError where there is none."""
         adapter = ADAPTERS[self.kind].get(self.settings["name"])  # one that nobody published weights of has none
+        if adapter is not None:
+            fit = adapter.fit
+            adapter = replace(adapter, fit=lambda state, model: change(fit(state, model)))
         if self.tensors is None:
             assert adapter is not None and self.official is not None
             with _naming(self.path):
                 return adapter.convert(network, self.official, averaged)
         state = self.tensors(averaged)
-        if adapter:
-            state = adapter.fit(state, network)
+        state = adapter.fit(state, network) if adapter else change(state)
         if problems := describe_differences(state, network.state_dict()):
             raise UserError(f"{self.path} does not fit {type(network).__name__}: {'; '.join(problems)}")
         if problem := unusable(state, network.state_dict()):
@@ -434,7 +441,7 @@ def build_pair(
     sources = sources or {}
     if weights != "load":
         with torch.device("meta") if weights == "meta" else contextlib.nullcontext():
-            tokenizer = _laid_out(config.tokenizer, sources.get("tokenizer.weights"))
+            tokenizer = laid_out(config.tokenizer, sources.get("tokenizer.weights"))
             pair = Pair(tokenizer, _new_generator(config, tokenizer, num_classes))
             if guide is not None:
                 pair.guide = _new_generator(guide, tokenizer, num_classes)
@@ -485,7 +492,7 @@ def _new_generator(config: RunConfig, tokenizer: Loaded[Tokenizer], num_classes:
         if key in accepted and settings.get(key) is None:
             settings[key] = value
     torch.manual_seed(hash64(config.seed, "init") % 2**63)
-    generator: Generator = build("generator", settings).to(torch.get_default_device())  # see _laid_out
+    generator: Generator = build("generator", settings).to(torch.get_default_device())  # see laid_out
     introduce(generator, tokenizer.module)
     return Loaded(generator, settings)
 
@@ -509,7 +516,10 @@ def tokenizer_layout(section: dict[str, Any], source: Source | None = None) -> t
     if file is not None and (file.network or file.recipe):
         known, place = file.network, "the table of released files"
         if not known and file.recipe:
-            known, place = constructor_arguments(load_config(file.recipe, []).tokenizer), file.recipe
+            paired = load_config(file.recipe, []).tokenizer
+            known, place = constructor_arguments(paired), file.recipe
+            if "name" not in known:  # a file with both networks: the recipe names the tokenizer's own
+                known = tokenizer_layout(paired)[0]
         return {**known, **settings}, f"{file.name} is not here; its sizes are those of {place}"
     if "name" in settings:
         return settings, f"{reference} is not here; its sizes are the defaults of {settings['name']}"
@@ -527,7 +537,7 @@ def lay_out_tokenizer(section: dict[str, Any], source: Source | None = None) -> 
         return Loaded(view(network, section.get("view")).eval(), weights.settings)
 
 
-def _laid_out(section: dict[str, Any], source: Source | None) -> Loaded[Tokenizer]:
+def laid_out(section: dict[str, Any], source: Source | None = None) -> Loaded[Tokenizer]:
     """A tokenizer without weights, on the current default device."""
     settings = _untrained(TOKENIZERS, tokenizer_layout(section, source)[0])
     tokenizer = TOKENIZERS.build(settings)

@@ -53,6 +53,7 @@ class Rule:
 
 
 RULES = [
+    Rule(r"bash run_reproduce\.sh .*--(dry-run|rehearse)", "--list", "minutes; tests/rehearsal/test_reproduce.py"),
     Rule(r".*--dry-run|.*--list", ""),
     Rule(r"bash run_train_\w+\.sh configs/toy/", "train.duration=2step", "toys run for real"),
     Rule(r"bash run_(train_\w+|decoder_finetune_tokenizer|finetune_decoder)\.sh", "--check"),
@@ -66,7 +67,7 @@ RULES = [
     Rule(r"bash run_download\.sh", "--dry-run"),
     Rule(r"bash run_playground\.sh", "--help", "serves until it is stopped; tests/run/test_playground.py asks it"),
     Rule(r"bash run_(report|edit)\.sh", ""),
-    Rule(r"bash run_reproduce\.sh", "--list", "hours; tests/run/test_reproduce.py"),
+    Rule(r"bash run_reproduce\.sh", "--list", "hours; tests/rehearsal/test_reproduce.py runs it small"),
     Rule(r"bash run_publish\.sh", "--dry-run"),
     Rule(r"bash run_quickstart\.sh", "--help", "ten minutes; tests/run/test_quickstart.py runs the five with --smoke"),
     Rule(r"bash run_tests\.sh", "--help", "these are the tests"),

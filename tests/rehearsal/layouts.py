@@ -380,29 +380,38 @@ def titok(
     mult: tuple[int, ...] = (1, 1, 2, 2, 4),
     proxy: int = 1024,
     proxy_dim: int = 256,
+    decoder_size: tuple[int, int] | None = None,
 ) -> Shapes:
-    """The legacy layout (l32, b64, s128): the decoder predicts proxy codes that MaskGIT-VQGAN's decoder paints."""
-    half = {
-        "class_embedding": (1, width),
-        "positional_embedding": (tokens + 1, width),
-        **norm("ln_pre", width),
-        "latent_token_positional_embedding": (latents, width),
-        **norm("ln_post", width),
-        **stack("transformer", layers, _clip_block(width)),
-    }
-    encoder = {**half, **conv("patch_embed", width, 3, patch), **conv("conv_out", code_dim, width, 1)}
-    decoder = {
-        **half,
-        "mask_token": (1, 1, width),
-        **linear("decoder_embed", width, code_dim),
-        **conv("ffn.0", 2 * width, width, 1),
-        **conv("ffn.2", proxy, 2 * width, 1),
-    }
-    return {
+    """The legacy layout (l32, b64, s128): the decoder predicts proxy codes that MaskGIT-VQGAN's decoder paints.
+
+    With the width and layers of another decoder the later one (bl64, bl128, sl256), which paints itself.
+    """
+
+    def half(width: int, layers: int) -> Shapes:
+        return {
+            "class_embedding": (1, width),
+            "positional_embedding": (tokens + 1, width),
+            **norm("ln_pre", width),
+            "latent_token_positional_embedding": (latents, width),
+            **norm("ln_post", width),
+            **stack("transformer", layers, _clip_block(width)),
+        }
+
+    encoder = {**half(width, layers), **conv("patch_embed", width, 3, patch), **conv("conv_out", code_dim, width, 1)}
+    out, depth = decoder_size or (width, layers)
+    decoder = {**half(out, depth), "mask_token": (1, 1, out), **linear("decoder_embed", out, code_dim)}
+    shapes = {
         "latent_tokens": (latents, width),
         **under("encoder", encoder),
-        **under("decoder", decoder),
         "quantize.embedding.weight": (vocab, code_dim),
+    }
+    if decoder_size:
+        painter = {**conv("ffn.0", 3 * patch * patch, out, 1), **conv("conv_out", 3, 3, 3)}
+        return {**shapes, **under("decoder", {**decoder, **painter})}
+    decoder |= {**conv("ffn.0", 2 * width, width, 1), **conv("ffn.2", proxy, 2 * width, 1)}
+    return {
+        **shapes,
+        **under("decoder", decoder),
         "pixel_quantize.embedding.weight": (proxy, proxy_dim),
         **under("pixel_decoder", _maskgit_decoder(channels, mult, 2, proxy_dim, False)),
     }
@@ -577,7 +586,9 @@ def imagefolder(
     phis: int = 4,
     teacher: int = 768,
     teacher_layers: int = 12,
+    quantizer: str = "residual",
 ) -> Shapes:
+    """ImageFolder's; with quantizer "plain" (one scale: `side` is 16) or "binary" (bits: `code_dim`) XQ-GAN's."""
     tokens, latents = grid * grid + 1, side * side
     encoder = {
         "latent_tokens": (1, branches * latents, width),
@@ -601,15 +612,13 @@ def imagefolder(
     }
     for i in range(branches):
         name = "quantize" if branches == 1 else f"quantizes.{i}"
-        shapes |= {
-            f"{name}.ema_vocab_hit_SV": (scales, vocab),
-            f"{name}.embedding.weight": (vocab, code_dim),
-            **{
-                k: v
-                for p in range(phis)
-                for k, v in conv(f"{name}.quant_resi.qresi_ls.{p}", code_dim, code_dim, 3).items()
-            },
-        }
+        shapes[f"{name}.ema_vocab_hit_SV"] = (vocab,) if quantizer == "plain" else (scales, vocab)
+        if quantizer == "binary":
+            shapes[f"{name}.scaler"] = (scales,)
+        else:
+            shapes[f"{name}.embedding.weight"] = (vocab, code_dim)
+        for p in range(phis) if quantizer != "plain" else ():
+            shapes |= conv(f"{name}.quant_resi.qresi_ls.{p}", code_dim, code_dim, 3)
     return shapes
 
 

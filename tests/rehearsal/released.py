@@ -25,10 +25,9 @@ def _fqgan(branches: dict, mult: tuple[int, ...], tokens: int) -> layouts.Shapes
     )
 
 
-def imagefolder(vocab: int, branches: int = 2) -> dict:
-    return make(
-        layouts.imagefolder(64, 1, branches=branches, vocab=vocab, code_dim=8, teacher=64, teacher_layers=1), vocab
-    )
+def imagefolder(vocab: int, branches: int = 2, code_dim: int = 8, **facts) -> dict:
+    sizes = {"branches": branches, "vocab": vocab, "code_dim": code_dim, "teacher": 64, "teacher_layers": 1}
+    return make(layouts.imagefolder(64, 1, **sizes, **facts), vocab)
 
 
 def dar() -> dict:
@@ -87,6 +86,18 @@ FILES: dict[str, Callable[[Path], Path]] = {
     "tokenizer_titok_s128.safetensors": _bare(
         lambda: layouts.titok(64, 1, channels=32, mult=MULT, proxy=64, proxy_dim=32)
     ),
+    **{
+        f"tokenizer_titok_{name}_vq8k.safetensors": _bare(
+            lambda latents=latents: layouts.titok(64, 1, latents, vocab=8192, code_dim=64, decoder_size=(64, 1))
+        )
+        for name, latents in (("bl64", 64), ("bl128", 128), ("sl256", 256))
+    },
+    **{
+        f"tokenizer_titok_{name}.safetensors": _bare(
+            lambda latents=latents: layouts.titok(64, 1, latents, channels=32, mult=MULT, proxy=64, proxy_dim=32)
+        )
+        for name, latents in (("b64", 64), ("l32", 32))
+    },
     **{name: _bare(rar, seed) for seed, name in enumerate(("rar_b.bin", "rar_l.bin", "rar_xl.bin", "rar_xxl.bin"))},
     **{
         name: _bare(lambda: rar(True), seed)
@@ -100,6 +111,22 @@ FILES: dict[str, Callable[[Path], Path]] = {
     "D-AR-XL-360K.pt": _bare(lambda: layouts.gpt(64, 3, 64), 6),
     **{f"imagenet-{vocab}.pt": _llamagen(lambda vocab=vocab: imagefolder(vocab)) for vocab in (4096, 8192, 16384)},
     "imagenet-var-4096.pt": _var,
+    **{
+        name: _llamagen(lambda vocab=vocab, branches=branches: imagefolder(vocab, branches, side=16, quantizer="plain"))
+        for name, vocab, branches in (
+            ("XQGAN-4096.pt", 4096, 1),
+            ("XQGAN-8192.pt", 8192, 1),
+            ("RobustTok-zero.pt", 4096, 1),
+            ("xqgan-VP2-4096.pt", 4096, 2),
+            ("xqgan-VP2-16384.pt", 16384, 2),
+        )
+    },
+    **{
+        f"xqgan-MSBR10P2-{2**bits}.pt": _llamagen(
+            lambda bits=bits: imagefolder(2**bits, code_dim=bits, quantizer="binary")
+        )
+        for bits in (12, 14)
+    },
 }
 
 

@@ -35,6 +35,14 @@ PUBLISHED = {
     "tokenizer_titok_s128": layouts.titok,
     "tokenizer_titok_b64": lambda: layouts.titok(768, 12, 64),
     "tokenizer_titok_l32": lambda: layouts.titok(1024, 24, 32),
+    **{
+        f"tokenizer_titok_{name}_vq8k": (
+            lambda width=width, layers=layers, latents=latents: layouts.titok(
+                width, layers, latents, vocab=8192, code_dim=64, decoder_size=(1024, 24)
+            )
+        )
+        for name, width, layers, latents in (("bl64", 768, 12, 64), ("bl128", 768, 12, 128), ("sl256", 512, 8, 256))
+    },
     "rar_b": layouts.rar,
     "rar_l": lambda: layouts.rar(1024),
     "rar_xl": lambda: layouts.rar(1280, 32),
@@ -44,6 +52,22 @@ PUBLISHED = {
     "reAR-L": lambda: layouts.rar(1024, alignment=(2048, 256)),
     **{f"imagenet-{v}": (lambda v=v: layouts.imagefolder(vocab=v)) for v in (4096, 8192, 16384)},
     "imagenet-var-4096": layouts.var,
+    **{
+        name: (lambda facts=facts: layouts.imagefolder(side=16, quantizer="plain", **facts))
+        for name, facts in {
+            "XQGAN-4096": {"branches": 1, "code_dim": 64},
+            "XQGAN-8192": {"branches": 1, "vocab": 8192},
+            "RobustTok-zero": {"branches": 1, "code_dim": 64},
+            "xqgan-VP2-4096": {},
+            "xqgan-VP2-16384": {"vocab": 16384},
+        }.items()
+    },
+    **{
+        f"xqgan-MSBR10P2-{2**bits}": (
+            lambda bits=bits: layouts.imagefolder(vocab=2**bits, code_dim=bits, quantizer="binary")
+        )
+        for bits in (12, 14)
+    },
     "inception-v3-compat": frozen.inception,
 }
 

@@ -12,15 +12,11 @@ hours on a CPU.
 from pathlib import Path
 
 from core import cli
+from run.reproduce import rows
 
+ROW = rows(["adm_known_answer"])[0]  # of configs/reproduce.toml, which run_reproduce.sh evaluation measures too
 # metric -> (published, how far ours may be off)
-PUBLISHED = {
-    "fid_50k": (3.94256, 0.005),
-    "sfid_50k": (6.14043, 0.02),
-    "is_50k": (215.8370, 0.2),
-    "precision_50k": (0.8265, 0.004),
-    "recall_50k": (0.5309, 0.004),
-}
+PUBLISHED = {f"{metric}_50k": (float(value), ROW.limits[metric]) for metric, value in ROW.published.items()}
 
 
 def compare(found: dict[str, float]) -> list[tuple[str, float, float, float, bool]]:
