@@ -374,6 +374,11 @@ def _task_problems(config: RunConfig) -> Iterator[str]:
         )
     if config.task == "tokenizer" and config.train.parallel == "fsdp":
         yield "train.parallel: fsdp is for generators; a tokenizer and its discriminator train with ddp."
+    for key, given in (("new_classes", config.train.new_classes is not None), ("trunk_lr", config.train.trunk_lr != 1)):
+        if given and config.task == "tokenizer":
+            yield f"train.{key}: a tokenizer knows no classes; this is for generators."
+    if config.train.new_classes is not None and not config.train.init_from:
+        yield "train.new_classes: says how the classes of train.init_from become new ones; name its weights."
 
 
 def _other_problems(config: RunConfig) -> Iterator[str]:

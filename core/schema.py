@@ -166,6 +166,11 @@ class TrainConfig:
     ema: list[float] = setting([0.999], "decays of the moving averages of the weights; the first is evaluated")
     ema_warmup: bool = setting(False, "let the decays grow from 0, as n / (n + 9) of n steps")
     init_from: str | None = setting(None, "start from these weights: run folder, checkpoint, file or hf://")
+    new_classes: str | None = setting(
+        None,
+        'rows of a generator\'s classes on new data: "mean" of those in init_from, or "from:NAME,..." one for each',
+    )
+    trunk_lr: float = setting(1.0, "learning rate of all but the class rows of a generator, as a share", low=0, high=1)
     device: Literal["auto", "cpu", "cuda"] = setting("auto", "auto takes CUDA where there is one")
     precision: Literal["fp32", "bf16"] = setting("bf16", "of matrix products; losses, norms and weights stay fp32")
     tf32: bool | None = setting(

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Protocol, runtime_checkable
 
@@ -329,6 +329,15 @@ class Tokenizer(nn.Module, ABC):
         """Only where spec is Codes or MultiScale: (B, L, K) -> (B, L, K, dim) fp32, the codebook rows behind them."""
         raise TypeError(f"{type(self).__name__} has no codes")
 
+    def resized(self, state: dict[str, Tensor], settings: Mapping[str, Any]) -> dict[str, Tensor]:
+        """Weights that such a tokenizer learnt at another picture size, brought to this one's by the rule of its family;
+        what the size does not decide stays. UserError with the reason for a size that cannot be had.
+
+        Args:
+            settings: constructor arguments of the network that they are of.
+        """
+        return state
+
     def probe_features(self, images: Tensor) -> dict[str, Tensor]:
         """name -> (B, N, D) features for linear probing; {} for the latents or the embedded codes."""
         return {}
@@ -426,6 +435,22 @@ class Generator(nn.Module, ABC):
     @abstractmethod
     def forward(self, latents: Tensor, labels: Tensor, draws: Draws, progress: Progress | None = None) -> Loss:
         """Training loss of a batch."""
+
+    def class_rows(self) -> tuple[str, int]:
+        """(name of the parameter that ends with a row for each class and one for no class, its row of class 0)."""
+        raise UserError(
+            f"{type(self).__name__} does not say where the rows of its classes are: it cannot get new ones."
+        )
+
+    def resized(self, state: dict[str, Tensor], settings: Mapping[str, Any], spec: LatentSpec) -> dict[str, Tensor]:
+        """Weights that such a generator learnt on another grid, brought to this one's by the rule of its family; what the
+        grid does not decide stays. UserError with the reason for latents that cannot be had.
+
+        Args:
+            settings: constructor arguments of the network that they are of.
+            spec: of the latents that are modelled now.
+        """
+        return state
 
     def heeds(self) -> str:
         """A sentence about which kept latents a new one is drawn by; "" for all of them."""

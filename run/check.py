@@ -22,6 +22,7 @@ from data.checks import left_out, remarks, require_same_classes
 from data.tokens import TokenStore
 from evaluation import measure, protocols, references
 from evaluation.networks import WEIGHTS_FILE
+from run import adapt
 from run.data import asks_val_labels, make_transform, needed_val, open_pictures, open_train
 from run.estimate import costs
 from run.load import REGISTRIES, Source, read_weights
@@ -41,7 +42,7 @@ class Inputs:
 def check(config: RunConfig) -> str:
     """What --check prints; UserError for everything that can be wrong."""
     inputs = check_inputs(config)
-    check_networks(config, inputs.weights)
+    check_networks(config, inputs)
     check_step(config, inputs)
     notes = [f"data           {note}" for note in data_notes(config, inputs.data)]
     notes += [f"schedule       {note}" for note in schedule_notes(config, len(inputs.data))]
@@ -93,16 +94,15 @@ def schedule_notes(config: RunConfig, images_per_epoch: int) -> list[str]:
     return notes
 
 
-def check_networks(config: RunConfig, sources: dict[str, Source]) -> None:
-    """UserError where weights are of another network. Nothing is computed.
-
-    Args:
-        sources: of `check_inputs`.
-    """
+def check_networks(config: RunConfig, inputs: Inputs) -> None:
+    """UserError where weights are of another network, or of other classes. Nothing is computed."""
+    sources = inputs.weights
     if source := sources.get("tokenizer.weights"):
         read_weights("tokenizer", source, config.tokenizer)
     if source := sources.get("train.init_from"):
-        read_weights(config.task, source, getattr(config, config.task))
+        weights = read_weights(config.task, source, getattr(config, config.task))
+        if config.task == "generator":
+            adapt.new_rows(config, source, weights, inputs.data.num_classes)
     if (named := config.tokenizer.get("latent_stats")) and named != "none":
         read_stats(named)
 

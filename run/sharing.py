@@ -59,14 +59,24 @@ def in_words(word: str) -> str:
 
 def names_of_classes(config: RunConfig, generator: Source, num_classes: int) -> list[str]:
     """What the weights say, else the training data, else ImageNet where there are as many classes; [] where unknown."""
+    return readable(noted_classes(generator) or class_names(config) or _of_imagenet(num_classes))
+
+
+def _of_imagenet(num_classes: int) -> list[str]:
+    return imagenet_names() if num_classes == IMAGENET_CLASSES else []
+
+
+def classes_of_weights(generator: Source, num_classes: int) -> list[str]:
+    """The same without a config: what the weights say, else ImageNet's."""
+    return readable(noted_classes(generator) or _of_imagenet(num_classes))
+
+
+def noted_classes(generator: Source) -> list[str]:
+    """Names of classes that are written beside the weights; [] where there are none."""
     content = generator.content
-    noted: list[str] = []
     if isinstance(content, weight_files.WeightFile):
-        noted = content.about.get("class_names", [])
-    elif isinstance(content, Checkpoint):
-        noted = about_run(folder_of(content.path)).get("class_names", [])
-    names = noted or class_names(config) or (imagenet_names() if num_classes == IMAGENET_CLASSES else [])
-    return readable(names)
+        return content.about.get("class_names", [])
+    return about_run(folder_of(content.path)).get("class_names", []) if isinstance(content, Checkpoint) else []
 
 
 # ---------------------------------------------------------------------------------------------------------------------

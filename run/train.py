@@ -28,12 +28,12 @@ from data.transforms import Transform
 from evaluation import measure
 from evaluation.report import environment
 from generator.task import GeneratorTask
-from run import page
+from run import adapt, page
 from run.check import Inputs, check_inputs, data_notes, schedule_notes
 from run.data import make_transform, open_pictures, open_val, precomputed
 from run.estimate import Plan
 from run.latent_stats import measure_once
-from run.load import REGISTRIES, Loaded, Source, build_pair, build_tokenizer_task, read_weights
+from run.load import REGISTRIES, Loaded, Source, build_pair, build_tokenizer_task
 from run.sharing import readable
 from tokenizer.task import TokenizerTask
 
@@ -202,10 +202,9 @@ def _start(
     """Load train.init_from, if given: raw weights into the network; returns the averaged ones for the EMA."""
     if "train.init_from" not in sources:
         return None
-    weights = read_weights(config.task, sources["train.init_from"], getattr(config, config.task))
-    network = task.networks()[task.primary]
-    weights.load(network, averaged=False)
-    return weights.read(network, averaged=True)
+    raw, averaged = adapt.states(config, task, sources["train.init_from"])
+    task.networks()[task.primary].load_state_dict(raw)
+    return averaged
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -259,7 +258,8 @@ def hint_for_small_sets(config: RunConfig, count: int) -> str | None:
         return None
     hints = []
     if not config.train.init_from:
-        hints.append("start from released or own weights (train.init_from=FILE)")
+        rows = " train.new_classes=mean" if config.task == "generator" else ""
+        hints.append(f"start from released or own weights (train.init_from=FILE{rows}, docs/adapt.md)")
     section = getattr(config, config.task)
     accepted = REGISTRIES[config.task].signature(section["name"])
     if "enc_tuning" in accepted and section.get("enc_tuning", "full") == "full":

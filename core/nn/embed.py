@@ -8,6 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from core.errors import UserError
+
 
 class TimeEmbedding(nn.Module):
     """Gaussian Fourier features of a time in [0, 1], then an MLP.
@@ -76,3 +78,15 @@ def resize_positions(positions: Tensor, grid: tuple[int, int], antialias: bool =
     image = positions.reshape(1, side, side, -1).permute(0, 3, 1, 2)  # (1, D, side, side)
     image = F.interpolate(image.float(), size=tuple(grid), mode="bicubic", align_corners=False, antialias=antialias)
     return image.permute(0, 2, 3, 1).reshape(1, grid[0] * grid[1], -1).to(positions.dtype)
+
+
+def resize_rows(table: Tensor, grid: tuple[int, int], first: int = 0, last: int = 0) -> Tensor:
+    """Learned positions (..., first + N + last, D), of which N lie on a square grid, for another grid: those are resized
+    like a picture, the rows before and after them stay. UserError where they lie on no square."""
+    before, places, after = table.split((first, table.shape[-2] - first - last, last), dim=-2)
+    if places.shape[-2] == grid[0] * grid[1]:
+        return table
+    if math.isqrt(places.shape[-2]) ** 2 != places.shape[-2]:
+        raise UserError(f"{places.shape[-2]} learned positions are no square grid, and cannot be resized to {grid}")
+    resized = resize_positions(places.reshape(1, -1, table.shape[-1]), grid)
+    return torch.cat((before, resized.reshape(*table.shape[:-2], -1, table.shape[-1]), after), dim=-2)

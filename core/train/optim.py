@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from core.schema import OptimizerConfig, ScheduleConfig
-from core.specs import SparesWeightDecay
+from core.specs import Generator, SparesWeightDecay
 
 
 @dataclass(frozen=True)
@@ -95,19 +95,25 @@ def weight_decay_at(config: OptimizerConfig, fraction: float) -> float:
     return end + (config.weight_decay - end) * 0.5 * (1.0 + math.cos(math.pi * min(1.0, fraction)))
 
 
-def make_adamw(network: nn.Module, config: OptimizerConfig) -> torch.optim.AdamW:
+def make_adamw(network: nn.Module, config: OptimizerConfig, trunk_lr: float = 1.0) -> torch.optim.AdamW:
     """AdamW over the trainable parameters of `network`, in two groups: decayed and not.
 
     See core.specs.SparesWeightDecay for which is which. Each group carries its parameter names, for checkpoints.
+
+    Args:
+        trunk_lr: share of the learning rate for all but the class rows of a Generator, which then are groups of their own:
+            "factor" of a group is its share.
     """
     trainable = {name: p for name, p in network.named_parameters() if p.requires_grad}
     if isinstance(network, SparesWeightDecay):
         spared = network.no_weight_decay()
     else:
         spared = {name for name, p in trainable.items() if p.ndim < 2}
+    shares = {"factor": trunk_lr} if trunk_lr != 1 else {}
+    full = {network.class_rows()[0]} if shares and isinstance(network, Generator) else set()
     groups = []
-    for decayed in (True, False):
-        names = [n for n in trainable if (n not in spared) == decayed]
+    for rows, decayed in ((False, True), (False, False), (True, True), (True, False)):
+        names = [n for n in trainable if (n in full) == rows and (n not in spared) == decayed]
         if names:
             groups.append(
                 {
@@ -115,6 +121,7 @@ def make_adamw(network: nn.Module, config: OptimizerConfig) -> torch.optim.AdamW
                     "names": names,
                     "weight_decay": config.weight_decay if decayed else 0.0,
                     "decayed": decayed,
+                    **({} if rows else shares),
                 }
             )
     # lr is set before every step; fused updates all tensors in one kernel and can skip a step on the device.

@@ -47,6 +47,7 @@ FREE = (
     "train.rank_timeout",
     "train.max_nonfinite_steps",
     "train.init_from",
+    "train.new_classes",
 )
 
 

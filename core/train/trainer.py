@@ -109,7 +109,10 @@ class Trainer:
                 self.ema.load(decay, {name: initial_ema[name].to(world.device) for name in average})
         own = {"discriminator": train.discriminator} if train.discriminator is not None else {}
         self.recipes = {name: own.get(name, train) for name in self.networks}  # each with `optimizer` and `schedule`
-        self.optimizers = {name: make_adamw(net, self.recipes[name].optimizer) for name, net in self.networks.items()}
+        self.optimizers = {
+            name: make_adamw(net, self.recipes[name].optimizer, self.settings.trunk_lr)
+            for name, net in self.networks.items()
+        }
         self.guards = {}
         for name, network in self.networks.items():
             trained = {n: p for n, p in network.named_parameters() if p.requires_grad}
@@ -299,7 +302,7 @@ class Trainer:
                 extra[f"lr/{name}"] = rates[name]
             weight_decay = weight_decay_at(self.recipes[name].optimizer, done)
             for group in optimizer.param_groups:
-                group["lr"] = rates[name]
+                group["lr"] = rates[name] * group.get("factor", 1.0)
                 if group["decayed"]:
                     group["weight_decay"] = weight_decay
             extra[f"grad_norm/{name}"] = self.guards[name].before_step(optimizer, self.step)

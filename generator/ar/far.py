@@ -158,6 +158,9 @@ class FAR(Regularised):
     def _rope(self, count: int) -> Rope:
         return self.rope_cos[:count], self.rope_sin[:count]
 
+    def class_rows(self) -> tuple[str, int]:
+        return "cls_embedding.embedding_table.weight", 0
+
     def fits(self, spec: LatentSpec) -> list[str]:
         if not isinstance(spec, self.models):
             return [f"{type(self).__name__} models sequences of codes, the tokenizer gives {spec}"]

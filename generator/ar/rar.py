@@ -13,9 +13,9 @@ Shape letters: B batch, N codes, S slots, V codebook size, D width.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Annotated
+from typing import Annotated, Any
 
 import torch
 import torch.nn.functional as F
@@ -26,6 +26,7 @@ from core.errors import UserError
 from core.limits import Count, Layers, Rate, Share, Width
 from core.nn.attention import Attention
 from core.nn.dropout import dropout
+from core.nn.embed import resize_rows
 from core.nn.gated_norm import gated_norm
 from core.nn.kvcache import KVCache, LayerCache
 from core.nn.mlp import MLP
@@ -33,6 +34,7 @@ from core.nn.norms import modulate
 from core.nn.precision import no_autocast
 from core.rng import Draws
 from core.specs import Codes, Guidance, Kept, LatentSpec, Loss, Progress
+from core.weights.names import State
 from generator.ar import rear as rear_module
 from generator.ar.decode import Recordings, decode, uncompiled
 from generator.ar.llama import run_blocks
@@ -172,6 +174,29 @@ class RAR(Regularised):
         adaLN_modulation and not cls_token."""
         words = ("ln", "bias", "embedding", "norm", "embed")
         return {name for name, p in self.named_parameters() if p.ndim < 2 or any(word in name for word in words)}
+
+    def class_rows(self) -> tuple[str, int]:
+        return "embeddings.weight", self.vocab + 1
+
+    def resized(self, state: State, settings: Mapping[str, Any], spec: LatentSpec) -> State:
+        """Both tables of positions like pictures (two rows before the codes', spare ones after them); the one of steps,
+        which run through the sequence, along its line."""
+        before = state["pos_embed"].shape[1] - EXTRA_POSITIONS
+        if before == self.length:
+            return state
+        if not spec.grid:
+            raise UserError(
+                f"RAR learnt the places of {before} codes and the tokenizer gives {self.length} that lie on no grid: these "
+                "cannot be resized. Train a new generator, or take a tokenizer with as many codes."
+            )
+        state = dict(state)
+        for name in ("pos_embed", "target_aware_pos_embed"):
+            state[name] = resize_rows(state[name], spec.grid, 2, EXTRA_POSITIONS - 2)
+        steps = state["timesteps_embeddings"]
+        first, codes, spare = steps.split((2, before, EXTRA_SLOTS - 2), dim=1)
+        line = F.interpolate(codes.float().transpose(1, 2), self.length, mode="linear", align_corners=True)
+        state["timesteps_embeddings"] = torch.cat((first, line.transpose(1, 2).to(steps.dtype), spare), dim=1)
+        return state
 
     def fits(self, spec: LatentSpec) -> list[str]:
         if not isinstance(spec, self.models):

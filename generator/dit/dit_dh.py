@@ -10,7 +10,7 @@ Shape letters: B batch, N tokens, C latent channels, D trunk width, E head width
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Annotated, Any
 
@@ -30,6 +30,7 @@ from core.nn.rope import Rope, axial_rope
 from core.rng import Draws
 from core.specs import Chart, Continuous, Guidance, Kept, LatentSpec, Loss, Progress
 from core.train.parallel import compile_blocks
+from core.weights.names import State
 from generator.dit import flow
 from generator.dit.flow import euler
 from generator.engine import Sampled, Weights, mismatches
@@ -158,6 +159,14 @@ class DiTDH(Sampled):
         for layer in (*zeroed, self.final_layer.adaLN_modulation[1], self.final_layer.linear):
             nn.init.zeros_(layer.weight)
             nn.init.zeros_(layer.bias)
+
+    def class_rows(self) -> tuple[str, int]:
+        return "y_embedder.embedding_table.weight", 0
+
+    def resized(self, state: State, settings: Mapping[str, Any], spec: LatentSpec) -> State:
+        """Positions are fixed tables, computed for the grid; the shift of time follows from its size."""
+        same = state["pos_embed"].shape == self.pos_embed.shape
+        return state if same else {**state, "pos_embed": self.pos_embed.detach()}
 
     def fits(self, spec: LatentSpec) -> list[str]:
         if not isinstance(spec, self.models):

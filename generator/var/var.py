@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from itertools import accumulate
 from typing import Annotated, Any
@@ -28,7 +28,7 @@ from core.nn.attention import Attention
 from core.nn.blockcausal import prepare
 from core.nn.cuda_graph import Replayed, cuda_graphs_work
 from core.nn.dropout import drop_path, path_factors
-from core.nn.embed import LabelEmbedding
+from core.nn.embed import LabelEmbedding, resize_rows
 from core.nn.gated_norm import gated_norm
 from core.nn.kvcache import KVCache, LayerCache
 from core.nn.mlp import MLP
@@ -36,6 +36,7 @@ from core.nn.norms import modulate
 from core.nn.precision import no_autocast
 from core.rng import Draws
 from core.specs import Chart, Guidance, Kept, LatentSpec, Loss, MultiScale, Progress, ScaleOps
+from core.weights.names import State
 from generator.ar.decode import uncompiled
 from generator.engine import Sampled, Weights, fused_attention, mismatches
 from generator.guidance import guide_logits
@@ -234,6 +235,23 @@ class VAR(Sampled):
         }
 
     # -- the tokenizer ----------------------------------------------------------------------------------------------------
+    def class_rows(self) -> tuple[str, int]:
+        return "class_emb.embedding_table.weight", 0
+
+    def resized(self, state: State, settings: Mapping[str, Any], spec: LatentSpec) -> State:
+        """The positions of each scale like a picture; a level keeps its embedding."""
+        known = tuple(settings.get("scales") or type(self).__init__.__kwdefaults__["scales"])
+        if known == self.scales:
+            return state
+        if len(known) != len(self.scales) or known[0] != self.scales[0]:
+            raise UserError(
+                f"VAR learnt {len(known)} scales from {known[0]} x {known[0]} on and the tokenizer has {len(self.scales)} from "
+                f"{self.scales[0]} x {self.scales[0]} on: sizes of scales can change, their number and the first one cannot."
+            )
+        parts = state["pos_1LC"].split([side * side for side in known], dim=1)
+        resized = [resize_rows(part, (side, side)) for part, side in zip(parts, self.scales, strict=True)]
+        return {**state, "pos_1LC": torch.cat(resized, dim=1)}
+
     def fits(self, spec: LatentSpec) -> list[str]:
         if not isinstance(spec, self.models):
             return [f"VAR models codes at several scales, the tokenizer gives {spec}"]

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from core.errors import UserError
-from core.nn.embed import resize_positions
+from core.nn.embed import resize_rows
 from core.nn.transformer import PUBLISHED_NAMES
 from core.weights.adapter import Adapter, Container, Facts, layer_count
 from core.weights.names import Names, Renames, State
@@ -110,20 +110,13 @@ def _fit(state: State, model: nn.Module) -> State:
     if not model.predictors:
         state = {name: value for name, value in state.items() if not name.startswith("predictors.")}
     state = {
-        name: _positions(value, model.spec.grid, 1 if name.startswith("predictors.") else 0)
+        name: resize_rows(value, model.spec.grid, 1 if name.startswith("predictors.") else 0)
         if name.endswith("positional_embedding")
         else value
         for name, value in state.items()
     }
     rings = {name: buffer.numel() for name, buffer in model.named_buffers() if name.endswith("codebook_used")}
     return {name: _ring(value, rings[name]) if name in rings else value for name, value in state.items()}
-
-
-def _positions(table: Tensor, grid: tuple[int, int], classes: int) -> Tensor:
-    """(classes + L, width) for another grid; rows of class tokens come first and stay."""
-    if len(table) - classes == grid[0] * grid[1]:
-        return table
-    return torch.cat((table[:classes], resize_positions(table[None, classes:], grid)[0]))
 
 
 def _ring(latest: Tensor, window: int) -> Tensor:

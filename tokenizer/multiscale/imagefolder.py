@@ -11,6 +11,7 @@ B batch, K branches, C channels of a code, P = side of a latent map, L codes per
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Annotated, Any
 
@@ -21,11 +22,13 @@ from core.config import parse_section
 from core.dist import group_size
 from core.errors import UserError, check_choice, nearest
 from core.limits import Count, Factor, Pixels, Rate, Share, Whole, Width
+from core.nn.embed import resize_rows
 from core.nn.lora import TunedLayerNorm, adapt
 from core.nn.precision import no_autocast
 from core.nn.vit import VisionTransformer, ViTSize, dinov2_files, dinov2_weights
 from core.rng import Draws
 from core.specs import Chart, Codes, MultiScale, Progress, Recon
+from core.weights.names import State
 from core.weights.released import needs
 from tokenizer.codes import CodeTokenizer
 from tokenizer.losses.contrastive import info_nce
@@ -205,6 +208,16 @@ class ImageFolder(CodeTokenizer):
         if method == "lora":
             adapt(trunk, ("mlp.fc1", "mlp.fc2", "mlp.w12", "mlp.w3"), rank, alpha)
             trunk.norm = TunedLayerNorm(trunk.norm)
+
+    def resized(self, state: State, settings: Mapping[str, Any]) -> State:
+        """Positions of both trunks like pictures, and the latent tokens of each branch."""
+        grid, side = self.image_size // self.patch_size, self.latent_grid
+        state = dict(state)
+        for name in ("encoder.model.pos_embed", "decoder.model.pos_embed"):
+            state[name] = resize_rows(state[name], (grid, grid), 1)
+        branches = state["encoder.latent_tokens"].chunk(settings.get("branches", 2), dim=1)
+        state["encoder.latent_tokens"] = torch.cat([resize_rows(tokens, (side, side)) for tokens in branches], dim=1)
+        return state
 
     # -- images and features --------------------------------------------------------------------------------------------
     def features(self, images: Tensor, draws: Draws | None = None) -> Tensor:

@@ -9,8 +9,9 @@ Shape letters: B batch, N latent tokens, P patches, W width, V codebook size, D 
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Annotated
+from typing import Annotated, Any
 
 import torch
 from einops import rearrange
@@ -20,9 +21,11 @@ from core.config import parse_section
 from core.errors import UserError
 from core.images import to_unit_range
 from core.limits import Count, Pixels, Whole, Width
+from core.nn.embed import resize_rows
 from core.nn.transformer import Transformer
 from core.nn.vit import ViTSize
 from core.specs import Codes
+from core.weights.names import State
 from tokenizer.codes import CodesOfOneBranch
 from tokenizer.vq.maskgit import ConvDecoder
 from tokenizer.vq.quantizer import VectorQuantizer
@@ -156,6 +159,12 @@ class TiTok(CodesOfOneBranch):
     @property
     def last_layer(self) -> Tensor:
         return (self.conv_out or self.pixel_decoder.conv_out).weight
+
+    def resized(self, state: State, settings: Mapping[str, Any]) -> State:
+        """Positions of the patches like pictures; latents have no place, and their number cannot change."""
+        grids = {"encoder": self.image_size // self.encoder.patch_embed.kernel_size[0], "decoder": self.decoder.grid}
+        tables = {f"{half}.positional_embedding": (grid, grid) for half, grid in grids.items()}
+        return {**state, **{name: resize_rows(state[name], grid, 1) for name, grid in tables.items()}}
 
     def vectors(self, images: Tensor) -> Tensor:
         """(B, 3, H, W) in [-1, 1] -> (B, N, D)."""
