@@ -93,8 +93,6 @@ RULES = [
     Rule(
         r"python -m tests\.tools\.torture", "--help", "kills for minutes; tests/core/train/test_resume.py runs it small"
     ),
-    Rule(r"python -m tests\.tools\.(odd_files|fuzz)", "--help", "minutes; tests/tools/ runs them small"),
-    Rule(r"python -m tests\.tools\.tiny", "--help", "writes what tests/run/test_tiny.py compares with"),
     Rule(r"python -m tests\.(parity|rehearsal)", "--help", "tests themselves"),
     Rule(r"accelerate launch", "", "tests/scripts/test_launch.py"),
 ]
@@ -115,7 +113,7 @@ def commands() -> list[Command]:
     for document in DOCUMENTS:
         text = (ROOT / document).read_text(encoding="utf-8")
         indented = "\n".join(re.findall(r"^    ((?:bash|python|accelerate) .*)$", text, flags=re.M))
-        cells = "\n".join(re.findall(r"\| `((?:bash|python) [^`|]*)` \|", text))
+        cells = "\n".join(re.findall(r"\| `((?:bash run_|python -m scripts)[^`|]*)` \|", text))
         for block in [*blocks(document, "bash"), indented, cells]:
             names: dict[str, str] = {}
             for line in re.sub(r" *\\\n\s*", " ", block).splitlines():
