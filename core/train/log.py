@@ -97,6 +97,7 @@ class RunLog:
         self.run, self.world, self.total_images, self.live = run, world, total_images, live
         self.pending: _Pending | None = None
         self.latest: dict[str, Any] = {}  # the last record
+        self.refused: set[tuple[str, str]] = set()  # (sink, what it does not take), told already
         self.sinks = [*_open_sinks(run, config, resolved, step), *sinks] if world.is_main else []
         self.line = ProgressLine(total_images, label=run.path.name) if world.is_main else None
 
@@ -134,18 +135,24 @@ class RunLog:
             {k: (None if isinstance(v, float) and not math.isfinite(v) else v) for k, v in record.items()}
         )
         numbers = {k: v for k, v in record.items() if isinstance(v, (int, float))}
-        for sink in self.sinks:
-            sink(numbers, int(record["step"]))
+        self._tell("numbers", lambda sink: sink(numbers, int(record["step"])))
 
     def picture(self, grid: Tensor | None, step: int) -> None:
-        """A preview, (3, H, W) uint8, to every sink. What one of them cannot do with it ends no run."""
-        if grid is None:
-            return
+        """A preview, (3, H, W) uint8, to every sink."""
+        if grid is not None:
+            self._tell("previews", lambda sink: sink.picture(grid, step))
+
+    def _tell(self, what: str, tell: Callable[[Sink], None]) -> None:
+        """Every sink. What one of them cannot do, hours into a run, does not end it: the folder holds all of it."""
         for sink in self.sinks:
+            name = type(sink).__name__.strip("_")
             try:
-                sink.picture(grid, step)
+                tell(sink)
             except Exception as error:  # any of the sink's library
-                self.run.log(f"warning: {type(sink).__name__.strip('_')} does not take the preview: {error}")
+                if (name, what) not in self.refused:
+                    self.refused.add((name, what))
+                    said = (str(error).strip().splitlines() or ["no reason given"])[0]
+                    self.run.log(f"warning: {name} does not take {what} ({type(error).__name__}: {said})")
 
     def show(self, done: int, step: int) -> None:
         """The live line after `done` pictures."""
@@ -165,8 +172,7 @@ class RunLog:
         self.flush()
         if self.line:
             self.line.close()
-        for sink in self.sinks:
-            sink.close()
+        self._tell("the end of the run", lambda sink: sink.close())
 
 
 class _Wandb:

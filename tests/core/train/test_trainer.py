@@ -15,6 +15,7 @@ import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from core.chunks import ALONE
 from core.errors import UserError
 from core.nn.lpips import LPIPS
 from core.schema import Duration, LogConfig, OptimizerConfig, ScheduleConfig
@@ -457,6 +458,29 @@ def test_a_step_never_synchronises_on_a_gpu(build_trainer, tokenizer_run, kind, 
             trainer.train_step(batch)
     finally:
         torch.cuda.set_sync_debug_mode("default")
+
+
+def test_a_sink_that_fails_later_ends_no_run(tmp_path):
+    """The service of Weights & Biases has died, say: told once, and the numbers are in the folder."""
+
+    class Lost:
+        def __call__(self, *_):
+            raise BrokenPipeError("the service is gone\nmore")
+
+        picture = close = __call__
+
+    said, written = [], []
+    run = types.SimpleNamespace(path=tmp_path, log=said.append, write_metrics=written.append)
+    running = log.RunLog(run, LogConfig(), ALONE, 100, {}, sinks=[Lost()])
+    for step in (1, 2):
+        running.write({"step": step, "images_seen": step, "loss": 0.5})
+    running.picture(torch.zeros(3, 4, 4, dtype=torch.uint8), 2)
+    running.close()
+    assert [record["step"] for record in written] == [1, 2]
+    assert said == [
+        f"warning: Lost does not take {what} (BrokenPipeError: the service is gone)"
+        for what in ("numbers", "previews", "the end of the run")
+    ]
 
 
 def test_a_run_that_wandb_does_not_take(tmp_path, monkeypatch):
