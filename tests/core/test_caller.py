@@ -77,7 +77,16 @@ def test_every_command_says_where_it_was_called_from():
 # Words that are no paths. Whoever adds an option or a setting has to say here, or in core/caller.py, which it is.
 PLAIN_OPTIONS = {"--features", "--only", "--perturb", "--probe", "--protocol", "--scale", "--work"}
 PLAIN_OPTIONS |= {"--ema", "--interval", "--power", "--schedule", "--steps", "--temperature", "--top-k", "--top-p"}
-PLAIN_SETTINGS = {"split", "keep_best", "protocol", "wandb_project", "wandb_entity", "trackio_project", "name"}
+PLAIN_SETTINGS = {
+    "split",
+    "keep_best",
+    "protocol",
+    "wandb_project",
+    "wandb_entity",
+    "trackio_project",
+    "name",
+    "new_classes",
+}
 
 
 def actions(monkeypatch) -> list[argparse.Action]:
