@@ -110,7 +110,8 @@ class Act:
         guide = read_generator(str(self.folder / self.plan["guide"]), tokenizer) if "guide" in self.plan else None
         config, settings = configs[self.plan["generator"]], self._settings(self.plan)
         standard = Standard(config, tokenizer.module.image_size)
-        shown = self._show("", Pair(tokenizer, generator, guide), config, settings, standard)
+        shown = Shown("", Pair(tokenizer, generator, guide), config, standard, settings["samples_per_class"])
+        shown.sample_all(headline_first(settings))
         self.seconds[LAST_STAGE] = time.perf_counter() - begun
         self._finish(report(self.plan["title"], [shown], configs, self.folder, self.seconds))
         return 0
@@ -123,16 +124,18 @@ class Act:
         tokenizer = read_tokenizer({"weights": reference})
         pair = Pair(tokenizer, read_generator(reference, tokenizer))
         standard = Standard(config, tokenizer.module.image_size)
-        first = self._first_look(Shown(SHIPPED, pair, config, standard, 0), settings)
+        shipped = Shown(SHIPPED, pair, config, standard, settings["samples_per_class"])
+        first = self._first_look(shipped, settings)
         print(f"\nAfter {time.perf_counter() - self.started:.0f} s: open {first.resolve()}\n", flush=True)
-        shown = [self._show(SHIPPED, pair, config, settings, standard)]
-        report(plan["title"], shown, {}, self.folder, {})
+        shipped.sample_all(headline_first(settings))
+        report(plan["title"], [shipped], {}, self.folder, {})
         print(f"\n== act 2 of 2: the same generator, trained here ({plan['takes']}) ==", flush=True)
         if code := self._train("generator", config, recipe):
             return code
-        trained = Pair(tokenizer, read_generator(str(self.folder / config.name), tokenizer))
-        shown.append(self._show(TRAINED, trained, config, settings, standard))
-        self._finish(report(plan["title"], shown, {"generator": config}, self.folder, self.seconds))
+        pair = Pair(tokenizer, read_generator(str(self.folder / config.name), tokenizer))
+        trained = Shown(TRAINED, pair, config, standard, settings["samples_per_class"])
+        trained.sample_all(headline_first(settings))
+        self._finish(report(plan["title"], [shipped, trained], {"generator": config}, self.folder, self.seconds))
         return 0
 
     def _overrides(self, plan: dict[str, Any], stage: str) -> list[str]:
@@ -151,17 +154,10 @@ class Act:
             if self.folder.is_dir():
                 write_json(self.clock, self.seconds)
 
-    def _show(self, name: str, pair: Pair, config: RunConfig, settings: dict[str, Any], standard: Standard) -> Shown:
-        """A model with samples of all variants, the headline first."""
-        shown = Shown(name, pair, config, standard, settings["samples_per_class"])
-        for variant in headline_first(settings):
-            shown.sample(**variant)
-        return shown
-
     def _first_look(self, shown: Shown, settings: dict[str, Any]) -> Path:
         """A page with pictures alone, in seconds."""
         page = Report(self.plan[SHIPPED]["title"], subtitle(shown.standard, {}))
-        page.add_image("Reconstructions", shown.reconstructions(), pages.RECONSTRUCTIONS)
+        page.add_image("Reconstructions", shown.reconstructions, pages.RECONSTRUCTIONS)
         variant = headline_first(settings)[0]
         page.add_image(f"Samples, {variant['label']}", shown.look(**variant), "A row for each class.")
         page.add_text("More", "The numbers are being measured; this page is written again when they are there.")
@@ -192,8 +188,8 @@ def report(
     folder.mkdir(parents=True, exist_ok=True)
     first, standard = models[0], models[0].standard
     variants = [variant for shown in models for variant in shown.variants]
-    rebuilt, headline = first.rebuilt(), first.variants[0]
-    shown = {"reconstructions": first.reconstructions()}
+    rebuilt, headline = first.rebuilt, first.variants[0]
+    shown = {"reconstructions": first.reconstructions}
     if (stages := first.stages(headline.task)) is not None:
         shown["stages"] = stages
     grids = {variant.name: model.grid(variant) for model in models for variant in model.variants}

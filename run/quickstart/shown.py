@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -123,6 +124,11 @@ class Shown:
         self.variants.append(variant)
         return variant
 
+    def sample_all(self, variants: Sequence[dict[str, Any]]) -> None:
+        """`sample` in each of these ways, the first of which is shown in full."""
+        for variant in variants:
+            self.sample(**variant)
+
     @torch.no_grad()
     def look(self, label: str, **changes: Any) -> Tensor:
         """(3, H, W) uint8: a few samples, a class in each row, drawn in the way called `label`; nothing is measured."""
@@ -147,6 +153,7 @@ class Shown:
         chosen = torch.cat(self.by_class(variant.samples.labels))
         return image_tools.grid(variant.pictures[chosen], columns=SHOWN_PER_CLASS)
 
+    @functools.cached_property
     def rebuilt(self) -> dict[str, float]:
         """Metrics of reconstructed pictures that were not trained on."""
         standard = self.standard
@@ -154,6 +161,7 @@ class Shown:
             self.tokenizer, standard.val, standard.size, EvalConfig(), self.device, standard.net
         )
 
+    @functools.cached_property
     def reconstructions(self) -> Tensor:
         """(3, H, W) uint8: unseen pictures, below each row its reconstruction."""
         pictures = self.standard.pictures(self.standard.val)

@@ -24,6 +24,7 @@ from core import images as image_tools
 from core.schema import RunConfig
 from data.sources import open_source
 from evaluation import networks, toy
+from evaluation.images import psnr
 from evaluation.pictures import SourcePictures
 from run.load import load_config
 from run.models import GeneratorModel
@@ -77,12 +78,11 @@ def figures(system: str) -> dict[str, float]:
     originals = unseen(tokenizer.image_size, UNSEEN)
     rebuilt = tokenizer.reconstruct(originals, output="uint8")
     assert isinstance(rebuilt, Tensor)
-    errors = (originals.double() - rebuilt.double()).square().mean((1, 2, 3))
-    psnr = (10 * torch.log10(255.0**2 / errors)).mean()
+    decibels = psnr(originals / 255, rebuilt / 255).mean()
     pictures, labels = samples(system, SAMPLES)
     features = torch.cat([feature_network().taps(part)[toy.CLASS_TAP] for part in pictures.split(30)])
     right = (classifier().predict(features) == labels).double().mean()
-    return {"psnr": round(float(psnr), 3), "class_accuracy": round(float(right), 4)}
+    return {"psnr": round(float(decibels), 3), "class_accuracy": round(float(right), 4)}
 
 
 def record() -> None:
