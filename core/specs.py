@@ -558,6 +558,10 @@ class DataSource(ABC):
     def fingerprint(self) -> str:
         """Changes when the list of samples changes. Stored with checkpoints and caches."""
 
+    def file_sizes(self) -> str | None:
+        """A digest of the bytes of each file, where pictures are single files and their fingerprint does not hold it."""
+        return None
+
     def unread(self) -> dict[int, Kinds]:
         """Of a stream: what is not read of the parts that this process has come to the end of since the last call, by their
         numbers."""

@@ -97,6 +97,8 @@ class FeatureCache:
         made_from, wrong = self.description, []
         if source is not None and made_from["source"] != source.fingerprint():
             wrong.append(f"the list of pictures ({made_from['samples']} in the cache, {len(source)} now)")
+        elif source is not None and made_from.get("sizes") not in (None, source.file_sizes()):
+            wrong.append("the pictures, of which some have other sizes now")
         for key, now in (transform.describe() if transform is not None else {}).items():
             if (before := made_from["transform"].get(key)) != now:
                 wrong.append(f"{key} ({before} in the cache, {now} now)")
@@ -207,6 +209,7 @@ class Plan:
         source, transform, producer: fingerprint of the pictures, Transform.describe(), fingerprint of the network.
         facts: anything JSON that belongs into the description.
         chunk: samples per chunk; an unfinished build keeps its own.
+        sizes: DataSource.file_sizes; a build that was begun without goes on without.
     """
 
     samples: int
@@ -217,6 +220,7 @@ class Plan:
     facts: dict[str, Any] = field(default_factory=dict)
     chunk: int = CHUNK
     format: int = FORMAT
+    sizes: str | None = None
 
 
 Rows = tuple[dict[str, np.ndarray], np.ndarray]  # name -> (count, views, ...), and labels (count,)
@@ -238,7 +242,8 @@ class Builder(Chunks):
         self.path = Path(path)
         self.folder = self.path.with_name(f".{self.path.name}.building")
         self.lock = Lock(self.folder)  # of the main rank, for all of them
-        self.plan: dict[str, Any] = world.on_main(lambda: self._enter(asdict(plan)))
+        told = {name: value for name, value in asdict(plan).items() if value is not None}
+        self.plan: dict[str, Any] = world.on_main(lambda: self._enter(told))
         super().__init__(plan.samples, self.plan["chunk"], world, lambda chunk: self._recorded[chunk].any())
         self._begun = False
         self._digests: dict[str, Any] = {}
@@ -264,7 +269,12 @@ class Builder(Chunks):
             for left in self.folder.glob("[!.]*"):
                 left.unlink()
         advice = "Delete it, or choose another folder."
-        plan = enter(self.folder / "plan.json", plan, "an unfinished build of something else", advice, ("chunk",))
+        sizes = plan.get("sizes")
+        plan = enter(
+            self.folder / "plan.json", plan, "an unfinished build of something else", advice, ("chunk", "sizes")
+        )
+        if plan.get("sizes") not in (None, sizes):
+            raise UserError(f"{self.folder} holds an unfinished build of pictures with other sizes. {advice}")
         if not self._file(RECORD).is_file():
             np.save(self._file(RECORD), np.zeros((-(-plan["samples"] // plan["chunk"]), DIGEST), dtype=np.uint8))
         self._recorded = np.load(self._file(RECORD))
@@ -414,7 +424,16 @@ def build(
     transform.view_of((0, 0))  # refuses transforms without views
     require_order(source, "nothing can be stored of them (data.cache_latents, data.cache_features, tokens)")
     views = transform.views
-    plan = Plan(len(source), views, source.fingerprint(), transform.describe(), fingerprint, facts or {}, how.chunk)
+    plan = Plan(
+        len(source),
+        views,
+        source.fingerprint(),
+        transform.describe(),
+        fingerprint,
+        facts or {},
+        how.chunk,
+        sizes=how.world.on_main(source.file_sizes),
+    )
     builder = Builder(path, plan, how.world)
 
     def make(spans: list[range]) -> Iterator[Rows]:

@@ -146,8 +146,9 @@ def _pictures_below(root: Path, name: str, left_out: LeftOut) -> list[str]:
     """Paths, relative to `root`, of the pictures in its folder `name` and in the folders inside it."""
     paths = []
     for folder, inside, files in sorted(os.walk(root / name, onerror=_refuse_unlisted)):
+        below = os.path.relpath(folder, root)
         for file in sorted(files):
-            path = os.path.relpath(os.path.join(folder, file), root)
+            path = os.path.join(below, file)
             if is_picture(file):
                 paths.append(path)
             else:

@@ -54,7 +54,8 @@ def pooled_features(
     cache: str = "work_dirs/cache",
 ) -> tuple[dict[str, Tensor], Tensor] | None:
     """(name -> (N, D) features averaged over tokens, labels (N,)), on the main rank and in the cache. Collective."""
-    key = f"{hash64(pictures.fingerprint(), fingerprint):016x}"
+    sizes = world.on_main(pictures.source.file_sizes)
+    key = f"{hash64(pictures.fingerprint(), fingerprint, *([sizes] if sizes else [])):016x}"
     work = Work(
         len(pictures),
         world,

@@ -457,7 +457,9 @@ def training_statistics(
     count = min(len(source), TRAINING_PICTURES)
     rows = range(count) if count == len(source) else sorted(permutation(len(source), "real pictures")[:count].tolist())
     pictures = SourcePictures(source, image_size, config.data.workers, rows, f"{count:,} training pictures")
-    path = Path(config.data.cache_dir) / f"statistics_{net.name}_{pictures.fingerprint()}.safetensors"
+    sizes = world.on_main(source.file_sizes)
+    key = pictures.fingerprint() + (f"_{sizes[:8]}" if sizes else "")
+    path = Path(config.data.cache_dir) / f"statistics_{net.name}_{key}.safetensors"
     if not world.on_main(path.is_file):
         batch = pictures_at_once(config.eval.batch, world.device)
         statistics = make_statistics(pictures, net, world, batch, facts=Facts("generation"))

@@ -66,6 +66,8 @@ def _train(config: RunConfig, inputs: Inputs, world: dist.World, about: dict[str
         task, provenance = _generator_task(config, sources, source, world)
     if isinstance(source, ListedSource):
         provenance["data_contents"] = world.on_main(source.contents)
+    if (sizes := world.on_main(source.file_sizes)) is not None:
+        provenance["data_sizes"] = sizes
     if commits := {s: c for s, weights in sources.items() if (c := hub.commit_of(weights.path))}:
         provenance["commits"] = commits
     initial_ema = _start(config, task, sources)

@@ -28,7 +28,7 @@ from core.schema import RunConfig
 from core.signals import GO_ON, REQUEUE_EXIT_CODE, Stopped, StopRequest
 from core.specs import Batch, Progress, Task
 from core.train import parallel
-from core.train.checkpoint import CheckpointStore
+from core.train.checkpoint import Checkpoint, CheckpointStore
 from core.train.ema import Ema
 from core.train.guards import StepGuard
 from core.train.log import Averages, RunLog, Sink
@@ -217,6 +217,40 @@ class Trainer:
         milestone = self._every(self.settings.milestone_every, self.step)
         self.store.save(self.step, tensors, state, milestone=milestone, wait=wait)
 
+    def _refuse_other_data(self, checkpoint: Checkpoint) -> None:
+        """UserError where a checkpoint was trained on other data, or on the latents of another tokenizer.
+
+        What one of the two does not tell is not compared: older checkpoints say less.
+        """
+        state = checkpoint.state
+        if state["data_fingerprint"] != self.data_fingerprint:
+            raise UserError(
+                f"{checkpoint.path} was trained on other data (fingerprint {state['data_fingerprint']}, now "
+                f"{self.data_fingerprint}). Restore the data set, or start a new run with name=..."
+            )
+        places = [config["data"]["url"].rstrip("/") for config in (state["config"], to_plain(self.config))]
+        before, now = state["provenance"], self.provenance
+        if places[0] != places[1] and before.get("data_contents") != now.get("data_contents"):
+            raise UserError(
+                f"{checkpoint.path} was trained on the pictures of {places[0]}, and those of {places[1]} have the same names "
+                "but are others. Restore data.url, or start a new run with name=..."
+            )
+
+        def differs(fact: str) -> bool:
+            return None not in (before.get(fact), now.get(fact)) and before[fact] != now[fact]
+
+        if differs("data_sizes"):
+            raise UserError(
+                f"{checkpoint.path} was trained on pictures of {places[1]} with the same names but other sizes: some of the "
+                "files were replaced since. Restore them, or start a new run with name=..."
+            )
+        if differs("tokenizer_fingerprint"):
+            raise UserError(
+                f"{checkpoint.path} was trained on the latents of another tokenizer (weights "
+                f"{before['tokenizer_fingerprint']}, now {now['tokenizer_fingerprint']}). Restore tokenizer.weights, or "
+                "start a new run with name=..."
+            )
+
     def restore(self) -> bool:
         """Continue from the newest valid checkpoint of the run folder. False when there is none.
 
@@ -228,25 +262,8 @@ class Trainer:
         if checkpoint is None:
             self.run.rewind_metrics(0)  # a run killed before its first checkpoint begins again
             return False
+        self._refuse_other_data(checkpoint)
         state = checkpoint.state
-        if state["data_fingerprint"] != self.data_fingerprint:
-            raise UserError(
-                f"{checkpoint.path} was trained on other data (fingerprint {state['data_fingerprint']}, now "
-                f"{self.data_fingerprint}). Restore the data set, or start a new run with name=..."
-            )
-        places = [config["data"]["url"].rstrip("/") for config in (state["config"], to_plain(self.config))]
-        contents = [facts.get("data_contents") for facts in (state["provenance"], self.provenance)]
-        if places[0] != places[1] and contents[0] != contents[1]:
-            raise UserError(
-                f"{checkpoint.path} was trained on the pictures of {places[0]}, and those of {places[1]} have the same names "
-                "but are others. Restore data.url, or start a new run with name=..."
-            )
-        tokenizers = [facts.get("tokenizer_fingerprint") for facts in (state["provenance"], self.provenance)]
-        if None not in tokenizers and tokenizers[0] != tokenizers[1]:
-            raise UserError(
-                f"{checkpoint.path} was trained on the latents of another tokenizer (weights {tokenizers[0]}, now "
-                f"{tokenizers[1]}). Restore tokenizer.weights, or start a new run with name=..."
-            )
         device = self.world.device
         for name, network in self.networks.items():
             current = network.state_dict()

@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 import data.cache
 from core import lock
@@ -214,6 +215,37 @@ def test_ranks_write_the_same_files(tmp_path):
         in_threads(size, lambda world: make(tmp_path / str(world.size), world=world))
         for name in os.listdir(tmp_path / "one"):
             assert (tmp_path / "one" / name).read_bytes() == (tmp_path / str(size) / name).read_bytes()
+
+
+def test_a_picture_that_was_replaced_is_noticed(tmp_path):
+    """By its size, in a cache that is there and in one that is unfinished; those made before say nothing of sizes."""
+    folder = tmp_path / "pictures" / "class"
+    folder.mkdir(parents=True)
+    for number in range(11):
+        Image.new("RGB", (8, 8), (20 * number, 0, 0)).save(folder / f"{number}.png")
+    calls = []
+
+    def failing(images):
+        calls.append(len(images))
+        if len(calls) == 3:
+            raise RuntimeError
+        return producer(images)
+
+    def again(name, **options):
+        return make(tmp_path / name, source=open_source(f"folder://{folder.parent}"), **options)
+
+    again("c")
+    with pytest.raises(RuntimeError):
+        again("begun", producer=failing)
+    Image.new("RGB", (9, 9)).save(folder / "3.png")
+    with pytest.raises(UserError, match="c was made from something else: the pictures, of which some have other sizes"):
+        again("c")
+    with pytest.raises(UserError, match="holds an unfinished build of pictures with other sizes"):
+        again("begun")
+    for record in (tmp_path / "c" / data.cache.DESCRIPTION, tmp_path / ".begun.building" / "plan.json"):
+        told = json.loads(record.read_text())
+        record.write_text(json.dumps({key: value for key, value in told.items() if key != "sizes"}))
+    assert len(again("c")) == len(again("begun")) == 11
 
 
 def test_values_that_do_not_fit(tmp_path):

@@ -259,6 +259,24 @@ def test_other_data_is_refused(run_toy, tmp_path):
     assert code == 0 and CheckpointStore(run / "checkpoints").steps()[-1] == 20, err
 
 
+def test_a_picture_that_was_replaced_is_noticed(build_trainer, tmp_path):
+    """Names are the same and sizes are not; a checkpoint that does not tell sizes goes on."""
+    folder = tmp_path / "pictures" / "class"
+    folder.mkdir(parents=True)
+    for number in range(100):  # more than those whose bytes are compared
+        Image.new("RGB", (32, 32), (2 * number, 0, 0)).save(folder / f"{number:03}.png")
+    url = f"data.url=folder://{folder.parent}"
+    words = ["name=same", url, "data.val_url=null", "train.duration=1step", "train.preview_every=never"]
+    build_trainer(TOY_TOKENIZER, *words).fit()
+    assert build_trainer(TOY_TOKENIZER, *words).restore()
+    Image.new("RGB", (40, 40)).save(folder / "001.png")
+    trainer = build_trainer(TOY_TOKENIZER, *words)
+    with pytest.raises(UserError, match="with the same names but other sizes"):
+        trainer.restore()
+    del trainer.provenance["data_sizes"]
+    assert trainer.restore()
+
+
 @pytest.mark.parametrize(
     ("key", "before", "now", "same"),
     [
