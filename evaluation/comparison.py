@@ -5,12 +5,14 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from core.specs import Continuous, LatentSpec
 from evaluation.images import interval_of
+from evaluation.intervals import normal_interval
 
 SAMPLE_BITS = 16  # of a continuous latent's number, as it is stored and sent
 
@@ -56,6 +58,16 @@ def paired_difference(values: Tensor, others: Tensor, replicates: int = 1000) ->
     """Of `values` minus `others`, (N,) numbers of the same pictures: pictures are drawn again in pairs."""
     difference = values.double() - others.double()
     return Difference(float(difference.mean()), *interval_of(difference, replicates))
+
+
+def distance_difference(value: float, replicates: list[float], other: float, others: list[float]) -> Difference:
+    """Of two Frechet distances over the same pictures, from their bootstrap values (`intervals.resampled`).
+
+    In each replicate both are those of the same pictures, drawn again, so what makes a draw easy or hard for both
+    cancels. So does most of the bias of few pictures, but not all of it.
+    """
+    mean = value - other
+    return Difference(mean, *normal_interval(mean, np.array(replicates) - np.array(others)))
 
 
 def most_disputed(pictures: list[Tensor], share: float = 0.25) -> tuple[float, float]:

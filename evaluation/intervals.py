@@ -64,22 +64,22 @@ def at_infinity(measure: Measure, count: int, points: int = 15, seed: int = 0) -
     return Extrapolation(float(value), float(error), float(slope))
 
 
-def _resampled(measure: Measure, count: int, replicates: int, seed: int) -> np.ndarray:
+def resampled(measure: Measure, count: int, replicates: int, seed: int = 0) -> np.ndarray:
+    """(replicates,) values for pictures drawn again. Which ones depends on count and seed alone: replicate r of two
+    models is about the same pictures, so that the differences of such values are replicates of the paired difference."""
     if count < 2 or replicates < 2:
         raise UserError(f"A bootstrap needs at least 2 pictures and 2 replicates, got {count} and {replicates}.")
     rng = np.random.default_rng(seed)
     return np.array([measure(torch.from_numpy(rng.integers(count, size=count))) for _ in range(replicates)])
 
 
-def bootstrap_normal(
-    measure: Measure, value: float, count: int, replicates: int = 50, seed: int = 0
-) -> tuple[float, float]:
+def normal_interval(value: float, replicates: np.ndarray) -> tuple[float, float]:
     """95 % interval of a biased metric such as FID: value +- 1.96 deviations of the replicates.
 
     Duplicates in a replicate shrink the effective N, which about doubles the bias of a Frechet distance: only the
     spread of the replicates is used, not their mean.
     """
-    spread = 1.96 * _resampled(measure, count, replicates, seed).std(ddof=1)
+    spread = 1.96 * replicates.std(ddof=1)
     return float(value - spread), float(value + spread)
 
 
@@ -87,5 +87,5 @@ def bootstrap_percentile(
     measure: Measure, count: int, replicates: int = 200, level: float = 0.95, seed: int = 0
 ) -> tuple[float, float]:
     """Percentile interval of metrics that hardly depend on N: Inception Score, PSNR, SSIM, LPIPS."""
-    low, high = np.quantile(_resampled(measure, count, replicates, seed), [(1 - level) / 2, (1 + level) / 2])
+    low, high = np.quantile(resampled(measure, count, replicates, seed), [(1 - level) / 2, (1 + level) / 2])
     return float(low), float(high)

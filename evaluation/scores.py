@@ -24,7 +24,7 @@ from evaluation.distances import (
     precision_recall,
     uneven_chunks,
 )
-from evaluation.intervals import at_infinity, bootstrap_normal, bootstrap_percentile
+from evaluation.intervals import at_infinity, bootstrap_percentile, normal_interval, resampled
 from evaluation.networks import FeatureNet
 from evaluation.protocols import IS_VARIANTS, PREFIXES, Protocol, few_pictures, metric_name
 from evaluation.references import Statistics
@@ -46,6 +46,7 @@ class Score:
     interval: tuple[float, float] | None = None  # 95 %
     std: float | None = None  # over splits or subsets, where the metric is defined so
     note: str = ""
+    replicates: list[float] | None = None  # bootstrap values of a Frechet distance, for paired differences
 
 
 @dataclass
@@ -161,19 +162,18 @@ def frechet(comparison: Comparison, *taps: str) -> list[Score]:
     def measure(rows: Tensor) -> float:
         return comparison.distance(tap, rows)
 
-    interval = _interval(comparison, name, lambda n: bootstrap_normal(measure, value, comparison.count, n))
+    drawn = _extra(comparison, name, lambda n: resampled(measure, comparison.count, n))
+    more = {} if drawn is None else {"interval": normal_interval(value, drawn), "replicates": drawn.tolist()}
     note = few_pictures(comparison.count, comparison.net.dims[tap])
-    return [comparison.score(name, value, interval=interval, note=note), *_limit(comparison, name, measure)]
+    return [comparison.score(name, value, note=note, **more), *_limit(comparison, name, measure)]
 
 
 def fid(comparison: Comparison) -> list[Score]:
     return frechet(comparison, *DISTANCE_TAPS)
 
 
-def _interval(
-    comparison: Comparison, name: str, bootstrap: Callable[[int], tuple[float, float]]
-) -> tuple[float, float] | None:
-    """Of a metric, where one was asked for."""
+def _extra(comparison: Comparison, name: str, bootstrap: Callable[[int], T]) -> T | None:
+    """Interval or replicates of a metric, where they were asked for."""
     if not comparison.replicates:
         return None
     label = f"interval of {comparison.named(name)}"
@@ -208,7 +208,7 @@ def inception_score(comparison: Comparison) -> list[Score]:
     def measure(rows: Tensor) -> float:
         return form(logits[rows])[0]
 
-    interval = _interval(comparison, name, lambda n: bootstrap_percentile(measure, len(logits), n))
+    interval = _extra(comparison, name, lambda n: bootstrap_percentile(measure, len(logits), n))
     variant = IS_VARIANTS[comparison.protocol.inception_score]
     whole = comparison.score(name, mean, variant, "", std=std or None, interval=interval, note=note)
     return [whole, *_limit(comparison, name, measure, "")]

@@ -32,7 +32,9 @@ from core.weights.adapter import recognise
 from evaluation import protocols
 from evaluation.comparison import (
     SAMPLE_BITS,
+    Difference,
     bits_per_pixel,
+    distance_difference,
     entropy_coded_bits_per_pixel,
     most_disputed,
     paired_difference,
@@ -285,15 +287,55 @@ def speeds(tokenizer: Tokenizer, device: torch.device, seconds: float) -> dict[s
     return found
 
 
-def differences(sides: list[Side]) -> list[list[Any]]:
-    """Rows about each tokenizer after the first, against the first, over the same pictures."""
-    first, rows = sides[0], []
+@dataclass(frozen=True)
+class Pair:
+    """How `name` differs from `base` in a metric, over the same pictures."""
+
+    name: str
+    base: str
+    metric: str
+    found: Difference
+
+    def row(self) -> list[str]:
+        """For people."""
+        d = self.found
+        return [
+            f"{self.name} - {self.base}",
+            self.metric,
+            f"{d.mean:+.4f}",
+            f"{d.low:+.4f} to {d.high:+.4f}",
+            d.verdict,
+        ]
+
+
+def differences(sides: list[Side]) -> list[Pair]:
+    """Of each tokenizer after the first against the first: means of pictures, and distances that have replicates."""
+    first, pairs = sides[0], []
     for other in sides[1:]:
-        for metric in other.per_picture.keys() & first.per_picture.keys():
-            found = paired_difference(other.per_picture[metric], first.per_picture[metric])
-            values = f"{found.mean:+.4f}", f"{found.low:+.4f} to {found.high:+.4f}"
-            rows.append([f"{other.name} - {first.name}", metric, *values, found.verdict])
-    return sorted(rows)
+        found = {
+            metric: paired_difference(other.per_picture[metric], first.per_picture[metric])
+            for metric in other.per_picture.keys() & first.per_picture.keys()
+        }
+        for metric in other.scores.keys() & first.scores.keys():
+            ours, theirs = other.scores[metric], first.scores[metric]
+            drawn = len(ours.get("replicates") or ()), len(theirs.get("replicates") or ())
+            if drawn[0] == drawn[1] > 1:
+                values = (ours["value"], ours["replicates"], theirs["value"], theirs["replicates"])
+                found[metric] = distance_difference(*values)
+        pairs += [Pair(other.name, first.name, metric, found[metric]) for metric in sorted(found)]
+    return pairs
+
+
+def about_differences(sides: list[Side]) -> str:
+    """How certain those of Frechet distances are, or why there are none."""
+    drawn = {len(score["replicates"]) for side in sides for score in side.scores.values() if score.get("replicates")}
+    if not drawn:
+        return "Of rFID there is no paired difference without replicates: --bootstrap 20, with --again if it was measured without."
+    return (
+        f"Of Fréchet distances: 1.96 deviations of {max(drawn)} replicates, in each of which both tokenizers are measured on the "
+        "same pictures, drawn again. Few pictures make both distances too large by about the same; what does not cancel of "
+        "that is in the difference, so compare differences of equal numbers of pictures only."
+    )
 
 
 def fairness(side: Side) -> list[Any]:
@@ -352,7 +394,11 @@ def write_tokenizers(
     quality = [name for name in sides[0].scores if not name.startswith(CODES)]
     numbers = {side.name: side.numbers() for side in sides}
     report.add_table("Quality, with 95 % intervals", ["tokenizer", *quality], rows_of(numbers, quality))
-    report.add_table("Paired differences", ["", "metric", "mean", "95 % interval", "says"], differences(sides))
+    pairs = differences(sides)
+    report.add_table(
+        "Paired differences", ["", "metric", "difference", "95 % interval", "says"], [pair.row() for pair in pairs]
+    )
+    report.add_text("", about_differences(sides))
     report.add_table("Rate", ["tokenizer", "bpp", "entropy_coded_bpp"], rows_of(numbers, ["bpp", "entropy_coded_bpp"]))
     report.add_text(
         "",
@@ -391,6 +437,7 @@ def write_tokenizers(
     report.add_table("Left out", ["what", "why"], [[name, why] for name, why in left_out.items()])
     report.add_environment(environment()).write(folder / "report.html")
     write_tables(folder, numbers, [*quality, "bpp", "entropy_coded_bpp"])
+    write_differences(folder, pairs)
     context = {
         "count": sides[0].measurement.count,
         "net": net.name,
@@ -401,7 +448,7 @@ def write_tokenizers(
     write_metrics(
         folder / "metrics.json", {name: {m: v[0] for m, v in of.items()} for name, of in numbers.items()}, context
     )
-    print(f"written to {folder}: report.html, compare.csv, compare.tex, metrics.json")
+    print(f"written to {folder}: report.html, compare.csv, compare.tex, differences.csv, differences.tex, metrics.json")
 
 
 def codebook_rows_of(side: Side) -> list[list[Any]]:
@@ -450,15 +497,29 @@ def write_tables(folder: Path, numbers: Numbers, metrics: list[str]) -> None:
             lines.append(",".join([f'"{name}"', metric, *("" if v is None else repr(v) for v in values)]))
     write_atomic(folder / "compare.csv", "\n".join(lines) + "\n")
 
+    write_atomic(folder / "compare.tex", tabular(["", *metrics], rows_of(numbers, metrics)))
+
+
+def write_differences(folder: Path, pairs: list[Pair]) -> None:
+    """differences.csv and differences.tex, a line a difference."""
+    lines = ["name,minus,metric,value,low,high"]
+    for pair in pairs:
+        numbers = (repr(value) for value in (pair.found.mean, pair.found.low, pair.found.high))
+        lines.append(",".join([f'"{pair.name}"', f'"{pair.base}"', pair.metric, *numbers]))
+    write_atomic(folder / "differences.csv", "\n".join(lines) + "\n")
+    headers = ["", "metric", "difference", "95 % interval", ""]
+    write_atomic(folder / "differences.tex", tabular(headers, [pair.row() for pair in pairs], 2))
+
+
+def tabular(headers: list[str], rows: list[list[str]], words: int = 1) -> str:
+    """A LaTeX table whose first columns, `words` many, are of words and the rest of numbers."""
+
     def escaped(text: str) -> str:
         return text.replace("_", r"\_").replace("%", r"\%").replace("&", r"\&").replace(NOTHING, "--")
 
-    body = [" & ".join(map(escaped, row)) + r" \\" for row in (["", *metrics], *rows_of(numbers, metrics))]
-    head = rf"\begin{{tabular}}{{l{'r' * len(metrics)}}}"
-    write_atomic(
-        folder / "compare.tex",
-        "\n".join([head, r"\hline", body[0], r"\hline", *body[1:], r"\hline", r"\end{tabular}"]) + "\n",
-    )
+    body = [" & ".join(map(escaped, row)) + r" \\" for row in (headers, *rows)]
+    head = rf"\begin{{tabular}}{{{'l' * words}{'r' * (len(headers) - words)}}}"
+    return "\n".join([head, r"\hline", body[0], r"\hline", *body[1:], r"\hline", r"\end{tabular}"]) + "\n"
 
 
 # ---------------------------------------------------------------------------------------------------------------------

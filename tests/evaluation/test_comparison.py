@@ -11,8 +11,17 @@ import torch
 
 from core.nn.lpips import lpips_vgg
 from core.specs import Codes, Continuous, MultiScale
-from evaluation.comparison import bits_per_pixel, entropy_coded_bits_per_pixel, most_disputed, paired_difference, region
+from evaluation import protocols, scores
+from evaluation.comparison import (
+    bits_per_pixel,
+    distance_difference,
+    entropy_coded_bits_per_pixel,
+    most_disputed,
+    paired_difference,
+    region,
+)
 from evaluation.images import Codebooks, interval_of, psnr, ssim
+from tests.evaluation.conftest import SmallInception
 
 
 def test_bits_per_pixel_by_hand():
@@ -75,6 +84,55 @@ def test_intervals_cover_and_pairs_tell_more():
         blind += other[0] > high
     assert 0.9 <= covered / 200 <= 0.98 and 0.9 <= paired_covered / 200 <= 0.98
     assert seen / 200 > 0.85 and blind == 0
+
+
+def frechet(a: np.ndarray, b: np.ndarray) -> float:
+    """Another way than evaluation/distances.py: eigenvalues of the product, which has no symmetry."""
+    first, second = np.cov(a.T), np.cov(b.T)
+    roots = np.sqrt(np.linalg.eigvals(first @ second).real.clip(0)).sum()
+    return float(((a.mean(0) - b.mean(0)) ** 2).sum() + np.trace(first) + np.trace(second) - 2 * roots)
+
+
+def measured_distance(originals: np.ndarray, rebuilt: np.ndarray, replicates: int) -> scores.Score:
+    samples, real = ({"pool": torch.from_numpy(x)} for x in (rebuilt, originals))
+    protocol = protocols.get("pytorch-fid", "reconstruction")
+    asked = scores.Comparison(protocol, SmallInception(), samples, None, real, "reconstruction", replicates=replicates)
+    return scores.fid(asked)[0]
+
+
+def difference_of(first: scores.Score, second: scores.Score):
+    assert first.replicates is not None and second.replicates is not None
+    return distance_difference(second.value, second.replicates, first.value, first.replicates)
+
+
+def test_paired_differences_of_frechet_distances():
+    draws = np.random.default_rng(0)
+    originals = draws.normal(size=(60, 8))
+    a, b = (originals + draws.normal(0.1, size, originals.shape) for size in (0.3, 0.6))
+    first, second, again = (measured_distance(originals, x, 12) for x in (a, b, a))
+    found = difference_of(first, second)
+    assert found.mean == pytest.approx(frechet(b, originals) - frechet(a, originals), abs=1e-9)
+    rng = np.random.default_rng(0)
+    rows = [rng.integers(60, size=60) for _ in range(12)]
+    drawn = [frechet(b[r], originals[r]) - frechet(a[r], originals[r]) for r in rows]
+    assert (found.high - found.low) / 2 == pytest.approx(1.96 * np.std(drawn, ddof=1), rel=1e-6)
+    assert (found.low + found.high) / 2 == pytest.approx(found.mean) and found.verdict == "higher"
+    equal = difference_of(first, again)
+    assert (equal.mean, equal.low, equal.high) == (0, 0, 0) and equal.verdict == "no difference to be seen"
+
+
+def test_intervals_of_paired_distances_cover():
+    """Two equally good tokenizers, whose difference is 0: about 95 of 100 experiments say so."""
+    covered = 0
+    for seed in range(60):
+        draws = np.random.default_rng(seed)
+        originals = draws.normal(size=(100, 3)) * [3, 1, 0.3]
+        first, second = (
+            measured_distance(originals, originals + draws.normal(0.2, 0.5, originals.shape), 20) for _ in range(2)
+        )
+        found = difference_of(first, second)
+        covered += found.low <= 0 <= found.high
+    assert 0.87 <= covered / 60 < 1, covered
 
 
 def test_the_disputed_region_is_where_they_differ():

@@ -40,5 +40,5 @@ def test_bootstrap_intervals_hold_what_they_should():
         return frechet_from_moments(part.mean, part.covariance, torch.zeros(4), torch.eye(4))
 
     value = measure(torch.arange(150))
-    low, high = intervals.bootstrap_normal(measure, value, 150, replicates=20)
+    low, high = intervals.normal_interval(value, intervals.resampled(measure, 150, replicates=20))
     assert low < value < high and (low + high) / 2 == pytest.approx(value)

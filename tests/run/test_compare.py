@@ -43,7 +43,21 @@ def test_tokenizers(fqgan, tokenizer_run, tmp_path, capsys):
     pictures = module.load_file(out / a.replace("/", "-") / module.PER_PICTURE)
     assert pictures["picture/psnr"].mean() == pytest.approx(found[a, "psnr"])
     assert record["context"]["scores"]["psnr"]["interval"] == pytest.approx(interval_of(pictures["picture/psnr"]))
-    for said in ("Paired differences", "Where they disagree most", "TokBench", "synthetic://", "over bits per pixel"):
+    rows = list(csv.DictReader((out / "differences.csv").read_text().splitlines()))
+    metric = next(metric for _, metric in found if metric.startswith("rfd_lite0"))
+    row = {row["metric"]: row for row in rows}[metric]
+    assert {"psnr", metric} < {row["metric"] for row in rows} and (row["name"], row["minus"]) == (b, a)
+    assert float(row["value"]) == found[b, metric] - found[a, metric] and float(row["low"]) < float(row["high"])
+    assert metric.replace("_", r"\_") in (out / "differences.tex").read_text()
+    for said in (
+        "Paired differences",
+        f"{metric}</td>",
+        "2 replicates",
+        "Where they disagree most",
+        "TokBench",
+        "synthetic://",
+        "over bits per pixel",
+    ):
         assert said in page
     assert 'src="http' not in page and "<link" not in page
     assert (out / "compare.tex").read_text().count(r"\\") == 3
