@@ -28,7 +28,6 @@ from core.nn.lpips import lpips_squeeze
 from core.rng import Draws
 from core.specs import Tokenizer
 from core.train.checkpoint import Checkpoint
-from core.weights.adapter import recognise
 from evaluation import protocols
 from evaluation.comparison import (
     SAMPLE_BITS,
@@ -53,7 +52,7 @@ from run.evaluate import (
     tokenizer_section,
 )
 from run.linear_probe import linear_probe, open_sources
-from run.load import ADAPTERS, Source, load_config
+from run.load import Source, kinds_of, load_config
 from run.measurement import eval_settings
 
 TEXT_AND_FACES = "T-ACC, T-NED and F-Sim (TokBench): their text and face recognisers are not part of this code"
@@ -119,37 +118,32 @@ def names_of(targets: list[str]) -> list[str]:
     raise UserError(f"{' '.join(targets)}: the same one is named twice. Name each once.")
 
 
-def kind_of(target: str) -> str:
-    """ "tokenizer" or "generator"; a config says it itself."""
-    if target.endswith((".yaml", ".yml")):
-        return load_config(target, []).task
-    content = Source(target).content
-    if isinstance(content, Checkpoint):
-        return content.state["primary"]
-    if isinstance(content, dict):
-        return "generator" if recognise(ADAPTERS["generator"], content) else "tokenizer"
-    return content.kind
+def kind_of(targets: list[str]) -> str:
+    """ "tokenizer" or "generator", whichever all of them are; the former where they are both."""
+    kinds = [{load_config(t, []).task} if t.endswith((".yaml", ".yml")) else kinds_of(t) for t in targets]
+    common = set.intersection(*kinds)
+    if not common:
+        named = "; ".join(f"{t} is a {' and a '.join(sorted(k))}" for t, k in zip(targets, kinds))
+        raise UserError(f"tokenizers are compared with tokenizers and generators with generators: {named}.")
+    return max(common)
 
 
 def prepare(options: argparse.Namespace, overrides: list[str]) -> str:
     """Find mistakes without loading a network; what is compared, "tokenizer" or "generator"."""
     if len(options.targets) < 2:
         raise UserError("name two or more tokenizers, or two or more generators, to compare.")
-    names_of(options.targets)
-    kinds = [kind_of(target) for target in options.targets]
-    if len({*kinds}) > 1:
-        named = "; ".join(f"{t} is a {k}" for t, k in zip(options.targets, kinds))
-        raise UserError(f"tokenizers are compared with tokenizers and generators with generators: {named}.")
+    names = names_of(options.targets)
+    kind = kind_of(options.targets)
     settings = with_one_protocol(overrides)
-    for target, name in zip(options.targets, names_of(options.targets)):
+    for target, name in zip(options.targets, names):
         each = options_for(options, target, name, Path("unused"))
-        if kinds[0] == "tokenizer":
+        if kind == "tokenizer":
             check_reconstructions(each, settings)
         else:
             check_samples(each, settings, existing=False)
     if options.probe:
         open_sources(options.probe)
-    return kinds[0]
+    return kind
 
 
 def with_one_protocol(overrides: list[str]) -> list[str]:

@@ -101,6 +101,23 @@ class Source:
         self.__dict__.pop("content", None)
 
 
+def kinds_of(reference: str) -> set[str]:
+    """What the weights of a reference are of: {"tokenizer"} or {"generator"}, or both for a folder with a file of each.
+    UserError where there are none."""
+    source = Source(reference, "generator")
+    beside = source.path.with_name("tokenizer.safetensors")
+    if source.path.name == "generator.safetensors" != Path(reference).name and beside.is_file():
+        return {"tokenizer", "generator"}
+    try:
+        if isinstance(source.content, Checkpoint):
+            return {source.content.state["primary"]}
+        if isinstance(source.content, weight_files.WeightFile):
+            return {source.content.kind}
+        return {"generator" if recognise(ADAPTERS["generator"], source.content) else "tokenizer"}
+    finally:
+        source.close()
+
+
 @dataclass
 class Weights:
     """Weights of one network, from a run of ours or a released file.

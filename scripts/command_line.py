@@ -91,16 +91,19 @@ def _foreign(word: str, following: str, options: dict[str, argparse.Action]) -> 
     return bool(options[name].choices) and translate.is_number(value) and value not in options[name].choices
 
 
-def target_of(target: str | None, weights: str | None, settings: Iterable[str]) -> tuple[str, list[str]]:
+def target_of(
+    target: str | None, weights: str | None, settings: Iterable[str], default: str | None = None
+) -> tuple[str, list[str]]:
     """(what is sampled from, settings) of a command `[TARGET] [--weights FILE] [key=value ...]`.
 
-    With a target --weights are other weights for it, else they are the target. UserError where there is neither.
+    With a target --weights are other weights for it, else they are the target. `default` where there is neither, or a
+    UserError.
     """
     settings = list(settings)
     if target is not None and "=" in target and "://" not in target.split("=")[0] and not Path(target).exists():
         target, settings = None, [target, *settings]
     if target is not None and weights is not None:
         return target, [*settings, f"generator.weights={weights}"]
-    if target is None and weights is None:
+    if (target or weights or default) is None:
         raise UserError("name a generator: a config, a run folder, a checkpoint or a released file; see --help.")
-    return target or weights, settings
+    return target or weights or default, settings

@@ -9,10 +9,10 @@ LPIPS with 95 % intervals and paired differences against the first one, bits per
 codebook use by branch and scale, speed and memory, a rate-distortion plot, and the regions where they disagree most.
 Generators: FID, IS, precision and recall of samples. Writes report.html, compare.csv, compare.tex and metrics.json; what
 the evaluation of each one writes lies in a folder beside them. The same command continues after a kill. Without targets
-the small models of pretrained_models/tiny are compared.
+the tokenizers of pretrained_models/tiny are compared, on embedded://emoji64.
 
 options:
-  --data URL         pictures for tokenizers (default folder://data/imagenet/val): a URL, folder or .npz
+  --data URL         pictures for tokenizers (default folder://data/imagenet/val; without targets embedded://emoji64): a URL, folder or .npz
   --num N            the first N pictures, or N samples
   --probe URL        also linear-probe accuracies on these labelled pictures (train and val)
   --bootstrap N      replicates of the intervals of FID and IS (default 20; 0: none)
@@ -27,12 +27,9 @@ key=value: eval.protocol=NAME (default adm), eval.batch ...; for generators any 
 
 import argparse
 import os
-from pathlib import Path
 
 from core import cli
 from scripts import command_line
-
-TINY = Path("pretrained_models/tiny")
 
 
 def parse(arguments: list[str]) -> tuple[argparse.Namespace, list[str]]:
@@ -44,7 +41,7 @@ def parse(arguments: list[str]) -> tuple[argparse.Namespace, list[str]]:
     )
     parser.add_argument("words", nargs="*", help=argparse.SUPPRESS)
     for name, kind, default in (
-        ("--data", str, "folder://data/imagenet/val"),
+        ("--data", str, None),
         ("--num", int, None),
         ("--probe", str, None),
         ("--bootstrap", int, 20),
@@ -59,8 +56,17 @@ def parse(arguments: list[str]) -> tuple[argparse.Namespace, list[str]]:
     options = command_line.parse(parser, "evaluate", arguments)
     settings = [w for w in options.words if "=" in w and "://" not in w.split("=")[0]]
     options.targets = [w for w in options.words if w not in settings]
-    if not options.targets:
-        options.targets = sorted(map(str, TINY.glob("*/tokenizer.safetensors")))
+    named = bool(options.targets)
+    if not named:
+        from core.weights import released
+
+        options.targets = released.shipped()
+    options.data = options.data or ("folder://data/imagenet/val" if named else "embedded://emoji64")
+    options.taken = (
+        ""
+        if named
+        else f"no model was named: comparing the tiny tokenizers {', '.join(options.targets)} on {options.data}"
+    )
     if options.num is not None:
         settings.append(f"eval.num_images={options.num}")
     return options, settings
@@ -76,6 +82,8 @@ def main(arguments: list[str]) -> int:
     from core import dist
 
     world = dist.start("auto")
+    if options.taken:
+        world.say(options.taken)
     try:
         return compare.compare(options, settings, world)
     finally:

@@ -1,8 +1,8 @@
 #!/usr/bin/env python3
-"""Edit a photo: python -m scripts.edit GENERATOR PHOTO --mask M.PNG --label 207 [--out X.PNG] [key=value ...]
+"""Edit a photo: python -m scripts.edit [GENERATOR] PHOTO --mask M.PNG --label 207 [--out X.PNG] [key=value ...]
 
 What is white in the mask is drawn anew as a picture of the class; everything else stays, pixel for pixel. GENERATOR is
-what run_sample.sh takes: a config, run folder, checkpoint or released file. PHOTO may have any size: its middle square is
+what run_sample.sh takes: a config, run folder, checkpoint or released file; without one tiny/rectok. PHOTO may have any size: its middle square is
 seen, in the tokenizer's size, in which X.PNG comes; --full adds X_full.png, the photo in its own size with the new part.
 
 The mask has the photo's size, its proportions, or the size of what the model sees; transparent counts as white. A code
@@ -18,16 +18,37 @@ Several labels or --num N: X_000_207.png and so on. The same seed, label and num
 import argparse
 
 from core import cli
+from core.errors import UserError
 from scripts import command_line
+
+TINY = "tiny/rectok"
+PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".avif")
+
+
+def named(words: list[str]) -> tuple[str | None, str, list[str]]:
+    """(generator or None, photo, key=value words). UserError where there is no photo, or more than the two."""
+    settings = [word for word in words if "=" in word and "://" not in word.split("=")[0]]
+    names = [word for word in words if word not in settings]
+    if len(names) == 1 and names[0].lower().endswith(PICTURES):
+        return None, names[0], settings
+    if len(names) != 2:
+        raise UserError(
+            f"{' '.join(names) or 'no words'}: name the generator and the photo, or the photo alone for {TINY}: "
+            "bash run_edit.sh GENERATOR photo.png --mask m.png --label 207"
+        )
+    return names[0], names[1], settings
 
 
 def main(arguments: list[str]) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m scripts.edit", description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
-    parser.add_argument("generator", help="config, run folder, checkpoint, released file or hf:// address")
-    parser.add_argument("photo")
-    parser.add_argument("overrides", nargs="*", metavar="key=value")
+    parser.add_argument(
+        "words",
+        nargs="+",
+        metavar="[GENERATOR] PHOTO [key=value ...]",
+        help="generator: config, run folder, checkpoint, released file or hf:// address",
+    )
     parser.add_argument("--label", "--labels", required=True, help="class number or name; several: 207,tree frog")
     parser.add_argument("--mask", help="picture whose white pixels are to change")
     parser.add_argument("--outpaint", type=float, metavar="SHARE", help="draw around the photo; 0 fills up to a square")
@@ -46,7 +67,11 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--seed", type=int)
     options = command_line.parse(parser, "edit", arguments)
 
-    overrides = [*options.overrides, *command_line.sampling_overrides(options)]
+    options.generator, options.photo, settings = named(options.words)
+    if options.generator is None:
+        options.generator = TINY
+        print(f"no generator was named: editing with {TINY}, a tiny model that comes with the code", flush=True)
+    overrides = [*settings, *command_line.sampling_overrides(options)]
 
     import dataclasses
     from pathlib import Path

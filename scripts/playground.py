@@ -28,10 +28,11 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--port", type=int, help="default: the first free one from 7860 on")
     options = parser.parse_intermixed_args(arguments)
 
+    from core.weights import released
     from run.playground import views
     from run.playground.server import open_server
 
-    models = views.Models(options.models or views.shipped(), print)
+    models = views.Models(options.models or released.shipped(), print)
     for entry in models.entries:
         print(f"not shown: {entry.error}" if entry.error else f"{entry.kind} {entry.name} is ready")
     server = open_server(models, str(options.host), options.port)

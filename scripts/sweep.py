@@ -10,6 +10,7 @@ of the pictures of the whole grid. Picture i has the same noise and label everyw
 sweep.csv, best.yaml (a config snippet) and best.txt, which run_sample.sh and run_eval_generator.sh take:
 bash run_sample.sh GENERATOR --labels 0-9 --out DIR $(cat OUT/best.txt). The same command continues after a kill.
 
+Without a GENERATOR: tiny/rear, a tiny model that comes with the code, with 400 pictures in the last comparison.
 Values: 1,2.5,4 or FROM:TO (steps of 1) or FROM:TO:STEP; one per codebook: [3,2]. Without any, --scale 1:8.
 
 options:
@@ -32,6 +33,7 @@ import argparse
 from core import cli
 from scripts import command_line
 
+TINY, TINY_NUM = "tiny/rear", 400
 AXES = ("scale", "interval", "schedule", "power", "temperature", "top_k", "top_p", "steps", "ema")
 
 
@@ -52,7 +54,13 @@ def parse(arguments: list[str]) -> tuple[argparse.Namespace, list[str], dict[str
     for flag in ("--again", "--check"):
         parser.add_argument(flag, action="store_true", help=argparse.SUPPRESS)
     options = command_line.parse(parser, "evaluate_generator", arguments)
-    options.target, settings = command_line.target_of(options.target, options.weights, options.settings)
+    options.target, settings = command_line.target_of(options.target, options.weights, options.settings, "")
+    options.taken = ""
+    if not options.target:
+        options.target, options.num = TINY, options.num or TINY_NUM
+        options.taken = (
+            f"no generator was named: sweeping {TINY}, a tiny model that comes with the code; --num {options.num}"
+        )
     settings += command_line.overrides_of({"tokenizer.weights": options.tokenizer, "eval.num_images": options.num})
     options.infinity = False
     return options, settings, {name: getattr(options, name) for name in AXES if getattr(options, name) is not None}
@@ -68,6 +76,8 @@ def main(arguments: list[str]) -> int:
     from core import dist
 
     world = dist.start("auto")
+    if options.taken:
+        world.say(options.taken)
     try:
         return sweep.sweep(options, settings, axes, world)
     finally:

@@ -26,6 +26,7 @@ from core.registry import parameters
 ROOT = Path(__file__).resolve().parents[2]
 HELPERS = Path(__file__).with_name("helpers.toml")
 TABLE = Path(__file__).with_name("released.toml")
+TINY = ROOT / "pretrained_models" / "tiny"
 
 
 @dataclass(frozen=True)
@@ -205,6 +206,18 @@ def find_local_file(name: str) -> Path | None:
         if file := next((f for f in files if f.is_file()), None):
             return file
     return None
+
+
+def shipped() -> list[str]:
+    """References of the tiny models that come with the code, each a tokenizer and its generator; UserError without any."""
+    folders = (folder for folder in sorted(TINY.glob("*")) if any(folder.glob("*.safetensors")))
+    found = [f"{TINY.name}/{folder.name}" for folder in folders]
+    if not found:
+        raise UserError(
+            f"there are no tiny models in {TINY}. Name weights or a run, or train some in a minute: "
+            "bash run_quickstart.sh fqgan --smoke"
+        )
+    return found
 
 
 def find_weights(reference: str) -> Path | None:

@@ -26,23 +26,19 @@ from core.errors import UserError
 from core.images import finite_uint8, png, to_model_range
 from core.rng import Draws, hash64
 from core.specs import Codes, Continuous, MultiScale, Tokenizer
-from core.train.checkpoint import Checkpoint
 from core.weights import released
-from core.weights.adapter import recognise
-from core.weights.files import WeightFile
 from data.decode import UnreadablePicture, decode_rgb
 from data.sources import open_source
 from data.transforms import center_crop, to_tensor
 from evaluation.images import psnr, ssim
 from run import edit as editing
 from run.alter import Changes, branch_names, parts_of
-from run.load import ADAPTERS, Source
+from run.load import kinds_of
 from run.models import GeneratorModel, TokenizerModel, load_generator, load_tokenizer
 from run.reconstruct import difference, file_stem
 from run.sample import SampleFolder, parse_labels
 from run.target import Sampler
 
-TINY = Path(__file__).resolve().parents[2] / "pretrained_models" / "tiny"
 MOST = 32  # pictures at once: a batch of run_sample.sh
 GAIN = 4.0  # of the error map, as in scripts/reconstruct.py
 EXAMPLES = ("embedded://emoji64", 8)
@@ -81,34 +77,6 @@ class Entry:
 # ---------------------------------------------------------------------------------------------------------------------
 # Which models
 # ---------------------------------------------------------------------------------------------------------------------
-def shipped() -> list[str]:
-    """The small trained models that come with the code: a generator brings its tokenizer."""
-    folders = (folder for folder in sorted(TINY.glob("*")) if any(folder.glob("*.safetensors")))
-    found = [f"{TINY.name}/{folder.name}" for folder in folders]
-    if not found:
-        raise UserError(
-            f"there are no small models in {TINY}. Name weights or a run: "
-            "bash run_playground.sh work_dirs/RUN, or train in a minute: bash run_quickstart.sh fqgan --smoke"
-        )
-    return found
-
-
-def kind_of(reference: str) -> str:
-    """ "tokenizer" or "generator", whichever the weights are of, and the latter where there are both; UserError where there
-    are none."""
-    if reference.endswith((".yaml", ".yml")):
-        return "generator"
-    source = Source(reference, "generator")
-    try:
-        if isinstance(source.content, Checkpoint):
-            return source.content.state["primary"]
-        if isinstance(source.content, WeightFile):
-            return source.content.kind
-        return "generator" if recognise(ADAPTERS["generator"], source.content) else "tokenizer"
-    finally:
-        source.close()
-
-
 class Models:
     """The models of a playground; what cannot be loaded is an entry that says why.
 
@@ -121,12 +89,12 @@ class Models:
         self.entries: list[Entry] = []
         for reference in references:
             try:
-                kind = kind_of(reference)
+                is_generator = reference.endswith((".yaml", ".yml")) or "generator" in kinds_of(reference)
             except UserError as error:
                 self.entries.append(Entry(reference, "", error=str(error)))
                 continue
             log(f"loading {reference}")
-            self._add(reference, kind)
+            self._add(reference, "generator" if is_generator else "tokenizer")
         if all(entry.error for entry in self.entries):
             raise UserError(self.entries[0].error)
 

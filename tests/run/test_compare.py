@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from core.errors import UserError
+from core.weights import released
 from evaluation.images import interval_of
 from run import compare as module
 from run.load import read_tokenizer
@@ -68,6 +69,17 @@ def test_tokenizers(fqgan, tokenizer_run, tmp_path, capsys):
     assert capsys.readouterr().out.count("measured before") == 2 and (out / "compare.csv").read_text() == before
 
 
+def test_without_targets_the_tiny_tokenizers_are_compared(generator_run, capsys, monkeypatch):
+    options, words = compare.parse(["--check", "--seconds", "0"])
+    assert options.targets == released.shipped() and module.prepare(options, words) == "tokenizer"
+    assert compare.parse(["tiny/rear", "tiny/fqgan"])[0].data == "folder://data/imagenet/val"
+    assert module.kind_of(["tiny/rear", str(generator_run)]) == "generator"
+    monkeypatch.setattr(module, "compare", lambda *_: print("began") or 0)
+    assert compare.main([]) == 0
+    said = capsys.readouterr().out
+    assert said.startswith("no model was named: comparing the tiny tokenizers tiny/") and "embedded://emoji64" in said
+
+
 def test_generators(generator_run, tmp_path):
     other = shutil.copytree(generator_run, tmp_path / "other", symlinks=True)
     out = tmp_path / "out"
@@ -80,10 +92,11 @@ def test_generators(generator_run, tmp_path):
 def test_accuracies_of_a_probe(fqgan, tokenizer_run, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)  # features are kept in work_dirs/cache
     url = "synthetic://?size=32&classes=4&count=24"
-    words = [str(fqgan), str(tokenizer_run), *DATA, "--probe", url, "--seconds", "0", "--out", "out"]
+    words = [str(fqgan), str(tokenizer_run), *DATA, "--probe", url, "--seconds", "0", "--bootstrap", "0", "--out", "out"]
     assert compare.main(words) == 0
     found = {name for name, metric in numbers(tmp_path / "out") if metric.startswith("probe_top1_")}
     assert len(found) == 2
+    assert "there is no paired difference without replicates" in (tmp_path / "out" / "report.html").read_text()
 
 
 def test_speeds_are_of_both_batches(fqgan):

@@ -215,6 +215,18 @@ def test_program(generator_run, tmp_path, capsys):
     assert len(around) == 2 and around[0].size == (32, 32)
 
 
+def test_without_a_generator_a_tiny_one_is_taken(tmp_path, capsys):
+    photo(32, 32).save(tmp_path / "photo.png")
+    square_mask((32, 32)).save(tmp_path / "mask.png")
+    words = [str(tmp_path / "photo.png"), "--mask", str(tmp_path / "mask.png"), "--label", "food", "--steps", "2"]
+    assert program.main([*words, "--out", str(tmp_path / "x.png")]) == 0
+    assert capsys.readouterr().out.startswith("no generator was named: editing with tiny/rectok")
+    assert Image.open(tmp_path / "x.png").size == (64, 64)
+    for words in ([], ["tiny/rear"], ["tiny/rear", "a.png", "b.png"]):
+        with pytest.raises(UserError, match="name the generator and the photo"):
+            program.main([*words, "sample.steps=2", "--label", "1", "--mask", "m.png"])
+
+
 @pytest.mark.parametrize(
     ("words", "said"),
     [

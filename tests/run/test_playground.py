@@ -18,6 +18,7 @@ from PIL import Image
 
 from core.errors import UserError
 from core.rng import Draws
+from core.weights import released
 from data.sources import open_source
 from generator.sampling import draw_latents
 from run.playground import server, views
@@ -356,13 +357,13 @@ def test_which_models(runs, tmp_path, monkeypatch):
     assert "other.safetensors" in models.describe()["models"][0]["error"]
     with pytest.raises(UserError, match="other.safetensors"):
         views.Models([str(junk)])
-    monkeypatch.setattr(views, "TINY", tmp_path)
+    monkeypatch.setattr(released, "TINY", tmp_path)
     with pytest.raises(UserError, match="bash run_quickstart.sh fqgan --smoke"):
-        views.shipped()
+        released.shipped()
     (tmp_path / "dar").mkdir()
     for kind in ("tokenizer", "generator"):
         (tmp_path / "dar" / f"{kind}.safetensors").touch()
-    assert views.shipped() == [f"{tmp_path.name}/dar"]
+    assert released.shipped() == [f"{tmp_path.name}/dar"]
 
 
 @pytest.mark.slow

@@ -106,3 +106,14 @@ def test_where_guidance_is_off_its_schedule_makes_no_setting():
     assert names.count("scale 1") == 1 and len(names) == 1 + 2 * (1 + 2)
     assert module.values_of("scale", "1:2:0.25") == ["1", "1.25", "1.5", "1.75", "2"]
     assert module.values_of("scale", "[3,2],4") == ["[3,2]", "4"]
+
+
+def test_without_a_generator_a_tiny_one_is_taken(capsys, monkeypatch):
+    options, settings, _ = sweep.parse(["--scale", "1:2", "eval.batch=8"])
+    assert options.target == "tiny/rear" and settings == ["eval.batch=8", "eval.num_images=400"]
+    assert sweep.parse(["--num", "16"])[1] == ["eval.num_images=16"]
+    named, settings, _ = sweep.parse(["tiny/rear", "--scale", "1:2"])
+    assert named.target == "tiny/rear" and not settings and not named.taken
+    monkeypatch.setattr(module, "sweep", lambda *_: print("began") or 0)
+    assert sweep.main(["--scale", "1:2"]) == 0
+    assert capsys.readouterr().out.startswith("no generator was named: sweeping tiny/rear")
