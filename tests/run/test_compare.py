@@ -92,7 +92,19 @@ def test_generators(generator_run, tmp_path):
 def test_accuracies_of_a_probe(fqgan, tokenizer_run, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)  # features are kept in work_dirs/cache
     url = "synthetic://?size=32&classes=4&count=24"
-    words = [str(fqgan), str(tokenizer_run), *DATA, "--probe", url, "--seconds", "0", "--bootstrap", "0", "--out", "out"]
+    words = [
+        str(fqgan),
+        str(tokenizer_run),
+        *DATA,
+        "--probe",
+        url,
+        "--seconds",
+        "0",
+        "--bootstrap",
+        "0",
+        "--out",
+        "out",
+    ]
     assert compare.main(words) == 0
     found = {name for name, metric in numbers(tmp_path / "out") if metric.startswith("probe_top1_")}
     assert len(found) == 2
