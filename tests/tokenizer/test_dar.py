@@ -181,6 +181,44 @@ def test_convolutions_after_the_patches_see_over_their_seams():
         small(decoder={**plain, "pixel_channels": 4, "own_time": False, "modulated_output": True})
 
 
+def test_convolutions_paint_the_picture_near_noise():
+    """Where they paint nothing the velocity is the noise, negated: the picture that this aims at is t times the noisy one."""
+    core = small(decoder={**SMALL["decoder"], "pixel_channels": 4}).diff_decoder.net
+    torch.nn.init.zeros_(core.last_layer.weight)
+    torch.nn.init.zeros_(core.last_layer.bias)
+    noisy = torch.randn(1, 3, 32, 32, generator=torch.Generator().manual_seed(2))
+    velocity = core(noisy, core.embed_time(torch.tensor([0.25])), torch.zeros(1, 4, 32))[0]
+    torch.testing.assert_close(noisy + 0.75 * velocity, 0.25 * noisy)
+
+
+def test_spread_is_one_where_all_pictures_have_the_same_code():
+    images = torch.rand(4, 3, 32, 32, generator=torch.Generator().manual_seed(5)) * 2 - 1
+    assert "spread" not in small()(images, draws(4)).terms
+    tokenizer = small(spread=True)
+    terms = tokenizer(images, draws(4)).terms
+    vectors = torch.nn.functional.normalize(tokenizer._project(images), dim=-1)
+    pairs = (vectors[:, None] * vectors[None]).sum(-1)  # (B, B, N): the mean over pairs is the squared mean vector
+    torch.testing.assert_close(terms["spread"], pairs.mean())
+    same = tokenizer(images[:1].expand(4, -1, -1, -1), draws(4)).terms["spread"]
+    torch.testing.assert_close(same, torch.ones(()))
+    assert "spread" in tokenizer.term_names
+    terms["spread"].backward()
+    assert tokenizer.patchify.weight.grad.abs().max() > 0
+
+
+def test_solver_and_rows_of_the_tables():
+    codes = torch.randint(0, 32, (2, 16, 1), generator=torch.Generator().manual_seed(1))
+    published, euler = small(), small(solver="euler")
+    assert not torch.equal(published.decode(codes, draws(2)), euler.decode(codes, draws(2)))
+    assert torch.equal(published.decode(codes, draws(2), method="euler"), euler.decode(codes, draws(2)))
+    short = small(table_rows=16)
+    assert short.query_embedding.num_embeddings == short.decoder_embedding.num_embeddings == 16
+    with pytest.raises(UserError, match="table_rows=16 cannot be exported"):
+        ADAPTERS["dar"].restore(short)
+    with pytest.raises(UserError, match="length 16 exceeds the 15 rows"):
+        small(table_rows=15)
+
+
 def ones(maps: torch.Tensor) -> torch.Tensor:
     """(B, C, 1, W) to add to a row of patches."""
     return torch.ones_like(maps[:, :, :1])

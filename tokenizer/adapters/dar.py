@@ -15,6 +15,7 @@ from core.weights.names import Names, Renames, State
 from tokenizer.vq.dar import DAR
 from tokenizer.vq.diffusion_decoder import DecoderSettings
 
+TABLE_ROWS = 1024  # of queries and positions, in every released file
 RENAMES = Renames(
     fused={
         ".attention.qkv.": (".attention.q.", ".attention.k.", ".attention.v."),
@@ -22,7 +23,7 @@ RENAMES = Renames(
     }
 )
 # (width of the encoder, width of the conditions, codes, numbers in a code) of the released tokenizer, and what our
-# defaults are. Their tables have 1024 rows in every file, so no tensor tells.
+# defaults are. Their tables have TABLE_ROWS rows in every file, so no tensor tells.
 _RELEASED = {(768, 768, 16384, 8): {"length": 256, "groups": 8}}
 # What the trainer's config calls the settings that are in no tensor.
 _SAID = {
@@ -108,6 +109,11 @@ def _restore(model: DAR) -> State:
         raise UserError(
             "the official D-AR code has no convolutions after its output layer; a model with "
             f"tokenizer.decoder.pixel_channels={convs[0].out_channels} cannot be exported to its layout"
+        )
+    if (rows := model.decoder_embedding.num_embeddings) != TABLE_ROWS:
+        raise UserError(
+            f"the official D-AR code has tables of {TABLE_ROWS} rows; a model with tokenizer.table_rows={rows} cannot be "
+            "exported to its layout"
         )
     return RENAMES.official(model.state_dict())
 

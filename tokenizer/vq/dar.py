@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -30,9 +30,7 @@ from core.rng import Draws
 from core.specs import Chart, Codes, Recon
 from tokenizer.codes import CodeTokenizer
 from tokenizer.vq.diffusion_decoder import DecoderSettings, DiffusionCore, Trajectory, plain_norm, shifted_time
-from tokenizer.vq.quantizer import VectorQuantizer
-
-MAX_POSITIONS = 1024  # rows of the tables of queries and positions in the released files
+from tokenizer.vq.quantizer import VectorQuantizer, unit
 
 
 class Block(nn.Module):
@@ -66,10 +64,15 @@ class DAR(CodeTokenizer):
         vocab, code_dim: of the codebook; codes are compared on the unit sphere.
         quantize: False leaves the normalised vectors as they are (then there are no codes to model).
         low_rank_queries: encoder queries as code_dim-wide rows and a linear map, or full-width rows.
+        table_rows: of the tables of queries and positions, at least N; 1024 in the released files.
+        solver: of the flow, "adams2" as published or "euler", which keeps closer to what the first step saw.
         decoder: settings of the diffusion decoder, see tokenizer.vq.diffusion_decoder.DecoderSettings.
         output_size: images larger than this are resized to it after decoding; 0 for no resizing.
         semantic: {"teachers": {name: width}}: one frozen teacher whose features the decoder is aligned with (REPA).
         entropy: report the codebook's entropy term; parity: its weight is 0 in the released recipe.
+        spread: report the term "spread": the squared length of a position's mean code vector over the batch, 1 where all
+            pictures have the same code there, 1 / B where they have nothing in common. Not published: codes that differ
+            by position alone satisfy the entropy term, and without this one a small data set leaves it at that.
         usage_window, usage_sample: codebook usage is the share of distinct codes among so many latest assignments, of
             which every step adds a sample; usage_window 0 does not count. parity: 65536 and 512.
         perceptual_by_time: weigh each picture's perceptual loss by 2 t. parity: the official code does so where its
@@ -98,10 +101,13 @@ class DAR(CodeTokenizer):
         code_dim: Width = 8,
         quantize: bool = True,
         low_rank_queries: bool = True,
+        table_rows: Count = 1024,
+        solver: Literal["adams2", "euler"] = "adams2",
         decoder: Annotated[dict, DecoderSettings] | None = None,
         output_size: Whole = 0,
         semantic: dict[str, Any] | None = None,
         entropy: bool = False,
+        spread: bool = False,
         usage_window: Whole = 65536,
         usage_sample: Whole = 512,
         perceptual_by_time: bool = False,
@@ -115,19 +121,20 @@ class DAR(CodeTokenizer):
         self.image_size, self.patch_size, self.length, self.groups = image_size, patch_size, length, groups
         self.window, self.steps, self.output_size = window or length // max(1, groups), steps, output_size
         widths = {"encoder_width": encoder_width, "condition_width": condition_width, "decoder.width": settings.width}
-        self._check_sizes(widths, head_dim)
+        self._check_sizes(widths, head_dim, table_rows)
         teachers = (semantic or {}).get("teachers") or {}
         if len(teachers) > 1:
             raise UserError(f"D-AR is aligned with one teacher, not with {len(teachers)}: {', '.join(teachers)}.")
         self.teacher = next(iter(teachers), None)
 
+        self.solver, self.spread = solver, spread
         self.usage_sample, self.perceptual_by_time = usage_sample, perceptual_by_time
         self.data_std, self.time_shift = settings.data_std, settings.time_shift
         self.spec = Codes(length, 1, vocab, code_dim)
         self.quantized = quantize
 
         self.patchify = nn.Conv2d(3, encoder_width, patch_size, patch_size)
-        self.query_embedding = nn.Embedding(MAX_POSITIONS, code_dim if low_rank_queries else encoder_width)
+        self.query_embedding = nn.Embedding(table_rows, code_dim if low_rank_queries else encoder_width)
         self.query_linear = nn.Linear(code_dim, encoder_width) if low_rank_queries else nn.Identity()
         self.encoder_layers = nn.ModuleList(
             Block(encoder_width, encoder_width // head_dim, gate=gate_init) for _ in range(encoder_layers)
@@ -136,9 +143,9 @@ class DAR(CodeTokenizer):
         self.quantize = (
             VectorQuantizer(vocab, code_dim, entropy=entropy, usage_window=usage_window) if quantize else None
         )
-        self.term_names = (*(self.quantize.term_names if quantize else ()), "flow")
+        self.term_names = (*(self.quantize.term_names if quantize else ()), *(("spread",) if spread else ()), "flow")
         self.quant_out_conv = nn.Conv2d(code_dim, condition_width, 1, bias=False)
-        self.decoder_embedding = nn.Embedding(MAX_POSITIONS, condition_width)
+        self.decoder_embedding = nn.Embedding(table_rows, condition_width)
         self.decoder_layers = nn.ModuleList(
             Block(condition_width, condition_width // head_dim, causal=True, gate=gate_init)
             for _ in range(condition_layers)
@@ -155,14 +162,14 @@ class DAR(CodeTokenizer):
         self.rope = AxialRope(head_dim, (image_size // patch_size,) * 2, rope_theta, extra=length)
         self._init_weights(low_rank_queries, init_std)
 
-    def _check_sizes(self, widths: dict[str, int], head_dim: int) -> None:
+    def _check_sizes(self, widths: dict[str, int], head_dim: int, table_rows: int) -> None:
         for name, width in widths.items():
             if width % head_dim:
                 raise UserError(f"{name} {width} must be a multiple of head_dim {head_dim}.")
         if self.image_size % self.patch_size:
             raise UserError(f"patch_size {self.patch_size} does not divide image_size {self.image_size}.")
-        if self.length > MAX_POSITIONS:
-            raise UserError(f"length {self.length} exceeds the {MAX_POSITIONS} rows of the tables.")
+        if self.length > table_rows:
+            raise UserError(f"length {self.length} exceeds the {table_rows} rows of the tables (table_rows).")
         if not 1 <= self.groups <= self.length:
             raise UserError(f"groups {self.groups} must lie between 1 and length {self.length}.")
         if not 1 <= self.window <= self.length:
@@ -248,6 +255,8 @@ class DAR(CodeTokenizer):
         else:
             vectors = F.normalize(z.float(), dim=-1)
             terms, codes = {}, None
+        if self.spread:
+            terms["spread"] = unit(z).mean(0).square().sum(-1).mean()
         conditions = self.conditions(vectors)
         columns = start[:, None] + torch.arange(self.window, device=u.device)  # (B, Q)
         window = conditions.gather(1, columns[..., None].expand(-1, -1, conditions.shape[-1]))
@@ -286,13 +295,13 @@ class DAR(CodeTokenizer):
         *,
         steps: int | None = None,
         size: tuple[int, int] | None = None,
-        method: str = "adams2",
+        method: str | None = None,
     ) -> Stream:
         """Decoding while the codes arrive. Without draws every image starts from the same noise."""
         size = size or (self.image_size,) * 2
         device = self.decoder_embedding.weight.device
         draws = draws or Draws(0, torch.zeros(batch, dtype=torch.int64, device=device))
-        return Stream(self, draws.normal("noise", (3, *size)), steps or self.steps, method)
+        return Stream(self, draws.normal("noise", (3, *size)), steps or self.steps, method or self.solver)
 
     def decode(
         self,
@@ -302,7 +311,7 @@ class DAR(CodeTokenizer):
         steps: int | None = None,
         clip: int | None = None,
         size: tuple[int, int] | None = None,
-        method: str = "adams2",
+        method: str | None = None,
     ) -> Tensor:
         """Images (B, 3, H, W) of codes (B, n, 1); n may be a prefix that ends with a whole window.
 

@@ -95,7 +95,8 @@ class DecoderSettings:
         feature_hidden: hidden width of the alignment head.
         rope_theta: of the attention layers.
         pixel_channels: a patch paints so many values per pixel, not three, of which `core.nn.conv.pixel_convs` makes the
-            velocity, beside the noisy pixels themselves. 0: as published.
+            velocity, beside the noisy pixels themselves and less them: near t = 0 the convolutions then paint the picture,
+            not the noise. 0: as published.
     """
 
     width: Width = 768
@@ -215,7 +216,7 @@ class DiffusionCore(nn.Module):
             out = self.conv_out(h.transpose(1, 2).unflatten(2, grid))
         out = F.pixel_shuffle(out, self.patch_size)
         if len(self.pixel_convs):
-            out = self.pixel_convs(torch.cat((out, x.to(out.dtype)), dim=1))
+            out = self.pixel_convs(torch.cat((out, x.to(out.dtype)), dim=1)).float() - x
         return out, features
 
     def _features(self, h: Tensor, grid: torch.Size) -> Tensor:
