@@ -95,87 +95,87 @@ class _Checker:
     def wrong(self, path: str, message: str) -> None:
         self.problems.append(f"{path}: {message}")
 
-    def value(self, path: str, given: Any, hint: Any) -> Any:
-        """`given` as an instance of the type `hint`; a problem is noted when it is not one."""
+    def value(self, path: str, raw: Any, hint: Any) -> Any:
+        """`raw` as an instance of the type `hint`; a problem is noted when it is not one."""
         if hint is None or isinstance(hint, (str, typing.TypeVar)):
-            return given
+            return raw
         if isinstance(hint, type) and dataclasses.is_dataclass(hint):
-            return self.section(path, given, hint)
+            return self.section(path, raw, hint)
         check = self.CHECKS.get(get_origin(hint) or hint)
-        return given if check is None else check(self, path, given, hint)
+        return raw if check is None else check(self, path, raw, hint)
 
-    def annotated(self, path: str, given: Any, hint: Any) -> Any:
+    def annotated(self, path: str, raw: Any, hint: Any) -> Any:
         """A number with Limits, a table with a schema, or a component: Annotated[dict, kind], or Annotated[dict, kind, "table"]."""
         inner, kind, *form = get_args(hint)
         if isinstance(kind, type):  # the schema of a table, which its owner completes and checks
-            return self.value(path, given, inner)
+            return self.value(path, raw, inner)
         if not isinstance(kind, Limits):
-            return self.component(path, given, kind, table="table" in form)
-        count, value = len(self.problems), self.value(path, given, inner)
+            return self.component(path, raw, kind, table="table" in form)
+        count, value = len(self.problems), self.value(path, raw, inner)
         if len(self.problems) == count and not kind.hold(value):
             self.wrong(path, f"must be {kind}, got {value!r}.")
         return value
 
-    def literal(self, path: str, given: Any, hint: Any) -> Any:
+    def literal(self, path: str, raw: Any, hint: Any) -> Any:
         choices = get_args(hint)
-        if given not in choices:
-            advice = nearest(given, map(str, choices)) if isinstance(given, str) else ""
-            self.wrong(path, f"expected {describe(hint)}, got {given!r}.{advice}")
-        return given
+        if raw not in choices:
+            advice = nearest(raw, map(str, choices)) if isinstance(raw, str) else ""
+            self.wrong(path, f"expected {describe(hint)}, got {raw!r}.{advice}")
+        return raw
 
-    def duration(self, path: str, given: Any, hint: Any) -> Any:
+    def duration(self, path: str, raw: Any, hint: Any) -> Any:
         try:
-            return Duration.parse(given)
+            return Duration.parse(raw)
         except ValueError as expected:
-            self.wrong(path, f"expected {expected}, got {given!r}.")
-            return given
+            self.wrong(path, f"expected {expected}, got {raw!r}.")
+            return raw
 
-    def sequence(self, path: str, given: Any, hint: Any) -> Any:
-        if not isinstance(given, (list, tuple)):
-            self.wrong(path, f"expected a list, got {given!r}.")
-            return given
+    def sequence(self, path: str, raw: Any, hint: Any) -> Any:
+        if not isinstance(raw, (list, tuple)):
+            self.wrong(path, f"expected a list, got {raw!r}.")
+            return raw
         inner = (*get_args(hint), Any)[0]
-        items = [self.value(f"{path}[{i}]", item, inner) for i, item in enumerate(given)]
+        items = [self.value(f"{path}[{i}]", item, inner) for i, item in enumerate(raw)]
         return tuple(items) if tuple in (hint, get_origin(hint)) else items
 
-    def mapping(self, path: str, given: Any, hint: Any) -> Any:
-        if not isinstance(given, dict):
-            self.wrong(path, f"expected a table of keys, got {given!r}.")
-            return given
+    def mapping(self, path: str, raw: Any, hint: Any) -> Any:
+        if not isinstance(raw, dict):
+            self.wrong(path, f"expected a table of keys, got {raw!r}.")
+            return raw
         inner = (*get_args(hint), Any, Any)[1]
-        return {key: self.value(f"{path}.{key}", item, inner) for key, item in given.items()}
+        return {key: self.value(f"{path}.{key}", item, inner) for key, item in raw.items()}
 
-    def number(self, path: str, given: Any, hint: Any) -> Any:
-        if not isinstance(given, (int, float)) or isinstance(given, bool):
-            return self.plain(path, given, hint)
-        if not abs(given) <= sys.float_info.max:
-            self.wrong(path, f"must be a finite number, got {given!r}.")
-            return given
-        return float(given)
+    def number(self, path: str, raw: Any, hint: Any) -> Any:
+        if not isinstance(raw, (int, float)) or isinstance(raw, bool):
+            return self.plain(path, raw, hint)
+        if not abs(raw) <= sys.float_info.max:
+            self.wrong(path, f"must be a finite number, got {raw!r}.")
+            return raw
+        return float(raw)
 
-    def plain(self, path: str, given: Any, hint: Any) -> Any:
-        if type(given) is not hint:
+    def plain(self, path: str, value: Any, hint: Any) -> Any:
+        if type(value) is not hint:
             advice = (
-                f" Quotes make a text of it: {path}=\"'{given}'\"."
-                if hint is str and type(given) in (int, float)
+                f" Quotes make a text of it: {path}=\"'{value}'\"."
+                if hint is str and type(value) in (int, float)
                 else ""
             )
-            self.wrong(path, f"expected {describe(hint)}, got {given!r}.{advice}")
-        return given
+            self.wrong(path, f"expected {describe(hint)}, got {value!r}.{advice}")
+        return value
 
-    def union(self, path: str, given: Any, hint: Any) -> Any:
-        if given is None and type(None) in get_args(hint):
+    def union(self, path: str, raw: Any, hint: Any) -> Any:
+        if raw is None and type(None) in get_args(hint):
             return None
         options = [option for option in get_args(hint) if option is not type(None)]
         if len(options) == 1:
-            return self.value(path, given, options[0])
+            return self.value(path, raw, options[0])
         for option in options:  # the first type that takes the value without complaint
             trial = _Checker(self.registries)
-            result = trial.value(path, given, option)
+            result = trial.value(path, raw, option)
             if not trial.problems:
                 return result
-        self.wrong(path, f"expected {describe(hint)}, got {given!r}.")
-        return given
+        self.wrong(path, f"expected {describe(hint)}, got {raw!r}.")
+        return raw
 
     CHECKS: ClassVar[dict[Any, Callable[..., Any]]] = {  # by the type of a setting, or its origin
         Annotated: annotated,
@@ -190,24 +190,24 @@ class _Checker:
         **dict.fromkeys((int, str, bool, type(None)), plain),
     }
 
-    def section(self, path: str, given: Any, schema: type) -> Any:
+    def section(self, path: str, table: Any, schema: type) -> Any:
         """A nested dataclass."""
-        if given is None:
-            given = {}
-        if not isinstance(given, dict):
-            self.wrong(path, f"expected a table of keys, got {given!r}.")
+        if table is None:
+            table = {}
+        if not isinstance(table, dict):
+            self.wrong(path, f"expected a table of keys, got {table!r}.")
             return None
         hints = typing.get_type_hints(schema, include_extras=True)
         fields = {f.name: f for f in dataclasses.fields(schema)}
         prefix = f"{path}." if path else ""
-        for key in given:
+        for key in table:
             if key not in fields:
                 self.wrong(f"{prefix}{key}", f"unknown key.{nearest(key, fields, keys_of(RunConfig))}")
         values = {}
         for key, spec in fields.items():
             where = f"{prefix}{key}"
-            if key in given:
-                values[key] = self.value(where, given[key], hints[key])
+            if key in table:
+                values[key] = self.value(where, table[key], hints[key])
                 self.within(where, values[key], spec.metadata.get("limits") or Limits())
             elif spec.metadata.get("required"):
                 if dataclasses.is_dataclass(hints[key]):  # name the mandatory keys inside rather than the section
@@ -221,35 +221,35 @@ class _Checker:
         if not all(map(limits.hold, value if isinstance(value, list) else [value])):
             self.wrong(path, f"must be {limits}, got {value!r}.")
 
-    def component(self, path: str, given: Any, kind: str, table: bool) -> Any:
+    def component(self, path: str, raw: Any, kind: str, table: bool) -> Any:
         """{name: ..., arguments ...} against the signature of what the registry holds; a table has names as keys."""
-        if given is None and table:
+        if raw is None and table:
             return {}
-        if not isinstance(given, dict):
-            self.wrong(path, f"expected a table with a name, got {given!r}.")
-            return given
+        if not isinstance(raw, dict):
+            self.wrong(path, f"expected a table with a name, got {raw!r}.")
+            return raw
         if table:
-            return self.components(path, given, kind)
+            return self.components(path, raw, kind)
         registry = self.registries.get(kind)
         if registry is None:
-            return given
-        if "name" not in given:
+            return raw
+        if "name" not in raw:
             if len(registry.entries) == 1:
-                given = {"name": registry.names()[0], **given}
-            elif given.get("weights"):  # the weights know what they are
-                for key in RESERVED & given.keys():
-                    self.value(f"{path}.{key}", given[key], RESERVED_TYPES[key])
-                return given
+                raw = {"name": registry.names()[0], **raw}
+            elif raw.get("weights"):  # the weights know what they are
+                for key in RESERVED & raw.keys():
+                    self.value(f"{path}.{key}", raw[key], RESERVED_TYPES[key])
+                return raw
             else:
                 self.wrong(path, f"needs a name.{nearest('', registry.entries)}")
-                return given
+                return raw
         try:
-            accepted = registry.signature(str(given["name"]))
+            accepted = registry.signature(str(raw["name"]))
         except UserError as error:
             self.wrong(f"{path}.name", str(error))
-            return given
-        result = dict(given)
-        for key, item in given.items():
+            return raw
+        result = dict(raw)
+        for key, item in raw.items():
             if key in RESERVED and key not in accepted:
                 self.value(f"{path}.{key}", item, RESERVED_TYPES[key])
             elif key not in accepted:
@@ -259,16 +259,16 @@ class _Checker:
                     for field in keys_of(table_of(p.annotation))
                 ]
                 advice = nearest(key, accepted, inner)
-                self.wrong(f"{path}.{key}", f'{kind} "{given["name"]}" has no such setting.{advice}')
+                self.wrong(f"{path}.{key}", f'{kind} "{raw["name"]}" has no such setting.{advice}')
             else:
                 hint = accepted[key].annotation
                 result[key] = self.value(f"{path}.{key}", item, Any if hint is inspect.Parameter.empty else hint)
         return result
 
-    def components(self, path: str, given: dict, kind: str) -> dict[str, Any]:
+    def components(self, path: str, parts: dict, kind: str) -> dict[str, Any]:
         """A table name -> arguments; false takes back what a base config names."""
         checked = {}
-        for name, arguments in given.items():
+        for name, arguments in parts.items():
             if not isinstance(arguments or {}, dict):
                 self.wrong(f"{path}.{name}", f"expected a table of keys, got {arguments!r}.")
             elif arguments is not False:
@@ -276,21 +276,21 @@ class _Checker:
         return checked
 
 
-def parse_section(path: str, given: Any, schema: type) -> Any:
+def parse_section(path: str, table: Any, schema: type) -> Any:
     """An instance of the dataclass `schema` from plain data; UserError with every mistake, named by `path`."""
-    if not isinstance(given, dict):
-        raise UserError(f"{path}: expected a table of keys, got {given!r}.")
+    if not isinstance(table, dict):
+        raise UserError(f"{path}: expected a table of keys, got {table!r}.")
     known = {
         f.name: f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING
         for f in dataclasses.fields(schema)
     }
-    problems = [f"{path}.{key}: unknown key.{nearest(str(key), known)}" for key in given if key not in known]
-    if missing := [name for name, required in known.items() if required and name not in given]:
+    problems = [f"{path}.{key}: unknown key.{nearest(str(key), known)}" for key in table if key not in known]
+    if missing := [name for name, required in known.items() if required and name not in table]:
         problems.append(f"{path} lacks {', '.join(missing)}.")
     if problems:
         raise UserError(" ".join(problems))
     checker = _Checker({})
-    section = checker.section(path, given, schema)
+    section = checker.section(path, table, schema)
     if checker.problems:
         raise UserError(" ".join(checker.problems))
     return section
@@ -374,8 +374,11 @@ def _task_problems(config: RunConfig) -> Iterator[str]:
         )
     if config.task == "tokenizer" and config.train.parallel == "fsdp":
         yield "train.parallel: fsdp is for generators; a tokenizer and its discriminator train with ddp."
-    for key, given in (("new_classes", config.train.new_classes is not None), ("trunk_lr", config.train.trunk_lr != 1)):
-        if given and config.task == "tokenizer":
+    for key, is_set in (
+        ("new_classes", config.train.new_classes is not None),
+        ("trunk_lr", config.train.trunk_lr != 1),
+    ):
+        if is_set and config.task == "tokenizer":
             yield f"train.{key}: a tokenizer knows no classes; this is for generators."
     if config.train.new_classes is not None and not config.train.init_from:
         yield "train.new_classes: says how the classes of train.init_from become new ones; name its weights."
@@ -509,15 +512,15 @@ def read_overrides(overrides: list[str]) -> dict[str, Any]:
 
 
 def override(
-    given: Callable[[], Any], overrides: list[str], registries: Mapping[str, Registry], source: str
+    read: Callable[[], Any], overrides: list[str], registries: Mapping[str, Registry], source: str
 ) -> RunConfig:
-    """A checked RunConfig from what `given` returns (plain data or an OmegaConf table) and overrides. `source`: its name."""
+    """A checked RunConfig from what `read` returns (plain data or an OmegaConf table) and overrides. `source`: its name."""
     from omegaconf import OmegaConf
     from omegaconf.errors import OmegaConfBaseException
 
     changes = read_overrides(overrides)
     try:
-        base = OmegaConf.merge(given())  # a copy
+        base = OmegaConf.merge(read())  # a copy
         _forget_arguments(base, changes, registries)
         plain: Any = OmegaConf.to_container(OmegaConf.merge(base, changes), resolve=True)
     except (OmegaConfBaseException, TypeError) as error:  # TypeError: a table where a list stands, or the reverse

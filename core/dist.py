@@ -194,27 +194,27 @@ def start(device: str = "auto", timeout_minutes: float = 5.0) -> World:
         timeout_minutes: for which a collective waits for a rank that does not come.
     """
     global _peers
-    told = launch.ranks()
+    ranks = launch.ranks()
     chosen = pick_device(device)
     if chosen.type == "cuda":
         torch.cuda.set_device(chosen)
-    if told.size > 1:
+    if ranks.size > 1:
         backend = "cpu:gloo,cuda:nccl" if chosen.type == "cuda" else "gloo"
         try:
             store, _, _ = next(rendezvous("env://", timeout=timedelta(minutes=_MEETING_MINUTES)))
             dist.init_process_group(
-                backend, store=store, rank=told.rank, world_size=told.size, timeout=timedelta(minutes=timeout_minutes)
+                backend, store=store, rank=ranks.rank, world_size=ranks.size, timeout=timedelta(minutes=timeout_minutes)
             )
             store = dist.PrefixStore("peers", store)  # pyright: ignore[reportPrivateImportUsage]  torch documents it
-            _peers = Peers(store, told.rank, told.size, timeout_minutes)
+            _peers = Peers(store, ranks.rank, ranks.size, timeout_minutes)
         except dist.DistError as error:  # a busy port, a wrong address, ranks that never come
             reason = (str(error).strip().splitlines() or ["no reason given"])[0]
             place = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
             raise UserError(
-                f"{told.size} ranks could not meet at {place} ({reason}). Choose a free MASTER_PORT, see that MASTER_ADDR is the first machine, and that "
+                f"{ranks.size} ranks could not meet at {place} ({reason}). Choose a free MASTER_PORT, see that MASTER_ADDR is the first machine, and that "
                 "all ranks were started."
             ) from error
-    return World(told.rank, told.size, told.local, chosen)
+    return World(ranks.rank, ranks.size, ranks.local, chosen)
 
 
 def _several_ranks() -> bool:

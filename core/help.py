@@ -50,20 +50,20 @@ def parts_text(path: str, overrides: list[str], registries: Mapping[str, Registr
     sections = peek(path, overrides)
     lines = []
     for kind in ("tokenizer", "generator", "objective", "discriminator"):
-        if isinstance(given := sections.get(kind), dict):
-            lines += _part(kind, given, registries[kind])
+        if isinstance(settings := sections.get(kind), dict):
+            lines += _part(kind, settings, registries[kind])
     teachers = sections.get("teachers")
-    for name, given in (teachers if isinstance(teachers, dict) else {}).items():
-        if given is not False:
-            lines += _part(f"teachers.{name}", {"name": name, **(given or {})}, registries["teacher"])
+    for name, settings in (teachers if isinstance(teachers, dict) else {}).items():
+        if settings is not False:
+            lines += _part(f"teachers.{name}", {"name": name, **(settings or {})}, registries["teacher"])
     return "\n".join(lines)
 
 
-def _part(path: str, given: dict[str, Any], registry: Registry) -> Iterator[str]:
-    name = given.get("name") or (registry.names()[0] if len(registry.entries) == 1 else None)
+def _part(path: str, settings: dict[str, Any], registry: Registry) -> Iterator[str]:
+    name = settings.get("name") or (registry.names()[0] if len(registry.entries) == 1 else None)
     yield ""
     if name is None:
-        yield f"{path}: what it is and how it was made is known by {path}.weights={given.get('weights')}"
+        yield f"{path}: what it is and how it was made is known by {path}.weights={settings.get('weights')}"
     else:
         constructor = registry.get(str(name))
         yield f"{path}: {name}"
@@ -88,18 +88,18 @@ def _table(prefix: str, hint: Any) -> Iterator[str]:
 
 def explained(constructor: Any) -> dict[str, str]:
     """Argument -> what the docstring says about it, those of base classes included."""
-    found: dict[str, str] = {}
+    texts: dict[str, str] = {}
     for cls in (getattr(constructor, "Settings", constructor), *getattr(constructor, "__mro__", ())):
         names: list[str] = []
-        own: dict[str, str] = {}
+        of_class: dict[str, str] = {}
         for text in inspect.cleandoc(cls.__doc__ or "").splitlines():
             entry = _ENTRY.match(text)
             if entry:
                 names = entry[1].split(", ")
-                own |= dict.fromkeys(names, entry[2])
+                of_class |= dict.fromkeys(names, entry[2])
             elif text.startswith(" " * 8) and names:
-                own |= {name: f"{own[name]} {text.strip()}" for name in names}
+                of_class |= {name: f"{of_class[name]} {text.strip()}" for name in names}
             else:
                 names = []
-        found = {**own, **found}
-    return found
+        texts = {**of_class, **texts}
+    return texts

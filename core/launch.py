@@ -45,15 +45,15 @@ def tell_torchrun(message: str) -> None:
 
 def ranks() -> Ranks:
     """From RANK, WORLD_SIZE and LOCAL_RANK; UserError for what a launcher would not set, as leftovers of another one."""
-    given = {name: _value(name) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
-    if given["WORLD_SIZE"] in ("", "1") and given["RANK"] in ("", "0") and given["LOCAL_RANK"] in ("", "0"):
+    variables = {name: _value(name) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
+    if variables["WORLD_SIZE"] in ("", "1") and variables["RANK"] in ("", "0") and variables["LOCAL_RANK"] in ("", "0"):
         return Ranks()
     missing = [name for name in ("RANK", "WORLD_SIZE", *_MEETING) if not _value(name)]
-    numbers = {name: int(text) for name, text in given.items() if text.isdecimal()}
-    wrong = [name for name, text in given.items() if text and name not in numbers]
+    numbers = {name: int(text) for name, text in variables.items() if text.isdecimal()}
+    wrong = [name for name, text in variables.items() if text and name not in numbers]
     if not missing and not wrong and numbers["RANK"] < numbers["WORLD_SIZE"]:
         return Ranks(numbers["RANK"], numbers["WORLD_SIZE"], numbers.get("LOCAL_RANK", 0))
-    shown = ", ".join(f"{name}={text}" for name, text in given.items() if text)
+    shown = ", ".join(f"{name}={text}" for name, text in variables.items() if text)
     reason = f"{' and '.join(missing)} not set" if missing else "not a rank among that many"
     raise UserError(
         f"{shown} in the environment, but {reason}: leftovers of another launcher? For one process: unset "

@@ -263,8 +263,8 @@ class SampleConfig:
 
     def facts(self) -> dict[str, Any]:
         """What was set and what pictures depend on, for records."""
-        given = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name not in self.SPEED}
-        return {name: value for name, value in given.items() if value is not None}
+        settings = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name not in self.SPEED}
+        return {name: value for name, value in settings.items() if value is not None}
 
 
 @dataclass

@@ -139,9 +139,9 @@ def insist(look: Callable[[str], None], leave: Callable[[str], None]) -> None:
     if _wakeup or threading.current_thread() is not threading.main_thread():
         return
     _wakeup.extend(socket.socketpair())
-    heard, told = _wakeup
-    told.setblocking(False)
-    signal.set_wakeup_fd(told.fileno(), warn_on_full_buffer=False)
+    heard, teller = _wakeup
+    teller.setblocking(False)
+    signal.set_wakeup_fd(teller.fileno(), warn_on_full_buffer=False)
     os.register_at_fork(after_in_child=_forget)
 
     def watch() -> None:

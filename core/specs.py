@@ -247,10 +247,10 @@ class Guidance:
     @property
     def active(self) -> bool:
         """Whether any step of any codebook is guided, so that a second prediction is needed at all."""
-        given = self.scale if isinstance(self.scale, tuple) else (self.scale,)
+        scales = self.scale if isinstance(self.scale, tuple) else (self.scale,)
         if self.schedule == "linear":
-            given = (*given, self.start)
-        return any(scale > self.floor and scale != 1.0 for scale in given)
+            scales = (*scales, self.start)
+        return any(scale > self.floor and scale != 1.0 for scale in scales)
 
     def mixing(self) -> Guidance:
         """The same, with scales between 0 and 1 taken at their word."""

@@ -506,10 +506,10 @@ def uneven_chunks(labels: Tensor, chunk: int = CHUNK) -> str:
     """
     classes = len(torch.unique(labels))
     for number, part in enumerate(labels.split(chunk)):
-        found, expected = len(torch.unique(part)), min(classes, len(part))
-        if found < 0.5 * expected:
+        present, expected = len(torch.unique(part)), min(classes, len(part))
+        if present < 0.5 * expected:
             return (
-                f"Chunk {number} of the Inception Score holds {found} of {classes} classes: the pictures are "
+                f"Chunk {number} of the Inception Score holds {present} of {classes} classes: the pictures are "
                 "sorted by label and the score is too low. Order them by index with balanced labels, or shuffle."
             )
     return ""

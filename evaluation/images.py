@@ -254,12 +254,12 @@ class Perturbation:
         """ "0.5,0.1,50" -> alpha 0.5, beta 0.1, delta 50."""
         try:
             alpha, beta, delta = text.split(",")
-            made = cls(float(alpha), float(beta), int(delta))
+            perturbation = cls(float(alpha), float(beta), int(delta))
         except ValueError:
             raise UserError(f"--perturb {text}: give ALPHA,BETA,DELTA, for example 0.5,0.1,50.") from None
-        if not (0 <= made.alpha <= 1 and 0 <= made.beta <= 1 and made.delta >= 1):
+        if not (0 <= perturbation.alpha <= 1 and 0 <= perturbation.beta <= 1 and perturbation.delta >= 1):
             raise UserError(f"--perturb {text}: alpha and beta are between 0 and 1, delta is 1 or more.")
-        return made
+        return perturbation
 
     def __str__(self) -> str:
         return f"alpha {self.alpha:g}, beta {self.beta:g}, delta {self.delta}"
@@ -279,8 +279,8 @@ class Perturbation:
         chosen = draws.uniform("pfid_picture").view(-1, 1, 1) < self.beta  # (B, 1, 1)
         replaced = chosen & (draws.uniform("pfid_token", shape) < self.alpha)  # (B, L, K)
         which = (draws.uniform("pfid_neighbour", shape) * self.delta).long().clamp(max=self.delta - 1)  # (B, L, K)
-        found = [self._nearest(codes[..., k], codebooks[:, k], which[..., k]) for k in range(branches)]
-        return torch.where(replaced, torch.stack(found, -1), codes)
+        neighbours = [self._nearest(codes[..., k], codebooks[:, k], which[..., k]) for k in range(branches)]
+        return torch.where(replaced, torch.stack(neighbours, -1), codes)
 
     def _nearest(self, codes: Tensor, codebook: Tensor, which: Tensor) -> Tensor:
         """The `which`-th nearest code of each of (B, L) codes."""

@@ -210,9 +210,9 @@ class FolderPictures(Pictures):
         images = list(self.pool.map(self._read, range(start, stop)))
         for index, image in enumerate(images, start):
             if tuple(image.shape[1:]) != self.size:
-                found, expected = ("x".join(map(str, s)) for s in (image.shape[1:], self.size))
+                shape, expected = ("x".join(map(str, s)) for s in (image.shape[1:], self.size))
                 raise UserError(
-                    f"{self.name}: {self.source[self.rows[index]].key} is {found}, the first picture is {expected}. Make them "
+                    f"{self.name}: {self.source[self.rows[index]].key} is {shape}, the first picture is {expected}. Make them "
                     "equal first; run_eval_tokenizer.sh --original and run_make_reference.sh crop them with --size N."
                 )
         return torch.stack(images)

@@ -78,10 +78,11 @@ def pooled_features(
 
     with work:
         work.compute(compute, progress)
-        found = work.gather()
-    if found is None:
+        gathered = work.gather()
+    if gathered is None:
         return None
-    return {k.removeprefix("features/"): v for k, v in found.items() if k.startswith("features/")}, found["labels"]
+    features = {k.removeprefix("features/"): v for k, v in gathered.items() if k.startswith("features/")}
+    return features, gathered["labels"]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -138,10 +139,10 @@ def train_probe(
         raise UserError(
             f"A probe needs pictures to learn from and to be tested on, got {count} and {len(val_features)}."
         )
-    for name, given in (("training", labels), ("validation", val_labels)):
-        if int(given.min()) < 0 or int(given.max()) >= num_classes:
+    for name, values in (("training", labels), ("validation", val_labels)):
+        if int(values.min()) < 0 or int(values.max()) >= num_classes:
             raise UserError(
-                f"{name} labels run from {int(given.min())} to {int(given.max())} for {num_classes} classes. "
+                f"{name} labels run from {int(values.min())} to {int(values.max())} for {num_classes} classes. "
                 "Give a source with one folder per class, or a list with labels."
             )
     features, labels, val_features, val_labels = (t.to(device) for t in (features, labels, val_features, val_labels))

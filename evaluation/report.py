@@ -281,10 +281,10 @@ class Report:
         self._sections.append(("chart", html))
         return self
 
-    def add_image(self, title: str, picture: Picture, caption: str = "") -> Report:
-        """One picture or grid of pictures; small ones are enlarged with sharp pixels."""
+    def add_image(self, title: str, picture: Picture, caption: str = "", enlarged: int = 1) -> Report:
+        """One picture or grid of pictures, `enlarged` at least so many times; small ones are enlarged with sharp pixels."""
         image = _to_pil(picture)
-        factor = max(1, _SMALL // max(image.size))
+        factor = max(enlarged, _SMALL // max(image.size))
         html = _image(image, title, "picture pixels" if factor > 1 else "picture", image.width * factor)
         return self._add_card(title, html + (f'<div class="caption">{escape(caption)}</div>' if caption else ""))
 

@@ -22,16 +22,16 @@ from run.load import REGISTRIES, constructor_arguments, tokenizer_layout
 COMPARED = ("train", "encode", "decode", "generate", "sample")
 
 
-def complete(kind: str, given: dict[str, Any], **more: Any) -> dict[str, Any]:
+def complete(kind: str, settings_here: dict[str, Any], **more: Any) -> dict[str, Any]:
     """All constructor arguments of a network, those that were left out from `more` or its defaults; sizes by number."""
     registry = REGISTRIES[kind]
     defaults = {
         name: parameter.default
-        for name, parameter in registry.signature(given["name"]).items()
+        for name, parameter in registry.signature(settings_here["name"]).items()
         if parameter.default is not inspect.Parameter.empty
     }
-    settings = {**defaults, **{n: v for n, v in more.items() if given.get(n) is None}, **given}
-    module = sys.modules[registry.get(given["name"]).__module__]
+    settings = {**defaults, **{n: v for n, v in more.items() if settings_here.get(n) is None}, **settings_here}
+    module = sys.modules[registry.get(settings_here["name"]).__module__]
     if kind == "generator" and "size" in settings:
         settings["size"] = dataclasses.asdict(sizes.pick(settings["size"], module.Size, module.SIZES))
     return settings
@@ -50,7 +50,7 @@ def asked(config: RunConfig, spec_sizes: dict[str, Any], what: str, batch: int, 
     Args:
         spec_sizes: of the latents, `Tokenizer.spec.sizes()`.
     """
-    told = {
+    request = {
         "what": what,
         "batch": batch,
         "device": str(device),
@@ -61,9 +61,9 @@ def asked(config: RunConfig, spec_sizes: dict[str, Any], what: str, batch: int, 
         "sample": settings_of(config.sample),
     }
     if config.generator is not None:
-        given = constructor_arguments(config.generator)
-        told["generator"] = complete("generator", given, **spec_sizes, num_classes=1000)
-    return told
+        arguments = constructor_arguments(config.generator)
+        request["generator"] = complete("generator", arguments, **spec_sizes, num_classes=1000)
+    return request
 
 
 class Originals:
@@ -81,13 +81,13 @@ class Originals:
             )
         self._process: subprocess.Popen[str] | None = None
 
-    def open(self, told: dict[str, Any]) -> Callable[[], float] | None:
+    def open(self, request: dict[str, Any]) -> Callable[[], float] | None:
         """A function that runs the original's call once and returns its seconds; None for what cannot be compared."""
-        kind = "tokenizer" if told["what"] in ("encode", "decode") or "generator" not in told else "generator"
-        if told["what"] not in COMPARED or told[kind]["name"] not in originals.ORIGINALS:
+        kind = "tokenizer" if request["what"] in ("encode", "decode") or "generator" not in request else "generator"
+        if request["what"] not in COMPARED or request[kind]["name"] not in originals.ORIGINALS:
             return None
         if (
-            kind == "tokenizer" and told["what"] == "train"
+            kind == "tokenizer" and request["what"] == "train"
         ):  # its losses need weights that nobody has without a download
             return None
         if self._process is None:
@@ -97,10 +97,10 @@ class Originals:
                 stdout=subprocess.PIPE,
                 text=True,
             )
-        reply = self._ask(told)
+        reply = self._ask(request)
         if "error" in reply:
             raise UserError(
-                f"--against {self.checkout}: {told[kind]['name']}'s {told['what']} does not run there ({reply['error']}). "
+                f"--against {self.checkout}: {request[kind]['name']}'s {request['what']} does not run there ({reply['error']}). "
                 "run/originals.py holds the modules, arguments and calls that are expected of it."
             )
         return None if reply.get("skipped") else lambda: self._ask("call")["seconds"]

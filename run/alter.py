@@ -92,9 +92,9 @@ class Changes:
             raise UserError(f"{name} has continuous latents, so there are no codes to exchange.")
         for branch, place, code in self.put:
             limits = (("branch", branch, spec.branches), ("place", place, spec.length), ("code", code, spec.vocab))
-            for what, given, limit in limits:
-                if not 0 <= given < limit:
-                    raise UserError(f"{what} {given} does not exist: {name} has {limit:,}, 0 to {limit - 1}.")
+            for what, value, limit in limits:
+                if not 0 <= value < limit:
+                    raise UserError(f"{what} {value} does not exist: {name} has {limit:,}, 0 to {limit - 1}.")
         for branch in self.branches:
             if not 0 <= branch < spec.branches:
                 raise UserError(
@@ -107,9 +107,9 @@ class Changes:
         latents = tokenizer.encode(images)
         if self.donor is not None:
             crop = to_tensor(center_crop(self.donor, tokenizer.image_size))[None]
-            given = tokenizer.encode(to_model_range(crop.to(images.device)))
+            donated = tokenizer.encode(to_model_range(crop.to(images.device)))
             latents = latents.clone()
-            latents[..., list(self.branches)] = given[..., list(self.branches)]
+            latents[..., list(self.branches)] = donated[..., list(self.branches)]
         if self.put:
             latents = latents.clone()
         for branch, place, code in self.put:
@@ -134,23 +134,23 @@ class Changes:
 
 def parse_put(text: str, spec: Any) -> tuple[tuple[int, int, int], ...]:
     """((branch, place, code), ...) of "3=17,visual:5=2": a name or number of a branch, the first one unless told."""
-    found = []
+    exchanges = []
     for word in text.split(","):
         parts = re.fullmatch(r"(?:([^:=]+):)?([0-9]+)=([0-9]+)", word.strip())
         if parts is None:
             raise UserError(f'--put "{word}": give PLACE=CODE or BRANCH:PLACE=CODE, for example 3=17 or 1:3=17.')
         branch = parse_branches(parts[1], spec)[0] if parts[1] else 0
-        found.append((branch, int(parts[2]), int(parts[3])))
-    return tuple(found)
+        exchanges.append((branch, int(parts[2]), int(parts[3])))
+    return tuple(exchanges)
 
 
 def parse_branches(text: str, spec: Any) -> tuple[int, ...]:
     """Numbers of "semantic" or "0,1"."""
     if isinstance(spec, Continuous):
         raise UserError(f"these latents are {spec}: they have no branches of codes.")
-    names, found = branch_names(spec), []
+    names, numbers = branch_names(spec), []
     for word in (word.strip() for word in text.split(",")):
         if word not in names and not word.isdecimal():
             raise UserError(f'branch "{word}" does not exist.{nearest(word, names)}')
-        found.append(names.index(word) if word in names else int(word))
-    return tuple(found)
+        numbers.append(names.index(word) if word in names else int(word))
+    return tuple(numbers)

@@ -384,8 +384,8 @@ def measure(job: Job, config: RunConfig, what: str, label: str, batch: int, mode
         call = make_call(task, config, what, batch, device)
     theirs = None
     if job.against:
-        told = asked(config, task.tokenizer.spec.sizes(), what, batch, device)
-        theirs = job.against.open(told)
+        request = asked(config, task.tokenizer.spec.sizes(), what, batch, device)
+        theirs = job.against.open(request)
     timing = timed(call, job, theirs)
     name = device_name(device)
     return Row(

@@ -354,7 +354,7 @@ def unrecorded(
     """
     facts = Facts()
     adapter.settings(official, facts)
-    known = adapter.settings(official, Facts(given=settings))  # with the answers, on which other settings depend
+    known = adapter.settings(official, Facts(answers=settings))  # with the answers, on which other settings depend
     asked = dict.fromkeys(question.partition(".")[2] for question, _ in facts.open)
     lost = [key if (value := entry(settings, key)) is None else f"{key} {plain(value)}" for key in asked]
     for key, value in settings.items():

@@ -71,25 +71,25 @@ class Check:
                 path.unlink()
         with explain_os_errors(self.out):
             self.out.parent.mkdir(parents=True, exist_ok=True)
-            found = read_json(self.out) if self.out.is_file() and not again else {}
-        if found.get("machine", machine) != machine or found.get("rehearsal", self.rehearse) != self.rehearse:
+            record = read_json(self.out) if self.out.is_file() and not again else {}
+        if record.get("machine", machine) != machine or record.get("rehearsal", self.rehearse) != self.rehearse:
             raise UserError(
                 f"{self.out} holds what another machine, torch or code gave. Add --again, or choose another --out."
             )
-        found = {"machine": machine, "rehearsal": self.rehearse, "stages": {}, **found}
+        record = {"machine": machine, "rehearsal": self.rehearse, "stages": {}, **record}
         print(", ".join(f"{key} {value}" for key, value in machine.items()), flush=True)
         counting = self._count_aside() if "benchmark" in wanted else []
         try:
             for stage in STAGES:
-                before = found["stages"].get(stage.name, {})
+                before = record["stages"].get(stage.name, {})
                 if stage.name not in wanted:
                     continue
                 if before.get("status") == "passed":
                     print(f"{stage.name:12} passed before: {before['summary']}", flush=True)
                     continue
                 left = self.seconds - (time.monotonic() - began)
-                found["stages"][stage.name] = self._stage(stage, left)
-                self._write(found)
+                record["stages"][stage.name] = self._stage(stage, left)
+                self._write(record)
             for process in counting:  # floors need them
                 left = self.seconds - (time.monotonic() - began)
                 with contextlib.suppress(subprocess.TimeoutExpired):
@@ -97,8 +97,8 @@ class Check:
         finally:
             for process in counting:
                 end(process)
-            self._write(found)
-        statuses = [found["stages"].get(name, {}).get("status") for name in wanted]
+            self._write(record)
+        statuses = [record["stages"].get(name, {}).get("status") for name in wanted]
         print(f"{statuses.count('passed')} of {len(wanted)} stages passed; {self.out}, {self.markdown}")
         return 0 if statuses.count("passed") == len(wanted) else 1
 
@@ -150,12 +150,12 @@ class Check:
         print(f"{stage.name:12} {status} after {seconds:.0f} s: {summary}", flush=True)
         return {"status": status, "summary": summary, "seconds": round(seconds, 1), "log": log.name}
 
-    def _write(self, found: dict[str, Any]) -> None:
+    def _write(self, record: dict[str, Any]) -> None:
         rows = gpu_stages.rows_with_floors(self.out.parent)
-        found["rows"] = [row.record() for row in rows]
-        write_json(self.out, found)
-        lines = [SECTION, "", *_sentences(found), "", "| stage | result | seconds | |", "|---|---|---|---|"]
-        for name, stage in found["stages"].items():
+        record["rows"] = [row.record() for row in rows]
+        write_json(self.out, record)
+        lines = [SECTION, "", *_sentences(record), "", "| stage | result | seconds | |", "|---|---|---|---|"]
+        for name, stage in record["stages"].items():
             lines.append(
                 f"| {name} | {stage['status']} | {stage['seconds']:.0f} | {stage['summary'].replace('|', '/')} |"
             )
@@ -193,11 +193,11 @@ def describe(device: str) -> dict[str, str]:
     }
 
 
-def _sentences(found: dict[str, Any]) -> Iterator[str]:
-    machine = found["machine"]
-    command = "bash run_gpu_check.sh" + (" --device cpu --rehearse" if found["rehearsal"] else "")
+def _sentences(record: dict[str, Any]) -> Iterator[str]:
+    machine = record["machine"]
+    command = "bash run_gpu_check.sh" + (" --device cpu --rehearse" if record["rehearsal"] else "")
     yield f"`{command}` on {machine['device']}, torch {machine['torch']}, code at {machine['commit'] or 'no commit'}."
-    if found["rehearsal"]:
+    if record["rehearsal"]:
         yield "A rehearsal: toy sizes, whose speeds say nothing."
 
 
@@ -265,8 +265,10 @@ def _worker(name: str) -> Callable[[Check], list[str]]:
 
 def _of_worker(log: str, code: int | None) -> str:
     """The lines that a stage of run/gpu_stages.py marks."""
-    found = [json.loads(line[len(gpu_stages.MARK) :]) for line in log.splitlines() if line.startswith(gpu_stages.MARK)]
-    return "; ".join(found) if found else _last_line(log, code)
+    sentences = [
+        json.loads(line[len(gpu_stages.MARK) :]) for line in log.splitlines() if line.startswith(gpu_stages.MARK)
+    ]
+    return "; ".join(sentences) if sentences else _last_line(log, code)
 
 
 STAGES = (

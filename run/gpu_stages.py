@@ -89,10 +89,10 @@ def graphs(device: torch.device, rehearse: bool, folder: Path) -> int:
 
 def _same_codes(name: str, model: Any, guidance: Guidance, precision: str, labels: Tensor) -> bool:
     """Prints one line; returns whether something is wrong."""
-    made: list[int] = []
+    recordings: list[int] = []
 
     def counted(*arguments: Any, **options: Any) -> Any:
-        made.append(1)
+        recordings.append(1)
         return capture(*arguments, **options)
 
     def sample(seed: int) -> Tensor:
@@ -102,9 +102,9 @@ def _same_codes(name: str, model: Any, guidance: Guidance, precision: str, label
     capture = decode.capture
     with mock.patch.object(decode, "capture", counted):
         sample(0)
-        first = len(made)
+        first = len(recordings)
         recorded = sample(1)
-        again = len(made) - first
+        again = len(recordings) - first
     model.train().eval()  # gives recordings back
     with mock.patch.object(decode.Recordings, "records", lambda self: False):
         plain = sample(1)
@@ -287,11 +287,11 @@ def rows_wanted(rehearse: bool) -> Iterator[Wanted]:
 
 def _lines(path: Path) -> list[dict[str, Any]]:
     """Of a file that a killed process may have left with half a line at its end."""
-    found = []
+    records = []
     for line in path.read_text().splitlines() if path.is_file() else ():
         with contextlib.suppress(json.JSONDecodeError):
-            found.append(json.loads(line))
-    return found
+            records.append(json.loads(line))
+    return records
 
 
 def _append(path: Path, record: dict[str, Any]) -> None:

@@ -136,13 +136,13 @@ def rows(words: list[str]) -> list[Row]:
     ]
     chosen = []
     for word in words:
-        found = [row for row in every if word in (row.name, row.file) or word.lower() == row.group]
-        if not found:
+        matching = [row for row in every if word in (row.name, row.file) or word.lower() == row.group]
+        if not matching:
             known = {name for row in every for name in (row.name, row.file, row.group) if name}
             raise UserError(
                 f'"{word}" is neither a system, a released file nor a row of {TABLE.name}.{nearest(word, known)}'
             )
-        chosen += found
+        chosen += matching
     return [row for row in every if row in chosen] if words else every
 
 
@@ -186,11 +186,11 @@ def numbers(values: dict[str, str]) -> str:
 # ---------------------------------------------------------------------------------------------------------------------
 # What a number says
 # ---------------------------------------------------------------------------------------------------------------------
-def allowed(row: Row, metric: str, found: dict[str, Any]) -> tuple[float | None, str]:
+def allowed(row: Row, metric: str, entry: dict[str, Any]) -> tuple[float | None, str]:
     """(how far another run of the same thing may fall from the published value, where that is known from).
 
     Args:
-        found: the metric's entry in metrics.json.
+        entry: the metric's entry in metrics.json.
     """
     digits = row.published[metric].partition(".")[2]
     printed = 0.5 * 10.0 ** -len(digits)
@@ -199,28 +199,28 @@ def allowed(row: Row, metric: str, found: dict[str, Any]) -> tuple[float | None,
     if not row.draws:
         arithmetic = tomllib.loads(TABLE.read_text(encoding="utf-8"))["arithmetic"]
         return arithmetic["limits"][metric] + printed, "the same pictures, other arithmetic"
-    if not found.get("interval"):
+    if not entry.get("interval"):
         return None, "no interval was measured"
-    low, high = found["interval"]
+    low, high = entry["interval"]
     return DRAWN * (high - low) / 2 + printed, "two draws of samples, 95 %, from the bootstrap of ours"
 
 
-def verdict(row: Row, metric: str, name: str, found: dict[str, Any] | None, num: int) -> tuple[str, str]:
+def verdict(row: Row, metric: str, name: str, entry: dict[str, Any] | None, num: int) -> tuple[str, str]:
     """(what a measured value says about the published one, why).
 
     Args:
-        name, found: of the measured value, see `value_of`.
+        name, entry: of the measured value, see `value_of`.
     """
-    if found is None:
+    if entry is None:
         return "not measured", row.obstacle()
     if not _is(metric, name):
         return "not comparable", f"{name} is a stand-in for {metric}: Inception is not here"
     if num < WHOLE:
         return "not comparable", f"{num:,} pictures instead of {WHOLE:,}"
-    limit, why = allowed(row, metric, found)
+    limit, why = allowed(row, metric, entry)
     if limit is None:
         return "not comparable", why
-    inside = abs(found["value"] - float(row.published[metric])) <= limit
+    inside = abs(entry["value"] - float(row.published[metric])) <= limit
     return ("within another run" if inside else "differs"), f"+-{limit:.2g}: {why}"
 
 
@@ -230,12 +230,12 @@ def measured_in(folder: Path) -> dict[str, dict[str, Any]]:
     return read_json(file)["metrics"] if file.is_file() else {}
 
 
-def value_of(metric: str, found: dict[str, dict[str, Any]]) -> tuple[str, dict[str, Any] | None]:
+def value_of(metric: str, entries: dict[str, dict[str, Any]]) -> tuple[str, dict[str, Any] | None]:
     """(name, entry) behind fid_50k, is_torch_fidelity_50k ...; of a stand-in's measurement where there is none."""
-    exact = [name for name in found if _is(metric, name)]
+    exact = [name for name in entries if _is(metric, name)]
     distances = {"fid": r"fd_(?!.*spatial)", "rfid": r"rfd_(?!.*spatial)", "sfid": "fd_.*spatial"}
-    names = exact or [name for name in found if re.match(distances.get(metric, f"{metric}_"), name)]
-    return (names[0], found[names[0]]) if names else ("", None)
+    names = exact or [name for name in entries if re.match(distances.get(metric, f"{metric}_"), name)]
+    return (names[0], entries[names[0]]) if names else ("", None)
 
 
 def _is(metric: str, name: str) -> bool:
@@ -287,9 +287,9 @@ def results(chosen: list[Row], num: int, folder: Path) -> list[list[str]]:
     """(name, metric, published, measured, difference, verdict, why) of every number."""
     lines = []
     for row in chosen:
-        found = measured_in(folder / f"{row.name}_{num}")
+        entries = measured_in(folder / f"{row.name}_{num}")
         for metric, published in row.published.items():
-            name, entry = value_of(metric, found)
+            name, entry = value_of(metric, entries)
             value = None if entry is None else float(entry["value"])
             shown = ("", "") if value is None else (f"{value:.4g}", f"{value - float(published):+.3f}")
             lines.append([row.name, metric, published, *shown, *verdict(row, metric, name, entry, num)])

@@ -124,7 +124,7 @@ def results_of(fingerprint: str, path: Path) -> list[dict[str, Any]]:
     """What run_eval_*.sh measured of these weights, in work_dirs/eval and beside the run: metric, value, protocol ..."""
     runs = folder_of(path).parent if path.is_dir() else path.resolve().parent
     places = {p.resolve() for root in (Path("work_dirs"), runs) for p in root.glob("eval/*/metrics.json")}
-    found = []
+    results = []
     for place in sorted(places):
         context = read_json(place).get("context", {})
         if context.get("weights_fingerprint") != fingerprint:
@@ -132,8 +132,8 @@ def results_of(fingerprint: str, path: Path) -> list[dict[str, Any]]:
         facts = {key: context[key] for key in ("count", "net", "sample.scale", "seed") if context.get(key) is not None}
         for name, score in context.get("scores", {}).items():
             kept = {key: score[key] for key in ("value", "protocol", "reference", "count") if key in score}
-            found.append({"metric": name, **facts, **kept})
-    return found
+            results.append({"metric": name, **facts, **kept})
+    return results
 
 
 def paired_tokenizer(path: Path, noted: dict[str, Any]) -> str:

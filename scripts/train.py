@@ -74,8 +74,8 @@ def main(arguments: list[str]) -> int:
     if not stages and (not words or ("=" in words[0] and not os.path.exists(words[0]))):
         raise UserError("say which CONFIG; --help shows examples.")
     path, overrides = resolve(stages[0], words) if stages else (words[0], words[1:])
-    given = {o.partition("=")[0] for o in overrides}
-    asked = [setting for setting in launch.asked_by_accelerate() if setting.partition("=")[0] not in given]
+    set_here = {o.partition("=")[0] for o in overrides}
+    asked = [setting for setting in launch.asked_by_accelerate() if setting.partition("=")[0] not in set_here]
     if asked and launch.speaks():
         print(f"accelerate's config sets {' '.join(asked)}; the same key behind CONFIG overrules it.")
     from run import check, estimate

@@ -64,10 +64,10 @@ class Replayed:
     @torch.no_grad()
     def __call__(self, *inputs: Tensor) -> Any:
         if self.graph is None:
-            self.inputs = [given.clone(memory_format=torch.contiguous_format) for given in inputs]
+            self.inputs = [value.clone(memory_format=torch.contiguous_format) for value in inputs]
             self.graph, self.output = capture(self._call, self.WARM_UP, self.pool)
-        for own, given in zip(self.inputs, inputs, strict=True):
-            own.copy_(given)
+        for held, value in zip(self.inputs, inputs, strict=True):
+            held.copy_(value)
         self.graph.replay()
         return self.output
 

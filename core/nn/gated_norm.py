@@ -127,10 +127,10 @@ def _launch(
 def kernel_works(otherwise: str, fused: Callable[[], Tensor], plain: Callable[[], Tensor]) -> bool:
     """Whether a kernel of ours computes here what plain operations do; where not, one line begins with `otherwise`."""
     try:
-        found, wanted = fused(), plain()
-        if torch.allclose(found, wanted, atol=1e-4):
+        result, wanted = fused(), plain()
+        if torch.allclose(result, wanted, atol=1e-4):
             return True
-        reason = f"it differs by {float((found - wanted).abs().max()):.1e}"
+        reason = f"it differs by {float((result - wanted).abs().max()):.1e}"
     except Exception as error:  # whatever the compiler, the driver or their absence may raise
         reason = str(error).strip().split("\n")[0]
     print(f"{otherwise}, more slowly: {reason}", file=sys.stderr)

@@ -176,8 +176,8 @@ class VisionTransformer(nn.Module):
 
     def positions(self, grid: int) -> Tensor:
         """The positions of the patches on a grid of another size, (1, grid^2, D) fp32."""
-        own = self.pos_embed[:, 1:]
-        return own if grid == self.grid else resize_positions(own, (grid, grid), antialias=True)
+        learnt = self.pos_embed[:, 1:]
+        return learnt if grid == self.grid else resize_positions(learnt, (grid, grid), antialias=True)
 
     def encode(self, x: Tensor, draws: Draws | None = None) -> Tensor:
         """Blocks and final norm over any tokens (B, T, D). `draws` (core.rng.Draws) switch stochastic depth on."""

@@ -134,10 +134,10 @@ def find_damage(path: str | os.PathLike, contents: bool = True) -> list[str]:
                 problems.append(f"{file}: {file.stat().st_size} bytes instead of {expected['bytes']}.")
         if contents and not problems:
             kind = _digest_kind(manifest)
-            found = _digests([path / name for name in manifest["files"]], manifest)
+            digests = _digests([path / name for name in manifest["files"]], manifest)
             problems += [
                 f"{path / name}: contents changed since it was written ({kind} differs)."
-                for (name, expected), digest in zip(manifest["files"].items(), found)
+                for (name, expected), digest in zip(manifest["files"].items(), digests)
                 if digest != expected[kind]
             ]
     except UserError as error:
@@ -302,8 +302,8 @@ class CheckpointStore:
         """Steps that have a folder, ascending; nothing is verified."""
         if not self.folder.is_dir():
             return []
-        found = (_STEP.fullmatch(entry.name) for entry in self.folder.iterdir() if entry.is_dir())
-        return sorted(int(match[1]) for match in found if match)
+        matches = (_STEP.fullmatch(entry.name) for entry in self.folder.iterdir() if entry.is_dir())
+        return sorted(int(match[1]) for match in matches if match)
 
     def read_ahead(self) -> None:
         """For ranks that wait for the verdict of the main one: have what is probably loaded next in memory by then."""

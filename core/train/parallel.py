@@ -24,17 +24,17 @@ from core.dist import World
 
 def blocks_of(network: nn.Module) -> list[nn.Module]:
     """The repeated blocks: outermost elements of nn.ModuleLists, single layers left out."""
-    found: list[nn.Module] = []
+    blocks: list[nn.Module] = []
 
     def visit(module: nn.Module) -> None:
         for child in module.children():
             if isinstance(child, nn.ModuleList):
-                found.extend(block for block in child if any(block.children()))
+                blocks.extend(block for block in child if any(block.children()))
             else:
                 visit(child)
 
     visit(network)
-    return found
+    return blocks
 
 
 def accumulation(per_rank: int, largest: int) -> int:
@@ -69,12 +69,12 @@ def compiled_parts(network: nn.Module) -> list[nn.Module]:
 
     Blocks are the elements of nn.ModuleLists, and those of an nn.Sequential that holds several of a class.
     """
-    found: list[nn.Module] = []
+    parts: list[nn.Module] = []
 
     def visit(module: nn.Module) -> None:
         for child in module.children():
             if getattr(child, "compiled_whole", False):
-                found.append(child)
+                parts.append(child)
                 continue
             blocks: list[nn.Module] = []
             if isinstance(child, (nn.ModuleList, nn.Sequential)):
@@ -82,12 +82,12 @@ def compiled_parts(network: nn.Module) -> list[nn.Module]:
             if isinstance(child, nn.Sequential):  # it may be one of different things
                 kinds = [type(block) for block in blocks if type(block) is not nn.Sequential]
                 blocks = [block for block in blocks if kinds.count(type(block)) > 1]
-            found.extend(blocks)
+            parts.extend(blocks)
             if not blocks:
                 visit(child)
 
     visit(network)
-    return found or [network]
+    return parts or [network]
 
 
 def compile_blocks(network: nn.Module, backend: str = "inductor") -> None:

@@ -107,8 +107,9 @@ class Trainer:
         if initial_ema is not None:
             for decay, average in self.ema.averages.items():
                 self.ema.load(decay, {name: initial_ema[name].to(world.device) for name in average})
-        own = {"discriminator": train.discriminator} if train.discriminator is not None else {}
-        self.recipes = {name: own.get(name, train) for name in self.networks}  # each with `optimizer` and `schedule`
+        special = {"discriminator": train.discriminator} if train.discriminator is not None else {}
+        # Each with `optimizer` and `schedule`.
+        self.recipes = {name: special.get(name, train) for name in self.networks}
         self.optimizers = {
             name: make_adamw(net, self.recipes[name].optimizer, self.settings.trunk_lr)
             for name, net in self.networks.items()

@@ -33,15 +33,15 @@ class Facts:
     """What is known of a weight file beside its tensors.
 
     Attributes:
-        given: constructor arguments that the user states; they overrule the file.
+        answers: constructor arguments that the user states; they overrule the file.
         stored: what the trainer wrote into the file (args, config), by its own words, whatever section they are in.
         open: questions that neither answers, (key, what it is).
     """
 
     PLACES = ("args", "config", "cfg", "hyper_parameters", "trainer.config")
 
-    def __init__(self, loaded: Mapping[str, Any] | None = None, given: Mapping[str, Any] | None = None):
-        self.loaded, self.given = loaded or {}, given or {}
+    def __init__(self, loaded: Mapping[str, Any] | None = None, answers: Mapping[str, Any] | None = None):
+        self.loaded, self.answers = loaded or {}, answers or {}
         self.stored: dict[str, Any] = {}
         self.open: list[tuple[str, str]] = []
         for place in self.PLACES:
@@ -71,7 +71,7 @@ class Facts:
             stand_in: a value with which the shapes of all tensors are right. `Adapter.describe` refuses to go on with it.
             known: what the file or a published size says, None where it does not; the first that says something counts.
         """
-        for value in (entry(self.given, key.partition(".")[2]), *known):
+        for value in (entry(self.answers, key.partition(".")[2]), *known):
             if value is not None:
                 return value
         self.open.append((key, what))
@@ -108,13 +108,13 @@ def transformer_size(
     return {"width": width, "layers": layers, "heads": answer}
 
 
-def merged(known: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
-    """`known` overruled by `given`, part by part where both hold tables."""
+def merged(known: Mapping[str, Any], overrides: Mapping[str, Any]) -> dict[str, Any]:
+    """`known` overruled by `overrides`, part by part where both hold tables."""
     return {
         **known,
         **{
             key: merged(known[key], value) if isinstance(value, dict) and isinstance(known.get(key), dict) else value
-            for key, value in given.items()
+            for key, value in overrides.items()
         },
     }
 
@@ -273,10 +273,10 @@ class Adapter:
         except (ValueError, IndexError, ZeroDivisionError) as error:
             raise UserError(f"these are not the weights of {self.title}: their shapes fit none ({error})") from error
 
-    def describe(self, loaded: Mapping[str, Any], given: Mapping[str, Any] | None = None) -> dict[str, Any]:
-        """Constructor arguments for a weight file; UserError that asks for what neither it nor `given` tells."""
+    def describe(self, loaded: Mapping[str, Any], answers: Mapping[str, Any] | None = None) -> dict[str, Any]:
+        """Constructor arguments for a weight file; UserError that asks for what neither it nor `answers` tells."""
         # The raw weights where there are any: EMA dictionaries may lack buffers, which tell the number of heads.
-        facts = Facts(loaded, given)
+        facts = Facts(loaded, answers)
         settings = self.settings(self.open(loaded, use_ema=False), facts)
         if facts.open:
             raise UserError(facts.questions())

@@ -41,6 +41,15 @@ def _inspect(state: State, facts: Facts) -> dict[str, Any]:
     return settings
 
 
+def _restore(model: RAR) -> State:
+    if model.spare_rows != EXTRA_POSITIONS:
+        raise UserError(
+            f"the official RAR code has {EXTRA_POSITIONS} spare rows of positions; a model with "
+            f"generator.spare_rows={model.spare_rows} cannot be exported to its layout"
+        )
+    return RENAMES.official(model.state_dict())
+
+
 ADAPTER = Adapter(
     title="the RAR generator",
     build=RAR,
@@ -51,5 +60,5 @@ ADAPTER = Adapter(
     ),
     container=BARE,
     rename=RENAMES.ours,
-    restore=lambda model: RENAMES.official(model.state_dict()),
+    restore=_restore,
 )

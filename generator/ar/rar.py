@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from core import sizes
 from core.errors import UserError
-from core.limits import Count, Layers, Rate, Share, Width
+from core.limits import Count, Layers, Limits, Rate, Share, Width
 from core.nn.attention import Attention
 from core.nn.dropout import dropout
 from core.nn.embed import resize_rows
@@ -112,6 +112,8 @@ class RAR(Regularised):
         permute: [start, end] as shares of the run: before `start` every sample is trained in a random order, from `end`
             on all in raster order, in between fewer and fewer. null: always raster order.
         rear: reAR's regularisers, see generator.ar.rear.Settings; {} for the published ones, null for none.
+        spare_rows: rows of both tables of positions beyond those of the codes: two are the class's and the first code's, the
+            others are never looked at. 1024 in the released files.
     """
 
     models = Codes
@@ -130,6 +132,7 @@ class RAR(Regularised):
         attention_dropout: Rate = 0.1,
         permute: list[Share] | None = None,
         rear: Annotated[dict, rear_module.Settings] | None = None,
+        spare_rows: Annotated[int, Limits(low=2)] = EXTRA_POSITIONS,
     ):
         super().__init__()
         self.size = sizes.pick(size, Size, SIZES)
@@ -142,15 +145,15 @@ class RAR(Regularised):
             )
         if permute is not None and (len(permute) != 2 or not 0 <= permute[0] <= permute[1]):
             raise UserError(f"generator.permute: expected [start, end] as shares of the run, got {permute}.")
-        self.permute = permute
+        self.permute, self.spare_rows = permute, spare_rows
         self.rear = rear_module.settings(rear, self.size.layers)
 
         width = self.size.width
         self.cls_token = nn.Parameter(torch.zeros(1, 1, width))
         # Rows: codes, the mask code, classes, no class.
         self.embeddings = nn.Embedding(vocab + 1 + num_classes + 1, width)
-        self.pos_embed = nn.Parameter(torch.empty(1, length + EXTRA_POSITIONS, width))
-        self.target_aware_pos_embed = nn.Parameter(torch.empty(1, length + EXTRA_POSITIONS, width))
+        self.pos_embed = nn.Parameter(torch.empty(1, length + spare_rows, width))
+        self.target_aware_pos_embed = nn.Parameter(torch.empty(1, length + spare_rows, width))
         self.timesteps_embeddings = nn.Parameter(torch.empty(1, length + EXTRA_SLOTS, width))
         self.blocks = nn.ModuleList(Block(self.size, dropout, attention_dropout) for _ in range(self.size.layers))
         self.adaln_before_head = FinalNorm(width)
@@ -181,7 +184,7 @@ class RAR(Regularised):
     def resized(self, state: State, settings: Mapping[str, Any], spec: LatentSpec) -> State:
         """Both tables of positions like pictures (two rows before the codes', spare ones after them); the one of steps,
         which run through the sequence, along its line."""
-        before = state["pos_embed"].shape[1] - EXTRA_POSITIONS
+        before = state["timesteps_embeddings"].shape[1] - EXTRA_SLOTS
         if before == self.length:
             return state
         if not spec.grid:
@@ -191,7 +194,8 @@ class RAR(Regularised):
             )
         state = dict(state)
         for name in ("pos_embed", "target_aware_pos_embed"):
-            state[name] = resize_rows(state[name], spec.grid, 2, EXTRA_POSITIONS - 2)
+            spare = state[name].shape[1] - before - 2
+            state[name] = resize_rows(state[name], spec.grid, 2, spare)
         steps = state["timesteps_embeddings"]
         first, codes, spare = steps.split((2, before, EXTRA_SLOTS - 2), dim=1)
         line = F.interpolate(codes.float().transpose(1, 2), self.length, mode="linear", align_corners=True)
@@ -413,11 +417,11 @@ class Decoding:
     def positions_of(model: RAR, order: Tensor | None = None) -> Tensor:
         """(N + 1, D): what is added to the input of every slot that predicts or comes before."""
         if order is None:
-            target, own = slice(2, 2 + model.length), slice(0, model.length + 1)
+            target, places = slice(2, 2 + model.length), slice(0, model.length + 1)
         else:
-            target, own = 2 + order, F.pad(2 + order[:-1], (2, 0))
-            own[1] = 1
-        return model.pos_embed[0, own] + F.pad(model.target_aware_pos_embed[0, target], (0, 0, 1, 0))
+            target, places = 2 + order, F.pad(2 + order[:-1], (2, 0))
+            places[1] = 1
+        return model.pos_embed[0, places] + F.pad(model.target_aware_pos_embed[0, target], (0, 0, 1, 0))
 
     @staticmethod
     def _affine(attention: Attention) -> Tensor:
@@ -456,10 +460,10 @@ class Decoding:
         shift, factor = modulations[0][:2]
         h = gated_norm(x, shift, factor, self.norms[0])
         layers = self.cache.open()
-        for block, affine, layer, own, after, norm in zip(
+        for block, affine, layer, modulation, after, norm in zip(
             self.blocks, self.affine, layers, modulations, modulations[1:], self.norms[1:]
         ):
-            gate1, shift2, factor2, gate2 = own[2:]
+            gate1, shift2, factor2, gate2 = modulation[2:]
             h = gated_norm(x, shift2, factor2, block.norm2, gate1, decode_attention(block.attn, h, affine, layer))
             h = gated_norm(x, after[0], after[1], norm, gate2, block.mlp(h))
         return h

@@ -294,10 +294,10 @@ class DiTDH(Sampled):
     @staticmethod
     def _ready(model: DiTDH, weights: Weights) -> nn.Module:
         """The network in the precision of the products, compiled if it is so itself or if that is wanted."""
-        found = model if weights.dtype == model.final_layer.linear.weight.dtype else weights.copy(model)
-        if model.compiled or (found is not model and model.blocks[0]._compiled_call_impl is not None):
-            compile_blocks(found)
-        return found
+        network = model if weights.dtype == model.final_layer.linear.weight.dtype else weights.copy(model)
+        if model.compiled or (network is not model and model.blocks[0]._compiled_call_impl is not None):
+            compile_blocks(network)
+        return network
 
 
 def autoguided(guidance: Guidance) -> bool:
@@ -328,8 +328,8 @@ class Field:
             embedder = self.models[0].y_embedder
             classes[0] = torch.cat((classes[0], embedder(embedder.null(labels))))  # (2B, D)
         if self.classes:
-            for own, given in zip(self.classes, classes):
-                own.copy_(given)
+            for held, fresh in zip(self.classes, classes):
+                held.copy_(fresh)
         else:
             self.classes = classes
         if times:

@@ -127,8 +127,8 @@ class Handler(BaseHTTPRequestHandler):
 
     def _knows_token(self) -> bool:
         query = parse_qs(urlsplit(self.path).query).get("token", [""])[0]
-        given = self.headers.get("X-Token") or query
-        return hmac.compare_digest(given.encode(), self.server.token.encode())
+        token = self.headers.get("X-Token") or query
+        return hmac.compare_digest(token.encode(), self.server.token.encode())
 
     def _get(self, path: str) -> None:
         if path == "/":

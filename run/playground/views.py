@@ -233,12 +233,12 @@ def read_list(request: Fields, name: str) -> list[Any]:
 
 def read_picture(request: Fields, name: str, upright: bool = False) -> tuple[str, Any]:
     """(name of its file, picture in RGB) of {"name": ..., "data": base64}, turned as its EXIF data says where `upright`."""
-    given = request.get(name)
-    if not isinstance(given, dict) or not isinstance(given.get("data"), str):
+    upload = request.get(name)
+    if not isinstance(upload, dict) or not isinstance(upload.get("data"), str):
         raise UserError(f"{name}: choose a picture first.")
-    title = PurePath(str(given.get("name") or "picture.png").replace("\\", "/")).name or "picture.png"
+    title = PurePath(str(upload.get("name") or "picture.png").replace("\\", "/")).name or "picture.png"
     try:
-        data = base64.b64decode(given["data"], validate=True)
+        data = base64.b64decode(upload["data"], validate=True)
         return title, decode_rgb(data, title, upright)
     except binascii.Error:
         raise UserError(f"{title}: its bytes did not arrive whole; choose it again.") from None
@@ -424,11 +424,11 @@ def _measured(facts: dict[str, float]) -> str:
 
 def read_options(request: Fields, entry: Entry) -> dict[str, str]:
     """Sampling options that are not what they are anyway, as run_sample.sh takes them."""
-    given, known = request.get("options") or {}, generator_controls(entry.model)["options"]
-    if not isinstance(given, dict):
-        raise UserError(f"options: name and value of each were expected, not {_quoted(given)}.")
+    options, known = request.get("options") or {}, generator_controls(entry.model)["options"]
+    if not isinstance(options, dict):
+        raise UserError(f"options: name and value of each were expected, not {_quoted(options)}.")
     chosen = {}
-    for name, value in given.items():
+    for name, value in options.items():
         if name not in known:
             raise UserError(f"options: {entry.name} has no {_quoted(name)}; it takes {', '.join(known)}.")
         for number in value if isinstance(value, list) else [value]:

@@ -219,7 +219,8 @@ def report(
     pages.add_tiles(page, standard, rebuilt, headline)
     if len(models) > 1:
         pairs = [grids[model.variants[0].name] for model in models]
-        page.add_image("Side by side", pages.beside(pairs), " | ".join(model.variants[0].name for model in models))
+        caption = " | ".join(model.variants[0].name for model in models)
+        page.add_image("Side by side", pages.beside(pairs), caption, enlarged=max(1, 64 // standard.size))
     for model in models:
         pages.add_samples(page, model, model.variants[0])
     pages.add_pictures(page, shown, headline)

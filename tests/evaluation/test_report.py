@@ -73,6 +73,14 @@ def test_report_is_self_contained_and_escaped(tmp_path):
     assert "nan" not in "".join(re.findall(r"<svg.*?</svg>", html)).replace("not finite", "")
 
 
+def test_small_pictures_are_enlarged():
+    def widths(image: Image.Image, **options) -> list[str]:
+        return re.findall(r'<img[^>]* width="(\d+)"', Report("t").add_image("p", image, **options).html())
+
+    assert widths(Image.new("L", (500, 20))) == ["500"] and widths(Image.new("L", (100, 20))) == ["300"]
+    assert widths(Image.new("L", (500, 20)), enlarged=2) == ["1000"]
+
+
 def test_neighbouring_curves_share_one_grid():
     html = Report("t").add_curves("a", {"x": [(0, 1)]}).add_curves("b", {"x": [(0, 1)]}).add_text("t", "x")
     html = html.add_curves("c", {"x": [(0, 1)]}).html()

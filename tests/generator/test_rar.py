@@ -67,6 +67,18 @@ def test_cached_is_uncached(monkeypatch, guidance, budget):
     assert torch.equal(model.sample(LABELS[1:2], draws(4), guidance, temperature=1.1), wanted[1:2])  # any batch
 
 
+def test_spare_rows_are_never_looked_at():
+    full, slim = rar().eval(), rar(spare_rows=2).eval()
+    assert slim.pos_embed.shape == slim.target_aware_pos_embed.shape == (1, 11, 32)
+    slim.load_state_dict({n: v[:, :11] if n.endswith("pos_embed") else v for n, v in full.state_dict().items()})
+    how = LABELS, draws(3, 4, 5, 6), Guidance(2.0)
+    assert torch.equal(slim.sample(*how), full.sample(*how))
+    order, targets = torch.stack([torch.randperm(9) for _ in range(4)]), codes(4)[..., 0]
+    assert torch.equal(slim.slots(targets, LABELS, order)[0], full.slots(targets, LABELS, order)[0])
+    with pytest.raises(UserError, match="spare_rows=2 cannot be exported"):
+        ADAPTER.restore(slim)
+
+
 def test_half_precision():
     """Under autocast the cache is bf16 and probabilities fp32; with bf16 weights too."""
     model = rar().eval()
