@@ -50,10 +50,13 @@ class LinearClassifier:
     def num_classes(self) -> int:
         return self.bias.numel()
 
+    def logits(self, features: Tensor) -> Tensor:
+        """(N, D) -> (N, classes) float64."""
+        return (features.detach().cpu().double() - self.mean) / self.scale @ self.weight + self.bias
+
     def predict(self, features: Tensor) -> Tensor:
         """(N, D) -> (N,) int64, the most likely class."""
-        logits = (features.detach().cpu().double() - self.mean) / self.scale @ self.weight + self.bias
-        return logits.argmax(1)
+        return self.logits(features).argmax(1)
 
 
 def fit(

@@ -25,6 +25,7 @@ from core.schema import RunConfig
 from data.sources import open_source
 from evaluation import networks, toy
 from evaluation.images import psnr
+from evaluation.measure import source_labels
 from evaluation.pictures import SourcePictures
 from run.load import load_config
 from run.models import GeneratorModel
@@ -57,6 +58,12 @@ def unseen(size: int, count: int) -> Tensor:
     pictures = SourcePictures(open_source("embedded://emoji64", "val"), size, 0)
     places = [i * len(pictures) // count for i in range(count)]
     return torch.cat([pictures.read(place, place + 1) for place in places])
+
+
+def unseen_labels(count: int) -> Tensor:
+    """(count,) classes of the pictures of `unseen`."""
+    labels = source_labels(open_source("embedded://emoji64", "val"))
+    return torch.tensor([labels[i * len(labels) // count] for i in range(count)])
 
 
 def samples(system: str, count: int, seed: int = 0) -> tuple[Tensor, Tensor]:
