@@ -380,6 +380,13 @@ def _task_problems(config: RunConfig) -> Iterator[str]:
     ):
         if is_set and config.task == "tokenizer":
             yield f"train.{key}: a tokenizer knows no classes; this is for generators."
+    if config.train.lora is not None:
+        if config.task == "tokenizer":
+            yield "train.lora: is for generators; ImageFolder's tokenizer has tokenizer.enc_tuning=lora and dec_tuning=lora."
+        elif not config.train.init_from:
+            yield "train.lora: changes weights that are there; name them: train.init_from."
+        if config.train.parallel == "fsdp":
+            yield "train.lora: needs whole weights on every GPU; use train.parallel=ddp."
     if config.train.new_classes is not None and not config.train.init_from:
         yield "train.new_classes: says how the classes of train.init_from become new ones; name its weights."
 

@@ -156,6 +156,14 @@ class NetworkConfig:
 
 
 @dataclass
+class LoraConfig:
+    """Low-rank changes of a generator's weights."""
+
+    rank: int = setting(8, "of the change of each weight", low=1)
+    alpha: float = setting(8.0, "the change is alpha / rank times its two factors", low=0.01)
+
+
+@dataclass
 class TrainConfig:
     duration: Duration = setting(..., "length of the run")
     global_batch: int = setting(..., "pictures per optimiser step over all ranks; the recipe, not the hardware", low=1)
@@ -171,6 +179,9 @@ class TrainConfig:
         'rows of a generator\'s classes on new data: "mean" of those in init_from, or "from:NAME,..." one for each',
     )
     trunk_lr: float = setting(1.0, "learning rate of all but the class rows of a generator, as a share", low=0, high=1)
+    lora: LoraConfig | None = setting(
+        None, "of a generator's weights in init_from train the class rows and low-rank changes of its blocks alone"
+    )
     device: Literal["auto", "cpu", "cuda"] = setting("auto", "auto takes CUDA where there is one")
     precision: Literal["fp32", "bf16"] = setting("bf16", "of matrix products; losses, norms and weights stay fp32")
     tf32: bool | None = setting(

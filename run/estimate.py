@@ -23,6 +23,7 @@ from core.rng import Draws
 from core.schema import RunConfig
 from core.specs import Batch, Phase, Progress, Tokenizer
 from core.train import parallel
+from core.train.low_rank import adapted_weights, keep_adapted
 from generator.task import GeneratorTask
 from run.data import num_classes, open_train
 from run.load import Source, random_task, tokenizer_layout
@@ -89,6 +90,8 @@ class Plan:
             network.eval().requires_grad_(False)
         for network in trained.values():
             network.train()
+        if config.train.lora is not None and isinstance(self.task, GeneratorTask):
+            keep_adapted(self.task.generator)
         self.rehearsal = Rehearsal(trained, frozen, config.train.precision == "bf16")
         self.state = sum(self._state(name, network) for name, network in trained.items())
         self.frozen = 4.0 * sum(t.numel() for n in frozen for t in [*n.parameters(), *n.buffers()])
@@ -111,7 +114,11 @@ class Plan:
         """Weights and averages in fp32, gradients and two moments of what is trained; shared out by FSDP."""
         averages = len(self.config.train.ema) if name == self.task.primary else 0
         trained = _count(p for p in network.parameters() if p.requires_grad)
-        size = 4.0 * (_count(network.parameters()) * (1 + averages) + 3 * trained)
+        moments = trained
+        if lora := self.config.train.lora:
+            adapted = adapted_weights(network).values()
+            moments += sum(lora.rank * sum(weight.shape) - weight.numel() for weight in adapted)
+        size = 4.0 * (_count(network.parameters()) * (1 + averages) + trained + 2 * moments)
         return size / self.gpus if self.config.train.parallel == "fsdp" else size
 
     def _step(self, micro: int) -> Step:

@@ -16,6 +16,7 @@ from core.errors import UserError
 from core.files import read_json
 from core.schema import RunConfig
 from core.specs import Continuous, DataSource
+from core.train.low_rank import keep_adapted
 from core.train.run import ABOUT, RunFolder
 from core.train.trainer import PREVIEW_IMAGES, Trainer
 from core.weights import hub
@@ -71,6 +72,8 @@ def _train(config: RunConfig, inputs: Inputs, world: dist.World, about: dict[str
     if commits := {s: c for s, weights in sources.items() if (c := hub.commit_of(weights.path))}:
         provenance["commits"] = commits
     initial_ema = _start(config, task, sources)
+    if config.train.lora is not None and isinstance(task, GeneratorTask):
+        keep_adapted(task.generator)
     for weights in sources.values():
         weights.close()
     loader = _loader(config, source, task, provenance.get("tokenizer_fingerprint", ""), world)

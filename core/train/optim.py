@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
+from torch.distributed.tensor import DTensor
 
-from core.schema import OptimizerConfig, ScheduleConfig
+from core.errors import UserError
+from core.schema import LoraConfig, OptimizerConfig, ScheduleConfig
 from core.specs import Generator, SparesWeightDecay
+from core.train.low_rank import AdaptingAdamW, factors_of
 
 
 @dataclass(frozen=True)
@@ -95,25 +99,33 @@ def weight_decay_at(config: OptimizerConfig, fraction: float) -> float:
     return end + (config.weight_decay - end) * 0.5 * (1.0 + math.cos(math.pi * min(1.0, fraction)))
 
 
-def make_adamw(network: nn.Module, config: OptimizerConfig, trunk_lr: float = 1.0) -> torch.optim.AdamW:
+def make_adamw(
+    network: nn.Module, config: OptimizerConfig, trunk_lr: float = 1.0, lora: LoraConfig | None = None
+) -> torch.optim.AdamW:
     """AdamW over the trainable parameters of `network`, in two groups: decayed and not.
 
     See core.specs.SparesWeightDecay for which is which. Each group carries its parameter names, for checkpoints.
 
     Args:
         trunk_lr: share of the learning rate for all but the class rows of a Generator, which then are groups of their own:
-            "factor" of a group is its share.
+            "factor" of a group is its share. Rows before the classes' in the same table (RAR's codes) get it too.
+        lora: weights of the blocks change by low-rank products alone; what core.train.low_rank.keep_adapted leaves
+            trainable is expected. Those rows before the classes' then stay.
     """
     trainable = {name: p for name, p in network.named_parameters() if p.requires_grad}
+    factors = factors_of(network, lora.rank, lora.alpha) if lora else []
+    for f in factors:
+        del trainable[f.name]
+        trainable |= {f"{f.name}.lora_A": f.a, f"{f.name}.lora_B": f.b}
     if isinstance(network, SparesWeightDecay):
         spared = network.no_weight_decay()
     else:
         spared = {name for name, p in trainable.items() if p.ndim < 2}
     shares = {"factor": trunk_lr} if trunk_lr != 1 else {}
-    full = {network.class_rows()[0]} if shares and isinstance(network, Generator) else set()
+    table, first = network.class_rows() if (shares or lora) and isinstance(network, Generator) else ("", 0)
     groups = []
     for rows, decayed in ((False, True), (False, False), (True, True), (True, False)):
-        names = [n for n in trainable if (n in full) == rows and (n not in spared) == decayed]
+        names = [n for n in trainable if (n == table) == rows and (n not in spared) == decayed]
         if names:
             groups.append(
                 {
@@ -125,5 +137,15 @@ def make_adamw(network: nn.Module, config: OptimizerConfig, trunk_lr: float = 1.
                 }
             )
     # lr is set before every step; fused updates all tensors in one kernel and can skip a step on the device.
-    first, second = config.betas
-    return torch.optim.AdamW(groups, lr=0.0, betas=(first, second), eps=config.eps, fused=True)
+    beta1, beta2 = config.betas
+    options: dict[str, Any] = {"lr": 0.0, "betas": (beta1, beta2), "eps": config.eps, "fused": True}
+    if not factors and not first:
+        return torch.optim.AdamW(groups, **options)
+    if first and isinstance(trainable[table], DTensor):
+        raise UserError(
+            "train.trunk_lr with train.parallel=fsdp: this generator keeps its codes in the table of its classes, whose rows "
+            "cannot have two rates when they are shared between GPUs. Use train.parallel=ddp."
+        )
+    return AdaptingAdamW(
+        groups, factors, (trainable[table], first, 0.0 if lora else trunk_lr) if first else None, **options
+    )

@@ -111,7 +111,7 @@ class Trainer:
         # Each with `optimizer` and `schedule`.
         self.recipes = {name: special.get(name, train) for name in self.networks}
         self.optimizers = {
-            name: make_adamw(net, self.recipes[name].optimizer, self.settings.trunk_lr)
+            name: make_adamw(net, self.recipes[name].optimizer, self.settings.trunk_lr, self.settings.lora)
             for name, net in self.networks.items()
         }
         self.guards = {}

@@ -10,13 +10,17 @@ import torch
 from core.config import to_plain
 from core.errors import UserError
 from core.rng import Draws
-from core.schema import OptimizerConfig
+from core.schema import LoraConfig, OptimizerConfig
 from core.specs import Guidance
 from core.train.checkpoint import Checkpoint
+from core.train.low_rank import AdaptingAdamW, adapted_weights, factors_of, keep_adapted
 from core.train.optim import make_adamw
+from core.train.optimizer_state import flatten_optimizer
+from core.weights import files as weight_files
 from generator import GENERATORS
 from run import adapt
 from run.load import Weights, introduce
+from scripts import convert
 from tests.conftest import ROOT
 from tests.run.test_mix import GENERATORS_TO_TRY, NATIVE, TOKENIZERS_TO_TRY
 from tokenizer import TOKENIZERS
@@ -129,6 +133,74 @@ def test_the_trunk_has_a_rate_of_its_own():
     assert len(plain) == 2 and "factor" not in plain[0]
 
 
+def small_step(network, optimizer, seed: int) -> None:
+    """With gradients of random numbers."""
+    for group in optimizer.param_groups:
+        group["lr"] = 0.01 * group.get("factor", 1)
+    random = torch.Generator().manual_seed(seed)
+    for parameter in network.parameters():
+        if parameter.requires_grad:
+            parameter.grad = torch.randn(parameter.shape, generator=random)
+    optimizer.step()
+    optimizer.zero_grad()
+
+
+@pytest.mark.parametrize("share", [0.0, 0.25])
+def test_codes_in_the_table_of_classes_have_the_rate_of_the_trunk(share):
+    """RAR's codes come before the class rows; Adam does not care for the size of a gradient, so rates it must be."""
+    network, plain = (generator_of("rar", tokenizer_of("maskgit_vqgan"), 3) for _ in range(2))
+    table, first = network.class_rows()
+    start = network.state_dict()[table].clone()
+    small_step(network, make_adamw(network, OptimizerConfig(weight_decay=0.1), share), 0)
+    small_step(plain, make_adamw(plain, OptimizerConfig(weight_decay=0.1)), 0)
+    moved, whole = (n.state_dict()[table] - start for n in (network, plain))
+    assert torch.equal(moved[first:], whole[first:]) and moved[first:].abs().min() > 0
+    assert torch.allclose(moved[:first], share * whole[:first], atol=1e-7)
+    assert share or torch.equal(network.state_dict()[table][:first], start[:first])
+
+
+@pytest.mark.parametrize("name", ["far", "rar", "var", "dit_dh", "gpt"])
+def test_low_rank_changes(name):
+    """Class rows and low-rank changes of the blocks alone, and what the optimiser keeps is small."""
+    network = generator_of(name, tokenizer_of({g: t for t, _, g in NATIVE}[name]), 3)
+    keep_adapted(network)
+    before = {n: v.clone() for n, v in network.state_dict().items()}
+    optimizer = make_adamw(network, OptimizerConfig(), lora=LoraConfig(rank=2, alpha=4))
+    for seed in range(3):
+        small_step(network, optimizer, seed)
+    after, adapted, (table, first) = network.state_dict(), adapted_weights(network), network.class_rows()
+    assert len(adapted) > 3
+    for parameter, value in before.items():
+        moved = after[parameter] - value
+        if parameter in adapted:
+            assert torch.linalg.matrix_rank(moved.double(), rtol=1e-4) <= 2 and moved.abs().max() > 0, parameter
+        elif parameter == table:
+            assert torch.equal(moved[:first], torch.zeros_like(moved[:first])) and moved[first:].abs().min() > 0
+        else:
+            assert torch.equal(after[parameter], value), parameter
+    kept = sum(t.numel() for k, t in flatten_optimizer(optimizer)[0].items() if k.startswith("exp_avg/"))
+    assert kept == after[table].numel() + sum(2 * sum(w.shape) for w in adapted.values())
+
+
+def test_low_rank_changes_are_those_of_adapters():
+    """Against layers that compute with W0 + scale B A and train A and B by torch's own AdamW."""
+    network = torch.nn.Sequential(torch.nn.ModuleList([torch.nn.Sequential(torch.nn.Linear(5, 4))]))
+    layer, x = network[0][0][0], torch.randn(7, 5)
+    (f,) = factors_of(network, 2, 6.0)
+    groups = [{"params": [f.a, f.b], "names": ["a", "b"]}]
+    optimizer = AdaptingAdamW(groups, [f], None, lr=0.05, weight_decay=0.1)
+    base, a, b = (t.detach().clone() for t in (layer.weight, f.a, f.b))
+    a.requires_grad_(), b.requires_grad_()
+    usual = torch.optim.AdamW([a, b], lr=0.05, weight_decay=0.1)
+    for _ in range(5):
+        layer(x).square().mean().backward()
+        torch.nn.functional.linear(x, base + 3.0 * (b @ a), layer.bias).square().mean().backward()
+        for each in (optimizer, usual):
+            each.step(), each.zero_grad()
+    assert torch.allclose(layer.weight, base + 3.0 * (b @ a), atol=1e-6)
+    assert (layer.weight - base).abs().max() > 0.05
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # From the command line
 # ---------------------------------------------------------------------------------------------------------------------
@@ -169,6 +241,32 @@ def test_new_classes_from_a_run(run, tmp_path):
     assert run("new", *words, "train.trunk_lr=0", "train.duration=3step")[0] == 0, "the run goes on"
 
 
+def test_low_rank_changes_of_a_run(run, tmp_path):
+    """Resumed, it ends with the same bits; its weights are plain ones, which are loaded, converted and trained on as any."""
+    assert run("old")[0] == 0
+    words = [
+        THREE,
+        f"train.init_from={tmp_path}/old",
+        "train.new_classes=mean",
+        "train.lora.rank=2",
+        "train.lora.alpha=2",
+    ]
+    code, said = run("whole", *words, "train.duration=4step", "train.schedule.kind=constant")
+    assert code == 0, said
+    assert run("parts", *words, "train.duration=2step", "train.schedule.kind=constant")[0] == 0
+    assert run("parts", *words, "train.duration=4step", "train.schedule.kind=constant")[0] == 0
+    whole, parts, old = (weights_of(tmp_path / name) for name in ("whole", "parts", "old"))
+    assert whole.keys() == old.keys() and all(torch.equal(whole[name], parts[name]) for name in whole)
+    changed = {name for name in old if whole[name].shape != old[name].shape or not torch.equal(whole[name], old[name])}
+    moved = [name for name in changed if name != "cls_embedding.embedding_table.weight"]
+    assert len(changed) == len(moved) + 1 and 3 < len(moved) < len(old) / 2
+    assert all(torch.linalg.matrix_rank((whole[n] - old[n]).double(), rtol=1e-3) <= 2 for n in moved)
+    assert convert.main([str(tmp_path / "whole"), str(tmp_path / "merged.safetensors"), "--weights", "raw"]) == 0
+    file = weight_files.read(tmp_path / "merged.safetensors")
+    assert file is not None and file.weights.keys() == old.keys()
+    assert all(torch.equal(file.weights[name], whole[name]) for name in moved)
+
+
 @pytest.mark.parametrize(
     ("words", "said"),
     [
@@ -190,6 +288,8 @@ def test_mistakes_are_found_before_training(run, tmp_path, words, said):
     [
         (FAR, ["train.new_classes=mean"], "name its weights"),
         (FAR, ["train.trunk_lr=2"], "trunk_lr"),
+        (FAR, ["train.lora={rank: 4}"], "changes weights that are there"),
+        (str(ROOT / "configs/toy/fqgan_tokenizer.yaml"), ["train.lora={}"], "is for generators"),
         (str(ROOT / "configs/toy/fqgan_tokenizer.yaml"), ["train.trunk_lr=0.1"], "a tokenizer knows no classes"),
     ],
 )
