@@ -91,6 +91,7 @@ RULES = [
         "--help",
         "compares speeds; tests/tools/test_benchmark_evaluation.py runs it small",
     ),
+    Rule(r"python -m tests\.tools\.(edit_scores|adapt_emoji)", "--help", "minutes on the tiny models"),
     Rule(
         r"python -m tests\.tools\.torture", "--help", "kills for minutes; tests/core/train/test_resume.py runs it small"
     ),

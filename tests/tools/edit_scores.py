@@ -77,15 +77,16 @@ def edited_with_latents(
 
 
 @torch.no_grad()
-def measure(system: str, share: float, photos: int) -> Row:
+def measure(system: str, share: float, photos: int, same: bool = False, scale: float | None = None) -> Row:
     generator = tiny.model(system)
     sampler, size = generator.sampler, generator.tokenizer.image_size
     masked, rows, labels, equal, before, put_in = square(size, share), [], [], True, [], []
     for i, photo in enumerate(tiny.unseen(size, photos)):
         own = int(tiny.unseen_labels(photos)[i])
-        asked = [label for label in range(sampler.num_classes) if label != own]
+        asked = [own] * 8 if same else [label for label in range(sampler.num_classes) if label != own]
         canvas = edit.Canvas(photo, masked)
-        made, latents = edited_with_latents(sampler, canvas, asked, i)
+        guided = sampler if scale is None else generator.tuned({"scale": scale})
+        made, latents = edited_with_latents(guided, canvas, asked, i)
         codes = sampler.tokenizer.encode(photo[None] / 127.5 - 1)
         kept = edit.kept_cells(sampler.tokenizer, masked, edit.Rules())[0]
         where = kept if codes.is_floating_point() else kept[..., None]
@@ -109,6 +110,10 @@ def main() -> None:
     parser.add_argument("systems", nargs="*", default=tiny.SYSTEMS)
     parser.add_argument("--photos", type=int, default=9)
     parser.add_argument("--mask", type=float, nargs="+", default=[0.5, 0.75])
+    parser.add_argument(
+        "--same", action="store_true", help="draw the photo's own class: is it the rest of the photo that tells?"
+    )
+    parser.add_argument("--scale", type=float, help="guidance of the edits; plain samples keep the recipe's")
     options = parser.parse_args()
     print(
         "| | side | kept | inside: plain | edited | ratio | whole: plain put in | edited | ratio | outside, before | exact |"
@@ -116,7 +121,7 @@ def main() -> None:
     print("|---|---|---|---|---|---|---|---|---|---|---|")
     for system in options.systems:
         for share in options.mask:
-            row = measure(system, share, options.photos)
+            row = measure(system, share, options.photos, options.same, options.scale)
             print(
                 f"| `tiny/{system}` | {share:.0%} | {row.kept:.0%} | {row.plain:.2f} | {row.edited:.2f} | {row.edited / row.plain:.0%} "
                 f"| {row.plain_whole:.2f} | {row.edited_whole:.2f} | {row.edited_whole / row.plain_whole:.0%} "
