@@ -19,6 +19,7 @@ from core.files import ADVICE, MACHINES_FAULTS
 from core.peers import OtherRankFailed
 from core.signals import REQUEUE_EXIT_CODE, Stopped, StopRequest, ignore_signals, insist, words
 
+ROOT = Path(__file__).resolve().parents[1]
 SHOWN_NAME = 300  # characters of a file's name in a message
 
 
@@ -67,7 +68,8 @@ def _until_stopped(main: Callable[[list[str]], int | None]) -> int:
             if isinstance(error, Stopped):
                 raise
             if (reason := request.requested()) is None:
-                raise (lost_worker(error) or _machines_fault(error) or error) from error.__cause__
+                explained = lost_worker(error) or _machines_fault(error) or _lacking(error)
+                raise (explained or error) from error.__cause__
             raise Stopped(reason) from None
 
 
@@ -96,6 +98,19 @@ def _machines_fault(error: Exception) -> UserError | None:
     name = os.fsdecode(error.filename) if isinstance(error.filename, (str, bytes)) else ""
     place = f"{name if len(name) <= SHOWN_NAME else name[:SHOWN_NAME] + ' ...'}: " if name else ""
     return UserError(f"{place}{ADVICE[error.errno]}.")
+
+
+def _lacking(error: Exception) -> UserError | None:
+    """A sentence about a Python without the packages that requirements.txt lists; None for other errors."""
+    if not isinstance(error, ModuleNotFoundError) or not error.name:
+        return None
+    package, ours = error.name.partition(".")[0], {folder.parent.name for folder in ROOT.glob("*/__init__.py")}
+    if package in ours:
+        return None
+    return UserError(
+        f"{sys.executable} has no package {package}. Use {ROOT / '.venv/bin/python'}, which run_*.sh make, or install "
+        f"what {ROOT / 'requirements.txt'} lists (pip install -r)."
+    )
 
 
 def _open_outputs() -> None:
@@ -147,10 +162,9 @@ def _leave_stopped(name: str) -> NoReturn:
 
 def _refuse_another_clone(program: Path) -> None:
     """`python scripts/NAME.py` finds the packages through the environment, which may be that of another clone."""
-    here = Path(__file__).resolve().parents[1]
-    if program.parent.name == "scripts" and program.resolve().parents[1] != here:
+    if program.parent.name == "scripts" and program.resolve().parents[1] != ROOT:
         raise UserError(
-            f"{program} would run with the packages of {here}, whose environment this is. Start it from its own folder as "
+            f"{program} would run with the packages of {ROOT}, whose environment this is. Start it from its own folder as "
             f"python -m scripts.{program.stem}"
         )
 

@@ -156,6 +156,16 @@ def write_atomic(path: str | os.PathLike, data: bytes | str) -> None:
         temporary.write_bytes(data.encode("utf-8", "backslashreplace") if isinstance(data, str) else data)
 
 
+def sorted_facts(tensors: bytes) -> bytes:
+    """A safetensors file with its facts in alphabetical order; the library writes them in another order each time."""
+    size = int.from_bytes(tensors[:8], "little")
+    header = json.loads(tensors[8 : 8 + size])
+    header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)  # which aligns the tensors
+    return len(text).to_bytes(8, "little") + text + tensors[8 + size :]
+
+
 def to_json(value: Any) -> str:
     """The one way we write JSON: sorted, indented, readable in any language, floats exact."""
     return json.dumps(value, sort_keys=True, indent=2, ensure_ascii=False) + "\n"

@@ -212,10 +212,18 @@ def _prepare_worker(closing, worker: int) -> None:
     down before it has saved. Only once the main process is closing does SIGTERM end a worker.
     """
     torch.set_num_threads(1)
+    sys.excepthook = _say_unless_hung_up
     for number in _HELD - {signal.SIGTERM}:
         signal.signal(number, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, lambda *_: os._exit(0) if closing.is_set() else None)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, _HELD)
+
+
+def _say_unless_hung_up(kind: type[BaseException], error: BaseException, trace: Any) -> None:
+    """What a worker prints of an error in the thread through which it hands over memory, the only one that is not passed
+    on: nothing where the main process, which was stopped, took no more of it."""
+    if not isinstance(error, (ConnectionError, EOFError)):
+        sys.__excepthook__(kind, error, trace)
 
 
 def _require_shared_memory(reader: _Reader, entries: int, workers: int) -> None:

@@ -77,8 +77,8 @@ class Work(Chunks):
         return self
 
     def __exit__(self, kind, error, _) -> None:
-        if error is not None and self.folder is not None:
-            self.lock.release()
+        if error is not None:
+            self.leave()
         if isinstance(error, UserError) and not isinstance(error, OtherRankFailed) and not is_machines_fault(error):
             self._delete()
 
@@ -176,6 +176,11 @@ class Work(Chunks):
         for name in list(parts):
             whole[name] = torch.cat(parts.pop(name))
         return {**whole, **sums}
+
+    def leave(self) -> None:
+        """Let other programs into the folder, which stays."""
+        if self.folder is not None:
+            self.lock.release()
 
     def forget(self) -> None:
         """Delete the folder, on the main rank."""

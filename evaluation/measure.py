@@ -25,15 +25,17 @@ from core.devices import pictures_at_once
 from core.dist import World
 from core.errors import UserError
 from core.images import finite_uint8, grid, to_model_range, to_uint8, to_unit_range
+from core.nn.lpips import lpips_vgg
 from core.rng import Draws, hash64
 from core.schema import EvalConfig, RunConfig
 from core.specs import DataSource, codebook_rows
-from core.weights.released import helper
+from core.weights.hub import is_offline
+from core.weights.released import helper, needed
 from data.checks import require_labels, require_order, require_same_classes
 from evaluation import networks, protocols
 from evaluation.chunks import SUM, Chunk, Work
 from evaluation.images import Codebooks, Perturbation, PictureMetric, interval_of, mean_of, picture_metrics
-from evaluation.networks import FeatureNet, features_of
+from evaluation.networks import WEIGHTS_FILE, FeatureNet, features_of
 from evaluation.pictures import Pictures, SourcePictures
 from evaluation.protocols import Protocol
 from evaluation.references import Statistics, choose_reference, load_reference, training_statistics
@@ -413,6 +415,22 @@ def reconstruct_first(
     with Work(len(pictures), how.world) as work:
         result = how.of_reconstructions(rebuild, work)
     return result.values() if result else {}
+
+
+def lacking(settings: EvalConfig, protocol: Protocol, purpose: str) -> list[str]:
+    """A line for each network of others that an evaluation would download or do without, with what brings it."""
+    lines, inception = [], helper(WEIGHTS_FILE)
+    without = {
+        "auto": "until it is here, evaluation uses a stand-in and calls nothing FID",
+        "inception": "evaluation needs it" if is_offline() else "evaluation will download it",
+    }
+    if settings.network in without and inception.found() is None:
+        lines.append(f"{inception.about} ({inception.command}); {without[settings.network]}")
+    if purpose == "reconstruction" and "lpips" in protocol.reconstruction:
+        what = "LPIPS is left out without it" if is_offline() else "evaluation will download it"
+        missing = (file for file in needed(lpips_vgg, {}) if file.found() is None)
+        lines += [f"{file.about} ({file.command}); {what}" for file in missing]
+    return lines
 
 
 def offline_metrics(protocol: Protocol, device: torch.device) -> dict[str, PictureMetric]:

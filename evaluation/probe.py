@@ -79,6 +79,7 @@ def pooled_features(
     with work:
         work.compute(compute, progress)
         gathered = work.gather()
+    work.leave()
     if gathered is None:
         return None
     features = {k.removeprefix("features/"): v for k, v in gathered.items() if k.startswith("features/")}

@@ -35,6 +35,7 @@ from core.files import refuse_text, replacing, sha256_file, write_atomic
 from core.rng import permutation
 from core.schema import RunConfig
 from core.specs import DataSource
+from core.weights import released
 from core.weights.pickles import load_pickle
 from core.weights.released import helper
 from evaluation.chunks import OWN, Work
@@ -325,6 +326,13 @@ def find_reference(name: str | None) -> Path | None:
     return next((p for p in (Path(name).expanduser(), *(Path(f) / name for f in FOLDERS)) if p.is_file()), None)
 
 
+def how_to_get(reference: str) -> str:
+    """What brings a reference that is not here."""
+    if (known := released.find(reference)) is not None:
+        return f"{known.command} fetches it"
+    return "docs/evaluation.md says where to get it; run_make_reference.sh makes one from pictures"
+
+
 def choose_reference(
     asked: str | None, protocol: Protocol, net: FeatureNet | None, image_size: Side, purpose: str, published: bool
 ) -> Path | None:
@@ -332,7 +340,7 @@ def choose_reference(
 
     Args:
         asked: what the user asked for; a UserError if it is absent.
-        net: may be None where something was asked for.
+        net: None: Inception, as the protocol feeds it, which has yet to be downloaded.
         published: whether numbers are to be like the published ones (ImageNet, 1000 classes), so that the protocol's
             own file is needed and statistics of whatever is at hand will not do.
     """
@@ -345,20 +353,20 @@ def choose_reference(
             )
         if path is None:
             raise UserError(
-                f"eval.reference: there is no {asked}, neither as a path nor in {' or '.join(FOLDERS)}. "
-                "docs/evaluation.md says where to get it; run_make_reference.sh makes one from pictures."
+                f"eval.reference: there is no {asked}, neither as a path nor in {' or '.join(FOLDERS)}: {how_to_get(asked)}."
             )
         return path
     names = protocol.reference if purpose == "generation" else protocol.reconstruction_reference
     name = next((n for n in names if KNOWN[n].image_size == image_size), None)
     other_pictures = purpose == "generation" and not published
-    if name is None or other_pictures or net is None or net.facts() != {"network": "inception", "preprocess": "tf1"}:
+    facts = {"network": "inception", "preprocess": protocol.preprocess} if net is None else net.facts()
+    if name is None or other_pictures or facts != {"network": "inception", "preprocess": "tf1"}:
         return None
     path = find_reference(name)
     if path is None and published:
         raise UserError(
-            f'protocol "{protocol.name}" compares with {name}, which is not in {" or ".join(FOLDERS)}. Put it there '
-            "(docs/evaluation.md says where to get it), or give eval.reference=FILE."
+            f'protocol "{protocol.name}" compares with {name}, which is not in {" or ".join(FOLDERS)}: '
+            f"{how_to_get(name)}, or give eval.reference=FILE."
         )
     return path
 

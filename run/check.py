@@ -193,7 +193,7 @@ def missing_helpers(config: RunConfig) -> list[str]:
             lines.append(f"{file.about}, {file.place}: fetch it with {file.command}{licence}")
     reference = config.eval.reference if config.train.eval_every != "never" else None
     if reference and references.find_reference(reference) is None:
-        lines.append(f"eval.reference={reference}: {_how_to_get(reference)}")
+        lines.append(f"eval.reference={reference}: {references.how_to_get(reference)}")
     return lines
 
 
@@ -201,25 +201,12 @@ def missing_later(config: RunConfig) -> list[str]:
     """What run_eval_*.sh will need for the numbers of the config's protocol."""
     purpose = {"tokenizer": "reconstruction", "generator": "generation"}[config.task]
     protocol = protocols.get(config.eval.protocol, purpose)
-    lines = []
-    inception = helper(WEIGHTS_FILE)
-    if inception.found() is None and config.eval.network in ("auto", "inception"):
-        lines.append(
-            f"{inception.about} ({inception.command}); until it is here, evaluation uses a stand-in and calls "
-            "nothing FID"
-        )
+    lines = measure.lacking(config.eval, protocol, purpose)
     size = config.tokenizer.get("image_size") or 256
     names = protocol.reference if purpose == "generation" else protocol.reconstruction_reference
     reference = next((n for n in names if references.KNOWN[n].image_size == size), None)
     if reference and references.find_reference(reference) is None:
-        lines.append(f"reference statistics {reference} of protocol {protocol.name}: {_how_to_get(reference)}")
+        lines.append(
+            f"reference statistics {reference} of protocol {protocol.name}: {references.how_to_get(reference)}"
+        )
     return lines
-
-
-def _how_to_get(reference: str) -> str:
-    known = released.find(reference)
-    return (
-        known.command
-        if known
-        else ("docs/evaluation.md says where to get it; run_make_reference.sh makes one from pictures")
-    )

@@ -12,6 +12,7 @@ the same for all: a folder that is continued or refused, measuring in chunks, th
 from __future__ import annotations
 
 import argparse
+import functools
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -26,7 +27,7 @@ from core.arrays import NpzFile
 from core.devices import pictures_at_once
 from core.dist import World
 from core.errors import UserError
-from core.files import write_atomic
+from core.files import sorted_facts, write_atomic
 from core.rng import hash64
 from core.schema import EvalConfig, RunConfig
 from core.specs import DataSource
@@ -110,14 +111,21 @@ def check_comparison(
     settings: EvalConfig, protocol: Protocol, size: references.Side, purpose: str, published: bool
 ) -> bool:
     """Whether there is no file to compare pictures of `size` with; UserError where feature network or reference cannot
-    be used. `published`: see `references.choose_reference`."""
+    be used. `published`: see `references.choose_reference`. Tells what would be downloaded or left out."""
     net = networks.look_for_net(settings.network, protocol)
+    for line in measure.lacking(settings, protocol, purpose):
+        _tell(line)
     path = references.choose_reference(settings.reference, protocol, net, size, purpose, published)
     if path is not None:
         reference = references.load(path)
         if net is not None:
             references.check_reference(reference, net, purpose, size)
     return path is None and net is not None
+
+
+@functools.cache  # one line, however many are compared
+def _tell(line: str) -> None:
+    print(f"not here: {line}")
 
 
 def no_reference(protocol: Protocol, network: str, size: references.Side) -> NoReturn:
@@ -190,7 +198,7 @@ class Samples(Measurement):
             labels = self.how.labels if self.how.labels is not None else torch.full((self.count,), -1)
             tensors = {f"taps/{tap}": values for tap, values in result.features.items()} | {"labels": labels}
             facts = {"net": self.how.feature_net.name, "fingerprint": "samples"}
-            write_atomic(folder / "features.safetensors", to_bytes(tensors, metadata=facts))
+            write_atomic(folder / "features.safetensors", sorted_facts(to_bytes(tensors, metadata=facts)))
         super().write(result, folder, unfinished)
 
 

@@ -9,9 +9,10 @@ import numpy as np
 
 from core.dist import World
 from core.errors import UserError
+from core.schema import EvalConfig
 from core.train.log import progress_line
 from data.checks import say_left_out
-from evaluation import networks, protocols, references
+from evaluation import measure, networks, protocols, references
 from evaluation.pictures import Pictures, first_pictures, open_any
 
 
@@ -21,6 +22,8 @@ def check(options: argparse.Namespace) -> Pictures:
     protocol = protocols.get(options.protocol)
     if options.check:
         networks.look_for_net(options.network, protocol)
+        if lines := measure.lacking(EvalConfig(network=options.network), protocol, "generation"):
+            print(f"not here: {lines[0]}")
     if out.suffix not in (".npz", ".safetensors"):
         raise UserError(f"{out}: choose a name that ends in .npz or .safetensors.")
     if options.keep_pictures and out.suffix != ".npz":

@@ -10,9 +10,12 @@ import torch
 from PIL import Image
 
 from core.errors import UserError
-from evaluation import chunks, measure, references
+from core.weights import released
+from evaluation import chunks, measure, protocols, references
 from evaluation.distances import Moments
+from evaluation.networks import WEIGHTS_FILE
 from evaluation.references import Facts, Statistics
+from run import evaluate as run_evaluate
 from scripts import evaluate, evaluate_generator, make_reference
 from tests.evaluation.conftest import SmallInception, metrics
 from tests.evaluation.test_commands import save_folder
@@ -125,6 +128,37 @@ def test_check_opens_what_an_evaluation_will_open(bad_pictures, generator_run, t
         with pytest.raises(UserError, match=UNUSABLE[setting]):
             make_reference.main([good, str(tmp_path / "r.npz"), "--network", words[0].partition("=")[2], "--check"])
     assert not list(tmp_path.iterdir())
+
+
+def test_check_tells_what_is_not_here(tokenizer_run, generator_run, bad_pictures, tmp_path, capsys, monkeypatch):
+    """Networks and references that would be downloaded later, or done without, with the command that brings each."""
+    monkeypatch.setattr(released.Released, "found", lambda self: None)
+    monkeypatch.setenv("TESSERA_OFFLINE", "0")
+    good = str(bad_pictures / "good")
+    told = {
+        (): "until it is here, evaluation uses a stand-in and calls nothing FID",
+        ("eval.network=inception",): "evaluation will download it",
+    }
+    for words, sentence in told.items():
+        for program, target in (
+            (evaluate, [str(tokenizer_run), good, "--workers", "0"]),
+            (evaluate_generator, [str(generator_run), "--num", "4"]),
+        ):
+            run_evaluate._tell.cache_clear()
+            assert program.main([*target, *words, "--check", "--out", str(tmp_path / "out")]) == 0
+            out = capsys.readouterr().out
+            assert f"(bash run_download.sh {WEIGHTS_FILE}); {sentence}" in out
+            assert ("run_download.sh vgg16-397923af.pth" in out) == (program is evaluate)
+    with pytest.raises(UserError, match="adm_in256_stats.npz, .*: bash run_download.sh adm_in256_stats.npz fetches it"):
+        evaluate_generator.main([good, "eval.network=lite0", "eval.reference=adm_in256_stats.npz", "--check"])
+
+
+def test_a_published_reference_that_is_not_here(monkeypatch, tmp_path):
+    """Also where Inception has yet to be downloaded."""
+    monkeypatch.chdir(tmp_path)
+    protocol = protocols.get("adm", "generation")
+    with pytest.raises(UserError, match="compares with VIRTUAL.*: bash run_download.sh VIRTUAL.* fetches it"):
+        references.choose_reference(None, protocol, None, 256, "generation", True)
 
 
 def test_check_of_labels(generator_run, tmp_path):

@@ -266,6 +266,9 @@ def test_statistics_merge_and_file(tmp_path):
     torch.testing.assert_close(stats.mean, moments[..., :3].mean((0, 1)))
     torch.testing.assert_close(stats.single_std, moments[..., :3].std(correction=0))
     save_stats(tmp_path / "s.safetensors", stats, "abc")
+    written = (tmp_path / "s.safetensors").read_bytes()
+    assert written[8:].startswith(b'{"__metadata__":{"fingerprint":"abc","format":')  # the same bytes each time
+    assert int.from_bytes(written[:8], "little") % 8 == 0
     again = load_stats(tmp_path / "s.safetensors", "abc")
     assert torch.equal(again.std, stats.std) and again.images == 5
     with pytest.raises(UserError, match="abc.*xyz"):

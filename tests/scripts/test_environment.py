@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import runpy
 import shutil
 import subprocess
 import sys
@@ -148,3 +149,25 @@ def test_programs_by_path(tmp_path):
             [sys.executable, path, "--help"], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=600
         )
         assert done.returncode == code and said in done.stdout + done.stderr
+
+
+@pytest.mark.parametrize(
+    "words", ["train.py x.yaml", "sample.py x --labels 1 --out y", "convert.py --describe x", "report.py x"]
+)
+def test_a_python_without_the_packages_is_a_sentence(tmp_path, words):
+    """Started by its path in another folder: what it lacks, and which Python has it."""
+    program, *rest = words.split()
+    clean = {name: value for name, value in os.environ.items() if not name.startswith("PYTHON")}
+    command = [sys.executable, "-S", str(ROOT / "scripts" / program), *rest]
+    run = subprocess.run(command, cwd=tmp_path, env=clean, capture_output=True, text=True)
+    assert run.returncode == 2 and run.stderr.count("\n") == 1, run.stderr
+    assert re.search(
+        r"error: .* has no package (torch|numpy)\. Use .*/\.venv/bin/python, which run_\*\.sh make", run.stderr
+    )
+
+
+def test_an_old_python_is_a_sentence(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "version_info", (3, 10, 4))
+    with pytest.raises(SystemExit) as ended:
+        runpy.run_path(str(ROOT / "core" / "__init__.py"))
+    assert ended.value.code == 2 and "this is Python 3.10, and 3.11 or newer is needed" in capsys.readouterr().err

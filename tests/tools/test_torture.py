@@ -10,7 +10,13 @@ from tests.tools.arena import Program, contents
 from tests.tools.jobs import PROGRAMS, SYSTEMS, Workshop
 from tests.tools.torture import KILL, STOPS, interrupt, lose_ranks
 
-HERE = {"convert", "latents", "quickstart"}  # are stopped here, the others in tests/scripts/test_stops.py
+HERE = {
+    "convert",
+    "latent_stats",
+    "latents",
+    "linear_probe",
+    "quickstart",
+}  # are stopped here, the others in tests/scripts/test_stops.py
 CASES = [(name, KILL) for name in [*SYSTEMS, *PROGRAMS]] + [(name, STOPS) for name in [*SYSTEMS, *sorted(HERE)]]
 
 

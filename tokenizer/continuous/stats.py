@@ -16,7 +16,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 from core.errors import UserError, nearest
-from core.files import refuse_text, write_atomic
+from core.files import refuse_text, sorted_facts, write_atomic
 from core.weights.pickles import load_pickle
 
 
@@ -89,7 +89,7 @@ def save_stats(path: str | Path, stats: LatentStats, fingerprint: str) -> None:
         name: getattr(stats, name).contiguous() for name in ("channel_mean", "channel_std", "single_mean", "single_std")
     }
     metadata = {"format": "tessera latent statistics", "fingerprint": fingerprint, "images": str(stats.images)}
-    write_atomic(path, save(tensors, metadata))
+    write_atomic(path, sorted_facts(save(tensors, metadata)))
 
 
 def default_place(weights: Path) -> Path | None:
