@@ -91,7 +91,8 @@ class Chunks:
                 return str(asked)
             return self._stop()  # what came after the last piece is heard too
 
-        with StopRequest() as request:
+        # Of several ranks one that gives up would leave the others in the middle of what they do together.
+        with StopRequest(at_last=self.world.size == 1) as request:
             self._items, self._progress, self._stop = self.items(self.done), progress, stop or request.requested
             reason = self.world.together(work)
         if int(self.world.sum(torch.tensor([reason is not None]).long())):

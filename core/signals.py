@@ -3,8 +3,8 @@
 Nothing is written inside a signal handler. Every program runs inside one StopRequest (core/cli.py), which turns a signal
 into the exception `Stopped` wherever the program is, so that start-up and short work end within a second. Where something
 would be lost by that, another StopRequest is open inside it: the training loop and work in chunks (core/chunks.py) read
-its flag between two pieces and keep what is done. Either way the exit code is REQUEUE_EXIT_CODE, which tells a scheduler
-to start the same command again.
+its flag between two pieces and keep what is done; on one rank a piece that takes longer than GRACE_SECONDS is given up.
+Either way the exit code is REQUEUE_EXIT_CODE, which tells a scheduler to start the same command again.
 """
 
 from __future__ import annotations
@@ -45,12 +45,13 @@ class StopRequest:
     Args:
         time_limit_minutes: stop this long after construction. None: no limit.
         at_once: the first signal also raises Stopped, wherever the main thread is.
+        at_last: GRACE_SECONDS after the first signal Stopped is raised there, too, under `insist`.
     """
 
     innermost: StopRequest | None = None
 
-    def __init__(self, time_limit_minutes: float | None = None, at_once: bool = False):
-        self.time_limit_minutes, self.at_once = time_limit_minutes, at_once
+    def __init__(self, time_limit_minutes: float | None = None, at_once: bool = False, at_last: bool = False):
+        self.time_limit_minutes, self.at_once, self.at_last = time_limit_minutes, at_once, at_last
         self._start = time.monotonic()
         self._signal: str | None = None
         self._interrupted: float | None = None  # when the first Ctrl-C came
@@ -151,6 +152,9 @@ def insist(look: Callable[[str], None], leave: Callable[[str], None]) -> None:
             name, request = signal.Signals(number[0]).name, StopRequest.innermost
             time.sleep(LOOK_SECONDS)
             look(name)
+            if request is not None and request.at_last and request is StopRequest.innermost:
+                time.sleep(GRACE_SECONDS - LOOK_SECONDS)
+                request.at_once = request is StopRequest.innermost
             # A program that has ended may live on, in a notebook or a test; a loop inside it stops by itself.
             if request is not None and request.at_once and request is StopRequest.innermost:
                 request.insist()

@@ -24,6 +24,7 @@ from torch import Tensor, nn
 
 from core import config as config_module
 from core.config import RESERVED
+from core.dist import World
 from core.errors import UserError
 from core.rng import hash64
 from core.schema import RunConfig, SampleConfig
@@ -95,6 +96,13 @@ class Source:
                 # The trainer of a living run has deleted it meanwhile: it has newer ones.
                 self.path = released.resolve(self.reference, self.kind)
         return weight_files.read(self.path) or hub.load_tensors(self.path)
+
+    def follow(self, world: World) -> None:
+        """Take what the main rank takes: beside a running trainer another rank may have found a newer checkpoint. Collective."""
+        path = world.on_main(lambda: str(self.path))
+        if path != str(self.path):
+            self.close()
+            self.path = Path(path)
 
     def close(self) -> None:
         """Let go of the file."""

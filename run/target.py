@@ -289,6 +289,8 @@ def open_generator(target: Target, world: World) -> Sampler:
     """Load it, on the world's device. Collective where latent statistics have to be measured first."""
     config, sources = target.config, target.sources
     assert config.generator is not None
+    for source in sources.values():
+        source.follow(world)
     pair = build_pair(config, sources=sources)
     facts = {
         "weights": target.weights,

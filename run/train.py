@@ -59,6 +59,8 @@ def train(config: RunConfig, recipe: str | None = None) -> int:
 def _train(config: RunConfig, inputs: Inputs, world: dist.World, about: dict[str, Any]) -> int:
     started = time.perf_counter()
     source, val, sources = inputs.data, inputs.val, inputs.weights
+    for weights in sources.values():
+        weights.follow(world)
     pictures = open_pictures(config) if isinstance(source, TokenStore) else source
     provenance: dict[str, Any] = {}
     if config.task == "tokenizer":

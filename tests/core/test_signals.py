@@ -98,6 +98,36 @@ def test_a_process_outlives_a_program_that_was_stopped_in_it():
     assert done.stdout == "ended with 75\nlives\n", done.stdout + done.stderr
 
 
+LONG_PIECE = """
+import os, signal, time
+from core import cli, signals
+from core.chunks import ALONE, Chunks
+signals.LOOK_SECONDS, signals.GRACE_SECONDS = 0.1, GRACE
+
+def main(_):
+    job = Chunks(2, 1, ALONE)
+
+    def share(mine):
+        os.kill(os.getpid(), signal.SIGTERM)
+        for _ in range(PAUSES):  # the handler runs between two of them, and only notes the signal
+            time.sleep(0.01)
+        print("piece kept", flush=True)
+        job.advance(1)
+
+    job.run(share)
+
+cli.run(main)
+"""
+
+
+@pytest.mark.parametrize(("pauses", "grace", "kept"), [("10", "600", "piece kept\n"), ("60000", "0.3", "")])
+def test_a_piece_is_finished_unless_it_takes_too_long(pauses, grace, kept):
+    code = LONG_PIECE.replace("PAUSES", pauses).replace("GRACE\n", f"{grace}\n")
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=300)
+    assert (done.returncode, done.stdout) == (75, kept), done.stdout + done.stderr
+    assert done.stderr == "stopped (received SIGTERM); run the same command again to continue\n"
+
+
 @pytest.mark.parametrize("name", ["SIGTERM", "SIGINT", "SIGUSR1"])
 def test_a_signal_behind_the_end_changes_no_exit_code(name):
     """While libraries are being taken apart: the work is done, and a scheduler must not start it again."""

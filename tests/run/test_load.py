@@ -17,6 +17,7 @@ from core.weights import hub
 from run.load import Source, build_pair, load_config, random_task, read_weights
 from scripts import sample, train
 from tests.conftest import ROOT, TOY_GENERATOR
+from tests.ranks import in_threads
 from tokenizer.losses import PERCEPTUAL
 from tokenizer.teachers import TEACHERS
 
@@ -134,6 +135,21 @@ def test_a_trainer_deletes_the_chosen_checkpoint(tokenizer_copy, monkeypatch, mo
     assert source.path.resolve() == (chosen if moment == "once it is open" else next_one)
     tensors = weights.tensors(True)
     assert tensors.keys() == expected.keys() and all(torch.equal(tensors[name], expected[name]) for name in expected)
+
+
+def test_ranks_take_the_same_checkpoint(tokenizer_copy):
+    """Also where a trainer saves a newer one before the second rank looks."""
+    checkpoints = tokenizer_copy / "checkpoints"
+    (first,) = CheckpointStore(checkpoints).steps()[-1:]
+    main = Source(str(tokenizer_copy))
+    state = Checkpoint(checkpoints / step_name(first)).state
+    tensors = {f.stem: load_file(f) for f in (checkpoints / step_name(first)).glob("*.safetensors")}
+    CheckpointStore(checkpoints).save(first + 1, tensors, {**state, "step": first + 1}, wait=True)
+    late = Source(str(tokenizer_copy))
+    assert late.content.step == first + 1
+    sources = [main, late]
+    assert in_threads(2, lambda world: sources[world.rank].follow(world)) == [None, None]
+    assert main.content.step == late.content.step == first
 
 
 @pytest.mark.parametrize(

@@ -206,6 +206,20 @@ def test_contents_are_read_only_where_all_sizes_are_right(tmp_path, monkeypatch)
     assert {path.parent.name for path in read} == {"step_00000001"}
 
 
+def test_contents_are_read_once_until_a_file_changes(tmp_path, monkeypatch):
+    CheckpointStore(tmp_path).save(1, some_tensors(), {}, wait=True)
+    folder, read = tmp_path / "step_00000001", []
+    inner = checkpoint_module._digests
+    monkeypatch.setattr(checkpoint_module, "_digests", lambda paths, manifest: read.append(1) or inner(paths, manifest))
+    assert find_damage(folder) == find_damage(folder) == [] and len(read) == 1
+    data = bytearray((folder / "model.safetensors").read_bytes())
+    data[-1] ^= 1
+    (folder / "model.safetensors").write_bytes(data)
+    for _ in range(2):  # damage is not remembered as good
+        assert "model.safetensors: contents changed" in find_damage(folder)[0]
+    assert len(read) == 3
+
+
 def test_staging_is_kept_and_hands_out_separate_memory():
     tensors = [
         torch.randn(3),
