@@ -565,17 +565,32 @@ def _refuse(problems: list[str], source: str) -> None:
 
 def to_plain(config: Any) -> dict[str, Any]:
     """The resolved configuration as plain data that YAML and JSON can hold."""
+    return _plain(config)
 
-    def plain(value: Any) -> Any:
-        if dataclasses.is_dataclass(value):
-            return {f.name: plain(getattr(value, f.name)) for f in dataclasses.fields(value)}
-        if isinstance(value, dict):
-            return {k: plain(v) for k, v in value.items()}
-        if isinstance(value, (list, tuple)):
-            return [plain(v) for v in value]
-        return str(value) if isinstance(value, Duration) else value
 
-    return plain(config)
+def _plain(value: Any) -> Any:
+    if dataclasses.is_dataclass(value):
+        return {f.name: _plain(getattr(value, f.name)) for f in dataclasses.fields(value)}
+    if isinstance(value, dict):
+        return {k: _plain(v) for k, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(v) for v in value]
+    return str(value) if isinstance(value, Duration) else value
+
+
+def with_defaults(plain: dict[str, Any], schema: type = RunConfig) -> dict[str, Any]:
+    """Plain data of a configuration with the defaults of the settings that it lacks, because it was written before there
+    were such: a default is how things were done until then."""
+    hints, complete = typing.get_type_hints(schema), dict(plain)
+    for spec in dataclasses.fields(schema):
+        nested = [hint for hint in (hints[spec.name], *get_args(hints[spec.name])) if dataclasses.is_dataclass(hint)]
+        if spec.name in plain:
+            if nested and isinstance(plain[spec.name], dict):
+                complete[spec.name] = with_defaults(plain[spec.name], nested[0])
+        elif not spec.metadata.get("required"):
+            default = spec.default if spec.default_factory is dataclasses.MISSING else spec.default_factory()
+            complete[spec.name] = _plain(default)
+    return complete
 
 
 def to_yaml(config: Any) -> str:

@@ -13,7 +13,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from core.config import to_plain, to_yaml
+from core.config import to_plain, to_yaml, with_defaults
 from core.errors import UserError
 from core.files import explain_os_errors, write_atomic, write_json
 from core.lock import Lock
@@ -108,7 +108,7 @@ class RunFolder:
                     f"{self.saved} is damaged. Restore it, or delete it to continue with the configuration "
                     "that was given."
                 ) from None
-            changed = differences(before, to_plain(config))
+            changed = differences(with_defaults(before), to_plain(config))
             if changed:
                 raise UserError(
                     f"{self.path} holds a run with another configuration:\n"

@@ -13,6 +13,7 @@ import time
 from pathlib import Path
 
 import pytest
+import yaml
 from PIL import Image
 
 from core.errors import UserError
@@ -358,6 +359,18 @@ def test_another_recipe_is_refused(run_toy, override):
 def test_how_and_where_may_change(run_toy, override):
     assert run_toy("recipe", "train.duration=4step")[0] == 0
     assert run_toy("recipe", "train.duration=5step", override)[0] == 0
+
+
+def test_a_run_of_before_a_setting_existed_goes_on(run_toy):
+    """What its configuration does not say is the default; another value is another recipe."""
+    _, run, _ = run_toy("older", "train.duration=4step")
+    saved = yaml.safe_load((run / "config.yaml").read_text())
+    del saved["train"]["trunk_lr"], saved["data"]["flip"]
+    (run / "config.yaml").write_text(yaml.safe_dump(saved))
+    code, _, err = run_toy("older", "train.duration=5step", "data.flip=false")
+    assert code == 2 and "data.flip: was True, now False" in err
+    assert run_toy("older", "train.duration=5step")[0] == 0
+    assert yaml.safe_load((run / "config.yaml").read_text())["train"]["trunk_lr"] == 1.0
 
 
 def test_keep_and_milestones(run_toy):
