@@ -583,7 +583,8 @@ def with_defaults(plain: dict[str, Any], schema: type = RunConfig) -> dict[str, 
     were such: a default is how things were done until then."""
     hints, complete = typing.get_type_hints(schema), dict(plain)
     for spec in dataclasses.fields(schema):
-        nested = [hint for hint in (hints[spec.name], *get_args(hints[spec.name])) if dataclasses.is_dataclass(hint)]
+        options = (hints[spec.name], *get_args(hints[spec.name]))
+        nested = [hint for hint in options if isinstance(hint, type) and dataclasses.is_dataclass(hint)]
         if spec.name in plain:
             if nested and isinstance(plain[spec.name], dict):
                 complete[spec.name] = with_defaults(plain[spec.name], nested[0])

@@ -242,8 +242,8 @@ class Builder(Chunks):
         self.path = Path(path)
         self.folder = self.path.with_name(f".{self.path.name}.building")
         self.lock = Lock(self.folder)  # of the main rank, for all of them
-        told = {name: value for name, value in asdict(plan).items() if value is not None}
-        self.plan: dict[str, Any] = world.on_main(lambda: self._enter(told))
+        settings = {name: value for name, value in asdict(plan).items() if value is not None}
+        self.plan: dict[str, Any] = world.on_main(lambda: self._enter(settings))
         super().__init__(plan.samples, self.plan["chunk"], world, lambda chunk: self._recorded[chunk].any())
         self._begun = False
         self._digests: dict[str, Any] = {}

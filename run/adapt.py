@@ -83,16 +83,16 @@ def new_rows(config: RunConfig, source: Source, weights: Weights, num_classes: i
 
 def _split(names: str, old: list[str], known: int) -> list[int | None]:
     """Old classes by name or number; "mean" stands between them."""
-    found: list[int | None] = []
+    sources: list[int | None] = []
     for i, part in enumerate(re.split(rf"(?:^|,)\s*{MEAN}\s*(?=,|$)", names)):
         if i:
-            found.append(None)
+            sources.append(None)
         if part := part.strip(" ,"):
             try:
-                found += parse_labels(part, known, old)
+                sources += parse_labels(part, known, old)
             except UserError as error:
                 raise UserError(str(error).replace("--labels", "train.new_classes")) from None
-    return found
+    return sources
 
 
 def with_rows(state: State, generator: Generator, rows: list[int | None] | None) -> State:

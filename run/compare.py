@@ -87,25 +87,25 @@ class Side:
     def rates(self) -> dict[str, float]:
         """Bits per pixel."""
         size, spec = self.tokenizer.image_size, self.tokenizer.spec
-        found = {"bpp": bits_per_pixel(spec, size)}
+        bits = {"bpp": bits_per_pixel(spec, size)}
         if self.code_counts is not None:
-            found["entropy_coded_bpp"] = entropy_coded_bits_per_pixel(self.code_counts, self.measurement.count, size)
-        return found
+            bits["entropy_coded_bpp"] = entropy_coded_bits_per_pixel(self.code_counts, self.measurement.count, size)
+        return bits
 
     def numbers(self) -> dict[str, Value]:
         """metric -> (value, low, high)."""
-        found = numbers_of(self.scores)
+        values = numbers_of(self.scores)
         more = {**self.rates(), **{name: value for name, value in self.speeds.items() if isinstance(value, float)}}
-        return found | {name: (value, None, None) for name, value in more.items()}
+        return values | {name: (value, None, None) for name, value in more.items()}
 
 
 def numbers_of(scores: dict[str, dict[str, Any]]) -> dict[str, Value]:
     """From what a metrics.json says of its scores."""
-    found: dict[str, Value] = {}
+    values: dict[str, Value] = {}
     for name, score in scores.items():
         low, high = score.get("interval") or (None, None)
-        found[name] = (score["value"], low, high)
-    return found
+        values[name] = (score["value"], low, high)
+    return values
 
 
 def names_of(targets: list[str]) -> list[str]:
@@ -223,8 +223,8 @@ def measured(
     tensors = load_file(folder / PER_PICTURE)
     scores = record["scores"]
     if (accuracies := folder / "probe" / "metrics.json").is_file():
-        found = read_json(accuracies)["context"]["scores"]
-        scores |= {key: score for key, score in found.items() if not key.endswith("best_epoch")}
+        probed = read_json(accuracies)["context"]["scores"]
+        scores |= {key: score for key, score in probed.items() if not key.endswith("best_epoch")}
     assert isinstance(measurement.tokenizer, Tokenizer)
     return Side(
         name,
@@ -262,7 +262,7 @@ def noted_speeds(path: Path, tokenizer: Tokenizer, device: torch.device, options
 @torch.no_grad()
 def speeds(tokenizer: Tokenizer, device: torch.device, seconds: float) -> dict[str, Any]:
     """Pictures per second, latency in ms and memory in bytes (GPU only) of encoding and decoding, in fp32 and eager."""
-    found: dict[str, Any] = {}
+    figures: dict[str, Any] = {}
     for batch in BATCHES if seconds else ():
         images = to_model_range(
             torch.full((batch, 3, tokenizer.image_size, tokenizer.image_size), 128, dtype=torch.uint8)
@@ -275,10 +275,10 @@ def speeds(tokenizer: Tokenizer, device: torch.device, seconds: float) -> dict[s
             ("decode", functools.partial(tokenizer.decode, latents, draws)),
         ):
             time = timed(call, Effort(device, 2, 10, seconds)).median
-            found[f"{what}_img_per_s_batch{batch}"] = batch / time
-            found[f"{what}_ms_batch{batch}"] = 1000 * time
-            found[f"{what}_memory_batch{batch}"] = float(peak_memory(device)) if device.type == "cuda" else None
-    return found
+            figures[f"{what}_img_per_s_batch{batch}"] = batch / time
+            figures[f"{what}_ms_batch{batch}"] = 1000 * time
+            figures[f"{what}_memory_batch{batch}"] = float(peak_memory(device)) if device.type == "cuda" else None
+    return figures
 
 
 @dataclass(frozen=True)
@@ -306,7 +306,7 @@ def differences(sides: list[Side]) -> list[Pair]:
     """Of each tokenizer after the first against the first: means of pictures, and distances that have replicates."""
     first, pairs = sides[0], []
     for other in sides[1:]:
-        found = {
+        metrics = {
             metric: paired_difference(other.per_picture[metric], first.per_picture[metric])
             for metric in other.per_picture.keys() & first.per_picture.keys()
         }
@@ -315,8 +315,8 @@ def differences(sides: list[Side]) -> list[Pair]:
             drawn = len(ours.get("replicates") or ()), len(theirs.get("replicates") or ())
             if drawn[0] == drawn[1] > 1:
                 values = (ours["value"], ours["replicates"], theirs["value"], theirs["replicates"])
-                found[metric] = distance_difference(*values)
-        pairs += [Pair(other.name, first.name, metric, found[metric]) for metric in sorted(found)]
+                metrics[metric] = distance_difference(*values)
+        pairs += [Pair(other.name, first.name, metric, metrics[metric]) for metric in sorted(metrics)]
     return pairs
 
 
@@ -356,7 +356,7 @@ def disputed(sides: list[Side]) -> Tensor | None:
     if "psnr" not in sides[0].per_picture:
         return None
     spread = torch.stack([side.per_picture["psnr"] for side in sides]).std(0)
-    found = []
+    candidates = []
     for i in spread.topk(min(CANDIDATES, len(spread))).indices.tolist():
         pairs = [next(iter(side.measurement.rebuild(range(i, i + 1)))) for side in sides]
         recons = [pair.recon[0].cpu() for pair in pairs]
@@ -364,9 +364,9 @@ def disputed(sides: list[Side]) -> Tensor | None:
         original = max((pair.original[0].cpu() for pair in pairs), key=lambda picture: picture.shape[-1])
         crops = [region(picture, place) for picture in (original, *recons)]
         worth = float(torch.stack(crops[1:]).float().var(0, unbiased=False).mean())
-        found.append((worth, i, crops))
-    found.sort(key=lambda entry: (-entry[0], entry[1]))
-    return grid(torch.stack([crop for _, _, crops in found[:REGIONS] for crop in crops]), columns=1 + len(sides))
+        candidates.append((worth, i, crops))
+    candidates.sort(key=lambda entry: (-entry[0], entry[1]))
+    return grid(torch.stack([crop for _, _, crops in candidates[:REGIONS] for crop in crops]), columns=1 + len(sides))
 
 
 def write_tokenizers(

@@ -220,9 +220,9 @@ def measure(canvas: Canvas, drawn: Tensor, picture: Tensor) -> dict[str, float]:
     steps = [(values[..., 1:] - values[..., :-1]).abs().mean(0), (values[:, 1:] - values[:, :-1]).abs().mean(0)]
     ends = [masked[:, 1:] + masked[:, :-1], masked[1:] + masked[:-1]]
     for name, count in (("seam", 1), ("inside", 2)):
-        found = torch.cat([step[end == count] for step, end in zip(steps, ends)])
-        if found.numel():
-            facts[name] = float(found.mean())
+        chosen = torch.cat([step[end == count] for step, end in zip(steps, ends)])
+        if chosen.numel():
+            facts[name] = float(chosen.mean())
     return facts
 
 

@@ -275,8 +275,8 @@ class FQGAN(LlamaStyle):
         g, y = asked["generator"], labels(asked)
         names = [name for name in inspect.signature(model.forward).parameters if name.startswith(("idx", "targets"))]
         drawn = [codes(asked, g["length"], vocab=g["vocab"]) for _ in range(g["branches"])]
-        given = {name: drawn[i % g["branches"]] for i, name in enumerate(sorted(names))}
-        return lambda: scalar(model(**given, cond_idx=y))
+        inputs = {name: drawn[i % g["branches"]] for i, name in enumerate(sorted(names))}
+        return lambda: scalar(model(**inputs, cond_idx=y))
 
 
 class DAR(LlamaStyle):
@@ -405,9 +405,9 @@ class ImageFolder(Original):
     def loss(self, model: Any, asked: Asked) -> Callable[[], Tensor]:
         g, y = asked["generator"], labels(asked)
         length = sum(side * side for side in g["scales"])
-        given = torch.randn(asked["batch"], length - 1, g["branches"] * g["code_dim"], device=asked["device"])
+        inputs = torch.randn(asked["batch"], length - 1, g["branches"] * g["code_dim"], device=asked["device"])
         targets = codes(asked, length, g["branches"], vocab=g["vocab"])
-        return lambda: cross_entropy(model(y, given).unflatten(-1, (g["branches"], g["vocab"])), targets)
+        return lambda: cross_entropy(model(y, inputs).unflatten(-1, (g["branches"], g["vocab"])), targets)
 
 
 class RecTok(Original):

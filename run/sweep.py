@@ -92,29 +92,29 @@ class Setting:
 
 def values_of(option: str, text: str) -> list[str]:
     """The values of one option: "1:8", "1:8:0.5", "1,2,[3,2]"; of intervals "0:1,0.1:0.9"; words."""
-    found: list[str] = []
+    values: list[str] = []
     flag = f"--{option.replace('_', '-')}"
     for part in re.findall(r"\[[^\]]*\]|[^,]+", text):
         ends = part.strip().split(":") if option != "ema" and "[" not in part else [part.strip()]
         try:
             if option == "interval":
                 low, high = map(float, ends)
-                found.append(f"[{low:g},{high:g}]")
+                values.append(f"[{low:g},{high:g}]")
             elif len(ends) == 1:
-                found.append(ends[0])
+                values.append(ends[0])
             else:
                 low, high, step = map(float, ends if len(ends) == 3 else [*ends, "1"])
                 if step <= 0 or high < low or (len(ends) == 2 and high - low < 1):
                     raise ValueError
-                found += [f"{low + i * step:g}" for i in range(int((high - low) / step + 1e-9) + 1)]
+                values += [f"{low + i * step:g}" for i in range(int((high - low) / step + 1e-9) + 1)]
         except ValueError:
             example = (
                 "0:1,0.1:0.9" if option == "interval" else "1,2.5,4, or FROM:TO or FROM:TO:STEP, as 1:8 or 0.8:1.2:0.1"
             )
             raise UserError(f"{flag} {text}: {part} cannot be read; give values such as {example}.") from None
-    if not found:
+    if not values:
         raise UserError(f"{flag}: give at least one value.")
-    return found
+    return values
 
 
 def grid(axes: dict[str, str]) -> list[Setting]:
@@ -162,7 +162,7 @@ def _with(config: Any, words: list[str]) -> Any:
 # The search
 # ---------------------------------------------------------------------------------------------------------------------
 @dataclass
-class Found:
+class Trial:
     """What one setting gave on its first `count` pictures."""
 
     setting: Setting
@@ -189,7 +189,7 @@ class Sweep:
     folder: Path
     world: World
     samplers: dict[tuple[str, ...], Sampler] = field(default_factory=dict)
-    found: list[Found] = field(default_factory=list)  # in the order of measuring, on the main rank
+    trials: list[Trial] = field(default_factory=list)  # in the order of measuring, on the main rank
     drawn: Drawing | None = None
 
     def run(self) -> list[Setting]:
@@ -208,12 +208,12 @@ class Sweep:
         scores = self.world.on_main(lambda: read_json(noted) if noted.is_file() else None)
         if scores is None:
             scores = self._scores(setting, count, place, noted)
-        found = Found(setting, count, [Score(**score) for score in scores])
-        self.found.append(found)
-        score = found.score(self.options.by)
+        trial = Trial(setting, count, [Score(**score) for score in scores])
+        self.trials.append(trial)
+        score = trial.score(self.options.by)
         if score is None:
             raise UserError(
-                f"--by {self.options.by}: this protocol has no such number; it gives {', '.join(s.name for s in found.scores)}."
+                f"--by {self.options.by}: this protocol has no such number; it gives {', '.join(s.name for s in trial.scores)}."
             )
         if self.world.is_main:
             print(f"{count:>6} pictures  {score.name} {score.value:.4f}  {setting.name}", flush=True)
@@ -330,7 +330,7 @@ def write(search: Sweep, best: list[Setting], overrides: list[str]) -> None:
         folder / "best.yaml", f"# the best of {len(search.settings)} settings, found by run_sweep.sh\n{snippet}"
     )
     write_atomic(folder / "best.txt", " ".join(changes) + "\n")
-    last = {found.setting: found for found in search.found}
+    last = {trial.setting: trial for trial in search.trials}
     order = sorted(
         last.values(),
         key=lambda f: (
@@ -340,11 +340,11 @@ def write(search: Sweep, best: list[Setting], overrides: list[str]) -> None:
         ),
     )
     lines = ["setting,pictures,metric,value,low,high"]
-    for found in search.found:
-        for s in found.scores:
+    for trial in search.trials:
+        for s in trial.scores:
             low, high = s.interval or ("", "")
             lines.append(
-                f'"{found.setting.name}",{found.count},{s.name},{s.value!r},{low!r},{high!r}'.replace("''", "")
+                f'"{trial.setting.name}",{trial.count},{s.name},{s.value!r},{low!r},{high!r}'.replace("''", "")
             )
     write_atomic(folder / "sweep.csv", "\n".join(lines) + "\n")
     drawn, whole = cost(search.ladder), len(search.settings) * search.ladder[-1].pictures
@@ -364,18 +364,18 @@ def write(search: Sweep, best: list[Setting], overrides: list[str]) -> None:
     )
 
 
-def _decides(found: Found, by: str) -> Score:
-    score = found.score(by)
+def _decides(trial: Trial, by: str) -> Score:
+    score = trial.score(by)
     assert score is not None
     return score
 
 
-def _value(found: Found, by: str) -> float:
-    value = _decides(found, by).value
+def _value(trial: Trial, by: str) -> float:
+    value = _decides(trial, by).value
     return -value if by == "is" else value
 
 
-def page(search: Sweep, order: list[Found], winner: Setting, snippet: str) -> Report:
+def page(search: Sweep, order: list[Trial], winner: Setting, snippet: str) -> Report:
     """The page."""
     drawn, whole = cost(search.ladder), len(search.settings) * search.ladder[-1].pictures
     subtitle = f"{len(search.settings)} settings of {search.options.target}, all with the same noise and labels"
@@ -387,7 +387,7 @@ def page(search: Sweep, order: list[Found], winner: Setting, snippet: str) -> Re
             score.name, f"{score.value:.4g}", f"on {order[0].count:,} pictures. {score.note}".strip(), beside
         )
     report.add_tile("pictures drawn", f"{drawn:,}", f"{drawn / whole:.0%} of the {whole:,} of the whole grid")
-    first = [found for found in search.found if found.count == search.ladder[0].pictures]
+    first = [trial for trial in search.trials if trial.count == search.ladder[0].pictures]
     for by in BY:
         add_curves(report, first, by)
     both = [(f.score("is"), f.score("fid"), f) for f in first]
@@ -400,12 +400,12 @@ def page(search: Sweep, order: list[Found], winner: Setting, snippet: str) -> Re
             bars={"settings": []},
         )
     rows = []
-    for found in order:
+    for trial in order:
         cells = [
             f"{s.value:.4f}" + (f" [{s.interval[0]:.4f}, {s.interval[1]:.4f}]" if s.interval else "")
-            for s in found.scores
+            for s in trial.scores
         ]
-        rows.append([found.setting.name, found.count, *cells])
+        rows.append([trial.setting.name, trial.count, *cells])
     names = [
         re.sub(r"_\w*$", "", s.name) if s.name.startswith("is") else s.name.rsplit("_", 1)[0] for s in order[0].scores
     ]
@@ -414,11 +414,11 @@ def page(search: Sweep, order: list[Found], winner: Setting, snippet: str) -> Re
         "How to read it",
         "Settings that were dropped early were measured on few pictures: compare numbers of equal counts only. Intervals are those of a bootstrap over pictures; as all settings share noise and labels, differences between them are surer than the intervals say.",
     )
-    for found in order[:SHOWN]:
-        path = search.folder / "work" / found.setting.folder / "samples.png"
+    for trial in order[:SHOWN]:
+        path = search.folder / "work" / trial.setting.folder / "samples.png"
         if path.is_file():
             report.add_image(
-                found.setting.name, Image.open(path), "The first samples: the same noise and labels everywhere."
+                trial.setting.name, Image.open(path), "The first samples: the same noise and labels everywhere."
             )
     if order[0].score("is") is None:
         report.add_text(
@@ -428,9 +428,9 @@ def page(search: Sweep, order: list[Found], winner: Setting, snippet: str) -> Re
     return report.add_environment(environment())
 
 
-def add_curves(report: Report, found: list[Found], by: str) -> None:
+def add_curves(report: Report, trials: list[Trial], by: str) -> None:
     """A metric of the first rung over the first option with several numbers; a line for each choice of the others."""
-    scored = [(dict(f.setting.values), f.score(by)) for f in found]
+    scored = [(dict(f.setting.values), f.score(by)) for f in trials]
     axes = {key: {values[key] for values, _ in scored if key in values} for key in KEYS.values()}
     across = next((key for key, seen in axes.items() if len(seen) > 1 and all(_is_number(v) for v in seen)), None)
     if across is None or any(score is None for _, score in scored):
@@ -445,7 +445,7 @@ def add_curves(report: Report, found: list[Found], by: str) -> None:
     series = {name: sorted((x, s.value) for x, s in points) for name, points in kept.items()}
     bars = {name: [(x, *s.interval) for x, s in points if s.interval] for name, points in kept.items()}
     title = {"fid": "Frechet distance", "is": "Inception Score"}[by]
-    report.add_curves(f"{title}, {found[0].count:,} pictures", series, None, across.split(".")[-1], bars)
+    report.add_curves(f"{title}, {trials[0].count:,} pictures", series, None, across.split(".")[-1], bars)
 
 
 def _is_number(text: str) -> bool:

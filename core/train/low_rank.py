@@ -50,14 +50,14 @@ def keep_adapted(generator: Generator) -> None:
 
 def factors_of(network: nn.Module, rank: int, alpha: float) -> list[Factors]:
     """New ones, a function of the weights' names: B is zero, A uniform as nn.Linear starts (Kaiming, a = sqrt 5)."""
-    found = []
+    factors = []
     for name, weight in adapted_weights(network).items():
         outputs, inputs = weight.shape
         random = torch.Generator().manual_seed(hash64("low rank", name) >> 1)
         start = (2 * torch.rand(rank, inputs, generator=random) - 1) / math.sqrt(inputs)
         a, b = (nn.Parameter(t.to(weight.device)) for t in (start, torch.zeros(outputs, rank)))
-        found.append(Factors(name, weight, alpha / rank, a, b))
-    return found
+        factors.append(Factors(name, weight, alpha / rank, a, b))
+    return factors
 
 
 class AdaptingAdamW(torch.optim.AdamW):

@@ -211,13 +211,13 @@ def find_local_file(name: str) -> Path | None:
 def shipped() -> list[str]:
     """References of the tiny models that come with the code, each a tokenizer and its generator; UserError without any."""
     folders = (folder for folder in sorted(TINY.glob("*")) if any(folder.glob("*.safetensors")))
-    found = [f"{TINY.name}/{folder.name}" for folder in folders]
-    if not found:
+    references = [f"{TINY.name}/{folder.name}" for folder in folders]
+    if not references:
         raise UserError(
             f"there are no tiny models in {TINY}. Name weights or a run, or train some in a minute: "
             "bash run_quickstart.sh fqgan --smoke"
         )
-    return found
+    return references
 
 
 def find_weights(reference: str) -> Path | None:
