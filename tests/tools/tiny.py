@@ -35,6 +35,7 @@ from run.quickstart.shown import Standard
 RECORD = Path(__file__).parents[1] / "run" / "tiny.json"
 CLASSIFIER = RECORD.with_name("tiny_classifier.safetensors")
 SYSTEMS = [path.name for path in sorted(TINY.iterdir()) if is_shipped(path.name)]
+PICTURED = ["rectok", "fqgan", "rear", "imagefolder", "dar"]  # from above
 UNSEEN, SAMPLES, COLUMNS = 48, 90, 9
 CLASSIFIED = 64  # px of the pictures that the classifier has learnt from
 
@@ -104,7 +105,7 @@ def record() -> None:
 def picture(path: Path, side: int = 64) -> None:
     """A band for each system: unseen pictures above their reconstructions, then samples, a class in each column."""
     bands = []
-    for system in SYSTEMS:
+    for system in sorted(SYSTEMS, key=PICTURED.index):
         tokenizer = model(system).tokenizer
         originals = unseen(tokenizer.image_size, COLUMNS)
         rebuilt = tokenizer.reconstruct(originals, output="uint8")
