@@ -26,6 +26,7 @@ from tokenizer.teachers import TEACHERS
 def counted(monkeypatch) -> Counter:
     """counted["read", file], counted["checked", file] and counted["fingerprint", digest]: how often."""
     counts: Counter = Counter()
+    monkeypatch.setattr(checkpoint_module, "_verified", {})  # by other tests, in this process
 
     def watch(where: str, what: str) -> None:
         module, _, name = where.rpartition(".")
