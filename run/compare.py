@@ -288,11 +288,11 @@ class Pair:
     name: str
     base: str
     metric: str
-    found: Difference
+    difference: Difference
 
     def row(self) -> list[str]:
         """For people."""
-        d = self.found
+        d = self.difference
         return [
             f"{self.name} - {self.base}",
             self.metric,
@@ -498,7 +498,7 @@ def write_differences(folder: Path, pairs: list[Pair]) -> None:
     """differences.csv and differences.tex, a line a difference."""
     lines = ["name,minus,metric,value,low,high"]
     for pair in pairs:
-        numbers = (repr(value) for value in (pair.found.mean, pair.found.low, pair.found.high))
+        numbers = (repr(value) for value in (pair.difference.mean, pair.difference.low, pair.difference.high))
         lines.append(",".join([f'"{pair.name}"', f'"{pair.base}"', pair.metric, *numbers]))
     write_atomic(folder / "differences.csv", "\n".join(lines) + "\n")
     headers = ["", "metric", "difference", "95 % interval", ""]

@@ -74,16 +74,17 @@ def parse(arguments: list[str]) -> tuple[argparse.Namespace, list[str]]:
 
 def main(arguments: list[str]) -> int:
     options, settings = parse(arguments)
+    from core import launch
     from run import compare
 
+    if options.taken and launch.speaks():
+        print(options.taken, flush=True)
     compare.prepare(options, settings)  # before a network is loaded
     if options.check:
         return 0
     from core import dist
 
     world = dist.start("auto")
-    if options.taken:
-        world.say(options.taken)
     try:
         return compare.compare(options, settings, world)
     finally:

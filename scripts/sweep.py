@@ -68,16 +68,17 @@ def parse(arguments: list[str]) -> tuple[argparse.Namespace, list[str], dict[str
 
 def main(arguments: list[str]) -> int:
     options, settings, axes = parse(arguments)
+    from core import launch
     from run import sweep
 
+    if options.taken and launch.speaks():
+        print(options.taken, flush=True)
     sweep.prepare(options, settings, axes)  # before a network is loaded
     if options.check:
         return 0
     from core import dist
 
     world = dist.start("auto")
-    if options.taken:
-        world.say(options.taken)
     try:
         return sweep.sweep(options, settings, axes, world)
     finally:

@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from core.config import parse_section
+from core.dist import mean_over_ranks
 from core.errors import UserError
 from core.limits import Count, Factor, Layers, Pixels, Positive, Whole, Width
 from core.nn.attention import Attention
@@ -70,9 +71,9 @@ class DAR(CodeTokenizer):
         output_size: images larger than this are resized to it after decoding; 0 for no resizing.
         semantic: {"teachers": {name: width}}: one frozen teacher whose features the decoder is aligned with (REPA).
         entropy: report the codebook's entropy term; parity: its weight is 0 in the released recipe.
-        spread: report the term "spread": the squared length of a position's mean code vector over the batch, 1 where all
-            pictures have the same code there, 1 / B where they have nothing in common. Not published: codes that differ
-            by position alone satisfy the entropy term, and without this one a small data set leaves it at that.
+        spread: report the term "spread": the squared length of a position's mean code vector over the batch of all ranks,
+            1 where all pictures have the same code there, 1 / B where they have nothing in common. Not published: codes
+            that differ by position alone satisfy the entropy term, and without this one a small data set leaves it at that.
         usage_window, usage_sample: codebook usage is the share of distinct codes among so many latest assignments, of
             which every step adds a sample; usage_window 0 does not count. parity: 65536 and 512.
         perceptual_by_time: weigh each picture's perceptual loss by 2 t. parity: the official code does so where its
@@ -256,7 +257,7 @@ class DAR(CodeTokenizer):
             vectors = F.normalize(z.float(), dim=-1)
             terms, codes = {}, None
         if self.spread:
-            terms["spread"] = unit(z).mean(0).square().sum(-1).mean()
+            terms["spread"] = mean_over_ranks(unit(z).mean(0)).square().sum(-1).mean()
         conditions = self.conditions(vectors)
         columns = start[:, None] + torch.arange(self.window, device=u.device)  # (B, Q)
         window = conditions.gather(1, columns[..., None].expand(-1, -1, conditions.shape[-1]))
