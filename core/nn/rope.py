@@ -92,15 +92,20 @@ class AxialRope(nn.Module):
     Args:
         head_dim, grid, theta: see axial_rope.
         extra: tokens after those of the grid that have no place and are not turned.
+        places: (extra,) rows of the grid's table for them, in a grid of this size; None for no place.
     """
 
     cos: Tensor
     sin: Tensor
 
-    def __init__(self, head_dim: int, grid: tuple[int, int], theta: float = 10000.0, extra: int = 0):
+    def __init__(
+        self, head_dim: int, grid: tuple[int, int], theta: float = 10000.0, extra: int = 0, places: Tensor | None = None
+    ):
         super().__init__()
         self.head_dim, self.grid, self.theta, self.extra = head_dim, (grid[0], grid[1]), theta, extra
         cos, sin = self._table(self.grid)
+        if places is not None:
+            cos, sin = (torch.cat((table[:-extra], table[places])) for table in (cos, sin))
         self.register_buffer("cos", cos, persistent=False)
         self.register_buffer("sin", sin, persistent=False)
         self._others: dict[tuple, Rope] = {}

@@ -10,7 +10,7 @@ from core.rng import Draws
 from core.specs import Codes, Guidance, Tokenizer
 from generator.ar.gpt import GPT
 from tokenizer.adapters import ADAPTERS
-from tokenizer.vq.dar import DAR
+from tokenizer.vq.dar import DAR, dispersed_places
 
 SMALL = {
     "image_size": 32,
@@ -191,19 +191,56 @@ def test_convolutions_paint_the_picture_near_noise():
     torch.testing.assert_close(noisy + 0.75 * velocity, 0.25 * noisy)
 
 
-def test_spread_is_one_where_all_pictures_have_the_same_code():
-    images = torch.rand(4, 3, 32, 32, generator=torch.Generator().manual_seed(5)) * 2 - 1
-    assert "spread" not in small()(images, draws(4)).terms
-    tokenizer = small(spread=True)
-    terms = tokenizer(images, draws(4)).terms
-    vectors = torch.nn.functional.normalize(tokenizer._project(images), dim=-1)
-    pairs = (vectors[:, None] * vectors[None]).sum(-1)  # (B, B, N): the mean over pairs is the squared mean vector
-    torch.testing.assert_close(terms["spread"], pairs.mean())
-    same = tokenizer(images[:1].expand(4, -1, -1, -1), draws(4)).terms["spread"]
-    torch.testing.assert_close(same, torch.ones(()))
-    assert "spread" in tokenizer.term_names
-    terms["spread"].backward()
-    assert tokenizer.patchify.weight.grad.abs().max() > 0
+PLACED = {"places": True, "decoder": {**SMALL["decoder"], "patch_size": 8}}
+
+
+def test_places_are_spread_over_the_picture_by_every_prefix():
+    assert dispersed_places(4)[:4].tolist() == [0, 10, 2, 8]  # rows 0, 2, 0, 2 and columns 0, 2, 2, 0
+    places = dispersed_places(8)
+    assert sorted(places.tolist()) == list(range(64))
+    for count, side in ((4, 2), (16, 4)):  # a coarser grid
+        cells = {(place // 8 * side // 8, place % 8 * side // 8) for place in places[:count].tolist()}
+        assert len(cells) == count
+    with pytest.raises(UserError, match="power of two, not 6"):
+        dispersed_places(6)
+
+
+def test_a_code_with_a_place_knows_its_patch_and_tells_the_decoder_where():
+    tokenizer = small(**PLACED)
+    tokenizer.encoder_layers = torch.nn.ModuleList()  # nor do other layers mix what the patches say
+    images = torch.rand(2, 3, 32, 32, generator=torch.Generator().manual_seed(5)) * 2 - 1
+    changed = images.clone()
+    changed[:, :, 8:16, 16:24] *= -1  # patch (1, 2) of 4 x 4
+    differ = (tokenizer._project(images) != tokenizer._project(changed)).any(-1)
+    assert differ.nonzero()[:, 1].tolist() == [int((dispersed_places(4) == 6).nonzero())] * 2
+
+    core = tokenizer.diff_decoder.net
+    core.blocks = torch.nn.ModuleList()
+    noisy, conditions = torch.randn(2, 3, 32, 32), torch.randn(2, 3, 32)
+    time, places = core.embed_time(torch.tensor([0.5])), torch.tensor([[3, 9, 12]])
+    moved = conditions.clone()
+    moved[:, 1] *= -1
+    difference = core(noisy, time, conditions, places)[0] != core(noisy, time, moved, places)[0]
+    assert difference.any(1).any(0).nonzero().float().mean(0).tolist() == [19.5, 11.5]  # the middle of patch 9
+
+
+def test_places_decode_in_windows_and_refuse_what_does_not_fit():
+    tokenizer = small(**PLACED)
+    images = torch.rand(2, 3, 32, 32, generator=torch.Generator().manual_seed(5)) * 2 - 1
+    assert tokenizer(images, draws(2)).images.shape == images.shape
+    codes = tokenizer.encode(images)
+    stages = tokenizer.previews(codes, draws(2))
+    assert torch.equal(stages[-1], tokenizer.decode(codes, draws(2)))
+    assert torch.equal(stages[0], tokenizer.decode(codes[:, :4], draws(2)))
+    for call in (lambda: tokenizer.encode(images[:, :, :16]), lambda: tokenizer.decode(codes, size=(64, 32))):
+        with pytest.raises(UserError, match="have places in pictures of 32x32 pixels, not of (16x32|64x32)"):
+            call()
+    with pytest.raises(UserError, match="length 16 instead of 8"):
+        small(**{**PLACED, "length": 8})
+    with pytest.raises(UserError, match="decoder.patch_size 8 instead of 4"):
+        small(**{**PLACED, "decoder": {**SMALL["decoder"], "patch_size": 4}})
+    with pytest.raises(UserError, match="places=true cannot be exported"):
+        ADAPTERS["dar"].restore(tokenizer)
 
 
 def test_solver_and_rows_of_the_tables():

@@ -110,6 +110,11 @@ def _restore(model: DAR) -> State:
             "the official D-AR code has no convolutions after its output layer; a model with "
             f"tokenizer.decoder.pixel_channels={convs[0].out_channels} cannot be exported to its layout"
         )
+    if model.places is not None:
+        raise UserError(
+            "the codes of the official D-AR code have no places; a model with tokenizer.places=true cannot be exported to "
+            "its layout"
+        )
     if (rows := model.decoder_embedding.num_embeddings) != TABLE_ROWS:
         raise UserError(
             f"the official D-AR code has tables of {TABLE_ROWS} rows; a model with tokenizer.table_rows={rows} cannot be "

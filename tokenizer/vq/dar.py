@@ -20,7 +20,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from core.config import parse_section
-from core.dist import mean_over_ranks
 from core.errors import UserError
 from core.limits import Count, Factor, Layers, Pixels, Positive, Whole, Width
 from core.nn.attention import Attention
@@ -31,7 +30,19 @@ from core.rng import Draws
 from core.specs import Chart, Codes, Recon
 from tokenizer.codes import CodeTokenizer
 from tokenizer.vq.diffusion_decoder import DecoderSettings, DiffusionCore, Trajectory, plain_norm, shifted_time
-from tokenizer.vq.quantizer import VectorQuantizer, unit
+from tokenizer.vq.quantizer import VectorQuantizer
+
+
+def dispersed_places(side: int) -> Tensor:
+    """(side^2,) patches of a grid, row-major, in the order of a dispersed-dot threshold matrix (Bayer 1973): the first
+    4^k are a coarser grid of the whole picture, and every prefix is spread evenly. The side must be a power of two."""
+    if side < 1 or side & (side - 1):
+        raise UserError(f"places: true needs a grid of patches whose side is a power of two, not {side}.")
+    order = torch.zeros(1, 1, dtype=torch.int64, device="cpu")
+    while len(order) < side:
+        finer = 4 * order
+        order = torch.cat((torch.cat((finer, finer + 2), 1), torch.cat((finer + 3, finer + 1), 1)))
+    return order.flatten().argsort()
 
 
 class Block(nn.Module):
@@ -71,9 +82,10 @@ class DAR(CodeTokenizer):
         output_size: images larger than this are resized to it after decoding; 0 for no resizing.
         semantic: {"teachers": {name: width}}: one frozen teacher whose features the decoder is aligned with (REPA).
         entropy: report the codebook's entropy term; parity: its weight is 0 in the released recipe.
-        spread: report the term "spread": the squared length of a position's mean code vector over the batch of all ranks,
-            1 where all pictures have the same code there, 1 / B where they have nothing in common. Not published: codes
-            that differ by position alone satisfy the entropy term, and without this one a small data set leaves it at that.
+        places: every code belongs to a patch, see `dispersed_places`: its query starts as that patch and turns with it, and
+            the decoder adds its condition there. Not published: which code tells of which part of the picture need not be
+            found out, which takes a small data set longer than it has. For one code per patch, patches of the decoder
+            as large, and the picture size of training.
         usage_window, usage_sample: codebook usage is the share of distinct codes among so many latest assignments, of
             which every step adds a sample; usage_window 0 does not count. parity: 65536 and 512.
         perceptual_by_time: weigh each picture's perceptual loss by 2 t. parity: the official code does so where its
@@ -108,7 +120,7 @@ class DAR(CodeTokenizer):
         output_size: Whole = 0,
         semantic: dict[str, Any] | None = None,
         entropy: bool = False,
-        spread: bool = False,
+        places: bool = False,
         usage_window: Whole = 65536,
         usage_sample: Whole = 512,
         perceptual_by_time: bool = False,
@@ -128,8 +140,7 @@ class DAR(CodeTokenizer):
             raise UserError(f"D-AR is aligned with one teacher, not with {len(teachers)}: {', '.join(teachers)}.")
         self.teacher = next(iter(teachers), None)
 
-        self.solver, self.spread = solver, spread
-        self.usage_sample, self.perceptual_by_time = usage_sample, perceptual_by_time
+        self.solver, self.usage_sample, self.perceptual_by_time = solver, usage_sample, perceptual_by_time
         self.data_std, self.time_shift = settings.data_std, settings.time_shift
         self.spec = Codes(length, 1, vocab, code_dim)
         self.quantized = quantize
@@ -144,7 +155,7 @@ class DAR(CodeTokenizer):
         self.quantize = (
             VectorQuantizer(vocab, code_dim, entropy=entropy, usage_window=usage_window) if quantize else None
         )
-        self.term_names = (*(self.quantize.term_names if quantize else ()), *(("spread",) if spread else ()), "flow")
+        self.term_names = (*(self.quantize.term_names if quantize else ()), "flow")
         self.quant_out_conv = nn.Conv2d(code_dim, condition_width, 1, bias=False)
         self.decoder_embedding = nn.Embedding(table_rows, condition_width)
         self.decoder_layers = nn.ModuleList(
@@ -159,8 +170,11 @@ class DAR(CodeTokenizer):
             feature_width=teachers[self.teacher] if self.teacher else None,
             head_dim=head_dim,
             init_std=init_std,
+            places=places,
         )
-        self.rope = AxialRope(head_dim, (image_size // patch_size,) * 2, rope_theta, extra=length)
+        grid = image_size // patch_size
+        self.register_buffer("places", self._dispersed_places(grid) if places else None, persistent=False)
+        self.rope = AxialRope(head_dim, (grid, grid), rope_theta, extra=length, places=self.places)
         self._init_weights(low_rank_queries, init_std)
 
     def _check_sizes(self, widths: dict[str, int], head_dim: int, table_rows: int) -> None:
@@ -180,6 +194,15 @@ class DAR(CodeTokenizer):
                 f"steps {self.steps} is less than groups {self.groups}: some groups of codes would never be looked at."
             )
 
+    def _dispersed_places(self, grid: int) -> Tensor:
+        decoded = self.diff_decoder.net.patch_size
+        if self.length != grid**2 or decoded != self.patch_size:
+            raise UserError(
+                f"places: true needs one code per patch and patches of one size: length {grid**2} instead of {self.length}, "
+                f"and decoder.patch_size {self.patch_size} instead of {decoded}."
+            )
+        return dispersed_places(grid)
+
     def _init_weights(self, low_rank_queries: bool, std: float) -> None:
         for layers in (self.encoder_layers, self.decoder_layers):
             for module in layers.modules():
@@ -198,14 +221,26 @@ class DAR(CodeTokenizer):
                 f"{images.shape[-2]}x{images.shape[-1]}."
             )
         patches = self.patchify(images)
-        rope = self.rope(tuple(patches.shape[-2:]))  # the queries have no place
+        grid = tuple(patches.shape[-2:])
+        self._check_places(grid, self.patch_size)
+        rope = self.rope(grid)
         patches = plain_norm(patches.flatten(2).transpose(1, 2))  # (B, P, D)
         queries = self.query_linear(self.query_embedding.weight[: self.length]).expand(len(images), -1, -1)
+        if self.places is not None:
+            queries = queries + patches[:, self.places]
         x = torch.cat((patches, queries.to(patches.dtype)), dim=1)
         for block in self.encoder_layers:  # patches see all patches, a query all patches and the queries before it
             x = block(x, rope, prefix=patches.shape[1])
         x = plain_norm(x[:, -self.length :])
         return self.quant_in_conv(x.transpose(1, 2)[:, :, None])[:, :, 0].transpose(1, 2)
+
+    def _check_places(self, grid: tuple[int, ...], patch_size: int) -> None:
+        if self.places is not None and grid != (self.image_size // self.patch_size,) * 2:
+            height, width = (side * patch_size for side in grid)
+            raise UserError(
+                f"the codes of this D-AR tokenizer have places in pictures of {self.image_size}x{self.image_size} pixels, "
+                f"not of {height}x{width}."
+            )
 
     def encode(self, images: Tensor, draws: Draws | None = None) -> Tensor:
         """Codes (B, N, 1)."""
@@ -256,8 +291,6 @@ class DAR(CodeTokenizer):
         else:
             vectors = F.normalize(z.float(), dim=-1)
             terms, codes = {}, None
-        if self.spread:
-            terms["spread"] = mean_over_ranks(unit(z).mean(0)).square().sum(-1).mean()
         conditions = self.conditions(vectors)
         columns = start[:, None] + torch.arange(self.window, device=u.device)  # (B, Q)
         window = conditions.gather(1, columns[..., None].expand(-1, -1, conditions.shape[-1]))
@@ -267,7 +300,8 @@ class DAR(CodeTokenizer):
         data = self.data_std * images.float()
         noisy = wide * data + (1 - wide) * noise
         core = self.diff_decoder.net
-        velocity, features = core(noisy, core.embed_time(t), window)
+        places = None if self.places is None else self.places[columns]
+        velocity, features = core(noisy, core.embed_time(t), window, places)
         velocity = velocity.float()
         terms["flow"] = (velocity - (data - noise)).square().mean() / self.data_std**2
         return Recon(
@@ -300,6 +334,7 @@ class DAR(CodeTokenizer):
     ) -> Stream:
         """Decoding while the codes arrive. Without draws every image starts from the same noise."""
         size = size or (self.image_size,) * 2
+        self._check_places(tuple(side // self.patch_size for side in size), self.patch_size)
         device = self.decoder_embedding.weight.device
         draws = draws or Draws(0, torch.zeros(batch, dtype=torch.int64, device=device))
         return Stream(self, draws.normal("noise", (3, *size)), steps or self.steps, method or self.solver)
@@ -376,7 +411,9 @@ class Stream:
         self.conditions = new if self.conditions is None else torch.cat((self.conditions, new), dim=1)
         while self.trajectory.done < self.steps and self.needed <= self.conditions.shape[1]:
             begin = self.needed - tokenizer.window
-            image = self.trajectory.step(self.conditions[:, begin : begin + tokenizer.window])
+            window = slice(begin, begin + tokenizer.window)
+            places = None if tokenizer.places is None else tokenizer.places[None, window]
+            image = self.trajectory.step(self.conditions[:, window], places)
             yield self._resized(image)
 
     def _resized(self, image: Tensor) -> Tensor:

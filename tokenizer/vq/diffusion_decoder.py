@@ -122,6 +122,7 @@ class DiffusionCore(nn.Module):
         feature_width: output width of the alignment head; None for no head.
         head_dim: of the attention layers.
         init_std: of linear maps when training starts.
+        places: condition vectors belong to patches, where they are also added to what the blocks begin with.
     """
 
     def __init__(
@@ -134,6 +135,7 @@ class DiffusionCore(nn.Module):
         feature_width: int | None = 768,
         head_dim: int = 64,
         init_std: float = 0.02,
+        places: bool = False,
     ):
         super().__init__()
         width, patch_size, own_time = settings.width, settings.patch_size, settings.own_time
@@ -152,6 +154,7 @@ class DiffusionCore(nn.Module):
         pixels = channels * patch_size**2
         self.cond_mlp = nn.Linear(condition_width, width)
         self.conv_in = nn.Conv2d(pixels, width, 1)
+        self.cond_place = nn.Linear(width, width) if places else None
         self.blocks = nn.ModuleList(Block(width, heads, own_time) for _ in range(settings.depth))
         self.time_embed = None if own_time else TimeMLP(width)
         painted = (settings.pixel_channels or channels) * patch_size**2
@@ -191,19 +194,25 @@ class DiffusionCore(nn.Module):
             return [self.time_embed(t)] * len(self.blocks)
         return [block.time_embed(t) for block in self.blocks]
 
-    def forward(self, x: Tensor, time: list[Tensor], conditions: Tensor) -> tuple[Tensor, Tensor | None]:
+    def forward(
+        self, x: Tensor, time: list[Tensor], conditions: Tensor, places: Tensor | None = None
+    ) -> tuple[Tensor, Tensor | None]:
         """(velocity (B, 3, H, W), alignment features (B, 256, out) or None).
 
         Args:
             x: (B, 3, H, W) noisy pixels, H and W multiples of the patch size.
             time: what `embed_time` gave, one row per image or one for all.
             conditions: (B, n, condition_width).
+            places: (B or 1, n) the patch of each, all different; for a network that was built with places.
         """
         patches = F.pixel_unshuffle(x, self.patch_size)  # (B, 3 p^2, h, w)
         grid = patches.shape[-2:]
         rope = self.rope(tuple(grid))
         conditions = plain_norm(self.cond_mlp(conditions))
         h = self.conv_in(patches).flatten(2).transpose(1, 2)  # (B, L, D)
+        if self.cond_place is not None:
+            added = self.cond_place(conditions)
+            h = h + torch.zeros_like(h).scatter(1, places[..., None].expand_as(added), added.to(h.dtype))
         features = None
         for i, (block, now) in enumerate(zip(self.blocks, time)):
             if i == self.feature_layer and self.repa_out is not None and self.training:
@@ -257,11 +266,11 @@ class Trajectory:
         self.embedded = core.embed_time(times[:-1].float().to(noise.device, non_blocking=True))  # all steps at once
         self.done, self.previous = 0, None
 
-    def step(self, conditions: Tensor) -> Tensor:
+    def step(self, conditions: Tensor, places: Tensor | None = None) -> Tensor:
         """(B, 3, H, W) in [-1, 1], not clamped: the image if sampling ended here. Advances the state."""
         i = self.done
         time = [embedding[i : i + 1] for embedding in self.embedded]
-        velocity = self.core(self.x, time, conditions)[0].float()
+        velocity = self.core(self.x, time, conditions, places)[0].float()
         slope = velocity
         if self.method == "adams2" and self.previous is not None:
             # parity: coefficients of equal steps, although the steps are not equal
