@@ -182,6 +182,10 @@ class TrainConfig:
     lora: LoraConfig | None = setting(
         None, "of a generator's weights in init_from train the class rows and low-rank changes of its blocks alone"
     )
+    freeze: list[str] = setting(
+        [],
+        "parameters that are not trained, by name or pattern: [encoder.*]; from init_from they are the averaged ones",
+    )
     device: Literal["auto", "cpu", "cuda"] = setting("auto", "auto takes CUDA where there is one")
     precision: Literal["fp32", "bf16"] = setting("bf16", "of matrix products; losses, norms and weights stay fp32")
     tf32: bool | None = setting(

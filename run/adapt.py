@@ -18,6 +18,8 @@ from torch import Tensor
 from core.errors import UserError
 from core.schema import RunConfig
 from core.specs import Generator
+from core.train.low_rank import keep_adapted
+from core.train.optim import freeze
 from generator.task import GeneratorTask
 from run.load import Source, Weights, read_weights
 from run.sample import parse_labels
@@ -37,6 +39,13 @@ def states(config: RunConfig, task: TokenizerTask | GeneratorTask, source: Sourc
         change = _both(change, lambda state: with_rows(state, task.generator, rows))
     network = task.networks()[task.primary]
     return weights.read(network, False, change), weights.read(network, True, change)
+
+
+def choose_trained(config: RunConfig, task: TokenizerTask | GeneratorTask) -> list[str]:
+    """Let train.lora and train.freeze say what is trained of the task's network; returns the names frozen by the latter."""
+    if config.train.lora is not None and isinstance(task, GeneratorTask):
+        keep_adapted(task.generator)
+    return freeze(task.networks()[task.primary], config.train.freeze)
 
 
 def _both(first: Callable[[State], State], then: Callable[[State], State]) -> Callable[[State], State]:

@@ -23,8 +23,9 @@ from core.rng import Draws
 from core.schema import RunConfig
 from core.specs import Batch, Phase, Progress, Tokenizer
 from core.train import parallel
-from core.train.low_rank import adapted_weights, keep_adapted
+from core.train.low_rank import adapted_weights
 from generator.task import GeneratorTask
+from run.adapt import choose_trained
 from run.data import num_classes, open_train
 from run.load import Source, random_task, tokenizer_layout
 from tokenizer.task import TokenizerTask
@@ -90,8 +91,7 @@ class Plan:
             network.eval().requires_grad_(False)
         for network in trained.values():
             network.train()
-        if config.train.lora is not None and isinstance(self.task, GeneratorTask):
-            keep_adapted(self.task.generator)
+        choose_trained(config, self.task)
         self.rehearsal = Rehearsal(trained, frozen, config.train.precision == "bf16")
         self.state = sum(self._state(name, network) for name, network in trained.items())
         self.frozen = 4.0 * sum(t.numel() for n in frozen for t in [*n.parameters(), *n.buffers()])

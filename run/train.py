@@ -16,7 +16,6 @@ from core.errors import UserError
 from core.files import read_json
 from core.schema import RunConfig
 from core.specs import Continuous, DataSource
-from core.train.low_rank import keep_adapted
 from core.train.run import ABOUT, RunFolder
 from core.train.trainer import PREVIEW_IMAGES, Trainer
 from core.weights import hub
@@ -74,8 +73,6 @@ def _train(config: RunConfig, inputs: Inputs, world: dist.World, about: dict[str
     if commits := {s: c for s, weights in sources.items() if (c := hub.commit_of(weights.path))}:
         provenance["commits"] = commits
     initial_ema = _start(config, task, sources)
-    if config.train.lora is not None and isinstance(task, GeneratorTask):
-        keep_adapted(task.generator)
     for weights in sources.values():
         weights.close()
     loader = _loader(config, source, task, provenance.get("tokenizer_fingerprint", ""), world)
@@ -206,11 +203,13 @@ def _generator_task(
 def _start(
     config: RunConfig, task: TokenizerTask | GeneratorTask, sources: dict[str, Source]
 ) -> dict[str, Tensor] | None:
-    """Load train.init_from, if given: raw weights into the network; returns the averaged ones for the EMA."""
+    """Load train.init_from, if given, and choose what is trained: raw weights go into the network, averaged ones where it
+    is frozen by the config, since those are what made the codes of others; returns the averaged ones for the EMA."""
+    frozen = adapt.choose_trained(config, task)
     if "train.init_from" not in sources:
         return None
     raw, averaged = adapt.states(config, task, sources["train.init_from"])
-    task.networks()[task.primary].load_state_dict(raw)
+    task.networks()[task.primary].load_state_dict(raw | {name: averaged[name] for name in frozen})
     return averaged
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fnmatch
 import math
 from dataclasses import dataclass
 from typing import Any
@@ -97,6 +98,30 @@ def weight_decay_at(config: OptimizerConfig, fraction: float) -> float:
         return config.weight_decay
     end = config.weight_decay_end
     return end + (config.weight_decay - end) * 0.5 * (1.0 + math.cos(math.pi * min(1.0, fraction)))
+
+
+def freeze(network: nn.Module, patterns: list[str]) -> list[str]:
+    """Stop training the parameters whose names match one of `patterns` (fnmatch); returns the names.
+
+    Raises:
+        UserError: for a pattern that matches none, and where nothing is left to train.
+    """
+    parameters = dict(network.named_parameters())
+    frozen: set[str] = set()
+    for pattern in patterns:
+        matches = fnmatch.filter(parameters, pattern)
+        if not matches:
+            parts = ", ".join(dict.fromkeys(name.split(".")[0] for name in parameters))
+            raise UserError(
+                f"train.freeze: no parameter is named {pattern}. Names begin with {parts}; {pattern.split('.')[0]}.* would be "
+                "all of one."
+            )
+        frozen.update(matches)
+    for name in frozen:
+        parameters[name].requires_grad_(False)
+    if not any(p.requires_grad for p in parameters.values()):
+        raise UserError(f"train.freeze={patterns} leaves nothing to train.")
+    return sorted(frozen)
 
 
 def make_adamw(

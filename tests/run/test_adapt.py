@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
@@ -14,7 +15,7 @@ from core.schema import LoraConfig, OptimizerConfig
 from core.specs import Guidance
 from core.train.checkpoint import Checkpoint
 from core.train.low_rank import AdaptingAdamW, adapted_weights, factors_of, keep_adapted
-from core.train.optim import make_adamw
+from core.train.optim import freeze, make_adamw
 from core.train.optimizer_state import flatten_optimizer
 from core.weights import files as weight_files
 from generator import GENERATORS
@@ -267,6 +268,22 @@ def test_low_rank_changes_of_a_run(run, tmp_path):
     assert all(torch.equal(file.weights[name], whole[name]) for name in moved)
 
 
+def test_frozen_weights_are_the_averaged_ones_of_a_run(run, tmp_path):
+    assert run("old")[0] == 0
+    words = [f"train.init_from={tmp_path}/old", "train.freeze=[layers.*,cls_*]"]
+    code, said = run("tuned", *words)
+    assert code == 0, said
+    averaged = Checkpoint(tmp_path / "old" / "checkpoints" / "latest").tensors("generator.ema_0.9")
+    old, tuned = weights_of(tmp_path / "old"), weights_of(tmp_path / "tuned")
+    frozen = {name for name in averaged if name.startswith(("layers.", "cls_"))}
+    assert frozen and all(torch.equal(tuned[name], averaged[name]) for name in frozen)
+    assert any(not torch.equal(averaged[name], old[name]) for name in frozen)
+    assert any(not torch.equal(tuned[name], old[name]) for name in averaged.keys() - frozen)
+    assert run("tuned", *words, "train.duration=3step")[0] == 0, "the run goes on"
+    code, error = run("more", *words, "train.freeze=[layer.*]", "--check")
+    assert code == 2 and "no parameter is named layer.*" in error, error
+
+
 @pytest.mark.parametrize(
     ("words", "said"),
     [
@@ -296,3 +313,38 @@ def test_mistakes_are_found_before_training(run, tmp_path, words, said):
 def test_settings_that_do_not_go_together(train_main, config, words, said):
     code, _, error = train_main(config, *words)
     assert code == 2 and said in error
+
+
+def documented_patterns() -> dict[str, list[str]]:
+    """Of docs/adapt.md, by tokenizer."""
+    rows = re.findall(r"^\| (`\w+`(?:, `\w+`)*) \| `\[(.+)\]` \|$", (ROOT / "docs" / "adapt.md").read_text(), re.M)
+    return {name: patterns.split(",") for names, patterns in rows for name in re.findall(r"\w+", names)}
+
+
+def test_every_tokenizer_says_what_keeps_its_codes():
+    assert documented_patterns().keys() == set(TOKENIZERS.names())
+
+
+@pytest.mark.parametrize("name", sorted(TOKENIZERS_TO_TRY))
+def test_codes_stay_where_what_encodes_is_frozen(name):
+    torch.manual_seed(0)
+    tokenizer, draws = tokenizer_of(name), Draws(0, torch.arange(4))
+    size = TOKENIZERS_TO_TRY[name]["image_size"]
+    images = torch.rand(4, 3, size, size) * 2 - 1
+    codes = tokenizer.encode(images, draws)
+    pictures = tokenizer.decode(codes, draws)
+    freeze(tokenizer, documented_patterns()[name])
+    with torch.no_grad():
+        for parameter in tokenizer.parameters():
+            if parameter.requires_grad:
+                parameter.add_(0.5 * torch.randn_like(parameter))
+    assert torch.equal(tokenizer.encode(images, draws), codes)
+    assert not torch.equal(tokenizer.decode(codes, draws), pictures)
+
+
+def test_freeze_refuses_what_it_cannot_mean():
+    tokenizer = tokenizer_of("fqgan")
+    with pytest.raises(UserError, match=r"no parameter is named encodr.\*. Names begin with encoder, heads"):
+        freeze(tokenizer, ["encodr.*"])
+    with pytest.raises(UserError, match="leaves nothing to train"):
+        freeze(tokenizer, ["*"])
