@@ -12,7 +12,7 @@ import json
 import os
 import shutil
 import threading
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -154,6 +154,18 @@ def write_atomic(path: str | os.PathLike, data: bytes | str) -> None:
     """Write a whole file: after a crash at any moment, `path` holds the old contents or the new, nothing between."""
     with replacing(path) as temporary:
         temporary.write_bytes(data.encode("utf-8", "backslashreplace") if isinstance(data, str) else data)
+
+
+def clear_folder(folder: str | os.PathLike, is_ours: Callable[[Path], bool]) -> None:
+    """Delete what an earlier call of the same program left in `folder`; UserError where other things are in it.
+
+    Args:
+        is_ours: whether a folder that holds something was made by that program.
+    """
+    folder = Path(folder)
+    if folder.exists() and (not folder.is_dir() or (any(folder.iterdir()) and not is_ours(folder))):
+        raise UserError(f"{folder} holds other things, which would be deleted. Name a folder that is new or empty.")
+    shutil.rmtree(folder, ignore_errors=True)
 
 
 def sorted_facts(tensors: bytes) -> bytes:

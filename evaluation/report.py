@@ -178,6 +178,8 @@ _SMALL = 320  # pictures with a shorter long side are enlarged by a whole factor
 _MARKS = {True: ' <span class="ok">✓</span>', False: ' <span class="wrong">✗</span>', None: ""}
 _NUMBER = re.compile(r"^[-+]?[\d.,]+(e[-+]?\d+)?\s?%?$")
 
+_SENTENCE = 34  # letters; cells with more of them are broken into lines
+
 Picture = Tensor | Image.Image  # (3, H, W) uint8 or a PIL image
 
 RELOAD_SECONDS = 60  # of the page of something that goes on
@@ -227,6 +229,13 @@ def _image(picture: Picture, alt: str, css: str = "", width: int | None = None, 
     return f'<img class="{css}" alt="{escape(alt)}"{size} src="data:image/{kind};base64,{data}">'
 
 
+def _column_class(cells: Sequence[str]) -> str:
+    """How a column of a table is set, as an attribute of its cells."""
+    if cells and all(_NUMBER.match(x) or x in ("", NOTHING) for x in cells):
+        return ' class="number"'
+    return ' class="prose"' if any(len(x) > _SENTENCE and " " in x for x in cells) else ""
+
+
 def _show(value: Any) -> str:
     """Value of a tile or a cell as text."""
     if value is None:
@@ -273,7 +282,10 @@ class Report:
         legend = []
         for index, (label, points) in enumerate(series.items()):
             finite = [y for _, y in points if math.isfinite(y)]
-            last = f" <b>{format_number(finite[-1])}</b>" if finite else ""
+            is_latest = (
+                label not in (bars or {}) or len(points) == 1
+            )  # the end of a row of measurements is not the last word
+            last = f" <b>{format_number(finite[-1])}</b>" if finite and is_latest else ""
             legend.append(f'<span><i class="s{index % NUM_COLOURS}"></i>{escape(label)}{last}</span>')
         chart = line_chart(name, series, log, xlabel, bars)
         heading = escape(name) + (' <span class="caption">log scale</span>' if log else "")
@@ -334,12 +346,10 @@ class Report:
         return self._add_card(title, f'<p class="caption">{escape(caption)}</p>' + "".join(html))
 
     def add_table(self, title: str, headers: Sequence[str], rows: Sequence[Sequence[Any]]) -> Report:
-        """Columns whose cells are all numbers are set flush right."""
+        """Columns whose cells are all numbers are set flush right; lines are broken where a column holds sentences."""
         cells = [[_show(cell) for cell in row] for row in rows]
         columns = list(zip(*cells)) if cells else [()] * len(headers)
-        css = [
-            ' class="number"' if c and all(_NUMBER.match(x) or x in ("", NOTHING) for x in c) else "" for c in columns
-        ]
+        css = [_column_class(column) for column in columns]
         head = "".join(f"<th{style}>{escape(text)}</th>" for text, style in zip(headers, css))
         body = ["".join(f"<td{style}>{escape(text)}</td>" for text, style in zip(row, css)) for row in cells]
         lines = "".join(f"<tr>{row}</tr>" for row in body)

@@ -99,8 +99,18 @@ def check_layout(path: str) -> bool:
 # --describe
 # ---------------------------------------------------------------------------------------------------------------------
 def describe(reference: str) -> bool:
-    """Print what a file or run holds; whether it fits our model."""
-    path = released.resolve(reference)
+    """Print what a file, a run, or a folder with a tokenizer and its generator holds; whether it fits our model."""
+    verdicts = [_describe_one(path) for path in _places(reference)]
+    return all(verdicts)
+
+
+def _places(reference: str, kind: str | None = None) -> list[Path]:
+    """The file or checkpoint that is named; both files where it stands for a tokenizer and its generator (tiny/rectok)."""
+    kinds = [kind] if kind else list(ADAPTERS)
+    return list(dict.fromkeys(released.resolve(reference, each) for each in kinds))
+
+
+def _describe_one(path: Path) -> bool:
     if path.is_dir():
         checkpoint = Checkpoint(path)
         kind, decays = checkpoint.state["primary"], ", ".join(map(str, checkpoint.state["ema"])) or "none"
@@ -200,7 +210,9 @@ class Conversion:
 
     def run(self) -> str:
         """Write `target`; returns a sentence about it. UserError where the source has not what is asked for."""
-        path = released.resolve(self.source)
+        path, *others = _places(self.source, self.kind)
+        if others:
+            raise self._either(self.source)
         self._check_target()
         if self.bf16 and self.official:
             raise UserError("--dtype bf16 is for files of ours; official programs read fp32.")
@@ -258,9 +270,7 @@ class Conversion:
                 f"{path}: no tokenizer or generator that is known; see python -m scripts.convert --describe {self.source}"
             )
         if self.kind is None and len(held) > 1:
-            raise UserError(
-                f"{path} holds a tokenizer and a generator: say which one with --kind tokenizer or --kind generator."
-            )
+            raise self._either(path)
         kind = self.kind or next(iter(held))
         if kind not in held:
             raise UserError(f"{path} holds a {next(iter(held))}, not a {kind}.")
@@ -270,6 +280,12 @@ class Conversion:
         if self.keep == "raw" and False not in sets:
             raise UserError(f"{path} holds averaged (EMA) weights only; use --weights ema.")
         return kind, sets if self.keep == "both" else (self.keep == "ema",)
+
+    @staticmethod
+    def _either(place: str | Path) -> UserError:
+        return UserError(
+            f"{place} holds a tokenizer and a generator: say which one with --kind tokenizer or --kind generator."
+        )
 
     def _write_official(
         self, kind: str, adapter: Adapter, weights: Weights, states: dict[bool, dict[str, Tensor]]

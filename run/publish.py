@@ -13,7 +13,7 @@ from typing import Any
 import yaml
 
 from core.errors import UserError
-from core.files import write_atomic
+from core.files import clear_folder, write_atomic
 from core.train.checkpoint import Checkpoint
 from core.weights import files as weight_files
 from core.weights import hub
@@ -21,7 +21,8 @@ from run.convert import Conversion
 from run.load import Source
 from run.sharing import about_run, folder_of
 
-CARD, PICTURES = "README.md", "samples.png"
+CARD, PICTURES, CONFIG = "README.md", "samples.png", "config.yaml"
+SENT = {CARD, PICTURES, CONFIG, "generator.safetensors", "tokenizer.safetensors"}
 
 
 @dataclass
@@ -47,14 +48,14 @@ class Publication:
             raise UserError(f"{self.run} is not a run of ours; name the folder of one.")
         kind, run_dir = source.content.state["primary"], folder_of(source.path)
         folder = self.folder or run_dir / "publish"
-        shutil.rmtree(folder, ignore_errors=True)
+        clear_folder(folder, lambda made: {entry.name for entry in made.iterdir()} <= SENT)
         folder.mkdir(parents=True)
         Conversion(self.run, folder / f"{kind}.safetensors", keep="ema" if source.content.state["ema"] else "raw").run()
         if kind == "generator":
             self._add_tokenizer(source.content.state["config"]["tokenizer"], folder)
         if previews := sorted((run_dir / "samples").glob("step_*.png")):
             shutil.copy(previews[-1], folder / PICTURES)
-        shutil.copy(run_dir / "config.yaml", folder / "config.yaml")
+        shutil.copy(run_dir / CONFIG, folder / CONFIG)
         write_atomic(folder / CARD, self.card(kind, folder, run_dir))
         listed = ", ".join(sorted(p.name for p in folder.iterdir()))
         if not self.upload:
@@ -76,7 +77,7 @@ class Publication:
         content = weight_files.read_header(folder / f"{kind}.safetensors")
         assert content is not None
         about, name = content.about, content.settings["name"]
-        config = yaml.safe_load((run_dir / "config.yaml").read_text())
+        config = yaml.safe_load((run_dir / CONFIG).read_text())
         tags = ["tessera", name, "image-generation" if kind == "generator" else "image-tokenizer"]
         front = {"license": self.licence, "library_name": "tessera", "tags": tags}
         if kind == "generator":

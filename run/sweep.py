@@ -10,7 +10,6 @@ from __future__ import annotations
 import argparse
 import itertools
 import re
-import shutil
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -25,7 +24,7 @@ from core.chunks import enter
 from core.config import to_plain
 from core.dist import World
 from core.errors import UserError
-from core.files import read_json, write_atomic, write_json
+from core.files import clear_folder, read_json, write_atomic, write_json
 from core.lock import Lock
 from core.rng import hash64
 from core.train.log import progress_line
@@ -54,6 +53,7 @@ KEYS = {  # option -> key of the config
 USUAL = {"scale": "1:8"}  # what is tried where nothing was named
 GUIDANCE_ONLY = ("sample.interval", "sample.schedule", "sample.power")
 BY = {"fid": ("fid", "fd_"), "is": ("is_",)}  # beginnings of the names of scores
+PLAN = "sweep.json"  # what a folder is about
 SHOWN = 6  # settings with pictures on the page
 MOST = 500  # settings of a grid
 
@@ -279,9 +279,9 @@ def sweep(options: argparse.Namespace, overrides: list[str], axes: dict[str, str
         "bootstrap": options.bootstrap,
     }
     if options.again:
-        world.on_main(lambda: shutil.rmtree(folder, ignore_errors=True))
+        world.on_main(lambda: clear_folder(folder, lambda made: (made / PLAN).is_file()))
     advice = "Choose another --out, or add --again to replace it."
-    world.on_main(lambda: enter(folder / "sweep.json", facts, "another sweep", advice))
+    world.on_main(lambda: enter(folder / PLAN, facts, "another sweep", advice))
     share = cost(ladder) / (len(settings) * ladder[-1].pictures)
     if world.is_main:
         steps = ", ".join(f"{rung.kept} x {rung.pictures}" for rung in ladder)
@@ -354,7 +354,7 @@ def write(search: Sweep, best: list[Setting], overrides: list[str]) -> None:
         "best": winner.words,
         "drawn": drawn,
         "whole_grid": whole,
-        "job": read_json(folder / "sweep.json"),
+        "job": read_json(folder / PLAN),
     }
     write_metrics(folder / "metrics.json", {s.name: s.value for s in top.scores}, context)
     page(search, order, winner, snippet).write(folder / "report.html")

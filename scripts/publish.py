@@ -24,7 +24,9 @@ def main(arguments: list[str]) -> int:
     )
     parser.add_argument("--private", action="store_true", help="only you can see it")
     parser.add_argument("--dry-run", action="store_true", help="put the folder together and send nothing")
-    parser.add_argument("--out", type=Path, help="the folder (default: publish/ in the run); it is replaced")
+    parser.add_argument(
+        "--out", type=Path, help="the folder (default: publish/ in the run); one that was made so before is replaced"
+    )
     options = parser.parse_args(arguments)
 
     from run.publish import Publication

@@ -158,15 +158,13 @@ class RunLog:
         """The live line after `done` pictures."""
         if self.line is None:
             return
-        shown = [f"step {step:,}", *(f"{name} {self._latest(name)}" for name in self.live)]
-        for name, title, unit in (("lr", "lr", ""), ("mfu", "MFU", " %"), ("peak_memory_gib", "memory", " GiB")):
-            if name in self.latest:
-                shown.append(f"{title} {self._latest(name)}{unit}")
-        self.line.update(done, "  ".join(shown))
-
-    def _latest(self, name: str) -> str:
-        value = self.latest.get(name)
-        return "-" if value is None else f"{value:.3g}"
+        figures = [(name, name, "") for name in self.live]
+        figures += [("lr", "lr", ""), ("mfu", "MFU", " %"), ("peak_memory_gib", "memory", " GiB")]
+        known = [
+            (title, self.latest.get(name), unit) for name, title, unit in figures
+        ]  # nothing before the first record
+        shown = [f"{title} {value:.3g}{unit}" for title, value, unit in known if value is not None]
+        self.line.update(done, "  ".join([f"step {step:,}", *shown]))
 
     def close(self) -> None:
         self.flush()

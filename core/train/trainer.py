@@ -11,6 +11,7 @@ device, numbers are read one interval late, and ranks agree on stopping over the
 from __future__ import annotations
 
 import contextlib
+import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -133,7 +134,7 @@ class Trainer:
         self._guard_copies: tuple[dict[str, Tensor], Any] | None = None  # host copies on their way, and their event
         self._skips_reported = dict.fromkeys(self.networks, 0)
         self._replaced: set[str] = set()  # keys of unreadable pictures
-        self._hours_said = False
+        self._left_said = False
         self.store = self._open_store()
 
     def _open_store(self) -> CheckpointStore:
@@ -421,12 +422,13 @@ class Trainer:
             record["mfu"] = round(100 * speed * self.flops / self.peak, 2)
         record["peak_memory_gib"] = round(peak_memory(self.world.device) / 2**30, 3)
         log.submit(record, self.averages, extra)
-        if not self._hours_said and self.step < self.total_steps and log.line:
-            self._hours_said = True
-            hours = (self.total_images - self.images_seen) / max(speed, 1e-9) / 3600
+        if not self._left_said and self.step < self.total_steps and log.line:
+            self._left_said = True
+            left = (self.total_images - self.images_seen) / max(speed, 1e-9)
+            amount = f"{left / 3600:.2g} hours" if left >= 3600 else f"{math.ceil(left / 60)} min"
             self.run.log(
-                f"step {self.step:,} of {self.total_steps:,}: about {hours:.2g} hours are left at the {speed:,.3g} img/s so "
-                "far, without previews, evaluations and checkpoints"
+                f"step {self.step:,} of {self.total_steps:,}: about {amount} left at the {speed:,.3g} img/s so far, without "
+                "previews, evaluations and checkpoints"
             )
 
     def _report_replaced(self, batch: Batch) -> None:

@@ -103,6 +103,21 @@ def test_curves_leave_gaps_and_survive_anything():
             assert "nan" not in line_chart("loss", {"a": points}, log=log)
 
 
+def test_the_legend_names_the_last_value_of_what_goes_on():
+    """Of measurements with intervals, one beside the other, the last one is not the result."""
+    points = [(1.0, 7.0), (2.0, 3.0), (3.0, 9.0)]
+    bars = {"fid": [(x, y - 1, y + 1) for x, y in points]}
+    assert "<b>9</b>" in Report("r").add_curves("loss", {"fid": points}).html()
+    assert "<b>" not in Report("r").add_curves("scale", {"fid": points}, bars=bars).html()
+    assert "<b>7</b>" in Report("r").add_curves("rate", {"fid": points[:1]}, bars=bars).html()
+
+
+def test_cells_with_sentences_are_broken_into_lines():
+    rows = [("psnr", 21.5, "16 pictures in 112 dimensions: far too few"), ("ssim", 0.5, "")]
+    html = Report("r").add_table("numbers", ("metric", "value", "note"), rows).html()
+    assert '<td>psnr</td><td class="number">21.5</td><td class="prose">16 pictures' in html
+
+
 def test_long_curves_are_thinned_but_keep_spikes():
     points = [(i, 1.0 + 0.001 * (i % 7)) for i in range(20_000)]
     points[12_345] = (12_345, 50.0)

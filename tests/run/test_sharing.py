@@ -15,7 +15,8 @@ import run
 from core.errors import UserError
 from core.weights import files as weight_files
 from core.weights import hub, released
-from run.convert import Conversion
+from run.convert import Conversion, describe
+from run.publish import Publication
 from run.sample import parse_labels
 from run.sharing import imagenet_names, readable
 from scripts import publish, sample
@@ -106,6 +107,35 @@ def test_published_and_taken_again(generator_run, fake, bare, capsys):
     assert run.load_tokenizer("hf://me/toy", device="cpu").image_size == 32
     with pytest.raises(UserError, match=r"holds 2 files of weights; name one:\n  hf://me/toy/generator.safetensors\n"):
         hub.resolve("hf://me/toy")
+
+
+def test_a_folder_that_holds_a_tokenizer_and_its_generator(generator_run, tokenizer_run, bare, capsys):
+    """As tiny/NAME: a run on its tokenizer is published with it, and scripts.convert knows both files."""
+    Conversion(str(tokenizer_run), bare / "pair" / "tokenizer.safetensors").run()
+    Conversion(str(generator_run), bare / "pair" / "generator.safetensors").run()
+    assert describe("pair")
+    out = capsys.readouterr().out
+    assert "pair/tokenizer.safetensors: the tokenizer" in out and "pair/generator.safetensors: the generator" in out
+    with pytest.raises(UserError, match="pair holds a tokenizer and a generator: say which one with --kind"):
+        Conversion("pair", bare / "one.safetensors").run()
+    (bare / "ready").mkdir()
+    shutil.copy(bare / "pair" / "generator.safetensors", bare / "ready")
+    Publication(str(generator_run), "me/toy")._add_tokenizer({"weights": "pair"}, bare / "ready")
+    content = weight_files.read_header(bare / "ready" / "generator.safetensors")
+    assert content.about["tokenizer"]["weights"] == "hf://me/toy/tokenizer.safetensors"
+    assert weight_files.read_header(bare / "ready" / "tokenizer.safetensors").kind == "tokenizer"
+
+
+def test_a_folder_with_other_things_is_not_replaced(tokenizer_run, bare):
+    """--out . would delete all that is here; a folder made so before is replaced."""
+    (bare / "precious").mkdir()
+    (bare / "precious" / "thesis.tex").write_text("x")
+    for out in ("precious", ".", "precious/thesis.tex"):
+        with pytest.raises(UserError, match=r"holds other things, which would be deleted\. Name a folder that is new"):
+            publish.main([str(tokenizer_run), "me/toy", "--dry-run", "--out", out])
+    assert (bare / "precious" / "thesis.tex").read_text() == "x"
+    for _ in range(2):
+        assert publish.main([str(tokenizer_run), "me/toy", "--dry-run", "--out", "ready"]) == 0
 
 
 def test_without_a_network_what_is_here_is_taken(generator_run, fake, bare, monkeypatch):

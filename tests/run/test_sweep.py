@@ -77,6 +77,11 @@ def test_a_killed_sweep_goes_on_with_the_same_result(run_sweep, tmp_path, monkey
     assert numbers(tmp_path / "sweep") == numbers(tmp_path / "whole")
     with pytest.raises(UserError, match="another sweep"):
         run_sweep("--scale", "1:2", *SIZES)
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.tex").touch()
+    with pytest.raises(UserError, match="mine holds other things, which would be deleted"):
+        run_sweep(*GRID, *SIZES, "--again", out="mine")
+    assert (tmp_path / "mine" / "thesis.tex").exists()
 
 
 @pytest.mark.parametrize(

@@ -483,6 +483,17 @@ def test_a_sink_that_fails_later_ends_no_run(tmp_path):
     ]
 
 
+def test_the_live_line_shows_what_is_known(tmp_path, capsys):
+    """Losses are known from the first record on; before it the line has no dashes for them."""
+    run = types.SimpleNamespace(path=tmp_path / "mine", write_metrics=lambda record: None)
+    running = log.RunLog(run, LogConfig(), ALONE, 2, {}, live=("loss", "psnr"))
+    running.show(1, 1)
+    running.latest = {"loss": 0.25, "psnr": 9.5, "lr": 1e-4}
+    running.show(2, 2)
+    first, last = capsys.readouterr().out.splitlines()
+    assert first.endswith("step 1") and last.endswith("step 2  loss 0.25  psnr 9.5  lr 0.0001")
+
+
 def test_a_run_that_wandb_does_not_take(tmp_path, monkeypatch):
     """Nobody is logged in, say. Names with a colon get an id without."""
     asked = {}
