@@ -264,10 +264,14 @@ class Kept:
     Args:
         values: (B or 1, ...) as the tokenizer's `spec` says.
         mask: bool, True where they are kept; of codes (B or 1, L), of continuous latents (B or 1, 1, h, w).
+        heed: from 0 to 1, how much the codes between them are drawn by them; for generators that draw codes one by one. Below
+            1 there is a second stream of each sample, which has the same codes but where they are kept: those it draws
+            itself. The codes between are drawn by both, logits weighted `heed` to 1 - `heed` (a geometric mean).
     """
 
     values: Tensor
     mask: Tensor
+    heed: float = 1.0
 
     def codes(self, batch: int, length: int, branches: int) -> Tensor:
         """(B, length, K) codes, NO_CODE where they are free; UserError where the shapes do not go together."""
@@ -414,6 +418,7 @@ class Generator(nn.Module, ABC):
 
     models: type
     charts: tuple[Chart, ...] = ()  # of what `forward` logs
+    usual_heed: float | None = None  # Kept.heed of an edit; None: no other value than 1 is known
 
     @abstractmethod
     def fits(self, spec: LatentSpec) -> list[str]:

@@ -8,7 +8,7 @@ captured CUDA graph draws anew at every replay.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -18,6 +18,10 @@ from core.errors import UserError
 from core.rng import Draws
 from core.specs import NO_CODE, Generator, Guidance, Kept
 from generator.guidance import guide_logits, per_branch, scales
+
+# Kept.heed of an edit of codes that are drawn one by one: networks go on with what they have seen of a picture whatever the
+# label says. docs/tools.md has the scores that this was chosen by.
+USUAL_HEED = 0.3
 
 
 def filter_logits(logits: Tensor, top_k: int = 0, top_p: float = 1.0) -> Tensor:
@@ -105,7 +109,8 @@ class CodeSampler:
         draws: one number per sample, position and codebook is taken from it, all at once.
         guidance: of kind "cfg". When active, logits come doubled: conditional rows, then unconditional ones.
         trace: receives (guided logits, probabilities), (B, V) fp32 each, of every call; for parity tests.
-        kept: codes that take the place of what is drawn.
+        kept: codes that take the place of what is drawn. Where `kept.heed` is below 1 the second half of the samples are the
+            second streams of the first half, see `with_streams`.
         shared: the first so many positions take the codes of the first sample, whatever the labels.
     """
 
@@ -124,6 +129,7 @@ class CodeSampler:
             raise UserError(f'sample.guidance: codes are guided by "cfg" only, not by "{guidance.kind}".')
         self.guided, self.filters, self.trace, self.shared = guidance.active, filters, trace, shared
         self.forced = None  # (B, T, K), NO_CODE where a code is drawn
+        self.heed = 1.0 if kept is None else kept.heed
         if kept is not None:
             self.forced = kept.codes(len(labels), length, len(filters)).to(labels.device).contiguous()
         self.scales = scales(guidance, length, len(filters)).to(labels.device, non_blocking=True)  # (T, K)
@@ -134,7 +140,7 @@ class CodeSampler:
 
     def settings(self) -> tuple:
         """What a recording of a step depends on, beside the numbers that `refill` replaces."""
-        changes = self.shared, self.forced is None, self.trace is None
+        changes = self.shared, self.forced is None, self.heed, self.trace is None
         return self.guided, self.filters, self.noise.shape, self.noise.dtype, *changes
 
     def refill(self, other: CodeSampler) -> None:
@@ -157,6 +163,11 @@ class CodeSampler:
         """Codes (B,) int64 of position t (a (1,) int64 tensor), from logits (B or 2B, V)."""
         if self.guided:
             logits = guide_logits(*logits.chunk(2), self.scales.index_select(0, t)[:, branch])
+        if self.heed < 1 and self.forced is not None:
+            heeding, free = logits.chunk(2)
+            both = torch.lerp(free, heeding, self.heed).repeat(2, 1)
+            drawn = self.forced.index_select(1, t)[: len(free), 0, branch] == NO_CODE
+            logits = torch.where(drawn.repeat(2)[:, None], both, logits)
         p = self.filters[branch](logits)
         self.sum.add_(p[:, 0])
         if self.trace is not None:
@@ -169,6 +180,20 @@ class CodeSampler:
     def mark(self, codes: Tensor) -> Tensor:
         """A copy of the codes (B, T, K) of a batch that is done, see `mark`."""
         return mark(codes, self.sum)
+
+
+def with_streams(labels: Tensor, draws: Draws, kept: Kept | None) -> tuple[Tensor, Draws, Kept | None]:
+    """The same with a second stream behind every sample (core.specs.Kept.heed) where there is to be one.
+
+    Both draw with the same noise: where both draw by the same logits, they draw the same code.
+    """
+    if kept is None or kept.heed == 1:
+        return labels, draws, kept
+    batch = len(labels)
+    mask = kept.mask.expand(batch, -1)
+    values = kept.values.expand(batch, -1, -1).repeat(2, 1, 1)
+    twice = Draws(draws.seed, draws.positions.repeat(2), draws.step)
+    return labels.repeat(2), twice, replace(kept, values=values, mask=torch.cat((mask, torch.zeros_like(mask))))
 
 
 def keep(chosen: Tensor, forced: Tensor) -> Tensor:

@@ -24,7 +24,7 @@ from core.files import write_json
 from core.images import finite_uint8, grid, save_png, to_model_range
 from core.nn.precision import bf16_products
 from core.rng import Draws, hash64
-from core.specs import Continuous, Kept, LatentSpec, MultiScale, Streams, Tokenizer
+from core.specs import Continuous, Generator, Kept, LatentSpec, MultiScale, Streams, Tokenizer
 from data.transforms import center_crop, to_tensor
 from generator.sampling import draw_latents
 from run.reconstruct import read_files
@@ -43,11 +43,13 @@ class Rules:
         margin: the mask is widened by so many pixels for that: codes next to it tell of what was inside it.
         cover: a code is kept if no more than this share of its cell's pixels is masked; 0: none of them.
         first: of codes without places, the share that is kept, from the first on, in whole groups where there are groups.
+        heed: core.specs.Kept.heed, how much what is kept tells the rest what to be; None: as the generator does it.
     """
 
     margin: int = 0
     cover: float = 0.0
     first: float = 0.5
+    heed: float | None = None
 
     def __post_init__(self) -> None:
         if self.margin < 0:
@@ -56,6 +58,8 @@ class Rules:
             raise UserError(
                 f"--cover {self.cover:g} and --first {self.first:g} are shares: from 0, below 1 for --cover."
             )
+        if self.heed is not None and not 0 <= self.heed <= 1:
+            raise UserError(f"--heed {self.heed:g}: give a number from 0, the label alone decides, to 1.")
 
 
 @dataclass
@@ -194,7 +198,8 @@ def edit(
     draws = Draws(hash64(seed, "samples"), torch.arange(len(labels), device=device))
     mask, placed = kept_cells(tokenizer, canvas.masked, rules)
     with bf16_products(device, sampler.bf16):
-        kept = Kept(tokenizer.encode(to_model_range(canvas.photo[None]).to(device)), mask.to(device))
+        photo = to_model_range(canvas.photo[None]).to(device)
+        kept = Kept(tokenizer.encode(photo), mask.to(device), heed_of(sampler.generator, rules, mask))
         chosen = torch.tensor(labels, device=device)
         latents = draw_latents(sampler.generator, chosen, draws, task.guidance, kept=kept, **options)
         decoded = tokenizer.decode(latents, draws.fork("decode")).float()
@@ -203,6 +208,17 @@ def edit(
     what = "latents" if latents.is_floating_point() else "codes" if placed else "codes, the first ones"
     facts = [measure(canvas, *pair) for pair in zip(drawn, pictures)]
     return Edited(drawn, pictures, f"{int(mask.sum()):,} of {mask.numel():,} {what}", facts)
+
+
+def heed_of(generator: Generator, rules: Rules, mask: Tensor) -> float:
+    """core.specs.Kept.heed of an edit; 1, the cheapest, where `mask` keeps nothing."""
+    if rules.heed is not None and generator.usual_heed is None:
+        raise UserError(
+            f"--heed {rules.heed:g} is for generators that draw codes one after another, which {type(generator).__name__} "
+            "does not: leave it out."
+        )
+    wanted = generator.usual_heed if rules.heed is None else rules.heed
+    return 1.0 if wanted is None or not mask.any() else wanted
 
 
 def measure(canvas: Canvas, drawn: Tensor, picture: Tensor) -> dict[str, float]:

@@ -8,6 +8,7 @@ seen, in the tokenizer's size, in which X.PNG comes; --full adds X_full.png, the
 The mask has the photo's size, its proportions, or the size of what the model sees; transparent counts as white. A code
 is kept if no pixel of its cell is white (--cover SHARE: if no more than that share is; --margin N: the mask is widened by
 N pixels for that). Codes without places (D-AR, TiTok): the first half is kept (--first SHARE).
+Where codes are drawn one after another, --heed 1 continues what is kept, --heed 0 lets the label alone decide.
 --outpaint SHARE instead of a mask: the whole photo in the middle, SHARE of the picture on either side of its longer side.
 
 Also written: X_panel.png (photo, mask, as decoded, with the photo put back) and X.json: PSNR outside the mask before
@@ -60,6 +61,9 @@ def main(arguments: list[str]) -> int:
     )
     parser.add_argument("--cover", type=float, default=0.0, help="share of a kept cell that may be masked (default 0)")
     parser.add_argument("--first", type=float, default=0.5, help="share kept of codes without places (default 0.5)")
+    parser.add_argument(
+        "--heed", type=float, help="how much what is kept decides beside the label, 0 to 1 (default 0.3)"
+    )
     parser.add_argument("--tokenizer", help="its weights, for a generator that does not name them")
     parser.add_argument("--guide", help="weights of the weaker model of autoguidance")
     parser.add_argument("--scale", help="guidance scale, or one per codebook: 1.5 or [3,2]")

@@ -32,7 +32,7 @@ from generator.ar.decode import Recordings, decode, uncompiled
 from generator.ar.llama import decode_blocks, ffn_width, init_weights, make_blocks, normed, run_blocks
 from generator.ar.rear import Regularised
 from generator.engine import Weights, mismatches, turning
-from generator.sampling import CodeSampler, filters
+from generator.sampling import USUAL_HEED, CodeSampler, filters, with_streams
 
 
 @dataclass(frozen=True)
@@ -76,6 +76,7 @@ class FAR(Regularised):
     """
 
     models = Codes
+    usual_heed = USUAL_HEED
     size_type, sizes = Size, SIZES
 
     def __init__(
@@ -265,7 +266,8 @@ class FAR(Regularised):
         chosen = filters(self.branches, temperature, top_k, top_p)
         if not 0 <= shared <= length:
             raise UserError(f"{shared} shared positions in a sequence of {length}: give 0 to {length}.")
-        kept = kept or self._begun(prefix, length)
+        batch, kept = len(labels), kept or self._begun(prefix, length)
+        labels, draws, kept = with_streams(labels, draws, kept)
         sampler = CodeSampler(labels, length, chosen, draws, guidance, trace, kept, shared)
         both = sampler.labels(labels, self.cls_embedding.null(labels))
         codes = torch.zeros(len(labels), length, self.branches, dtype=torch.int64, device=device)
@@ -281,14 +283,14 @@ class FAR(Regularised):
                     codes[:, index, k] = sampler(self.logits(self.head(states, known)[:, 0, k], k), t, k)
                 if on_codes:
                     on_codes(codes[:, : index + 1])
-            return sampler.mark(codes)
+            return sampler.mark(codes)[:batch]
         static = device.type == "cuda" if static is None else static
         weights = self.weights(self.norm.weight)
         key = (sampler.settings(), length, static, device)
         decoding = self.kept(key, lambda: Decoding(self, weights, sampler, length, static))
         decoding.begin(both, sampler)
         decode(decoding.step, 0, length, on_codes and (lambda done: on_codes(decoding.codes[:, 1 : done + 1])))
-        return decoding.sampler.mark(decoding.codes[:, 1:])
+        return decoding.sampler.mark(decoding.codes[:, 1:])[:batch]
 
     def heeds(self) -> str:
         if self.grid is None:

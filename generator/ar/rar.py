@@ -40,7 +40,7 @@ from generator.ar.decode import Recordings, decode, uncompiled
 from generator.ar.llama import run_blocks
 from generator.ar.rear import Regularised, annealed
 from generator.engine import Weights, attend, mismatches
-from generator.sampling import CodeSampler, filters
+from generator.sampling import USUAL_HEED, CodeSampler, filters, with_streams
 
 EXTRA_POSITIONS, EXTRA_SLOTS = 1024, 100  # rows that the official tables have beyond the codes
 MODULATION_BYTES = 1 << 30  # how much of the adaptive norms is computed ahead while sampling
@@ -117,6 +117,7 @@ class RAR(Regularised):
     """
 
     models = Codes
+    usual_heed = USUAL_HEED
 
     def __init__(
         self,
@@ -302,7 +303,9 @@ class RAR(Regularised):
         order = None
         if kept is not None and self.permute is not None:
             order = (~kept.mask.all(0)).to(device).int().argsort(stable=True)  # (N,) place of the p-th code
-            kept = Kept(kept.values.to(device)[:, order], kept.mask.to(device)[:, order])
+            kept = Kept(kept.values.to(device)[:, order], kept.mask.to(device)[:, order], kept.heed)
+        batch = len(labels)
+        labels, draws, kept = with_streams(labels, draws, kept)
         sampler = CodeSampler(labels, length, chosen, draws, guidance.mixing(), trace, kept)
         both = sampler.labels(labels, torch.full_like(labels, self.num_classes))
         codes = torch.zeros(len(labels), length, dtype=torch.int64, device=device)
@@ -313,7 +316,7 @@ class RAR(Regularised):
                 x = run_blocks(self.blocks, x, condition)[:, -1:]
                 logits = self.logits(x, condition[:, -1:])[:, 0]
                 codes[:, index] = sampler(logits, torch.full((1,), index, device=device))
-            return sampler.mark(raster(codes, order)[..., None])
+            return sampler.mark(raster(codes, order)[..., None])[:batch]
         static = device.type == "cuda" if static is None else static
         weights = self.weights(self.lm_head.weight)
         classes, rows = distinct(labels, self.num_classes)  # adaptive norms depend on class and slot alone
@@ -330,7 +333,7 @@ class RAR(Regularised):
             slots = decoding.slots[: len(labels)]
             arrived = on_codes if order is None else None
             decoding.run(both, classes, rows, sampler, arrived and (lambda end: arrived(slots[:, 2 : end + 1, None])))
-            return decoding.sampler.mark(raster(decoding.slots[: len(labels), 2:], order)[..., None])
+            return decoding.sampler.mark(raster(decoding.slots[: len(labels), 2:], order)[..., None])[:batch]
 
     def heeds(self) -> str:
         if self.permute is not None:

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from core.config import to_plain
+from core.dist import World
 from core.errors import UserError
 from core.rng import Draws
 from core.schema import LoraConfig, OptimizerConfig
@@ -17,12 +18,14 @@ from core.train.checkpoint import Checkpoint
 from core.train.low_rank import AdaptingAdamW, adapted_weights, factors_of, keep_adapted
 from core.train.optim import freeze, make_adamw
 from core.train.optimizer_state import flatten_optimizer
+from core.train.parallel import replicate
 from core.weights import files as weight_files
 from generator import GENERATORS
 from run import adapt
 from run.load import Weights, introduce
 from scripts import convert
 from tests.conftest import ROOT
+from tests.ranks import in_processes
 from tests.run.test_mix import GENERATORS_TO_TRY, NATIVE, TOKENIZERS_TO_TRY
 from tokenizer import TOKENIZERS
 
@@ -200,6 +203,37 @@ def test_low_rank_changes_are_those_of_adapters():
             each.step(), each.zero_grad()
     assert torch.allclose(layer.weight, base + 3.0 * (b @ a), atol=1e-6)
     assert (layer.weight - base).abs().max() > 0.05
+
+
+def lora_steps(world: World | None, folder: Path) -> None:
+    """Four steps on six samples, of which each rank has its part; the weights go to a file of the rank."""
+    torch.manual_seed(0)
+    network = generator_of("far", tokenizer_of("fqgan"), 3).train()
+    keep_adapted(network)
+    codes = torch.randint(0, network.vocab, (6, network.length, network.branches))
+    labels, size, rank = torch.tensor([0, 1, 2, 0, 1, 2]), world.size if world else 1, world.rank if world else 0
+    replicated = replicate(network, world) if world else network
+    optimizer = make_adamw(network, OptimizerConfig(), lora=LoraConfig(rank=2, alpha=4))
+    for group in optimizer.param_groups:
+        group["lr"] = 0.01
+    for step in range(4):
+        part = torch.arange(6).chunk(size)[rank]
+        replicated(codes[part], labels[part], Draws(step, part)).total.backward()
+        optimizer.step(), optimizer.zero_grad()
+    torch.save(network.state_dict(), folder / f"{size}_{rank}.pt")
+
+
+def test_low_rank_changes_on_two_ranks(tmp_path):
+    """Both end with the same bits, and with what one rank makes of all samples but for the order of sums."""
+    lora_steps(None, tmp_path)
+    assert in_processes(2, lora_steps, tmp_path) == [0, 0]
+    one, first, second = (torch.load(tmp_path / f"{name}.pt") for name in ("1_0", "2_0", "2_1"))
+    fresh = generator_of("far", tokenizer_of("fqgan"), 3)
+    start = fresh.state_dict()
+    assert {n for n in one if not torch.equal(start[n], one[n])} == {*adapted_weights(fresh), fresh.class_rows()[0]}
+    for name in one:
+        assert torch.equal(first[name], second[name]), name
+        assert (first[name] - one[name]).norm() <= 0.02 * (one[name] - start[name]).norm(), name
 
 
 # ---------------------------------------------------------------------------------------------------------------------

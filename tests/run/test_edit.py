@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -12,7 +13,9 @@ from PIL import Image
 
 import run
 from core.errors import UserError
-from core.specs import Continuous
+from core.images import to_model_range
+from core.rng import Draws
+from core.specs import Continuous, Guidance, Kept
 from run import edit
 from run.load import load_config, random_task
 from run.models import GeneratorModel
@@ -88,6 +91,52 @@ def test_kept_codes_reach_the_decoder_bit_for_bit(name, monkeypatch):
     for latents in seen:
         assert torch.equal(torch.where(mask, latents, 0), torch.where(mask, codes, 0))
     assert not torch.equal(*seen)
+
+
+@pytest.mark.parametrize("name", ["far", "rear", "rear in all orders", "dar_generator"])
+@torch.no_grad()
+def test_how_much_codes_heed_what_is_kept(name, monkeypatch):
+    """At 0 those between are a plain sample's, at 1 those of one stream; kept ones stay; the cache changes nothing."""
+    made, canvas = sampler.__wrapped__(name.split()[0]), edit.inpainting(photo(), square_mask(), 32)
+    for parameter in made.generator.parameters():  # an untrained network finds all codes equally likely
+        parameter.add_(torch.randn(parameter.shape, generator=torch.Generator().manual_seed(0)), alpha=0.3)
+    generator, codes = made.generator, made.tokenizer.encode(to_model_range(canvas.photo[None]))
+    if name.startswith("rear"):
+        monkeypatch.setattr(generator, "permute", (0.0, 0.5) if name.endswith("orders") else None)
+    mask, _ = edit.kept_cells(made.tokenizer, canvas.masked, edit.Rules(cover=0.2))
+    labels, draws, guidance = torch.tensor([0, 2, 3]), Draws(0, torch.arange(3)), Guidance(1.5)
+
+    def drawn(heed: float, **options) -> torch.Tensor:
+        return generator.sample(labels, draws, guidance, kept=Kept(codes, mask, heed), **options)
+
+    label_alone, both, one_stream = drawn(0.0), drawn(0.5), drawn(1.0)
+    for result in (label_alone, both, one_stream):
+        assert result.shape == (3, *codes.shape[1:]) and torch.equal(
+            result[:, mask[0]], codes[:, mask[0]].repeat(3, 1, 1)
+        )
+    assert torch.equal(drawn(0.5, cached=False), both)
+    assert not torch.equal(both, label_alone) and not torch.equal(both, one_stream)
+    nothing = Kept(codes, torch.zeros_like(mask))
+    plain = generator.sample(labels, draws, guidance, kept=nothing)
+    if not name.endswith("orders"):  # there a plain sample comes in another order
+        assert torch.equal(label_alone[:, ~mask[0]], plain[:, ~mask[0]])
+    assert torch.equal(generator.sample(labels, draws, guidance, kept=replace(nothing, heed=0.3)), plain)
+
+
+@pytest.mark.parametrize(
+    ("name", "usual"), [("far", 0.3), ("rear", 0.3), ("rectok_generator", 1), ("imagefolder_var", 1)]
+)
+def test_what_an_edit_heeds(name, usual):
+    generator, some = sampler(name).generator, torch.tensor([[True, False]])
+    assert (
+        edit.heed_of(generator, edit.Rules(), some) == usual
+        and edit.heed_of(generator, edit.Rules(), ~some & some) == 1
+    )
+    if usual == 1:
+        with pytest.raises(UserError, match="--heed 0.5 is for generators that draw codes one after another"):
+            edit.heed_of(generator, edit.Rules(heed=0.5), some)
+    else:
+        assert edit.heed_of(generator, edit.Rules(heed=0.9), some) == 0.9
 
 
 @pytest.mark.parametrize("name", ["rectok_generator", "imagefolder_var"])
@@ -237,6 +286,7 @@ def test_without_a_generator_a_tiny_one_is_taken(tmp_path, capsys):
         (["--mask", "m.png", "--cover", "1"], "are shares"),
         (["--mask", "m.png", "--margin", "-1"], "number of pixels"),
         (["--mask", "m.png", "--num", "0"], "1 or more"),
+        (["--mask", "m.png", "--heed", "1.5"], "--heed 1.5: give a number from 0"),
     ],
 )
 def test_mistakes(words, said):

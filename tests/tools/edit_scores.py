@@ -1,6 +1,6 @@
 """Is what an edit draws under the mask of the class asked for, and does everything else stay? Of the shipped tiny models.
 
-    python -m tests.tools.edit_scores [SYSTEM ...] [--photos 9] [--mask 0.5 0.75]
+    python -m tests.tools.edit_scores [SYSTEM ...] [--photos 9] [--mask 0.5 0.75] [--heed 0.3]
 
 An unseen photo of each class in turn is changed into every other class through a centred square mask whose side is a share of
 the picture's. Score: the mean probability that the tests' classifier (tests/run/tiny_classifier.safetensors) gives to the
@@ -62,7 +62,7 @@ def inside(pictures: Tensor, share: float) -> Tensor:
 
 
 def edited_with_latents(
-    sampler: Sampler, canvas: edit.Canvas, labels: list[int], seed: int
+    sampler: Sampler, canvas: edit.Canvas, labels: list[int], rules: edit.Rules, seed: int
 ) -> tuple[edit.Edited, Tensor]:
     """The edit, and the latents that its decoder got."""
     seen: list[Tensor] = []
@@ -70,15 +70,22 @@ def edited_with_latents(
     decode = tokenizer.decode
     tokenizer.decode = lambda latents, *draws: seen.append(latents) or decode(latents, *draws)
     try:
-        made = edit.edit(sampler, canvas, labels, edit.Rules(), torch.device("cpu"), seed)
+        made = edit.edit(sampler, canvas, labels, rules, torch.device("cpu"), seed)
     finally:
         del tokenizer.decode
     return made, seen[0]
 
 
 @torch.no_grad()
-def measure(system: str, share: float, photos: int, same: bool = False, scale: float | None = None) -> Row:
-    generator = tiny.model(system)
+def measure(
+    system: str,
+    share: float,
+    photos: int,
+    same: bool = False,
+    scale: float | None = None,
+    rules: edit.Rules | None = None,
+) -> Row:
+    generator, rules = tiny.model(system), rules or edit.Rules()
     sampler, size = generator.sampler, generator.tokenizer.image_size
     masked, rows, labels, equal, before, put_in = square(size, share), [], [], True, [], []
     for i, photo in enumerate(tiny.unseen(size, photos)):
@@ -86,9 +93,9 @@ def measure(system: str, share: float, photos: int, same: bool = False, scale: f
         asked = [own] * 8 if same else [label for label in range(sampler.num_classes) if label != own]
         canvas = edit.Canvas(photo, masked)
         guided = sampler if scale is None else generator.tuned({"scale": scale})
-        made, latents = edited_with_latents(guided, canvas, asked, i)
+        made, latents = edited_with_latents(guided, canvas, asked, rules, i)
         codes = sampler.tokenizer.encode(photo[None] / 127.5 - 1)
-        kept = edit.kept_cells(sampler.tokenizer, masked, edit.Rules())[0]
+        kept = edit.kept_cells(sampler.tokenizer, masked, rules)[0]
         where = kept if codes.is_floating_point() else kept[..., None]
         equal &= torch.equal(torch.where(where, latents, 0), torch.where(where, codes, 0).expand_as(latents))
         equal &= torch.equal(made.pictures[..., ~masked], photo[:, ~masked].expand(len(asked), -1, -1))
@@ -114,14 +121,16 @@ def main() -> None:
         "--same", action="store_true", help="draw the photo's own class: is it the rest of the photo that tells?"
     )
     parser.add_argument("--scale", type=float, help="guidance of the edits; plain samples keep the recipe's")
+    parser.add_argument("--heed", type=float, help="of each edit, see run_edit.sh")
     options = parser.parse_args()
+    rules = edit.Rules(heed=options.heed)
     print(
         "| | side | kept | inside: plain | edited | ratio | whole: plain put in | edited | ratio | outside, before | exact |"
     )
     print("|---|---|---|---|---|---|---|---|---|---|---|")
     for system in options.systems:
         for share in options.mask:
-            row = measure(system, share, options.photos, options.same, options.scale)
+            row = measure(system, share, options.photos, options.same, options.scale, rules)
             print(
                 f"| `tiny/{system}` | {share:.0%} | {row.kept:.0%} | {row.plain:.2f} | {row.edited:.2f} | {row.edited / row.plain:.0%} "
                 f"| {row.plain_whole:.2f} | {row.edited_whole:.2f} | {row.edited_whole / row.plain_whole:.0%} "
