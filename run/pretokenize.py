@@ -142,12 +142,27 @@ class Pretokenizing:
     def make(self) -> None:
         """The store, unless it is there. Collective; raises Stopped when a signal asks for it."""
         if self.world.on_main(self.folder.exists):
+            self.world.on_main(self._refuse_other_pictures)
             return
         transform = make_transform(self.config, self.tokenizer.image_size)
         if self.request.foreign:
             self._convert(Path(self.request.foreign).expanduser(), transform)
         elif self.pictures is not None:
             self._encode(self.pictures, transform)
+
+    def _refuse_other_pictures(self) -> None:
+        """UserError where a store is there and its tokens are not those that are asked for."""
+        if self.pictures is None or self.request.foreign or self.request.to:
+            return
+        store, asked = TokenStore(self.folder), make_transform(self.config, self.tokenizer.image_size)
+        if store.fingerprint() != self.pictures.fingerprint():
+            url = self.config.data.pictures or self.config.data.url
+            other = f"pictures than {url}"
+        elif store.transform.describe() != asked.describe():
+            other = f"crops ({store.transform.describe()}) than these ({asked.describe()})"
+        else:
+            return
+        raise UserError(f"{self.folder} holds tokens of other {other}. Choose another --out, or delete that folder.")
 
     def _encode(self, pictures: DataSource, transform: Transform) -> None:
         """Tokens of the pictures."""
