@@ -97,10 +97,7 @@ def _split(names: str, old: list[str], known: int) -> list[int | None]:
         if i:
             sources.append(None)
         if part := part.strip(" ,"):
-            try:
-                sources += parse_labels(part, known, old)
-            except UserError as error:
-                raise UserError(str(error).replace("--labels", "train.new_classes")) from None
+            sources += parse_labels(part, known, old, "train.new_classes")
     return sources
 
 

@@ -27,6 +27,8 @@ from data.transforms import Transform
 from evaluation import protocols
 from run.load import IMAGENET_CLASSES, Loaded
 
+IMAGENET_VAL = "folder://data/imagenet/val"  # what tokenizers are measured on where no pictures are named
+
 
 def open_train(config: RunConfig) -> DataSource:
     """What the run trains on: pictures, or a TokenStore where data.url is tokens://."""

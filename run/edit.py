@@ -331,7 +331,7 @@ def run(sampler: Sampler, request: Request, rules: Rules, device: torch.device) 
         canvas = inpainting(photo, masks[0], size)
     else:
         canvas = outpainting(photo, request.outpaint, size)
-    chosen = parse_labels(request.label, sampler.num_classes, sampler.class_names)
+    chosen = parse_labels(request.label, sampler.num_classes, sampler.class_names, "--label")
     labels = [chosen[i % len(chosen)] for i in range(request.num or len(chosen))]
     edited = edit(sampler, canvas, labels, rules, device, sampler.config.seed)
     about = {

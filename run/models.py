@@ -276,7 +276,7 @@ class GeneratorModel:
 
     def _numbers(self, labels: str | int | Sequence[str | int]) -> list[int]:
         words = [labels] if isinstance(labels, (str, int)) else labels
-        return parse_labels(",".join(map(str, words)), self.sampler.num_classes, self.class_names)
+        return parse_labels(",".join(map(str, words)), self.sampler.num_classes, self.class_names, "labels")
 
     def tuned(self, settings: dict[str, Any]) -> Sampler:
         """The sampler with other settings, which are checked as those of a config are."""

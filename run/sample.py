@@ -126,8 +126,8 @@ def _finish(folder: SampleFolder, request: Request, size: int, new: int) -> None
 # ---------------------------------------------------------------------------------------------------------------------
 # Labels
 # ---------------------------------------------------------------------------------------------------------------------
-def parse_labels(text: str, num_classes: int, names: list[str]) -> list[int]:
-    """Class numbers of "207, 10-19, tree frog"; UserError for one that does not exist."""
+def parse_labels(text: str, num_classes: int, names: list[str], said: str = "--labels") -> list[int]:
+    """Class numbers of "207, 10-19, tree frog"; UserError for one that does not exist. `said`: where they were named."""
     by_name: dict[str, list[int]] = {}
     for i, name in enumerate(names):
         by_name.setdefault(_plain(name), []).append(i)
@@ -142,7 +142,7 @@ def parse_labels(text: str, num_classes: int, names: list[str]) -> list[int]:
         called = by_name.get(_plain(word)) or by_name.get(_plain(in_words(word)), [])
         if numbers is None and len(called) > 1:  # ImageNet has two cranes
             raise UserError(
-                f'--labels: "{word}" is the name of classes {" and ".join(map(str, called))}; give the number.'
+                f'{said}: "{word}" is the name of classes {" and ".join(map(str, called))}; give the number.'
             )
         if numbers is None and called:
             labels += called
@@ -150,17 +150,17 @@ def parse_labels(text: str, num_classes: int, names: list[str]) -> list[int]:
         if numbers is None:
             hint = nearest(word, names) if names else " Names need data.url of the pictures it was trained on."
             raise UserError(
-                f'--labels: "{word}" is neither a class number, a range such as 10-19 nor a class name.{hint}'
+                f'{said}: "{word}" is neither a class number, a range such as 10-19 nor a class name.{hint}'
             )
         first, last = int(numbers[1]), int(numbers[2] or numbers[1])
         if last < first or last >= num_classes:
             raise UserError(
-                f"--labels {word}: the generator knows classes 0 to {num_classes - 1}, the smaller number first."
+                f"{said} {word}: the generator knows classes 0 to {num_classes - 1}, the smaller number first."
             )
         labels += range(first, last + 1)
         if called and called != [first]:  # folders 0 ... 11 are sorted as words: 0, 1, 10, 11, 2
             print(
-                f"--labels {word}: class number {first}, called {names[first]}; the class that is called {word} has "
+                f"{said} {word}: class number {first}, called {names[first]}; the class that is called {word} has "
                 f"number {called[0]}"
             )
     return labels

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import time
 import warnings
 from dataclasses import replace
@@ -30,7 +31,7 @@ from evaluation.report import environment
 from generator.task import GeneratorTask
 from run import adapt, page
 from run.check import Inputs, check_inputs, data_notes, schedule_notes
-from run.data import make_transform, open_pictures, open_val, precomputed
+from run.data import IMAGENET_VAL, make_transform, open_pictures, open_val, precomputed
 from run.estimate import Plan
 from run.latent_stats import measure_once
 from run.load import REGISTRIES, Loaded, Source, build_pair, build_tokenizer_task
@@ -134,10 +135,13 @@ def _train(config: RunConfig, inputs: Inputs, world: dist.World, about: dict[str
 
 
 def next_command(config: RunConfig, num_classes: int) -> str:
-    """What to do with a finished run."""
+    """What to do with a finished run, as it can be pasted."""
+    run = shlex.quote(str(config.run_dir))
     if config.task == "generator":
-        return f"bash run_sample.sh {config.run_dir} --labels 0-{min(num_classes, 8) - 1} --out {config.run_dir / 'pictures'}"
-    return f"bash run_eval_tokenizer.sh {config.run_dir}"
+        pictures = shlex.quote(str(config.run_dir / "pictures"))
+        return f"bash run_sample.sh {run} --labels 0-{min(num_classes, 8) - 1} --out {pictures}"
+    pictures = config.data.val_url or config.data.url
+    return f"bash run_eval_tokenizer.sh {run}" + ("" if pictures == IMAGENET_VAL else f" {shlex.quote(pictures)}")
 
 
 def _flops(

@@ -77,7 +77,6 @@ def parse(arguments: list[str]) -> tuple[argparse.Namespace, list[str]]:
     if options.original and options.perturb:
         parser.error("--perturb disturbs the codes of a tokenizer; pictures alone have none")
     options.weights, options.url = [*positional, None, None][:2]
-    options.url = options.url or "folder://data/imagenet/val"
     return options, settings
 
 

@@ -108,12 +108,19 @@ def _local(reference: str) -> Path:
         folder = folder.parent
     if path.name == reference:
         raise UserError(f'"{reference}" is neither here nor in {CACHE}/.{_near(reference, CACHE, folder)}')
-    hint = _near(path.name, folder) if folder == path.parent else f" The last folder that exists is {folder.resolve()}."
+    beside = [cache / path.parent for cache in (CACHE, released.ROOT / CACHE) if (cache / path.parent).is_dir()]
+    if folder == path.parent or beside:  # tiny/rectk is looked for in pretrained_models/, too
+        hint = _near(path.name, path.parent, *beside)
+    else:
+        hint = f" The last folder that exists is {folder.resolve()}."
     raise UserError(f"{path}: no such file or folder.{hint}")
 
 
 def _near(name: str, *folders: Path) -> str:
-    return nearest(name, {entry.name for folder in folders if folder.is_dir() for entry in folder.iterdir()})
+    """What `name` may mean: files of weights, and folders where it is not itself called like a file."""
+    entries = [e for folder in folders if folder.is_dir() for e in folder.iterdir() if not e.name.startswith(".")]
+    is_file = Path(name).suffix in WEIGHTS
+    return nearest(name, {e.name for e in entries if e.suffix in WEIGHTS or (e.is_dir() and not is_file)})
 
 
 def _newest_checkpoint(path: Path, kind: str | None) -> Path:

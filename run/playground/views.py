@@ -340,7 +340,7 @@ class Drawing:
         text = request.get("labels")
         if not isinstance(text, str) or not text.strip():
             raise UserError("labels: name a class, or several, separated by commas.")
-        labels = parse_labels(text, model.sampler.num_classes, model.class_names)
+        labels = parse_labels(text, model.sampler.num_classes, model.class_names, "classes")
         num = read_whole(request, "num", min(len(labels), MOST), 1, MOST)
         seed = read_whole(request, "seed", 0, 0, (1 << 63) - 1)
         options = read_options(request, entry)

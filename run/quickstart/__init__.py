@@ -234,7 +234,9 @@ def report(
 def subtitle(standard: Standard, seconds: dict[str, float]) -> str:
     """What one should know before looking."""
     trained = f", trained in {sum(seconds.values()) / 60:.1f} minutes here" if seconds else ""
+    same = standard.source.fingerprint() == standard.val.fingerprint()  # as in --smoke
+    says_nothing = " It is measured on the pictures it was trained on, to be quick: no number here means anything."
     return (
         f"{len(standard.source):,} training pictures of {standard.source.num_classes} classes at {standard.size} px"
-        f"{trained}. A toy: nothing here says how the method does at scale."
+        f"{trained}. A toy: nothing here says how the method does at scale.{says_nothing if same else ''}"
     )

@@ -161,6 +161,13 @@ def test_a_published_reference_that_is_not_here(monkeypatch, tmp_path):
         references.choose_reference(None, protocol, None, 256, "generation", True)
 
 
+def test_pictures_that_nobody_named(tmp_path, monkeypatch):
+    """What is taken where none are named is ImageNet's, which few have at hand."""
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match="no pictures were named.* folder://data/imagenet/val.* name them behind"):
+        evaluate.main(["tiny/fqgan", "--check"])
+
+
 def test_check_of_labels(generator_run, tmp_path):
     (tmp_path / "labels.txt").write_text("0\n1\n2\n9\n")
     for words, message in (

@@ -5,6 +5,7 @@ from __future__ import annotations
 import fnmatch
 import json
 import re
+import shlex
 import shutil
 import sys
 import types
@@ -19,8 +20,9 @@ from core.train.log import _session_id, _Tensorboard, _Trackio, _Wandb
 from core.train.run import RunFolder
 from run import page
 from run.load import REGISTRIES, load_config, random_task
+from run.train import next_command
 from scripts import report
-from tests.conftest import ROOT, toy
+from tests.conftest import ROOT, TOY_TOKENIZER, toy
 
 GOLDEN = ROOT / "tests" / "core" / "train" / "golden"
 
@@ -54,6 +56,15 @@ def test_a_run_leaves_its_page(kind, tokenizer_run, generator_run):
     assert {picture.size for _, pictures in frame.groups for picture in pictures} == {(32, 32)}
     last = (folder / "log.txt").read_text().splitlines()[-1]
     assert f"look at {folder / page.PAGE}; next: bash run_" in last
+
+
+def test_the_next_command_can_be_pasted(tmp_path):
+    """It names the pictures that are here, unless they are those taken anyway, and quotes what a shell would take apart."""
+    words = ["name=mine", f"work_dir={tmp_path}/my runs", "data.url=folder://my pictures", "data.val_url=null"]
+    command = next_command(load_config(TOY_TOKENIZER, words), 4)
+    assert shlex.split(command)[1:] == ["run_eval_tokenizer.sh", f"{tmp_path}/my runs/mine", "folder://my pictures"]
+    command = next_command(load_config(TOY_TOKENIZER, [*words[:2], "data.val_url=folder://data/imagenet/val"]), 4)
+    assert shlex.split(command)[2:] == [f"{tmp_path}/my runs/mine"]
 
 
 @pytest.mark.parametrize("name", sorted(path.stem for path in GOLDEN.glob("*.txt")))

@@ -62,7 +62,9 @@ def test_store_and_its_preview(tmp_path, config, capsys):
     call(config())  # used as it is
     with pytest.raises(UserError, match="made by another tokenizer"):
         call(config("tokenizer.salt=1"))
-    with pytest.raises(UserError, match=r"tokens of other pictures than synthetic://\?size=40&classes=4&count=23\. Choose"):
+    with pytest.raises(
+        UserError, match=r"tokens of other pictures than synthetic://\?size=40&classes=4&count=23\. Choose"
+    ):
         call(config("data.url=synthetic://?size=40&classes=4&count=23"))
     with pytest.raises(UserError, match="tokens of other crops .*'ten'.* than these .*'center'.*another --out"):
         call(config("data.crop=center"))

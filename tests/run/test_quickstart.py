@@ -2,11 +2,13 @@
 
 import dataclasses
 import json
+import types
 from pathlib import Path
 
 import pytest
 import torch
 
+from data.sources import open_source
 from run import quickstart
 from run.load import load_config
 from scripts.quickstart import main
@@ -95,6 +97,16 @@ def test_smoke(system, tmp_path, monkeypatch, capsys):
     assert len(list(folder.glob("samples_*.png"))) == len(variants) and (folder / "reconstructions.png").is_file()
     if system != "rectok":
         assert any(name.startswith("codebook_usage") for name in metrics) and "codebook use" in page
+
+
+def test_the_page_says_where_training_pictures_are_measured():
+    """As --smoke does, where "unseen pictures" are none."""
+    train, val = (open_source(f"embedded://emoji64?split={split}") for split in ("train", "val"))
+    for source, said in ((train, False), (val, True)):
+        standard = types.SimpleNamespace(source=source, val=val, size=64)
+        text = quickstart.subtitle(standard, {})
+        assert text.startswith(f"{len(source):,} training pictures of 9 classes at 64 px. A toy")
+        assert ("no number here means anything" in text) == said
 
 
 @pytest.mark.slow

@@ -147,6 +147,8 @@ def test_labels(capsys):
         parse_labels("Crane", 3, ["crane", "x", "crane"])
     commas = ["tench, Tinca tinca", "tench", "crane", "a, b, c"]
     assert parse_labels("Tench,tinca tinca", 4, commas) == [0]
+    with pytest.raises(UserError, match='^train.new_classes: "tensh" is neither'):  # as it was written there
+        parse_labels("tensh", 4, commas, "train.new_classes")
     assert parse_labels("2, tench , a,b,C,1-2,tench, Tinca tinca", 4, commas) == [2, 1, 3, 1, 2, 0]
     for text, message in (
         ("3", "classes 0 to 2"),

@@ -49,6 +49,14 @@ def test_paths_and_bare_names(tmp_path):
         hub.resolve("vea.safetensor")
     with pytest.raises(UserError, match='no such file or folder. Did you mean "weights.pt"'):
         hub.resolve(f"{tmp_path}/weight.pt")
+    (tmp_path / ".git").mkdir()
+    (tmp_path / "README.md").touch()
+    with pytest.raises(UserError) as told:  # nothing is like it, and what is no file of weights is none of its business
+        hub.resolve("zzzz.bin")
+    assert ".git" not in str(told.value) and "README" not in str(told.value)
+    (tmp_path / "pretrained_models" / "tiny" / "rectok").mkdir(parents=True)
+    with pytest.raises(UserError, match='tiny/rectk: no such file or folder. Did you mean "rectok"'):
+        hub.resolve("tiny/rectk")
     with pytest.raises(UserError, match="last folder that exists is .*pretrained_models"):
         hub.resolve("pretrained_models/a/b/c.pt")
     with pytest.raises(UserError, match="unknown kind of address"):
