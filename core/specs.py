@@ -50,7 +50,8 @@ class Codes:
     """K parallel sequences of codebook indices: latents are (B, length, branches) int64 in [0, vocab).
 
     `dim` is the width of a codebook row (what `Tokenizer.embed` returns per code), `grid` the (rows, columns) that a
-    raster-ordered sequence lies on, None for a sequence without places. `names` of the branches, for logs.
+    raster-ordered sequence lies on, None for any other. `names` of the branches, for logs. `places` are the cells, row-major
+    on a square grid, of a sequence in another order; empty where its codes have none.
     """
 
     length: int
@@ -59,6 +60,7 @@ class Codes:
     dim: int
     grid: tuple[int, int] | None = None
     names: tuple[str, ...] = ()
+    places: tuple[int, ...] = ()
 
     def sizes(self) -> dict[str, Any]:
         """Constructor arguments of a generator that follow from the latents; it takes those it has a name for."""

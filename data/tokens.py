@@ -33,6 +33,8 @@ def spec_to_json(spec: LatentSpec) -> dict[str, Any]:
     fields = {
         name: list(value) if isinstance(value, tuple) else value for name, value in dataclasses.asdict(spec).items()
     }
+    if not fields.get("places", True):  # stores of before there were any do not say so
+        del fields["places"]
     return {"kind": kind, **fields}
 
 

@@ -9,6 +9,7 @@ S is the side of the pictures that the tokenizer takes, B the number of pictures
 
 from __future__ import annotations
 
+import math
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -24,7 +25,7 @@ from core.files import write_json
 from core.images import finite_uint8, grid, save_png, to_model_range
 from core.nn.precision import bf16_products
 from core.rng import Draws, hash64
-from core.specs import Continuous, Generator, Kept, LatentSpec, MultiScale, Streams, Tokenizer
+from core.specs import Codes, Continuous, Generator, Kept, LatentSpec, MultiScale, Streams, Tokenizer
 from data.transforms import center_crop, to_tensor
 from generator.sampling import draw_latents
 from run.reconstruct import read_files
@@ -155,15 +156,18 @@ def kept_cells(tokenizer: Tokenizer, masked: Tensor, rules: Rules) -> tuple[Tens
         share = F.max_pool2d(share, 2 * rules.margin + 1, 1, rules.margin)
     if isinstance(spec, MultiScale):
         grids: list[tuple[int, int]] = [(side, side) for side in spec.scales]
-    elif spec.grid is None:
-        return _first_codes(tokenizer, spec.length, rules, share), False
-    else:
+    elif spec.grid is not None:
         grids = [spec.grid]
+    elif isinstance(spec, Codes) and spec.places:
+        grids = [(math.isqrt(spec.length),) * 2]
+    else:
+        return _first_codes(tokenizer, spec.length, rules, share), False
     covered = [F.adaptive_max_pool2d(share, g) if not rules.cover else F.adaptive_avg_pool2d(share, g) for g in grids]
     kept = [part <= rules.cover for part in covered]  # (1, 1, h, w) each
     if isinstance(tokenizer.spec, Continuous):
         return kept[0], True
-    return torch.cat([part.flatten(1) for part in kept], dim=1), True
+    cells = torch.cat([part.flatten(1) for part in kept], dim=1)
+    return cells[:, list(spec.places)] if isinstance(spec, Codes) and spec.places else cells, True
 
 
 def _places(tokenizer: Tokenizer) -> LatentSpec:

@@ -26,7 +26,8 @@ from core import config as config_module
 from core.config import RESERVED
 from core.dist import World
 from core.errors import UserError
-from core.rng import hash64
+from core.nn.reads import parameters_read
+from core.rng import Draws, hash64
 from core.schema import RunConfig, SampleConfig
 from core.specs import Codes, Continuous, Generator, Guidance, LatentSpec, MultiScale, Tokenizer
 from core.train.checkpoint import Checkpoint
@@ -314,6 +315,20 @@ def read_tokenizer(section: dict[str, Any], source: Source | None = None) -> Loa
     return tokenizer
 
 
+def encoding_fingerprint(tokenizer: Tokenizer) -> str:
+    """Of the weights that encoding reads: the same where only the decoder was trained on."""
+    device = next(tokenizer.parameters()).device
+    image = torch.zeros(1, 3, tokenizer.image_size, tokenizer.image_size, device=device)
+    draws = Draws(0, torch.zeros(1, dtype=torch.int64, device=device))
+    return hub.fingerprint(parameters_read(tokenizer, lambda: tokenizer.encode(image, draws)))
+
+
+def _encodes_alike(tokenizer: Loaded[Tokenizer], weights: Weights) -> bool:
+    """Whether the tokenizer makes the latents that a generator's weights have learnt, as far as these tell."""
+    known = weights.provenance.get("tokenizer_encoding")
+    return known is not None and known == encoding_fingerprint(tokenizer.module)
+
+
 def statistics_file(section: dict[str, Any], weights: Weights | None) -> str | None:
     """Where the latent statistics of a tokenizer are: as its section says ("none": nowhere), else beside its weights."""
     if named := section.get("latent_stats"):
@@ -339,11 +354,11 @@ def read_generator(
         return generator
     introduce(network, tokenizer.module)
     trained_on = weights.provenance.get("tokenizer_fingerprint")
-    if trained_on and trained_on != tokenizer.fingerprint:
+    if trained_on and trained_on != tokenizer.fingerprint and not _encodes_alike(tokenizer, weights):
         known = weights.provenance.get("tokenizer", {}).get("weights") or "the tokenizer it was trained with"
         raise UserError(
             f"{weights.path} models the latents of tokenizer weights {trained_on}, but the tokenizer "
-            f"in use has {tokenizer.fingerprint}: its statistics and samples belong to another tokenizer. Use {known}."
+            f"in use has {tokenizer.fingerprint} and does not encode as they did: its statistics and samples belong to another tokenizer. Use {known}."
         )
     if weights.constants:
         tokenizer.module.set_latent_stats(weights.constants["mean"], weights.constants["std"])

@@ -34,7 +34,7 @@ from run.check import Inputs, check_inputs, data_notes, schedule_notes
 from run.data import IMAGENET_VAL, make_transform, open_pictures, open_val, precomputed
 from run.estimate import Plan
 from run.latent_stats import measure_once
-from run.load import REGISTRIES, Loaded, Source, build_pair, build_tokenizer_task
+from run.load import REGISTRIES, Loaded, Source, build_pair, build_tokenizer_task, encoding_fingerprint
 from run.sharing import readable
 from tokenizer.task import TokenizerTask
 
@@ -201,7 +201,11 @@ def _generator_task(
         measure_once(config, tokenizer, pictures, world)
     task = pair.task(source.num_classes, config.sample)
     task.class_names = readable(source.class_names)
-    return task, {"tokenizer_fingerprint": tokenizer.fingerprint, "tokenizer": config.tokenizer}
+    return task, {
+        "tokenizer_fingerprint": tokenizer.fingerprint,
+        "tokenizer_encoding": encoding_fingerprint(tokenizer.module),
+        "tokenizer": config.tokenizer,
+    }
 
 
 def _start(

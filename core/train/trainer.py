@@ -246,7 +246,8 @@ class Trainer:
                 f"{checkpoint.path} was trained on pictures of {places[1]} with the same names but other sizes: some of the "
                 "files were replaced since. Restore them, or start a new run with name=..."
             )
-        if differs("tokenizer_fingerprint"):
+        known = "tokenizer_encoding"  # in checkpoints since decoders alone can be trained
+        if differs(known if before.get(known) and now.get(known) else "tokenizer_fingerprint"):
             raise UserError(
                 f"{checkpoint.path} was trained on the latents of another tokenizer (weights "
                 f"{before['tokenizer_fingerprint']}, now {now['tokenizer_fingerprint']}). Restore tokenizer.weights, or "

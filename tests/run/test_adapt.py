@@ -22,7 +22,7 @@ from core.train.parallel import replicate
 from core.weights import files as weight_files
 from generator import GENERATORS
 from run import adapt
-from run.load import Weights, introduce
+from run.load import Weights, introduce, read_generator, read_tokenizer
 from scripts import convert
 from tests.conftest import ROOT
 from tests.ranks import in_processes
@@ -374,6 +374,33 @@ def test_codes_stay_where_what_encodes_is_frozen(name):
                 parameter.add_(0.5 * torch.randn_like(parameter))
     assert torch.equal(tokenizer.encode(images, draws), codes)
     assert not torch.equal(tokenizer.decode(codes, draws), pictures)
+
+
+def test_a_generator_takes_a_tokenizer_whose_decoder_was_tuned(train_main, tmp_path):
+    def run(config: str, name: str, *words: str) -> tuple[int, str]:
+        common = [f"work_dir={tmp_path}", f"name={name}", "train.device=cpu", "train.duration=2step"]
+        code, _, said = train_main(str(ROOT / "configs" / "toy" / config), *common, *words)
+        return code, said
+
+    tokenizer = "fqgan_tokenizer.yaml"
+    assert run(tokenizer, "first")[0] == 0
+    start = f"train.init_from={tmp_path}/first"
+    frozen = f"train.freeze=[{','.join(documented_patterns()['fqgan'])}]"
+    assert run(tokenizer, "decoder", start, frozen)[0] == 0
+    assert run(tokenizer, "other", start)[0] == 0
+    codes = ["data.url=synthetic://?size=32&classes=4&count=24", f"data.cache_dir={tmp_path}/cache"]
+    code, said = run("far.yaml", "generator", *codes, f"tokenizer.weights={tmp_path}/first")
+    assert code == 0, said
+    loaded = {name: read_tokenizer({"weights": f"{tmp_path}/{name}"}) for name in ("first", "decoder", "other")}
+    assert len({each.fingerprint for each in loaded.values()}) == 3
+    for name in ("first", "decoder"):
+        read_generator(f"{tmp_path}/generator", loaded[name])
+    with pytest.raises(UserError, match="does not encode as they did"):
+        read_generator(f"{tmp_path}/generator", loaded["other"])
+    more = [*codes, "train.duration=3step"]
+    assert run("far.yaml", "generator", *more, f"tokenizer.weights={tmp_path}/decoder")[0] == 0
+    code, said = run("far.yaml", "generator", *more, f"tokenizer.weights={tmp_path}/other", "train.duration=4step")
+    assert code == 2 and "latents of another tokenizer" in said, said
 
 
 def test_freeze_refuses_what_it_cannot_mean():

@@ -177,6 +177,15 @@ def test_codes_without_places_are_kept_from_the_first_on_in_whole_groups():
     assert not edit.kept_cells(tokenizer, torch.ones_like(some), edit.Rules())[0].any()
 
 
+def test_codes_with_places_in_another_order_are_kept_by_their_places():
+    tokenizer, masked = run.load_tokenizer("tiny/dar", "cpu").module, torch.zeros(32, 32, dtype=torch.bool)
+    masked[:16, :16] = True
+    kept, placed = edit.kept_cells(tokenizer, masked, edit.Rules())
+    upper_left = {8 * row + column for row in range(4) for column in range(4)}
+    assert placed and {tokenizer.spec.places[i] for i in (~kept[0]).nonzero().flatten().tolist()} == upper_left
+    assert not kept[0, 0] and kept[0, 1]  # the first code is of the corner, the second of the middle
+
+
 @pytest.mark.parametrize(
     ("size", "said"), [((48, 32), ""), ((96, 64), "resized"), ((24, 16), "resized"), ((32, 32), "")]
 )

@@ -142,7 +142,6 @@ class DAR(CodeTokenizer):
 
         self.solver, self.usage_sample, self.perceptual_by_time = solver, usage_sample, perceptual_by_time
         self.data_std, self.time_shift = settings.data_std, settings.time_shift
-        self.spec = Codes(length, 1, vocab, code_dim)
         self.quantized = quantize
 
         self.patchify = nn.Conv2d(3, encoder_width, patch_size, patch_size)
@@ -174,6 +173,7 @@ class DAR(CodeTokenizer):
         )
         grid = image_size // patch_size
         self.register_buffer("places", self._dispersed_places(grid) if places else None, persistent=False)
+        self.spec = Codes(length, 1, vocab, code_dim, places=() if self.places is None else tuple(self.places.tolist()))
         self.rope = AxialRope(head_dim, (grid, grid), rope_theta, extra=length, places=self.places)
         self._init_weights(low_rank_queries, init_std)
 
