@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import os
 import resource
@@ -33,19 +34,39 @@ def start(program: str, arguments: list[str], folder: Path, seconds: int) -> tup
     child = os.fork()
     if child == 0:
         _become(program, arguments, folder, output, seconds)
-    until = time.monotonic() + 10 * seconds
+    try:
+        status = _wait(child, 10 * seconds)
+    except BaseException:  # we are stopped
+        _end(child)
+        raise
+    if status is None:
+        _end(child)
+    said = output.read_text(errors="replace") if output.exists() else ""
+    if status is not None and not os.WIFSIGNALED(status):
+        return os.waitstatus_to_exitcode(status), said
+    number = signal.SIGKILL if status is None else signal.Signals(os.WTERMSIG(status))
+    return "hangs" if number in (signal.SIGXCPU, signal.SIGKILL) else number.name, said
+
+
+def _wait(child: int, seconds: float) -> int | None:
+    """How it ended, as os.waitpid has it; None where it did not."""
+    until = time.monotonic() + seconds
     while time.monotonic() < until:
         ended, status = os.waitpid(child, os.WNOHANG)
         if ended:
-            said = output.read_text(errors="replace") if output.exists() else ""
-            if os.WIFSIGNALED(status):
-                number = os.WTERMSIG(status)
-                return "hangs" if number in (signal.SIGXCPU, signal.SIGKILL) else signal.Signals(number).name, said
-            return os.waitstatus_to_exitcode(status), said
+            return status
         time.sleep(0.02)
-    os.killpg(child, signal.SIGKILL)
-    os.waitpid(child, 0)
-    return "hangs", output.read_text(errors="replace")
+    return None
+
+
+def _end(child: int) -> None:
+    """The group that it leads; before it leads one, itself."""
+    with contextlib.suppress(ProcessLookupError):
+        os.kill(child, signal.SIGKILL)
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(child, signal.SIGKILL)
+    with contextlib.suppress(ChildProcessError):  # it has ended, and we were stopped before we took note
+        os.waitpid(child, 0)
 
 
 def _become(program: str, arguments: list[str], folder: Path, output: Path, seconds: int) -> None:
@@ -58,6 +79,7 @@ def _become(program: str, arguments: list[str], folder: Path, output: Path, seco
         resource.setrlimit(resource.RLIMIT_CPU, (seconds, seconds + 5))
         resource.setrlimit(resource.RLIMIT_DATA, (MEMORY, MEMORY))
         os.setsid()
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
         os.chdir(folder)
         from core import cli
 

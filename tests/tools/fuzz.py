@@ -2,11 +2,13 @@
 
     python -m tests.tools.fuzz [--edits 200] [--seed 0] [--first 0] [--out FOLDER]
     python -m tests.tools.fuzz --lines 1000                                            command lines: tests/tools/lines.py
+    python -m tests.tools.fuzz --edits 0 --minutes 10        as many as there are in 10 minutes; or --lines 0 --minutes 10
 
 An edit sets, removes or misspells one or two keys: those of the file, all others that a config knows, and the constructor
 arguments of what it names. It may end in two ways: refused by --check in one sentence, or run for two steps. A traceback, a
 run that dies after the check was content, and a program that does not end are findings: they are printed with the edit, and
-the exit code is 1. Edit number N of a seed is always the same one: --first N --edits 1 repeats it.
+the exit code is 1. Edit number N of a seed is always the same one: --first N --edits 1 repeats it. SIGTERM and Ctrl-C end it
+with the counts so far and code 75.
 """
 
 from __future__ import annotations
@@ -14,10 +16,15 @@ from __future__ import annotations
 import argparse
 import copy
 import inspect
+import itertools
 import random
+import signal
 import sys
 import tempfile
+import time
 from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -57,7 +64,46 @@ SHORT = {  # what makes a run short; an edit of the same key wins
     "eval.batch": 4,
     "data.val_url": "synthetic://?size=32&classes=4&count=8",
 }
+FINE = {"refused", "ran", "answered"}
 CHECK_SECONDS, RUN_SECONDS = 10, 90  # of processor time; a process that sleeps for ten times as long hangs as well
+
+
+@dataclass
+class Trials:
+    """Which numbers are tried, and what came of them so far.
+
+    Attributes:
+        count: 0 for as many as there are in the minutes.
+        minutes: from the first one on; None for as long as it takes.
+        counts: of each verdict.
+    """
+
+    count: int
+    minutes: float | None = None
+    seed: int = 0
+    first: int = 0
+    counts: Counter[str] = field(default_factory=Counter)
+
+    def numbers(self) -> Iterator[int]:
+        until = time.monotonic() + 60 * self.minutes if self.minutes is not None else float("inf")
+        for number in range(self.first, self.first + self.count) if self.count else itertools.count(self.first):
+            if time.monotonic() >= until:
+                return
+            yield number
+
+    def note(self, number: int, what: str, result: str, said: str) -> None:
+        """Count a verdict; a finding is printed."""
+        self.counts[result] += 1
+        if result not in FINE:
+            print(f"--- {number}: {what}: {result}\n{said}", flush=True)
+
+    def __str__(self) -> str:
+        counted = ", ".join(f"{count} {result}" for result, count in self.counts.most_common())
+        return f"{self.counts.total()} from number {self.first} of seed {self.seed} on: {counted or 'none'}"
+
+    @property
+    def findings(self) -> bool:
+        return bool(set(self.counts) - FINE)
 
 
 def known_keys(config: dict[str, Any]) -> list[str]:
@@ -169,15 +215,14 @@ def make_tokenizers(out: Path) -> None:
             assert code == 0, said
 
 
-def run(edits: int, seed: int, first: int, out: Path) -> Counter[str]:
-    """Counts by verdict; findings are printed as they come."""
+def run(trials: Trials, out: Path) -> None:
+    """Try the edits; findings are printed as they come."""
     warm_up()
     make_tokenizers(out)
     configs = sorted((ROOT / "configs" / "toy").glob("*.yaml"))
     keys = {path: known_keys(yaml.safe_load(path.read_text())) for path in configs}
-    counts: Counter[str] = Counter()
-    for number in range(first, first + edits):
-        chance = random.Random(f"{seed} {number}")
+    for number in trials.numbers():
+        chance = random.Random(f"{trials.seed} {number}")
         path = chance.choice(configs)
         changed, words = edit(yaml.safe_load(path.read_text()), chance, keys[path])
         place = out / f"edit_{number}.yaml"
@@ -185,31 +230,38 @@ def run(edits: int, seed: int, first: int, out: Path) -> Counter[str]:
             changed["name"] = f"edit_{number}"
         place.write_text(yaml.safe_dump(changed, sort_keys=False, allow_unicode=True))
         result, said = verdict(place, changed, out)
-        counts[result] += 1
-        if result not in ("refused", "ran"):
-            print(f"--- {number}: {path.stem} with {', '.join(words)}: {result}\n{said[-1500:]}", flush=True)
-    return counts
+        trials.note(number, f"{path.stem} with {', '.join(words)}", result, said[-1500:])
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--edits", type=int, default=200)
     parser.add_argument("--lines", type=int, help="so many command lines instead of edits")
+    parser.add_argument("--minutes", type=float, help="end after so many, whatever is done")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--first", type=int, default=0)
     parser.add_argument("--out", type=Path, help="keep the files here")
     options = parser.parse_args()
-    with tempfile.TemporaryDirectory() as scratch:
+    count = options.edits if options.lines is None else options.lines
+    if count < 1 and options.minutes is None:
+        parser.error("no end: give a number of --edits or --lines, or --minutes")
+    trials, stopped = Trials(count, options.minutes, options.seed, options.first), False
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as scratch:
         folder = options.out or Path(scratch)
         folder.mkdir(parents=True, exist_ok=True)
-        if options.lines:
-            from tests.tools import lines
+        try:
+            if options.lines is None:
+                run(trials, folder.resolve())
+            else:
+                from tests.tools import lines
 
-            counts = lines.run(options.lines, options.seed, options.first, folder.resolve())
-        else:
-            counts = run(options.edits, options.seed, options.first, folder.resolve())
-    print(", ".join(f"{count} {result}" for result, count in counts.most_common()))
-    return int(bool(set(counts) - {"refused", "ran", "answered"}))
+                lines.run(trials, folder.resolve())
+        except KeyboardInterrupt:
+            stopped = True
+            print(f"stopped; --first {trials.first + trials.counts.total()} goes on", flush=True)
+    print(trials, flush=True)
+    return 1 if trials.findings else 75 if stopped else 0
 
 
 if __name__ == "__main__":

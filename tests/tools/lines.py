@@ -13,7 +13,6 @@ import random
 import re
 import shlex
 import shutil
-from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -145,6 +144,42 @@ PROGRAMS = (
         config="",
         ends=(0, 1, 2),
     ),
+    Program(
+        "scripts.compare",
+        (
+            "work_dirs/toy_fqgan_tokenizer work_dirs/toy_rectok_tokenizer --data pictures --num 4 --seconds 0 "
+            "--bootstrap 2 --workers 0 eval.network=lite0 --out out",
+            "work_dirs/toy_far far.safetensors --num 4 --bootstrap 0 eval.network=lite0 eval.reference=reference.npz",
+        ),
+        ("--check", "--check", "--check", ""),
+    ),
+    Program(
+        "scripts.sweep",
+        (
+            "work_dirs/toy_far --scale 1,2 --num 8 --first 4 --bootstrap 0 eval.network=lite0 --out out",
+            "work_dirs/toy_far --top-k 1:3 --schedule constant,linear --by is --num 8 eval.network=lite0",
+        ),
+        ("--check", "--check", "--check", ""),
+    ),
+    Program(
+        "scripts.edit",
+        (
+            "work_dirs/toy_far pictures/a/0.png --mask mask.png --label 1 --out edited.png",
+            "work_dirs/toy_far pictures/b/1.png --outpaint 0.25 --labels 0,2 --num 2 --out edited.png --full",
+        ),
+    ),
+    Program("scripts.reproduce", ("rear --num 8 --out out", "evaluation dar --gpus 2"), ("--dry-run", "--list"), ""),
+    Program(
+        "scripts.report",
+        ("work_dirs/toy_far work_dirs/toy_fqgan_tokenizer --out page.html", "work_dirs/toy_far"),
+        config="",
+    ),
+    Program(
+        "scripts.publish",
+        ("work_dirs/toy_far me/mine --licence mit --out published", "work_dirs/toy_dar_tokenizer me/mine --private"),
+        ("--dry-run",),
+        "",
+    ),
     Program("scripts.download", ("rectok --all", "--list", "reAR-L.safetensors evaluation"), ("--dry-run",), ""),
     Program("scripts.quickstart", ("rectok far", "fqgan --quick"), config=""),
     Program(
@@ -199,6 +234,7 @@ def furnish(folder: Path) -> None:
         place = folder / "pictures" / "ab"[number % 2] / f"{number}.png"
         place.parent.mkdir(parents=True, exist_ok=True)
         Image.fromarray(picture).save(place)
+    Image.fromarray(np.uint8(255 * np.eye(32))).save(folder / "mask.png")
     np.savez(folder / "pictures.npz", arr_0=pictures)
     np.savez(folder / "table.npz", x=np.zeros((3, 3)))
     np.savez(folder / "reference.npz", mu=np.zeros(1280), sigma=np.eye(1280))
@@ -326,8 +362,8 @@ def verdict(program: Program, words: list[str], folder: Path) -> tuple[str, str]
     return ("answered" if asked else "ran"), said
 
 
-def run(count: int, seed: int, first: int, out: Path) -> Counter[str]:
-    """Counts by verdict; findings are printed as they come."""
+def run(trials: fuzz.Trials, out: Path) -> None:
+    """Try the lines; findings are printed as they come."""
     warm_up()
     folder = out / "here"
     folder.mkdir(exist_ok=True)
@@ -337,16 +373,12 @@ def run(count: int, seed: int, first: int, out: Path) -> Counter[str]:
     helps = {program.name: start(program.name, ["--help"], folder, 10)[1] for program in PROGRAMS}
     lines = Lines({name: sorted(set(re.findall(r"--[a-z][\w-]*", said))) for name, said in helps.items()})
     kept = {path.name for path in folder.iterdir()}
-    counts: Counter[str] = Counter()
-    for number in range(first, first + count):
-        program, words = lines.make(seed, number)
+    for number in trials.numbers():
+        program, words = lines.make(trials.seed, number)
         words = [word for word in words if "\0" not in word]
         result, said = verdict(program, words, folder)
-        counts[result] += 1
-        if result not in ("refused", "answered", "ran"):
-            line = " ".join(shlex.quote(word[:200]) for word in [program.name, *words])
-            print(f"--- {number}: {line!a}: {result}\n{said[-1500:]!a}", flush=True)
+        line = " ".join(shlex.quote(word[:200]) for word in [program.name, *words])
+        trials.note(number, ascii(line), result, ascii(said[-1500:]))
         for path in folder.iterdir():  # what a program made
             if path.name not in kept:
                 shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
-    return counts
