@@ -16,11 +16,11 @@ from core.errors import UserError
 from core.files import human_bytes, read_json
 from core.train.checkpoint import Checkpoint
 from core.weights import files as weight_files
-from core.weights import hub, released
+from core.weights import hub
 from core.weights.adapter import Adapter, Facts, entry, merged, nested, recognise, unusable
 from core.weights.layouts import Comparison, build_on_meta, compare, read_layout
 from core.weights.pickles import tensors_in
-from run.load import ADAPTERS, REGISTRIES, Weights, read_weights
+from run.load import ADAPTERS, REGISTRIES, Source, Weights, read_weights
 from run.sharing import about_weights
 
 SETS = {True: "averaged", False: "raw"}
@@ -100,31 +100,33 @@ def check_layout(path: str) -> bool:
 # ---------------------------------------------------------------------------------------------------------------------
 def describe(reference: str) -> bool:
     """Print what a file, a run, or a folder with a tokenizer and its generator holds; whether it fits our model."""
-    verdicts = [_describe_one(path) for path in _places(reference)]
+    verdicts = [_describe_one(source) for source in _sources(reference)]
     return all(verdicts)
 
 
-def _places(reference: str, kind: str | None = None) -> list[Path]:
+def _sources(reference: str, kind: str | None = None) -> list[Source]:
     """The file or checkpoint that is named; both files where it stands for a tokenizer and its generator (tiny/rectok)."""
-    kinds = [kind] if kind else list(ADAPTERS)
-    return list(dict.fromkeys(released.resolve(reference, each) for each in kinds))
+    sources = [Source(reference, each) for each in ([kind] if kind else ADAPTERS)]
+    files = {source.path: source for source in sources if source.path.is_file()}
+    return list(files.values()) or sources[:1]  # of a living run, the second may have found a newer checkpoint
 
 
-def _describe_one(path: Path) -> bool:
-    if path.is_dir():
-        checkpoint = Checkpoint(path)
-        kind, decays = checkpoint.state["primary"], ", ".join(map(str, checkpoint.state["ema"])) or "none"
+def _describe_one(source: Source) -> bool:
+    content = source.content
+    path = source.path
+    if isinstance(content, Checkpoint):
+        kind, decays = content.state["primary"], ", ".join(map(str, content.state["ema"])) or "none"
         facts = [
-            f"checkpoint of a run of ours, step {checkpoint.step:,}, EMA decays: {decays}",
-            f"files {', '.join(checkpoint.files)}",
+            f"checkpoint of a run of ours, step {content.step:,}, EMA decays: {decays}",
+            f"files {', '.join(content.files)}",
         ]
-    elif ours := weight_files.read(path):
-        kind, sets = ours.kind, "averaged (EMA) and raw weights" if ours.raw else "one set of weights"
-        constants = f", constants {', '.join(ours.constants)}" if ours.constants else ""
+    elif isinstance(content, weight_files.WeightFile):
+        kind, sets = content.kind, "averaged (EMA) and raw weights" if content.raw else "one set of weights"
+        constants = f", constants {', '.join(content.constants)}" if content.constants else ""
         facts = [f"weight file of ours: {sets}{constants}"]
     else:
-        return describe_released(path)
-    weights = read_weights(kind, str(path))
+        return describe_released(path, content)
+    weights = read_weights(kind, source)
     model = build_on_meta(lambda **settings: REGISTRIES[kind].build(settings), weights.settings)
     lines = [
         f"settings  {plain({key: value for key, value in weights.settings.items() if key != 'name'})}",
@@ -148,9 +150,8 @@ def _describe_one(path: Path) -> bool:
     return not problems
 
 
-def describe_released(path: Path) -> bool:
-    """The same of a file in an official layout."""
-    loaded = hub.load_tensors(path)
+def describe_released(path: Path, loaded: Mapping[str, Any]) -> bool:
+    """The same of a file in an official layout, and what it holds."""
     parts = components(loaded)
     if not parts:
         names = ", ".join(map(str, list(loaded)[:8]))
@@ -210,16 +211,16 @@ class Conversion:
 
     def run(self) -> str:
         """Write `target`; returns a sentence about it. UserError where the source has not what is asked for."""
-        path, *others = _places(self.source, self.kind)
+        source, *others = _sources(self.source, self.kind)
         if others:
             raise self._either(self.source)
         self._check_target()
         if self.bf16 and self.official:
             raise UserError("--dtype bf16 is for files of ours; official programs read fp32.")
-        kind, sets = self._choose(path)
+        kind, sets = self._choose(source)
         answers = {key: value for key, value in self.answers.items() if key != kind}
         answers = merged(answers, self.answers.get(kind, {}))  # with and without the kind in front
-        weights = read_weights(kind, str(path), answers)
+        weights = read_weights(kind, source, answers)
         settings = merged(weights.settings, answers)
         network = REGISTRIES[kind].build(settings)
         adapter = ADAPTERS[kind].get(settings["name"]) if self.official else None
@@ -246,7 +247,7 @@ class Conversion:
             states[sets[0]],
             states[False] if len(sets) > 1 else {},
             weights.constants,
-            {**weights.provenance, "converted_from": path.name, "holds": names},
+            {**weights.provenance, "converted_from": source.path.name, "holds": names},
             about,
         )
         weight_files.save(self.target, content, self.overwrite)
@@ -262,9 +263,9 @@ class Conversion:
                 f"{self.target}: our files end in .safetensors; say --to official for the layout of the official code."
             )
 
-    def _choose(self, path: Path) -> tuple[str, tuple[bool, ...]]:
+    def _choose(self, source: Source) -> tuple[str, tuple[bool, ...]]:
         """(kind, sets) that are asked for; UserError for what is not there."""
-        held = sets_in(path)
+        held, path = sets_in(source), source.path
         if not held:
             raise UserError(
                 f"{path}: no tokenizer or generator that is known; see python -m scripts.convert --describe {self.source}"
@@ -336,16 +337,16 @@ def in_bf16(state: dict[str, Tensor]) -> dict[str, Tensor]:
     return {name: t.bfloat16() if t.is_floating_point() else t for name, t in state.items()}
 
 
-def sets_in(path: Path) -> dict[str, tuple[bool, ...]]:
+def sets_in(source: Source) -> dict[str, tuple[bool, ...]]:
     """Kind of network -> which sets of its weights are there: averaged ones (True), raw ones (False)."""
-    if path.is_dir():
-        state = Checkpoint(path).state
-        return {state["primary"]: (True, False) if state["ema"] else (False,)}
-    if ours := weight_files.read(path):
-        return {ours.kind: (True, False) if ours.raw else (ours.provenance.get("holds") != "raw",)}
-    loaded, held = hub.load_tensors(path), {}
-    for kind, _, adapter in components(loaded):
-        raw, averaged = adapter.parts(loaded)
+    content = source.content
+    if isinstance(content, Checkpoint):
+        return {content.state["primary"]: (True, False) if content.state["ema"] else (False,)}
+    if isinstance(content, weight_files.WeightFile):
+        return {content.kind: (True, False) if content.raw else (content.provenance.get("holds") != "raw",)}
+    held = {}
+    for kind, _, adapter in components(content):
+        raw, averaged = adapter.parts(content)
         held[kind] = ((True,) if averaged else ()) + ((False,) if raw else ())
     return held
 

@@ -16,7 +16,7 @@ import functools
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, NoReturn, cast
+from typing import Any, NoReturn
 
 import torch
 from safetensors.torch import save as to_bytes
@@ -31,7 +31,6 @@ from core.files import sorted_facts, write_atomic
 from core.rng import hash64
 from core.schema import EvalConfig, RunConfig
 from core.specs import DataSource
-from core.train.checkpoint import Checkpoint
 from core.train.log import progress_line
 from core.train.parallel import compile_blocks
 from core.weights import released
@@ -47,7 +46,7 @@ from evaluation.pictures import NpzPictures, Pictures, first_pictures, open_any
 from evaluation.protocols import Protocol
 from evaluation.references import Statistics
 from run.data import IMAGENET_VAL, class_names, open_pictures
-from run.load import Source, lay_out_tokenizer, load_config, read_tokenizer, read_weights
+from run.load import lay_out_tokenizer, load_config, read_tokenizer, read_weights
 from run.measurement import Measurement, Shown, Table, enough, eval_settings, evaluation_of
 from run.target import Sampler, Target, lay_out, open_generator, read_target
 
@@ -440,12 +439,9 @@ def with_protocol(target: str, overrides: list[str], known: dict[str, Any] | Non
     if target.endswith((".yaml", ".yml")):
         name = load_config(target, []).eval.protocol
     else:
-        source = Source(target)
-        name = (
-            cast(Checkpoint, source.content).state["config"]["eval"]["protocol"]
-            if source.path.is_dir()
-            else protocols.of_tokenizer(read_weights("tokenizer", target, known).settings["name"])
-        )
+        weights = read_weights("tokenizer", target, known)
+        trained = weights.trained
+        name = trained["eval"]["protocol"] if trained else protocols.of_tokenizer(weights.settings["name"])
     return [f"eval.protocol={name}", *overrides]
 
 
@@ -577,7 +573,8 @@ def by_tokenizer(options: argparse.Namespace, overrides: list[str], world: World
     """Reconstructions by a tokenizer."""
     check_reconstructions(options, overrides)  # before a network is loaded
     settings = eval_settings(with_protocol(options.weights, overrides, options.tokenizer))
-    loaded = read_tokenizer({**options.tokenizer, **tokenizer_section(options.weights), "use_ema": not options.raw})
+    section = {**options.tokenizer, **tokenizer_section(options.weights), "use_ema": not options.raw}
+    loaded = read_tokenizer(section, world=world)
     tokenizer, fingerprint = loaded.module.to(world.device), loaded.fingerprint
     pictures = originals(options, settings, tokenizer.image_size)
     say_left_out(world.say, pictures.source, options.url)

@@ -57,7 +57,7 @@ def open_sources(url: str) -> tuple[DataSource, DataSource]:
 
 def linear_probe(options: argparse.Namespace, train: DataSource, val: DataSource, world: World) -> int:
     """Probe every feature that was asked for, and write the accuracies. Collective; returns the exit code."""
-    loaded = read_tokenizer(section_of(options))
+    loaded = read_tokenizer(section_of(options), world=world)
     tokenizer, fingerprint = loaded.module.to(world.device), loaded.fingerprint
     count = min(options.num or len(train), len(train))
     rows = range(count) if count == len(train) else sorted(permutation(len(train), "probe")[:count].tolist())

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from core import config as config_module
 from core.config import RESERVED
-from core.dist import World
+from core.dist import World, group_size
 from core.errors import UserError
 from core.nn.reads import parameters_read
 from core.rng import Draws, hash64
@@ -100,14 +100,43 @@ class Source:
 
     def follow(self, world: World) -> None:
         """Take what the main rank takes: beside a running trainer another rank may have found a newer checkpoint. Collective."""
-        path = world.on_main(lambda: str(self.path))
-        if path != str(self.path):
-            self.close()
-            self.path = Path(path)
+        if world.size == 1:
+            return
+        while True:
+            path = world.on_main(self._opened)
+            if path != str(self.path):
+                self.close()
+                self.path = Path(path)
+            other = world.together(self._opened) != path  # it was deleted before this rank had opened it
+            if not world.sum(torch.tensor([int(other)])):
+                return
+            if world.is_main:
+                self.close()
+                self.path = released.resolve(self.reference, self.kind)
+
+    def _opened(self) -> str:
+        """The place of what is held from now on. Files are not deleted by a trainer, and opened when they are read."""
+        if not self.path.is_file():
+            _ = self.content
+        return str(self.path)
 
     def close(self) -> None:
         """Let go of the file."""
         self.__dict__.pop("content", None)
+
+
+def open_weights(reference: str, kind: str, world: World | None) -> Source:
+    """The same weights on all ranks. Collective where there are several.
+
+    Args:
+        world: None where this is the only rank.
+    """
+    if world is None:
+        assert group_size() == 1, f"{reference}: each rank might take another checkpoint of a living run"
+        return Source(reference, kind)
+    source = world.together(lambda: Source(reference, kind))
+    source.follow(world)
+    return source
 
 
 def kinds_of(reference: str) -> set[str]:
@@ -138,6 +167,7 @@ class Weights:
         official: contents of a released file.
         constants: latent statistics and the like.
         about: what a file of ours says beside its weights, see run/sharing.py.
+        trained: the config of a run of ours.
     """
 
     kind: str
@@ -148,6 +178,7 @@ class Weights:
     constants: dict[str, Tensor] = field(default_factory=dict)
     provenance: dict[str, Any] = field(default_factory=dict)
     about: dict[str, Any] = field(default_factory=dict)
+    trained: dict[str, Any] | None = None
 
     def read(
         self,
@@ -218,7 +249,9 @@ def _checkpoint(kind: str, checkpoint: Checkpoint) -> Weights:
 
     settings = constructor_arguments(state["config"][kind])
     constants = checkpoint.tensors("constants") if "constants.safetensors" in checkpoint.files else {}
-    return Weights(kind, checkpoint.path, settings, tensors, None, constants, state["provenance"])
+    return Weights(
+        kind, checkpoint.path, settings, tensors, None, constants, state["provenance"], trained=state["config"]
+    )
 
 
 def _released(kind: str, path: Path, content: dict[str, Any], known: dict[str, Any] | None) -> Weights:
@@ -299,15 +332,18 @@ def _frozen(network: Network, settings: dict[str, Any], weights: Weights | None)
     return Loaded(network, weights.settings if weights else settings, hub.fingerprint(network.state_dict()), weights)
 
 
-def read_tokenizer(section: dict[str, Any], source: Source | None = None) -> Loaded[Tokenizer]:
+def read_tokenizer(
+    section: dict[str, Any], source: Source | None = None, world: World | None = None
+) -> Loaded[Tokenizer]:
     """The tokenizer of a config section, with its latent statistics where they are known.
 
     Args:
         source: of section["weights"], where it is opened already.
+        world: several ranks, unless `source` follows; they take the same weights. Collective then.
     """
     weights = None
     if section.get("weights"):
-        weights = read_weights("tokenizer", source or section["weights"], section)
+        weights = read_weights("tokenizer", source or open_weights(section["weights"], "tokenizer", world), section)
     tokenizer = _frozen(view(build("tokenizer", section, weights), section.get("view")), section, weights)
     if place := statistics_file(section, weights):
         stats = read_stats(place, tokenizer.fingerprint)
@@ -346,6 +382,7 @@ def read_generator(
         section: settings that the user states, and `use_ema`; the tokenizer's sizes answer too.
     """
     section = section or {}
+    source = open_weights(source, "generator", None) if isinstance(source, str) else source
     sizes = tokenizer.module.spec.sizes() if tokenizer else {}  # of codes: released files do not tell all of them
     weights = read_weights("generator", source, {**sizes, **section})
     network: Generator = build("generator", {"use_ema": section.get("use_ema", True)}, weights, **sizes)

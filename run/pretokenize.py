@@ -106,7 +106,7 @@ def pretokenize(config: RunConfig, request: Request, pictures: DataSource | None
     """Make, check, show and export one store. Returns the exit code."""
     world = dist.start(config.train.device, config.train.rank_timeout)
     try:
-        tokenizer = read_tokenizer(config.tokenizer)
+        tokenizer = read_tokenizer(config.tokenizer, world=world)
         module = cast(Tokenizer, tokenizer.module.to(world.device))
         job = Pretokenizing(config, request, pictures, world, module, tokenizer.fingerprint)
         job.make()
@@ -285,7 +285,7 @@ def crops(pictures: DataSource, transform: Transform, chosen: list[tuple[int, in
 
 def agreement(rows: list[np.ndarray], again: Tensor) -> float:
     """Share of stored values that are as the tokenizer makes them again; real vectors to within 1 %."""
-    stored = torch.stack([torch.as_tensor(row.astype("int64") if row.dtype.kind in "iu" else row) for row in rows])
+    stored = torch.stack([torch.tensor(row.astype("int64") if row.dtype.kind in "iu" else row) for row in rows])
     if again.is_floating_point():
         return float(torch.isclose(stored.float(), again.float(), rtol=1e-2, atol=1e-2).double().mean())
     return float((stored == again).double().mean())

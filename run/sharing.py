@@ -100,8 +100,7 @@ def about_weights(weights: Weights, fingerprint: str, network: Any) -> dict[str,
         network: that they were loaded into.
     """
     about = dict(weights.about)
-    if weights.path.is_dir():
-        config = Checkpoint(weights.path).state["config"]
+    if (config := weights.trained) is not None:
         about["class_names"] = readable(about_run(folder_of(weights.path)).get("class_names", []))
         about["config"] = {
             key: config[key] for key in ("sample", "eval") if weights.kind == "generator" or key == "eval"
@@ -116,14 +115,15 @@ def about_weights(weights: Weights, fingerprint: str, network: Any) -> dict[str,
     if isinstance(network, Tokenizer):
         crop = "centre, resized as ADM's evaluation does"
         about["preprocessing"] = {"image_size": network.image_size, "crop": crop, "range": [-1, 1]}
-    results = results_of(fingerprint, weights.path) or about.get("results", [])
+    path = weights.path if weights.trained is None else folder_of(weights.path)
+    results = results_of(fingerprint, path) or about.get("results", [])
     return {**about, "fingerprint": fingerprint, **({"results": results} if results else {})}
 
 
 def results_of(fingerprint: str, path: Path) -> list[dict[str, Any]]:
-    """What run_eval_*.sh measured of these weights, in work_dirs/eval and beside the run: metric, value, protocol ..."""
-    runs = folder_of(path).parent if path.is_dir() else path.resolve().parent
-    places = {p.resolve() for root in (Path("work_dirs"), runs) for p in root.glob("eval/*/metrics.json")}
+    """What run_eval_*.sh measured of these weights, in work_dirs/eval and beside the run or file: metric, value, protocol ..."""
+    roots = (Path("work_dirs"), path.resolve().parent)
+    places = {p.resolve() for root in roots for p in root.glob("eval/*/metrics.json")}
     results = []
     for place in sorted(places):
         context = read_json(place).get("context", {})

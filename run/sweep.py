@@ -8,6 +8,7 @@ and ends with the same result.
 from __future__ import annotations
 
 import argparse
+import functools
 import itertools
 import re
 from collections.abc import Callable
@@ -35,7 +36,7 @@ from evaluation.report import NUM_COLOURS, Report, environment, write_metrics
 from evaluation.scores import Score
 from generator.task import GeneratorTask
 from run.evaluate import SAMPLES, Drawing, FirstSamples, check_generated, drawing
-from run.load import REGISTRIES, random_task, sampling_of
+from run.load import REGISTRIES, Source, random_task, sampling_of
 from run.measurement import enough
 from run.target import Sampler, Target, open_generator, read_target
 
@@ -268,7 +269,8 @@ class Sweep:
 
 def sweep(options: argparse.Namespace, overrides: list[str], axes: dict[str, str], world: World) -> int:
     """Search the grid and write the page, the table and the best setting. Collective; returns the exit code."""
-    target, settings, ladder = prepare(options, overrides, axes)
+    targets, settings, ladder = prepare(options, overrides, axes)
+    target = next(iter(targets.values()))
     folder = Path(options.out or f"work_dirs/sweep/{Path(options.target.rstrip('/')).stem}")
     facts = {
         "target": target.weights,
@@ -288,7 +290,7 @@ def sweep(options: argparse.Namespace, overrides: list[str], axes: dict[str, str
         print(f"{len(settings)} settings: {steps} pictures, {cost(ladder):,} drawn, {share:.0%} of the whole grid")
 
     def open_with(words: tuple[str, ...]) -> Sampler:
-        return open_generator(read_target(options.target, [*overrides, *words]), world)
+        return open_generator(targets[words], world, keep=len(targets) > 1)
 
     search = Sweep(open_with, options, settings, ladder, folder, world)
     best = search.run()
@@ -299,13 +301,14 @@ def sweep(options: argparse.Namespace, overrides: list[str], axes: dict[str, str
 
 def prepare(
     options: argparse.Namespace, overrides: list[str], axes: dict[str, str]
-) -> tuple[Target, list[Setting], list[Rung]]:
-    """What is searched, checked before any network is loaded."""
+) -> tuple[dict[tuple[str, ...], Target], list[Setting], list[Rung]]:
+    """(what is searched, by `Setting.weights`; settings; rungs), checked before any network is loaded."""
     settings = grid(axes)
     checked: dict[tuple[str, ...], Target] = {}
+    find = functools.cache(Source)  # all settings are tried on the same weights, also of a living run
     for setting in settings:
         if setting.weights not in checked:
-            checked[setting.weights] = read_target(options.target, [*overrides, *setting.weights])
+            checked[setting.weights] = read_target(options.target, [*overrides, *setting.weights], find=find)
             same = [other for other in settings if other.weights == setting.weights]
             check(checked[setting.weights], same)
     target = next(iter(checked.values()))
@@ -313,7 +316,7 @@ def prepare(
         check_generated(target)
     wanted = target.config.eval.num_images
     count = enough(wanted, wanted or SAMPLES, "eval.num_images", options)
-    return target, settings, plan(len(settings), count, options.first)
+    return checked, settings, plan(len(settings), count, options.first)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

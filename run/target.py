@@ -66,13 +66,18 @@ class Target:
     """What is to be sampled, before any network is loaded.
 
     Attributes:
-        weights: of the generator, as they are named in records.
+        named: the generator's weights by the config, "" where the target itself is weights.
         sources: "generator.weights", "tokenizer.weights" and, where one is used, "sample.guide".
     """
 
     config: RunConfig
-    weights: str
+    named: str
     sources: dict[str, Source]
+
+    @property
+    def weights(self) -> str:
+        """Of the generator, as they are named in records."""
+        return self.named or str(self.sources["generator.weights"].path)
 
 
 @dataclass
@@ -157,24 +162,27 @@ class Sampler:
 # ---------------------------------------------------------------------------------------------------------------------
 # The config
 # ---------------------------------------------------------------------------------------------------------------------
-def read_target(target: str, overrides: list[str], log: Log = lambda _: None) -> Target:
+def read_target(
+    target: str, overrides: list[str], log: Log = lambda _: None, find: Callable[[str, str], Source] = Source
+) -> Target:
     """The config of a target and where its weights are. No network is loaded.
 
     Args:
         target: a config file, a run folder, a checkpoint, a released file, or hf://owner/repository/file.
         overrides: config keys; `generator.weights=` names other weights than the target's own.
         log: is told what was chosen for the user.
+        find: functools.cache(Source) for several targets that must share weights, where a living run may have newer ones.
     """
     sources: dict[str, Source] = {}
     if target.endswith((".yaml", ".yml")):
         config = load_config(target, overrides)
-        weights = (config.generator or {}).get("weights") or _run_of(target, config, overrides, log)
+        named = (config.generator or {}).get("weights") or _run_of(target, config, overrides, log)
     else:
-        itself = Source(target, "generator")
-        config = _config_of(itself, overrides, sources, log)
-        weights = (config.generator or {}).get("weights")
-        if not weights:
-            weights, sources["generator.weights"] = str(itself.path), itself
+        itself = find(target, "generator")
+        config = _config_of(itself, overrides, sources, log, find)
+        named = (config.generator or {}).get("weights") or ""
+        if not named:
+            sources["generator.weights"] = itself
     if config.task != "generator":
         raise UserError(
             f"{target} is about a {config.task}; a generator was asked for. "
@@ -182,15 +190,15 @@ def read_target(target: str, overrides: list[str], log: Log = lambda _: None) ->
         )
     if not config.tokenizer.get("weights"):
         raise UserError(f"{target}: say which tokenizer decodes its latents: tokenizer.weights=work_dirs/RUN")
-    named = {
-        "generator.weights": weights,
+    references = {
+        "generator.weights": named,
         "tokenizer.weights": config.tokenizer["weights"],
         "sample.guide": guide_of(config.sample),
     }
-    for setting, reference in named.items():
+    for setting, reference in references.items():
         if reference and setting not in sources:
-            sources[setting] = Source(reference, "tokenizer" if setting == "tokenizer.weights" else "generator")
-    return Target(config, weights, sources)
+            sources[setting] = find(reference, "tokenizer" if setting == "tokenizer.weights" else "generator")
+    return Target(config, named, sources)
 
 
 def _run_of(target: str, config: RunConfig, overrides: list[str], log: Log) -> str:
@@ -210,7 +218,9 @@ def _run_of(target: str, config: RunConfig, overrides: list[str], log: Log) -> s
     raise UserError(f"there is no run {config.run_dir} yet. Train it, {advice}or give --weights FILE_OR_RUN.")
 
 
-def _config_of(source: Source, overrides: list[str], sources: dict[str, Source], log: Log) -> RunConfig:
+def _config_of(
+    source: Source, overrides: list[str], sources: dict[str, Source], log: Log, find: Callable[[str, str], Source]
+) -> RunConfig:
     """The config that belongs to a checkpoint or a file of generator weights; adds to `sources` what it has to open."""
     path = source.path
     if path.is_dir():
@@ -219,7 +229,7 @@ def _config_of(source: Source, overrides: list[str], sources: dict[str, Source],
         return config_module.override(lambda: trained, overrides, REGISTRIES, source=source.reference)
     file = released.find(path)
     if file is None or not file.recipe:
-        smallest = _smallest_config(source, overrides, sources)
+        smallest = _smallest_config(source, overrides, sources, find)
         return config_module.override(lambda: smallest, overrides, REGISTRIES, source=source.reference)
     config = load_config(str(ROOT / file.recipe), [f"name={path.stem}", *file.settings, *overrides])
     config.tokenizer["weights"] = _beside(config.tokenizer.get("weights"), path)
@@ -243,17 +253,19 @@ def _beside(reference: str | None, path: Path) -> str | None:
     return str(beside) if beside.is_file() else reference
 
 
-def _smallest_config(source: Source, overrides: list[str], sources: dict[str, Source]) -> dict[str, Any]:
+def _smallest_config(
+    source: Source, overrides: list[str], sources: dict[str, Source], find: Callable[[str, str], Source]
+) -> dict[str, Any]:
     """The smallest config around a file; what training would need is filled in and never used."""
     stated = config_module.read_overrides([o for o in overrides if o.startswith(("generator.", "tokenizer."))])
     tokenizer, generator = stated.get("tokenizer", {}), stated.get("generator", {})
     about = source.content.about if isinstance(source.content, WeightFile) else {}
     beside = {}
     if tokenizer.get("weights"):
-        sources["tokenizer.weights"] = Source(tokenizer["weights"], "tokenizer")
+        sources["tokenizer.weights"] = find(tokenizer["weights"], "tokenizer")
     elif about.get("tokenizer"):
         beside = {**about["tokenizer"]["section"], "weights": paired_tokenizer(source.path, about["tokenizer"])}
-        sources["tokenizer.weights"] = Source(beside["weights"], "tokenizer")
+        sources["tokenizer.weights"] = find(beside["weights"], "tokenizer")
     elif isinstance(source.content, dict) and recognise(ADAPTERS["tokenizer"], source.content):
         beside = {"weights": str(source.path)}  # VAR's trainer keeps its tokenizer beside it
         sources["tokenizer.weights"] = source
@@ -285,15 +297,19 @@ def _smallest_config(source: Source, overrides: list[str], sources: dict[str, So
 # ---------------------------------------------------------------------------------------------------------------------
 # The networks
 # ---------------------------------------------------------------------------------------------------------------------
-def open_generator(target: Target, world: World) -> Sampler:
-    """Load it, on the world's device. Collective where latent statistics have to be measured first."""
+def open_generator(target: Target, world: World, keep: bool = False) -> Sampler:
+    """Load it, on the world's device. Collective.
+
+    Args:
+        keep: leave its files open, for another target that shares them.
+    """
     config, sources = target.config, target.sources
     assert config.generator is not None
     for source in sources.values():
         source.follow(world)
     pair = build_pair(config, sources=sources)
     facts = {
-        "weights": target.weights,
+        "weights": target.weights,  # what was really opened
         "use_ema": config.generator.get("use_ema", True),
         "tokenizer": config.tokenizer["weights"],
         "tokenizer_fingerprint": pair.tokenizer.fingerprint,
@@ -312,7 +328,7 @@ def open_generator(target: Target, world: World) -> Sampler:
         if network:
             network.module.to(world.device)
     sampler = _sampler(target, pair, facts)
-    for source in sources.values():
+    for source in () if keep else sources.values():
         source.close()
     return sampler
 
