@@ -111,17 +111,32 @@ class Chunks:
 # ---------------------------------------------------------------------------------------------------------------------
 # Folders
 # ---------------------------------------------------------------------------------------------------------------------
-def differences(before: dict[str, Any], now: dict[str, Any], ignored: Collection[str] = ()) -> str:
-    """ "seed was 1, now 2; ..."; "" when there are none.
+CONTENT = ("_sizes", "_sha256")  # ends of facts about files, which records of before do not have
 
-    Weights count by what they are, not by where they lie: where both have a fact "X_fingerprint", X may differ.
+
+def changed_facts(before: dict[str, Any], now: dict[str, Any], ignored: Collection[str] = ()) -> list[str]:
+    """Names of those in which two jobs differ.
+
+    Things count by what they are, not by where they lie: where both have a fact "X_fingerprint" or "X_sha256", X may differ;
+    of pictures, whose fingerprint is of their names, only where both or none have "X_sizes". A fact of CONTENT that one of
+    them lacks says nothing.
     """
-    changed = []
-    for key in sorted((before.keys() | now.keys()) - set(ignored)):
-        same_thing = f"{key}_fingerprint" in before.keys() & now.keys()
-        if before.get(key) != now.get(key) and not same_thing:
-            changed.append(f"{key} was {before.get(key)!r}, now {now.get(key)!r}")
-    return "; ".join(changed)
+    either, both = before.keys() | now.keys(), before.keys() & now.keys()
+
+    def same(key: str) -> bool:
+        if key.endswith(CONTENT) and key not in both:
+            return True
+        sized = {f"{key}_sizes"}
+        known = {f"{key}_fingerprint", f"{key}_sha256"} & both and sized & either == sized & both
+        return before.get(key) == now.get(key) or bool(known)
+
+    return [key for key in sorted(either - set(ignored)) if not same(key)]
+
+
+def differences(before: dict[str, Any], now: dict[str, Any], ignored: Collection[str] = ()) -> str:
+    """ "seed was 1, now 2; ..."; "" when there are none. See `changed_facts`."""
+    changed = changed_facts(before, now, ignored)
+    return "; ".join(f"{key} was {before.get(key)!r}, now {now.get(key)!r}" for key in changed)
 
 
 def enter(

@@ -131,6 +131,15 @@ class TokenStore(FeatureCache, DataSource):
         """Of the pictures that the tokens were made from."""
         return self.source_fingerprint
 
+    def is_of(self, pictures: DataSource) -> bool:
+        """Whether the tokens were made from these pictures, as far as the store tells."""
+        same_list = self.fingerprint() == pictures.fingerprint()
+        return same_list and (self.file_sizes() is None or self.file_sizes() == pictures.file_sizes())
+
+    def file_sizes(self) -> str | None:
+        """Of those pictures; None for stores that were imported or made before it was noted."""
+        return self.description.get("sizes")
+
     def __getitem__(self, index: int) -> Sample:
         raise UserError(
             f"tokens://{self.path} holds tokens, not pictures. Set data.pictures to the pictures they were made from."

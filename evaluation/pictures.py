@@ -60,7 +60,11 @@ class Pictures(ABC):
 
     @abstractmethod
     def fingerprint(self) -> str:
-        """Changes when the pictures change."""
+        """Changes when the list of pictures changes, or the array that holds them."""
+
+    def file_sizes(self) -> str | None:
+        """DataSource.file_sizes, where pictures are files of a source."""
+        return self.source.file_sizes() if self.source is not None else None
 
 
 def pieces(indices: range) -> list[range]:

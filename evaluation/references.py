@@ -69,6 +69,7 @@ class Facts:
     image_size: Side | None = None  # of `side_of`
     count: int | None = None  # pictures behind the moments
     source: str | None = None  # fingerprint of the pictures, for references of ours
+    sizes: str | None = None  # DataSource.file_sizes of theirs
     transform: str | None = None
     made_by: str | None = None
 
@@ -98,7 +99,7 @@ class Statistics:
     pictures: ArrayPictures | None = field(default=None, repr=False)  # ADM's 10,000, for precision and recall
 
     def check(
-        self, *, purpose: str, network: str, preprocess: str, image_size: Side | None, source: str | None = None
+        self, *, purpose: str, network: str, preprocess: str, image_size: Side | None, originals: Pictures | None = None
     ) -> None:
         """UserError with one sentence if it must not be compared with. Unknown facts pass."""
         facts = self.facts
@@ -129,11 +130,18 @@ class Statistics:
                 for size in (facts.image_size, image_size)
             )
             raise UserError(f"{self.name} describes pictures of {theirs} px, these have {ours} px.")
-        if purpose == "reconstruction" and None not in (facts.source, source) and facts.source != source:
-            raise UserError(
-                f"{self.name} describes other pictures ({facts.source}) than the originals ({source}). rFID "
-                "compares reconstructions with their own originals."
-            )
+        if purpose == "reconstruction" and originals is not None and facts.source is not None:
+            source, sizes = originals.fingerprint(), originals.file_sizes()
+            if facts.source != source:
+                raise UserError(
+                    f"{self.name} describes other pictures ({facts.source}) than the originals ({source}). rFID "
+                    "compares reconstructions with their own originals."
+                )
+            if None not in (facts.sizes, sizes) and facts.sizes != sizes:
+                raise UserError(
+                    f"{self.name} describes pictures of these names of which some have other sizes now. Make it again from "
+                    "the originals (run_make_reference.sh)."
+                )
 
     def moment(self, tap: str, width: int) -> tuple[Tensor, Tensor]:
         """Mean and covariance of a tap; UserError when absent or of another width."""
@@ -372,10 +380,10 @@ def choose_reference(
 
 
 def check_reference(
-    reference: Statistics, net: FeatureNet, purpose: str, image_size: Side, source: str | None = None
+    reference: Statistics, net: FeatureNet, purpose: str, image_size: Side, originals: Pictures | None = None
 ) -> None:
     """UserError if pictures seen through `net` must not be compared with it."""
-    reference.check(purpose=purpose, image_size=image_size, source=source, **net.facts())
+    reference.check(purpose=purpose, image_size=image_size, originals=originals, **net.facts())
     fitting = [tap for tap in reference.moments if tap in net.dims]
     if reference.moments and not fitting:
         raise UserError(
@@ -387,14 +395,18 @@ def check_reference(
 
 
 def load_reference(
-    path: Path, net: FeatureNet, purpose: str, image_size: Side, world: World, source: str | None = None
+    path: Path, net: FeatureNet, purpose: str, image_size: Side, world: World, originals: Pictures | None = None
 ) -> Statistics | None:
-    """Read and check it on the main rank; if it is not fit, all ranks raise. Collective."""
+    """Read and check it on the main rank; if it is not fit, all ranks raise. Collective.
+
+    Args:
+        originals: what it must describe, of reconstructions.
+    """
     loaded: list[Statistics] = []
 
     def read() -> None:
         loaded.append(load(path))
-        check_reference(loaded[0], net, purpose, image_size, source)
+        check_reference(loaded[0], net, purpose, image_size, originals)
 
     world.on_main(read)
     return loaded[0] if loaded else None
@@ -422,7 +434,9 @@ def make_statistics(
     """
     taps = [tap for tap in MOMENTS if tap in net.dims]
     chunk = max(2048, -(-len(pictures) // 64))  # a covariance is as large as the features of 2,000 pictures
-    work = Work(len(pictures), world, folder, {"pictures": pictures.fingerprint(), "network": net.name}, chunk)
+    sizes = world.on_main(pictures.file_sizes)
+    job = {"pictures": pictures.fingerprint(), "network": net.name, **({"pictures_sizes": sizes} if sizes else {})}
+    work = Work(len(pictures), world, folder, job, chunk)
 
     pictures.expect([piece for c in work.mine() for piece in pieces(work.indices(c))])
 
@@ -452,6 +466,7 @@ def make_statistics(
         image_size=side_of(pictures),
         count=len(pictures),
         source=pictures.fingerprint(),
+        sizes=sizes,
         made_by="tessera",
     )
     work.forget()

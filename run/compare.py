@@ -18,6 +18,7 @@ from PIL import Image
 from safetensors.torch import load_file
 from torch import Tensor
 
+from core.chunks import changed_facts
 from core.devices import peak_memory
 from core.dist import World
 from core.errors import UserError
@@ -51,7 +52,7 @@ from run.evaluate import (
     generated_samples,
     tokenizer_section,
 )
-from run.linear_probe import linear_probe, open_sources
+from run.linear_probe import job_of, linear_probe, open_sources
 from run.load import Source, kinds_of, load_config
 from run.measurement import eval_settings
 
@@ -190,7 +191,7 @@ def compare_tokenizers(options: argparse.Namespace, overrides: list[str], folder
         with_some_lpips(measurement, world.device)
         measurement.run()
         if options.probe:
-            probe(each, options.probe, Path(each.out) / "probe", world)
+            probe(each, Path(each.out) / "probe", measurement.job["weights_fingerprint"], world)
         if world.is_main:
             sides.append(measured(name, Path(each.out), measurement, options, world.device))
     if world.is_main:
@@ -205,14 +206,24 @@ def with_some_lpips(measurement: Reconstructions, device: torch.device) -> None:
         measurement.job["lpips"] = name
 
 
-def probe(options: argparse.Namespace, url: str, folder: Path, world: World) -> None:
-    """Accuracies of a linear classifier on the latents, where they are not there yet. Collective."""
-    if not options.again and world.on_main((folder / "metrics.json").is_file):
-        return
+def probe(options: argparse.Namespace, folder: Path, fingerprint: str, world: World) -> None:
+    """Accuracies of a linear classifier on the latents, where they are not there yet. Collective.
+
+    Args:
+        fingerprint: of the weights.
+    """
     each = copy.copy(options)
-    each.url, each.out, each.features, each.encode_batch = url, str(folder), None, 64
+    each.url, each.out, each.features, each.encode_batch = options.probe, str(folder), None, 64
     each.epochs, each.batch, each.lr, each.weight_decay, each.schedule, each.seed = 10, 256, 1e-3, 1e-4, "cosine", 0
-    linear_probe(each, *open_sources(url), world)
+    train, val = open_sources(options.probe)
+
+    def is_there() -> bool:
+        if options.again or not (record := folder / "metrics.json").is_file():
+            return False
+        return not changed_facts(read_json(record)["context"]["job"], job_of(each, fingerprint, train, val))
+
+    if not world.on_main(is_there):
+        linear_probe(each, train, val, world)
 
 
 def measured(

@@ -47,7 +47,7 @@ from evaluation.protocols import Protocol
 from evaluation.references import Statistics
 from run.data import IMAGENET_VAL, class_names, open_pictures
 from run.load import lay_out_tokenizer, load_config, read_tokenizer, read_weights
-from run.measurement import Measurement, Shown, Table, enough, eval_settings, evaluation_of
+from run.measurement import Measurement, Shown, Table, enough, eval_settings, evaluation_of, sizes_of
 from run.target import Sampler, Target, lay_out, open_generator, read_target
 
 SAMPLES = 50_000  # what published numbers are measured on
@@ -217,10 +217,12 @@ def existing_samples(options: argparse.Namespace, overrides: list[str], world: W
     job = {
         "samples": options.target,
         "pictures": pictures.fingerprint(),
+        **sizes_of("samples", pictures, world),
         "count": count,
         "protocol": protocol.name,
         "network": net.name,
         "reference": str(path),
+        "reference_sha256": world.on_main(lambda: reference and reference.sha256),
         "bootstrap": options.bootstrap,
         "infinity": options.infinity,
     }
@@ -244,11 +246,13 @@ class Drawing:
         how: what is measured, with the reference and the labels.
         labels_from: where the labels come from, a kind of protocols.make_labels.
         reference_path: None where the reference is the training pictures.
+        reference: facts about it.
     """
 
     how: Evaluation
     labels_from: str
     reference_path: Path | None
+    reference: dict[str, Any]
     rounding: str
     bf16_pixels: bool
     batch: int
@@ -273,7 +277,7 @@ class Drawing:
             "count": len(self.labels),
             "protocol": protocol.name,
             "network": self.how.feature_net.name,
-            "reference": str(self.reference_path) if self.reference_path else config.data.url,
+            **self.reference,
         }
 
     def produce(self, generator: Sampler) -> Produce:
@@ -294,16 +298,20 @@ def drawing(options: argparse.Namespace, generator: Sampler, world: World) -> Dr
     path = references.choose_reference(settings.reference, protocol, net, size, "generation", published)
     if path is not None:
         reference = references.load_reference(path, net, "generation", size, world)
+        facts = {"reference": str(path), "reference_sha256": world.on_main(lambda: reference and reference.sha256)}
     else:
         train = training_pictures(config, published and net.name == "lite0")
         named = config.data.pictures or config.data.url
         say(f"reference: statistics of the training pictures ({named})")
         say_left_out(say, train, named)
         reference = references.training_statistics(config, train, size, net, world)
+        contents = world.on_main(lambda: f"{hash64(train.fingerprint(), train.file_sizes() or ''):016x}")
+        facts = {"reference": config.data.url, "reference_sizes": contents}
     return Drawing(
         evaluation_of(options, settings, protocol, net, world, reference=reference, labels=labels),
         settings.labels or protocol.labels,
         path,
+        facts,
         settings.rounding or protocol.rounding,
         generator.bf16 and protocol.bf16_pixels,
         pictures_at_once(settings.batch, world.device, size),
@@ -541,7 +549,7 @@ def reference_for(
         path = None  # the protocol's file is about the whole validation set; this is a part of it or another set
     if path is None:
         return "originals", None
-    return str(path), references.load_reference(path, net, "reconstruction", size, world, pictures.fingerprint())
+    return str(path), references.load_reference(path, net, "reconstruction", size, world, pictures)
 
 
 def asked_for(options: argparse.Namespace) -> dict[str, Any]:
@@ -586,6 +594,7 @@ def by_tokenizer(options: argparse.Namespace, overrides: list[str], world: World
         "use_ema": not options.raw,
         "pictures": options.url,
         "pictures_fingerprint": pictures.fingerprint(),
+        **sizes_of("pictures", pictures, world),
         "count": len(pictures),
         "protocol": how.protocol.name,
         "network": how.feature_net.name,
@@ -639,6 +648,8 @@ def by_folders(options: argparse.Namespace, overrides: list[str], world: World) 
         "protocol": how.protocol.name,
         "original_fingerprint": original.fingerprint(),
         "reconstructed_fingerprint": recon.fingerprint(),
+        **sizes_of("original", original, world),
+        **sizes_of("reconstructed", recon, world),
         "network": how.feature_net.name,
         "reference": against,
         "size": options.size,

@@ -83,7 +83,9 @@ def measure_once(config: RunConfig, tokenizer: Loaded[Tokenizer], source: DataSo
     """Set the tokenizer's statistics, from the cache folder or by one pass over (part of) the pictures. Collective."""
     module, data = tokenizer.module, config.data
     count = min(len(source), data.stats_images or len(source))
-    key = f"{hash64(source.fingerprint(), tokenizer.image_size, count, tokenizer.fingerprint):016x}"
+    sizes = world.on_main(source.file_sizes)
+    of = (source.fingerprint(), tokenizer.image_size, count, tokenizer.fingerprint, *([sizes] if sizes else []))
+    key = f"{hash64(*of):016x}"
     path = Path(data.cache_dir) / f"latent_stats_{key}.safetensors"
 
     if not world.on_main(path.is_file):

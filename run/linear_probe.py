@@ -11,7 +11,7 @@ from torch import Tensor
 from core.dist import World
 from core.errors import UserError
 from core.files import human_bytes
-from core.rng import permutation
+from core.rng import hash64, permutation
 from core.specs import DataSource
 from core.train.log import progress_line
 from data.checks import require_labels, say_left_out
@@ -55,11 +55,42 @@ def open_sources(url: str) -> tuple[DataSource, DataSource]:
     return train, val
 
 
+def count_of(options: argparse.Namespace, train: DataSource) -> int:
+    """How many pictures the classifier learns from."""
+    return min(options.num or len(train), len(train))
+
+
+def settings_of(options: argparse.Namespace) -> ProbeSettings:
+    return ProbeSettings(
+        options.epochs, options.batch, options.lr, options.weight_decay, options.schedule, 1, options.seed
+    )
+
+
+def job_of(options: argparse.Namespace, fingerprint: str, train: DataSource, val: DataSource) -> dict[str, Any]:
+    """What decides the accuracies, as metrics.json has it.
+
+    Args:
+        fingerprint: of the weights.
+    """
+    pictures = [source.fingerprint() for source in (train, val)]
+    sizes = [source.file_sizes() or "" for source in (train, val)]
+    return {
+        "weights": options.weights,
+        "weights_fingerprint": fingerprint,
+        "use_ema": not options.raw,
+        "url": options.url,
+        "url_sizes": f"{hash64(*pictures, *sizes):016x}",
+        "train": count_of(options, train),
+        "val": len(val),
+        "settings": vars(settings_of(options)),
+    }
+
+
 def linear_probe(options: argparse.Namespace, train: DataSource, val: DataSource, world: World) -> int:
     """Probe every feature that was asked for, and write the accuracies. Collective; returns the exit code."""
     loaded = read_tokenizer(section_of(options), world=world)
     tokenizer, fingerprint = loaded.module.to(world.device), loaded.fingerprint
-    count = min(options.num or len(train), len(train))
+    count = count_of(options, train)
     rows = range(count) if count == len(train) else sorted(permutation(len(train), "probe")[:count].tolist())
     watch, sides = Stopwatch(world.device), []
     for name, source, chosen in (("train", train, rows), ("val", val, range(len(val)))):
@@ -69,19 +100,9 @@ def linear_probe(options: argparse.Namespace, train: DataSource, val: DataSource
             sides.append(pooled_features(tokenizer, pictures, world, options.encode_batch, fingerprint, progress))
     if not world.is_main:
         return 0
-    settings = ProbeSettings(
-        options.epochs, options.batch, options.lr, options.weight_decay, options.schedule, 1, options.seed
-    )
+    settings = settings_of(options)
     scores = train_probes(options, sides, train.num_classes, settings, watch, world)
-    job = {
-        "weights": options.weights,
-        "weights_fingerprint": fingerprint,
-        "use_ema": not options.raw,
-        "url": options.url,
-        "train": count,
-        "val": len(val),
-        "settings": vars(settings),
-    }
+    job = job_of(options, fingerprint, train, val)
     context = {
         **job,
         "job": job,

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from core import config as config_module
+from core.chunks import CONTENT, changed_facts
 from core.devices import pictures_at_once
 from core.dist import World
 from core.errors import UserError
@@ -24,7 +25,7 @@ from evaluation.chunks import Work
 from evaluation.intervals import check_extras
 from evaluation.measure import Evaluation, Progress, Result
 from evaluation.networks import FeatureNet
-from evaluation.pictures import NpzWriter, PngWriter
+from evaluation.pictures import NpzWriter, Pictures, PngWriter
 from evaluation.protocols import Protocol
 
 Shown = tuple[str, Path, str]  # (title, file, caption) of a picture in the report
@@ -174,18 +175,31 @@ def write_result(
     print(f"written to {folder}: metrics.json, report.html")
 
 
+def sizes_of(name: str, pictures: Pictures, world: World) -> dict[str, str]:
+    """A job's fact NAME_sizes of pictures that are single files: those that were replaced under the same names are others.
+    Collective."""
+    sizes = world.on_main(pictures.file_sizes)
+    return {f"{name}_sizes": sizes} if sizes else {}
+
+
 def open_folder(out: str | None, name: str, job: dict[str, Any], again: bool, world: World) -> tuple[Path, bool]:
     """(folder, whether the result is there already). Without `out` the name follows from the job. Collective."""
-    folder = Path(out or f"work_dirs/eval/{name}-{hash64(repr(sorted(job.items()))):016x}"[:200])
+    named = sorted(item for item in job.items() if not item[0].endswith(CONTENT))
+    folder = Path(out or f"work_dirs/eval/{name}-{hash64(repr(named)):016x}"[:200])
 
     def look() -> bool:
         path = folder / "metrics.json"
         if not path.is_file() or again:
             return False
-        before = read_json(path).get("context", {}).get("job")
-        if before == job:
+        before = read_json(path).get("context", {}).get("job") or {}
+        changed = changed_facts(before, job)
+        if not changed:
             return True
-        changed = sorted(k for k in {**(before or {}), **job} if (before or {}).get(k) != job.get(k))
+        if all(key.endswith(CONTENT) for key in changed):
+            files = ", ".join(key.rpartition("_")[0] for key in changed)
+            raise UserError(
+                f"{folder} holds the result of other files under the same names ({files}). Add --again to replace it."
+            )
         raise UserError(
             f"{folder} holds the result of another evaluation (different: {', '.join(changed)}). Choose another "
             "--out, or add --again to replace it."

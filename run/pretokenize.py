@@ -235,6 +235,12 @@ class Pretokenizing:
         store.check_tokenizer(self.tokenizer.spec, self.fingerprint, self.tokenizer.image_size)
         if self.request.verify and self.world.is_main:
             store.verify()
+        pictures = self.pictures
+        if pictures is not None and not self.world.on_main(lambda: store.is_of(pictures)):
+            self.say(
+                f"warning: {self.folder} was there and is of other pictures than {self.config.data.pictures or self.config.data.url} "
+                "holds now; delete it, or choose another --out, to make their tokens"
+            )
         self.say(
             f"{self.folder}: {len(store):,} pictures x {store.views} views, {store.spec}, tokenizer "
             f"{self.fingerprint}, content {store.content}" + (", read and found whole" if self.request.verify else "")
@@ -261,7 +267,7 @@ class Pretokenizing:
             stored = store.tokens(*zip(*chosen)).to(self.world.device)
             decoded = self.tokenizer.decode(self.tokenizer.from_stored(stored)).float().cpu()
         shown, text = to_uint8(decoded, "nearest"), "decoded"
-        if self.pictures is not None and self.pictures.fingerprint() == store.fingerprint():
+        if self.pictures is not None and store.is_of(self.pictures):
             images = crops(self.pictures, store.transform, chosen)
             rows = [store.rows(tokens.array_of(store.spec))[index, view] for index, view in chosen]
             share = agreement(rows, self._codes_of(images))

@@ -17,6 +17,7 @@ from typing import Any, cast
 
 import torch
 
+from core.chunks import enter
 from core.errors import UserError, nearest
 from core.files import human_bytes, read_json
 from core.schema import RunConfig
@@ -256,6 +257,7 @@ def reproduce(chosen: list[Row], num: int, folder: Path, more: Sequence[str] = (
     failed = []
     for number, row in enumerate(chosen, 1):
         out = folder / f"{row.name}_{num}"
+        claim(row, out, num, more, bootstrap)
         if not measured_in(out) and not row.obstacle():
             print(f"[{number} of {len(chosen)}] {row.name}: published {numbers(row.published)}", flush=True)
             code = _measure(row, row.command(num, out, more, bootstrap))
@@ -269,6 +271,18 @@ def reproduce(chosen: list[Row], num: int, folder: Path, more: Sequence[str] = (
         print(f"not measured, see above: {', '.join(failed)}")
     print(f"{CAUSES}\nlook at {folder / 'report.html'}")
     return len(failed)
+
+
+def claim(row: Row, out: Path, num: int, more: Sequence[str], bootstrap: int) -> None:
+    """UserError where `out` holds, or has begun, what other settings or another file give."""
+    record = out / "asked.json"
+    if row.obstacle() or (measured_in(out) and not record.is_file()):  # by a version that noted nothing
+        return
+    target = Path(row.target)
+    facts = {"command": row.command(num, Path("OUT"), more, bootstrap), "target": row.target}
+    if target.is_file():
+        facts["target_sizes"] = target.stat().st_size
+    enter(record, facts, "what another command gave", "Choose another --out.")
 
 
 def _measure(row: Row, command: list[str]) -> int:

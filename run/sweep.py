@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import functools
+import hashlib
 import itertools
 import re
 from collections.abc import Callable
@@ -21,7 +22,7 @@ from PIL import Image
 from torch import Tensor
 
 from core import config as config_module
-from core.chunks import enter
+from core.chunks import CONTENT, enter
 from core.config import to_plain
 from core.dist import World
 from core.errors import UserError
@@ -193,6 +194,19 @@ class Sweep:
     trials: list[Trial] = field(default_factory=list)  # in the order of measuring, on the main rank
     drawn: Drawing | None = None
 
+    def contents(self) -> str:
+        """A digest of what all settings have in common: networks, labels, reference."""
+        facts = [self._drawing(sampler).facts(sampler) for sampler in map(self._opened, self._networks())]
+        kept = [
+            {
+                key: fact[key]
+                for key in sorted(fact)
+                if key.endswith(("_fingerprint", *CONTENT)) or key in ("seed", "precision")
+            }
+            for fact in facts
+        ]
+        return hashlib.sha256(repr(kept).encode()).hexdigest()
+
     def run(self) -> list[Setting]:
         """Measure; the settings of the last rung, the best first."""
         lock = Lock(self.folder)
@@ -238,8 +252,8 @@ class Sweep:
 
     def _features(self, setting: Setting, count: int, place: Path) -> dict[str, Tensor] | None:
         """Of the first `count` pictures, on the main rank, drawn where an earlier rung did not."""
-        sampler = self._sampler(setting)
-        drawn = self.drawn = self.drawn or drawing(self.options, sampler, self.world)
+        sampler = self._opened(setting.weights).tuned(setting.tuning)
+        drawn = self._drawing(sampler)
         produce = drawn.produce(sampler)
         job = drawn.facts(sampler) | {"count": count}
         parts, start = [], 0
@@ -261,10 +275,17 @@ class Sweep:
             return None
         return {tap: torch.cat([part[tap] for part in parts]) for tap in parts[0]}
 
-    def _sampler(self, setting: Setting) -> Sampler:
-        if setting.weights not in self.samplers:
-            self.samplers[setting.weights] = self.open_with(setting.weights)
-        return self.samplers[setting.weights].tuned(setting.tuning)
+    def _networks(self) -> list[tuple[str, ...]]:
+        return list(dict.fromkeys(setting.weights for setting in self.settings))
+
+    def _opened(self, weights: tuple[str, ...]) -> Sampler:
+        if weights not in self.samplers:
+            self.samplers[weights] = self.open_with(weights)
+        return self.samplers[weights]
+
+    def _drawing(self, sampler: Sampler) -> Drawing:
+        self.drawn = self.drawn or drawing(self.options, sampler, self.world)
+        return self.drawn
 
 
 def sweep(options: argparse.Namespace, overrides: list[str], axes: dict[str, str], world: World) -> int:
@@ -272,8 +293,14 @@ def sweep(options: argparse.Namespace, overrides: list[str], axes: dict[str, str
     targets, settings, ladder = prepare(options, overrides, axes)
     target = next(iter(targets.values()))
     folder = Path(options.out or f"work_dirs/sweep/{Path(options.target.rstrip('/')).stem}")
+
+    def open_with(words: tuple[str, ...]) -> Sampler:
+        return open_generator(targets[words], world, keep=len(targets) > 1)
+
+    search = Sweep(open_with, options, settings, ladder, folder, world)
     facts = {
         "target": target.weights,
+        "target_sha256": search.contents(),
         "overrides": overrides,
         "settings": [setting.name for setting in settings],
         "ladder": [[rung.kept, rung.pictures] for rung in ladder],
@@ -289,10 +316,6 @@ def sweep(options: argparse.Namespace, overrides: list[str], axes: dict[str, str
         steps = ", ".join(f"{rung.kept} x {rung.pictures}" for rung in ladder)
         print(f"{len(settings)} settings: {steps} pictures, {cost(ladder):,} drawn, {share:.0%} of the whole grid")
 
-    def open_with(words: tuple[str, ...]) -> Sampler:
-        return open_generator(targets[words], world, keep=len(targets) > 1)
-
-    search = Sweep(open_with, options, settings, ladder, folder, world)
     best = search.run()
     if world.is_main:
         write(search, best, overrides)

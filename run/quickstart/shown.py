@@ -190,7 +190,9 @@ class Shown:
 
 def real_features(pictures: SourcePictures, net: FeatureNet, config: RunConfig) -> toy.Labelled:
     """Features of real pictures, computed once and kept in the cache folder of `config`."""
-    path = Path(config.data.cache_dir) / f"real_{net.name}_{pictures.fingerprint()}.safetensors"
+    sizes = pictures.file_sizes()
+    key = pictures.fingerprint() + (f"_{sizes[:8]}" if sizes else "")
+    path = Path(config.data.cache_dir) / f"real_{net.name}_{key}.safetensors"
     if not path.is_file():
         device = next(net.parameters()).device
         features = measure.picture_features(
