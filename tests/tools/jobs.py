@@ -101,6 +101,27 @@ def _linear_probe(made: Workshop, out: Path) -> list[object]:
     return [weights, "embedded://emoji64", "--epochs", 3, "--num", 256, "--workers", 0, "--out", out / "probe"]
 
 
+def _compare(made: Workshop, out: Path) -> list[object]:
+    tokenizers = [made.made(system, "tokenizer") for system in ("fqgan", "rectok")]
+    how = ["--data", f"{SYNTHETIC}40", "--workers", 0, "--seconds", 0, "--bootstrap", 2]
+    return [*tokenizers, *how, *LITE, "--out", out / "compared"]
+
+
+def _sweep(made: Workshop, out: Path) -> list[object]:
+    grid = ["--scale", "1,2", "--num", 32, "--first", 16, "--bootstrap", 2]
+    return [made.made("fqgan", "generator"), *grid, *LITE, "--out", out / "swept"]
+
+
+def _edit(made: Workshop, out: Path) -> list[object]:
+    from PIL import Image
+
+    photo = made.folder / "photo.png"
+    if not photo.exists():
+        Image.linear_gradient("L").convert("RGB").save(photo)
+    how = ["--outpaint", 0.25, "--labels", "0,1,2,3", "--num", 8, "--full", "--out", out / "edited.png"]
+    return [made.made("fqgan", "generator"), photo, *how]
+
+
 PROGRAMS: dict[str, tuple[str, Callable[[Workshop, Path], list[object]]]] = {
     "sample": ("sample", _sample),
     "reconstruct": ("reconstruct", _reconstruct),
@@ -112,6 +133,9 @@ PROGRAMS: dict[str, tuple[str, Callable[[Workshop, Path], list[object]]]] = {
     "latent_stats": ("latent_stats", _latent_stats),
     "linear_probe": ("linear_probe", _linear_probe),
     "convert": ("convert", lambda made, out: [made.made("dar", "tokenizer"), out / "file.safetensors"]),
+    "compare": ("compare", _compare),
+    "sweep": ("sweep", _sweep),
+    "edit": ("edit", _edit),
     "quickstart": ("quickstart", lambda made, out: ["--from-scratch", "--smoke"]),
 }
-ALONE = ("reconstruct", "latent_stats", "convert", "quickstart")  # run on one rank
+ALONE = ("reconstruct", "latent_stats", "convert", "edit", "quickstart")  # run on one rank

@@ -9,7 +9,9 @@ import timm
 import torch._dynamo
 
 import evaluation.networks
+import run.compare
 import run.convert
+import run.edit
 import run.estimate
 import run.evaluate
 import run.latent_stats
@@ -19,6 +21,7 @@ import run.pretokenize
 import run.quickstart
 import run.reconstruct
 import run.sample
+import run.sweep
 import run.train
 
 _lite0 = evaluation.networks.load_efficientnet_lite0()

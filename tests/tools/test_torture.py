@@ -11,11 +11,14 @@ from tests.tools.jobs import PROGRAMS, SYSTEMS, Workshop
 from tests.tools.torture import KILL, STOPS, interrupt, lose_ranks
 
 HERE = {
+    "compare",
     "convert",
+    "edit",
     "latent_stats",
     "latents",
     "linear_probe",
     "quickstart",
+    "sweep",
 }  # are stopped here, the others in tests/scripts/test_stops.py
 CASES = [(name, KILL) for name in [*SYSTEMS, *PROGRAMS]] + [(name, STOPS) for name in [*SYSTEMS, *sorted(HERE)]]
 
