@@ -155,7 +155,7 @@ class Pretokenizing:
         if self.pictures is None or self.request.foreign or self.request.to:
             return
         store, asked = TokenStore(self.folder), make_transform(self.config, self.tokenizer.image_size)
-        if store.fingerprint() != self.pictures.fingerprint():
+        if not store.is_of(self.pictures):
             url = self.config.data.pictures or self.config.data.url
             other = f"pictures than {url}"
         elif store.transform.describe() != asked.describe():
