@@ -3,8 +3,8 @@
     python -m tests.tools.adapt_emoji --minutes 15 --out work_dirs/adapt_emoji
 
 A base generator learns the other six classes on the codes of a shipped tiny tokenizer (which has seen all nine). Then, for the
-same number of steps each: "adapted" starts from the base (train.init_from, train.new_classes=mean), "from scratch" does not; all
-else is equal. The steps are what the base made in so many minutes. What is reported is the share of samples that the
+same number of steps each: "adapted" starts from the base (train.init_from, train.new_classes=mean), "lora" as well but changes its
+blocks by low-rank products alone, "from scratch" does not start from it; all else is equal. The steps are what the base made in so many minutes. What is reported is the share of samples that the
 tests' classifier (nine classes, chance 11 %) tells as the class asked for. The same command continues after a kill.
 """
 
@@ -16,6 +16,7 @@ import math
 import subprocess
 import sys
 import time
+from collections import Counter
 from pathlib import Path
 
 import torch
@@ -29,23 +30,28 @@ from evaluation import toy
 from tests.tools import tiny
 
 CLASSES = "animals,flags,food"
+WARM_UP = 25  # steps that only store codes
 
 
-def write_folders(folder: Path, new: list[str]) -> None:
-    """old/CLASS and new/CLASS with the training pictures, as they are in the shards."""
+def write_folders(folder: Path, new: list[str], most: int | None) -> None:
+    """old/CLASS and new/CLASS with the first `most` training pictures of each, as they are in the shards."""
     source = open_source("embedded://emoji64", "train")
     assert isinstance(source, ListedSource)
     if unknown := {*new} - {*source.class_names}:
         raise SystemExit(f"no classes of the emoji: {', '.join(sorted(unknown))}; there are {source.class_names}")
+    taken = Counter[str]()
     for i, label in enumerate(source.labels.tolist()):
         name = source.class_names[label]
+        taken[name] += 1
+        if most is not None and taken[name] > most:
+            continue
         place = folder / ("new" if name in new else "old") / name
         place.mkdir(parents=True, exist_ok=True)
         (place / f"{i:05d}.png").write_bytes(source.read(i))
 
 
-def train(folder: Path, system: str, name: str, pictures: str, *words: str) -> float:
-    """Train or go on; seconds that it took now."""
+def train(folder: Path, system: str, name: str, pictures: str, steps: int, *words: str) -> float:
+    """Train or go on until `steps` are done; seconds that it took now."""
     program = "var" if system == "imagefolder" else "ar"
     command = [sys.executable, "-m", "scripts.train", f"configs/tiny/{system}/generator.yaml"]
     settings = [
@@ -57,7 +63,8 @@ def train(folder: Path, system: str, name: str, pictures: str, *words: str) -> f
         "train.preview_every=never",
         "train.checkpoint_every=100step",
         "train.ema=[0.99]",  # short runs: an average over more steps would still be at its start
-        "train.schedule.warmup=20step",
+        f"train.duration={steps}step",
+        f"train.schedule.warmup={min(20, steps)}step",
     ]
     started = time.perf_counter()
     done = subprocess.run([*command, *settings, *words], stdout=sys.stderr)
@@ -88,6 +95,8 @@ def main() -> None:
     parser.add_argument("--share", type=float, default=1.0, help="of those steps, for the two others")
     parser.add_argument("--classes", default=CLASSES)
     parser.add_argument("--system", default="imagefolder")
+    parser.add_argument("--rank", type=int, default=8, help="of the low-rank changes")
+    parser.add_argument("--pictures", type=int, help="of each class to train on (default all)")
     parser.add_argument("--trunk-lr", type=float, default=1.0)
     parser.add_argument("--each", type=int, default=40, help="samples of each class and model")
     parser.add_argument("--out", type=Path, default=Path("work_dirs/adapt_emoji"))
@@ -95,22 +104,26 @@ def main() -> None:
     folder, new = options.out.resolve(), sorted(options.classes.split(","))
     noted = folder / "steps.json"
     if not noted.is_file():
-        write_folders(folder / "pictures", new)
-        train(folder, options.system, "warm", "old", "train.duration=25step")  # codes are stored; else nothing
+        write_folders(folder / "pictures", new, options.pictures)
+        train(folder, options.system, "warm", "old", WARM_UP)  # codes are stored; else nothing
         limit = f"train.time_limit_minutes={options.minutes}"
-        seconds = train(
-            folder, options.system, "base", "old", "train.duration=1000000step", "train.schedule.kind=constant", limit
-        )
+        endless = 1_000_000
+        seconds = train(folder, options.system, "base", "old", endless, "train.schedule.kind=constant", limit)
         steps = Checkpoint(folder / "base" / "checkpoints" / "latest").step
         noted.write_text(json.dumps({"steps": steps, "minutes": seconds / 60}) + "\n")
     base = json.loads(noted.read_text())
     steps = max(1, round(options.share * base["steps"]))
     print(f"base: {base['steps']} steps of 32 in {base['minutes']:.1f} minutes on {torch.get_num_threads()} thread(s)")
-    adapt = [f"train.init_from={folder / 'base'}", "train.new_classes=mean", f"train.trunk_lr={options.trunk_lr}"]
+    start = [f"train.init_from={folder / 'base'}", "train.new_classes=mean"]
+    slower = f"_{options.trunk_lr:g}" if options.trunk_lr != 1 else ""
+    runs = {
+        f"adapted_{steps}{slower}": [*start, f"train.trunk_lr={options.trunk_lr}"],
+        f"lora{options.rank}_{steps}": [*start, f"train.lora.rank={options.rank}", f"train.lora.alpha={options.rank}"],
+        f"scratch_{steps}": [],
+    }
     results = {}
-    for name, words in (("adapted", adapt), ("scratch", [])):
-        label = f"{name}_{steps}" + (f"_{options.trunk_lr:g}" if name == "adapted" and options.trunk_lr != 1 else "")
-        seconds = train(folder, options.system, label, "new", f"train.duration={steps}step", *words)
+    for label, words in runs.items():
+        seconds = train(folder, options.system, label, "new", steps, *words)
         results[label] = accuracy(folder / f"{label}.png", str(folder / label), new, options.each)
         error = math.sqrt(results[label]["all"] * (1 - results[label]["all"]) / (options.each * len(new)))
         shown = ", ".join(f"{key} {value:.0%}" for key, value in results[label].items())
