@@ -23,11 +23,12 @@ from data.transforms import center_crop, to_tensor
 
 @dataclass(frozen=True)
 class Parts:
-    """What can be kept of the latents of a picture: the first 1 ... count `unit`s, of `tokens` tokens each (0: unequal)."""
+    """What can be kept of the latents of a picture: the first `fewest` ... `count` `unit`s, of `tokens` tokens each (0: unequal)."""
 
     count: int
     unit: str
     tokens: int
+    fewest: int = 1
 
 
 def parts_of(tokenizer: Tokenizer) -> Parts | None:
@@ -36,7 +37,8 @@ def parts_of(tokenizer: Tokenizer) -> Parts | None:
     if isinstance(tokenizer, Previews) and isinstance(spec, MultiScale):
         return Parts(len(spec.scales), "scale", 0)
     if isinstance(tokenizer, Previews) and isinstance(tokenizer, Streams) and isinstance(spec, Codes):
-        return Parts(tokenizer.groups, "group", spec.length // tokenizer.groups)
+        tokens = spec.length // tokenizer.groups
+        return Parts(tokenizer.groups, "group", tokens, -(-tokenizer.stream(1).needed // tokens))
     if isinstance(spec, Codes) and spec.grid is None and not isinstance(tokenizer, Previews):
         return Parts(spec.length, "token", 1)
     return None
@@ -76,8 +78,10 @@ class Changes:
         name, spec, parts = type(tokenizer).__name__, tokenizer.spec, parts_of(tokenizer)
         if self.kept is not None and parts is None:
             raise UserError(f"{name} needs all of its latents for a picture, so none can be left out (--kept).")
-        if self.kept is not None and parts is not None and not 1 <= self.kept <= parts.count:
-            raise UserError(f"--kept {self.kept}: {name} has {parts.count} {parts.unit}s; give 1 to {parts.count}.")
+        if self.kept is not None and parts is not None and not parts.fewest <= self.kept <= parts.count:
+            raise UserError(
+                f"--kept {self.kept}: {name} has {parts.count} {parts.unit}s; give {parts.fewest} to {parts.count}."
+            )
         if not 0 <= self.noise <= 1:
             raise UserError(f"--noise {self.noise:g}: give a share from 0 (none) to 1 (nothing but noise).")
         if self.noise and not isinstance(spec, Continuous):
@@ -125,6 +129,8 @@ class Changes:
         """Pictures (B, 3, H, W) in [-1, 1] of the parts that are kept."""
         if self.kept is None:
             return tokenizer.decode(latents, draws)
+        if isinstance(tokenizer, Streams):
+            return tokenizer.decode(latents[:, : self.kept * tokenizer.spec.length // tokenizer.groups], draws)
         if isinstance(tokenizer, Previews):
             return tokenizer.previews(latents, draws)[self.kept - 1]
         latents = latents.clone()

@@ -114,9 +114,9 @@ function setUpTokenizer() {
   say('tokenizer-facts', `${model.size} x ${model.size} pixels; ${model.latents}`);
   const changes = [];
   if (model.kept) {
-    const {count, unit, tokens} = model.kept;
+    const {count, unit, tokens, fewest} = model.kept;
     const says = n => tokens > 1 ? `${n * tokens} of ${count * tokens}` : `${n} of ${count}`;
-    changes.push(slider('kept', `${tokens ? 'tokens' : unit + 's'} kept`, {min: 1, max: count, value: count}, says));
+    changes.push(slider('kept', `${tokens ? 'tokens' : unit + 's'} kept`, {min: fewest, max: count, value: count}, says));
   }
   if (model.noise) changes.push(slider('noise', 'noise', {min: 0, max: 1, step: 0.05, value: 0}, n => `${Math.round(100 * n)} %`));
   $('changes').replaceChildren(...changes);

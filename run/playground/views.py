@@ -161,7 +161,7 @@ def tokenizer_controls(tokenizer: Tokenizer) -> Fields:
     spec, parts = tokenizer.spec, parts_of(tokenizer)
     facts: Fields = {"size": tokenizer.image_size, "latents": str(spec), "noise": isinstance(spec, Continuous)}
     if parts is not None:
-        facts["kept"] = {"count": parts.count, "unit": parts.unit, "tokens": parts.tokens}
+        facts["kept"] = vars(parts)
     if not isinstance(spec, Continuous):
         facts |= {"vocab": spec.vocab, "branches": branch_names(spec), "maps": code_maps(spec)}
     return facts
