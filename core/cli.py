@@ -8,6 +8,7 @@ from __future__ import annotations
 import atexit
 import contextlib
 import os
+import shutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -107,9 +108,15 @@ def _lacking(error: Exception) -> UserError | None:
     package, ours = error.name.partition(".")[0], {folder.parent.name for folder in ROOT.glob("*/__init__.py")}
     if package in ours:
         return None
+    chosen = os.environ.get("TESSERA_PYTHON", "")
+    if not chosen:
+        other = f"Use {ROOT / '.venv/bin/python'}, which run_*.sh make, or install"
+    elif os.path.abspath(shutil.which(chosen) or chosen) == os.path.abspath(sys.executable):
+        other = "TESSERA_PYTHON names this one: unset it, and run_*.sh make one that has all, or install"
+    else:
+        other = f"Use {chosen}, which TESSERA_PYTHON names, or install"
     return UserError(
-        f"{sys.executable} has no package {package}. Use {ROOT / '.venv/bin/python'}, which run_*.sh make, or install "
-        f"what {ROOT / 'requirements.txt'} lists (pip install -r)."
+        f"{sys.executable} has no package {package}. {other} what {ROOT / 'requirements.txt'} lists (pip install -r)."
     )
 
 

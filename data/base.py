@@ -80,6 +80,11 @@ class LeftOut:
         if not base.startswith("."):
             self.add(os.path.splitext(base)[1].lower() or "without extension", name)
 
+    def add_folder(self, name: str) -> None:
+        """One that is not looked into; not of hidden ones."""
+        if not os.path.basename(name).startswith("."):
+            self.add("folder(s)", name)
+
     def describe(self) -> tuple[str, ...]:
         return tuple(f"{n:,} {kind} ({first}{', ...' if n > 1 else ''})" for kind, (n, first) in self.kinds.items())
 

@@ -294,7 +294,9 @@ def open_shards(path: str, split: str | None, options: dict[str, str]) -> DataSo
     if (folder := Path(path).expanduser()).is_dir():
         left_out = LeftOut()
         for file in sorted(folder.iterdir()):
-            if not file.name.endswith((".tar", ".tar.index.npz")):
+            if file.is_dir():
+                left_out.add_folder(file.name)
+            elif not file.name.endswith((".tar", ".tar.index.npz")):
                 left_out.add_file(file.name)
         source.left_out += left_out.describe()
     return source

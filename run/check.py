@@ -8,6 +8,7 @@ report             what is here, and what only the documented evaluation will as
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,7 +18,7 @@ from core.errors import UserError
 from core.schema import RunConfig
 from core.specs import DataSource
 from core.weights import released
-from core.weights.released import Released, find_local_file, helper, needed
+from core.weights.released import ROOT, Released, find_local_file, helper, needed
 from data.checks import left_out, remarks, require_same_classes
 from data.tokens import TokenStore
 from evaluation import measure, protocols, references
@@ -180,8 +181,24 @@ def find_weights(config: RunConfig) -> tuple[dict[str, Source], list[str]]:
             sources[setting] = Source(reference, kinds.get(setting))
         except UserError as error:
             known = None if "://" in reference else released.find(reference)
-            lines.append(f"{setting}={reference}: {f'fetch it with {known.command}' if known else error}")
+            advice = (
+                f"fetch it with {known.command}" if known else trained_by(reference, kinds.get(setting)) or str(error)
+            )
+            lines.append(f"{setting}={reference}: {advice}")
     return sources, lines
+
+
+def trained_by(reference: str, kind: str | None) -> str:
+    """How to make a run that is not here: by the recipe that has its name; "" where none has, and for what is here."""
+    run = Path(reference)
+    if run.exists() or run.parent.name != RunConfig.work_dir:
+        return ""
+    named = re.compile(rf"^name: *{re.escape(run.name)} *(#.*)?$", re.MULTILINE)
+    for recipe in sorted((ROOT / "configs").rglob("*.yaml")):
+        if named.search(recipe.read_text()):
+            program = "run_train_tokenizer.sh" if kind == "tokenizer" else "run_train_ar.sh"
+            return f"no such run yet. Train it: bash {program} {recipe.relative_to(ROOT)}"
+    return ""
 
 
 def missing_helpers(config: RunConfig) -> list[str]:

@@ -303,7 +303,9 @@ def comparison(runs: Sequence[Run]) -> Report:
                 for logged, line in run.curves(chart).items() if chart.title == title else ():
                     lines.setdefault(logged, {})[name] = line
         for logged, series in lines.items():
-            page.add_curves(title if len(lines) == 1 else f"{title}: {logged}", series, log=None, xlabel="images")
+            page.add_curves(
+                title if len(lines) == 1 or logged == title else f"{title}: {logged}", series, log=None, xlabel="images"
+            )
     settings = [flatten(run.config) for run in runs]
     keys = sorted({key for s in settings for key in s} - {"name", "work_dir"})
     differing = [

@@ -41,7 +41,11 @@ def decoder_size(state: State, width: int, facts: Facts, sizes: Mapping[str, Siz
     heads = facts.ask(
         "generator.size.heads", "the number of attention heads", max(1, width // 64), facts.said("n_head")
     )
-    return asdict(Size(width, layers, heads, head_layers, hidden, (rows - width) // 2 * heads // width))
+    shared = (rows - width) // 2  # the width of keys, and of values
+    size = asdict(Size(width, layers, heads, head_layers, hidden, shared * heads // width))
+    if shared == width:
+        del size["kv_heads"]  # as many as `heads`, which nobody may have told yet
+    return size
 
 
 def official(state: State, names: Renames) -> State:

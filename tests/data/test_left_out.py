@@ -100,11 +100,13 @@ def test_shards(tmp_path):
     )
     write_tar(tmp_path / "1.tar", {"c.png": png(), "c.txt": b"", "d.avif": b"", "d.cls.bak": b"1"})
     write(tmp_path / "2.tar.gz")
+    for name in ("val", ".cache", "more.tar.d"):
+        (tmp_path / name).mkdir()
     for _ in range(2):  # scanned, then from the index
         source = open_source(str(tmp_path))
         assert len(source) == 3 and left_out(source) == (
             "not read: 2 .txt (a.txt, ...); 1 .json without label, cls, class, class_id or class_index (a.json); "
-            "1 .avif (d.avif); 1 .bak (d.cls.bak); 1 .gz (2.tar.gz)"
+            "1 .avif (d.avif); 1 .bak (d.cls.bak); 1 .gz (2.tar.gz); 2 folder(s) (more.tar.d, ...)"
         )
 
 

@@ -12,7 +12,7 @@ from core.errors import UserError
 from core.rng import Draws
 from core.specs import Codes, Continuous, Generator, Guidance
 from core.train.parallel import blocks_of
-from core.weights.layouts import check_layout
+from core.weights.layouts import check_layout, compare
 from generator.adapters import ADAPTERS
 from generator.ar.far import FAR
 from tests.parity import fixture_folder
@@ -255,3 +255,12 @@ def test_recorded_layouts(name):
     official = ADAPTER.restore(model)
     assert {n: list(t.shape) for n, t in official.items()} == {n: shape for n, (shape, _) in layout["tensors"].items()}
     assert sum(p.numel() for p in model.parameters()) == layout["parameters"]
+
+
+def test_shared_heads_are_told_only_where_heads_are_known():
+    """A file without its heads: as many for keys and values as for queries, however many those are."""
+    found = compare(ADAPTER, ADAPTER.restore(far()))
+    assert found.asked == ["size.heads"] and "kv_heads" not in found.settings["size"]
+    assert compare(ADAPTER, ADAPTER.restore(far()), size={"heads": 2}).model.size["kv_heads"] == 2
+    shared = ADAPTER.restore(far(size={**SIZE, "kv_heads": 2}))
+    assert compare(ADAPTER, shared, size={"heads": 4}).settings["size"]["kv_heads"] == 2

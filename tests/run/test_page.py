@@ -137,6 +137,16 @@ def test_runs_beside_each_other(copy, tokenizer_run, tmp_path, capsys):
         report.main([str(tmp_path)])
 
 
+def test_a_curve_called_like_its_chart_is_named_once(copy, tmp_path):
+    """Where another run draws something else on the chart, as FAR's loss beside the flow of DiT^DH."""
+    other = shutil.copytree(copy, tmp_path / "work" / "other")
+    logged = page.read_run(copy).charts[0].names[0]
+    for file in ("about.json", "metrics.jsonl"):
+        (other / file).write_text((other / file).read_text().replace(f'"{logged}"', '"loss"'))
+    html = page.write([copy, other], tmp_path / "both.html").read_text()
+    assert f"<h3>loss: {logged}" in html and "<h3>loss</h3>" in html and "loss: loss" not in html
+
+
 def test_a_page_that_cannot_be_written_ends_nothing(copy):
     said: list[str] = []
     (copy / page.PAGE).unlink()

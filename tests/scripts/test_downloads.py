@@ -20,7 +20,7 @@ from core.weights import hub, released
 from core.weights.released import Released, helper, needed
 from run import download
 from scripts.download import main
-from tests.conftest import ROOT
+from tests.conftest import ROOT, TOY_GENERATOR
 from tests.fake_hub import serving
 
 SYSTEMS = ("rectok", "fqgan", "rear", "dar", "imagefolder")
@@ -304,6 +304,22 @@ def test_check_is_content_with_what_is_here(train_main, tmp_path):
     )
     assert code == 0, err
     assert "all that training needs is here" in out and "for evaluation Inception network of FID" in out
+
+
+@pytest.mark.parametrize(
+    "recipe, command",
+    [
+        ("toy/rear", "tokenizer.weights=work_dirs/toy_vqgan_plus_tokenizer: no such run yet. Train it: bash "
+         "run_train_tokenizer.sh configs/toy/vqgan_plus_tokenizer.yaml"),
+        ("rectok/decoder_finetune", "bash run_train_tokenizer.sh configs/rectok/tokenizer.yaml"),
+    ],
+)  # fmt: skip
+def test_a_run_that_is_not_here_is_named_by_its_recipe(train_main, recipe, command):
+    code, _, err = train_main(ROOT / "configs" / f"{recipe}.yaml", "train.device=cpu", "--check")
+    assert code == 2 and command in err, err
+    assert Path(ROOT, command.split()[-1]).is_file()
+    code, _, err = train_main(TOY_GENERATOR, "tokenizer.weights=work_dirs/toy_nothing", "train.device=cpu", "--check")
+    assert code == 2 and "no such file or folder" in err and "Train it" not in err
 
 
 def test_online_evaluation_needs_its_files(train_main, tmp_path):

@@ -164,6 +164,14 @@ def test_a_python_without_the_packages_is_a_sentence(tmp_path, words):
     assert re.search(
         r"error: .* has no package (torch|numpy)\. Use .*/\.venv/bin/python, which run_\*\.sh make", run.stderr
     )
+    for named, advice in (
+        (sys.executable, "TESSERA_PYTHON names this one: unset it, and run_*.sh make one that has all"),
+        (str(tmp_path / "python"), f"Use {tmp_path / 'python'}, which TESSERA_PYTHON names"),
+    ):
+        run = subprocess.run(
+            command, cwd=tmp_path, env={**clean, "TESSERA_PYTHON": named}, capture_output=True, text=True
+        )
+        assert run.returncode == 2 and advice in run.stderr and "which run_" not in run.stderr, run.stderr
 
 
 def test_an_old_python_is_a_sentence(monkeypatch, capsys):
