@@ -300,17 +300,13 @@ class Pair:
     base: str
     metric: str
     difference: Difference
+    sizes: tuple[int, int]  # of the pictures of both, in pixels
 
     def row(self) -> list[str]:
         """For people."""
-        d = self.difference
-        return [
-            f"{self.name} - {self.base}",
-            self.metric,
-            f"{d.mean:+.4f}",
-            f"{d.low:+.4f} to {d.high:+.4f}",
-            d.verdict,
-        ]
+        d, (size, base_size) = self.difference, self.sizes
+        verdict = d.verdict if size == base_size else f"not the same scale: {size} px, {base_size} px"
+        return [f"{self.name} - {self.base}", self.metric, f"{d.mean:+.4f}", f"{d.low:+.4f} to {d.high:+.4f}", verdict]
 
 
 def differences(sides: list[Side]) -> list[Pair]:
@@ -327,7 +323,8 @@ def differences(sides: list[Side]) -> list[Pair]:
             if drawn[0] == drawn[1] > 1:
                 values = (ours["value"], ours["replicates"], theirs["value"], theirs["replicates"])
                 metrics[metric] = distance_difference(*values)
-        pairs += [Pair(other.name, first.name, metric, metrics[metric]) for metric in sorted(metrics)]
+        sizes = other.tokenizer.image_size, first.tokenizer.image_size
+        pairs += [Pair(other.name, first.name, metric, metrics[metric], sizes) for metric in sorted(metrics)]
     return pairs
 
 
@@ -396,7 +393,7 @@ def write_tokenizers(
             "",
             "The tokenizers work at different resolutions: each is compared with its own crops, and PSNR, SSIM and LPIPS of different resolutions are not the same scale.",
         )
-    quality = [name for name in sides[0].scores if not name.startswith(CODES)]
+    quality = [name for name in dict.fromkeys(n for side in sides for n in side.scores) if not name.startswith(CODES)]
     numbers = {side.name: side.numbers() for side in sides}
     report.add_table("Quality, with 95 % intervals", ["tokenizer", *quality], rows_of(numbers, quality))
     pairs = differences(sides)

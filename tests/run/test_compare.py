@@ -11,6 +11,7 @@ import torch
 
 from core.errors import UserError
 from core.weights import released
+from evaluation.comparison import Difference
 from evaluation.images import interval_of
 from run import compare as module
 from run.load import read_tokenizer
@@ -67,6 +68,12 @@ def test_tokenizers(fqgan, tokenizer_run, tmp_path, capsys):
     capsys.readouterr()
     assert compare.main(words) == 0
     assert capsys.readouterr().out.count("measured before") == 2 and (out / "compare.csv").read_text() == before
+
+
+def test_a_difference_between_resolutions_is_no_verdict():
+    difference = Difference(-3.0, -4.0, -2.0)
+    same, other = (module.Pair("a", "b", "psnr", difference, (size, 64)).row() for size in (64, 32))
+    assert same[:-1] == other[:-1] and same[-1] == "lower" and other[-1] == "not the same scale: 32 px, 64 px"
 
 
 def test_without_targets_the_tiny_tokenizers_are_compared(generator_run, capsys, monkeypatch):
