@@ -285,7 +285,7 @@ def few_pictures(count: int, dim: int) -> str:
     if count <= dim:
         return (
             f"{count} pictures in {dim} dimensions: the covariance has no full rank and the distance is far too high. "
-            "Compare it with nothing but the same number of pictures, or ask for --infinity."
+            "Compare it with nothing but the same number of pictures, or ask run_eval_tokenizer.sh or run_eval_generator.sh for --infinity."
         )
     if count < min(50 * dim, 50_000):
         return f"A Frechet distance of {count} pictures is biased upwards: compare it with equal numbers only."

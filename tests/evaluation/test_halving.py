@@ -24,6 +24,7 @@ def test_few_settings_and_pictures():
     assert plan(3, 500, first=500) == [Rung(3, 500)]
     assert plan(6, 20) == [Rung(6, 20)]  # too few pictures to tell anything from a part of them
     assert plan(8, 800, first=10)[0] == Rung(8, 10)
+    assert [round(cost(plan(n, 400)) / (n * 400), 2) for n in (2, 3, 4)] == [0.58, 0.44, 0.4]  # docs/compare.md
     with pytest.raises(UserError, match="--first 900"):
         plan(8, 800, first=900)
 
