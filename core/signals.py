@@ -19,6 +19,8 @@ import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
+from core.errors import UserError
+
 REQUEUE_EXIT_CODE = 75  # EX_TEMPFAIL of sysexits.h: "try again later"
 GO_ON = "run the same command again to continue"
 # A main thread that is inside one long call (a matrix root, a wait for another rank) cannot run Python's handler.
@@ -40,7 +42,7 @@ class StopRequest:
     """Collects the wish to stop while it is open as a context manager; old handlers come back when it closes.
 
     One that is opened inside another takes its place, knows what that one has heard, and hands on what it heard, except to
-    one that is `at_once`: whoever opened it raises Stopped then. Outside the main thread, which alone receives signals, it does nothing.
+    one that is `at_once`: whoever opened it raises Stopped then, or fails otherwise, which hands it on. Outside the main thread, which alone receives signals, it does nothing.
 
     Args:
         time_limit_minutes: stop this long after construction. None: no limit.
@@ -69,13 +71,15 @@ class StopRequest:
                 self._previous[number] = signal.signal(number, self._handle)
         return self
 
-    def __exit__(self, *_) -> None:
+    def __exit__(self, kind: type[BaseException] | None = None, *_) -> None:
         for number, handler in self._previous.items():
             # None stands for a handler that was not installed from Python and cannot be put back by it.
             signal.signal(number, signal.SIG_DFL if handler is None else handler)
         if self._previous:
             StopRequest.innermost = self._outer
-            if self._outer is not None and not self._outer.at_once:
+            # A terminal's Ctrl-C also ends the compilers that work for us: what they then fail with is the stop.
+            failed = kind is not None and issubclass(kind, Exception) and not issubclass(kind, UserError)
+            if self._outer is not None and (failed or not self._outer.at_once):
                 self._outer._signal = self._outer._signal or self._signal
         self._previous.clear()
 

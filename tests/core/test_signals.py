@@ -153,3 +153,27 @@ def test_an_undivided_piece_is_finished_before_stopped_is_raised():
     with StopRequest() as loop, signals.undivided():
         signal.raise_signal(signal.SIGUSR1)
     assert done == ["finished"] and loop.requested() == "received SIGUSR1"
+
+
+FAILING = """
+import os, signal
+from core import cli
+from core.errors import UserError
+from core.signals import StopRequest
+
+def main(_):
+    with StopRequest():
+        os.kill(os.getpid(), signal.SIGTERM)
+        raise ERROR
+
+cli.run(main)
+"""
+
+
+@pytest.mark.parametrize("error, code", [("RuntimeError('g++ has failed')", 75), ("UserError('no such key')", 2)])
+def test_what_fails_because_of_a_stop_is_the_stop(error, code):
+    """A signal of the whole group ends the compiler that a step waits for; mistakes of users are still told."""
+    program = [sys.executable, "-c", FAILING.replace("ERROR", error)]
+    done = subprocess.run(program, cwd=ROOT, capture_output=True, text=True, timeout=300)
+    assert done.returncode == code and "Traceback" not in done.stderr, done.stderr
+    assert ("no such key" if code == 2 else "received SIGTERM") in done.stderr
