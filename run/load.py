@@ -126,11 +126,7 @@ class Source:
 
 
 def open_weights(reference: str, kind: str, world: World | None) -> Source:
-    """The same weights on all ranks. Collective where there are several.
-
-    Args:
-        world: None where this is the only rank.
-    """
+    """The same weights on all ranks. Collective where there are several; `world` is None where this is the only one."""
     if world is None:
         assert group_size() == 1, f"{reference}: each rank might take another checkpoint of a living run"
         return Source(reference, kind)
@@ -299,10 +295,7 @@ def build(
     kind: str, section: dict[str, Any], weights: Weights | None = None, filled: bool = True, **defaults: Any
 ) -> Any:
     """A network of this kind from its config section; with weights, their settings fill in what the section leaves out.
-
-    Args:
-        filled: load the weights; without it only their sizes count.
-    """
+    Where it is not to be `filled`, only the sizes of the weights count."""
     settings = constructor_arguments(section)
     if weights is None:
         return REGISTRIES[kind].build(settings, **defaults)
@@ -626,11 +619,8 @@ def laid_out(section: dict[str, Any], source: Source | None = None) -> Loaded[To
 # What trains
 # ---------------------------------------------------------------------------------------------------------------------
 def build_tokenizer_task(config: RunConfig, weights: Origin = "load") -> TokenizerTask:
-    """A new tokenizer, as a tokenizer's config trains it.
-
-    Args:
-        weights: of teachers, of the networks behind losses, and of what the tokenizer starts from.
-    """
+    """A new tokenizer, as a tokenizer's config trains it; `weights` are of teachers, of the networks behind losses, and of
+    what the tokenizer starts from."""
     assert config.objective is not None
     ready = weights == "load"
     settings = config.tokenizer if ready else _untrained(TOKENIZERS, tokenizer_layout(config.tokenizer)[0])
