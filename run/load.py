@@ -26,14 +26,14 @@ from core import config as config_module
 from core.config import RESERVED
 from core.dist import World, group_size
 from core.errors import UserError
-from core.nn.reads import parameters_read
-from core.rng import Draws, hash64
+from core.rng import hash64
 from core.schema import RunConfig, SampleConfig
 from core.specs import Codes, Continuous, Generator, Guidance, LatentSpec, MultiScale, Tokenizer
 from core.train.checkpoint import Checkpoint
 from core.weights import files as weight_files
 from core.weights import hub, released
 from core.weights.adapter import describe_differences, merged, recognise, unusable
+from core.weights.encoding import encoding_fingerprint
 from generator import GENERATORS
 from generator.adapters import ADAPTERS as GENERATOR_ADAPTERS
 from generator.guidance import per_branch
@@ -342,14 +342,6 @@ def read_tokenizer(
         stats = read_stats(place, tokenizer.fingerprint)
         tokenizer.module.set_latent_stats(stats.mean, stats.std)
     return tokenizer
-
-
-def encoding_fingerprint(tokenizer: Tokenizer) -> str:
-    """Of the weights that encoding reads: the same where only the decoder was trained on."""
-    device = next(tokenizer.parameters()).device
-    image = torch.zeros(1, 3, tokenizer.image_size, tokenizer.image_size, device=device)
-    draws = Draws(0, torch.zeros(1, dtype=torch.int64, device=device))
-    return hub.fingerprint(parameters_read(tokenizer, lambda: tokenizer.encode(image, draws)))
 
 
 def _encodes_alike(tokenizer: Loaded[Tokenizer], weights: Weights) -> bool:

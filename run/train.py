@@ -20,6 +20,7 @@ from core.specs import Continuous, DataSource
 from core.train.run import ABOUT, RunFolder
 from core.train.trainer import PREVIEW_IMAGES, Trainer
 from core.weights import hub
+from core.weights.encoding import encoding_fingerprint
 from data.base import ListedSource
 from data.checks import say_left_out
 from data.loader import Loader, read_or_replace, split
@@ -34,7 +35,7 @@ from run.check import Inputs, check_inputs, data_notes, schedule_notes
 from run.data import IMAGENET_VAL, make_transform, open_pictures, open_val, precomputed
 from run.estimate import Plan
 from run.latent_stats import measure_once
-from run.load import REGISTRIES, Loaded, Source, build_pair, build_tokenizer_task, encoding_fingerprint
+from run.load import REGISTRIES, Loaded, Source, build_pair, build_tokenizer_task
 from run.sharing import readable
 from tokenizer.task import TokenizerTask
 

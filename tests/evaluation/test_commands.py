@@ -225,7 +225,7 @@ def test_perturbing_from_the_command_line(tokenizer_run, tmp_path, small_net, mo
     with pytest.raises(UserError, match="give ALPHA,BETA,DELTA"):
         evaluate.main([str(tokenizer_run), *val, "--perturb", "0.5", "--check"])
     assert not (tmp_path / "a").exists()
-    monkeypatch.setattr(evaluation, "read_tokenizer", lambda section: Loaded(OneCode(), {}, "one"))
+    monkeypatch.setattr(evaluation, "read_tokenizer", lambda section, world: Loaded(OneCode(), {}, "one"))
     monkeypatch.setattr(measure, "reconstruction_grid", lambda *a: torch.zeros(3, 8, 8, dtype=torch.uint8))
     assert evaluate.main([str(tokenizer_run), *val, "--perturb", "0.5,0.5,8"]) == 0
     assert {"rfid_24", "pfid_24", "psnr"} <= set(metrics(tmp_path / "a"))

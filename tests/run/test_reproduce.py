@@ -117,7 +117,7 @@ def test_a_finished_row_is_not_measured_again(tmp_path, monkeypatch, capsys):
         if len(called) == 2:
             return SimpleNamespace(returncode=75)  # a signal
         folder = Path(command[command.index("--out") + 1])
-        folder.mkdir()
+        folder.mkdir(exist_ok=True)
         (folder / "metrics.json").write_text(json.dumps({"metrics": {"rfid_50k": {"value": 0.949}}}))
         return SimpleNamespace(returncode=0)
 

@@ -322,7 +322,7 @@ def test_the_latents_of_another_tokenizer_are_refused(build_trainer, tokenizer_r
     build_trainer(TOY_GENERATOR, f"tokenizer.weights={tokenizer_run}", *words).fit()
     trainer = build_trainer(TOY_GENERATOR, f"tokenizer.weights={tokenizer_copy}", *words)  # the same at another place
     assert trainer.restore()
-    trainer.provenance["tokenizer_fingerprint"] = "0" * 16
+    trainer.provenance |= {"tokenizer_fingerprint": "0" * 16, "tokenizer_encoding": "0" * 16}
     with pytest.raises(UserError, match="latents of another tokenizer .weights .*, now 0000"):
         trainer.restore()
 

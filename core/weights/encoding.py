@@ -1,4 +1,4 @@
-"""Which weights of a network a computation reads."""
+"""Which weights of a tokenizer encoding reads: two with the same ones make the same latents, whatever their decoders."""
 
 from __future__ import annotations
 
@@ -9,6 +9,10 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+
+from core.rng import Draws
+from core.specs import Tokenizer
+from core.weights import hub
 
 
 class _Reads(TorchDispatchMode):
@@ -31,3 +35,11 @@ def parameters_read(network: nn.Module, compute: Callable[[], Any]) -> dict[str,
     with _Reads() as reads:
         compute()
     return {n: p for n, p in network.named_parameters() if p.untyped_storage().data_ptr() in reads.places}
+
+
+def encoding_fingerprint(tokenizer: Tokenizer) -> str:
+    """Of the weights that encoding reads: the same where only the decoder was trained on."""
+    device = next(tokenizer.parameters()).device
+    image = torch.zeros(1, 3, tokenizer.image_size, tokenizer.image_size, device=device)
+    draws = Draws(0, torch.zeros(1, dtype=torch.int64, device=device))
+    return hub.fingerprint(parameters_read(tokenizer, lambda: tokenizer.encode(image, draws)))
