@@ -159,7 +159,8 @@ def kept_cells(tokenizer: Tokenizer, masked: Tensor, rules: Rules) -> tuple[Tens
     elif spec.grid is not None:
         grids = [spec.grid]
     elif isinstance(spec, Codes) and spec.places:
-        grids = [(math.isqrt(spec.length),) * 2]
+        side = math.isqrt(spec.length)
+        grids = [(side, side)]
     else:
         return _first_codes(tokenizer, spec.length, rules, share), False
     covered = [F.adaptive_max_pool2d(share, g) if not rules.cover else F.adaptive_avg_pool2d(share, g) for g in grids]
