@@ -11,6 +11,13 @@ class UserError(Exception):
     exit_code = 2
 
 
+def in_short(error: Exception, lines: int = 3) -> str:
+    """A library's message on one line: its first lines, and how many more there were."""
+    said = [line.strip() for line in str(error).splitlines() if line.strip()]
+    more = f" (and {len(said) - lines} lines more)" if len(said) > lines else ""
+    return " ".join(said[:lines]) + more
+
+
 # What other codebases call our settings.
 _SYNONYMS = """
 vocab: codebook_size vocab_size num_codes n_codes n_embed num_embeddings n_e codebook_num

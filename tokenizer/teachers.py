@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from core.errors import UserError
+from core.errors import UserError, in_short
 from core.images import to_uint8, to_unit_range
 from core.limits import Count, Layers, Pixels, Positive, Whole, Width
 from core.nn.frozen import Frozen
@@ -263,7 +263,7 @@ def create_timm(
         )
     except (OSError, RuntimeError, UserError) as error:
         raise UserError(
-            f'could not get the weights of teacher "{name}": {error} Or set its `weights` to a file of timm\'s'
+            f'could not get the weights of teacher "{name}": {in_short(error)} Or set its `weights` to a file of timm\'s'
             f" {model}, or use teacher efficientnet_lite0, which needs no download."
         ) from None
 

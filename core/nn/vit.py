@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from core.errors import UserError
+from core.errors import UserError, in_short
 from core.limits import Layers, Width
 from core.nn.attention import Attention
 from core.nn.dropout import drop_path, path_factors
@@ -245,7 +245,7 @@ def dinov2_weights(size: ViTSize, image_size: int, patch_size: int, file: str | 
         )
     except (OSError, RuntimeError, SafetensorError, UserError) as error:
         raise UserError(
-            f"could not get the weights of DINOv2: {error} Or name a file of timm's {model} (`weights` of the "
+            f"could not get the weights of DINOv2: {in_short(error)} Or name a file of timm's {model} (`weights` of the "
             "teacher, `pretrained` of the tokenizer), or set pretrained: false to start from random "
             "weights."
         ) from None

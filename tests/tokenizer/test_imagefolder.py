@@ -8,10 +8,11 @@ import re
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import save_file
 from torch.nn import functional as F
 
 from core.errors import UserError
-from core.nn.vit import VisionTransformer, ViTSize
+from core.nn.vit import VIT_SIZES, VisionTransformer, ViTSize
 from core.rng import Draws
 from core.specs import Codes
 from core.train.run import read_metrics
@@ -464,6 +465,12 @@ def test_a_teacher_that_cannot_be_loaded(tmp_path):
     broken.write_bytes(b"nothing")
     with pytest.raises(UserError, match="could not get the weights of DINOv2.*pretrained: false"):
         DINOv2ClassTeacher(64, 16, "small", weights=str(broken))
+    state = VisionTransformer(VIT_SIZES["small"], 4, 16).state_dict()
+    state = {name: torch.zeros(2) if name.startswith("blocks.") else tensor for name, tensor in state.items()}
+    save_file(state, broken)
+    with pytest.raises(UserError, match=r"and \d\d+ lines more") as answer:  # a shape of every tensor, otherwise
+        DINOv2ClassTeacher(64, 16, "small", weights=str(broken))
+    assert len(str(answer.value)) < 900
 
 
 # -- words of the original --------------------------------------------------------------------------------------------
