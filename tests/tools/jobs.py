@@ -118,7 +118,7 @@ def _edit(made: Workshop, out: Path) -> list[object]:
     photo = made.folder / "photo.png"
     if not photo.exists():
         Image.linear_gradient("L").convert("RGB").save(photo)
-    how = ["--outpaint", 0.25, "--labels", "0,1,2,3", "--num", 8, "--full", "--out", out / "edited.png"]
+    how = ["--outpaint", 0.25, "--labels", "0,1,2,3", "--num", 8, "--out", out / "edited.png"]
     return [made.made("fqgan", "generator"), photo, *how]
 
 
