@@ -160,10 +160,8 @@ class RunLog:
             return
         figures = [(name, name, "") for name in self.live]
         figures += [("lr", "lr", ""), ("mfu", "MFU", " %"), ("peak_memory_gib", "memory", " GiB")]
-        known = [
-            (title, self.latest.get(name), unit) for name, title, unit in figures
-        ]  # nothing before the first record
-        shown = [f"{title} {value:.3g}{unit}" for title, value, unit in known if value is not None]
+        values = {name: self.latest.get(name) for name, _, _ in figures}  # None before the first record
+        shown = [f"{title} {values[name]:.3g}{unit}" for name, title, unit in figures if values[name] is not None]
         self.line.update(done, "  ".join([f"step {step:,}", *shown]))
 
     def close(self) -> None:

@@ -106,8 +106,7 @@ def freeze(network: nn.Module, patterns: list[str]) -> list[str]:
     Raises:
         UserError: for a pattern that matches none, and where nothing is left to train.
     """
-    parameters = dict(network.named_parameters())
-    frozen: set[str] = set()
+    parameters, frozen = dict(network.named_parameters()), set[str]()
     for pattern in patterns:
         matches = fnmatch.filter(parameters, pattern)
         if not matches:
@@ -119,7 +118,7 @@ def freeze(network: nn.Module, patterns: list[str]) -> list[str]:
         frozen.update(matches)
     for name in frozen:
         parameters[name].requires_grad_(False)
-    if not any(p.requires_grad for p in parameters.values()):
+    if frozen and not any(p.requires_grad for p in parameters.values()):
         raise UserError(f"train.freeze={patterns} leaves nothing to train.")
     return sorted(frozen)
 

@@ -221,9 +221,8 @@ class DAR(CodeTokenizer):
                 f"{images.shape[-2]}x{images.shape[-1]}."
             )
         patches = self.patchify(images)
-        grid = tuple(patches.shape[-2:])
-        self._check_places(grid, self.patch_size)
-        rope = self.rope(grid)
+        self._check_places(tuple(images.shape[-2:]))
+        rope = self.rope(tuple(patches.shape[-2:]))
         patches = plain_norm(patches.flatten(2).transpose(1, 2))  # (B, P, D)
         queries = self.query_linear(self.query_embedding.weight[: self.length]).expand(len(images), -1, -1)
         if self.places is not None:
@@ -234,12 +233,12 @@ class DAR(CodeTokenizer):
         x = plain_norm(x[:, -self.length :])
         return self.quant_in_conv(x.transpose(1, 2)[:, :, None])[:, :, 0].transpose(1, 2)
 
-    def _check_places(self, grid: tuple[int, ...], patch_size: int) -> None:
-        if self.places is not None and grid != (self.image_size // self.patch_size,) * 2:
-            height, width = (side * patch_size for side in grid)
+    def _check_places(self, size: tuple[int, ...]) -> None:
+        """UserError for pictures of another height or width than those in which the codes have places."""
+        if self.places is not None and size != (self.image_size,) * 2:
             raise UserError(
                 f"the codes of this D-AR tokenizer have places in pictures of {self.image_size}x{self.image_size} pixels, "
-                f"not of {height}x{width}."
+                f"not of {size[0]}x{size[1]}."
             )
 
     def encode(self, images: Tensor, draws: Draws | None = None) -> Tensor:
@@ -334,7 +333,7 @@ class DAR(CodeTokenizer):
     ) -> Stream:
         """Decoding while the codes arrive. Without draws every image starts from the same noise."""
         size = size or (self.image_size,) * 2
-        self._check_places(tuple(side // self.patch_size for side in size), self.patch_size)
+        self._check_places(size)
         device = self.decoder_embedding.weight.device
         draws = draws or Draws(0, torch.zeros(batch, dtype=torch.int64, device=device))
         return Stream(self, draws.normal("noise", (3, *size)), steps or self.steps, method or self.solver)
