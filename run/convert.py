@@ -333,8 +333,16 @@ class Conversion:
 
 
 def in_bf16(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The same with fractions rounded to bf16; whole numbers and truth values as they are."""
-    return {name: t.bfloat16() if t.is_floating_point() else t for name, t in state.items()}
+    """The same with fractions rounded to bf16; whole numbers and truth values as they are, in fp32 too.
+
+    A window of the codes used lately holds codes as fp32: in bf16 code 511 of 512 would read 512.
+    """
+    return {name: t.bfloat16() if t.is_floating_point() and not _is_counted(t) else t for name, t in state.items()}
+
+
+def _is_counted(tensor: Tensor) -> bool:
+    """Whole numbers, some of them larger than bf16 can tell apart."""
+    return torch.equal(tensor, tensor.round()) and not torch.equal(tensor, tensor.bfloat16().to(tensor.dtype))
 
 
 def sets_in(source: Source) -> dict[str, tuple[bool, ...]]:

@@ -192,7 +192,7 @@ class Weights:
             with _naming(self.path):
                 return adapter.convert(network, self.official, averaged)
         state = self.tensors(averaged)
-        state = adapter.fit(state, network) if adapter else change(state)
+        state = adapter.completed(adapter.fit(state, network), network) if adapter else change(state)
         if problems := describe_differences(state, network.state_dict()):
             raise UserError(f"{self.path} does not fit {type(network).__name__}: {'; '.join(problems)}")
         if problem := unusable(state, network.state_dict()):

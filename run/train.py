@@ -74,7 +74,7 @@ def _train(config: RunConfig, inputs: Inputs, world: dist.World, about: dict[str
         provenance["data_sizes"] = sizes
     if commits := {s: c for s, weights in sources.items() if (c := hub.commit_of(weights.path))}:
         provenance["commits"] = commits
-    initial_ema = _start(config, task, sources)
+    initial_ema, begun = _start(config, task, sources)
     for weights in sources.values():
         weights.close()
     loader = _loader(config, source, task, provenance.get("tokenizer_fingerprint", ""), world)
@@ -112,6 +112,9 @@ def _train(config: RunConfig, inputs: Inputs, world: dist.World, about: dict[str
     names = source.class_names if len(source.class_names) == source.num_classes else []
     about |= {"summary": summary, "total_images": trainer.total_images, "flops": flops, "class_names": names}
     run.describe({**about, **page.facts(task)})
+    if begun:
+        parts = sorted({".".join(name.split(".")[:2]) for name in begun})
+        run.log(f"train.init_from holds no {', '.join(parts)}, which only training needs: new at the start")
     for note in data_notes(config, source) if world.is_main else ():
         run.log(f"data {note}")
     if val is not source:
@@ -211,15 +214,18 @@ def _generator_task(
 
 def _start(
     config: RunConfig, task: TokenizerTask | GeneratorTask, sources: dict[str, Source]
-) -> dict[str, Tensor] | None:
+) -> tuple[dict[str, Tensor] | None, list[str]]:
     """Load train.init_from, if given, and choose what is trained: raw weights go into the network, averaged ones where it
-    is frozen by the config, since those are what made the codes of others; returns the averaged ones for the EMA."""
+    is frozen by the config, since those are what made the codes of others; returns the averaged ones for the EMA, and
+    the parameters that the file has not (those that only training needs may be missing)."""
     frozen = adapt.choose_trained(config, task)
     if "train.init_from" not in sources:
-        return None
+        return None, []
+    network = task.networks()[task.primary]
     raw, averaged = adapt.states(config, task, sources["train.init_from"])
-    task.networks()[task.primary].load_state_dict(raw | {name: averaged[name] for name in frozen})
-    return averaged
+    begun = [name for name, own in network.named_parameters() if raw[name].data_ptr() == own.data_ptr()]
+    network.load_state_dict(raw | {name: averaged[name] for name in frozen})
+    return averaged, begun
 
 
 # ---------------------------------------------------------------------------------------------------------------------

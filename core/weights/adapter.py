@@ -293,12 +293,17 @@ class Adapter:
         buffers = {name for name, _ in model.named_buffers() if name in empty}
         if raw and averaged and buffers - state.keys():
             state |= {name: t for name, t in ours(raw).items() if name in buffers and name not in state}
+        return self.completed(state, model)
+
+    def completed(self, state: State, model: nn.Module) -> State:
+        """Weights under our names without the optional ones that `model` lacks, with its own for those that are missing."""
+        empty = model.state_dict()
         for pattern in self.names.optional:
             in_file, in_model = ([n for n in names if fnmatchcase(n, pattern)] for names in (state, empty))
             if not in_model:
                 state = {name: t for name, t in state.items() if name not in in_file}
             elif not in_file:
-                state |= {name: empty[name] for name in in_model}
+                state = state | {name: empty[name] for name in in_model}
         return state
 
     def convert(self, model: nn.Module, loaded: Mapping[str, Any], use_ema: bool = True) -> State:

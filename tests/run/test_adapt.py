@@ -22,6 +22,7 @@ from core.train.parallel import replicate
 from core.weights import files as weight_files
 from generator import GENERATORS
 from run import adapt
+from run.convert import in_bf16
 from run.load import Weights, introduce, read_generator, read_tokenizer
 from scripts import convert
 from tests.conftest import ROOT
@@ -29,6 +30,7 @@ from tests.ranks import in_processes
 from tests.run.test_mix import GENERATORS_TO_TRY, NATIVE, TOKENIZERS_TO_TRY
 from tokenizer import TOKENIZERS
 
+SYSTEMS = sorted(path.name for path in (ROOT / "configs" / "tiny").iterdir())
 FAR = str(ROOT / "configs" / "toy" / "far.yaml")
 OTHER_GRID = {name: {"image_size": 2 * TOKENIZERS_TO_TRY[name]["image_size"]} for name in TOKENIZERS_TO_TRY}
 OTHER_GRID["imagefolder"] |= {"latent_grid": 5, "scales": [1, 3, 5]}
@@ -401,6 +403,29 @@ def test_a_generator_takes_a_tokenizer_whose_decoder_was_tuned(train_main, tmp_p
     assert run("far.yaml", "generator", *more, f"tokenizer.weights={tmp_path}/decoder")[0] == 0
     code, said = run("far.yaml", "generator", *more, f"tokenizer.weights={tmp_path}/other", "train.duration=4step")
     assert code == 2 and "latents of another tokenizer" in said, said
+
+
+@pytest.mark.parametrize("system", SYSTEMS)
+def test_a_shipped_tokenizer_is_trained_on(train_main, tmp_path, system):
+    """Its files are in bf16, where a window of codes as fractions held numbers beyond the codebook."""
+    words = [
+        f"work_dir={tmp_path}",
+        "train.duration=1step",
+        "train.global_batch=2",
+        "train.preview_every=never",
+        "data.cache_features=false",
+    ]
+    recipe = str(ROOT / "configs" / "tiny" / system / "tokenizer.yaml")
+    code, told, said = train_main(recipe, f"train.init_from=tiny/{system}", "train.device=cpu", *words)
+    assert code == 0, said
+    assert ("holds no sem_decoders.efficientnet_lite0, which only training needs" in told) == (system == "rectok")
+
+
+def test_whole_numbers_survive_in_half_the_room():
+    window = torch.tensor([0.0, 255.0, 257.0, 511.0])
+    kept = in_bf16({"window": window, "weight": torch.tensor([1.0, 0.1]), "count": torch.tensor(300)})
+    assert torch.equal(kept["window"], window)
+    assert kept["weight"].dtype == torch.bfloat16 and kept["count"].dtype == torch.int64
 
 
 def test_freeze_refuses_what_it_cannot_mean():

@@ -95,6 +95,12 @@ def test_usage_window_of_any_size(count):
     assert "codebook_used" in quantizer.state_dict() and not quantizer.codebook_used.requires_grad
 
 
+def test_a_rounded_window_is_read():
+    quantizer = build(usage_window=4)
+    quantizer.codebook_used.copy_(torch.tensor([0.0, 1.0, 31.0, 32.0]))  # 32 codes
+    assert quantizer.usage().item() == pytest.approx(3 / 32)
+
+
 def test_usage_of_a_sample_is_drawn_by_position():
     def ring(seed):
         quantizer = build(usage_window=16)

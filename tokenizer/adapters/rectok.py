@@ -12,11 +12,16 @@ from core.weights.adapter import Adapter, Facts, layer_count, transformer_size
 from core.weights.names import Names, State
 from tokenizer.continuous.rectok import SIZES, RecTok
 
+SEMANTIC = "sem_decoders."
+
 
 def _fit(state: State, model: nn.Module) -> State:
-    """Drop semantic decoders that this model is built without; resize learned positions to its grid."""
-    if not model.sem_decoders:
-        state = {name: value for name, value in state.items() if not name.startswith("sem_decoders.")}
+    """Resize learned positions to this model's grid. Semantic decoders, which only training needs, are dropped where the
+    model is built without that teacher, and are the model's own where the file has none for it."""
+    theirs, ours = ({n: v for n, v in s.items() if n.startswith(SEMANTIC)} for s in (state, model.state_dict()))
+    unknown, begun = _teachers(theirs) - _teachers(ours), _teachers(ours) - _teachers(theirs)
+    state = {name: value for name, value in state.items() if name not in theirs or _teacher(name) not in unknown}
+    state |= {name: value for name, value in ours.items() if _teacher(name) in begun}
 
     def resizable(name: str, value: Tensor) -> bool:
         length = value.shape[1] if name.endswith("positional_embedding") and value.ndim == 3 else 0
@@ -26,6 +31,14 @@ def _fit(state: State, model: nn.Module) -> State:
         name: resize_positions(value, model.spec.grid) if resizable(name, value) else value
         for name, value in state.items()
     }
+
+
+def _teacher(name: str) -> str:
+    return name.split(".")[1]
+
+
+def _teachers(state: State) -> set[str]:
+    return {_teacher(name) for name in state if name.startswith(SEMANTIC)}
 
 
 def _size(state: State, prefix: str, facts: Facts, key: str) -> str | dict[str, int]:
@@ -48,13 +61,12 @@ def _inspect(state: State, facts: Facts) -> dict[str, Any]:
     }
     if any(".attn.q_norm." in name for name in state):
         settings["qk_norm"] = True
-    teachers = sorted({name.split(".")[1] for name in state if name.startswith("sem_decoders.")})
-    if teachers:
-        first = f"sem_decoders.{teachers[0]}."
+    if teachers := sorted(_teachers(state)):
+        first = f"{SEMANTIC}{teachers[0]}."
         mlp = first + "mlp.2.weight" in state
         head = "mlp.2.weight" if mlp else "out.weight"
         semantic = {
-            "teachers": {name: state[f"sem_decoders.{name}.{head}"].shape[0] for name in teachers},
+            "teachers": {name: state[f"{SEMANTIC}{name}.{head}"].shape[0] for name in teachers},
             "decoder": "mlp" if mlp else "transformer",
         }
         settings["semantic"] = semantic

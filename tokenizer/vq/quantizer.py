@@ -192,7 +192,8 @@ class Quantizer(nn.Module):
     def usage(self) -> Tensor:
         """Distinct codes in the window / V, ()."""
         seen = torch.zeros(self.vocab, device=self.codebook_used.device)
-        return seen.index_fill_(0, self.codebook_used.long(), 1.0).mean()
+        # a file in half precision holds rounded codes, 511 of 512 as 512
+        return seen.index_fill_(0, self.codebook_used.long().clamp(0, self.vocab - 1), 1.0).mean()
 
     def check_codes(self, codes: Tensor) -> None:
         """UserError where a code is not in [0, V). Waits for the device: for input from outside, not for the loop."""
