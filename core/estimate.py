@@ -108,7 +108,8 @@ class Rehearsal:
         self.mode = FakeTensorMode(allow_non_fake_inputs=True)
         with self.mode:
             for network in [*trained.values(), *frozen]:
-                if any(p.is_meta for p in network.parameters()):  # else one before it took it along
+                held = [*network.parameters(), *network.buffers()]
+                if any(t.is_meta for t in held):  # else one before it took it along
                     network.to_empty(device="cpu")
             for network in trained.values():
                 for parameter in network.parameters():

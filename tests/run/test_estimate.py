@@ -11,6 +11,7 @@ from core.estimate import Rehearsal
 from core.specs import Loss, Phase
 from run import estimate
 from run.load import load_config
+from tests.conftest import ROOT
 from tests.gpu_path.memory import CEILING
 from tests.run.test_recipes import RECIPES
 
@@ -157,3 +158,10 @@ def test_dry_run_prints_and_creates_nothing(tmp_path, capsys, monkeypatch):
     printed = capsys.readouterr().out
     assert "parameters" in printed and "FLOPs" in printed and "20 steps" in printed and "GB per GPU" in printed
     assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.parametrize("toy", sorted(path.stem for path in (ROOT / "configs" / "toy").glob("*_tokenizer.yaml")))
+def test_toy_recipes_pass_the_check(toy, tmp_path):
+    from scripts import train
+
+    assert train.main([f"configs/toy/{toy}.yaml", f"work_dir={tmp_path}", "--check"]) == 0

@@ -18,8 +18,8 @@ def warm_up() -> None:
     """Import what the programs import, once for all forks, and keep them off GPU and network."""
     import torch
 
-    for name in ("check", "data", "estimate", "evaluate", "load", "sample", "target", "train"):
-        importlib.import_module(f"run.{name}")
+    from tests.tools import preloaded  # noqa: F401
+
     torch.set_num_threads(1)
     os.environ.update(CUDA_VISIBLE_DEVICES="", TESSERA_OFFLINE="1", OMP_NUM_THREADS="1")
 

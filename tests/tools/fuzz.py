@@ -6,8 +6,9 @@
 
 An edit sets, removes or misspells one or two keys: those of the file, all others that a config knows, and the constructor
 arguments of what it names. It may end in two ways: refused by --check in one sentence, or run for two steps. A traceback, a
-run that dies after the check was content, and a program that does not end are findings: they are printed with the edit, and
-the exit code is 1. Edit number N of a seed is always the same one: --first N --edits 1 repeats it. SIGTERM and Ctrl-C end it
+run that dies after the check was content, a sentence that speaks of Python's inside, and a program that does not end are
+findings: they are printed with the edit, and the exit code is 1. So is a config that is refused as it stands. Refusals that
+only the rehearsed step made are counted by themselves and shown: they may hide a fault of ours. Edit number N of a seed is always the same one: --first N --edits 1 repeats it. SIGTERM and Ctrl-C end it
 with the counts so far and code 75.
 """
 
@@ -18,6 +19,7 @@ import copy
 import inspect
 import itertools
 import random
+import re
 import signal
 import sys
 import tempfile
@@ -64,7 +66,13 @@ SHORT = {  # what makes a run short; an edit of the same key wins
     "eval.batch": 4,
     "data.val_url": "synthetic://?size=32&classes=4&count=8",
 }
-FINE = {"refused", "ran", "answered"}
+FINE = {"refused", "refused by the rehearsed step", "ran", "answered"}
+REHEARSED = re.compile(r"a step of \S+ would fail")
+INSIDE = re.compile(
+    r"object has no attribute|'NoneType'|<class '|<function |<bound method|object at 0x|unexpected keyword|positional argument"
+    r"|not subscriptable|not iterable|not callable|unhashable|unsupported operand|index out of range|invalid literal for"
+    r"|(Key|Type|Attribute|Index|Assertion|Recursion|Unicode\w+)Error"
+)
 CHECK_SECONDS, RUN_SECONDS = 10, 90  # of processor time; a process that sleeps for ten times as long hangs as well
 
 
@@ -96,6 +104,8 @@ class Trials:
         self.counts[result] += 1
         if result not in FINE:
             print(f"--- {number}: {what}: {result}\n{said}", flush=True)
+        elif result not in ("refused", "ran", "answered"):
+            print(f"    {number}: {what}: {said.strip()}", flush=True)
 
     def __str__(self) -> str:
         counted = ", ".join(f"{count} {result}" for result, count in self.counts.most_common())
@@ -187,6 +197,15 @@ def edit(config: dict[str, Any], chance: random.Random, keys: list[str]) -> tupl
     return changed, words
 
 
+def refusal(said: str) -> tuple[str, str]:
+    """The verdict on what was said with exit code 2."""
+    if "error: " not in said:
+        return "refused without a sentence", said
+    if REHEARSED.search(said):
+        return "refused by the rehearsed step", said
+    return ("speaks of Python's inside", said) if INSIDE.search(said) else ("refused", said)
+
+
 def verdict(path: Path, changed: dict[str, Any], folder: Path) -> tuple[str, str]:
     """("refused" | "ran" | a finding, what was printed)."""
     here = set(paths(changed))
@@ -195,7 +214,7 @@ def verdict(path: Path, changed: dict[str, Any], folder: Path) -> tuple[str, str
     if "Traceback" in said:
         return "traceback in --check", said
     if code == 2:
-        return ("refused", said) if "error: " in said else ("refused without a sentence", said)
+        return refusal(said)
     if code != 0:
         return f"--check ended with {code}", said
     code, said = start("scripts.train", [str(path), *short], folder, RUN_SECONDS)
@@ -220,6 +239,10 @@ def run(trials: Trials, out: Path) -> None:
     warm_up()
     make_tokenizers(out)
     configs = sorted((ROOT / "configs" / "toy").glob("*.yaml"))
+    for path in configs:
+        result, said = verdict(path, yaml.safe_load(path.read_text()), out)
+        if result != "ran":
+            trials.note(trials.first, f"{path.stem} as it stands", f"not run, but {result}", said[-1500:])
     keys = {path: known_keys(yaml.safe_load(path.read_text())) for path in configs}
     for number in trials.numbers():
         chance = random.Random(f"{trials.seed} {number}")

@@ -358,7 +358,9 @@ def verdict(program: Program, words: list[str], folder: Path) -> tuple[str, str]
         if not re.search(r"\w{3}", sentence) and not said.startswith("usage: python -m scripts.train"):
             return "refused without a sentence", said
         quoted = max(map(len, words), default=0)
-        return ("refused at length", said) if len(sentence) > LONGEST + 4 * quoted else ("refused", said)
+        return (
+            ("refused at length", said) if len(sentence) > LONGEST + 4 * quoted else fuzz.refusal(f"error: {sentence}")
+        )
     return ("answered" if asked else "ran"), said
 
 

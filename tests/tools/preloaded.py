@@ -6,6 +6,7 @@ import copy
 import omegaconf
 import safetensors.torch
 import timm
+import torch
 import torch._dynamo
 
 import evaluation.networks
@@ -25,4 +26,7 @@ import run.sweep
 import run.train
 
 _lite0 = evaluation.networks.load_efficientnet_lite0()
-evaluation.networks.load_efficientnet_lite0 = lambda pretrained=True: copy.deepcopy(_lite0)
+# Where networks are only laid out, as --check does, on the meta device.
+evaluation.networks.load_efficientnet_lite0 = lambda pretrained=True: copy.deepcopy(_lite0).to(
+    torch.get_default_device()
+)

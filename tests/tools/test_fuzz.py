@@ -12,7 +12,7 @@ import pytest
 
 from tests.conftest import ROOT
 from tests.tools import forked
-from tests.tools.fuzz import Trials
+from tests.tools.fuzz import FINE, Trials, refusal
 
 
 @pytest.mark.parametrize("edits", [25, pytest.param(300, marks=pytest.mark.slow)])
@@ -40,6 +40,13 @@ def test_how_many_are_tried():
     assert str(trials) == "1 from number 0 of seed 7 on: 1 ran" and not trials.findings
     trials.note(1, "an edit", "traceback", "why")
     assert trials.findings
+
+
+def test_refusals_are_told_apart():
+    assert refusal("error: generator.layers=0: at least 1")[0] == "refused"
+    assert refusal("error: a step of x would fail (RuntimeError: mat1 and mat2)")[0] == "refused by the rehearsed step"
+    assert refusal("error: x.pt: 'list' object has no attribute 'get'")[0] not in FINE
+    assert refusal("data.url is wrong")[0] not in FINE
 
 
 def test_a_stop_ends_what_is_being_tried(tmp_path, monkeypatch):
