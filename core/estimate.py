@@ -145,8 +145,10 @@ class Rehearsal:
 
 
 def number(value: float) -> str:
-    """1.23 T, 45.6 M ..."""
+    """1.23 T, 45.6 M ..., with a space behind it for the unit; from 1e15 on 1.23e20, as recipes state whole runs."""
+    if abs(value) >= 1e15:
+        return f"{value:.3g} ".replace("e+", "e")
     for unit, size in (("T", 1e12), ("G", 1e9), ("M", 1e6), ("k", 1e3)):
         if abs(value) >= size:
             return f"{value / size:.4g} {unit}"
-    return f"{value:.4g}"
+    return f"{value:.4g} "

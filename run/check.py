@@ -55,20 +55,39 @@ def check_inputs(config: RunConfig) -> Inputs:
     dist.pick_device(config.train.device)
     weights, problems = find_weights(config)
     problems += missing_helpers(config)
-    try:
-        source, val = open_train(config), needed_val(config)
-        if val is not None and asks_val_labels(config):
-            require_same_classes(source.class_names, val.class_names, f"data.val_url={config.data.val_url}")
-    except UserError as error:
-        if not problems:
-            raise
-        problems.append(f"data: {error}")
+    source, val, mistakes = _open_data(config)
+    if len(mistakes) == 1 and not problems:
+        raise mistakes[0]
+    problems += [f"data: {mistake}" for mistake in mistakes]
     if len(problems) == 1:
         raise UserError(f"missing: {problems[0]}")
     if problems:
-        listed = "\n".join(f"  - {problem}" for problem in problems)
-        raise UserError(f"{config.name} needs {len(problems)} things that are missing:\n{listed}")
+        listed = [
+            f"{config.name} needs {len(problems)} things that are missing:",
+            *(f"  - {line}" for line in problems),
+        ]
+        raise UserError("\n".join(listed + [f"  later, for evaluation: {line}" for line in missing_later(config)]))
+    assert source is not None
     return Inputs(weights, source, val)
+
+
+def _open_data(config: RunConfig) -> tuple[DataSource | None, DataSource | None, list[UserError]]:
+    """(training pictures, validation pictures if they are needed, what is wrong with either or with both together)"""
+    opened: list[DataSource | None] = []
+    mistakes: list[UserError] = []
+    for which in (open_train, needed_val):
+        try:
+            opened.append(which(config))
+        except UserError as error:
+            opened.append(None)
+            mistakes.append(error)
+    source, val = opened
+    if source is not None and val is not None and asks_val_labels(config):
+        try:
+            require_same_classes(source.class_names, val.class_names, f"data.val_url={config.data.val_url}")
+        except UserError as error:
+            mistakes.append(error)
+    return source, val, mistakes
 
 
 def data_notes(config: RunConfig, source: DataSource) -> list[str]:

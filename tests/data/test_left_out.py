@@ -294,6 +294,21 @@ def test_names_of_train_and_val():
             require_same_classes(names, others, "val")
 
 
+def test_everything_missing_is_told_at_once(monkeypatch):
+    """Training and validation pictures, weights, and what an evaluation will ask for, each with what brings it."""
+    words = ["data.url=folder://no/train", "data.val_url=folder://no/val", "train.device=cpu", "eval.labels=val"]
+    with pytest.raises(UserError) as error:
+        check_inputs(load_config("configs/dar/ar_l.yaml", [*words, "train.eval_every=1step"]))
+    first, *lines = str(error.value).splitlines()
+    assert first == "dar_ar_l needs 3 things that are missing:"
+    needed = ("  - tokenizer.weights=", "  - data: folder://no/train: ", "  - data: data.val_url=folder://no/val ")
+    assert all(line.startswith(start) for line, start in zip(lines, needed, strict=False))
+    assert all(line.startswith("  later, for evaluation: ") for line in lines[3:])
+    monkeypatch.setattr("run.check.find_weights", lambda config: ({}, []))
+    with pytest.raises(UserError, match=r"^folder://no/train: there is no such folder"):
+        check_inputs(load_config("configs/dar/ar_l.yaml", [*words, "train.eval_every=never"]))
+
+
 @pytest.mark.parametrize("others, message", [("ace", "class 1 is b .* and c in"), ("ab", "without c")])
 def test_other_classes_in_val_are_found_before_a_run(tmp_path, monkeypatch, others, message):
     monkeypatch.setattr("run.check.find_weights", lambda config: ({}, []))

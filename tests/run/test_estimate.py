@@ -1,13 +1,15 @@
 """--dry-run: counts agree with the published ones, recipes fit their GPUs, nothing but the config is needed."""
 
+import itertools
 import re
+from pathlib import Path
 
 import pytest
 import torch
 from torch import nn
 
 from core.errors import UserError
-from core.estimate import Rehearsal
+from core.estimate import Rehearsal, number
 from core.specs import Loss, Phase
 from run import estimate
 from run.load import load_config
@@ -84,6 +86,10 @@ def test_flops_and_peak_by_hand():
     assert 9 < grown / step.peak <= 10.1
 
 
+def test_numbers_leave_room_for_their_unit():
+    assert [number(v) for v in (12.0, 1234.5, 7.277e11, 1.865e20)] == ["12 ", "1.234 k", "727.7 G", "1.86e20 "]
+
+
 def test_half_precision_is_measured_not_assumed():
     """Under bf16 the weights' copies stay for backward and do not grow with the batch; activations take half."""
     small, large = (rehearse(n, half=True, width=512).peak for n in (1024, 2048))
@@ -113,15 +119,45 @@ def test_attention_dropout_keeps_no_scores():
     assert results <= peak(0.1) - peak(0.0) < 2 * results < scores
 
 
+COST = re.compile(r"about ([\d.]+) (min|h)(?: per epoch|(?: for (\d+) epochs)?)[^(]*\(([\d.]+e\d+) FLOPs( per epoch)?")
+
+
+def stated(path: str) -> str:
+    """The comment at the head of a recipe, in one line."""
+    lines = (ROOT / path).read_text().splitlines()
+    return " ".join(line.removeprefix("# ") for line in itertools.takewhile(lambda line: line.startswith("#"), lines))
+
+
+def require_stated_cost(path: str, plan: estimate.Plan) -> None:
+    """The hours and FLOPs at the head of a recipe are those that --dry-run computes; of an alike recipe about those."""
+    head, train, rough = stated(path), plan.config.train, 0.0
+    if "Cost: --dry-run" in head:
+        return
+    if alike := re.search(r"(?:Hardware and time|Cost) as ([\w.]+)", head):
+        head, rough = stated(str(Path(path).with_name(alike[1]))), 0.2
+    found = COST.search(head)
+    assert found, f"{path} does not say what it costs"
+    duration, unit, epochs, flops, per_epoch = found.groups()
+    images = train.duration.images(estimate.IMAGENET, train.global_batch)
+    if per_epoch or epochs:
+        images = estimate.IMAGENET * int(epochs or 1)
+    counted = plan.step.flops / plan.micro * images
+    hours = counted / (8 * estimate.TFLOPS[train.precision] * 1e12) / 3600
+    assert float(flops) == pytest.approx(counted, rel=rough or 0.06)  # two digits
+    said = float(duration) / (60 if unit == "min" else 1)
+    assert said == pytest.approx(hours, rel=rough or 0.06, abs=0.5 / (60 if unit == "min" else 1))
+
+
 @pytest.mark.parametrize(
     "path", [pytest.param(p, marks=pytest.mark.slow if p in MOSTLY_ALIKE else []) for p in RECIPES]
 )
 def test_recipes_fit_their_hardware(path):
-    """Every published recipe keeps below 80 GB on each of 8 GPUs, without weights, data or GPU."""
+    """Every published recipe keeps below 80 GB on each of 8 GPUs, and costs what it says; no weights, data or GPU."""
     plan = estimate.Plan(load_config(path, []), 8)
     assert plan.memory.total < min(80e9, CEILING), (
         f"{plan.memory.total / 1e9:.1f} GB; train.micro_batch={plan.fitting(80e9)} fits"
     )
+    require_stated_cost(path, plan)
 
 
 @pytest.mark.parametrize("system", ["fqgan", "imagefolder"])
