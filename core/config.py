@@ -24,7 +24,7 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, Union, get_args, get_origin
 
-from core.errors import UserError, nearest
+from core.errors import UserError, nearest, plainly
 from core.limits import Limits
 from core.registry import Registry
 from core.schema import Duration, NetworkConfig, RunConfig, ScheduleConfig, TrainConfig
@@ -497,7 +497,7 @@ def peek(path: str, overrides: list[str]) -> dict[str, Any]:
     try:
         merged: Any = OmegaConf.to_container(OmegaConf.merge(_read_yaml(Path(path)), read_overrides(overrides)))
     except (OmegaConfBaseException, TypeError) as error:
-        raise UserError(f"{path}: {str(error).splitlines()[0]}") from None
+        raise UserError(f"{path}: {plainly(error)}") from None
     return merged
 
 
@@ -531,7 +531,7 @@ def override(
         _forget_arguments(base, changes, registries)
         plain: Any = OmegaConf.to_container(OmegaConf.merge(base, changes), resolve=True)
     except (OmegaConfBaseException, TypeError) as error:  # TypeError: a table where a list stands, or the reverse
-        raise UserError(f"{source}: {str(error).splitlines()[0]}") from None
+        raise UserError(f"{source}: {plainly(error)}") from None
     return check(plain, registries, source=source)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable
 
 
@@ -16,6 +17,23 @@ def in_short(error: Exception, lines: int = 3) -> str:
     said = [line.strip() for line in str(error).splitlines() if line.strip()]
     more = f" (and {len(said) - lines} lines more)" if len(said) > lines else ""
     return " ".join(said[:lines]) + more
+
+
+def plainly(error: Exception) -> str:
+    """What went wrong with something that was read, in words for who made it: Python's own speak of our code."""
+    if isinstance(error, KeyError) and error.args:
+        return f'"{error.args[0]}" is missing'
+    if isinstance(error, TypeError | AttributeError):
+        return "something in it is of the wrong kind"
+    if isinstance(error, IndexError):
+        return "something in it is missing"
+    if isinstance(error, RecursionError):
+        return "it is nested too deeply"
+    if match := re.fullmatch(r"invalid literal for int\(\) with base \d+: (.*)", str(error)):
+        return f"{match[1]} is not a whole number"
+    if match := re.fullmatch(r"could not convert string to float: (.*)", str(error)):
+        return f"{match[1]} is not a number"
+    return in_short(error) or type(error).__name__
 
 
 # What other codebases call our settings.

@@ -13,7 +13,7 @@ import inspect
 from collections.abc import Callable
 from typing import Any
 
-from core.errors import UserError, nearest
+from core.errors import UserError, nearest, plainly
 
 
 def parameters(constructor: Callable[..., Any]) -> dict[str, inspect.Parameter]:
@@ -70,6 +70,6 @@ class Registry:
             return self.get(name)(**{**config, **fill})
         except (TypeError, ValueError, ArithmeticError, LookupError, RuntimeError) as error:
             raise UserError(
-                f'{self.kind} "{name}" cannot be built with these settings ({type(error).__name__}: {error}): one of them is '
+                f'{self.kind} "{name}" cannot be built with these settings ({plainly(error)}): one of them is '
                 "of the wrong kind, or they do not go together. TESSERA_TRACEBACK=1 shows where."
             ) from error

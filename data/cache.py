@@ -28,7 +28,7 @@ from torch import Tensor
 
 from core.chunks import ALONE, Chunks, enter, shared_array, write_rows
 from core.dist import World
-from core.errors import UserError
+from core.errors import UserError, plainly
 from core.files import explain_os_errors, fsync_file, read_json, require_space, write_json
 from core.lock import Lock
 from core.specs import DataSource
@@ -80,7 +80,7 @@ class FeatureCache:
         except (OSError, ValueError, KeyError, TypeError) as error:
             _refuse_unreadable(error, self.path)
             raise UserError(
-                f"{path} is not a complete cache ({type(error).__name__}: {error}). Delete it and build it again."
+                f"{path} is not a complete cache ({plainly(error)}). Delete it and build it again."
             ) from error
         self._maps: dict[str, np.ndarray] = {}
         self.check(source, transform, fingerprint)

@@ -26,7 +26,7 @@ from torch import Tensor
 from core.arrays import NpzFile, read_npy
 from core.chunks import ALONE, Chunks, enter
 from core.dist import World
-from core.errors import UserError, nearest
+from core.errors import UserError, nearest, plainly
 from core.files import explain_os_errors, refuse_text, replacing
 from core.specs import Codes, DataSource, MultiScale
 from data.base import MAX_CLASSES, FileSource
@@ -230,8 +230,8 @@ class JsonLines:
             label, codes = entry["class_id"], np.array(entry["tokens"])
         except (ValueError, KeyError, TypeError, RecursionError) as error:
             raise UserError(
-                f'{where} is not {{"class_id": int, "tokens": [ints]}} ({type(error).__name__}: '
-                f"{error}): {line[:60]!r}. Repair or remove it."
+                f'{where} is not {{"class_id": int, "tokens": [ints]}} ({plainly(error)}): '
+                f"{line[:60]!r}. Repair or remove it."
             ) from None
         if type(label) is not int or not 0 <= label < MAX_CLASSES:
             raise UserError(f"{where}: class_id {label!r} is not a class from 0 to {MAX_CLASSES - 1}.")

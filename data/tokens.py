@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from core.errors import UserError
+from core.errors import UserError, plainly
 from core.specs import Codes, Continuous, DataSource, LatentSpec, MultiScale, Sample
 from data import cache
 from data.cache import CHUNK, FeatureCache, Pass, Plan
@@ -108,9 +108,7 @@ class TokenStore(FeatureCache, DataSource):
             self.tokenizer: str = self.description["producer"]
             stored = self.arrays[array_of(self.spec)]
         except (KeyError, TypeError, AttributeError) as error:
-            raise UserError(
-                f"{path}: its description is not complete ({type(error).__name__}: {error}). Build it again."
-            ) from error
+            raise UserError(f"{path}: its description is not complete ({plainly(error)}). Build it again.") from error
         self.num_classes = len(self.class_names)
         if self.views != self.transform.views:
             raise UserError(

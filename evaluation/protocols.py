@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from core.arrays import read_npy
-from core.errors import UserError, nearest
+from core.errors import UserError, nearest, plainly
 from core.files import explain_os_errors
 from core.rng import Draws, hash64
 
@@ -221,7 +221,7 @@ def _read_labels(path: Path, count: int) -> Tensor:
             else:
                 labels = torch.tensor([int(line.split()[-1]) for line in path.read_text().splitlines() if line.strip()])
         except ValueError as error:
-            raise UserError(f"{path}: expected one whole number per line ({error}).") from error
+            raise UserError(f"{path}: expected one whole number per line ({plainly(error)}).") from error
     if len(labels) < count:
         raise UserError(f"{path} has {len(labels)} labels and {count} samples are asked for.")
     return labels[:count]

@@ -30,7 +30,7 @@ from torch import Tensor
 from core.arrays import NpzFile
 from core.devices import pictures_at_once
 from core.dist import World
-from core.errors import UserError
+from core.errors import UserError, plainly
 from core.files import refuse_text, replacing, sha256_file, write_atomic
 from core.rng import permutation
 from core.schema import RunConfig
@@ -250,7 +250,7 @@ def _parse_facts(path: Path, text: str) -> Facts:
         record = json.loads(text)
         return Facts(**{k: record[k] for k in Facts.__dataclass_fields__ if k in record})
     except (ValueError, TypeError, RecursionError) as error:
-        raise UserError(f"{path}: its record of how it was made is damaged ({error}).") from error
+        raise UserError(f"{path}: its record of how it was made is damaged ({plainly(error)}).") from error
 
 
 def _moments(path: Path, arrays: dict[str, Any], mean_name: str, covariance_name: str) -> tuple[Tensor, Tensor]:

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from core import dist
 from core.chunks import ALONE
-from core.errors import UserError
+from core.errors import UserError, plainly
 from core.schema import RunConfig
 from core.specs import DataSource
 from core.weights import released
@@ -138,7 +138,7 @@ def check_step(config: RunConfig, inputs: Inputs) -> None:
         make_transform(config, tokenizer.image_size)
     except (TypeError, ValueError, ArithmeticError, LookupError, RuntimeError) as error:
         raise UserError(
-            f"a step of {config.name} would fail ({type(error).__name__}: {error}): its sizes do not go together. "
+            f"a step of {config.name} would fail ({plainly(error)}): its sizes do not go together. "
             "TESSERA_TRACEBACK=1 shows where."
         ) from error
     if config.train.eval_every != "never":

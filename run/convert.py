@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from core.errors import UserError
+from core.errors import UserError, plainly
 from core.files import human_bytes, read_json
 from core.train.checkpoint import Checkpoint
 from core.weights import files as weight_files
@@ -73,7 +73,7 @@ def check_layout(path: str) -> bool:
         loaded = read_layout(layout)
     except (TypeError, ValueError, AttributeError, RuntimeError) as error:
         raise UserError(
-            f"{path}: not a recorded layout ({error}); tensors are recorded as name: [shape, dtype]."
+            f"{path}: not a recorded layout ({plainly(error)}); tensors are recorded as name: [shape, dtype]."
         ) from error
     parts = components(loaded)
     if not parts:

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from core.errors import UserError
+from core.errors import UserError, plainly
 from core.weights.names import Names, State, matching
 from core.weights.pickles import plain
 
@@ -271,7 +271,9 @@ class Adapter:
         except KeyError as error:
             raise UserError(f"these are not the weights of {self.title}: {error.args[0]} is missing") from error
         except (ValueError, IndexError, ZeroDivisionError) as error:
-            raise UserError(f"these are not the weights of {self.title}: their shapes fit none ({error})") from error
+            raise UserError(
+                f"these are not the weights of {self.title}: their shapes fit none ({plainly(error)})"
+            ) from error
 
     def describe(self, loaded: Mapping[str, Any], answers: Mapping[str, Any] | None = None) -> dict[str, Any]:
         """Constructor arguments for a weight file; UserError that asks for what neither it nor `answers` tells."""

@@ -17,7 +17,7 @@ from typing import Any
 
 from torch import Tensor
 
-from core.errors import UserError
+from core.errors import UserError, plainly
 from core.files import explain_os_errors, replacing
 from core.train.checkpoint import read_tensors
 
@@ -108,7 +108,7 @@ def read_header(path: str | os.PathLike) -> WeightFile | None:
             raise ValueError("kind, settings with a name, and provenance were expected")
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise UserError(
-            f'{path}: its header entry "{KEY}" is not what Tessera writes ({error}). Make the file again with '
+            f'{path}: its header entry "{KEY}" is not what Tessera writes ({plainly(error)}). Make the file again with '
             "convert.py."
         ) from error
     return content

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from core.errors import UserError
+from core.errors import UserError, plainly
 from core.weights.adapter import Adapter, Facts, State, describe_differences, merged
 
 
@@ -92,7 +92,7 @@ def compare(adapter: Adapter, loaded: Mapping[str, Any], exact: bool = False, **
     except UserError as error:
         result.differences = [f"{error}{state.source() if state.read else ''}"]
     except (ValueError, RuntimeError, ZeroDivisionError) as error:
-        result.differences = [f"no model can be built from these shapes ({error}){state.source()}"]
+        result.differences = [f"no model can be built from these shapes ({plainly(error)}){state.source()}"]
     if result.model is not None:
         source = state.source()
         _against_model(adapter, dict(state), result, result.model, exact)

@@ -15,7 +15,7 @@ from safetensors import safe_open
 from safetensors.torch import save
 from torch import Tensor
 
-from core.errors import UserError, nearest
+from core.errors import UserError, nearest, plainly
 from core.files import refuse_text, sorted_facts, write_atomic
 from core.weights.pickles import load_pickle
 
@@ -138,7 +138,9 @@ def load_stats(path: str | Path, fingerprint: str | None = None) -> LatentStats:
     try:
         belongs, stats = metadata["fingerprint"], LatentStats(**tensors, images=int(metadata["images"]))
     except (KeyError, TypeError, ValueError) as error:
-        raise UserError(f"{path}: its header or its tensors are not those of latent statistics ({error})") from error
+        raise UserError(
+            f"{path}: its header or its tensors are not those of latent statistics ({plainly(error)})"
+        ) from error
     if fingerprint is not None and belongs != fingerprint:
         raise UserError(
             f"{path}: these statistics were computed with tokenizer weights {belongs}, "

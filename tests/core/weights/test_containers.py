@@ -4,6 +4,7 @@ programs read. Those readers are stated here again from the specs (section on ch
 from __future__ import annotations
 
 import argparse
+import re
 import subprocess
 import sys
 
@@ -367,15 +368,17 @@ def test_tensors_that_are_no_weights_are_named(name, tmp_path):
 
 
 @pytest.mark.parametrize("settings", [[1], "x", {}, {"name": 3}, None])
-def test_headers_of_our_files_that_say_nothing(tmp_path, settings):
+@pytest.mark.parametrize("whole", [False, True])
+def test_headers_of_our_files_that_say_nothing(tmp_path, settings, whole):
     import json
 
     from safetensors.torch import save_file
 
-    about = {"kind": "tokenizer", "settings": settings, "provenance": {}}
+    about = settings if whole else {"kind": "tokenizer", "settings": settings, "provenance": {}}
     save_file({"a": torch.zeros(1)}, tmp_path / "x.safetensors", {weight_files.KEY: json.dumps(about)})
-    with pytest.raises(UserError, match='header entry "tessera" is not what Tessera writes'):
+    with pytest.raises(UserError, match='header entry "tessera" is not what Tessera writes') as said:
         weight_files.read(tmp_path / "x.safetensors")
+    assert not re.search("object|attribute|Error|NoneType|subscript|indices", str(said.value))
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="limits as Linux has them")
