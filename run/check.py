@@ -17,6 +17,7 @@ from core.chunks import ALONE
 from core.errors import UserError, plainly
 from core.schema import RunConfig
 from core.specs import DataSource
+from core.train.log import sink_problems
 from core.weights import released
 from core.weights.released import ROOT, Released, find_local_file, helper, needed
 from data.checks import left_out, remarks, require_same_classes
@@ -54,7 +55,7 @@ def check_inputs(config: RunConfig) -> Inputs:
     """UserError that lists everything outside the config that training would fail for. No network is loaded."""
     dist.pick_device(config.train.device)
     weights, problems = find_weights(config)
-    problems += missing_helpers(config)
+    problems += [*missing_helpers(config), *sink_problems(config.log)]
     source, val, mistakes = _open_data(config)
     if len(mistakes) == 1 and not problems:
         raise mistakes[0]

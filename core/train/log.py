@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import math
 import re
 import sys
@@ -171,12 +172,47 @@ class RunLog:
         self._tell("the end of the run", lambda sink: sink.close())
 
 
+NEEDS = {
+    "wandb": "log.wandb=true needs the package wandb: pip install wandb",
+    "tensorboard": "log.tensorboard=true needs the package tensorboard: pip install tensorboard",
+    "trackio": "log.trackio=true needs the package trackio: pip install trackio==0.43.0, then pip install -r requirements.txt "
+    "once more (trackio brings an older Pillow, whose crops differ by a grey level)",
+}
+LOGIN = "Log in with `wandb login`, check log.wandb_project and log.wandb_entity, set WANDB_MODE=offline, or leave out log.wandb."
+
+
+def sink_problems(config: LogConfig) -> list[str]:
+    """What can be told before a run of why it cannot log as it is asked to: packages, and a login."""
+    wanted = [name for name in NEEDS if getattr(config, name)]
+    problems = [NEEDS[name] for name in wanted if not _installed(name)]
+    if "wandb" in wanted and _installed("wandb") and not sys.stdin.isatty() and _no_wandb_login():
+        problems.append(f"log.wandb=true, and no login of Weights & Biases is known here. {LOGIN}")
+    return problems
+
+
+def _installed(name: str) -> bool:
+    return sys.modules.get(name) is not None or importlib.util.find_spec(name) is not None
+
+
+def _no_wandb_login() -> bool:
+    """Whether wandb.init will certainly find no key; in doubt it is left to tell itself."""
+    import requests
+    import wandb
+
+    try:
+        settings = wandb.setup().settings
+        known = settings.mode != "online" or settings.api_key or settings.identity_token_file
+        return not known and requests.utils.get_netrc_auth(settings.base_url) is None
+    except Exception:  # of other versions of the library
+        return False
+
+
 class _Wandb:
     def __init__(self, run: RunFolder, config: LogConfig, resolved: dict[str, Any]):
         try:
             import wandb
         except ImportError:
-            raise UserError("log.wandb=true needs the package wandb: pip install wandb") from None
+            raise UserError(NEEDS["wandb"]) from None
         self.library = wandb
         try:
             self.session = wandb.init(
@@ -191,8 +227,7 @@ class _Wandb:
         except Exception as error:  # any of the library's, of its service or of the network
             said = (str(error).strip().splitlines() or ["no reason given"])[0]
             raise UserError(
-                f"log.wandb=true, and Weights & Biases does not take the run ({type(error).__name__}: {said}). Log in with "
-                "`wandb login`, check log.wandb_project and log.wandb_entity, set WANDB_MODE=offline, or leave out log.wandb."
+                f"log.wandb=true, and Weights & Biases does not take the run ({type(error).__name__}: {said}). {LOGIN}"
             ) from error
 
     def __call__(self, numbers: Mapping[str, float], step: int) -> None:
@@ -224,7 +259,7 @@ class _Tensorboard:
         try:
             from torch.utils.tensorboard import SummaryWriter
         except ImportError:
-            raise UserError("log.tensorboard=true needs the package tensorboard: pip install tensorboard") from None
+            raise UserError(NEEDS["tensorboard"]) from None
         # what was written of later steps, before a kill, is written again
         self.writer = SummaryWriter(str(run.path / "tensorboard"), purge_step=step + 1 if step else None)
 
@@ -244,10 +279,7 @@ class _Trackio:
         try:
             import trackio  # pyright: ignore[reportMissingImports]
         except ImportError:
-            raise UserError(
-                "log.trackio=true needs the package trackio: pip install trackio==0.43.0, then pip install -r"
-                " requirements.txt once more (trackio brings an older Pillow, whose crops differ by a grey level)"
-            ) from None
+            raise UserError(NEEDS["trackio"]) from None
         self.library = trackio
         self.session = trackio.init(
             project=config.trackio_project, name=run.path.name, config=resolved, resume="allow", embed=False

@@ -81,8 +81,11 @@ def _become(program: str, arguments: list[str], folder: Path, output: Path, seco
         os.setsid()
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
         os.chdir(folder)
+        import torch
+
         from core import cli
 
+        torch.set_num_threads(1)  # makes the fork's pool anew while there is one thread: two at once get none and abort
         sys.argv = [program, *arguments]
         cli.run(importlib.import_module(program).main)
     except SystemExit as stopped:

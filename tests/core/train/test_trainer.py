@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import errno
 import functools
+import io
 import math
 import re
 import sys
@@ -492,6 +493,26 @@ def test_the_live_line_shows_what_is_known(tmp_path, capsys):
     running.show(2, 2)
     first, last = capsys.readouterr().out.splitlines()
     assert first.endswith("step 1") and last.endswith("step 2  loss 0.25  psnr 9.5  lr 0.0001")
+
+
+def test_what_cannot_log_is_known_before(tmp_path, monkeypatch):
+    assert not log.sink_problems(LogConfig())
+    monkeypatch.setattr(log, "_installed", lambda name: False)
+    everything = LogConfig(wandb=True, tensorboard=True, trackio=True)
+    assert log.sink_problems(everything) == list(log.NEEDS.values())
+
+
+@pytest.mark.parametrize("login", ["none", "key", "netrc", "offline", "unknown"])
+def test_a_login_that_is_missing_is_known_before(login, tmp_path, monkeypatch):
+    settings = types.SimpleNamespace(mode="online", api_key=None, identity_token_file=None, base_url="https://w.b")
+    settings.api_key, settings.mode = "k" if login == "key" else None, "offline" if login == "offline" else "online"
+    stub = types.SimpleNamespace(setup=lambda: types.SimpleNamespace(settings=settings))
+    monkeypatch.setitem(sys.modules, "wandb", types.SimpleNamespace() if login == "unknown" else stub)
+    netrc = tmp_path / "netrc"
+    netrc.write_text("machine w.b login user password k\n" if login == "netrc" else "")
+    monkeypatch.setenv("NETRC", str(netrc))
+    monkeypatch.setattr("sys.stdin", io.StringIO())
+    assert bool(log.sink_problems(LogConfig(wandb=True))) == (login == "none")
 
 
 def test_a_run_that_wandb_does_not_take(tmp_path, monkeypatch):
