@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from core.nn.cuda_graph import Kept, addresses
+from core.nn.decode_attention import decode_attention, fuses
 from core.nn.kvcache import LayerCache, activation_dtype
 from core.nn.mlp import SwiGLU
 from core.nn.norms import RMSNorm
@@ -187,9 +188,30 @@ def turn(x: Tensor, row: Tensor) -> None:
     torch.addcmul(swapped * row[1], x, row[0], out=x)
 
 
-def attend(heads: Tensor, layer: LayerCache, scale: float | None = None) -> Tensor:
-    """Store one new position and attend from it: (R, heads + 2 kv_heads, d) queries, keys, values -> (R, heads d)."""
+def attend(
+    heads: Tensor,
+    layer: LayerCache,
+    scale: float | None = None,
+    affine: Tensor | None = None,
+    eps: float = 0.0,
+    row: Tensor | None = None,
+) -> Tensor:
+    """Store one new position and attend from it: (R, heads + 2 kv_heads, d) queries, keys, values -> (R, heads d).
+
+    Args:
+        affine, eps, row: as in core.nn.decode_attention; `heads` is written over.
+    """
     cache = layer.cache
+    if fuses(heads.device):
+        memory = cache.memory[layer.index, :, :, : cache.seen]
+        return decode_attention(heads, memory, cache.position, scale, affine, eps, row)
+    turned = heads[:, : -cache.heads]  # queries and keys
+    if affine is not None:
+        # One norm of queries, keys and values, which is not used for the values: it saves two kernels.
+        normed = F.layer_norm(heads, heads.shape[-1:], eps=eps)[:, : -cache.heads]
+        torch.addcmul(affine[1], normed, affine[0], out=turned)
+    if row is not None:
+        turn(turned, row)
     k, v = layer.update(heads[:, -2 * cache.heads :, None])  # (R, kv_heads, span, d)
     q = heads[:, : -2 * cache.heads].unflatten(1, (cache.heads, -1))  # the queries of a group become positions
     return fused_attention(q, k, v, cache.mask, scale).flatten(1)

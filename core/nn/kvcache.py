@@ -51,6 +51,7 @@ class KVCache:
         layers, batch, heads, length, head_dim: `heads` of keys and values, `length` in positions; with guidance `batch`
             is twice the number of samples.
         static: see above.
+        masked: False where attention is told the position and asks for no mask, see core.nn.decode_attention.
     """
 
     def __init__(
@@ -64,6 +65,7 @@ class KVCache:
         device: torch.device | str = "cpu",
         dtype: torch.dtype = torch.float32,
         static: bool = False,
+        masked: bool = True,
     ):
         self.length, self.static, self.heads = length, static, heads
         self.stride = -(-length // BUCKETS)
@@ -76,7 +78,8 @@ class KVCache:
         self.mask: Tensor | None = None
         self.causal = False
         shape = (length, -(-length // ALIGNED) * ALIGNED)
-        self.hidden = torch.full(shape, -torch.inf, device=device, dtype=dtype).triu(1) if static else None
+        masked = masked and static
+        self.hidden = torch.full(shape, -torch.inf, device=device, dtype=dtype).triu(1) if masked else None
         self.layers = [LayerCache(self, index) for index in range(layers)]
 
     def seek(self, start: int) -> None:
@@ -95,11 +98,12 @@ class KVCache:
             raise ValueError(f"positions {self.start}..{stop - 1} in a cache of length {self.length}")
         self.count, self.mask, self.causal, self.seen = count, None, False, self.span(stop)
         device = self.position.device
-        if self.hidden is not None:  # static: once per step, not once per layer
+        if self.static:
             self.places = self.position if count == 1 else self.position + torch.arange(count, device=device)
+        if self.hidden is not None:  # once per step, not once per layer
             rows = self.hidden.index_select(0, self.places if causal else self.places[-1:])
             self.mask = rows[:, : self.seen]  # (count or 1, span), additive
-        elif causal and count > 1:
+        elif causal and count > 1 and not self.static:
             self.causal = self.start == 0
             if not self.causal:
                 self.mask = torch.ones(count, stop, dtype=torch.bool, device=device).tril(self.start)

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from core import sizes
 from core.errors import UserError
 from core.limits import Count, Layers, Positive, Rate, Share, Whole, Width
+from core.nn.decode_attention import fuses
 from core.nn.dropout import dropout
 from core.nn.embed import LabelEmbedding
 from core.nn.kvcache import KVCache
@@ -339,8 +340,9 @@ class Decoding:
             "device": device,
             "dtype": weights.dtype,
         }
-        self.cache = KVCache(len(self.layers), length=length, static=static, **shape)
+        self.cache = KVCache(len(self.layers), length=length, static=static, masked=not fuses(device), **shape)
         self.head_cache = KVCache(len(self.head), length=self.branches, **shape)
+        self.ranks = torch.arange(self.branches, device=device)
         # column t + 1 holds position t
         self.codes = torch.zeros(samples, length + 1, self.branches, dtype=torch.int64, device=device)
         self.start = torch.zeros(self.streams, samples, model.size["width"], dtype=weights.dtype, device=device)
@@ -363,7 +365,7 @@ class Decoding:
         x = decode_blocks(self.layers, x, self.rope.index_select(0, t)[0], self.cache.open())
         chosen: list[Tensor] = []
         for k in range(self.branches):
-            self.head_cache.start = k  # known here: nothing on the device has to be told
+            self.head_cache.start, self.head_cache.position = k, self.ranks[k : k + 1]  # known here: nothing is written
             x = decode_blocks(self.head, x, self.rope[k], self.head_cache.open())
             logits = self.outputs[k](normed(x, self.norm)).float()
             chosen.append(self.sampler(logits, t, k))  # (B,)

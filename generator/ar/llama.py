@@ -17,7 +17,7 @@ from core.nn.mlp import SwiGLU
 from core.nn.norms import RMSNorm
 from core.nn.rope import Rope
 from core.rng import derive
-from generator.engine import add_product, attend, turn
+from generator.engine import add_product, attend
 
 
 def ffn_width(width: int, multiple_of: int = 256, multiplier: float | None = None) -> int:
@@ -103,8 +103,7 @@ def decode_blocks(blocks: list[Block], x: Tensor, row: Tensor, layers: list[Laye
     for block, layer in zip(blocks, layers):
         attention, feed_forward = block.attention, block.feed_forward
         heads = attention.qkv(normed(x, block.attention_norm)).unflatten(-1, (-1, attention.head_dim))
-        turn(heads[:, : attention.heads + attention.kv_heads], row)
-        x = add_product(x, attend(heads, layer, attention.scale), attention.proj)
+        x = add_product(x, attend(heads, layer, attention.scale, row=row), attention.proj)
         gate, value = feed_forward.w12(normed(x, block.ffn_norm)).chunk(2, dim=-1)
         x = add_product(x, F.silu(gate).mul_(value), feed_forward.w3)
     return x

@@ -25,6 +25,7 @@ from core import sizes
 from core.errors import UserError
 from core.limits import Count, Layers, Limits, Rate, Share, Width
 from core.nn.attention import Attention
+from core.nn.decode_attention import fuses
 from core.nn.dropout import dropout
 from core.nn.embed import resize_rows
 from core.nn.gated_norm import gated_norm
@@ -411,6 +412,7 @@ class Decoding:
             device=device,
             dtype=weights.dtype,
             static=static,
+            masked=not fuses(device),
         )
         # What lies in slot 0, slot 1 and so on, as rows of `embeddings`; code p is in slot p + 2.
         self.slots = torch.zeros(rows, model.length + 2, dtype=torch.int64, device=device)
@@ -481,10 +483,7 @@ class Decoding:
 def decode_attention(attention: Attention, x: Tensor, affine: Tensor, layer: LayerCache) -> Tensor:
     """Attention from one new slot, in few kernels: x (R, D) in the precision of the products."""
     heads = attention.qkv(x).unflatten(-1, (-1, attention.head_dim))
-    # One norm of queries, keys and values, which is not used for the values: it saves two kernels.
-    turned = F.layer_norm(heads, heads.shape[-1:], eps=attention.q_norm.eps)[:, : 2 * attention.heads]
-    torch.addcmul(affine[1], turned, affine[0], out=heads[:, : 2 * attention.heads])
-    return attention.proj(attend(heads, layer, attention.scale))
+    return attention.proj(attend(heads, layer, attention.scale, affine, attention.q_norm.eps))
 
 
 class Modulations:

@@ -35,6 +35,7 @@ ALLOCATING = {
     "_unsafe_view",
     "_reshape_alias",
 }
+SHORT = 8  # places of a cache that counts as full: that of the codebooks of one position
 PICKING = {"embedding", "index_select", "index", "gather", "index_copy_", "slice_scatter"}
 
 
@@ -64,13 +65,16 @@ class Count(TorchDispatchMode):
 
     Args:
         weights: parameters whose casts are counted.
+
+    Attributes:
+        filled: bytes of one filled place in all caches that are read as far as they are filled, which `bytes` is without.
     """
 
     def __init__(self, weights: list[Tensor] = ()):
         super().__init__()
         self.held = {w.untyped_storage()._cdata for w in weights}
         self.kernels, self.waits = Counter(), Counter()
-        self.casts = self.bytes = 0
+        self.casts = self.bytes = self.filled = 0
 
     def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
         kwargs = kwargs or {}
@@ -88,7 +92,12 @@ class Count(TorchDispatchMode):
         self.kernels[name] += 1
         if name == "_to_copy" and given[0].untyped_storage()._cdata in self.held:
             self.casts += 1
-        if name in PICKING:
+        if name == "decode_attention":  # core.nn.decode_attention, which the device tells how much it reads
+            heads, memory = args[:2]
+            place, short = size(memory) // memory.shape[2], memory.shape[2] < SHORT
+            self.filled += 0 if short else place
+            self.bytes += size(heads) + size(result) + size(args[4:]) + (size(memory) if short else place)
+        elif name in PICKING:
             self.bytes += 2 * size(args[-1] if name == "index_copy_" else result)
         else:
             out = {id(t) for t in tree_leaves(kwargs.get("out"))}

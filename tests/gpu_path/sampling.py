@@ -64,9 +64,9 @@ class System:
 
 
 SYSTEMS = {
-    "RAR-B": System(lambda: RAR(size="b", vocab=1024), Guidance(15.0, schedule="cosine", power=2.5), {}, 300),
-    "FAR-B": System(lambda: FAR(size="b", grid=[16, 16], branches=2), Guidance(2.0), {}, 450),
-    "D-AR-L": System(lambda: GPT(size="l"), Guidance(8.0, schedule="linear", start=1.2), {}, 350),
+    "RAR-B": System(lambda: RAR(size="b", vocab=1024), Guidance(15.0, schedule="cosine", power=2.5), {}, 220),
+    "FAR-B": System(lambda: FAR(size="b", grid=[16, 16], branches=2), Guidance(2.0), {}, 320),
+    "D-AR-L": System(lambda: GPT(size="l"), Guidance(8.0, schedule="linear", start=1.2), {}, 245),
     "VAR-d17": System(_var, Guidance(4.25, schedule="linear", start=1.0), {"top_k": 750, "top_p": 0.95}, 2450, 11),
 }
 
@@ -128,6 +128,10 @@ def measure(name: str, batch: int = 64, precision: str = "bf16") -> Report:
         steps = [graph.replays - done for graph, done in zip(graphs, before)]
         state = model._state.value
         moved = sum(graph.count.bytes * times for graph, times in zip(graphs, steps))
+        done = 0
+        for graph, times in zip(graphs, steps):  # in the order of their places
+            moved += graph.count.filled * sum(range(done, done + times))
+            done += times
         ideal = _ideal(model, state.cache, sum(steps), getattr(state, "branches", 1) - 1)
         return Report(
             max(graph.count.total for graph in graphs),

@@ -19,9 +19,9 @@ def test_the_work_is_compiled(name):
     assert 0.95 <= share <= 1, outside
 
 
-@pytest.mark.parametrize("name", names("D-AR"))
+@pytest.mark.parametrize("name", names("D-AR", "reAR-B"))
 def test_a_step_compiles_in_one_piece_and_does_not_wait(name):
-    """D-AR's masks and VAR's FlexAttention are what a GPU alone runs."""
+    """D-AR's masks, VAR's FlexAttention and reAR's dropped attention weights are what a GPU alone runs."""
     report = measure(name)
     assert report.kernels > 500 and report.graphs >= 2
     assert not report.breaks and not report.waits
