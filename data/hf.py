@@ -5,6 +5,8 @@
     datasets://FOLDER?column=img&label=none  a column that is not found by itself; no labels
     datasets://ORG/NAME?name=CONFIG          one of several configurations
 
+Where the split "val" is asked for, "validation" will do.
+
 The column of pictures is the first of type Image, else one called like a picture; any mode becomes RGB. Labels are
 optional: a column of class labels, of whole numbers or of words.
 """
@@ -22,11 +24,12 @@ from core.specs import DataSource
 from data.base import ListedSource, PackedStrings, Record, StreamSource, read_class_names, stream_options
 
 PICTURES = ("image", "img", "jpg", "jpeg", "png", "webp", "picture")
+VALIDATION = {"val": "validation"}  # as nearly every set on the hub calls it
 LABELS = ("label", "labels", "cls", "class", "class_id", "fine_label")
 
 
-def _load(path: str, split: str, options: dict[str, str], streaming: bool) -> Any:
-    """A datasets.Dataset or IterableDataset of one split."""
+def _load(path: str, split: str, options: dict[str, str], streaming: bool) -> tuple[Any, str]:
+    """(a datasets.Dataset or IterableDataset of one split, its name there: "validation" stands for "val")"""
     try:
         import datasets
     except ImportError:
@@ -34,23 +37,33 @@ def _load(path: str, split: str, options: dict[str, str], streaming: bool) -> An
     datasets.disable_progress_bars()
     folder = Path(path).expanduser()
     saved = any((folder / name).is_file() for name in ("dataset_dict.json", "state.json"))  # by save_to_disk
+    other = VALIDATION.get(split)
     try:
         if not saved:
             where = str(folder) if folder.is_dir() else path
-            return datasets.load_dataset(
-                where, options.get("name"), split=split, streaming=streaming, revision=options.get("revision")
-            )
+            unknown = None
+            for there in filter(None, (split, other)):
+                try:
+                    return datasets.load_dataset(
+                        where, options.get("name"), split=there, streaming=streaming, revision=options.get("revision")
+                    ), there
+                except ValueError as error:  # no such split
+                    unknown = unknown or error
+            assert unknown is not None
+            raise unknown
         loaded = datasets.load_from_disk(str(folder))
     except Exception as error:  # of many libraries
         raise UserError(
-            f"datasets://{path}, split {split}: {type(error).__name__}: {' '.join(str(error).split())[:300]}. "
-            "Check the name, the split and the network."
+            f"datasets://{path}, split {split}: {type(error).__name__}: "
+            f"{' '.join(str(error).split())[:300].rstrip('.')}. Check the name, the split and the network."
         ) from None
     if isinstance(loaded, datasets.DatasetDict):
+        if split not in loaded and other in loaded:
+            split = other
         if split not in loaded:
             raise UserError(f'datasets://{path} has no split "{split}".{nearest(split, loaded)}')
         loaded = loaded[split]
-    return loaded.to_iterable_dataset() if streaming else loaded
+    return loaded.to_iterable_dataset() if streaming else loaded, split
 
 
 def _columns(path: str, features: dict[str, Any], options: dict[str, str]) -> tuple[str, str | None]:
@@ -143,7 +156,7 @@ def open_datasets(path: str, split: str | None, options: dict[str, str]) -> Data
     where, streaming, split = f"datasets://{path}", options.get("streaming", "0"), split or "train"
     if streaming not in ("0", "1"):
         raise UserError(f"{where}: streaming={streaming} must be 0 or 1.")
-    dataset = _load(path, split, options, streaming == "1")
+    dataset, there = _load(path, split, options, streaming == "1")
     import datasets
 
     if dataset.features is None:
@@ -159,7 +172,7 @@ def open_datasets(path: str, split: str | None, options: dict[str, str]) -> Data
         names = read_class_names(options["classes"])
     if streaming == "1":
         splits = dataset.info.splits or {}
-        count = getattr(splits.get(split), "num_examples", None) or None
+        count = getattr(splits.get(there), "num_examples", None) or None
         samples, numbered = stream_options(where, options, count)
         if label and names is None and "num_classes" not in options:
             raise UserError(f"{where}: streamed labels need ?num_classes=N or ?classes=FILE; ?label=none drops them.")

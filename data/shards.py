@@ -28,7 +28,7 @@ import urllib.error
 import urllib.request
 import zipfile
 from collections import OrderedDict
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO, Generic, TypeVar
@@ -93,6 +93,20 @@ def find_shards(pattern: str) -> list[Path]:
             f"wds://{pattern}: no shard called {', '.join(missing[:3])}{more}. Check the folder and the range."
         )
     return [Path(name) for name in shards]
+
+
+def absent(shards: Sequence[Path]) -> list[str]:
+    """Names that are missing between those of shards that are numbered: lost ones, which a folder does not tell of."""
+    numbered: dict[tuple[str, str], dict[int, str]] = {}
+    for shard in shards:
+        if found := re.fullmatch(r"(.*?)([0-9]+)(\D*)", str(shard)):
+            numbered.setdefault((found[1], found[3]), {})[int(found[2])] = found[2]
+    names = []
+    for (before, behind), digits in numbered.items():
+        width = len(digits[min(digits)])
+        gaps = (n for n in range(min(digits), max(digits)) if n not in digits)
+        names += [f"{before}{n:0{width}d}{behind}" for n in itertools.islice(gaps, MAX_SHARDS)]
+    return names
 
 
 def hub_shards(pattern: str) -> list[str]:

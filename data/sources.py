@@ -35,7 +35,7 @@ from core.rng import uniform_scalar
 from core.specs import DataSource, Sample
 from data.base import MAX_CLASSES, FileSource, LeftOut, read_class_names, whole_number
 from data.hf import open_datasets
-from data.shards import ShardSource, expand_braces, find_shards, open_remote_shards
+from data.shards import ShardSource, absent, expand_braces, find_shards, open_remote_shards
 from data.tokens import open_tokens
 
 EXTENSIONS = (".jpg", ".jpeg", ".jfif", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm")
@@ -190,6 +190,9 @@ def loose_pictures(folder: str | Path, left_out: LeftOut | None = None) -> FileS
     )
 
 
+PACKED = ((".parquet", "datasets"), (".arrow", "datasets"), (".tar", "wds"))  # read by other schemes
+
+
 def open_folder(path: str, split: str | None, options: dict[str, str]) -> DataSource:
     """One folder per class, class numbers following the sorted folder names or the order of the `classes` file; or a
     folder of pictures, which have no labels."""
@@ -222,6 +225,10 @@ def open_folder(path: str, split: str | None, options: dict[str, str]) -> DataSo
     if not paths and beside is None:
         raise UserError(
             f"{root} holds no pictures. Expected {', '.join(EXTENSIONS)} files in it, or in one folder per class."
+            + next(
+                (f" {kind} files are read by {scheme}://{root}" for kind, scheme in PACKED if kind in left_out.kinds),
+                "",
+            )
         )
     if paths and beside is not None:
         left_out.add("picture(s) beside the class folders", beside.key(0), len(beside))
@@ -290,7 +297,10 @@ def open_shards(path: str, split: str | None, options: dict[str, str]) -> DataSo
     for key in ("samples", "num_classes"):
         if key in options:
             raise UserError(f"wds://{path}: {key} is for streams; shards on a disk are counted. Leave it out.")
-    source = ShardSource(find_shards(path), _class_names(options))
+    shards = find_shards(path)
+    source = ShardSource(shards, _class_names(options))
+    if "{" not in path and (lost := absent(shards)):  # braces name every shard, and find_shards misses none of them
+        source.left_out += (f"{len(lost)} shard(s) that the numbering lacks ({lost[0]}{', ...' if lost[1:] else ''})",)
     if (folder := Path(path).expanduser()).is_dir():
         left_out = LeftOut()
         for file in sorted(folder.iterdir()):

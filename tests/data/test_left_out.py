@@ -93,6 +93,21 @@ def test_a_folder_that_cannot_be_listed_is_an_error(tmp_path, monkeypatch):
         open_source(str(tmp_path))
 
 
+def test_lost_shards(tmp_path):
+    """A folder cannot tell that a file is missing; the numbering of the others does."""
+    for number in (0, 1, 3, 6):
+        write_tar(tmp_path / f"train-{number:04d}.tar", {f"{number}.png": png()})
+    for url in (f"wds://{tmp_path}", f"wds://{tmp_path}/train-*.tar"):
+        assert left_out(open_source(url)) == (
+            f"not read: 3 shard(s) that the numbering lacks ({tmp_path}/train-0002.tar, ...)"
+        )
+    assert left_out(open_source(f"wds://{tmp_path}/train-{{0001,0003}}.tar")) is None
+    with pytest.raises(UserError, match=r"no shard called .*train-0002.tar\. Check"):
+        open_source(f"wds://{tmp_path}/train-{{0000..0003}}.tar")
+    with pytest.raises(UserError, match=r"holds no pictures.* \.tar files are read by wds://"):
+        open_source(f"folder://{tmp_path}")
+
+
 def test_shards(tmp_path):
     write_tar(
         tmp_path / "0.tar",

@@ -111,6 +111,22 @@ def test_files_of_the_hub(parquet):
     assert len(source) == 12 and source.num_classes == 3 and source[5].image.getpixel((0, 0)) == (50, 50, 50)
     assert open_source(f"datasets://{parquet}?label=none").num_classes == 1
     assert open_source(f"datasets://{parquet}?label=text").class_names == ["x"]
+    with pytest.raises(UserError, match=r"holds no pictures.* \.parquet files are read by datasets://.*/parquet"):
+        open_source(f"folder://{parquet}")
+
+
+def test_validation_stands_for_val(saved, tmp_path):
+    """As nearly every set on the hub calls it: of parquet files, streamed or not, and of save_to_disk."""
+    both = datasets.load_from_disk(str(saved))
+    both["train"].to_parquet(tmp_path / "set" / "train-00000-of-00001.parquet")
+    both["val"].to_parquet(tmp_path / "set" / "validation-00000-of-00001.parquet")
+    datasets.DatasetDict({"train": both["train"], "validation": both["val"]}).save_to_disk(tmp_path / "again")
+    for url in (f"datasets://{tmp_path}/set", f"datasets://{tmp_path}/again"):
+        assert (len(open_source(url, "train")), len(open_source(url, "val"))) == (12, 4)
+    streamed = open_source(f"datasets://{tmp_path}/set?streaming=1&samples=4&label=none", "val")
+    assert len(list(streamed.shard(0))) == 4
+    with pytest.raises(UserError, match=r'Unknown split "vol".*\[.train., .validation.\]\. Check the name'):
+        open_source(f"datasets://{tmp_path}/set", "vol")
 
 
 @pytest.mark.parametrize(
