@@ -8,7 +8,6 @@ report             what is here, and what only the documented evaluation will as
 
 from __future__ import annotations
 
-import re
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,7 +18,7 @@ from core.schema import RunConfig
 from core.specs import DataSource
 from core.train.log import sink_problems
 from core.weights import released
-from core.weights.released import ROOT, Released, find_local_file, helper, needed
+from core.weights.released import Released, find_local_file, helper, needed
 from data.checks import left_out, remarks, require_same_classes
 from data.tokens import TokenStore
 from evaluation import measure, protocols, references
@@ -28,6 +27,7 @@ from run import adapt
 from run.data import asks_val_labels, make_transform, needed_val, open_pictures, open_train
 from run.estimate import costs
 from run.load import REGISTRIES, Source, read_weights
+from run.recipes import recipe_of
 from tokenizer.continuous.stats import read_stats
 
 
@@ -201,24 +201,15 @@ def find_weights(config: RunConfig) -> tuple[dict[str, Source], list[str]]:
             sources[setting] = Source(reference, kinds.get(setting))
         except UserError as error:
             known = None if "://" in reference else released.find(reference)
-            advice = (
-                f"fetch it with {known.command}" if known else trained_by(reference, kinds.get(setting)) or str(error)
-            )
+            advice = f"fetch it with {known.command}" if known else trained_by(reference) or str(error)
             lines.append(f"{setting}={reference}: {advice}")
     return sources, lines
 
 
-def trained_by(reference: str, kind: str | None) -> str:
-    """How to make a run that is not here: by the recipe that has its name; "" where none has, and for what is here."""
-    run = Path(reference)
-    if run.exists() or run.parent.name != RunConfig.work_dir:
-        return ""
-    named = re.compile(rf"^name: *{re.escape(run.name)} *(#.*)?$", re.MULTILINE)
-    for recipe in sorted((ROOT / "configs").rglob("*.yaml")):
-        if named.search(recipe.read_text()):
-            program = "run_train_tokenizer.sh" if kind == "tokenizer" else "run_train_ar.sh"
-            return f"no such run yet. Train it: bash {program} {recipe.relative_to(ROOT)}"
-    return ""
+def trained_by(reference: str) -> str:
+    """How to make a run that is not here, by the recipe of that name; "" where none has it, and for what is here."""
+    made = None if Path(reference).exists() else recipe_of(reference)
+    return f"no such run yet. Train it: {made[1]}" if made else ""
 
 
 def missing_helpers(config: RunConfig) -> list[str]:

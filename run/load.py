@@ -39,6 +39,7 @@ from generator.adapters import ADAPTERS as GENERATOR_ADAPTERS
 from generator.guidance import per_branch
 from generator.task import GeneratorTask
 from run import translate
+from run.recipes import recipe_of
 from tokenizer import TOKENIZERS
 from tokenizer.adapters import ADAPTERS as TOKENIZER_ADAPTERS
 from tokenizer.continuous.stats import default_place, read_stats
@@ -583,6 +584,9 @@ def tokenizer_layout(section: dict[str, Any], source: Source | None = None) -> t
             if "name" not in known:  # a file with both networks: the recipe names the tokenizer's own
                 known = tokenizer_layout(paired)[0]
         return {**known, **settings}, f"{file.name} is not here; its sizes are those of {place}"
+    if made := recipe_of(reference):
+        known = constructor_arguments(load_config(made[0], []).tokenizer)
+        return {**known, **settings}, f"{reference} is not here; its sizes are those of {made[0]}"
     if "name" in settings:
         return settings, f"{reference} is not here; its sizes are the defaults of {settings['name']}"
     raise UserError(

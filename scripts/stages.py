@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from core.errors import UserError, nearest
+from run.recipes import recipe_of
 
 
 @dataclass(frozen=True)
@@ -72,11 +73,14 @@ def find_run(name: str, work_dir: str = "work_dirs") -> str:
         return str(folder)
     if Path(name).exists() or (Path("pretrained_models") / name).exists():
         return name
+    if recipe_of(Path("work_dirs") / name):  # --dry-run needs no run, and --check tells how to make it
+        return str(Path(work_dir) / name)
     known = [
         p.name
         for place in (Path(work_dir), theirs, Path("pretrained_models"))
         if place.is_dir()
         for p in place.iterdir()
+        if p.suffix != ".md"
     ]
     raise UserError(
         f'there is no run "{name}" in {work_dir}/ or {theirs}/ and no such file in pretrained_models/.'

@@ -17,8 +17,11 @@ from PIL import Image
 
 from core.errors import UserError
 from run import translate
+from run.load import load_config, tokenizer_layout
+from run.recipes import CONTINUING, recipe_of
 from scripts import convert, evaluate_generator, reconstruct, stages
 from tests.conftest import ROOT, TOY_GENERATOR, TOY_TOKENIZER, finished_run, program, shell, toy
+from tests.run.test_recipes import RECIPES
 from tests.tools import torture
 
 STAGE, DAR_TOKENIZER = "--stage=tokenizer", "configs/dar/tokenizer.yaml"
@@ -58,6 +61,39 @@ def test_experiments_are_found(work_dir):
     assert stages.find_run("hf://a/b/c.pth", str(work_dir)) == "hf://a/b/c.pth"
     with pytest.raises(UserError, match='no run "rektok".*Did you mean "rectok"'):
         stages.find_run("rektok", str(work_dir))
+
+
+def test_runs_that_recipes_will_make():
+    """Asked for before they are there, as the recipes' own commands do: --check says what makes them, --dry-run works."""
+    for run, recipe, command in (
+        ("rectok_stage1", "rectok/tokenizer", "bash run_train_tokenizer.sh configs/rectok/tokenizer.yaml"),
+        ("rectok_stage2", "rectok/decoder_finetune", "bash run_decoder_finetune_tokenizer.sh configs/rectok/decoder_finetune.yaml"),
+        ("rectok_stage1_decoder_finetune", "rectok/decoder_finetune", "bash run_decoder_finetune_tokenizer.sh rectok_stage1"),
+        ("rectok512_stage1_decoder_finetune", "rectok/decoder_finetune", "bash run_decoder_finetune_tokenizer.sh "
+         "rectok512_stage1 tokenizer.image_size=512 train.micro_batch=16"),
+        ("toy_fqgan_tokenizer", "toy/fqgan_tokenizer", "bash run_train_tokenizer.sh configs/toy/fqgan_tokenizer.yaml"),
+    ):  # fmt: skip
+        assert recipe_of(f"work_dirs/{run}") == (f"configs/{recipe}.yaml", command)
+        assert stages.find_run(run, "no/such/place") == f"no/such/place/{run}"
+    assert recipe_of("work_dirs/mine") is None and recipe_of("elsewhere/rectok_stage1") is None
+    for path in RECIPES:
+        command = re.search(r"^# +(bash run_\w+\.sh\S*( [^\s(]+)*)", (ROOT / path).read_text(), re.MULTILINE)[1]
+        script, *words = command.split()[1:]
+        if script in CONTINUING:
+            stage = {"run_train_var.sh": "var", "run_train_diffusion.sh": "diffusion"}.get(script, "decoder")
+            config, overrides = stages.resolve(stage, words)
+            name = load_config(config, overrides).name
+            assert recipe_of(f"work_dirs/{name}") == (path, command if words else f"{command} {path}")
+
+
+def test_layout_of_a_tokenizer_that_is_not_trained_yet():
+    words = ["rectok_stage1_decoder_finetune", "configs/rectok/ditdh_s.yaml"]
+    config, overrides = stages.resolve("diffusion", words)
+    settings, note = tokenizer_layout(load_config(config, overrides).tokenizer)
+    assert settings["name"] == "rectok" and settings["channels"] == 128
+    assert note == (
+        "work_dirs/rectok_stage1_decoder_finetune is not here; its sizes are those of configs/rectok/decoder_finetune.yaml"
+    )
 
 
 def test_words_become_arguments(work_dir):
