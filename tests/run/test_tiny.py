@@ -27,7 +27,9 @@ def test_files_are_what_their_recipes_make(system):
     for kind, file in files.items():
         assert file is not None and file.kind == kind and len(file.about["class_names"]) == 9
         assert parse_labels("faces, smileys, flags", 9, file.about["class_names"]) == [0, 0, 8]
-        rounded = [t for name, t in file.weights.items() if t.is_floating_point() and not name.endswith("codebook_used")]
+        rounded = [
+            t for name, t in file.weights.items() if t.is_floating_point() and not name.endswith("codebook_used")
+        ]
         assert {t.dtype for t in rounded} == {torch.bfloat16}
         stage = "decoder" if kind == "tokenizer" and (TINY / system / "decoder.yaml").is_file() else kind
         section = getattr(load_config(str(TINY / system / f"{stage}.yaml"), []), kind)
