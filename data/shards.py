@@ -207,7 +207,7 @@ def parse_label(data: bytes, where: str) -> int | None:
         text = str(values[0]).encode() if type(values[0]) in (int, str) else data
     if not re.fullmatch(rb"[0-9]{1,9}", text) or int(text) >= MAX_CLASSES:
         raise UserError(
-            f"{where} holds {text[:60]!r}; expected a class index from 0 to {MAX_CLASSES - 1} in ASCII digits."
+            f"{where} holds {text[:60].decode(errors='replace')!r}; expected a class index from 0 to {MAX_CLASSES - 1} in ASCII digits."
         )
     return int(text)
 

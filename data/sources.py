@@ -247,7 +247,7 @@ def _parse_line(line: bytes, where: str) -> tuple[bytes, int | None]:
             raise UserError(f"{where}: label {text[:20].decode()} is not between 0 and {MAX_CLASSES - 1}.")
     parts = path.split(b"/")
     if path.startswith(b"/") or b".." in parts or b"\0" in path:
-        raise UserError(f"{where}: {path[:80]!r} must be a path relative to the root folder, without '..'.")
+        raise UserError(f"{where}: {os.fsdecode(path[:80])} must be a path relative to the root folder, without '..'.")
     return path, label
 
 

@@ -231,7 +231,7 @@ class JsonLines:
         except (ValueError, KeyError, TypeError, RecursionError) as error:
             raise UserError(
                 f'{where} is not {{"class_id": int, "tokens": [ints]}} ({plainly(error)}): '
-                f"{line[:60]!r}. Repair or remove it."
+                f"{line[:60].decode(errors='replace')!r}. Repair or remove it."
             ) from None
         if type(label) is not int or not 0 <= label < MAX_CLASSES:
             raise UserError(f"{where}: class_id {label!r} is not a class from 0 to {MAX_CLASSES - 1}.")

@@ -407,10 +407,16 @@ def reconstruction(
 
 
 def reconstruct_first(
-    how: Evaluation, tokenizer: nn.Module, source: DataSource, image_size: int, count: int | None
+    how: Evaluation,
+    tokenizer: nn.Module,
+    source: DataSource,
+    image_size: int,
+    count: int | None,
+    on_corrupt: str = "raise",
 ) -> dict[str, float]:
     """Plain numbers of the first `count` pictures (0, None: all), on the main rank. Collective."""
-    pictures = SourcePictures(source, image_size, rows=range(min(count or len(source), len(source))))
+    rows = range(min(count or len(source), len(source)))
+    pictures = SourcePictures(source, image_size, rows=rows, on_corrupt=on_corrupt)
     rebuild = ByTokenizer(tokenizer, pictures, how.protocol, how.batch, how.world.device)
     with Work(len(pictures), how.world) as work:
         result = how.of_reconstructions(rebuild, work)
@@ -557,7 +563,8 @@ class Online:
         # Now, when the training has the memory that it needs.
         self.how.batch = pictures_at_once(self.settings.batch, self.how.world.device, self.image_size)
         if self.purpose == "reconstruction":
-            return reconstruct_first(self.how, network, self.val, self.image_size, self.settings.num_images)
+            count, on_corrupt = self.settings.num_images, self.config.data.on_corrupt
+            return reconstruct_first(self.how, network, self.val, self.image_size, count, on_corrupt)
         return self.generation(task, network)
 
     def generation(self, task, network: nn.Module) -> dict[str, float]:

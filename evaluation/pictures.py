@@ -141,6 +141,7 @@ class SourcePictures(Pictures):
         image_size: side of the crop.
         workers: processes; they read ahead once `expect` says what comes.
         rows: which pictures, None for all.
+        on_corrupt: of pictures that cannot be read: "raise", or "replace" by the next ones, as a training does; each is told.
     """
 
     source: DataSource
@@ -152,8 +153,10 @@ class SourcePictures(Pictures):
         workers: int = 0,
         rows: Sequence[int] | None = None,
         name: str = "pictures",
+        on_corrupt: str = "raise",
     ):
         require_order(source, "no number measured on them could be had again")
+        self.on_corrupt, self._replaced = on_corrupt, set[str]()
         self.source, self.transform, self.workers, self.name = source, Transform(image_size=image_size), workers, name
         self.rows = range(len(source)) if rows is None else rows
         self.size = (image_size, image_size)
@@ -171,7 +174,7 @@ class SourcePictures(Pictures):
 
     def _batches(self, ranges: list[range], workers: int) -> Iterator:
         wanted = ([self.rows[i] for i in indices] for indices in ranges)
-        return listed_batches(self.source, self.transform, wanted, workers)
+        return listed_batches(self.source, self.transform, wanted, workers, self.on_corrupt)
 
     def labelled(self, start: int, stop: int) -> tuple[Tensor, Tensor]:
         """(pictures, labels)"""
@@ -180,6 +183,11 @@ class SourcePictures(Pictures):
             batch = next(self._ahead)
         else:
             batch = next(self._batches([range(start, stop)], 0))
+        for key in batch.replaced.keys() - self._replaced:
+            print(
+                f"warning: {key} of the {self.name} cannot be read and is replaced ({batch.replaced[key]})", flush=True
+            )
+            self._replaced.add(key)
         return batch.images, batch.labels
 
     def read(self, start: int, stop: int) -> Tensor:

@@ -479,7 +479,9 @@ def training_statistics(
     """Of (at most TRAINING_PICTURES of) the training set, made once and kept in the cache folder. Collective."""
     count = min(len(source), TRAINING_PICTURES)
     rows = range(count) if count == len(source) else sorted(permutation(len(source), "real pictures")[:count].tolist())
-    pictures = SourcePictures(source, image_size, config.data.workers, rows, f"{count:,} training pictures")
+    pictures = SourcePictures(
+        source, image_size, config.data.workers, rows, f"{count:,} training pictures", config.data.on_corrupt
+    )
     sizes = world.on_main(source.file_sizes)
     key = pictures.fingerprint() + (f"_{sizes[:8]}" if sizes else "")
     path = Path(config.data.cache_dir) / f"statistics_{net.name}_{key}.safetensors"

@@ -173,6 +173,16 @@ def test_a_broken_picture_is_replaced_and_named(train_main, tmp_path, name):
     assert code == 2 and "cannot be read, more than data.max_corrupt=0.05 of them (class/" in err
     code, _, err = train_main(*arguments, "name=strict", "data.on_corrupt=raise")
     assert code == 2 and f"class/{name}" in err
+    measured = [
+        f"data.val_url=folder://{folder.parent}",
+        "train.eval_every=1ep",
+        "eval.network=lite0",
+        "eval.num_images=8",
+    ]
+    code, out, err = train_main(*arguments, *measured, "name=measured", "eval.batch=4", "data.max_corrupt=0.2")
+    assert code == 0 and out.count(f"warning: class/{name} of the pictures cannot be read and is replaced") == 2, (
+        out + err
+    )
 
 
 LIMITED = """
