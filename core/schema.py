@@ -205,7 +205,7 @@ class TrainConfig:
     checkpoint_every: Duration = setting(Duration("1ep"), "how much a crash may cost")
     keep_checkpoints: int = setting(3, "newest ones to keep", low=1)
     keep_best: str | None = setting(
-        None, "keep the checkpoint where this metric of eval_every was smallest; its name or how it begins (rfid)"
+        None, "keep the checkpoint where this metric of eval_every was best; its name or how it begins (rfid)"
     )
     milestone_every: Duration = setting(Duration("never"), "checkpoints that are never deleted")
     time_limit_minutes: float = setting(0.0, "save and exit with code 75 after this long; 0: no limit", low=0)

@@ -321,6 +321,8 @@ MEANINGS = {
     "ris_": Meaning("Inception Score", "", "higher", "The same of reconstructions."),
     "kid_": Meaning("KID", "", "lower", "Kernel distance of samples to real pictures."),
     "precision_": Meaning("Precision", "", "higher", "Share of samples that lie among real pictures."),
+    "rprecision_": Meaning("Precision", "", "higher", "Share of reconstructions that lie among their originals."),
+    "rrecall_": Meaning("Recall", "", "higher", "Share of originals that lie among their reconstructions."),
     "recall_": Meaning("Recall", "", "higher", "Share of real pictures that lie among samples."),
     "ssim": Meaning("SSIM", "", "higher", "Structural likeness of reconstructions, at most 1 (uniform 7 x 7 window)."),
     "ssim_llamagen": Meaning("SSIM (LlamaGen)", "", "higher", "With data range 2 on [0, 1] pictures: reads too high."),

@@ -230,6 +230,9 @@ def missing_later(config: RunConfig) -> list[str]:
     purpose = {"tokenizer": "reconstruction", "generator": "generation"}[config.task]
     protocol = protocols.get(config.eval.protocol, purpose)
     lines = measure.lacking(config.eval, protocol, purpose)
+    kept = config.train.keep_best if config.train.eval_every != "never" and config.eval.network == "auto" else None
+    if kept in ("fid", "rfid", "sfid", "is") and helper(WEIGHTS_FILE).found() is None:
+        lines.append(f"train.keep_best={kept}: no checkpoint is kept as the best before that network is here")
     size = config.tokenizer.get("image_size") or 256
     names = protocol.reference if purpose == "generation" else protocol.reconstruction_reference
     reference = next((n for n in names if references.KNOWN[n].image_size == size), None)

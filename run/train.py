@@ -27,7 +27,7 @@ from data.loader import Loader, read_or_replace, split
 from data.token_files import MomentFiles
 from data.tokens import TokenStore
 from data.transforms import Transform
-from evaluation import measure
+from evaluation import measure, protocols
 from evaluation.report import environment
 from generator.task import GeneratorTask
 from run import adapt, page
@@ -96,6 +96,7 @@ def _train(config: RunConfig, inputs: Inputs, world: dist.World, about: dict[str
         run=run,
         world=world,
         evaluate=evaluate,
+        rising=lambda name: protocols.meaning_of(name).better == "higher",
         initial_ema=initial_ema,
         provenance=provenance,
         sinks=[writer],

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+import re
 import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -54,6 +55,7 @@ class Trainer:
         world: this rank.
         evaluate: called as evaluate(task, network) on every rank under averaged weights; returns metrics on the main one.
             If it fails on one rank it must fail on all.
+        rising: whether a metric of this name is better when it is larger (train.keep_best).
         initial_ema: averaged weights to start from (full state of the primary network), when they differ from it.
         provenance: JSON facts stored in every checkpoint (fingerprints of weights the run depends on).
         sinks: take numbers and previews besides those that `config.log` names.
@@ -72,6 +74,7 @@ class Trainer:
         run: RunFolder,
         world: World,
         evaluate: Callable[[Task, nn.Module], dict[str, float]] | None = None,
+        rising: Callable[[str], bool] = lambda name: False,
         initial_ema: dict[str, Tensor] | None = None,
         provenance: dict[str, Any] | None = None,
         sinks: Sequence[Sink] = (),
@@ -79,6 +82,7 @@ class Trainer:
     ):
         self.task, self.config, self.settings = task, config, config.train
         self.batches, self.split, self.run, self.world, self.evaluate = batches, split, run, world, evaluate
+        self.rising = rising
         self.images_per_epoch, self.data_fingerprint = images_per_epoch, data_fingerprint
         self.provenance, self.sinks, self.flops = provenance or {}, sinks, flops
         self.peak = (peak_flops(world.device, config.train.precision) or 0.0) * world.size
@@ -542,10 +546,18 @@ class Trainer:
                 **{f"eval/{name}": value for name, value in metrics.items()},
             }
         )
-        self.run.log(f"evaluation at step {self.step}: " + "  ".join(f"{k} {v:.4g}" for k, v in metrics.items()))
+        shown = {
+            name: value for name, value in metrics.items() if not re.search(r"_scale\d+$", name)
+        }  # sixty at ten scales
+        more = (
+            f"  ({len(metrics) - len(shown)} of single scales in metrics.jsonl)"
+            if shown.keys() < metrics.keys()
+            else ""
+        )
+        self.run.log(f"evaluation at step {self.step}: " + "  ".join(f"{k} {v:.4g}" for k, v in shown.items()) + more)
 
     def _keep_best(self, wanted: str, metrics: dict[str, float]) -> None:
-        """Save and pin this step if the wanted metric was never smaller. Collective: the main rank decides."""
+        """Save and pin this step if the wanted metric was never better. Collective: the main rank decides."""
         better = False
         name = next((n for n in sorted(metrics) if n.startswith(wanted)), wanted)  # names end with network and count
         if self.world.is_main:
@@ -553,7 +565,8 @@ class Trainer:
                 self.run.log(f"warning: train.keep_best={wanted} is not measured.{nearest(wanted, metrics)}")
             before = self.store.best()
             same = before.get("metric") == name and before["step"] <= self.step  # a later one is from before a rewind
-            better = name in metrics and not (same and before["value"] <= metrics[name])
+            sign = -1 if self.rising(name) else 1
+            better = name in metrics and not (same and sign * before["value"] <= sign * metrics[name])
         if self.world.sum(torch.tensor([float(better)], device=self.world.device)).item() > 0:
             self.save(wait=True)
             if self.world.is_main:

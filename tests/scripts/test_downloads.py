@@ -335,6 +335,8 @@ def test_online_evaluation_needs_its_files(train_main, tmp_path):
     assert code == 2 and "weights-inception" in err
     assert "eval.reference=adm_in256_stats.npz: bash run_download.sh adm_in256" in err
     assert train_main(toy, "train.device=cpu", "--check")[0] == 0
+    kept = train_main(toy, "train.device=cpu", "train.eval_every=1ep", "train.keep_best=rfid", "--check")
+    assert kept[0] == 0 and "train.keep_best=rfid: no checkpoint is kept as the best before" in kept[1]
 
 
 # ---------------------------------------------------------------------------------------------------------------------

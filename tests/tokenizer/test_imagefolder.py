@@ -412,7 +412,7 @@ def test_a_small_set_gets_advice(run_toy, tmp_path):
 
 
 def test_the_best_checkpoint_is_kept(run_toy):
-    """The smallest value of a metric of online evaluation; also when newer checkpoints push older ones out."""
+    """The largest PSNR of online evaluation, as larger is better; also when newer checkpoints push older ones out."""
     code, run, err = run_toy(
         "best",
         "objective.gan_start=never",
@@ -426,11 +426,15 @@ def test_the_best_checkpoint_is_kept(run_toy):
     )
     assert code == 0, err
     found = {r["step"]: r["eval/psnr"] for r in read_metrics(run / "metrics.jsonl") if "eval/psnr" in r}
-    step = min(found, key=found.get)
+    step = max(found, key=found.get)
     pinned = json.loads((run / "checkpoints" / "best.json").read_text())
     assert pinned == {"step": step, "metric": "psnr", "value": found[step]}
     assert {int(p.name[5:]) for p in (run / "checkpoints").glob("step_*")} == {step, 4}
     assert (run / "checkpoints" / "best").resolve().name == f"step_{step:08d}"
+    line = next(line for line in (run / "log.txt").read_text().splitlines() if "evaluation at step 4" in line)
+    record = [r for r in read_metrics(run / "metrics.jsonl") if "eval/psnr" in r][-1]
+    scales = [name for name in record if re.search(r"_scale\d$", name)]
+    assert scales and "_scale" not in line and line.endswith(f"({len(scales)} of single scales in metrics.jsonl)")
 
 
 # -- mistakes ---------------------------------------------------------------------------------------------------------
