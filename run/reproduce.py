@@ -20,6 +20,7 @@ import torch
 from core.chunks import enter
 from core.errors import UserError, nearest
 from core.files import human_bytes, read_json
+from core.lock import Lock
 from core.schema import RunConfig
 from core.weights import released
 from core.weights.released import Released
@@ -206,16 +207,21 @@ def allowed(row: Row, metric: str, entry: dict[str, Any]) -> tuple[float | None,
     return DRAWN * (high - low) / 2 + printed, "two draws of samples, 95 %, from the bootstrap of ours"
 
 
-def verdict(row: Row, metric: str, name: str, entry: dict[str, Any] | None, num: int) -> tuple[str, str]:
+def verdict(
+    row: Row, metric: str, name: str, entry: dict[str, Any] | None, num: int, left_out: dict[str, str] | None = None
+) -> tuple[str, str]:
     """(what a measured value says about the published one, why).
 
     Args:
         name, entry: of the measured value, see `value_of`.
+        left_out: of the evaluation, metric -> why it has no value.
     """
     if entry is None:
-        return "not measured", row.obstacle()
+        return "not measured", row.obstacle() or (left_out or {}).get(
+            {"rfid": "fid", "ris": "is"}.get(metric, metric), ""
+        )
     if not _is(metric, name):
-        return "not comparable", f"{name} is a stand-in for {metric}: Inception is not here"
+        return "not comparable", "a stand-in measured it: Inception is not here"
     if num < WHOLE:
         return "not comparable", f"{num:,} pictures instead of {WHOLE:,}"
     limit, why = allowed(row, metric, entry)
@@ -227,8 +233,12 @@ def verdict(row: Row, metric: str, name: str, entry: dict[str, Any] | None, num:
 
 def measured_in(folder: Path) -> dict[str, dict[str, Any]]:
     """Entries of a finished evaluation; {} where there is none."""
+    return _finished(folder).get("metrics", {})
+
+
+def _finished(folder: Path) -> dict[str, Any]:
     file = folder / "metrics.json"
-    return read_json(file)["metrics"] if file.is_file() else {}
+    return read_json(file) if file.is_file() else {}
 
 
 def value_of(metric: str, entries: dict[str, dict[str, Any]]) -> tuple[str, dict[str, Any] | None]:
@@ -254,7 +264,8 @@ def reproduce(chosen: list[Row], num: int, folder: Path, more: Sequence[str] = (
         more: settings of every row, key=value.
         bootstrap: replicates behind the intervals of samples.
     """
-    failed = []
+    lock, failed = Lock(folder), []
+    lock.take()
     for number, row in enumerate(chosen, 1):
         out = folder / f"{row.name}_{num}"
         claim(row, out, num, more, bootstrap)
@@ -270,6 +281,7 @@ def reproduce(chosen: list[Row], num: int, folder: Path, more: Sequence[str] = (
     if failed:
         print(f"not measured, see above: {', '.join(failed)}")
     print(f"{CAUSES}\nlook at {folder / 'report.html'}")
+    lock.release()
     return len(failed)
 
 
@@ -294,25 +306,37 @@ def _measure(row: Row, command: list[str]) -> int:
     except UserError as error:
         print(f"{row.name}: {error}", flush=True)
         return 2
-    return subprocess.run(command, cwd=ROOT).returncode
+    return attend(command, cwd=ROOT)
+
+
+def attend(command: list[str], cwd: Path, environment: dict[str, str] | None = None) -> int:
+    """Run it and wait; its exit code. A signal that ends this program is handed on, so that launchers end their ranks."""
+    process = subprocess.Popen(command, cwd=cwd, env=environment)
+    try:
+        return process.wait()
+    except BaseException:
+        process.terminate()
+        process.wait()
+        raise
 
 
 def results(chosen: list[Row], num: int, folder: Path) -> list[list[str]]:
     """(name, metric, published, measured, difference, verdict, why) of every number."""
     lines = []
     for row in chosen:
-        entries = measured_in(folder / f"{row.name}_{num}")
+        found = _finished(folder / f"{row.name}_{num}")
+        left_out = found.get("context", {}).get("left_out", {})
         for metric, published in row.published.items():
-            name, entry = value_of(metric, entries)
+            name, entry = value_of(metric, found.get("metrics", {}))
             value = None if entry is None else float(entry["value"])
             shown = ("", "") if value is None else (f"{value:.4g}", f"{value - float(published):+.3f}")
-            lines.append([row.name, metric, published, *shown, *verdict(row, metric, name, entry, num)])
+            lines.append([row.name, metric, published, *shown, *verdict(row, metric, name, entry, num, left_out)])
     return lines
 
 
 def write_page(chosen: list[Row], num: int, folder: Path) -> None:
     page = Report("Published numbers, measured again", f"{num:,} pictures")
-    titles = ["", "metric", "published", "measured", "difference", "", ""]
+    titles = ["", "metric", "published", "measured", "difference", "verdict", "why"]
     page.add_table("Numbers", titles, results(chosen, num, folder))
     page.add_text("Where they differ", CAUSES)
     page.add_table(

@@ -5,10 +5,10 @@ SYSTEM: rectok, fqgan, rear, dar, imagefolder, evaluation (ADM's own samples, a 
 a row of configs/reproduce.toml; default all. Files that are missing are downloaded. Every row is one call of
 run_eval_tokenizer.sh or run_eval_generator.sh on all GPUs; the same command goes on after a kill. key=value words are
 settings of every row. Prints published | measured | difference | verdict | why and writes OUT/report.html.
+--rehearse does all that in a copy of this project with tiny random files, and --out (default work_dirs/rehearsal) gets its page.
 """
 
 import argparse
-import subprocess
 import sys
 from pathlib import Path
 
@@ -22,13 +22,13 @@ def main(arguments: list[str]) -> int:
     )
     parser.add_argument("systems", nargs="*", metavar="SYSTEM")
     parser.add_argument("--num", type=int, default=50000, help="pictures (default 50000; fewer cannot be compared)")
-    parser.add_argument("--out", type=Path, default=Path("work_dirs/reproduce"))
+    parser.add_argument("--out", type=Path, help="default work_dirs/reproduce")
     parser.add_argument("--bootstrap", type=int, default=50, help="replicates behind intervals of samples (default 50)")
     parser.add_argument("--list", action="store_true", help="print the table and stop")
     parser.add_argument("--dry-run", action="store_true", help="print what would be fetched, and hours, and stop")
     parser.add_argument("--gpus", type=int, default=8, help="that --dry-run shares the hours among (default 8)")
     parser.add_argument(
-        "--rehearse", action="store_true", help="the whole table with tiny random files, 8 pictures each, in minutes"
+        "--rehearse", action="store_true", help="the whole table with tiny random files, 10 pictures each, in minutes"
     )
     options = parser.parse_intermixed_args(arguments)
     for name, least in (("num", 2), ("bootstrap", 2), ("gpus", 1)):
@@ -44,9 +44,11 @@ def main(arguments: list[str]) -> int:
     elif options.dry_run:
         reproduce.plan(chosen, options.num, options.gpus)
     elif options.rehearse:
-        return subprocess.run([sys.executable, "-m", "tests.rehearsal.reproduce", *words]).returncode
+        out = ["--out", str(options.out)] if options.out else []
+        return reproduce.attend([sys.executable, "-m", "tests.rehearsal.reproduce", *words, *out], reproduce.ROOT)
     else:
-        return 1 if reproduce.reproduce(chosen, options.num, options.out, settings, options.bootstrap) else 0
+        out = options.out or Path("work_dirs/reproduce")
+        return 1 if reproduce.reproduce(chosen, options.num, out, settings, options.bootstrap) else 0
     return 0
 
 

@@ -64,7 +64,8 @@ class House:
         if not keep:
             shutil.rmtree(self.folder, ignore_errors=True)  # hundreds of megabytes
 
-    def _environment(self, direct: bool) -> dict[str, str]:
+    def environment(self, direct: bool = False) -> dict[str, str]:
+        """Of its programs. `direct`: with the real interpreter, not through the server."""
         kept = {k: v for k, v in os.environ.items() if not k.startswith(("PYTEST", "TESSERA", "COV_"))}
         kept |= {
             "OMP_NUM_THREADS": "1",
@@ -102,7 +103,11 @@ class House:
 
     def run(self, command: str, direct: bool = False, **variables: str) -> Done:
         """One line of bash in the project's folder. `direct`: with the real interpreter, not through the server."""
-        environment = {**self._environment(direct), **variables}
+        environment = {**self.environment(direct), **variables}
+        if command.startswith(
+            "python -m tests."
+        ):  # which this copy lacks, and torch-fidelity installs a "tests" of its own
+            environment["PYTHONPATH"] = str(ROOT)
         command_line = command.replace("python ", '"$TESSERA_PYTHON" ', 1) if command.startswith("python ") else command
         started = time.monotonic()
         with tempfile.TemporaryFile("w+") as output:

@@ -59,9 +59,15 @@ def main(project: str, place: str) -> None:
     listener = socket.socket(socket.AF_UNIX)
     listener.bind(place)
     listener.listen()
+    listener.settimeout(10)
+    parent = os.getppid()
     print("ready", flush=True)
-    while True:
-        connection, _ = listener.accept()
+    while os.getppid() == parent:  # else the house was killed and nobody will ask again
+        try:
+            connection, _ = listener.accept()
+        except TimeoutError:
+            continue
+        connection.setblocking(True)
         if os.fork() == 0:  # one process per request waits for its program, so that several can run
             listener.close()
             handle(connection)

@@ -2,6 +2,13 @@
 
 from __future__ import annotations
 
+import json
+import os
+import random
+import signal
+import subprocess
+import time
+
 import pytest
 
 from run import reproduce as product
@@ -28,6 +35,37 @@ def measured(output: str) -> set[tuple[str, str]]:
 def test_a_few_rows(furnished, words):
     done = reproduce.rehearse(furnished, words).expect()
     assert measured(done.output) == rows_of(words), done.output[-3000:]
+
+
+@pytest.mark.slow
+def test_killed_at_random_moments_it_ends_with_the_same_numbers(furnished, tmp_path):
+    """SIGKILL of everything, four times and in turns with SIGTERM of the program alone; then once more undisturbed."""
+    words, whole, broken = ["fqgan_dual_ds16", "titok_l32"], tmp_path / "whole", tmp_path / "broken"
+    done = furnished.run(reproduce.command(words, str(whole))).expect()
+    moments = random.Random(0)
+    environment = furnished.environment(direct=True)
+    for number in range(4):
+        process = subprocess.Popen(
+            ["bash", "-c", reproduce.command(words, str(broken))],
+            cwd=furnished.folder,
+            env=environment,
+            start_new_session=True,
+        )
+        time.sleep(moments.uniform(0.2, 1.5) * done.seconds)
+        if number % 2:
+            process.terminate()
+            assert process.wait() in (0, 75)
+        else:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+    furnished.run(reproduce.command(words, str(broken))).expect()
+    reproduce.check_again(furnished.run(reproduce.command(words, str(broken))).expect())
+
+    def numbers(folder):
+        files = sorted(folder.glob("*/metrics.json"))
+        return {file.parent.name: json.loads(file.read_text())["metrics"] for file in files}
+
+    assert len(numbers(whole)) == 2 and numbers(broken) == numbers(whole)
 
 
 @pytest.mark.slow

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import json
 import re
+import subprocess
+import sys
+import time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -112,16 +115,17 @@ def test_hours_of_a_row():
 def test_a_finished_row_is_not_measured_again(tmp_path, monkeypatch, capsys):
     called = []
 
-    def run(command: list[str], cwd: object) -> SimpleNamespace:
+    def attend(command: list[str], cwd: object) -> int:
         called.append(command)
         if len(called) == 2:
-            return SimpleNamespace(returncode=75)  # a signal
+            return 75  # a signal
         folder = Path(command[command.index("--out") + 1])
         folder.mkdir(exist_ok=True)
-        (folder / "metrics.json").write_text(json.dumps({"metrics": {"rfid_50k": {"value": 0.949}}}))
-        return SimpleNamespace(returncode=0)
+        found = {"metrics": {"rfid_50k": {"value": 0.949}}, "context": {"left_out": {"psnr": "there is no picture."}}}
+        (folder / "metrics.json").write_text(json.dumps(found))
+        return 0
 
-    monkeypatch.setattr(reproduce.subprocess, "run", run)
+    monkeypatch.setattr(reproduce, "attend", attend)
     monkeypatch.setattr(reproduce, "fetch", lambda file: f"fetched {file.name}")
     words = ["fqgan_dual_ds16", "fqgan_dual_ds8", "--out", str(tmp_path)]
     with pytest.raises(SystemExit) as stopped:
@@ -132,7 +136,24 @@ def test_a_finished_row_is_not_measured_again(tmp_path, monkeypatch, capsys):
     said = capsys.readouterr().out
     assert "fqgan_dual_ds16 | rfid | 0.94 | 0.949 | +0.009 | within another run" in said
     assert "fqgan_dual_ds8 | rfid | 0.32 | 0.949 | +0.629 | differs" in said
+    assert "fqgan_dual_ds8 | psnr | 26.27 |  |  | not measured | there is no picture." in said
     assert "differs" in (tmp_path / "report.html").read_text()
+
+
+def test_a_signal_is_handed_on(tmp_path):
+    """A launcher that nobody told would measure on without the program that is to write the page."""
+    told, started = tmp_path / "told", tmp_path / "started"
+    waits = f"trap 'touch {told}; exit 75' TERM; touch {started}; while :; do sleep 0.05; done"
+    program = (
+        "from pathlib import Path; from core import cli; from run import reproduce; "
+        f"cli.run(lambda _: reproduce.attend(['bash', '-c', {waits!r}], Path.cwd()))"
+    )
+    process = subprocess.Popen([sys.executable, "-c", program], cwd=reproduce.ROOT)
+    while not started.exists():
+        assert process.poll() is None
+        time.sleep(0.05)
+    process.terminate()
+    assert process.wait() == 75 and told.exists()
 
 
 def test_a_file_that_cannot_be_had_leaves_the_other_rows(tmp_path, monkeypatch, capsys):
