@@ -59,6 +59,8 @@ class FeatureCache:
     Args:
         path: its folder.
         source, transform, fingerprint: what it must have been made from; None leaves that unchecked.
+        encoding: of a tokenizer, `core.weights.encoding.encoding_fingerprint`: where the cache has the same one, its
+            fingerprint may be another, for what does not encode has no part in it.
     """
 
     def __init__(
@@ -67,6 +69,7 @@ class FeatureCache:
         source: DataSource | None = None,
         transform: Transform | None = None,
         fingerprint: str | None = None,
+        encoding: str | None = None,
     ):
         self.path = Path(path)
         try:
@@ -83,15 +86,24 @@ class FeatureCache:
                 f"{path} is not a complete cache ({plainly(error)}). Delete it and build it again."
             ) from error
         self._maps: dict[str, np.ndarray] = {}
-        self.check(source, transform, fingerprint)
+        self.check(source, transform, fingerprint, encoding)
         for name in (*self.arrays, LABELS):
             self.rows(name)
 
     def __len__(self) -> int:
         return self.samples
 
+    def is_made_by(self, fingerprint: str, encoding: str | None = None) -> bool:
+        """Whether a network with these would make the same; caches of earlier versions note no encoding."""
+        noted = self.description.get("encoding")
+        return self.description["producer"] == fingerprint or (noted is not None and noted == encoding)
+
     def check(
-        self, source: DataSource | None = None, transform: Transform | None = None, fingerprint: str | None = None
+        self,
+        source: DataSource | None = None,
+        transform: Transform | None = None,
+        fingerprint: str | None = None,
+        encoding: str | None = None,
     ) -> None:
         """UserError with every difference to what is given; None is not compared."""
         made_from, wrong = self.description, []
@@ -102,7 +114,7 @@ class FeatureCache:
         for key, now in (transform.describe() if transform is not None else {}).items():
             if (before := made_from["transform"].get(key)) != now:
                 wrong.append(f"{key} ({before} in the cache, {now} now)")
-        if fingerprint is not None and made_from["producer"] != fingerprint:
+        if fingerprint is not None and not self.is_made_by(fingerprint, encoding):
             wrong.append(f"what made it ({made_from['producer']} in the cache, {fingerprint} now)")
         if wrong:
             raise UserError(
@@ -210,6 +222,7 @@ class Plan:
         facts: anything JSON that belongs into the description.
         chunk: samples per chunk; an unfinished build keeps its own.
         sizes: DataSource.file_sizes; a build that was begun without goes on without.
+        encoding: see FeatureCache; likewise.
     """
 
     samples: int
@@ -221,6 +234,12 @@ class Plan:
     chunk: int = CHUNK
     format: int = FORMAT
     sizes: str | None = None
+    encoding: str | None = None
+
+
+def unfinished(path: Path) -> Path:
+    """Where the cache `path` is while it is being built."""
+    return path.with_name(f".{path.name}.building")
 
 
 Rows = tuple[dict[str, np.ndarray], np.ndarray]  # name -> (count, views, ...), and labels (count,)
@@ -240,7 +259,7 @@ class Builder(Chunks):
 
     def __init__(self, path: str | Path, plan: Plan, world: World = ALONE):
         self.path = Path(path)
-        self.folder = self.path.with_name(f".{self.path.name}.building")
+        self.folder = unfinished(self.path)
         self.lock = Lock(self.folder)  # of the main rank, for all of them
         settings = {name: value for name, value in asdict(plan).items() if value is not None}
         self.plan: dict[str, Any] = world.on_main(lambda: self._enter(settings))
@@ -269,10 +288,10 @@ class Builder(Chunks):
             for left in self.folder.glob("[!.]*"):
                 left.unlink()
         advice = "Delete it, or choose another folder."
-        sizes = plan.get("sizes")
-        plan = enter(
-            self.folder / "plan.json", plan, "an unfinished build of something else", advice, ("chunk", "sizes")
-        )
+        sizes, record, ignored = plan.get("sizes"), self.folder / "plan.json", ["chunk", "sizes", "encoding"]
+        if "encoding" in plan and record.is_file() and read_json(record).get("encoding") == plan["encoding"]:
+            ignored.append("producer")
+        plan = enter(record, plan, "an unfinished build of something else", advice, ignored)
         if plan.get("sizes") not in (None, sizes):
             raise UserError(f"{self.folder} holds an unfinished build of pictures with other sizes. {advice}")
         if not self._file(RECORD).is_file():
@@ -406,6 +425,7 @@ def build(
     how: Pass | None = None,
     storage: dict[str, str] | None = None,
     facts: dict[str, Any] | None = None,
+    encoding: str | None = None,
 ) -> FeatureCache:
     """Make a cache, or open the one at `path` if it was made from the same things. Collective.
 
@@ -417,10 +437,11 @@ def build(
         how: None: on one rank, as it stands.
         storage: name -> numpy type ("float16", "uint16" ...); see `to_storage` for the rest.
         facts: anything JSON that belongs into the description.
+        encoding: of a tokenizer, see FeatureCache.
     """
     path, how, storage = Path(path), how or Pass(), storage or {}
     if how.world.on_main(path.exists):
-        return FeatureCache(path, source, transform, fingerprint)
+        return FeatureCache(path, source, transform, fingerprint, encoding)
     transform.view_of((0, 0))  # refuses transforms without views
     require_order(source, "nothing can be stored of them (data.cache_latents, data.cache_features, tokens)")
     views = transform.views
@@ -433,6 +454,7 @@ def build(
         facts or {},
         how.chunk,
         sizes=how.world.on_main(source.file_sizes),
+        encoding=encoding,
     )
     builder = Builder(path, plan, how.world)
 
@@ -450,4 +472,4 @@ def build(
 
     batch = next(size for size in range(min(how.batch, builder.size), 0, -1) if builder.size % size == 0)
     builder.fill(batch, make, how.progress, how.stop)
-    return FeatureCache(path, source, transform, fingerprint)
+    return FeatureCache(path, source, transform, fingerprint, encoding)

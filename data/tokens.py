@@ -93,10 +93,11 @@ class TokenStore(FeatureCache, DataSource):
         source: DataSource | None = None,
         transform: Transform | None = None,
         fingerprint: str | None = None,
+        encoding: str | None = None,
     ):
         if not Path(path).is_dir():
             raise UserError(f"there is no token store {path}. Make it with run_pretokenize.sh.")
-        super().__init__(path, source, transform, fingerprint)
+        super().__init__(path, source, transform, fingerprint, encoding)
         try:
             about = self.description["facts"]
             if about.get("kind") != KIND:
@@ -147,8 +148,8 @@ class TokenStore(FeatureCache, DataSource):
         """(B, ...) what Tokenizer.precompute returned: codes as int64."""
         return self.get(indices, views)[array_of(self.spec)]
 
-    def check_tokenizer(self, spec: LatentSpec, fingerprint: str, image_size: int) -> None:
-        """UserError unless the tokens are those that this tokenizer would make."""
+    def check_tokenizer(self, spec: LatentSpec, fingerprint: str, image_size: int, encoding: str | None = None) -> None:
+        """UserError unless the tokens are those that this tokenizer would make. `fingerprint`, `encoding`: see FeatureCache."""
         here = f"tokens://{self.path}"
         mine, theirs = ({k: v for k, v in spec_to_json(s).items() if k != "names"} for s in (self.spec, spec))
         if mine != theirs:
@@ -159,10 +160,11 @@ class TokenStore(FeatureCache, DataSource):
                 f"{here} holds {self.spec}; the tokenizer makes {spec} ({'; '.join(differing)}). "
                 "Use its own tokenizer, or make the tokens again."
             )
-        if self.tokenizer != fingerprint:
+        if not self.is_made_by(fingerprint, encoding):
+            noted = "" if "encoding" in self.description else ", and the store does not note which of them encode"
             raise UserError(
                 f"{here} was made by another tokenizer (weights {self.tokenizer}, this one has "
-                f"{fingerprint}). Set tokenizer.weights to that one, or make the tokens again."
+                f"{fingerprint}{noted}). Set tokenizer.weights to that one, or make the tokens again."
             )
         if self.transform.image_size != image_size:
             raise UserError(
@@ -213,6 +215,7 @@ def plan(
     fingerprint: str,
     class_names: Sequence[str],
     chunk: int = CHUNK,
+    encoding: str | None = None,
 ) -> Plan:
     """Of a store whose tokens come from elsewhere (data/token_files.py); UserError if the views are others."""
     if transform.views != views:
@@ -220,7 +223,8 @@ def plan(
             f'{views} views of each picture do not fit data.crop="{transform.crop}", which has '
             f"{transform.views or 'no fixed number'}."
         )
-    return Plan(samples, views, source, transform.describe(), fingerprint, facts(spec, class_names), chunk)
+    about = facts(spec, class_names)
+    return Plan(samples, views, source, transform.describe(), fingerprint, about, chunk, encoding=encoding)
 
 
 def build(
@@ -231,12 +235,13 @@ def build(
     precompute: Callable[[Tensor], Tensor],
     fingerprint: str,
     how: Pass | None = None,
+    encoding: str | None = None,
 ) -> TokenStore:
     """Make a store, or open the one at `path` if it was made from the same things; a killed build goes on. Collective.
 
     Args:
         precompute: (B, 3, H, W) uint8 images on the CPU -> (B, ...) as Tokenizer.precompute.
-        fingerprint: of the tokenizer's weights.
+        fingerprint, encoding: of the tokenizer, see FeatureCache.
         how: None: on one rank, as it stands.
     """
     name = array_of(spec)
@@ -247,8 +252,9 @@ def build(
             check_codes(spec, tokens.cpu().numpy(), "the tokenizer")
         return {name: tokens}
 
-    cache.build(path, source, transform, producer, fingerprint, how, storage_of(spec), facts(spec, source.class_names))
-    return TokenStore(path, source, transform, fingerprint)
+    about = facts(spec, source.class_names)
+    cache.build(path, source, transform, producer, fingerprint, how, storage_of(spec), about, encoding)
+    return TokenStore(path, source, transform, fingerprint, encoding)
 
 
 def rows_of(codes: np.ndarray, start: int, spec: Codes | MultiScale) -> dict[str, np.ndarray]:

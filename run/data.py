@@ -18,7 +18,7 @@ from core.schema import RunConfig
 from core.specs import DataSource
 from core.train.log import ProgressLine
 from data import tokens
-from data.cache import FeatureCache, Pass
+from data.cache import FeatureCache, Pass, unfinished
 from data.cache import build as build_cache
 from data.checks import require_classes, require_labels
 from data.sources import open_source
@@ -173,6 +173,7 @@ def precomputed(
     network: Loaded,
     compute: Callable[[Tensor], Any],
     world: dist.World,
+    encoding: str | None = None,
 ) -> FeatureCache:
     """What `compute` makes of every view of every picture, from the cache folder, where it is put the first time.
 
@@ -180,14 +181,20 @@ def precomputed(
         name: "features" of teachers, or "latents", which go into a token store.
         network: what computes; its fingerprint decides, with source and transform, which folder it is.
         compute: (B, 3, H, W) in [-1, 1] on the run's device -> what is kept.
+        encoding: of a tokenizer: decides in the place of its fingerprint, but for folders of earlier versions.
     """
     if transform.views is None:
         raise UserError(
             f'data.cache_{name}: data.crop="{config.data.crop}" shows a new crop each time, so nothing can '
             "be kept. Use data.crop=center, or turn the cache off."
         )
-    key = f"{hash64(source.fingerprint(), repr(transform.describe()), network.fingerprint):016x}"
-    folder = Path(config.data.cache_dir) / f"{name}_{key}"
+    pictures = source.fingerprint(), repr(transform.describe())
+    folder, shared = (
+        Path(config.data.cache_dir) / f"{name}_{hash64(*pictures, maker):016x}"
+        for maker in (network.fingerprint, f"encoding {encoding}")
+    )
+    if encoding and not world.on_main(lambda: folder.exists() or unfinished(folder).exists()):
+        folder = shared
     if not folder.exists():
         world.say(f"computing {name} once for {len(source):,} pictures x {transform.views} views -> {folder}")
 
@@ -198,5 +205,7 @@ def precomputed(
         build = functools.partial(build_cache, folder, source, transform, on_device, network.fingerprint)
     else:
         spec = network.module.spec
-        build = functools.partial(tokens.build, folder, source, transform, spec, on_device, network.fingerprint)
+        build = functools.partial(
+            tokens.build, folder, source, transform, spec, on_device, network.fingerprint, encoding=encoding
+        )
     return compute_once(config, name, network.module, world, build, config.train.precision)

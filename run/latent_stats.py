@@ -14,6 +14,7 @@ from core.rng import hash64, permutation
 from core.schema import RunConfig
 from core.specs import Batch, Continuous, DataSource, Tokenizer
 from core.train.log import ProgressLine
+from core.weights.encoding import encoding_fingerprint
 from data.loader import ordered_batches
 from data.tokens import TokenStore
 from data.transforms import Transform
@@ -84,14 +85,18 @@ def measure_once(config: RunConfig, tokenizer: Loaded[Tokenizer], source: DataSo
     module, data = tokenizer.module, config.data
     count = min(len(source), data.stats_images or len(source))
     sizes = world.on_main(source.file_sizes)
-    of = (source.fingerprint(), tokenizer.image_size, count, tokenizer.fingerprint, *([sizes] if sizes else []))
-    key = f"{hash64(*of):016x}"
-    path = Path(data.cache_dir) / f"latent_stats_{key}.safetensors"
-
+    encoding = encoding_fingerprint(module)
+    path, shared = (
+        Path(data.cache_dir)
+        / f"latent_stats_{hash64(source.fingerprint(), tokenizer.image_size, count, maker, *([sizes] if sizes else [])):016x}.safetensors"
+        for maker in (tokenizer.fingerprint, f"encoding {encoding}")
+    )
+    if not world.on_main(path.is_file):  # which earlier versions wrote
+        path = shared
     if not world.on_main(path.is_file):
         world.say(f"measuring latent statistics on {count:,} pictures -> {path}")
         options = {"workers": data.workers, "on_corrupt": data.on_corrupt, "world": world}
         stats = measure(module, source, count, world.device, **options)
-        world.on_main(lambda: save_stats(path, stats, tokenizer.fingerprint))
-    stats = read_stats(str(path), tokenizer.fingerprint)
+        world.on_main(lambda: save_stats(path, stats, tokenizer.fingerprint, encoding))
+    stats = read_stats(str(path), tokenizer.fingerprint, lambda: encoding)
     module.set_latent_stats(stats.mean, stats.std)

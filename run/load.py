@@ -340,7 +340,7 @@ def read_tokenizer(
         weights = read_weights("tokenizer", source or open_weights(section["weights"], "tokenizer", world), section)
     tokenizer = _frozen(view(build("tokenizer", section, weights), section.get("view")), section, weights)
     if place := statistics_file(section, weights):
-        stats = read_stats(place, tokenizer.fingerprint)
+        stats = read_stats(place, tokenizer.fingerprint, lambda: encoding_fingerprint(tokenizer.module))
         tokenizer.module.set_latent_stats(stats.mean, stats.std)
     return tokenizer
 

@@ -25,6 +25,7 @@ from core.rng import hash64, permutation
 from core.schema import RunConfig
 from core.specs import Continuous, DataSource, Tokenizer
 from core.train.log import progress_line
+from core.weights.encoding import encoding_fingerprint
 from data import pairing, tokens
 from data.cache import Builder
 from data.checks import require_labels, say_left_out
@@ -108,7 +109,9 @@ def pretokenize(config: RunConfig, request: Request, pictures: DataSource | None
     try:
         tokenizer = read_tokenizer(config.tokenizer, world=world)
         module = cast(Tokenizer, tokenizer.module.to(world.device))
-        job = Pretokenizing(config, request, pictures, world, module, tokenizer.fingerprint)
+        job = Pretokenizing(
+            config, request, pictures, world, module, tokenizer.fingerprint, encoding_fingerprint(module)
+        )
         job.make()
         store = job.open()
         if world.is_main:
@@ -123,7 +126,8 @@ def pretokenize(config: RunConfig, request: Request, pictures: DataSource | None
 
 @dataclass
 class Pretokenizing:
-    """One job on one rank; `tokenizer` is on the rank's device, `fingerprint` is that of its weights."""
+    """One job on one rank; `tokenizer` is on the rank's device, `fingerprint` is that of its weights, `encoding` that of
+    those which encode."""
 
     config: RunConfig
     request: Request
@@ -131,6 +135,7 @@ class Pretokenizing:
     world: World
     tokenizer: Tokenizer
     fingerprint: str
+    encoding: str
 
     def __post_init__(self) -> None:
         self.folder = self.request.folder(self.config)
@@ -175,7 +180,9 @@ class Pretokenizing:
             return self.tokenizer.precompute(to_model_range(images.to(self.world.device)))
 
         spec, batch = self.tokenizer.spec, max(1, self.request.batch // (transform.views or 1))
-        build = functools.partial(tokens.build, self.folder, pictures, transform, spec, encode, self.fingerprint)
+        build = functools.partial(
+            tokens.build, self.folder, pictures, transform, spec, encode, self.fingerprint, encoding=self.encoding
+        )
         network, precision = self.tokenizer, self.request.precision
         compute_once(self.config, "tokens", network, self.world, build, precision, batch)
 
@@ -199,7 +206,7 @@ class Pretokenizing:
             places = order.places(pictures, files.samples)
             count, names, source = len(pictures), pictures.class_names, pictures.fingerprint()
             labels = pictures.labels if pictures.num_classes > 1 else None
-        plan = tokens.plan(count, files.views, source, transform, spec, self.fingerprint, names)
+        plan = tokens.plan(count, files.views, source, transform, spec, self.fingerprint, names, encoding=self.encoding)
         with progress_line(self.world, count, "import") as shown:
             report = shown and (lambda done, total: shown(done))
             copy_to(files, Builder(self.folder, plan, self.world), places, labels, report)
@@ -232,7 +239,7 @@ class Pretokenizing:
     def open(self) -> TokenStore:
         """The finished store, checked against the tokenizer."""
         store = TokenStore(self.folder)
-        store.check_tokenizer(self.tokenizer.spec, self.fingerprint, self.tokenizer.image_size)
+        store.check_tokenizer(self.tokenizer.spec, self.fingerprint, self.tokenizer.image_size, self.encoding)
         if self.request.verify and self.world.is_main:
             store.verify()
         pictures = self.pictures

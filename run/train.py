@@ -77,7 +77,7 @@ def _train(config: RunConfig, inputs: Inputs, world: dist.World, about: dict[str
     initial_ema, begun = _start(config, task, sources)
     for weights in sources.values():
         weights.close()
-    loader = _loader(config, source, task, provenance.get("tokenizer_fingerprint", ""), world)
+    loader = _loader(config, source, task, provenance, world)
     evaluate = None
     if config.train.eval_every != "never":
         shown = pictures or val
@@ -197,9 +197,9 @@ def _generator_task(
     assert config.generator is not None
     pair = build_pair(config, sources=sources, num_classes=source.num_classes)
     config.generator |= pair.generator.settings  # so that the run folder says it all
-    tokenizer = pair.tokenizer
+    tokenizer, encoding = pair.tokenizer, encoding_fingerprint(pair.tokenizer.module)
     if isinstance(source, TokenStore):
-        source.check_tokenizer(tokenizer.module.spec, tokenizer.fingerprint, tokenizer.image_size)
+        source.check_tokenizer(tokenizer.module.spec, tokenizer.fingerprint, tokenizer.image_size, encoding)
     if pair.lacks_statistics:
         pictures = source if config.data.stats_split == "train" else open_val(config)
         assert pictures is not None  # see run.data.needed_val
@@ -208,7 +208,7 @@ def _generator_task(
     task.class_names = readable(source.class_names)
     return task, {
         "tokenizer_fingerprint": tokenizer.fingerprint,
-        "tokenizer_encoding": encoding_fingerprint(tokenizer.module),
+        "tokenizer_encoding": encoding,
         "tokenizer": config.tokenizer,
     }
 
@@ -233,12 +233,16 @@ def _start(
 # Data
 # ---------------------------------------------------------------------------------------------------------------------
 def _loader(
-    config: RunConfig, source: DataSource, task: TokenizerTask | GeneratorTask, fingerprint: str, world: dist.World
+    config: RunConfig,
+    source: DataSource,
+    task: TokenizerTask | GeneratorTask,
+    provenance: dict[str, Any],
+    world: dist.World,
 ) -> Loader:
     """Pictures, with teachers' features that are kept of them, or in their place what is stored: latents and codes.
 
     Args:
-        fingerprint: of a generator's tokenizer.
+        provenance: what is noted of a generator's tokenizer.
     """
     data, tokenizer, features, stored = config.data, task.tokenizer, None, None
     transform = make_transform(config, tokenizer.image_size)
@@ -256,8 +260,8 @@ def _loader(
         assert isinstance(tokenizer.spec, Continuous)
         stored = MomentFiles(data.moments, source, (tokenizer.spec.length, 2 * tokenizer.spec.channels))
     elif config.task == "generator" and data.cache_latents and stored is None:
-        network = Loaded(tokenizer, {}, fingerprint)
-        stored = precomputed(config, "latents", source, transform, network, tokenizer.precompute, world)
+        network, encoding = Loaded(tokenizer, {}, provenance["tokenizer_fingerprint"]), provenance["tokenizer_encoding"]
+        stored = precomputed(config, "latents", source, transform, network, tokenizer.precompute, world, encoding)
     return Loader(
         None if source is stored else source,
         transform,

@@ -32,6 +32,7 @@ def main(arguments: list[str]) -> int:
     from core import dist
     from core.errors import UserError
     from core.specs import Continuous
+    from core.weights.encoding import encoding_fingerprint
     from data.checks import say_left_out
     from data.sources import open_source
     from run.latent_stats import measure
@@ -55,7 +56,7 @@ def main(arguments: list[str]) -> int:
     else:
         say_left_out(print, source, options.url)
         stats = measure(module, source, options.num, dist.pick_device("auto"))
-    save_stats(place, stats, tokenizer.fingerprint)
+    save_stats(place, stats, tokenizer.fingerprint, encoding_fingerprint(module))
     print(f"written to {Path(place)}: {module.spec.channels} channels, of tokenizer weights {tokenizer.fingerprint}")
     return 0
 

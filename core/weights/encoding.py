@@ -30,11 +30,12 @@ class _Reads(TorchDispatchMode):
 
 
 @torch.no_grad()
-def parameters_read(network: nn.Module, compute: Callable[[], Any]) -> dict[str, Tensor]:
-    """The parameters of `network`, by name, that `compute` reads, itself or through a view; not those of copies."""
+def weights_read(network: nn.Module, compute: Callable[[], Any]) -> dict[str, Tensor]:
+    """The parameters and stored buffers of `network`, by name, that `compute` reads, itself or through a view; not those of
+    copies."""
     with _Reads() as reads:
         compute()
-    return {n: p for n, p in network.named_parameters() if p.untyped_storage().data_ptr() in reads.places}
+    return {n: t for n, t in network.state_dict().items() if t.untyped_storage().data_ptr() in reads.places}
 
 
 def encoding_fingerprint(tokenizer: Tokenizer) -> str:
@@ -42,4 +43,4 @@ def encoding_fingerprint(tokenizer: Tokenizer) -> str:
     device = next(tokenizer.parameters()).device
     image = torch.zeros(1, 3, tokenizer.image_size, tokenizer.image_size, device=device)
     draws = Draws(0, torch.zeros(1, dtype=torch.int64, device=device))
-    return hub.fingerprint(parameters_read(tokenizer, lambda: tokenizer.encode(image, draws)))
+    return hub.fingerprint(weights_read(tokenizer, lambda: tokenizer.encode(image, draws)))

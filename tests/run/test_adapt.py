@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
 
@@ -11,6 +12,7 @@ import torch
 from core.config import to_plain
 from core.dist import World
 from core.errors import UserError
+from core.files import read_json
 from core.rng import Draws
 from core.schema import LoraConfig, OptimizerConfig
 from core.specs import Guidance
@@ -24,7 +26,7 @@ from generator import GENERATORS
 from run import adapt
 from run.convert import in_bf16
 from run.load import Weights, introduce, read_generator, read_tokenizer
-from scripts import convert
+from scripts import convert, pretokenize
 from tests.conftest import ROOT
 from tests.ranks import in_processes
 from tests.run.test_mix import GENERATORS_TO_TRY, NATIVE, TOKENIZERS_TO_TRY
@@ -426,6 +428,46 @@ def test_whole_numbers_survive_in_half_the_room():
     kept = in_bf16({"window": window, "weight": torch.tensor([1.0, 0.1]), "count": torch.tensor(300)})
     assert torch.equal(kept["window"], window)
     assert kept["weight"].dtype == torch.bfloat16 and kept["count"].dtype == torch.int64
+
+
+def test_stores_take_a_tokenizer_whose_decoder_was_tuned(train_main, tmp_path):
+    """What is kept of codes is the encoder's work; what an earlier version kept stays good for the tokenizer that made it."""
+
+    def run(config: str, name: str, *words: str) -> tuple[int, str]:
+        common = [f"work_dir={tmp_path}", f"name={name}", "train.device=cpu", "train.duration=2step"]
+        code, _, said = train_main(str(ROOT / "configs" / "toy" / config), *common, *words)
+        return code, said
+
+    tokenizer, start = "fqgan_tokenizer.yaml", f"train.init_from={tmp_path}/first"
+    assert run(tokenizer, "first")[0] == 0
+    assert run(tokenizer, "decoder", start, f"train.freeze=[{','.join(documented_patterns()['fqgan'])}]")[0] == 0
+    assert run(tokenizer, "other", start)[0] == 0
+    data = ["data.url=synthetic://?size=32&classes=4&count=24", f"data.cache_dir={tmp_path}/cache", "data.crop=center"]
+
+    def generator(name: str, weights: str, *words: str) -> tuple[int, str]:
+        return run("far.yaml", name, *data, "data.flip=false", f"tokenizer.weights={tmp_path}/{weights}", *words)
+
+    def kept() -> int:
+        return len([*(tmp_path / "cache").glob("latents_*")])
+
+    for name, weights, folders in (("a", "first", 1), ("b", "decoder", 1), ("c", "other", 2)):
+        code, said = generator(name, weights, "data.cache_latents=true")
+        assert code == 0 and kept() == folders, said
+    store, description = tmp_path / "store", tmp_path / "store" / "description.json"
+    words = [str(ROOT / "configs" / "toy" / "far.yaml"), f"tokenizer.weights={tmp_path}/first", "train.device=cpu"]
+    assert pretokenize.main([*words, *data, "data.workers=0", "--out", str(store)]) == 0
+    stored = f"data.url=tokens://{store}"
+    assert generator("d", "decoder", stored)[0] == 0
+    assert (
+        pretokenize.main([*words, f"tokenizer.weights={tmp_path}/decoder", *data, "--out", str(store)]) == 0
+    )  # looked at
+    code, said = generator("e", "other", stored)
+    assert code == 2 and "made by another tokenizer" in said, said
+    told = read_json(description)
+    description.write_text(json.dumps({key: value for key, value in told.items() if key != "encoding"}))
+    assert generator("f", "first", stored)[0] == 0
+    code, said = generator("g", "decoder", stored)
+    assert code == 2 and "does not note which of them encode" in said, said
 
 
 def test_freeze_refuses_what_it_cannot_mean():

@@ -17,6 +17,7 @@ from core.images import to_model_range
 from core.rng import Draws
 from core.schema import SampleConfig
 from core.train.parallel import accumulation
+from core.weights.encoding import encoding_fingerprint
 from generator.adapters import ADAPTERS as GENERATOR_ADAPTERS
 from tests.conftest import TOY_GENERATOR, TOY_TOKENIZER
 from tokenizer.continuous.stats import load_stats, read_stats, save_stats
@@ -103,7 +104,10 @@ def test_statistics_are_found_beside_the_weights_and_checked(released_tokenizer,
     tokenizer = read_tokenizer(released_tokenizer).module
     assert tokenizer.latent_stats_known and tokenizer.latent_std.tolist() == [1, 2, 3, 4, 5, 6, 7, 8]
     assert not read_tokenizer({**released_tokenizer, "latent_stats": "none"}).module.latent_stats_known
-    save_stats(place, read_stats(str(tmp_path / "stats.pkl")), "of-something-else")
+    encoding = encoding_fingerprint(tokenizer)
+    save_stats(place, read_stats(str(tmp_path / "stats.pkl")), "of-another-decoder", encoding)
+    assert read_tokenizer(released_tokenizer).module.latent_stats_known
+    save_stats(place, read_stats(str(tmp_path / "stats.pkl")), "of-something-else", "of-something-else")
     with pytest.raises(UserError, match="computed with tokenizer weights of-something-else"):
         read_tokenizer(released_tokenizer)
     place.unlink()

@@ -7,6 +7,7 @@ own noise is not added to the standard deviation.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -83,12 +84,18 @@ class StatsAccumulator:
         )
 
 
-def save_stats(path: str | Path, stats: LatentStats, fingerprint: str) -> None:
-    """Write statistics atomically. `fingerprint` identifies the tokenizer weights they belong to."""
+def save_stats(path: str | Path, stats: LatentStats, fingerprint: str, encoding: str | None = None) -> None:
+    """Write statistics atomically.
+
+    Args:
+        fingerprint: of the tokenizer's weights.
+        encoding: of those of them that encode, core.weights.encoding.encoding_fingerprint.
+    """
     tensors = {
         name: getattr(stats, name).contiguous() for name in ("channel_mean", "channel_std", "single_mean", "single_std")
     }
     metadata = {"format": "tessera latent statistics", "fingerprint": fingerprint, "images": str(stats.images)}
+    metadata |= {"encoding": encoding} if encoding else {}
     write_atomic(path, sorted_facts(save(tensors, metadata)))
 
 
@@ -97,13 +104,18 @@ def default_place(weights: Path) -> Path | None:
     return None if Path(weights).is_dir() else Path(weights).with_suffix(".latent_stats.safetensors")
 
 
-def read_stats(reference: str, fingerprint: str | None = None) -> LatentStats:
+def read_stats(
+    reference: str, fingerprint: str | None = None, encoding: Callable[[], str] | None = None
+) -> LatentStats:
     """Statistics from a file of `save_stats` or from the official pickle, "stats.pkl#KEY" where that holds several.
 
-    `fingerprint` of the tokenizer in use is compared with a file of ours; an official one cannot tell.
+    `fingerprint` of the tokenizer in use, and `encoding` where it is another, are compared with a file of ours; an official
+    one cannot tell.
     """
     path, _, key = reference.partition("#")
-    return _from_official(Path(path), key) if path.endswith((".pkl", ".pickle")) else load_stats(path, fingerprint)
+    if path.endswith((".pkl", ".pickle")):
+        return _from_official(Path(path), key)
+    return load_stats(path, fingerprint, encoding)
 
 
 def _from_official(path: Path, key: str) -> LatentStats:
@@ -122,8 +134,11 @@ def _from_official(path: Path, key: str) -> LatentStats:
     return LatentStats(mean.flatten(), std.flatten(), single_mean.reshape(()), single_std.reshape(()), images=0)
 
 
-def load_stats(path: str | Path, fingerprint: str | None = None) -> LatentStats:
-    """Read what `save_stats` wrote; UserError when it belongs to other tokenizer weights than `fingerprint`."""
+def load_stats(
+    path: str | Path, fingerprint: str | None = None, encoding: Callable[[], str] | None = None
+) -> LatentStats:
+    """Read what `save_stats` wrote; UserError when it belongs to other tokenizer weights than `fingerprint`, and those
+    encode otherwise than `encoding` says."""
     if not Path(path).is_file():
         raise UserError(f"{path}: no such file of latent statistics")
     refuse_text(path)
@@ -141,7 +156,9 @@ def load_stats(path: str | Path, fingerprint: str | None = None) -> LatentStats:
         raise UserError(
             f"{path}: its header or its tensors are not those of latent statistics ({plainly(error)})"
         ) from error
-    if fingerprint is not None and belongs != fingerprint:
+    noted = metadata.get("encoding")
+    encodes_alike = noted is not None and encoding is not None and noted == encoding()
+    if fingerprint is not None and belongs != fingerprint and not encodes_alike:
         raise UserError(
             f"{path}: these statistics were computed with tokenizer weights {belongs}, "
             f"but the tokenizer in use has {fingerprint}. Compute them again for this tokenizer."
