@@ -28,7 +28,6 @@ from core.lock import Lock
 from core.nn.lpips import lpips_squeeze
 from core.rng import Draws
 from core.specs import Tokenizer
-from core.train.checkpoint import Checkpoint
 from evaluation import protocols
 from evaluation.comparison import (
     SAMPLE_BITS,
@@ -53,8 +52,9 @@ from run.evaluate import (
     tokenizer_section,
 )
 from run.linear_probe import job_of, linear_probe, open_sources
-from run.load import Source, kinds_of, load_config
+from run.load import kinds_of, load_config
 from run.measurement import eval_settings
+from run.unseen import LEFT_OUT, choose, told_data, unseen
 
 TEXT_AND_FACES = "T-ACC, T-NED and F-Sim (TokBench): their text and face recognisers are not part of this code"
 REGIONS, CANDIDATES = 8, 32  # shown; pictures in which they are looked for
@@ -136,6 +136,8 @@ def prepare(options: argparse.Namespace, overrides: list[str]) -> str:
     names = names_of(options.targets)
     kind = kind_of(options.targets)
     settings = with_one_protocol(overrides)
+    if kind == "tokenizer" and options.data is None:
+        options.data = pictures_for(options.targets)
     for target, name in zip(options.targets, names):
         each = options_for(options, target, name, Path("unused"))
         if kind == "tokenizer":
@@ -145,6 +147,20 @@ def prepare(options: argparse.Namespace, overrides: list[str]) -> str:
     if options.probe:
         open_sources(options.probe)
     return kind
+
+
+def pictures_for(targets: list[str]) -> str:
+    """Those that the training of all of them left out; UserError where these are not the same."""
+    data = {target: told_data(tokenizer_section(target)["weights"]) for target in targets}
+    words = "bash run_compare.sh " + " ".join(targets)
+    urls = {target: unseen(each) for target, each in data.items()}
+    if len({*urls.values()}) > 1:
+        told = "; ".join(f"{t}: {url if data[t] else 'not told by its file'}" for t, url in urls.items())
+        raise UserError(
+            f"these tokenizers were not trained on the same pictures, so none are common to what training left out ({told}). "
+            f"Name the pictures to compare them on: {words} --data {urls[targets[0]]}"
+        )
+    return choose(urls[targets[0]], LEFT_OUT, f"{words} --data")
 
 
 def with_one_protocol(overrides: list[str]) -> list[str]:
@@ -252,12 +268,7 @@ def measured(
 
 def trained_on(target: str) -> str:
     """The pictures that a tokenizer has seen, as far as its weights tell."""
-    source = Source(tokenizer_section(target)["weights"], "tokenizer")
-    content = source.content
-    if isinstance(content, Checkpoint):
-        return content.state["config"]["data"]["url"]
-    about = getattr(content, "about", {})
-    return about.get("config", {}).get("data", {}).get("url") or "not told by its file"
+    return told_data(tokenizer_section(target)["weights"]).get("url") or "not told by its file"
 
 
 def noted_speeds(path: Path, tokenizer: Tokenizer, device: torch.device, options: argparse.Namespace) -> dict[str, Any]:

@@ -35,7 +35,7 @@ from core.train.log import progress_line
 from core.train.parallel import compile_blocks
 from core.weights import released
 from data.checks import say_left_out
-from data.sources import SCHEMES, exists, has_pictures, open_source
+from data.sources import SCHEMES, has_pictures, open_source
 from evaluation import measure, networks, protocols, references
 from evaluation.chunks import Work
 from evaluation.images import Perturbation, picture_metrics
@@ -45,10 +45,11 @@ from evaluation.pairs import paired
 from evaluation.pictures import NpzPictures, Pictures, first_pictures, open_any
 from evaluation.protocols import Protocol
 from evaluation.references import Statistics
-from run.data import IMAGENET_VAL, class_names, open_pictures
+from run.data import class_names, open_pictures
 from run.load import lay_out_tokenizer, load_config, read_tokenizer, read_weights
 from run.measurement import Measurement, Shown, Table, enough, eval_settings, evaluation_of, sizes_of
 from run.target import Sampler, Target, lay_out, open_generator, read_target
+from run.unseen import LEFT_OUT, choose, told_data, unseen
 
 SAMPLES = 50_000  # what published numbers are measured on
 SHOWN = 40
@@ -418,12 +419,12 @@ def check_reconstructions(options: argparse.Namespace, overrides: list[str]) -> 
 
 def originals(options: argparse.Namespace, settings: EvalConfig, size: int | None) -> Pictures:
     """The pictures to reconstruct, cropped to `size`: a data URL, a folder, or an .npz of pictures of that size."""
-    if options.url is None and not exists(IMAGENET_VAL):
-        raise UserError(
-            f"no pictures were named, and {IMAGENET_VAL}, which is taken then, is not here: name them behind the weights, "
-            "run_eval_tokenizer.sh WEIGHTS folder://my/pictures."
-        )
-    options.url = options.url or IMAGENET_VAL
+    if options.url is None:
+        try:
+            data = told_data(tokenizer_section(options.weights)["weights"], options.tokenizer)
+        except UserError:  # which is said where the tokenizer is looked for
+            data = {}
+        options.url = choose(unseen(data), LEFT_OUT, f"bash run_eval_tokenizer.sh {options.weights}")
     pictures = open_any(options.url, size, options.workers)
     enough(settings.num_images, len(pictures), options.url, options)
     return first_pictures(pictures, settings.num_images)

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from core.errors import UserError
+from core.weights import released
 from run import translate
 from scripts.settings_help import settings_help
 
@@ -40,6 +41,17 @@ def sampling_overrides(options: argparse.Namespace) -> list[str]:
             "seed": options.seed,
         }
     )
+
+
+def few_of_tiny(targets: Sequence[str], settings: list[str], num: int | None, few: int) -> str:
+    """Where nobody says how many, `settings` get `few` pictures of tiny models that come with the code: 50,000 of a toy are
+    an hour on a CPU. What to tell the user, or ""."""
+    if num is not None or any(word.startswith("eval.num_images=") for word in settings):
+        return ""
+    if not all(map(released.is_shipped, targets)):
+        return ""
+    settings.append(f"eval.num_images={few}")
+    return f"{few:,} pictures, as {', '.join(targets)} came with the code; --num says another number"
 
 
 def parse(parser: argparse.ArgumentParser, program: str, arguments: Sequence[str]) -> argparse.Namespace:

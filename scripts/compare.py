@@ -9,10 +9,11 @@ LPIPS with 95 % intervals and paired differences against the first one, bits per
 codebook use by branch and scale, speed and memory, a rate-distortion plot, and the regions where they disagree most.
 Generators: FID, IS, precision and recall of samples. Writes report.html, compare.csv, compare.tex and metrics.json; what
 the evaluation of each one writes lies in a folder beside them. The same command continues after a kill. Without targets
-the tokenizers of pretrained_models/tiny are compared, on embedded://emoji64.
+the tokenizers of pretrained_models/tiny are compared.
 
 options:
-  --data URL         pictures for tokenizers (default folder://data/imagenet/val; without targets embedded://emoji64): a URL, folder or .npz
+  --data URL         pictures for tokenizers (default those that their training left out, as far as their weights tell, else
+                     folder://data/imagenet/val): a URL, folder or .npz
   --num N            the first N pictures, or N samples
   --probe URL        also linear-probe accuracies on these labelled pictures (train and val)
   --bootstrap N      replicates of the intervals of FID and IS (default 20; 0: none)
@@ -30,6 +31,8 @@ import os
 
 from core import cli
 from scripts import command_line
+
+TINY_NUM = 1000  # samples of tiny generators
 
 
 def parse(arguments: list[str]) -> tuple[argparse.Namespace, list[str]]:
@@ -56,17 +59,12 @@ def parse(arguments: list[str]) -> tuple[argparse.Namespace, list[str]]:
     options = command_line.parse(parser, "evaluate", arguments)
     settings = [w for w in options.words if "=" in w and "://" not in w.split("=")[0]]
     options.targets = [w for w in options.words if w not in settings]
-    named = bool(options.targets)
-    if not named:
+    options.taken = ""
+    if not options.targets:
         from core.weights import released
 
         options.targets = released.shipped()
-    options.data = options.data or ("folder://data/imagenet/val" if named else "embedded://emoji64")
-    options.taken = (
-        ""
-        if named
-        else f"no model was named: comparing the tiny tokenizers {', '.join(options.targets)} on {options.data}"
-    )
+        options.taken = f"no model was named: comparing the tiny tokenizers {', '.join(options.targets)}"
     if options.num is not None:
         settings.append(f"eval.num_images={options.num}")
     return options, settings
@@ -79,7 +77,10 @@ def main(arguments: list[str]) -> int:
 
     if options.taken and launch.speaks():
         print(options.taken, flush=True)
-    compare.prepare(options, settings)  # before a network is loaded
+    if compare.prepare(options, settings) == "generator":  # before a network is loaded
+        taken = command_line.few_of_tiny(options.targets, settings, options.num, TINY_NUM)
+        if taken and launch.speaks():
+            print(taken, flush=True)
     if options.check:
         return 0
     from core import dist

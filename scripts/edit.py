@@ -33,24 +33,25 @@ def named(words: list[str]) -> tuple[str | None, str, list[str]]:
     if len(names) == 1 and names[0].lower().endswith(PICTURES):
         return None, names[0], settings
     if len(names) != 2:
+        generator = names[0] if len(names) == 1 else "GENERATOR"
         raise UserError(
             f"{' '.join(names) or 'no words'}: name the generator and the photo, or the photo alone for {TINY}: "
-            "bash run_edit.sh GENERATOR photo.png --mask m.png --label 207"
+            f"bash run_edit.sh {generator} photo.png --mask white_where_it_changes.png --label CLASS"
         )
     return names[0], names[1], settings
 
 
 def main(arguments: list[str]) -> int:
     parser = argparse.ArgumentParser(
-        prog="python -m scripts.edit", description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+        prog="bash run_edit.sh", description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
     parser.add_argument(
         "words",
-        nargs="+",
+        nargs="*",
         metavar="[GENERATOR] PHOTO [key=value ...]",
         help="generator: config, run folder, checkpoint, released file or hf:// address",
     )
-    parser.add_argument("--label", "--labels", required=True, help="class number or name; several: 207,tree frog")
+    parser.add_argument("--label", "--labels", help="class number or name; several: 207,tree frog")
     parser.add_argument("--mask", help="picture whose white pixels are to change")
     parser.add_argument("--outpaint", type=float, metavar="SHARE", help="draw around the photo; 0 fills up to a square")
     parser.add_argument("--out", help="PNG to write (default PHOTO_edit.png)")
@@ -72,6 +73,11 @@ def main(arguments: list[str]) -> int:
     options = command_line.parse(parser, "edit", arguments)
 
     options.generator, options.photo, settings = named(options.words)
+    if options.label is None:
+        raise UserError(
+            "say as what the part is drawn anew: --label with a number or name of a class, which bash run_sample.sh "
+            f"{options.generator or TINY} --list-labels prints."
+        )
     if options.generator is None:
         options.generator = TINY
         print(f"no generator was named: editing with {TINY}, a tiny model that comes with the code", flush=True)

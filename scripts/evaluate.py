@@ -6,7 +6,7 @@
     bash run_eval_tokenizer.sh --original ORIGINALS --reconstructed RECONSTRUCTIONS        folders or .npz files
 
 WEIGHTS: run folder, checkpoint, released file, hf://owner/repo/file or a config; URL: pictures, default
-folder://data/imagenet/val, or a folder of pictures, or an .npz with arr_0 of the tokenizer's size. rFID, PSNR, SSIM, LPIPS
+those that its training left out, as far as its weights tell, else folder://data/imagenet/val; or a folder of pictures, or an .npz with arr_0 of the tokenizer's size. rFID, PSNR, SSIM, LPIPS
 and codebook use, as eval.protocol=NAME defines them: by default the protocol of the tokenizer's authors, or that of the
 run's config. The reference of rFID is the cropped originals themselves, a file that the protocol names, or
 eval.reference=FILE with their statistics. What the weights do not tell is given as in a config: tokenizer.length=32.

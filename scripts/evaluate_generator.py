@@ -19,7 +19,7 @@ that was released for it.
 options:
   --weights FILE    weights of the generator, where no config is named first; or other weights for it
   --tokenizer FILE  the tokenizer that decodes its latents
-  --num N           pictures (default eval.num_images, else 50000; all of existing samples)
+  --num N           pictures (default eval.num_images, else 50000, of tiny models 1000; all of existing samples)
   --out FOLDER      default work_dirs/eval/<name>-<facts>
   --write npz|png   keep the samples too: samples.npz (arr_0, as ADM's evaluator reads it) or samples/000000.png ...
   --bootstrap N     confidence intervals from N replicates
@@ -33,6 +33,8 @@ import argparse
 
 from core import cli
 from scripts import command_line
+
+TINY_NUM = 1000
 
 
 def parse(arguments: list[str]) -> tuple[argparse.Namespace, list[str]]:
@@ -55,13 +57,17 @@ def parse(arguments: list[str]) -> tuple[argparse.Namespace, list[str]]:
     options = command_line.parse(parser, "evaluate_generator", arguments)
     options.target, settings = command_line.target_of(options.target, options.weights, options.settings)
     settings += command_line.overrides_of({"tokenizer.weights": options.tokenizer, "eval.num_images": options.num})
+    options.taken = command_line.few_of_tiny([options.target], settings, options.num, TINY_NUM)
     return options, settings
 
 
 def main(arguments: list[str]) -> int:
     options, settings = parse(arguments)
+    from core import launch
     from run import evaluate
 
+    if options.taken and launch.speaks():
+        print(options.taken, flush=True)
     existing = evaluate.holds_pictures(options.target)
     if options.check or not existing:  # before a network is loaded
         evaluate.check_samples(options, settings, existing)

@@ -5,7 +5,7 @@
     bash run_linear_probe.sh work_dirs/MY_RUN embedded://emoji64
 
 WEIGHTS: run folder, checkpoint, released file, hf://owner/repo/file or a config. URL: pictures with train and val
-splits (default folder://data/imagenet). Every feature that the tokenizer offers is probed: latents of continuous
+splits (default those of its training, as far as its weights tell them, else folder://data/imagenet). Every feature that the tokenizer offers is probed: latents of continuous
 tokenizers; embedded codes per branch and of all branches of discrete ones; what a tokenizer's own probe_features
 names. Features are averaged over tokens, of centre crops, kept in work_dirs/cache and computed once.
 
@@ -33,7 +33,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("weights")
-    parser.add_argument("url", nargs="?", default="folder://data/imagenet")
+    parser.add_argument("url", nargs="?")
     for name, kind, default in (
         ("--epochs", int, 10),
         ("--batch", int, 256),
@@ -58,10 +58,11 @@ def parse(arguments: list[str]) -> argparse.Namespace:
 
 def main(arguments: list[str]) -> int:
     options = parse(arguments)
-    from run.linear_probe import linear_probe, open_sources, section_of
+    from run.linear_probe import linear_probe, name_pictures, open_sources, section_of
     from run.load import lay_out_tokenizer
 
     lay_out_tokenizer(section_of(options))  # before the pictures are looked at
+    name_pictures(options)
     train, val = open_sources(options.url)
     if options.check:
         return 0

@@ -25,6 +25,7 @@ import argparse
 import dataclasses
 
 from core import cli
+from core.errors import UserError
 from scripts import command_line
 
 PREVIEWS = ("webp", "gif")
@@ -70,10 +71,12 @@ def main(arguments: list[str]) -> int:
     from run.sample import Request, check, sample
     from run.target import list_labels, read_target
 
-    if not options.list_labels:
-        for name in ("labels", "out"):
-            if not getattr(options, name):
-                parser.error(f"the following arguments are required: --{name}")
+    missing = [f"--{name}" for name in ("labels", "out") if not getattr(options, name)]
+    if missing and not options.list_labels:
+        raise UserError(
+            f"{' and '.join(missing)} missing: bash run_sample.sh {target} --labels {options.labels or '0-3'} --out "
+            f"{options.out or 'samples'}; --list-labels prints the names of its classes."
+        )
     request = Request(**{field.name: getattr(options, field.name) for field in dataclasses.fields(Request)})
     request.check()
     silent = options.check or options.list_labels or not launch.speaks()

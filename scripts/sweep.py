@@ -10,7 +10,7 @@ of the pictures of the whole grid. Picture i has the same noise and label everyw
 sweep.csv, best.yaml (a config snippet) and best.txt, which run_sample.sh and run_eval_generator.sh take:
 bash run_sample.sh GENERATOR --labels 0-9 --out DIR $(cat OUT/best.txt). The same command continues after a kill.
 
-Without a GENERATOR: tiny/rear, a tiny model that comes with the code, with 400 pictures in the last comparison.
+Without a GENERATOR: tiny/rear, a tiny model that comes with the code. Such ones have 400 pictures in the last comparison.
 Values: 1,2.5,4 or FROM:TO (steps of 1) or FROM:TO:STEP; one per codebook: [3,2]. Without any, --scale 1:8.
 
 options:
@@ -57,11 +57,9 @@ def parse(arguments: list[str]) -> tuple[argparse.Namespace, list[str], dict[str
     options.target, settings = command_line.target_of(options.target, options.weights, options.settings, "")
     options.taken = ""
     if not options.target:
-        options.target, options.num = TINY, options.num or TINY_NUM
-        options.taken = (
-            f"no generator was named: sweeping {TINY}, a tiny model that comes with the code; --num {options.num}"
-        )
+        options.target, options.taken = TINY, f"no generator was named: sweeping {TINY}; "
     settings += command_line.overrides_of({"tokenizer.weights": options.tokenizer, "eval.num_images": options.num})
+    options.taken += command_line.few_of_tiny([options.target], settings, options.num, TINY_NUM)
     options.infinity = False
     return options, settings, {name: getattr(options, name) for name in AXES if getattr(options, name) is not None}
 

@@ -220,6 +220,14 @@ def shipped() -> list[str]:
     return references
 
 
+def is_shipped(reference: str) -> bool:
+    """Whether it names a tiny model that comes with the code, or a file of one."""
+    path = Path(reference)
+    if not path.exists():
+        path = TINY.parent / path
+    return path.exists() and path.resolve().is_relative_to(TINY.resolve())
+
+
 def find_weights(reference: str) -> Path | None:
     """The file of a path, of an address, or of a name as in `find_local_file`; None where there is none."""
     from core.weights import hub

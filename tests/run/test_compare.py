@@ -79,13 +79,26 @@ def test_a_difference_between_resolutions_is_no_verdict():
 def test_without_targets_the_tiny_tokenizers_are_compared(generator_run, capsys, monkeypatch):
     options, words = compare.parse(["--check", "--seconds", "0"])
     assert options.targets == released.shipped() and module.prepare(options, words) == "tokenizer"
-    assert compare.parse(["tiny/rear", "tiny/fqgan"])[0].data == "folder://data/imagenet/val"
+    assert options.data == "embedded://emoji64"
     assert module.kind_of(["tiny/rear", str(generator_run)]) == "generator"
     monkeypatch.setattr(module, "compare", lambda *_: print("began") or 0)
     capsys.readouterr()  # what the check above says
     assert compare.main([]) == 0
     said = capsys.readouterr().out
     assert said.startswith("no model was named: comparing the tiny tokenizers tiny/") and "embedded://emoji64" in said
+
+
+def test_pictures_that_nobody_named(tokenizer_run):
+    """Those that the training of all left out; none where they were trained on different ones."""
+    options, words = compare.parse(["tiny/rear", "tiny/fqgan"])
+    module.prepare(options, words)
+    assert options.data == "embedded://emoji64"
+    options, words = compare.parse(["tiny/rear", str(tokenizer_run)])
+    with pytest.raises(UserError, match="not trained on the same pictures.* --data embedded://emoji64"):
+        module.prepare(options, words)
+    options, words = compare.parse(["tiny/rear", str(tokenizer_run), "--data", "synthetic://?size=32"])
+    module.prepare(options, words)
+    assert options.data == "synthetic://?size=32"
 
 
 def test_generators(generator_run, tmp_path):

@@ -118,7 +118,8 @@ def test_without_a_generator_a_tiny_one_is_taken(capsys, monkeypatch):
     assert options.target == "tiny/rear" and settings == ["eval.batch=8", "eval.num_images=400"]
     assert sweep.parse(["--num", "16"])[1] == ["eval.num_images=16"]
     named, settings, _ = sweep.parse(["tiny/rear", "--scale", "1:2"])
-    assert named.target == "tiny/rear" and not settings and not named.taken
+    assert named.target == "tiny/rear" and settings == ["eval.num_images=400"] and "400 pictures" in named.taken
+    assert not sweep.parse(["work_dirs/mine", "--scale", "1:2"])[1]
     monkeypatch.setattr(module, "sweep", lambda *_: print("began") or 0)
     assert sweep.main(["--scale", "1:2"]) == 0
     assert capsys.readouterr().out.startswith("no generator was named: sweeping tiny/rear")
