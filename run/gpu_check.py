@@ -25,6 +25,7 @@ from run import gpu_stages
 
 ROOT = Path(__file__).resolve().parent.parent
 SECTION = "## Measured by run_gpu_check.sh"
+WARNING = re.compile(r"^[WI]\d{4} [\d:.]+ |^\S+: \w*Warning: |^  warnings?[._]")  # of torch's log, of Python
 LEAST = 10  # seconds below which a stage is not begun
 
 
@@ -33,7 +34,7 @@ class Stage:
     """One of those in `--help`.
 
     Attributes:
-        share: seconds of 480 that it may take at most.
+        share: seconds of 480 that it may take; up to twice as many from half of what earlier stages left of theirs.
         command: (check) -> words after the interpreter.
         summary: (log, exit code or None where time ran out) -> one line.
     """
@@ -79,16 +80,20 @@ class Check:
         record = {"machine": machine, "rehearsal": self.rehearse, "stages": {}, **record}
         print(", ".join(f"{key} {value}" for key, value in machine.items()), flush=True)
         counting = self._count_aside() if "benchmark" in wanted else []
+        spare = 0.0
         try:
             for stage in STAGES:
-                before = record["stages"].get(stage.name, {})
+                before, share = record["stages"].get(stage.name, {}), stage.share * self.seconds / 480
                 if stage.name not in wanted:
                     continue
                 if before.get("status") == "passed":
                     print(f"{stage.name:12} passed before: {before['summary']}", flush=True)
+                    spare += share
                     continue
                 left = self.seconds - (time.monotonic() - began)
-                record["stages"][stage.name] = self._stage(stage, left)
+                done = self._stage(stage, left, share + min(share, max(0.0, spare / 2)))
+                spare += share - done["seconds"]
+                record["stages"][stage.name] = done
                 self._write(record)
             for process in counting:  # floors need them
                 left = self.seconds - (time.monotonic() - began)
@@ -128,10 +133,9 @@ class Check:
         groups = [[system] for system in systems] if (os.cpu_count() or 1) > 2 * len(systems) else [systems]
         return [self._start(self.work("count", *g), self.out.parent / f"log_count_{g[0]}.txt") for g in groups]
 
-    def _stage(self, stage: Stage, left: float) -> dict[str, Any]:
-        """Run one stage; what is kept of it."""
-        last = stage is STAGES[-1]
-        limit = left - 5 if last else min(left - 5, stage.share * self.seconds / 480)
+    def _stage(self, stage: Stage, left: float, most: float) -> dict[str, Any]:
+        """Run one stage for `most` seconds, the last one for all that are left; what is kept of it."""
+        limit = left - 5 if stage is STAGES[-1] else min(left - 5, most)
         if limit < LEAST:
             summary = f"no time left ({left:.0f} s)"
             print(f"{stage.name:12} not begun: {summary}", flush=True)
@@ -224,10 +228,10 @@ def _tests(check: Check) -> list[str]:
 
 
 def _last_line(log: str, code: int | None) -> str:
-    lines = [line.strip("= ") for line in log.splitlines() if line.strip("= ")]
+    lines = [line.strip("= ") for line in log.splitlines() if line.strip("= ") and not WARNING.search(line)]
     if code is None:
         lines = [line for line in lines if not line.startswith("stopped (")]  # what it says when it is ended
-    return lines[-1][:200] if lines else "nothing was printed"
+    return lines[-1][:200] if lines else "nothing was finished" if code is None else "nothing was printed"
 
 
 def _of_tests(log: str, code: int | None) -> str:

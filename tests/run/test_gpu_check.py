@@ -82,6 +82,21 @@ def test_every_stage_has_its_time_and_its_line(check, tmp_path):
     assert check(again=True, good=(60, ran))[0] == 0 and (tmp_path / "ran").read_text() == "xxx"
 
 
+def test_a_stage_gets_some_of_what_was_spared(check):
+    slow = "import time; time.sleep(1.5)"
+    assert check(fast=(3, "pass"), slow=(0.9, slow), last=(60, "pass"))[0] == 0
+    code, found, _ = check(again=True, slow=(0.9, slow), last=(60, "pass"))
+    assert code == 1 and found["stages"]["slow"]["status"] == "ran out of time"
+
+
+def test_warnings_are_no_result():
+    log = (
+        "half of it\nW1129 21:22:04.808000 31129 torch/x.py:183] [0/0] No CUDA runtime\n/a/b.py:3: UserWarning: this\n"
+    )
+    assert gpu_check._last_line(log, None) == "half of it"
+    assert gpu_check._last_line(log.split("\n", 1)[1], None) == "nothing was finished"
+
+
 def test_what_there_is_no_time_for_is_said(check):
     _, found, _ = check(seconds=5.05, first=(480, "pass"), second=(480, "pass"))
     assert {s["status"] for s in found["stages"].values()} == {"not begun"}
