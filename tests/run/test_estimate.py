@@ -17,28 +17,30 @@ from tests.conftest import ROOT
 from tests.gpu_path.memory import CEILING
 from tests.run.test_recipes import RECIPES
 
-# Of the same networks and batches as another one: they run with all tests.
-MOSTLY_ALIKE = {
-    p
-    for p in RECIPES
-    if any(
-        w in p
-        for w in (
-            "ablation_2",
-            "ablation_3",
-            "ablation_5",
-            "ablation_7",
-            "8192",
-            "16384",
-            "rear_vqplus",
-            "mix/maskgit",
-            "mix/fqgan",
-            "mix/vqgan",
-            "ditdh_l",
-            "far_b_triple",
-        )
+# The hungriest of each network, or the one with another kind of latents; all others run with all tests.
+EACH_KIND = {
+    f"configs/{name}.yaml"
+    for name in (
+        "dar/ar_xl",
+        "dar/tokenizer",
+        "fqgan/dual_ds16",
+        "fqgan/far_l_triple",
+        "fqgan/triple_ds8",
+        "imagefolder/ablation_1",
+        "imagefolder/ms_pq2_4096",
+        "imagefolder/var_d17",
+        "mix/dar__dit_dh",
+        "mix/imagefolder__far",
+        "mix/titok__gpt",
+        "rear/rar_xxl",
+        "rear/rear_b",
+        "rear/vqgan_plus_tokenizer",
+        "rectok/decoder_finetune",
+        "rectok/ditdh_xl_512",
+        "rectok/tokenizer_512",
     )
 }
+assert set(RECIPES) >= EACH_KIND
 
 
 def costs(path: str, *overrides: str):
@@ -148,9 +150,7 @@ def require_stated_cost(path: str, plan: estimate.Plan) -> None:
     assert said == pytest.approx(hours, rel=rough or 0.06, abs=0.5 / (60 if unit == "min" else 1))
 
 
-@pytest.mark.parametrize(
-    "path", [pytest.param(p, marks=pytest.mark.slow if p in MOSTLY_ALIKE else []) for p in RECIPES]
-)
+@pytest.mark.parametrize("path", [pytest.param(p, marks=[] if p in EACH_KIND else pytest.mark.slow) for p in RECIPES])
 def test_recipes_fit_their_hardware(path):
     """Every published recipe keeps below 80 GB on each of 8 GPUs, and costs what it says; no weights, data or GPU."""
     plan = estimate.Plan(load_config(path, []), 8)

@@ -157,7 +157,7 @@ def test_programs_by_path(tmp_path):
 def test_a_python_without_the_packages_is_a_sentence(tmp_path, words):
     """Started by its path in another folder: what it lacks, and which Python has it."""
     program, *rest = words.split()
-    clean = {name: value for name, value in os.environ.items() if not name.startswith("PYTHON")}
+    clean = {name: value for name, value in os.environ.items() if not name.startswith(("PYTHON", "TESSERA_PYTHON"))}
     command = [sys.executable, "-S", str(ROOT / "scripts" / program), *rest]
     run = subprocess.run(command, cwd=tmp_path, env=clean, capture_output=True, text=True)
     assert run.returncode == 2 and run.stderr.count("\n") == 1, run.stderr
