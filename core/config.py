@@ -464,7 +464,7 @@ def _misread(text: str) -> Iterator[str]:
     loader: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
     try:
         yield from walk(yaml.compose(text, Loader=loader), "")
-    except yaml.YAMLError:  # what OmegaConf alone reads
+    except (yaml.YAMLError, UnicodeError):  # what OmegaConf alone reads
         return
 
 
@@ -513,9 +513,7 @@ def read_overrides(overrides: list[str]) -> dict[str, Any]:
         changes: Any = OmegaConf.to_container(OmegaConf.from_dotlist(overrides))
         return changes
     except Exception as error:  # values are YAML, whose parser has many exception types
-        raise UserError(
-            f"{' '.join(overrides)}: no YAML after the equals sign: {' '.join(str(error).split())}"
-        ) from None
+        raise UserError(f"{' '.join(overrides)}: no YAML after the equals sign: {plainly(error)}") from None
 
 
 def override(

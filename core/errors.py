@@ -27,6 +27,8 @@ def plainly(error: Exception) -> str:
         return "something in it is of the wrong kind"
     if isinstance(error, IndexError):
         return "something in it is missing"
+    if isinstance(error, UnicodeError):
+        return "it holds bytes that are not UTF-8 text"
     if isinstance(error, RecursionError):
         return "it is nested too deeply"
     if match := re.fullmatch(r"invalid literal for int\(\) with base \d+: (.*)", str(error)):

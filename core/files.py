@@ -42,6 +42,12 @@ DIGEST_PIECE = 1 << 24  # bytes, see `digests`
 MACHINES_FAULTS = {errno.ENOSPC, errno.EDQUOT, errno.EMFILE, errno.ENFILE, errno.EROFS, errno.EIO, errno.ENAMETOOLONG}
 
 
+def expanded(path: str | os.PathLike) -> Path:
+    """With ~ as the home folder. It stays where nobody is known by that name, or where this account has no home: what is not
+    there is said by who looks there."""
+    return Path(os.path.expanduser(path))
+
+
 @contextlib.contextmanager
 def explain_os_errors(path: str | os.PathLike) -> Iterator[None]:
     """Turn an OSError with a known cause into a UserError that names `path` and says what to do."""

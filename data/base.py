@@ -21,6 +21,7 @@ import numpy as np
 from torch.utils.data import get_worker_info
 
 from core.errors import UserError
+from core.files import expanded
 from core.rng import permutation, uniform_scalar
 from core.specs import DataSource, Kinds, Sample
 from data.decode import UnreadablePicture, decode_rgb, is_turned
@@ -217,7 +218,7 @@ def _bytes_of(path: bytes) -> int:
 
 def read_class_names(path: str | Path) -> list[str]:
     """Class names, one per line."""
-    path = Path(path).expanduser()
+    path = expanded(path)
     try:
         names = path.read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:

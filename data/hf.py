@@ -20,6 +20,7 @@ from typing import Any
 import numpy as np
 
 from core.errors import UserError, nearest
+from core.files import expanded
 from core.specs import DataSource
 from data.base import ListedSource, PackedStrings, Record, StreamSource, read_class_names, stream_options
 
@@ -35,7 +36,7 @@ def _load(path: str, split: str, options: dict[str, str], streaming: bool) -> tu
     except ImportError:
         raise UserError(f"datasets://{path} needs the package datasets: pip install datasets") from None
     datasets.disable_progress_bars()
-    folder = Path(path).expanduser()
+    folder = expanded(path)
     saved = any((folder / name).is_file() for name in ("dataset_dict.json", "state.json"))  # by save_to_disk
     other = VALIDATION.get(split)
     try:

@@ -30,7 +30,7 @@ import numpy as np
 from PIL import Image, ImageDraw
 
 from core.errors import UserError, nearest
-from core.files import refuse_text
+from core.files import expanded, refuse_text
 from core.rng import uniform_scalar
 from core.specs import DataSource, Sample
 from data.base import MAX_CLASSES, FileSource, LeftOut, read_class_names, whole_number
@@ -62,7 +62,7 @@ def _guess_scheme(path: str) -> str:
     """The scheme of a plain path."""
     if path.endswith(".txt"):
         return "list"
-    folder = Path(path).expanduser()
+    folder = expanded(path)
     shards = path.endswith(".tar") or (folder.is_dir() and any(folder.glob("*.tar")) and not has_pictures(folder))
     return "wds" if shards else "folder"
 
@@ -110,7 +110,7 @@ def exists(url: str) -> bool:
     if scheme == "wds" and "://" not in path:
         first = expand_braces(os.path.expanduser(path))[0]
         return bool(glob.glob(first))
-    return scheme not in ("folder", "list") or Path(path).expanduser().exists()
+    return scheme not in ("folder", "list") or expanded(path).exists()
 
 
 def _class_names(options: dict[str, str]) -> list[str] | None:
@@ -196,7 +196,7 @@ PACKED = ((".parquet", "datasets"), (".arrow", "datasets"), (".tar", "wds"))  # 
 def open_folder(path: str, split: str | None, options: dict[str, str]) -> DataSource:
     """One folder per class, class numbers following the sorted folder names or the order of the `classes` file; or a
     folder of pictures, which have no labels."""
-    root = Path(path).expanduser()
+    root = expanded(path)
     if not root.is_dir():
         problem = "this is a file" if root.is_file() else "there is no such folder"
         raise UserError(
@@ -253,11 +253,11 @@ def _parse_line(line: bytes, where: str) -> tuple[bytes, int | None]:
 
 def open_list(path: str, split: str | None, options: dict[str, str]) -> DataSource:
     """Pictures named by the lines of a text file."""
-    file = Path(path).expanduser()
+    file = expanded(path)
     if not file.is_file():
         raise UserError(f"list://{path}: there is no such file. Expected lines `relative/path.JPEG label`.")
     refuse_text(file)
-    root = Path(options.get("root", file.parent)).expanduser()
+    root = expanded(options.get("root", file.parent))
     if not root.is_dir():
         raise UserError(f"list://{path}: the root folder {root} does not exist. Set ?root=DIR.")
     paths, labels, unlabelled = [], [], 0
@@ -301,7 +301,7 @@ def open_shards(path: str, split: str | None, options: dict[str, str]) -> DataSo
     source = ShardSource(shards, _class_names(options))
     if "{" not in path and (lost := absent(shards)):  # braces name every shard, and find_shards misses none of them
         source.left_out += (f"{len(lost)} shard(s) that the numbering lacks ({lost[0]}{', ...' if lost[1:] else ''})",)
-    if (folder := Path(path).expanduser()).is_dir():
+    if (folder := expanded(path)).is_dir():
         left_out = LeftOut()
         for file in sorted(folder.iterdir()):
             if file.is_dir():

@@ -27,7 +27,7 @@ from core.arrays import NpzFile, read_npy
 from core.chunks import ALONE, Chunks, enter
 from core.dist import World
 from core.errors import UserError, nearest, plainly
-from core.files import explain_os_errors, refuse_text, replacing
+from core.files import expanded, explain_os_errors, refuse_text, replacing
 from core.specs import Codes, DataSource, MultiScale
 from data.base import MAX_CLASSES, FileSource
 from data.cache import Builder, Rows
@@ -296,7 +296,7 @@ TokenFiles = NumberedFiles | JsonLines
 
 def open_import(path: str | Path, spec: CodeSpec, views: int, progress: Progress | None = None) -> TokenFiles:
     """The token files at `path`: a folder of numbered .npy files, a .jsonl file or a folder of these."""
-    path = Path(path).expanduser()
+    path = expanded(path)
     if not path.exists():
         known = [p.name for p in path.parent.glob("*")] if path.parent.is_dir() else []
         raise UserError(f"there is no {path}.{nearest(path.name, known)}")
@@ -361,7 +361,7 @@ class MomentFiles:
         self.arrays = {"latents": {}}
         if not isinstance(source, FileSource):
             raise UserError("data.moments names .npz files after picture files: data.url must be folder:// or list://.")
-        self.path, self.source, self.shape = Path(root).expanduser(), source, shape
+        self.path, self.source, self.shape = expanded(root), source, shape
         self._read(0, 0)  # a wrong folder or tokenizer is found before training
 
     def __len__(self) -> int:

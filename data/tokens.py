@@ -17,6 +17,7 @@ import numpy as np
 from torch import Tensor
 
 from core.errors import UserError, plainly
+from core.files import expanded
 from core.specs import Codes, Continuous, DataSource, LatentSpec, MultiScale, Sample
 from data import cache
 from data.cache import CHUNK, FeatureCache, Pass, Plan
@@ -203,7 +204,7 @@ class TokenStore(FeatureCache, DataSource):
 
 def open_tokens(path: str, split: str | None = None, options: dict[str, str] | None = None) -> TokenStore:
     """The opener of tokens://PATH."""
-    return TokenStore(Path(path).expanduser())
+    return TokenStore(expanded(path))
 
 
 def plan(

@@ -28,7 +28,7 @@ from torch import Tensor
 from core.arrays import NpzFile
 from core.chunks import shared_array
 from core.errors import UserError
-from core.files import explain_os_errors, replacing, require_space, sha256_file
+from core.files import expanded, explain_os_errors, replacing, require_space, sha256_file
 from core.images import save_png
 from core.rng import hash64
 from core.specs import DataSource
@@ -243,7 +243,7 @@ def open_any(reference: str, size: int | None = None, workers: int = 0, split: s
         size: crop to this side; None takes pictures as they are.
         split: of sources that have several.
     """
-    path = Path(reference).expanduser()
+    path = expanded(reference)
     if reference.endswith(".npz"):
         pictures = NpzPictures(path)
         if size is not None and pictures.size != (size, size):

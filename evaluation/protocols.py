@@ -18,7 +18,7 @@ from torch import Tensor
 
 from core.arrays import read_npy
 from core.errors import UserError, nearest, plainly
-from core.files import explain_os_errors
+from core.files import expanded, explain_os_errors
 from core.rng import Draws, hash64
 
 
@@ -205,7 +205,7 @@ def make_labels(kind: str, count: int, num_classes: int, seed: int = 0, val: Seq
                 f"Use --num {len(labels)}, or labels: balanced."
             )
         return _check_range(labels[:count], num_classes, "the validation set")
-    return _check_range(_read_labels(Path(kind).expanduser(), count), num_classes, kind)
+    return _check_range(_read_labels(expanded(kind), count), num_classes, kind)
 
 
 def _read_labels(path: Path, count: int) -> Tensor:

@@ -31,7 +31,7 @@ from core.arrays import NpzFile
 from core.devices import pictures_at_once
 from core.dist import World
 from core.errors import UserError, plainly
-from core.files import refuse_text, replacing, sha256_file, write_atomic
+from core.files import expanded, refuse_text, replacing, sha256_file, write_atomic
 from core.rng import permutation
 from core.schema import RunConfig
 from core.specs import DataSource
@@ -164,7 +164,7 @@ class Statistics:
 # ---------------------------------------------------------------------------------------------------------------------
 def load(path: str | Path) -> Statistics:
     """Statistics, pictures or both from one of the files listed above."""
-    path = Path(path).expanduser()
+    path = expanded(path)
     if path.suffix not in SUFFIXES:
         raise UserError(f"{path}: a reference is a file that ends in {', '.join(SUFFIXES)}.")
     if not path.is_file():
@@ -331,7 +331,7 @@ def find_reference(name: str | None) -> Path | None:
     """A reference file by path, or by the name a protocol gives it, where such files are kept; else None."""
     if name is None:
         return None
-    return next((p for p in (Path(name).expanduser(), *(Path(f) / name for f in FOLDERS)) if p.is_file()), None)
+    return next((p for p in (expanded(name), *(Path(f) / name for f in FOLDERS)) if p.is_file()), None)
 
 
 def how_to_get(reference: str) -> str:
@@ -354,7 +354,7 @@ def choose_reference(
     """
     if asked:
         path = find_reference(asked)
-        if path is None and (Path(asked).expanduser().is_dir() or "://" in asked):
+        if path is None and (expanded(asked).is_dir() or "://" in asked):
             raise UserError(
                 f"eval.reference: {asked} stands for pictures, and a file is needed: make one of them with bash "
                 f"run_make_reference.sh {asked} FILE.npz"

@@ -11,6 +11,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
+
 from core import dist
 from core.chunks import ALONE
 from core.errors import UserError, plainly
@@ -24,9 +26,9 @@ from data.tokens import TokenStore
 from evaluation import measure, protocols, references
 from evaluation.networks import WEIGHTS_FILE
 from run import adapt
-from run.data import asks_val_labels, make_transform, needed_val, open_pictures, open_train
+from run.data import asks_val_labels, make_transform, needed_val, open_moments, open_pictures, open_train
 from run.estimate import costs
-from run.load import REGISTRIES, Source, read_weights
+from run.load import REGISTRIES, Source, build, read_tokenizer, read_weights
 from run.recipes import recipe_of
 from tokenizer.continuous.stats import read_stats
 
@@ -116,16 +118,22 @@ def schedule_notes(config: RunConfig, images_per_epoch: int) -> list[str]:
 
 
 def check_networks(config: RunConfig, inputs: Inputs) -> None:
-    """UserError where weights are of another network, or of other classes. Nothing is computed."""
+    """UserError where weights are of another network, of other classes, or of a tokenizer and not finite; and where latent
+    statistics that are named are of another tokenizer. Only for these a network is filled with weights."""
     sources = inputs.weights
     if source := sources.get("tokenizer.weights"):
-        read_weights("tokenizer", source, config.tokenizer)
+        weights = read_weights("tokenizer", source, config.tokenizer)
+        with torch.device("meta"):
+            network = build("tokenizer", config.tokenizer, weights, filled=False).to("meta")
+        weights.read(network, config.tokenizer.get("use_ema", True))
     if source := sources.get("train.init_from"):
         weights = read_weights(config.task, source, getattr(config, config.task))
         if config.task == "generator":
             adapt.new_rows(config, source, weights, inputs.data.num_classes)
     if (named := config.tokenizer.get("latent_stats")) and named != "none":
         read_stats(named)
+        if source := sources.get("tokenizer.weights"):
+            read_tokenizer(config.tokenizer, source)  # they have to be of these very weights
 
 
 def check_step(config: RunConfig, inputs: Inputs) -> None:
@@ -137,6 +145,8 @@ def check_step(config: RunConfig, inputs: Inputs) -> None:
     try:
         tokenizer, _ = costs(config, inputs.weights)
         make_transform(config, tokenizer.image_size)
+        if config.task == "generator" and config.data.moments:
+            open_moments(config, inputs.data, tokenizer)
     except (TypeError, ValueError, ArithmeticError, LookupError, RuntimeError) as error:
         raise UserError(
             f"a step of {config.name} would fail ({plainly(error)}): its sizes do not go together. "

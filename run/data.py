@@ -15,13 +15,14 @@ from core.errors import UserError
 from core.images import to_model_range
 from core.rng import hash64
 from core.schema import RunConfig
-from core.specs import DataSource
+from core.specs import Continuous, DataSource, Tokenizer
 from core.train.log import ProgressLine
 from data import tokens
 from data.cache import FeatureCache, Pass, unfinished
 from data.cache import build as build_cache
 from data.checks import require_classes, require_labels
 from data.sources import open_source
+from data.token_files import MomentFiles
 from data.tokens import TokenStore
 from data.transforms import Transform
 from evaluation import protocols
@@ -65,6 +66,18 @@ def num_classes(config: RunConfig) -> int:
         return open_train(config).num_classes
     except UserError:
         return IMAGENET_CLASSES
+
+
+def open_moments(config: RunConfig, source: DataSource, tokenizer: Tokenizer) -> MomentFiles:
+    """data.moments, for this tokenizer; UserError where it makes none, or where they are not there."""
+    if not isinstance(tokenizer.spec, Continuous):
+        raise UserError(
+            f"data.moments={config.data.moments}: this tokenizer makes codes, which have no moments. Leave it out."
+        )
+    assert config.data.moments is not None
+    stored = MomentFiles(config.data.moments, source, (tokenizer.spec.length, 2 * tokenizer.spec.channels))
+    stored.check(source, make_transform(config, tokenizer.image_size))
+    return stored
 
 
 def make_transform(config: RunConfig, image_size: int) -> Transform:

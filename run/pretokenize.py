@@ -19,7 +19,7 @@ from torch import Tensor
 from core import dist
 from core.dist import World
 from core.errors import UserError
-from core.files import refuse_device
+from core.files import expanded, refuse_device
 from core.images import grid, save_png, to_model_range, to_uint8, to_unit_range
 from core.rng import hash64, permutation
 from core.schema import RunConfig
@@ -68,9 +68,9 @@ class Request:
     def folder(self, config: RunConfig) -> Path:
         """Where the store goes."""
         if self.out:
-            return Path(self.out).expanduser()
+            return expanded(self.out)
         if config.data.url.startswith("tokens://"):
-            return Path(config.data.url.removeprefix("tokens://")).expanduser()
+            return expanded(config.data.url.removeprefix("tokens://"))
         return Path(config.work_dir) / "tokens" / config.name
 
 
@@ -88,7 +88,7 @@ def check(config: RunConfig, request: Request) -> DataSource | None:
     lay_out_tokenizer(config.tokenizer)
     dist.pick_device(config.train.device)
     if request.foreign:
-        refuse_device(place := Path(request.foreign).expanduser())
+        refuse_device(place := expanded(request.foreign))
         if not place.exists():
             raise UserError(f"--import {request.foreign}: no such file or folder. Check the spelling of the path.")
     pictures = None
@@ -151,7 +151,7 @@ class Pretokenizing:
             return
         transform = make_transform(self.config, self.tokenizer.image_size)
         if self.request.foreign:
-            self._convert(Path(self.request.foreign).expanduser(), transform)
+            self._convert(expanded(self.request.foreign), transform)
         elif self.pictures is not None:
             self._encode(self.pictures, transform)
 

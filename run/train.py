@@ -16,7 +16,7 @@ from core.devices import peak_flops
 from core.errors import UserError
 from core.files import read_json
 from core.schema import RunConfig
-from core.specs import Continuous, DataSource
+from core.specs import DataSource
 from core.train.run import ABOUT, RunFolder
 from core.train.trainer import PREVIEW_IMAGES, Trainer
 from core.weights import hub
@@ -24,7 +24,6 @@ from core.weights.encoding import encoding_fingerprint
 from data.base import ListedSource
 from data.checks import say_left_out
 from data.loader import Loader, read_or_replace, split
-from data.token_files import MomentFiles
 from data.tokens import TokenStore
 from data.transforms import Transform
 from evaluation import measure, protocols
@@ -32,7 +31,7 @@ from evaluation.report import environment
 from generator.task import GeneratorTask
 from run import adapt, page
 from run.check import Inputs, check_inputs, data_notes, schedule_notes
-from run.data import IMAGENET_VAL, make_transform, open_pictures, open_val, precomputed
+from run.data import IMAGENET_VAL, make_transform, open_moments, open_pictures, open_val, precomputed
 from run.estimate import Plan
 from run.latent_stats import measure_once
 from run.load import REGISTRIES, Loaded, Source, build_pair, build_tokenizer_task
@@ -257,8 +256,7 @@ def _loader(
 
         features = precomputed(config, "features", source, transform, network, look, world)
     elif config.task == "generator" and data.moments:
-        assert isinstance(tokenizer.spec, Continuous)
-        stored = MomentFiles(data.moments, source, (tokenizer.spec.length, 2 * tokenizer.spec.channels))
+        stored = open_moments(config, source, tokenizer)
     elif config.task == "generator" and data.cache_latents and stored is None:
         network, encoding = Loaded(tokenizer, {}, provenance["tokenizer_fingerprint"]), provenance["tokenizer_encoding"]
         stored = precomputed(config, "latents", source, transform, network, tokenizer.precompute, world, encoding)

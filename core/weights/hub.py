@@ -30,7 +30,7 @@ from torch import Tensor
 
 from core import launch
 from core.errors import UserError, nearest
-from core.files import explain_os_errors, read_json, refuse_device, refuse_text, replacing, require_space
+from core.files import expanded, explain_os_errors, read_json, refuse_device, refuse_text, replacing, require_space
 from core.train.checkpoint import MANIFEST, CheckpointStore, find_damage, read_tensors
 from core.weights import released
 from core.weights.pickles import load_pickle
@@ -96,7 +96,7 @@ def resolve(reference: str, to: Path | None = None, kind: str | None = None) -> 
 # Files that are here
 # ---------------------------------------------------------------------------------------------------------------------
 def _local(reference: str) -> Path:
-    path = Path(reference).expanduser()
+    path = expanded(reference)
     if path.exists():
         refuse_device(path)
         return path

@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from core.errors import UserError
+from core.files import expanded
 from core.registry import parameters
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -240,7 +241,7 @@ def find_weights(reference: str) -> Path | None:
 def _cache_folder(variable: str, name: str) -> Path:
     """As torch and the hub's library choose it."""
     home = os.environ.get(variable) or Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / name
-    return Path(home).expanduser()
+    return expanded(home)
 
 
 def in_torch_cache(name: str) -> Path | None:
@@ -258,7 +259,7 @@ def in_hub_cache(repository: str, filename: str, revision: str = "main") -> Path
 def hub_cache_folder(repository: str, revision: str = "main") -> Path:
     """Where that cache keeps the files of a repository, whether they are there or not."""
     cache = os.environ.get("HF_HUB_CACHE") or _cache_folder("HF_HOME", "huggingface") / "hub"
-    folder = Path(cache).expanduser() / f"models--{repository.replace('/', '--')}"
+    folder = expanded(cache) / f"models--{repository.replace('/', '--')}"
     reference = folder / "refs" / revision
     commit = reference.read_text().strip() if reference.is_file() else revision
     return folder / "snapshots" / commit

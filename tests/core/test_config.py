@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from core.config import check, load, to_plain, to_yaml
+from core.config import check, load, read_overrides, to_plain, to_yaml
 from core.errors import UserError
 from core.registry import Registry
 from core.schema import Duration
@@ -470,3 +470,8 @@ def test_schedules_of_a_trial_stay(tmp_path):
     for path in sorted((ROOT / "configs").rglob("*.yaml")):
         if path.name != "quickstart.yaml":
             load_config(str(path), ["train.duration=2step"])
+
+
+def test_overrides_that_are_no_text():
+    with pytest.raises(UserError, match="no YAML after the equals sign: it holds bytes that are not UTF-8"):
+        read_overrides(["train.seed=\udcff"])

@@ -121,3 +121,12 @@ def test_what_a_download_left_is_named_in_every_kind_of_file(tmp_path, content, 
     reading(lambda path: open_source(f"wds://{path}"), "shard.tar")
     reading(lambda path: open_source(f"list://{path}"), "list.txt")
     reading(lambda path: decode_rgb(path.read_bytes(), path.name), "x.jpg", UnreadablePicture)
+
+
+@pytest.mark.parametrize("home", [None, "/somewhere"])
+def test_homes_of_nobody(monkeypatch, home):
+    """Accounts of containers have no home, and ~name may be a mistake: the path is then told as it was written."""
+    monkeypatch.setattr("pwd.getpwuid", lambda uid: {}[uid])
+    monkeypatch.delenv("HOME") if home is None else monkeypatch.setenv("HOME", home)
+    assert str(files.expanded("~/x")) == ("~/x" if home is None else "/somewhere/x")
+    assert str(files.expanded("~nobody-here/x")) == "~nobody-here/x"

@@ -2,22 +2,29 @@
 
 from __future__ import annotations
 
+import types
 import warnings
 from collections import Counter
 from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 
 from core.errors import UserError
+from core.specs import Codes
 from core.train import checkpoint as checkpoint_module
 from core.train.checkpoint import Checkpoint, CheckpointStore, step_name
 from core.weights import hub
-from run.load import Source, build_pair, load_config, random_task, read_weights
-from scripts import sample, train
+from data.sources import open_source
+from run.check import check
+from run.data import open_moments
+from run.load import Source, build_pair, load_config, random_task, read_tokenizer, read_weights
+from scripts import convert, sample, train
 from tests.conftest import ROOT, TOY_GENERATOR
 from tests.ranks import in_threads
+from tokenizer.continuous.stats import LatentStats, save_stats
 from tokenizer.losses import PERCEPTUAL
 from tokenizer.teachers import TEACHERS
 
@@ -101,6 +108,35 @@ def test_where_weights_come_from(tokenizer_run):
         shapes.append([{name: t.shape for name, t in network.state_dict().items()} for network in networks])
     assert shapes[0] == shapes[1] == shapes[2]
     assert hub.fingerprint(build_pair(config).tokenizer.module.state_dict()) == build_pair(config).tokenizer.fingerprint
+
+
+def test_the_check_reads_the_values_of_a_tokenizer(tokenizer_run, tmp_path):
+    def problem(**settings: str) -> str:
+        words = [f"tokenizer.{key}={value}" for key, value in settings.items()]
+        with pytest.raises(UserError) as said:
+            check(load_config(TOY_GENERATOR, words))
+        return str(said.value)
+
+    moments = load_config(TOY_GENERATOR, [f"tokenizer.weights={tokenizer_run}", f"data.moments={tmp_path}"])
+    with pytest.raises(UserError, match="must be folder://"):
+        check(moments)
+    with pytest.raises(UserError, match="makes codes, which have no moments"):
+        open_moments(moments, open_source(moments.data.url), types.SimpleNamespace(spec=Codes(4, 1, 8, 2)))  # pyright: ignore
+    broken, stats = tmp_path / "x.safetensors", tmp_path / "stats.safetensors"
+    convert.main([str(tokenizer_run), str(broken)])
+    weights = load_file(broken)
+    weights[next(iter(weights))].view(-1)[0] = torch.nan
+    with safe_open(broken, "pt") as file:
+        save_file(weights, broken, file.metadata())
+    assert "NaN or infinite" in problem(weights=str(broken))
+    for channels, fingerprint, sentence in (
+        (8, "0" * 16, "Compute them again"),
+        (16, None, "16 values for 8 channels"),
+    ):
+        values = torch.zeros(2 * channels), torch.ones(2 * channels)  # of means and of log variances
+        made = read_tokenizer({"weights": str(tokenizer_run)}).fingerprint
+        save_stats(stats, LatentStats(*values, torch.zeros(()), torch.ones(()), 10**6), fingerprint or made)
+        assert sentence in problem(weights=str(tokenizer_run), latent_stats=str(stats))
 
 
 @pytest.mark.parametrize("moment", ["after it was chosen", "while it is verified", "once it is open"])

@@ -70,7 +70,7 @@ FINE = {"refused", "refused by the rehearsed step", "ran", "answered"}
 REHEARSED = re.compile(r"a step of \S+ would fail")
 INSIDE = re.compile(
     r"object has no attribute|'NoneType'|<class '|<function |<bound method|object at 0x|unexpected keyword|positional argument"
-    r"|\bb'|not subscriptable|not iterable|not callable|unhashable|unsupported operand|index out of range|invalid literal for"
+    r"|\bb'|codec can't|not subscriptable|not iterable|not callable|unhashable|unsupported operand|index out of range|invalid literal for"
     r"|(Key|Type|Attribute|Index|Assertion|Recursion|Unicode\w+)Error"
 )
 CHECK_SECONDS, RUN_SECONDS = 10, 90  # of processor time; a process that sleeps for ten times as long hangs as well
