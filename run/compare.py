@@ -42,15 +42,8 @@ from evaluation.comparison import (
 from evaluation.images import lpips_metric
 from evaluation.report import NOTHING, Report, environment, write_metrics
 from run.benchmark import Effort, device_name, timed
-from run.evaluate import (
-    PER_PICTURE,
-    Reconstructions,
-    by_tokenizer,
-    check_reconstructions,
-    check_samples,
-    generated_samples,
-    tokenizer_section,
-)
+from run.evaluate import PER_PICTURE, Reconstructions, by_tokenizer, check_reconstructions, tokenizer_section
+from run.evaluate_generator import check_samples, generated_samples
 from run.linear_probe import job_of, linear_probe, open_sources
 from run.load import kinds_of, load_config
 from run.measurement import eval_settings

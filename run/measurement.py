@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import functools
 import os
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
@@ -20,7 +21,7 @@ from core.files import read_json
 from core.rng import hash64
 from core.schema import EvalConfig
 from core.train.log import progress_line
-from evaluation import report
+from evaluation import measure, networks, references, report
 from evaluation.chunks import Work
 from evaluation.intervals import check_extras
 from evaluation.measure import Evaluation, Progress, Result
@@ -246,3 +247,24 @@ def enough(wanted: int | None, available: int, name: str, options: argparse.Name
         )
     check_extras(options.bootstrap, options.infinity, count)
     return count
+
+
+def check_comparison(
+    settings: EvalConfig, protocol: Protocol, size: references.Side, purpose: str, published: bool
+) -> bool:
+    """Whether there is no file to compare pictures of `size` with; UserError where feature network or reference cannot
+    be used. `published`: see `references.choose_reference`. Tells what would be downloaded or left out."""
+    net = networks.look_for_net(settings.network, protocol)
+    for line in measure.lacking(settings, protocol, purpose):
+        _tell(line)
+    path = references.choose_reference(settings.reference, protocol, net, size, purpose, published)
+    if path is not None:
+        reference = references.load(path)
+        if net is not None:
+            references.check_reference(reference, net, purpose, size)
+    return path is None and net is not None
+
+
+@functools.cache  # one line, however many are compared
+def _tell(line: str) -> None:
+    print(f"not here: {line}")

@@ -36,7 +36,7 @@ from evaluation.measure import Evaluation
 from evaluation.report import NUM_COLOURS, Report, environment, write_metrics
 from evaluation.scores import Score
 from generator.task import GeneratorTask
-from run.evaluate import SAMPLES, Drawing, FirstSamples, check_generated, drawing
+from run.evaluate_generator import SAMPLES, Drawing, FirstSamples, check_generated, drawing
 from run.load import REGISTRIES, Source, random_task, sampling_of
 from run.measurement import enough
 from run.target import Sampler, Target, open_generator, read_target

@@ -64,20 +64,20 @@ def parse(arguments: list[str]) -> tuple[argparse.Namespace, list[str]]:
 def main(arguments: list[str]) -> int:
     options, settings = parse(arguments)
     from core import launch
-    from run import evaluate
+    from run import evaluate_generator
 
     if options.taken and launch.speaks():
         print(options.taken, flush=True)
-    existing = evaluate.holds_pictures(options.target)
+    existing = evaluate_generator.holds_pictures(options.target)
     if options.check or not existing:  # before a network is loaded
-        evaluate.check_samples(options, settings, existing)
+        evaluate_generator.check_samples(options, settings, existing)
     if options.check:
         return 0
     from core import dist
 
     world = dist.start("auto")
     try:
-        measurement = evaluate.existing_samples if existing else evaluate.generated_samples
+        measurement = evaluate_generator.existing_samples if existing else evaluate_generator.generated_samples
         return measurement(options, settings, world).run()
     finally:
         world.stop()

@@ -15,7 +15,7 @@ from evaluation import chunks, measure, protocols, references
 from evaluation.distances import Moments
 from evaluation.networks import WEIGHTS_FILE
 from evaluation.references import Facts, Statistics
-from run import evaluate as run_evaluate
+from run import measurement
 from scripts import evaluate, evaluate_generator, make_reference
 from tests.evaluation.conftest import SmallInception, metrics
 from tests.evaluation.test_commands import save_folder
@@ -144,7 +144,7 @@ def test_check_tells_what_is_not_here(tokenizer_run, generator_run, bad_pictures
             (evaluate, [str(tokenizer_run), good, "--workers", "0"]),
             (evaluate_generator, [str(generator_run), "--num", "4"]),
         ):
-            run_evaluate._tell.cache_clear()
+            measurement._tell.cache_clear()
             assert program.main([*target, *words, "--check", "--out", str(tmp_path / "out")]) == 0
             out = capsys.readouterr().out
             assert f"(bash run_download.sh {WEIGHTS_FILE}); {sentence}" in out

@@ -15,6 +15,7 @@ import run.convert
 import run.edit
 import run.estimate
 import run.evaluate
+import run.evaluate_generator
 import run.latent_stats
 import run.linear_probe
 import run.make_reference
