@@ -61,7 +61,8 @@ def toy(folder: Path, *more: str) -> list[str]:
 # ---------------------------------------------------------------------------------------------------------------------
 # Two real ranks
 # ---------------------------------------------------------------------------------------------------------------------
-@pytest.mark.parametrize("launcher", ["torchrun", "accelerate"])
+# accelerate starts ranks in test_asked_to_stop and, to their end, in test_accelerate_itself, too
+@pytest.mark.parametrize("launcher", ["torchrun", pytest.param("accelerate", marks=pytest.mark.slow)])
 def test_two_ranks(tmp_path, launcher):
     done = run("run_train_tokenizer.sh", *toy(tmp_path, "train.duration=3step"), NPROC="2", LAUNCHER=launcher)
     assert done.returncode == 0, done.stderr[-2000:]
