@@ -120,7 +120,8 @@ def _same_codes(name: str, model: Any, guidance: Guidance, precision: str, label
 
 
 STEPS = 3
-CLOSE = {"fp32": 1e-4, "bf16": 3e-2}  # relative
+CLOSE = {"fp32": 1e-4, "bf16": 3e-2}  # relative, in the first step
+LATER = {"fp32": 1e-3, "bf16": 3e-2}  # Adam makes steps of full length of gradients that are rounding
 
 
 def compiled(device: torch.device, rehearse: bool, folder: Path) -> int:
@@ -140,10 +141,11 @@ def compiled(device: torch.device, rehearse: bool, folder: Path) -> int:
             overrides = [f"train.precision={precision}", "data.cache_latents=false"]
             config = benchmark.read_config(str(ROOT / path), overrides if tokenizer else overrides[:1], tokenizer)
             eager, fast = (_losses(config, device, 8, on) for on in (False, True))
-            error = max(abs(a - b) / max(abs(a), 1e-6) for a, b in zip(eager, fast))
-            wrong += not error <= CLOSE[precision]
+            first, *later = (abs(a - b) / max(abs(a), 1e-6) for a, b in zip(eager, fast))
+            error, good = max(first, *later), first <= CLOSE[precision] and all(e <= LATER[precision] for e in later)
+            wrong += not good
             print(f"{config.name} {precision}: {eager} eager, {fast} compiled", flush=True)
-            say(f"{config.task} {precision} within {error:.1e}" + ("" if error <= CLOSE[precision] else " (too much)"))
+            say(f"{config.task} {precision} within {error:.1e}" + ("" if good else " (too much)"))
     return 1 if wrong else 0
 
 

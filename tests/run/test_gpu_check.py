@@ -97,6 +97,16 @@ def test_warnings_are_no_result():
     assert gpu_check._last_line(log.split("\n", 1)[1], None) == "nothing was finished"
 
 
+@pytest.mark.parametrize(
+    "compiled, code",
+    [([1.0, 0.9, 0.8004], 0), ([1.001, 0.9, 0.8], 1), ([1.0, 0.9, 0.81], 1), ([1.0, 0.9, float("nan")], 1)],
+)
+def test_what_of_a_compiled_loss_is_too_much(monkeypatch, tmp_path, compiled, code):
+    """The first step is held to rounding; Adam makes more of it in the later ones."""
+    monkeypatch.setattr(gpu_stages, "_losses", lambda config, device, batch, on: compiled if on else [1.0, 0.9, 0.8])
+    assert gpu_stages.compiled(torch.device("cpu"), True, tmp_path) == code
+
+
 def test_what_there_is_no_time_for_is_said(check):
     _, found, _ = check(seconds=5.05, first=(480, "pass"), second=(480, "pass"))
     assert {s["status"] for s in found["stages"].values()} == {"not begun"}
