@@ -135,7 +135,7 @@ def require_stated_cost(path: str, plan: estimate.Plan) -> None:
     head, train, rough = stated(path), plan.config.train, 0.0
     if "Cost: --dry-run" in head:
         return
-    if alike := re.search(r"(?:Hardware and time|Cost) as ([\w.]+)", head):
+    if alike := re.search(r"(?:Hardware and time|Cost) as (\w+\.yaml)", head):
         head, rough = stated(str(Path(path).with_name(alike[1]))), 0.2
     found = COST.search(head)
     assert found, f"{path} does not say what it costs"
