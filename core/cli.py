@@ -16,7 +16,7 @@ from typing import Any, NoReturn
 
 from core import caller, launch
 from core.errors import UserError, lost_worker
-from core.files import ADVICE, MACHINES_FAULTS
+from core.files import ADVICE, MACHINES_FAULTS, dangling
 from core.peers import OtherRankFailed
 from core.signals import REQUEUE_EXIT_CODE, Stopped, StopRequest, ignore_signals, insist, words
 
@@ -94,7 +94,16 @@ def _of_other_ranks(error: BaseException) -> UserError | None:
 
 def _machines_fault(error: Exception) -> UserError | None:
     """A sentence about a full disk and the like, wherever it was met; None for errors that programs make."""
-    if not isinstance(error, OSError) or error.errno not in MACHINES_FAULTS:
+    if not isinstance(error, OSError):
+        return None
+    for name in (error.filename, error.filename2):
+        if isinstance(name, str | bytes) and (problem := dangling(os.fsdecode(name))):
+            return UserError(problem)
+    if isinstance(error, FileExistsError) and os.path.isfile(error.filename):
+        return UserError(
+            f"{os.fsdecode(error.filename)}: a file is in its place. Move it away, or choose another name."
+        )
+    if error.errno not in MACHINES_FAULTS:
         return None
     name = os.fsdecode(error.filename) if isinstance(error.filename, (str, bytes)) else ""
     place = f"{name if len(name) <= SHOWN_NAME else name[:SHOWN_NAME] + ' ...'}: " if name else ""

@@ -253,6 +253,31 @@ def read_ahead(paths: Iterable[str | os.PathLike]) -> None:
             os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_WILLNEED)
 
 
+def existing_part(folder: str | os.PathLike) -> Path:
+    """The folder, or the nearest one above it, of which something is there, be it a link to nowhere."""
+    whole = Path(os.path.abspath(folder))
+    return next(place for place in (whole, *whole.parents) if os.path.lexists(place))
+
+
+def dangling(path: str | os.PathLike) -> str | None:
+    """A sentence where a part of the path is a link to nowhere."""
+    place = existing_part(path)
+    if not place.is_symlink() or place.exists():
+        return None
+    return f"{place}: a link to {os.readlink(place)}, which is not there. Mount the disk that it leads to, or choose another place."
+
+
+def require_place(folder: str | os.PathLike) -> None:
+    """UserError unless `folder` may be written into, or made."""
+    if problem := dangling(folder):
+        raise UserError(problem)
+    place = existing_part(folder)
+    if not place.is_dir():
+        raise UserError(f"{place}: a file, and a folder is needed here. Choose another one.")
+    if not os.access(place, os.W_OK | os.X_OK):
+        raise UserError(f"{place}: may not be written into, or lies on a read-only disk. Choose another folder.")
+
+
 def require_space(folder: str | os.PathLike, needed: int) -> None:
     """UserError when `needed` bytes do not fit on the disk of `folder`."""
     with explain_os_errors(folder):

@@ -16,6 +16,7 @@ import torch
 from core import dist
 from core.chunks import ALONE
 from core.errors import UserError, plainly
+from core.files import existing_part, require_place, require_space
 from core.schema import RunConfig
 from core.specs import DataSource
 from core.train.log import sink_problems
@@ -56,6 +57,10 @@ def check(config: RunConfig) -> str:
 def check_inputs(config: RunConfig) -> Inputs:
     """UserError that lists everything outside the config that training would fail for. No network is loaded."""
     dist.pick_device(config.train.device)
+    for place in (config.run_dir, config.data.cache_dir)[
+        : 1 + (config.data.cache_latents or config.data.cache_features)
+    ]:
+        require_place(place)
     weights, problems = find_weights(config)
     problems += [*missing_helpers(config), *sink_problems(config.log)]
     source, val, mistakes = _open_data(config)
@@ -143,7 +148,7 @@ def check_step(config: RunConfig, inputs: Inputs) -> None:
     fake tensors, and the online evaluation is put together with its feature network, reference and labels.
     """
     try:
-        tokenizer, _ = costs(config, inputs.weights)
+        tokenizer, networks = costs(config, inputs.weights)
         make_transform(config, tokenizer.image_size)
         if config.task == "generator" and config.data.moments:
             open_moments(config, inputs.data, tokenizer)
@@ -152,6 +157,8 @@ def check_step(config: RunConfig, inputs: Inputs) -> None:
             f"a step of {config.name} would fail ({plainly(error)}): its sizes do not go together. "
             "TESSERA_TRACEBACK=1 shows where."
         ) from error
+    if config.train.lora is None:  # a checkpoint's weights and two moments; averages come on top
+        require_space(existing_part(config.run_dir), sum(4 * (n.parameters + 2 * n.trainable) for n in networks))
     if config.train.eval_every != "never":
         pictures = open_pictures(config) if isinstance(inputs.data, TokenStore) else inputs.data
         shown = pictures or inputs.val

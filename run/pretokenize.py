@@ -19,7 +19,7 @@ from torch import Tensor
 from core import dist
 from core.dist import World
 from core.errors import UserError
-from core.files import expanded, refuse_device
+from core.files import expanded, refuse_device, require_place
 from core.images import grid, save_png, to_model_range, to_uint8, to_unit_range
 from core.rng import hash64, permutation
 from core.schema import RunConfig
@@ -86,6 +86,7 @@ def check(config: RunConfig, request: Request) -> DataSource | None:
         trained = f" {config.run_dir}, which this config trains, is not there." if config.task == "tokenizer" else ""
         raise UserError(f"tokenizer.weights is not set, and tokens of an untrained tokenizer are useless.{trained}")
     lay_out_tokenizer(config.tokenizer)
+    require_place(request.folder(config))
     dist.pick_device(config.train.device)
     if request.foreign:
         refuse_device(place := expanded(request.foreign))

@@ -31,6 +31,7 @@ def main(arguments: list[str]) -> int:
 
     from core import dist
     from core.errors import UserError
+    from core.files import require_place
     from core.specs import Continuous
     from core.weights.encoding import encoding_fingerprint
     from data.checks import say_left_out
@@ -50,6 +51,7 @@ def main(arguments: list[str]) -> int:
         raise UserError(
             f"{options.weights} is a run of ours, whose generators measure statistics themselves: give --out FILE."
         )
+    require_place(Path(place).parent)
     if source is None:
         stats = read_stats(options.pickle)
         module.set_latent_stats(stats.mean, stats.std)  # checks that they fit

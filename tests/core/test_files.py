@@ -5,6 +5,8 @@ import hashlib
 import json
 import os
 import re
+import subprocess
+import sys
 
 import pytest
 from xxhash import xxh3_128
@@ -18,6 +20,7 @@ from data.decode import UnreadablePicture, decode_rgb
 from data.sources import open_source
 from data.token_files import JsonLines
 from evaluation import references
+from tests.conftest import ROOT
 from tokenizer.continuous.stats import load_stats
 
 
@@ -130,3 +133,30 @@ def test_homes_of_nobody(monkeypatch, home):
     monkeypatch.delenv("HOME") if home is None else monkeypatch.setenv("HOME", home)
     assert str(files.expanded("~/x")) == ("~/x" if home is None else "/somewhere/x")
     assert str(files.expanded("~nobody-here/x")) == "~nobody-here/x"
+
+
+def test_places_that_cannot_be_written(tmp_path):
+    (tmp_path / "file").touch()
+    (tmp_path / "link").symlink_to("/nowhere/disk")
+    for place, sentence in (("file/runs", "a file, and"), ("link/runs", "a link to /nowhere/disk, which is not there")):
+        with pytest.raises(UserError, match=f"{tmp_path / place.partition('/')[0]}: {sentence}"):
+            files.require_place(tmp_path / place)
+    files.require_place(tmp_path / "new" / "runs")
+    assert files.existing_part(tmp_path / "new" / "runs") == tmp_path
+
+
+@pytest.mark.parametrize("write", ["Path({path!r}).mkdir(exist_ok=True)", "os.rename({folder!r}, {path!r})"])
+def test_a_link_to_nowhere_is_one_sentence(tmp_path, write):
+    """Whatever a program wants to make there: the disk of a cluster is not mounted."""
+    (tmp_path / "link").symlink_to("/nowhere/disk")
+    (tmp_path / "folder").mkdir()
+    does = write.format(path=str(tmp_path / "link"), folder=str(tmp_path / "folder"))
+    code = f"import os; from pathlib import Path; from core import cli; cli.run(lambda _: {does})"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, text=True, capture_output=True)
+    assert done.returncode == 2 and done.stderr.count("\n") == 1, done.stderr
+    assert f"{tmp_path / 'link'}: a link to /nowhere/disk, which is not there" in done.stderr
+    (tmp_path / "link").unlink()
+    (tmp_path / "link").touch()
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, text=True, capture_output=True)
+    if "mkdir" in write:
+        assert done.returncode == 2 and f"{tmp_path / 'link'}: a file is in its place" in done.stderr
