@@ -311,7 +311,7 @@ def test_labels_of_shards(tmp_path, members, labels):
         ({"a.png": b"x", "a.json": b"{"}, "no JSON"),
         ({"a.png": b"x", "a.json": b'{"label": [0, 1]}'}, "ASCII digits"),
         ({"n0.1.png": b"x", "n0.2.png": b"y"}, "first dot"),
-        ({"a.png": b"x", "a.json": b'{"label": "tench"}'}, "b'tench'"),
+        ({"a.png": b"x", "a.json": b'{"label": "tench"}'}, "holds 'tench'"),
         ({"a.json": b'{"label": 1}'}, "no picture"),
         ({"a.png": b"x", "a.cls": b"-1"}, "ASCII digits"),
         ({"a.png": b"x", "a.cls": b"9" * 9}, "ASCII digits"),

@@ -288,7 +288,7 @@ def test_one_pass_of_a_stream_is_whole(web, monkeypatch):
         ({"a.jpg": png(), "a.cls": b"7"}, "x.tar: a has label 7, 3 classes are known"),
         ({"a.seg.png": b"", "a.jpg": png(), "a.json": b'{"label": 7}'}, "x.tar: a has label 7, 3 classes are known"),
         ({"a.0.jpg": png(), "a.1.jpg": png(), "a.cls": b"0"}, "two pictures have one key, a.0.jpg and a.1.jpg"),
-        ({"a.jpg": png(), "a.cls": b"x"}, "x.tar: a.cls holds b'x'"),
+        ({"a.jpg": png(), "a.cls": b"x"}, "x.tar: a.cls holds 'x'"),
         ({"a.txt": b"words"}, "no pictures in its shards"),
     ],
 )
