@@ -1,6 +1,6 @@
 """Is a generator for new classes better adapted than trained anew? Emoji of three classes, held out.
 
-    python -m tests.tools.adapt_emoji --minutes 15 --out work_dirs/adapt_emoji
+    python -m tests.tools.adapt_emoji --minutes 15 --out work_dirs/adapt_emoji         or --steps 400 on a busy machine
 
 A base generator learns the other six classes on the codes of a shipped tiny tokenizer (which has seen all nine). Then, for the
 same number of steps each: "adapted" starts from the base (train.init_from, train.new_classes=mean), "lora" as well but changes its
@@ -92,6 +92,7 @@ def accuracy(folder: Path, reference: str, names: list[str], each: int) -> dict[
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--minutes", type=float, default=15, help="of the base; the two others make as many steps")
+    parser.add_argument("--steps", type=int, help="of the base, in the place of --minutes: on a machine that others use too")
     parser.add_argument("--share", type=float, default=1.0, help="of those steps, for the two others")
     parser.add_argument("--classes", default=CLASSES)
     parser.add_argument("--system", default="imagefolder")
@@ -106,9 +107,9 @@ def main() -> None:
     if not noted.is_file():
         write_folders(folder / "pictures", new, options.pictures)
         train(folder, options.system, "warm", "old", WARM_UP)  # codes are stored; else nothing
-        limit = f"train.time_limit_minutes={options.minutes}"
-        endless = 1_000_000
-        seconds = train(folder, options.system, "base", "old", endless, "train.schedule.kind=constant", limit)
+        limit = [] if options.steps else [f"train.time_limit_minutes={options.minutes}"]
+        most = options.steps or 1_000_000
+        seconds = train(folder, options.system, "base", "old", most, "train.schedule.kind=constant", *limit)
         steps = Checkpoint(folder / "base" / "checkpoints" / "latest").step
         noted.write_text(json.dumps({"steps": steps, "minutes": seconds / 60}) + "\n")
     base = json.loads(noted.read_text())

@@ -65,3 +65,22 @@ def test_three_ways_to_new_classes(trainings, tmp_path, monkeypatch, capsys):
     before = len(trainings)
     adapt_emoji.main()
     assert trainings[before:] == trainings[2:before]  # each is asked to go on, and is done
+
+
+def test_a_budget_in_steps_heeds_no_clock(tmp_path, monkeypatch):
+    """On a machine that others use too minutes say little."""
+    asked = {}
+
+    def train(folder, system, name, pictures, steps, *words):
+        asked[name] = steps, words
+        if name == "base":
+            raise SystemExit("enough")
+        return 0.0
+
+    monkeypatch.setattr(adapt_emoji, "train", train)
+    words = ["adapt_emoji", "--steps", "7", "--pictures", "1", "--out", str(tmp_path)]
+    monkeypatch.setattr(sys, "argv", words)
+    with pytest.raises(SystemExit, match="enough"):
+        adapt_emoji.main()
+    steps, words = asked["base"]
+    assert steps == 7 and not any("time_limit" in word for word in words)
