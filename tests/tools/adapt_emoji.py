@@ -92,7 +92,9 @@ def accuracy(folder: Path, reference: str, names: list[str], each: int) -> dict[
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--minutes", type=float, default=15, help="of the base; the two others make as many steps")
-    parser.add_argument("--steps", type=int, help="of the base, in the place of --minutes: on a machine that others use too")
+    parser.add_argument(
+        "--steps", type=int, help="of the base, in the place of --minutes: on a machine that others use too"
+    )
     parser.add_argument("--share", type=float, default=1.0, help="of those steps, for the two others")
     parser.add_argument("--classes", default=CLASSES)
     parser.add_argument("--system", default="imagefolder")
