@@ -75,13 +75,14 @@ def derive(keys: Tensor, salt: int) -> Tensor:
 
 def random_bits(keys: Tensor, numel: int) -> Tensor:
     """(B, numel) int64, all 64 bits random, from (B,) int64 keys."""
-    counter = torch.arange(1, numel + 1, device=keys.device, dtype=torch.int64) * _signed(_GOLDEN)
-    return _mix_tensor(keys[:, None] + counter)
+    return random_bits_at(keys[:, None], torch.arange(numel, device=keys.device, dtype=torch.int64))
 
 
 def random_bits_at(keys: Tensor, index: Tensor) -> Tensor:
     """Single draws of `random_bits`: number `index` (int64, from 0) of each key; the two broadcast."""
-    return _mix_tensor(keys + (index + 1) * _signed(_GOLDEN))
+    # (index + 1) * GOLDEN, from the complement: Inductor writes the product of a range into C++ as one of signed loop
+    # counters, whose overflow lets the compiler drop the loop's bound and write behind the tensor.
+    return _mix_tensor(keys + ~index * -_signed(_GOLDEN))
 
 
 def permutation(length: int, *key: int | str) -> np.ndarray:

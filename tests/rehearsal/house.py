@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import re
 import shlex
 import shutil
 import subprocess
@@ -108,7 +109,7 @@ class House:
             "python -m tests."
         ):  # which this copy lacks, and torch-fidelity installs a "tests" of its own
             environment["PYTHONPATH"] = str(ROOT)
-        command_line = command.replace("python ", '"$TESSERA_PYTHON" ', 1) if command.startswith("python ") else command
+        command_line = re.sub(r"^((?:[A-Z_]+=\S+ )*)python ", r'\1"$TESSERA_PYTHON" ', command)
         started = time.monotonic()
         with tempfile.TemporaryFile("w+") as output:
             code = subprocess.run(

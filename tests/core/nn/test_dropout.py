@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import re
 import subprocess
 import sys
 
@@ -12,7 +13,7 @@ import torch
 
 from core.nn import dropout as module
 from core.nn.dropout import dropout
-from core.rng import GOLDEN, MIX1, MIX2, Draws
+from core.rng import GOLDEN, MIX1, MIX2, Draws, random_bits
 from tests.gpu_path.fake import Count, gpu
 
 needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs Triton")
@@ -92,3 +93,14 @@ def test_on_a_gpu(dtype):
     for found, wanted in zip(*results):
         torch.testing.assert_close(found, wanted, rtol=0.01, atol=0)
     assert module._kernel_works(torch.device("cuda"))
+
+
+def test_compiled_draws_stay_within_their_tensor():
+    """Inductor made a product with the loop counter of draws, `x0 * golden`: its overflow is undefined in C++, and the loop
+    wrote whole vectors behind the last draws, over other memory."""
+    from torch._inductor.utils import run_and_get_code
+
+    keys = torch.tensor([5])
+    drawn, (code,) = run_and_get_code(torch.compile(lambda keys: random_bits(keys, 162), dynamic=False), keys)
+    assert torch.equal(drawn, random_bits(keys, 162))
+    assert "x0" in code and not re.search(r"\d{18,}L?\)?\s*\*\s*x0", code)
