@@ -338,7 +338,8 @@ LAYOUTS = [
 # Of losses. Sums of other parts round differently; AdamW divides gradients by their own size, so what was rounding of a
 # gradient near 0 is 1e-6 of a loss after one step, on some processors more. A wrong layout shows from 1e-3 on.
 RELATIVE, ABSOLUTE = 1e-5, 1e-7
-NORM_RELATIVE = 3e-5  # gradients sum many terms of both signs, and lose digits where those cancel
+NORM_RELATIVE = 1e-4  # gradients sum many terms of both signs, and lose digits where those cancel
+SIGNED, SIGNED_ABSOLUTE = ("gan", "logits_real", "logits_fake"), 1e-5  # means of logits of size 1, which cross 0
 
 
 def _batches(spy: Path) -> list[str]:
@@ -351,11 +352,12 @@ def worst_difference(reference: list[dict], other: list[dict]) -> float:
     """Largest |a - b| / tolerance over all metrics: at most 1 means within it."""
     if [r.keys() for r in reference] != [r.keys() for r in other]:
         return float("inf")
-    return max(
-        abs(a[k] - b[k]) / (ABSOLUTE + abs(a[k]) * (NORM_RELATIVE if k.startswith("grad_norm") else RELATIVE))
-        for a, b in zip(reference, other)
-        for k in a
-    )
+
+    def tolerance(name: str, value: float) -> float:
+        relative = NORM_RELATIVE if name.startswith("grad_norm") else RELATIVE
+        return (SIGNED_ABSOLUTE if name in SIGNED else ABSOLUTE) + abs(value) * relative
+
+    return max(abs(a[k] - b[k]) / tolerance(k, a[k]) for a, b in zip(reference, other) for k in a)
 
 
 def compare_layouts(arena: Arena, layouts: list[Layout] = LAYOUTS, say: Say = lambda _: None) -> Score:
