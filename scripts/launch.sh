@@ -4,7 +4,8 @@
 #   bash scripts/launch.sh scripts.train CONFIG [key=value ...]
 #
 # NPROC            processes on this node (default: one per visible GPU, else 1; CUDA_VISIBLE_DEVICES= means no GPU)
-# NNODES NODE_RANK MASTER_ADDR MASTER_PORT   several nodes; taken from SLURM where it sets them
+# NNODES NODE_RANK MASTER_ADDR MASTER_PORT   several nodes; taken from SLURM where it sets them,
+#                  but for the address from mpirun
 # LAUNCHER         torchrun (default) or accelerate
 # Exit codes: 0 done, 2 a mistake you can fix, 75 stopped on request or by a time limit: run the same again to continue.
 set -euo pipefail
@@ -34,6 +35,11 @@ if [ "${tasks%%[!0-9]*}" -gt 1 ] 2>/dev/null; then
     [ "${SLURM_PROCID:-0}" = 0 ] || exit 2 # one sentence is enough
     fail "srun started $tasks tasks per node, but run_*.sh start one process per GPU themselves: use --ntasks-per-node=1"
 fi
+local_ranks="${OMPI_COMM_WORLD_LOCAL_SIZE:-${MPI_LOCALNRANKS:-1}}" # of mpirun, by Open MPI and by MPICH
+if [ "$local_ranks" -gt 1 ] 2>/dev/null; then
+    [ "${OMPI_COMM_WORLD_RANK:-${PMI_RANK:-0}}" = 0 ] || exit 2
+    fail "mpirun started $local_ranks processes per node, but run_*.sh start one process per GPU themselves: start one per node"
+fi
 
 if [ -z "${NPROC:-}" ]; then
     if [ -n "${CUDA_VISIBLE_DEVICES+set}" ]; then
@@ -43,8 +49,8 @@ if [ -z "${NPROC:-}" ]; then
     fi
     [ "${NPROC:-0}" -ge 1 ] || NPROC=1
 fi
-NNODES="${NNODES:-${SLURM_NNODES:-1}}"
-NODE_RANK="${NODE_RANK:-${SLURM_NODEID:-0}}"
+NNODES="${NNODES:-${SLURM_NNODES:-${OMPI_COMM_WORLD_SIZE:-1}}}"
+NODE_RANK="${NODE_RANK:-${SLURM_NODEID:-${OMPI_COMM_WORLD_RANK:-0}}}"
 whole NPROC "$NPROC" 1 1024
 whole NNODES "$NNODES" 1 100000
 whole NODE_RANK "$NODE_RANK" 0 "$((NNODES - 1))"
@@ -60,11 +66,13 @@ if [ -z "${MASTER_ADDR:-}" ] && [ -n "${SLURM_JOB_NODELIST:-}" ] && command -v s
     hosts="$(scontrol show hostnames "$SLURM_JOB_NODELIST")" # whole: "| head" may end scontrol, and pipefail this script
     MASTER_ADDR="${hosts%%$'\n'*}"
 fi
+[ "$NNODES" = 1 ] || [ -n "${MASTER_ADDR:-}" ] || fail "NNODES=$NNODES needs MASTER_ADDR, the address of the node with NODE_RANK=0"
 MASTER_ADDR="${MASTER_ADDR:-127.0.0.1}"
 port_is_free() { "$PYTHON" -c 'import socket, sys; socket.create_server(("", int(sys.argv[1]))).close()' "$1" 2>/dev/null; }
 chosen=
 if [ -z "${MASTER_PORT:-}" ]; then
     job="${SLURM_JOB_ID:-$$}" # the same on all nodes; 12_4 is a task of an array
+    if [ "$NNODES" != 1 ] && [ -z "${SLURM_JOB_ID:-}" ]; then job=9500; fi # no number that all nodes have: port 29500
     [[ "$job" =~ ^[0-9]+(_[0-9]+)?$ ]] || fail "SLURM_JOB_ID=$job is not the number of a job: set MASTER_PORT, the same on all nodes"
     digits="00000${job/_/}"
     MASTER_PORT="$((20000 + 10#${digits: -5} % 20000))" chosen=yes

@@ -454,6 +454,9 @@ WRONG = [
     ),
     ({"SLURM_STEP_TASKS_PER_NODE": "8(x2)", "SLURM_PROCID": "0", "SLURM_NNODES": "2"}, "started 8(x2) tasks per node"),
     ({"SLURM_NTASKS_PER_NODE": "8", "SLURM_PROCID": "0", "SLURM_LOCALID": "0"}, "use --ntasks-per-node=1"),
+    ({"OMPI_COMM_WORLD_LOCAL_SIZE": "8", "OMPI_COMM_WORLD_RANK": "0"}, "mpirun started 8 processes per node"),
+    ({"MPI_LOCALNRANKS": "4", "PMI_RANK": "0"}, "mpirun started 4 processes per node"),
+    ({"NNODES": "2", "NPROC": "1"}, "NNODES=2 needs MASTER_ADDR, the address of the node with NODE_RANK=0"),
 ]
 
 
@@ -461,6 +464,15 @@ WRONG = [
 def test_an_environment_that_cannot_be_meant(launched, environment, sentence):
     words, done = launched(**environment)
     assert done.returncode == 2 and not words and done.stderr.count("\n") == 1 and sentence in done.stderr, done.stderr
+
+
+def test_nodes_without_a_scheduler(launched):
+    """mpirun with a process per node, or by hand: the port is the same everywhere."""
+    mpirun = {"OMPI_COMM_WORLD_SIZE": "2", "OMPI_COMM_WORLD_RANK": "1", "OMPI_COMM_WORLD_LOCAL_SIZE": "1"}
+    for several in (mpirun, {"NNODES": "2", "NODE_RANK": "1"}):
+        words, _ = launched(**several, NPROC="1", MASTER_ADDR="first")
+        assert [after(words, o) for o in ("--nnodes", "--node-rank", "--master-port")] == ["2", "1", "29500"]
+    assert launched(**{**mpirun, "OMPI_COMM_WORLD_LOCAL_SIZE": "2"})[1].stderr == ""  # rank 0 says it
 
 
 def test_environments_that_only_look_odd(launched):
