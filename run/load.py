@@ -579,13 +579,13 @@ def tokenizer_layout(section: dict[str, Any], source: Source | None = None) -> t
     if file is not None and (file.network or file.recipe):
         known, place = file.network, "the table of released files"
         if not known and file.recipe:
-            paired = load_config(file.recipe, []).tokenizer
+            paired = load_config(str(released.ROOT / file.recipe), []).tokenizer
             known, place = constructor_arguments(paired), file.recipe
             if "name" not in known:  # a file with both networks: the recipe names the tokenizer's own
                 known = tokenizer_layout(paired)[0]
         return {**known, **settings}, f"{file.name} is not here; its sizes are those of {place}"
     if made := recipe_of(reference):
-        known = constructor_arguments(load_config(made[0], []).tokenizer)
+        known = constructor_arguments(load_config(str(released.ROOT / made[0]), []).tokenizer)
         return {**known, **settings}, f"{reference} is not here; its sizes are those of {made[0]}"
     if "name" in settings:
         return settings, f"{reference} is not here; its sizes are the defaults of {settings['name']}"

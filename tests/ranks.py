@@ -92,13 +92,19 @@ def _process(rank: int, size: int, port: int, work: Callable, arguments: tuple) 
         world.stop()
 
 
-def in_processes(size: int, work: Callable, *arguments: Any) -> list[int]:
-    """Call work(world, *arguments) on `size` ranks that are processes; their exit codes, 1 for an exception."""
+def in_processes(size: int, work: Callable, *arguments: Any, method: str = "fork") -> list[int]:
+    """Call work(world, *arguments) on `size` ranks that are processes; their exit codes, 1 for an exception.
+
+    Args:
+        method: "spawn" where gradients are computed, which forks refuse once another test has had some on a device.
+    """
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    fork = multiprocessing.get_context("fork")
-    processes = [fork.Process(target=_process, args=(rank, size, port, work, arguments)) for rank in range(size)]
+    begin = multiprocessing.get_context(method)
+    processes: list[Any] = [
+        begin.Process(target=_process, args=(rank, size, port, work, arguments)) for rank in range(size)
+    ]
     for process in processes:
         process.start()
     for process in processes:

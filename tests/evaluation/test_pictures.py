@@ -125,7 +125,8 @@ def test_pictures_read_ahead_are_the_ones_asked_for(workers, monkeypatch):
     made = references.make_statistics(pictures, SmallInception(), ONE, 4)
     whole = Moments.of(SmallInception()(pictures.read(0, 50))["pool"])
     assert made.facts.count == 50
-    torch.testing.assert_close(made.moments["pool"], (whole.mean, whole.covariance))
+    # features are fp32, and their sums' order hangs on the size of a batch
+    torch.testing.assert_close(made.moments["pool"], (whole.mean, whole.covariance), rtol=1e-5, atol=1e-5)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

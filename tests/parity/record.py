@@ -28,6 +28,7 @@ from tests.parity.fields import Fields
 from tests.parity.recipe import recipe_inputs, recipe_weights
 
 KEPT = ("freqs", "lvl1LC", "lvl_1L", "attn_bias", "zero_k_bias", "_shift", "_scale", "W", "updates")
+SHAKES = 4  # roundings of other processors, which no code and no corner of a ReLU may hang on
 
 # name -> {"from": recording, "mode": ..., "drop": outputs that begin so, "set": {path: value}, "outputs": bytes per tensor}
 OFFICIAL = [
@@ -218,10 +219,10 @@ def own(name: str, plan: dict[str, Any]) -> None:
     inputs = {key: value for key, value in case.inputs.items() if key not in formula}
     function = KINDS[case.system, case.kind]
 
-    def compute(salt: int, shake: float) -> dict[str, Tensor]:
+    def compute(salt: int, shake: float, seed: int = 0) -> dict[str, Tensor]:
         weights = stored | recipe_weights(made_up, salt)
         if shake:
-            generator = torch.Generator().manual_seed(salt)
+            generator = torch.Generator().manual_seed(100 * seed + salt)
             weights = {
                 key: value if key in stored else value * (1 + shake * torch.randn(value.shape, generator=generator))
                 for key, value in weights.items()
@@ -240,8 +241,12 @@ def own(name: str, plan: dict[str, Any]) -> None:
 
     for salt in range(1, 20):
         outputs = compute(salt, 0.0)
-        shaken = compute(salt, 1e-6)
-        if all(compare(key, shaken[key], value, Tolerance(1e-2, 1e-4)).passed for key, value in outputs.items()):
+        shaken = (compute(salt, 1e-6, seed) for seed in range(SHAKES))
+        if all(
+            compare(key, other[key], value, Tolerance(1e-3, 1e-5)).passed
+            for other in shaken
+            for key, value in outputs.items()
+        ):
             break
     else:
         raise SystemExit(f"{name}: no weights found whose outputs do not hang on rounding")

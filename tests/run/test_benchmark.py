@@ -13,7 +13,7 @@ from core.devices import Peak, floor_seconds, peak_of
 from core.errors import UserError
 from core.train.trainer import Trainer
 from run import benchmark, estimate
-from run.load import load_config, random_task
+from run.load import load_config, random_task, tokenizer_layout
 from scripts.benchmark import main
 from tests.conftest import ROOT, TOY_GENERATOR, TOY_TOKENIZER
 
@@ -91,8 +91,10 @@ def test_networks_are_as_the_programs_have_them(monkeypatch, bench):
 def test_no_table_before_a_mistake(capsys, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(UserError, match="Only the tokenizer.s sizes are needed here.*--tokenizer-config"):
-        main([TOY_GENERATOR, "--what", "sample", "--device", "cpu"])
+        main([TOY_GENERATOR, "tokenizer.weights=nobodys_run", "--what", "sample", "--device", "cpu"])
     assert capsys.readouterr().out == ""
+    known, said = tokenizer_layout({"weights": "work_dirs/rectok_stage1"})  # recipes are found from any folder
+    assert known["name"] == "rectok" and said.endswith("its sizes are those of configs/rectok/tokenizer.yaml")
 
 
 # -- counting -----------------------------------------------------------------------------------------------------------

@@ -69,7 +69,9 @@ def test_a_file_needs_its_tokenizers_file_alone(generator_run, tokenizer_run, ba
     assert (
         tokenizer.about["preprocessing"]["image_size"] == 32 and tokenizer.about["fingerprint"] == moved["fingerprint"]
     )
-    with pytest.raises(SystemExit):
+    with pytest.raises(
+        UserError, match="^--labels missing: bash run_sample.sh files/mine.safetensors --labels 0-3 --out c"
+    ):
         sample.main(["files/mine.safetensors", "--out", "c"])
 
 
