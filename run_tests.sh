@@ -2,7 +2,7 @@
 # Run the tests, on the CPU.
 #   bash run_tests.sh [pytest arguments]     all but the slow ones, as CI does
 #   bash run_tests.sh --all [...]            the slow ones too
-# It tells what it runs, at the end how long it took, and which ten tests took longest: 18 minutes for all but the slow ones on
+# It tells what it runs, at the end how long it took, and which ten tests took longest: 13 minutes for all but the slow ones on
 # two CPU cores. Without arguments it uses every core.
 set -euo pipefail
 case "${1:-}" in -h | --help) sed -n '2,/^set /{/^set /d;s/^# \{0,1\}//p}' "${BASH_SOURCE[0]}"; exit 0 ;; esac

@@ -48,13 +48,13 @@ def test_golden_trace(runs, name):
 
     TESSERA_WRITE_GOLDEN=1 python -m pytest tests/core/train/test_golden.py
 
-    NAME.2.txt is what another kind of processor gets where that happens; TESSERA_WRITE_GOLDEN=2 writes it.
+    NAME.txt.2 is what another kind of processor gets where that happens; TESSERA_WRITE_GOLDEN=2 writes it.
     """
     tokenizer = {generator: tokenizer for tokenizer, generator in PAIRS.items()}.get(name)
     folder = runs(name) if tokenizer is None else runs(name, f"tokenizer.weights={runs(tokenizer)}")
     records = [{k: v for k, v in r.items() if k not in CLOCKS} for r in read_metrics(folder / "metrics.jsonl")]
     names = list(dict.fromkeys(key for r in records for key in r))
-    paths = {"1": GOLDEN / f"{name}.txt", "2": GOLDEN / f"{name}.2.txt"}
+    paths = {"1": GOLDEN / f"{name}.txt", "2": GOLDEN / f"{name}.txt.2"}
     if written := os.environ.get("TESSERA_WRITE_GOLDEN"):
         lines = [" ".join(names)] + [" ".join(f"{r[n]:.7g}" if n in r else "-" for n in names) for r in records]
         paths[written].write_text("\n".join(lines) + "\n")
