@@ -10,8 +10,10 @@ from torch import Tensor, nn
 
 from core.images import to_model_range
 from core.rng import Draws
+from core.schema import SampleConfig
 from core.specs import Batch, Chart, Continuous, Generator, Guidance, Phase, Progress, Tokenizer
 from generator.sampling import draw_latents
+from generator.settings import sampling_of
 
 
 class GeneratorTask:
@@ -40,6 +42,11 @@ class GeneratorTask:
         self.generator, self.tokenizer = generator, tokenizer
         self.num_classes, self.guidance, self.sample_options = num_classes, guidance, sample_options or {}
         self.class_names: list[str] = []
+
+    def tuned(self, settings: SampleConfig) -> GeneratorTask:
+        """The same networks, which sample by other settings. UserError for what this generator cannot do."""
+        sampling = sampling_of(settings, self.generator, self.tokenizer.spec, self.guidance.guide)
+        return GeneratorTask(self.generator, self.tokenizer, self.num_classes, *sampling)
 
     def networks(self) -> dict[str, nn.Module]:
         return {"generator": self.generator}

@@ -21,9 +21,9 @@ from core.specs import Generator
 from core.train.low_rank import keep_adapted
 from core.train.optim import freeze
 from generator.task import GeneratorTask
-from run.load import Source, Weights, read_weights
 from run.sample import parse_labels
 from run.sharing import classes_of_weights
+from run.weights import Source, Weights, read_weights
 from tokenizer.task import TokenizerTask
 
 State = dict[str, Tensor]

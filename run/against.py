@@ -17,7 +17,8 @@ from core import sizes
 from core.errors import UserError
 from core.schema import RunConfig, SampleConfig
 from run import originals
-from run.load import REGISTRIES, constructor_arguments, tokenizer_layout
+from run.load import REGISTRIES, tokenizer_layout
+from run.weights import constructor_arguments
 
 COMPARED = ("train", "encode", "decode", "generate", "sample")
 

@@ -11,8 +11,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
-
 from core import dist
 from core.chunks import ALONE
 from core.errors import UserError, plainly
@@ -29,8 +27,9 @@ from evaluation.networks import WEIGHTS_FILE
 from run import adapt
 from run.data import asks_val_labels, make_transform, needed_val, open_moments, open_pictures, open_train
 from run.estimate import costs
-from run.load import REGISTRIES, Source, build, read_tokenizer, read_weights
+from run.load import REGISTRIES, build, read_tokenizer
 from run.recipes import recipe_of
+from run.weights import Source, read_weights
 from tokenizer.continuous.stats import read_stats
 
 
@@ -128,8 +127,7 @@ def check_networks(config: RunConfig, inputs: Inputs) -> None:
     sources = inputs.weights
     if source := sources.get("tokenizer.weights"):
         weights = read_weights("tokenizer", source, config.tokenizer)
-        with torch.device("meta"):
-            network = build("tokenizer", config.tokenizer, weights, filled=False).to("meta")
+        network = build("tokenizer", config.tokenizer, weights, filled=False)
         weights.read(network, config.tokenizer.get("use_ema", True))
     if source := sources.get("train.init_from"):
         weights = read_weights(config.task, source, getattr(config, config.task))

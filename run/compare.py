@@ -45,9 +45,10 @@ from run.benchmark import Effort, device_name, timed
 from run.evaluate import PER_PICTURE, Reconstructions, by_tokenizer, check_reconstructions, tokenizer_section
 from run.evaluate_generator import check_samples, generated_samples
 from run.linear_probe import job_of, linear_probe, open_sources
-from run.load import kinds_of, load_config
+from run.load import load_config
 from run.measurement import eval_settings
 from run.unseen import LEFT_OUT, choose, told_data, unseen
+from run.weights import kinds_of
 
 TEXT_AND_FACES = "T-ACC, T-NED and F-Sim (TokBench): their text and face recognisers are not part of this code"
 REGIONS, CANDIDATES = 8, 32  # shown; pictures in which they are looked for

@@ -20,8 +20,9 @@ from core.weights import hub
 from core.weights.adapter import Adapter, Facts, entry, merged, nested, recognise, unusable
 from core.weights.layouts import Comparison, build_on_meta, compare, read_layout
 from core.weights.pickles import tensors_in
-from run.load import ADAPTERS, REGISTRIES, Source, Weights, read_weights
+from run.load import REGISTRIES
 from run.sharing import about_weights
+from run.weights import ADAPTERS, Source, Weights, read_weights
 
 SETS = {True: "averaged", False: "raw"}
 

@@ -27,7 +27,8 @@ from core.train.low_rank import adapted_weights
 from generator.task import GeneratorTask
 from run.adapt import choose_trained
 from run.data import num_classes, open_train
-from run.load import Source, random_task, tokenizer_layout
+from run.load import random_task, tokenizer_layout
+from run.weights import Source
 from tokenizer.task import TokenizerTask
 
 GPUS, GPU_GB = 8, 80.0  # what the recipes are written for, where no GPU is found

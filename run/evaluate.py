@@ -38,9 +38,10 @@ from evaluation.pairs import paired
 from evaluation.pictures import Pictures, first_pictures, open_any
 from evaluation.protocols import Protocol
 from evaluation.references import Statistics
-from run.load import lay_out_tokenizer, load_config, read_tokenizer, read_weights
+from run.load import lay_out_tokenizer, load_config, read_tokenizer
 from run.measurement import Measurement, Shown, Table, check_comparison, enough, eval_settings, evaluation_of, sizes_of
 from run.unseen import LEFT_OUT, choose, told_data, unseen
+from run.weights import read_weights
 
 ENOUGH_TO_COMPILE = 5_000  # reconstructions
 BEST_AND_WORST = 6

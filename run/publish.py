@@ -18,8 +18,8 @@ from core.train.checkpoint import Checkpoint
 from core.weights import files as weight_files
 from core.weights import hub
 from run.convert import Conversion
-from run.load import Source
 from run.sharing import about_run, folder_of
+from run.weights import Source
 
 CARD, PICTURES, CONFIG = "README.md", "samples.png", "config.yaml"
 SENT = {CARD, PICTURES, CONFIG, "generator.safetensors", "tokenizer.safetensors"}

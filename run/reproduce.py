@@ -26,9 +26,10 @@ from core.weights import released
 from core.weights.released import Released
 from evaluation.protocols import IS_VARIANTS, get
 from evaluation.report import Report
+from generator.settings import guide_of
 from run.download import fetch
 from run.estimate import TFLOPS, evaluation_flops
-from run.load import guide_of, laid_out, load_config, random_task
+from run.load import load_config, random_task, untrained_tokenizer
 
 ROOT = Path(__file__).resolve().parent.parent
 TABLE = ROOT / "configs" / "reproduce.toml"
@@ -117,7 +118,7 @@ class Row:
         if self.is_tokenizer:
             section = {"weights": self.file} if self.file else cast(RunConfig, config).tokenizer
             with meta:
-                task = laid_out(section).module
+                task = untrained_tokenizer(section).module
             precision = "bf16" if "--precision=bf16" in self.settings else "fp32"
         else:
             config = cast(RunConfig, config)

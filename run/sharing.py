@@ -23,7 +23,8 @@ from core.train.run import ABOUT
 from core.weights import files as weight_files
 from core.weights import hub
 from run.data import class_names
-from run.load import IMAGENET_CLASSES, Source, Weights
+from run.load import IMAGENET_CLASSES
+from run.weights import Source, Weights
 
 WNID = re.compile(r"n\d{8}")
 

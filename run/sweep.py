@@ -37,9 +37,10 @@ from evaluation.report import NUM_COLOURS, Report, environment, write_metrics
 from evaluation.scores import Score
 from generator.task import GeneratorTask
 from run.evaluate_generator import SAMPLES, Drawing, FirstSamples, check_generated, drawing
-from run.load import REGISTRIES, Source, random_task, sampling_of
+from run.load import REGISTRIES, random_task
 from run.measurement import enough
 from run.target import Sampler, Target, open_generator, read_target
+from run.weights import Source
 
 KEYS = {  # option -> key of the config
     "scale": "sample.scale",
@@ -152,8 +153,7 @@ def check(target: Target, settings: list[Setting]) -> None:
     task = random_task(target.config, torch.device("meta"), sources=target.sources)
     assert isinstance(task, GeneratorTask)
     for setting in settings:
-        config = _with(target.config, setting.tuning)
-        sampling_of(config.sample, task.generator, task.tokenizer.spec, task.guidance.guide)
+        task.tuned(_with(target.config, setting.tuning).sample)
 
 
 def _with(config: Any, words: list[str]) -> Any:

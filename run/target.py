@@ -37,24 +37,13 @@ from core.weights.adapter import recognise
 from core.weights.files import WeightFile
 from data.sources import open_source
 from generator.engine import Sampled
+from generator.settings import guide_of
 from generator.task import GeneratorTask
 from run import streaming
 from run.latent_stats import measure_once
-from run.load import (
-    ADAPTERS,
-    IMAGENET_CLASSES,
-    REGISTRIES,
-    Pair,
-    Source,
-    build_pair,
-    guide_of,
-    lay_out_pair,
-    load_config,
-    read_weights,
-    sampling_of,
-    statistics_file,
-)
+from run.load import IMAGENET_CLASSES, REGISTRIES, Pair, build_pair, lay_out_pair, load_config, statistics_file
 from run.sharing import names_of_classes, paired_tokenizer
+from run.weights import ADAPTERS, Source, read_weights
 
 ROOT = Path(__file__).resolve().parent.parent
 Log = Callable[[str], None]
@@ -115,12 +104,8 @@ class Sampler:
         Args:
             changes: "sample.scale=2" ...; sample.guide and sample.guidance would need other networks.
         """
-        base, task = to_plain(self.config), self.task
-        config = config_module.override(lambda: base, changes, REGISTRIES, source)
-        guidance, options = sampling_of(config.sample, task.generator, task.tokenizer.spec, task.guidance.guide)
-        return replace(
-            self, config=config, task=type(task)(task.generator, task.tokenizer, task.num_classes, guidance, options)
-        )
+        config = config_module.override(lambda: to_plain(self.config), changes, REGISTRIES, source)
+        return replace(self, config=config, task=self.task.tuned(config.sample))
 
     def prepare(self, batches: int, device: torch.device) -> bool:
         """Compile what runs so often, if `sample.compile` wants it: whether it does. The first batch then takes a minute

@@ -34,8 +34,9 @@ from run.check import Inputs, check_inputs, data_notes, schedule_notes
 from run.data import IMAGENET_VAL, make_transform, open_moments, open_pictures, open_val, precomputed
 from run.estimate import Plan
 from run.latent_stats import measure_once
-from run.load import REGISTRIES, Loaded, Source, build_pair, build_tokenizer_task
+from run.load import REGISTRIES, Loaded, build_pair, build_tokenizer_task
 from run.sharing import readable
+from run.weights import Source
 from tokenizer.task import TokenizerTask
 
 SMALL_SET = 50_000  # pictures; the published recipes are made for 1.28 million

@@ -8,7 +8,7 @@ from core import launch
 from core.errors import UserError
 from data.sources import exists, open_source
 from run.data import IMAGENET_VAL
-from run.load import read_weights
+from run.weights import read_weights
 
 LEFT_OUT = "the pictures that training left out"
 IMAGENET = "folder://data/imagenet"  # with train and val
@@ -19,7 +19,7 @@ def told_data(weights: str, known: dict[str, Any] | None = None) -> dict[str, An
 
     Args:
         weights: of the tokenizer, as tokenizer.weights names them.
-        known: settings that the user states, see run.load.read_weights.
+        known: settings that the user states, see run.weights.read_weights.
     """
     try:
         found = read_weights("tokenizer", weights, known)

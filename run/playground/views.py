@@ -33,11 +33,11 @@ from data.transforms import center_crop, to_tensor
 from evaluation.images import psnr, ssim
 from run import edit as editing
 from run.alter import Changes, branch_names, parts_of
-from run.load import kinds_of
 from run.models import GeneratorModel, TokenizerModel, load_generator, load_tokenizer
 from run.reconstruct import difference, file_stem
 from run.sample import SampleFolder, parse_labels
 from run.target import Sampler
+from run.weights import kinds_of
 
 MOST = 32  # pictures at once: a batch of run_sample.sh
 GAIN = 4.0  # of the error map, as in scripts/reconstruct.py

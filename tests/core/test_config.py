@@ -18,7 +18,8 @@ from core.errors import UserError
 from core.registry import Registry
 from core.schema import Duration
 from run.check import schedule_notes
-from run.load import REGISTRIES, constructor_arguments, load_config
+from run.load import REGISTRIES, load_config
+from run.weights import constructor_arguments
 from scripts import sample, train
 from tests.conftest import ROOT, TOY_GENERATOR, TOY_TOKENIZER
 

@@ -25,7 +25,8 @@ from core.weights import files as weight_files
 from generator import GENERATORS
 from run import adapt
 from run.convert import in_bf16
-from run.load import Weights, introduce, read_generator, read_tokenizer
+from run.load import introduce, read_generator, read_tokenizer
+from run.weights import Weights
 from scripts import convert, pretokenize
 from tests.conftest import ROOT
 from tests.ranks import in_processes

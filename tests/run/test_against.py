@@ -12,7 +12,8 @@ import torch
 from core.errors import UserError
 from run import gpu_stages
 from run.against import Originals, asked
-from run.load import TOKENIZERS, constructor_arguments
+from run.load import TOKENIZERS
+from run.weights import constructor_arguments
 from scripts.benchmark import main
 from tests.conftest import ROOT, toy
 

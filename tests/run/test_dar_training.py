@@ -9,7 +9,7 @@ from PIL import Image
 from core.errors import UserError
 from core.specs import Guidance
 from run import streaming
-from run.load import OBJECTIVES, TOKENIZERS, load_config, semantic_widths
+from run.load import OBJECTIVES, TOKENIZERS, build_teachers, load_config
 from tests.conftest import ROOT
 from tests.tokenizer.test_dar import draws, language_model, small
 from tests.tools import torture
@@ -32,7 +32,7 @@ def test_every_recipe_builds():
             continue
         settings = dict(config.tokenizer)
         with torch.device("meta"):
-            teachers = semantic_widths(config, settings, pretrained=False)
+            teachers = build_teachers(config, settings, pretrained=False)
             tokenizer = TOKENIZERS.build(settings)
         assert teachers["dinov2"].dim == 768 and teachers["dinov2"].grid == 16
         objective = OBJECTIVES.build({**config.objective, "perceptual": {"lpips": {"pretrained": False}}})

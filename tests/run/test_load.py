@@ -1,4 +1,4 @@
-"""run/load.py: each file is opened and hashed once per program, whatever a program asks of it."""
+"""run/load.py and run/weights.py: each file is opened and hashed once per program, whatever a program asks of it."""
 
 from __future__ import annotations
 
@@ -20,7 +20,8 @@ from core.weights import hub
 from data.sources import open_source
 from run.check import check
 from run.data import open_moments
-from run.load import Source, build_pair, load_config, random_task, read_tokenizer, read_weights
+from run.load import build_pair, load_config, random_task, read_tokenizer
+from run.weights import Source, read_weights
 from scripts import convert, sample, train
 from tests.conftest import ROOT, TOY_GENERATOR
 from tests.ranks import in_threads

@@ -6,9 +6,10 @@ import pytest
 import torch
 
 from core.weights import files as weight_files
-from run.load import constructor_arguments, load_config
+from run.load import load_config
 from run.quickstart import TINY
 from run.sample import parse_labels
+from run.weights import constructor_arguments
 from tests.tools import tiny
 
 FOLDER = TINY.parents[1] / "pretrained_models" / "tiny"

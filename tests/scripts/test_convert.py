@@ -14,7 +14,8 @@ from core.weights.adapter import recognise
 from core.weights.layouts import check_layout, compare, read_layout
 from core.weights.names import Names
 from generator.dit.dit_dh import DiTDH
-from run.load import ADAPTERS, build, read_generator, read_weights
+from run.load import build, read_generator
+from run.weights import ADAPTERS, read_weights
 from scripts import convert
 from tokenizer.continuous.rectok import RecTok
 

@@ -14,8 +14,9 @@ from PIL import Image
 from core.errors import UserError
 from core.files import read_json
 from core.weights.pickles import load_pickle
-from run.load import Source, load_config
+from run.load import load_config
 from run.reconstruct import read_files
+from run.weights import Source
 from tests.conftest import ROOT, TOY_GENERATOR, TOY_TOKENIZER
 
 

@@ -12,7 +12,7 @@ from core.rng import Draws
 from core.schema import Duration
 from core.specs import Codes, Progress, Recon, Tokenizer
 from core.weights.layouts import check_layout
-from run.load import OBJECTIVES, TOKENIZERS, load_config, semantic_widths
+from run.load import OBJECTIVES, TOKENIZERS, build_teachers, load_config
 from tests.conftest import ROOT
 from tests.parity import fixture_folder
 from tests.tools import torture
@@ -407,7 +407,7 @@ def test_every_recipe_builds():
         config = load_config(str(ROOT / "configs" / "fqgan" / f"{name}.yaml"), [])
         settings = dict(config.tokenizer)
         with torch.device("meta"):
-            teachers = semantic_widths(config, settings, pretrained=False)
+            teachers = build_teachers(config, settings, pretrained=False)
             tokenizer = TOKENIZERS.build(settings)
         perceptual = {"lpips": {"pretrained": False}}
         objective = OBJECTIVES.build({**config.objective, "perceptual": perceptual})

@@ -15,7 +15,8 @@ from core.errors import UserError
 from core.weights import files as weight_files
 from core.weights.names import NEVER_WEIGHTS, matching
 from run.convert import unrecorded
-from run.load import ADAPTERS, REGISTRIES, read_weights
+from run.load import REGISTRIES
+from run.weights import ADAPTERS, read_weights
 from scripts import convert
 from tests.conftest import ROOT
 

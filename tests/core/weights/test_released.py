@@ -15,8 +15,9 @@ from core.weights import released
 from evaluation import protocols
 from evaluation.networks import WEIGHTS_FILE
 from run import evaluate
-from run.load import ADAPTERS, TOKENIZERS, load_config, tokenizer_layout
+from run.load import TOKENIZERS, load_config, tokenizer_layout
 from run.target import read_target
+from run.weights import ADAPTERS
 from scripts import evaluate_generator, sample
 from tests.conftest import ROOT
 from tests.rehearsal.released import FILES
