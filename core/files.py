@@ -7,13 +7,11 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import hashlib
 import json
 import os
 import shutil
 import threading
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -207,6 +205,8 @@ def read_json(path: str | os.PathLike) -> Any:
 
 def sha256_file(path: str | os.PathLike) -> str:
     """Hex digest, read in pieces."""
+    import hashlib  # loads OpenSSL, which --help does without
+
     digest = hashlib.sha256()
     piece = memoryview(bytearray(1 << 20))
     with open(path, "rb", buffering=0) as file:
@@ -221,6 +221,8 @@ def digests(paths: Iterable[str | os.PathLike], piece: int = DIGEST_PIECE) -> It
     Args:
         piece: bytes of each piece but the last.
     """
+    from concurrent.futures import ThreadPoolExecutor
+
     from xxhash import xxh3_128
 
     def digest(path: str, start: int, stop: int) -> bytes:

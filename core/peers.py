@@ -8,7 +8,6 @@ for as long as everybody lives.
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import itertools
 import os
 import threading
@@ -86,6 +85,8 @@ class Peers:
     def count_once(self, topic: str, key: str = "") -> int:
         """How many different keys all ranks have named under a topic, with this one if it is not "". Asks the store alone:
         no rank waits for another."""
+        import hashlib  # loads OpenSSL, which --help does without
+
         name = hashlib.blake2b(key.encode("utf-8", "backslashreplace"), digest_size=12).hexdigest()
         is_new = bool(key) and self.store.add(f"tessera/{topic}/{name}", 1) == 1
         return self.store.add(f"tessera/{topic}", int(is_new))

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import importlib.metadata
 import itertools
 import os
 import shutil
@@ -273,6 +272,8 @@ def find_package_file(requirement: str, path: str, sha256: str | None = None) ->
         path: of the file below site-packages.
         sha256: hex digest that the file must have.
     """
+    import importlib.metadata  # a sixth of what --help takes
+
     from core.files import sha256_file
 
     name = requirement.split("==")[0]

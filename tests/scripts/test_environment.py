@@ -110,6 +110,16 @@ def test_help_needs_no_installation(script, tmp_path):
         assert not (copy / ".venv").exists()
 
 
+def test_help_imports_little():
+    """It answers within a tenth of a second of processor time; libraries and these parts of Python's own cost more."""
+    programs = [path.stem for path in (ROOT / "scripts").glob("*.py") if "__main__" in path.read_text()]
+    dear = {"torch", "numpy", "yaml", "PIL", "logging", "email", "hashlib", "http", "asyncio", "multiprocessing"}
+    dear |= {"concurrent.futures", "importlib.metadata", "subprocess", "unittest"}
+    code = f"import sys, {', '.join(f'scripts.{name}' for name in programs)}; print(sorted({dear} & set(sys.modules)))"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, text=True, capture_output=True, timeout=600)
+    assert len(programs) > 15 and done.stdout.strip() == "[]", done.stdout + done.stderr
+
+
 @pytest.mark.parametrize(
     ("driver", "torch_line"),
     [

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import random
 from dataclasses import dataclass
 
 import pytest
 
 from tests.tools.arena import Program, contents
 from tests.tools.jobs import PROGRAMS, SYSTEMS, Workshop
-from tests.tools.torture import KILL, STOPS, interrupt, lose_ranks
+from tests.tools.torture import KILL, STOPS, chosen, interrupt, lose_ranks
 
 HERE = {
     "compare",
@@ -50,3 +51,9 @@ class Changing(Program):
 def test_a_difference_is_seen(tmp_path):
     score = interrupt(Changing(tmp_path, lambda folder: ["--help"], "convert", "changing"), 1, KILL)
     assert not score.full and score.total == 1 and "'called'" in str(score)
+
+
+def test_more_damage_than_there_are_cases():
+    cases, rng = list(range(8)), random.Random(0)
+    assert chosen(cases, None, rng) == cases and len(set(chosen(cases, 3, rng))) == 3
+    assert [chosen(cases, 30, rng).count(case) for case in cases].count(4) == 6

@@ -268,11 +268,16 @@ DAMAGE: dict[str, Callable[[Path, random.Random], None]] = {
 }
 
 
+def chosen(cases: list, limit: int | None, rng: random.Random) -> list:
+    """`limit` of them at random, all of them so often as it takes; None: all once."""
+    return cases if limit is None else cases * (limit // len(cases)) + rng.sample(cases, limit % len(cases))
+
+
 def survive_mutations(arena: Arena, limit: int | None = None, seed: int = 0, say: Say = lambda _: None) -> Score:
     """Damage one file of the newest checkpoint at a time: the one before is used and the run ends as if nothing was.
 
     Args:
-        limit: try so many, chosen at random. None: all.
+        limit: try so many, chosen at random; more than there are: some again, at other places of the file. None: all once.
     """
     rng = random.Random(seed)
     if arena.run("whole", "train.keep_checkpoints=100"):
@@ -281,8 +286,7 @@ def survive_mutations(arena: Arena, limit: int | None = None, seed: int = 0, say
     reference = read_result(whole)
     *_, earlier, newest, last = sorted(p.name for p in (whole / "checkpoints").glob("step_*"))
     cases = [(file.name, kind) for file in sorted((whole / "checkpoints" / newest).iterdir()) for kind in DAMAGE]
-    if limit is not None:
-        cases = rng.sample(cases, limit)
+    cases = chosen(cases, limit, rng)
     score = Score(f"{arena.title} mutations")
     for number, (file, kind) in enumerate(cases):
         name = f"mutated_{number}"
