@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,12 +15,12 @@ from torch import Tensor, nn
 from core.errors import UserError, plainly
 from core.files import human_bytes, read_json
 from core.train.checkpoint import Checkpoint
+from core.weights import exports, hub
 from core.weights import files as weight_files
-from core.weights import hub
 from core.weights.adapter import Adapter, Facts, entry, merged, nested, recognise, unusable
 from core.weights.layouts import Comparison, build_on_meta, compare, read_layout
 from core.weights.pickles import tensors_in
-from run.load import REGISTRIES
+from run.load import REGISTRIES, build, untrained
 from run.sharing import about_weights
 from run.weights import ADAPTERS, Source, Weights, read_weights
 
@@ -164,7 +164,7 @@ def describe_released(path: Path, loaded: Mapping[str, Any]) -> bool:
 
 def _describe_component(path: Path, loaded: Mapping[str, Any], kind: str, name: str, adapter: Adapter) -> bool:
     raw, averaged = adapter.parts(loaded)
-    first, result = raw or averaged, compare(adapter, loaded)
+    first, result = raw or averaged, compare(adapter, loaded, **exports.settings_in(loaded, kind, name))
     settings = result.settings
     for key in result.asked:
         settings = merged(settings, nested(key, "?"))
@@ -175,7 +175,11 @@ def _describe_component(path: Path, loaded: Mapping[str, Any], kind: str, name: 
     if result.model is not None:
         lines.append(parameter_count(result.model))
     inside = {id(t) for state in (raw, averaged) for t in state.values()}
-    others = [key for key, value in loaded.items() if not any(id(t) in inside for t in tensors_in(value))]
+    others = [
+        key
+        for key, value in loaded.items()
+        if key != exports.KEY and not any(id(t) in inside for t in tensors_in(value))
+    ]
     if others and len(others) < 20:
         lines.append(f"unused  beside the weights: {', '.join(map(str, others))}")
     beside = {id(t) for key in others for t in tensors_in(loaded[key])}
@@ -223,7 +227,7 @@ class Conversion:
         answers = merged(answers, self.answers.get(kind, {}))  # with and without the kind in front
         weights = read_weights(kind, source, answers)
         settings = merged(weights.settings, answers)
-        network = REGISTRIES[kind].build(settings)
+        network = REGISTRIES[kind].build(untrained(REGISTRIES[kind], settings))
         adapter = ADAPTERS[kind].get(settings["name"]) if self.official else None
         if adapter is None and self.official:
             raise UserError(
@@ -236,7 +240,7 @@ class Conversion:
                 network.state_dict() if adapter is None else adapter.restore(network)
             )
         if adapter is not None:
-            return self._write_official(kind, adapter, weights, states)
+            return self._write_official(kind, adapter, replace(weights, settings=settings), states)
         if self.bf16:
             states = {averaged: in_bf16(state) for averaged, state in states.items()}
         network.load_state_dict(states[sets[0]])  # the fingerprint is that of what readers will hold
@@ -293,7 +297,7 @@ class Conversion:
         self, kind: str, adapter: Adapter, weights: Weights, states: dict[bool, dict[str, Tensor]]
     ) -> str:
         """What the official program reads, from averaged (True) and raw (False) states under official names."""
-        container = adapter.container
+        container, settings = adapter.container, {kind: explained(kind, adapter, weights.settings, states)}
         if self.tokenizer and container.beside is None:
             raise UserError(f"--tokenizer: official files of {adapter.title} hold no tokenizer.")
         if self.target.suffix == ".safetensors":
@@ -301,14 +305,14 @@ class Conversion:
                 raise UserError(
                     f"{self.target}: a safetensors file has room for one set of weights; say --weights ema or raw."
                 )
-            first = next(iter(states.values()))
-            weight_files.replace_with(
-                self.target, lambda place: save_file(weight_files.unshared(first), place), self.overwrite
-            )
+            first, header = weight_files.unshared(next(iter(states.values()))), {exports.KEY: exports.written(settings)}
+            weight_files.replace_with(self.target, lambda place: save_file(first, place, header), self.overwrite)
         else:
             packed = container.pack(states.get(False) or {}, states.get(True))
             if self.tokenizer and container.beside is not None:
-                packed = merged(packed, nested(container.beside, official_tokenizer(self.tokenizer)))
+                settings["tokenizer"], tensors = official_tokenizer(self.tokenizer)
+                packed = merged(packed, nested(container.beside, tensors))
+            packed = exports.with_text(packed, exports.written(settings), bare=container.written is None)
             weight_files.replace_with(self.target, lambda place: torch.save(packed, place), self.overwrite)
         written = list(states) if container.holds_both else list(states)[:1]
         names = " and ".join(SETS[averaged] for averaged in written)
@@ -322,7 +326,7 @@ class Conversion:
             notes.append(f"Constants ({', '.join(weights.constants)}) have no place in official files.")
         accepted = REGISTRIES[kind].signature(weights.settings["name"])
         if lost := unrecorded(adapter, weights.settings, official, accepted):
-            notes.append(f"What such a file does not say: {', '.join(lost)}.")
+            notes.append(f"What its tensors do not tell, so that only Tessera reads it there: {', '.join(lost)}.")
         left_out = {pattern: why for pattern, why in adapter.names.ignored.items() if "teacher" in why}
         notes += [f"Not in it: {pattern}, {why}." for pattern, why in left_out.items()]
         if adapter.container.beside and not self.tokenizer:
@@ -360,12 +364,21 @@ def sets_in(source: Source) -> dict[str, tuple[bool, ...]]:
     return held
 
 
-def official_tokenizer(reference: str) -> dict[str, Tensor]:
-    """The averaged weights of a tokenizer under official names, for a generator's file that holds one too."""
+def official_tokenizer(reference: str) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """(settings, averaged weights under official names) of a tokenizer, for a generator's file that holds one too."""
     weights = read_weights("tokenizer", reference)
-    network = REGISTRIES["tokenizer"].build(weights.settings)
-    weights.load(network)
-    return weight_files.unshared(ADAPTERS["tokenizer"][weights.settings["name"]].restore(network))
+    network = build("tokenizer", {}, weights)
+    return weights.settings, weight_files.unshared(ADAPTERS["tokenizer"][weights.settings["name"]].restore(network))
+
+
+def explained(
+    kind: str, adapter: Adapter, settings: dict[str, Any], states: dict[bool, dict[str, Tensor]]
+) -> dict[str, Any]:
+    """`settings` with the defaults that answer what a reader of these official tensors would ask."""
+    facts, accepted = Facts(), REGISTRIES[kind].signature(settings["name"])
+    adapter.settings(next(iter(states.values())), facts)
+    asked = [question.partition(".")[2] for question, _ in facts.open]
+    return {**{key: accepted[key].default for key in asked if key in accepted}, **settings}
 
 
 def unrecorded(

@@ -97,9 +97,7 @@ def build(
     known = weights.settings
     if settings.get("name", known["name"]) != known["name"]:
         raise UserError(f'{weights.path} holds the {kind} "{known["name"]}", not "{settings["name"]}".')
-    settings = merged(known, settings)
-    if "pretrained" in REGISTRIES[kind].signature(settings["name"]):
-        settings["pretrained"] = False  # what it would start from is about to be replaced
+    settings = untrained(REGISTRIES[kind], merged(known, settings))  # what it would start from is about to be replaced
     if not filled:
         with torch.device("meta"):
             return REGISTRIES[kind].build(settings, **defaults).to("meta")  # tables are made on the CPU
@@ -199,7 +197,7 @@ def tokenizer_layout(section: dict[str, Any], source: Source | None = None) -> t
 
 def untrained_tokenizer(section: dict[str, Any], source: Source | None = None) -> Loaded[Tokenizer]:
     """A tokenizer without weights, on the current default device."""
-    settings = _untrained(TOKENIZERS, tokenizer_layout(section, source)[0])
+    settings = untrained(TOKENIZERS, tokenizer_layout(section, source)[0])
     tokenizer = TOKENIZERS.build(settings)
     tokenizer.to(torch.get_default_device())  # tables are made on the CPU whatever the context says, and views compute
     return Loaded(view(tokenizer, section.get("view")).eval().requires_grad_(False), settings)
@@ -375,7 +373,7 @@ def build_tokenizer_task(config: RunConfig, weights: Origin = "load") -> Tokeniz
     what the tokenizer starts from."""
     assert config.objective is not None
     ready = weights == "load"
-    settings = config.tokenizer if ready else _untrained(TOKENIZERS, tokenizer_layout(config.tokenizer)[0])
+    settings = config.tokenizer if ready else untrained(TOKENIZERS, tokenizer_layout(config.tokenizer)[0])
     torch.manual_seed(hash64(config.seed, "teachers") % 2**63)  # for toys, whose teachers are random
     teachers = build_teachers(config, settings, pretrained=ready)
     torch.manual_seed(hash64(config.seed, "init") % 2**63)
@@ -390,7 +388,7 @@ def build_tokenizer_task(config: RunConfig, weights: Origin = "load") -> Tokeniz
     discriminator = None
     if config.discriminator:
         discriminator = DISCRIMINATORS.build(
-            config.discriminator if ready else _untrained(DISCRIMINATORS, config.discriminator),
+            config.discriminator if ready else untrained(DISCRIMINATORS, config.discriminator),
             sync=ready and config.train.sync_batch_norm,
             image_size=tokenizer.image_size,
         )
@@ -417,7 +415,7 @@ def build_teachers(
     return teachers
 
 
-def _untrained(registry: Any, settings: dict[str, Any]) -> dict[str, Any]:
+def untrained(registry: Any, settings: dict[str, Any]) -> dict[str, Any]:
     """The same without published weights to start from."""
     return {**settings, "pretrained": False} if "pretrained" in registry.signature(settings["name"]) else settings
 

@@ -21,9 +21,9 @@ from core.config import RESERVED
 from core.dist import World, group_size
 from core.errors import UserError
 from core.train.checkpoint import Checkpoint
+from core.weights import exports, hub, released
 from core.weights import files as weight_files
-from core.weights import hub, released
-from core.weights.adapter import describe_differences, recognise, unusable
+from core.weights.adapter import describe_differences, merged, recognise, unusable
 from generator.adapters import ADAPTERS as GENERATOR_ADAPTERS
 from tokenizer.adapters import ADAPTERS as TOKENIZER_ADAPTERS
 
@@ -229,5 +229,6 @@ def _released(kind: str, path: Path, content: dict[str, Any], known: dict[str, A
             f"({', '.join(a.title.removeprefix('the ') for a in ADAPTERS[kind].values())})."
         )
     with _naming(path):
-        settings = ADAPTERS[kind][name].describe(content, known)
+        stored = exports.settings_in(content, kind, name)
+        settings = merged(ADAPTERS[kind][name].describe(content, merged(stored, known or {})), stored)
     return Weights(kind, path, {"name": name, **settings}, official=content)

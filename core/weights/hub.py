@@ -32,7 +32,7 @@ from core import launch
 from core.errors import UserError, nearest
 from core.files import expanded, explain_os_errors, read_json, refuse_device, refuse_text, replacing, require_space
 from core.train.checkpoint import MANIFEST, CheckpointStore, find_damage, read_tensors
-from core.weights import released
+from core.weights import exports, released
 from core.weights.pickles import load_pickle
 from core.weights.released import hub_cache_folder, in_hub_cache, put
 
@@ -387,7 +387,7 @@ def load_tensors(path: str | os.PathLike) -> dict[str, Any]:
         loaded = _shards(path)
     elif path.suffix == ".safetensors":
         refuse_text(path)
-        loaded = read_tensors(path)
+        loaded = {**read_tensors(path), **exports.in_header(path)}
     else:
         loaded = load_pickle(path)
     settings = path.with_name("config.json")

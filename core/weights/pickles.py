@@ -26,6 +26,7 @@ from torch import Tensor
 
 from core.errors import UserError
 from core.files import explain_os_errors, refuse_text
+from core.weights import exports
 
 _LEGACY = 0x1950A86A20F9469CFC6C  # the first number in torch.save's files before torch 1.6
 _MAX_NESTING = 8  # files of torch.save inside pickles inside files
@@ -304,6 +305,10 @@ def _give_state(target: Any, state: Any) -> None:
     """What an object's __setstate__ would be given; an array takes its contents."""
     if isinstance(target, Inert):
         target.state = state
+    elif isinstance(target, dict):  # a state dict, whose attribute may hold what we wrote
+        about = state.get("_metadata") if isinstance(state, dict) else None
+        if isinstance(about, dict) and exports.KEY in about:
+            target[exports.KEY] = about[exports.KEY]
     elif isinstance(target, np.ndarray):
         _, shape, dtype, fortran, data = state
         array = _array(data, dtype, shape, "F" if fortran else "C")

@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from core.errors import UserError
+from core.weights import exports, hub
 from core.weights import files as weight_files
-from core.weights import hub
 from core.weights.adapter import recognise
 from core.weights.layouts import check_layout, compare, read_layout
 from core.weights.names import Names
@@ -218,7 +218,7 @@ def test_released_to_ours_and_back_bit_for_bit(released, tmp_path, run):
     assert run(ours, again, "--to", "official")[0] == 0
     before, after = hub.load_tensors(released), hub.load_tensors(again)
     assert same(before["model"], after["model"]) and same(before["model_ema"], after["model_ema"])
-    assert {"model", "model_ema"} == after.keys()
+    assert {"model", "model_ema", exports.KEY} == after.keys()
 
 
 @pytest.mark.parametrize("keep, seed", [("ema", 2), ("raw", 1)])

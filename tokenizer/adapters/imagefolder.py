@@ -128,6 +128,7 @@ def _trunk(state: State, part: str, facts: Facts) -> str | dict[str, int]:
 
 
 def _inspect(state: State, facts: Facts) -> dict[str, Any]:
+    shared_phi = _shared_phi(state)
     state = _rename(state)
     branches = layer_count(state, "quantizer.quantizes.")
     latents = state["encoder.latent_tokens"].shape[1] // max(1, branches)
@@ -148,8 +149,8 @@ def _inspect(state: State, facts: Facts) -> dict[str, Any]:
     settings["quantizer"] = "residual" if phis else "plain"
     if phis and "quantizer.quantizes.0.embedding.weight" not in state:
         settings["quantizer"] = "binary"
-    if phis not in (0, 4):
-        settings["shared_phi"] = 0 if phis == hits.shape[0] and phis > 1 else phis
+    if phis and shared_phi != 4:
+        settings["shared_phi"] = shared_phi
     settings["scales"] = _scales(hits.shape[0], settings["latent_grid"], facts)
     if 1 < len(settings["scales"]) < 3:
         settings["start_drop"] = 1  # of training; the default asks for more scales
@@ -162,6 +163,14 @@ def _inspect(state: State, facts: Facts) -> dict[str, Any]:
                 "lora_alpha": float(state[adapter].shape[0]),
             }
     return settings
+
+
+def _shared_phi(state: State) -> int:
+    """How many convolutions all scales share, 0 where each scale has its own; their official names tell."""
+    names = [name.partition(".quant_resi.")[2] for name in state if ".quant_resi." in name]
+    if any(name[0].isdigit() for name in names):
+        return 0
+    return 1 if any(name.startswith("qresi.") for name in names) else len({n.split(".")[1] for n in names})
 
 
 def _scales(count: int, side: int, facts: Facts) -> list[int]:

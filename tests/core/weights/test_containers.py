@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from core.errors import UserError
+from core.weights import exports
 from core.weights import files as weight_files
 from core.weights.names import NEVER_WEIGHTS, matching
 from run.convert import unrecorded
@@ -408,7 +409,7 @@ def test_a_set_that_is_alone_keeps_its_name(tmp_path, capsys):
     assert convert.main([str(tmp_path / "a.pt"), str(tmp_path / "b.safetensors")]) == 0
     assert convert.main([str(tmp_path / "b.safetensors"), str(tmp_path / "c.pt"), "--to", "official"]) == 0
     assert "in the official layout, raw weights" in capsys.readouterr().out
-    assert list(torch.load(tmp_path / "c.pt", weights_only=True)) == ["model"]
+    assert list(torch.load(tmp_path / "c.pt", weights_only=True)) == ["model", exports.KEY]
     with pytest.raises(UserError, match="holds no averaged .EMA. weights"):
         convert.main([str(tmp_path / "b.safetensors"), str(tmp_path / "d.pt"), "--to", "official", "--weights", "ema"])
 
