@@ -22,6 +22,7 @@ from core.images import to_model_range
 from core.nn.probe import LinearProbe
 from core.rng import hash64, permutation
 from core.train.optim import Schedule
+from core.weights.encoding import fingerprint_of
 from evaluation.chunks import Work
 from evaluation.images import Codebooks
 from evaluation.pictures import SourcePictures, pieces
@@ -43,24 +44,39 @@ def probe_features(tokenizer: nn.Module, images: Tensor) -> dict[str, Tensor]:
     return branches | ({"all": vectors.flatten(2)} if len(branches) > 1 else {})
 
 
+def features_fingerprint(tokenizer: nn.Module) -> str:
+    """Of the weights that `probe_features` reads: the same where only the decoder was trained on."""
+    return fingerprint_of(tokenizer, lambda image: probe_features(tokenizer, image))
+
+
 @torch.no_grad()
 def pooled_features(
     tokenizer: nn.Module,
     pictures: SourcePictures,
     world: World,
     batch: int,
-    fingerprint: str,
+    encoding: str,
+    before: str = "",
     progress: Callable[[int], None] | None = None,
     cache: str = "work_dirs/cache",
 ) -> tuple[dict[str, Tensor], Tensor] | None:
-    """(name -> (N, D) features averaged over tokens, labels (N,)), on the main rank and in the cache. Collective."""
+    """(name -> (N, D) features averaged over tokens, labels (N,)), on the main rank and in the cache. Collective.
+
+    Args:
+        encoding: `features_fingerprint` of the tokenizer; decides, with the pictures, which folder of the cache it is.
+        before: fingerprint of all weights, which decided in earlier versions: a folder of theirs is used where it is there.
+    """
     sizes = world.on_main(pictures.source.file_sizes)
-    key = f"{hash64(pictures.fingerprint(), fingerprint, *([sizes] if sizes else [])):016x}"
+    shared, earlier = (
+        Path(cache) / f"probe_{hash64(pictures.fingerprint(), maker, *([sizes] if sizes else [])):016x}"
+        for maker in (f"encoding {encoding}", before)
+    )
+    folder, maker = (earlier, before) if before and world.on_main(earlier.exists) else (shared, f"encoding {encoding}")
     work = Work(
         len(pictures),
         world,
-        Path(cache) / f"probe_{key}",
-        {"weights": fingerprint, "pictures": pictures.fingerprint()},
+        folder,
+        {"weights": maker, "pictures": pictures.fingerprint()},
         min(4096, max(64, len(pictures) // 64)),
     )
     pictures.expect([piece for c in work.mine() for piece in pieces(work.indices(c))])

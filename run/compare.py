@@ -40,6 +40,7 @@ from evaluation.comparison import (
     region,
 )
 from evaluation.images import lpips_metric
+from evaluation.probe import features_fingerprint
 from evaluation.report import NOTHING, Report, environment, write_metrics
 from run.benchmark import Effort, device_name, timed
 from run.evaluate import PER_PICTURE, Reconstructions, by_tokenizer, check_reconstructions, tokenizer_section
@@ -201,7 +202,8 @@ def compare_tokenizers(options: argparse.Namespace, overrides: list[str], folder
         with_some_lpips(measurement, world.device)
         measurement.run()
         if options.probe:
-            probe(each, Path(each.out) / "probe", measurement.job["weights_fingerprint"], world)
+            assert isinstance(measurement.tokenizer, Tokenizer)
+            probe(each, Path(each.out) / "probe", features_fingerprint(measurement.tokenizer), world)
         if world.is_main:
             sides.append(measured(name, Path(each.out), measurement, options, world.device))
     if world.is_main:
@@ -216,11 +218,11 @@ def with_some_lpips(measurement: Reconstructions, device: torch.device) -> None:
         measurement.job["lpips"] = name
 
 
-def probe(options: argparse.Namespace, folder: Path, fingerprint: str, world: World) -> None:
+def probe(options: argparse.Namespace, folder: Path, encoding: str, world: World) -> None:
     """Accuracies of a linear classifier on the latents, where they are not there yet. Collective.
 
     Args:
-        fingerprint: of the weights.
+        encoding: evaluation.probe.features_fingerprint.
     """
     each = copy.copy(options)
     each.url, each.out, each.features, each.encode_batch = options.probe, str(folder), None, 64
@@ -230,7 +232,7 @@ def probe(options: argparse.Namespace, folder: Path, fingerprint: str, world: Wo
     def is_there() -> bool:
         if options.again or not (record := folder / "metrics.json").is_file():
             return False
-        return not changed_facts(read_json(record)["context"]["job"], job_of(each, fingerprint, train, val))
+        return not changed_facts(read_json(record)["context"]["job"], job_of(each, encoding, train, val))
 
     if not world.on_main(is_there):
         linear_probe(each, train, val, world)

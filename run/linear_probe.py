@@ -18,7 +18,7 @@ from data.checks import require_labels, say_left_out
 from data.sources import open_source
 from evaluation.measure import Result, Stopwatch
 from evaluation.pictures import SourcePictures
-from evaluation.probe import ProbeSettings, pooled_features, train_probe
+from evaluation.probe import ProbeSettings, features_fingerprint, pooled_features, train_probe
 from evaluation.report import precision_of
 from evaluation.scores import Score
 from run.evaluate import tokenizer_section
@@ -74,18 +74,16 @@ def settings_of(options: argparse.Namespace) -> ProbeSettings:
     )
 
 
-def job_of(options: argparse.Namespace, fingerprint: str, train: DataSource, val: DataSource) -> dict[str, Any]:
+def job_of(options: argparse.Namespace, encoding: str, train: DataSource, val: DataSource) -> dict[str, Any]:
     """What decides the accuracies, as metrics.json has it.
 
     Args:
-        fingerprint: of the weights.
+        encoding: evaluation.probe.features_fingerprint.
     """
     pictures = [source.fingerprint() for source in (train, val)]
     sizes = [source.file_sizes() or "" for source in (train, val)]
     return {
-        "weights": options.weights,
-        "weights_fingerprint": fingerprint,
-        "use_ema": not options.raw,
+        "encoding_fingerprint": encoding,
         "url": options.url,
         "url_sizes": f"{hash64(*pictures, *sizes):016x}",
         "train": count_of(options, train),
@@ -97,7 +95,8 @@ def job_of(options: argparse.Namespace, fingerprint: str, train: DataSource, val
 def linear_probe(options: argparse.Namespace, train: DataSource, val: DataSource, world: World) -> int:
     """Probe every feature that was asked for, and write the accuracies. Collective; returns the exit code."""
     loaded = read_tokenizer(section_of(options), world=world)
-    tokenizer, fingerprint = loaded.module.to(world.device), loaded.fingerprint
+    tokenizer = loaded.module.to(world.device)
+    encoding = features_fingerprint(tokenizer)
     count = count_of(options, train)
     rows = range(count) if count == len(train) else sorted(permutation(len(train), "probe")[:count].tolist())
     watch, sides = Stopwatch(world.device), []
@@ -105,15 +104,19 @@ def linear_probe(options: argparse.Namespace, train: DataSource, val: DataSource
         say_left_out(world.say, source, f"{options.url} ({name})")
         pictures = SourcePictures(source, tokenizer.image_size, options.workers, chosen, f"{options.url} ({name})")
         with progress_line(world, len(pictures), f"features of {name}") as progress, watch("features"):
-            sides.append(pooled_features(tokenizer, pictures, world, options.encode_batch, fingerprint, progress))
+            whose = encoding, loaded.fingerprint
+            sides.append(pooled_features(tokenizer, pictures, world, options.encode_batch, *whose, progress))
     if not world.is_main:
         return 0
     settings = settings_of(options)
     scores = train_probes(options, sides, train.num_classes, settings, watch, world)
-    job = job_of(options, fingerprint, train, val)
+    job = job_of(options, encoding, train, val)
     context = {
         **job,
         "job": job,
+        "weights": options.weights,
+        "weights_fingerprint": loaded.fingerprint,
+        "use_ema": not options.raw,
         "count": len(val),
         "net": "linear probe",
         "seed": options.seed,

@@ -38,9 +38,14 @@ def weights_read(network: nn.Module, compute: Callable[[], Any]) -> dict[str, Te
     return {n: t for n, t in network.state_dict().items() if t.untyped_storage().data_ptr() in reads.places}
 
 
-def encoding_fingerprint(tokenizer: Tokenizer) -> str:
-    """Of the weights that encoding reads: the same where only the decoder was trained on."""
+def fingerprint_of(tokenizer: nn.Module, compute: Callable[[Tensor], Any]) -> str:
+    """Of the weights that `compute` reads of the tokenizer, asked with one picture (1, 3, H, W) in [-1, 1]."""
     device = next(tokenizer.parameters()).device
     image = torch.zeros(1, 3, tokenizer.image_size, tokenizer.image_size, device=device)
-    draws = Draws(0, torch.zeros(1, dtype=torch.int64, device=device))
-    return hub.fingerprint(weights_read(tokenizer, lambda: tokenizer.encode(image, draws)))
+    return hub.fingerprint(weights_read(tokenizer, lambda: compute(image)))
+
+
+def encoding_fingerprint(tokenizer: Tokenizer) -> str:
+    """Of the weights that encoding reads: the same where only the decoder was trained on."""
+    draws = Draws(0, torch.zeros(1, dtype=torch.int64, device=next(tokenizer.parameters()).device))
+    return fingerprint_of(tokenizer, lambda image: tokenizer.encode(image, draws))

@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
 from PIL import Image
 
 from core.errors import UserError
+from core.rng import hash64
 from core.specs import Codes, Continuous, Recon, Tokenizer
+from core.weights import files as weight_files
 from evaluation import probe
 from evaluation.probe import ProbeSettings, train_probe
 from scripts import linear_probe
+from tests.conftest import ROOT
 from tests.tools import known_answer
 
 
@@ -69,6 +73,48 @@ def test_features_of_any_tokenizer():
     assert shapes == {"form": (2, 4, 6), "hue": (2, 4, 6), "all": (2, 4, 12)}
 
 
+def asked_pictures(patch: pytest.MonkeyPatch) -> list[int]:
+    """Grows by the number of pictures of each batch that a tokenizer is asked the features of."""
+    asked, features = [], probe.probe_features
+
+    def counted(tokenizer, images):
+        asked.append(len(images))
+        return features(tokenizer, images)
+
+    patch.setattr(probe, "probe_features", counted)
+    return asked
+
+
+def test_features_belong_to_what_encodes(tmp_path, monkeypatch, capsys):
+    """They are kept for every tokenizer that encodes alike, and those of an earlier version for the tokenizer they are of."""
+    monkeypatch.chdir(tmp_path)
+    content = weight_files.read(ROOT / "pretrained_models" / "tiny" / "fqgan" / "tokenizer.safetensors")
+    for name, changed in (("first", ()), ("decoder", ("decoder.",)), ("other", ("encoder.",))):
+        weights = {key: t + 0.01 if key.startswith(changed or "-") else t for key, t in content.weights.items()}
+        weight_files.save(tmp_path / f"{name}.safetensors", replace(content, weights=weights))
+    asked, data = asked_pictures(monkeypatch), "synthetic://?size=32&classes=2&count=8&seed={split}"
+
+    def probed(name: str) -> int:
+        """How many pictures were encoded."""
+        asked.clear()
+        assert linear_probe.main([f"{name}.safetensors", data, "--epochs", "1", "--workers", "0"]) == 0
+        return sum(asked) - 1
+
+    assert probed("first") == 16 and probed("decoder") == 0 and probed("other") == 16
+    records = [
+        json.loads(path.read_text())["context"] for path in sorted(tmp_path.glob("work_dirs/eval/*/metrics.json"))
+    ]
+    assert len({record["weights_fingerprint"] for record in records}) == 3  # which model cards go by
+    assert len({record["job"]["encoding_fingerprint"] for record in records}) == 2
+    encoding, whole = records[1]["job"]["encoding_fingerprint"], records[1]["weights_fingerprint"]
+    for job in (tmp_path / "work_dirs" / "cache").glob("probe_*/job.json"):  # as an earlier version kept them
+        facts = json.loads(job.read_text())
+        if facts["weights"] == f"encoding {encoding}":
+            job.write_text(json.dumps({**facts, "weights": whole}))
+            job.parent.rename(job.parent.with_name(f"probe_{hash64(facts['pictures'], whole):016x}"))
+    assert probed("first") == 0 and probed("decoder") == 16
+
+
 def test_command(tokenizer_run, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     command = [
@@ -92,8 +138,10 @@ def test_command(tokenizer_run, tmp_path, monkeypatch, capsys):
         <= 1
     )
     assert record["context"]["settings"]["batch"] == 16 and record["context"]["views"].startswith("centre crop")
-    monkeypatch.setattr(probe, "probe_features", None)  # kept: the tokenizer is not asked again
-    assert linear_probe.main(command) == 0
+    with monkeypatch.context() as patch:
+        asked = asked_pictures(patch)
+        assert linear_probe.main(command) == 0
+        assert {*asked} == {1}  # kept: of the pictures the tokenizer is not asked again
     for words, message in ((["--features", "x"], "offers no features x"),):
         with pytest.raises(UserError, match=message):
             linear_probe.main([*command, *words])
