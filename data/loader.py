@@ -11,6 +11,7 @@ function of the data alone, so caches built from the same source hold the same r
 from __future__ import annotations
 
 import atexit
+import contextlib
 import dataclasses
 import functools
 import itertools
@@ -21,6 +22,7 @@ import shutil
 import signal
 import sys
 import time
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -259,6 +261,14 @@ def _who_hung_up() -> UserError | None:
     return None
 
 
+@contextlib.contextmanager
+def _any_number_of_workers() -> Iterator[None]:
+    """Without torch's warning of more workers than cores: the default is so on a small machine, and none is lost by it."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "This DataLoader will create")
+        yield
+
+
 def _run(reader: _Reader, order: Iterable[list[Entry]], workers: int, pin: bool = False) -> Iterator[Batch]:
     """Batches for the lists of entries in `order`, in that order, read by `workers` processes (0: by this one)."""
     start_method = (reader.source and reader.source.start_method) or ("fork" if sys.platform == "linux" else "spawn")
@@ -273,18 +283,20 @@ def _run(reader: _Reader, order: Iterable[list[Entry]], workers: int, pin: bool 
         worker_start = functools.partial(_prepare_worker, closing)
         options = {"multiprocessing_context": context, "worker_init_fn": worker_start, "prefetch_factor": PREFETCH}
     # DataLoader draws a seed for its workers: from a generator of its own, so that torch's global one is left alone.
-    loader = DataLoader(
-        reader,
-        batch_sampler=order,
-        num_workers=workers,
-        collate_fn=_same,
-        pin_memory=pin and torch.cuda.is_available(),
-        generator=torch.Generator(),
-        **options,
-    )
+    with _any_number_of_workers():
+        loader = DataLoader(
+            reader,
+            batch_sampler=order,
+            num_workers=workers,
+            collate_fn=_same,
+            pin_memory=pin and torch.cuda.is_available(),
+            generator=torch.Generator(),
+            **options,
+        )
     atexit.register(closing.set)
     try:
-        with undivided():  # half an iterator leaves workers behind, for which the end of this process would wait
+        # half an iterator leaves workers behind, for which the end of this process would wait
+        with undivided(), _any_number_of_workers():
             mask = signal.pthread_sigmask(signal.SIG_BLOCK, _HELD)
             try:
                 batches = iter(loader)

@@ -14,13 +14,14 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from core.dist import World
 from core.errors import UserError
 from core.images import to_model_range
 from core.nn.probe import LinearProbe
 from core.rng import hash64, permutation
+from core.specs import Tokenizer
 from core.train.optim import Schedule
 from core.weights.encoding import fingerprint_of
 from evaluation.chunks import Work
@@ -32,7 +33,7 @@ from evaluation.pictures import SourcePictures, pieces
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def probe_features(tokenizer: nn.Module, images: Tensor) -> dict[str, Tensor]:
+def probe_features(tokenizer: Tokenizer, images: Tensor) -> dict[str, Tensor]:
     """name -> (B, N, D) features of pictures in [-1, 1]: those the tokenizer names, else latents or embedded codes."""
     if features := tokenizer.probe_features(images):
         return features
@@ -44,14 +45,14 @@ def probe_features(tokenizer: nn.Module, images: Tensor) -> dict[str, Tensor]:
     return branches | ({"all": vectors.flatten(2)} if len(branches) > 1 else {})
 
 
-def features_fingerprint(tokenizer: nn.Module) -> str:
+def features_fingerprint(tokenizer: Tokenizer) -> str:
     """Of the weights that `probe_features` reads: the same where only the decoder was trained on."""
     return fingerprint_of(tokenizer, lambda image: probe_features(tokenizer, image))
 
 
 @torch.no_grad()
 def pooled_features(
-    tokenizer: nn.Module,
+    tokenizer: Tokenizer,
     pictures: SourcePictures,
     world: World,
     batch: int,

@@ -226,6 +226,7 @@ def probe(options: argparse.Namespace, folder: Path, encoding: str, world: World
     """
     each = copy.copy(options)
     each.url, each.out, each.features, each.encode_batch = options.probe, str(folder), None, 64
+    each.again = True
     each.epochs, each.batch, each.lr, each.weight_decay, each.schedule, each.seed = 10, 256, 1e-3, 1e-4, "cosine", 0
     train, val = open_sources(options.probe)
 

@@ -23,7 +23,7 @@ from evaluation.report import precision_of
 from evaluation.scores import Score
 from run.evaluate import tokenizer_section
 from run.load import read_tokenizer
-from run.measurement import write_result
+from run.measurement import open_folder, print_stored, write_result
 from run.unseen import both_halves, choose, told_data
 
 
@@ -89,6 +89,7 @@ def job_of(options: argparse.Namespace, encoding: str, train: DataSource, val: D
         "train": count_of(options, train),
         "val": len(val),
         "settings": vars(settings_of(options)),
+        "features": options.features,
     }
 
 
@@ -97,6 +98,11 @@ def linear_probe(options: argparse.Namespace, train: DataSource, val: DataSource
     loaded = read_tokenizer(section_of(options), world=world)
     tokenizer = loaded.module.to(world.device)
     encoding = features_fingerprint(tokenizer)
+    job = job_of(options, encoding, train, val)
+    stem = f"probe-{Path(options.weights.rstrip('/')).stem}"
+    folder, is_known = open_folder(options.out, stem, job, options.again, world)
+    if is_known:
+        return print_stored(folder) if world.is_main else 0
     count = count_of(options, train)
     rows = range(count) if count == len(train) else sorted(permutation(len(train), "probe")[:count].tolist())
     watch, sides = Stopwatch(world.device), []
@@ -110,7 +116,6 @@ def linear_probe(options: argparse.Namespace, train: DataSource, val: DataSource
         return 0
     settings = settings_of(options)
     scores = train_probes(options, sides, train.num_classes, settings, watch, world)
-    job = job_of(options, encoding, train, val)
     context = {
         **job,
         "job": job,
@@ -125,7 +130,6 @@ def linear_probe(options: argparse.Namespace, train: DataSource, val: DataSource
         "precision": precision_of(world.device),
         "kept": human_bytes(sum(values.nbytes for values in sides[0][0].values())),
     }
-    folder = Path(options.out or f"work_dirs/eval/probe-{Path(options.weights.rstrip('/')).stem}")
     result = Result(scores, seconds=dict(watch.seconds))
     write_result(folder, f"Linear probe of {options.weights}", result, context)
     return 0

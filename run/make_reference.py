@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -15,15 +17,27 @@ from data.checks import say_left_out
 from evaluation import measure, networks, protocols, references
 from evaluation.pictures import Pictures, first_pictures, open_any
 
+STAND_IN = "--network lite0 takes the stand-in that comes with the code, whose distances are never called FID"
+
+
+@contextlib.contextmanager
+def _offering_the_stand_in(network: str) -> Iterator[None]:
+    """Where FID's network, which nobody may have asked for, cannot be had."""
+    try:
+        yield
+    except UserError as error:
+        raise UserError(f"{error} {STAND_IN}." if network == "inception" else str(error)) from None
+
 
 def check(options: argparse.Namespace) -> Pictures:
     """The pictures; UserError for what is wrong with the command."""
     out = Path(options.out)
     protocol = protocols.get(options.protocol)
     if options.check:
-        networks.look_for_net(options.network, protocol)
+        with _offering_the_stand_in(options.network):
+            networks.look_for_net(options.network, protocol)
         if lines := measure.lacking(EvalConfig(network=options.network), protocol, "generation"):
-            print(f"not here: {lines[0]}")
+            print(f"not here: {lines[0]}; {STAND_IN}")
     if out.suffix not in (".npz", ".safetensors"):
         raise UserError(f"{out}: choose a name that ends in .npz or .safetensors.")
     if options.keep_pictures and out.suffix != ".npz":
@@ -42,7 +56,8 @@ def make_reference(options: argparse.Namespace, pictures: Pictures, world: World
     out = Path(options.out)
     say_left_out(world.say, pictures.source, options.url)
     protocol = protocols.get(options.protocol, options.purpose or "generation")
-    net = networks.feature_net(world.device, options.network, protocol)
+    with _offering_the_stand_in(options.network):
+        net = networks.feature_net(world.device, options.network, protocol)
     transform = f"ADM centre crop to {options.size}" if options.size else "as they are"
     facts = references.Facts(options.purpose, transform=transform)
     work = out.with_name(f".{out.name}.work")

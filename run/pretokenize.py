@@ -6,17 +6,19 @@ tokens with the pictures at hand has them compared: the tokenizer must make the 
 
 from __future__ import annotations
 
+import copy
 import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from core import dist
+from core import dist, launch
+from core.config import override, read_overrides
 from core.dist import World
 from core.errors import UserError
 from core.files import expanded, refuse_device, require_place
@@ -24,8 +26,10 @@ from core.images import grid, save_png, to_model_range, to_uint8, to_unit_range
 from core.rng import hash64, permutation
 from core.schema import RunConfig
 from core.specs import Continuous, DataSource, Tokenizer
+from core.train.checkpoint import Checkpoint
 from core.train.log import progress_line
 from core.weights.encoding import encoding_fingerprint
+from core.weights.files import WeightFile
 from data import pairing, tokens
 from data.cache import Builder
 from data.checks import require_labels, say_left_out
@@ -36,7 +40,9 @@ from data.tokens import TokenStore
 from data.transforms import Transform
 from evaluation.images import psnr
 from run.data import compute_once, make_transform, open_pictures
-from run.load import lay_out_tokenizer, read_tokenizer
+from run.load import REGISTRIES, lay_out_tokenizer, load_config, read_tokenizer
+from run.unseen import IMAGENET
+from run.weights import Source, read_weights
 
 SHOWN = 16  # pictures that are decoded for the preview
 AGREEMENT = 0.95  # share of imported codes that the tokenizer must make again
@@ -72,6 +78,40 @@ class Request:
         if config.data.url.startswith("tokens://"):
             return expanded(config.data.url.removeprefix("tokens://"))
         return Path(config.work_dir) / "tokens" / config.name
+
+
+def config_of(named: str, overrides: list[str]) -> RunConfig:
+    """The config of a file, or the one that weights stand for: that of a run, or a tokenizer with the pictures of its training.
+
+    Args:
+        named: a config, or what `run.load.Source` takes.
+    """
+    if named.endswith((".yaml", ".yml")) or Path(f"{named}.yaml").is_file():
+        return load_config(named, overrides)
+    source = Source(named, "tokenizer")
+    if isinstance(source.content, Checkpoint):
+        trained: dict[str, Any] = copy.deepcopy(source.content.state["config"])
+        config = override(lambda: trained, overrides, REGISTRIES, source=named)
+        if source.content.state["primary"] == "tokenizer":
+            config.tokenizer = {**config.tokenizer, "weights": named}
+        return config
+    settings = read_weights("tokenizer", source, read_overrides(overrides).get("tokenizer")).settings
+    path = Path(named.rstrip("/"))
+    pictures = (source.content.about if isinstance(source.content, WeightFile) else {}).get("config", {}).get("data")
+    smallest = {
+        "name": path.parent.name if path.stem == "tokenizer" else path.stem,
+        "task": "tokenizer",
+        "tokenizer": settings,
+        "data": pictures or {"url": f"{IMAGENET}/train"},
+        "objective": {},
+        "train": {"duration": "0ep", "global_batch": 1, "optimizer": {"lr": 0.0}},
+    }
+    config = override(lambda: smallest, overrides, REGISTRIES, source=named)
+    config.tokenizer = {**config.tokenizer, "weights": named}
+    if not any(word.startswith("data.url=") for word in overrides) and launch.speaks():
+        whose = f", which {named} was trained on" if pictures else ""
+        print(f"no pictures were named: taking {config.data.url}{whose}", flush=True)
+    return config
 
 
 def check(config: RunConfig, request: Request) -> DataSource | None:

@@ -18,7 +18,7 @@ from core.train.checkpoint import Checkpoint
 from core.weights import files as weight_files
 from core.weights import hub
 from run.convert import Conversion
-from run.sharing import about_run, folder_of
+from run.sharing import about_run, folder_of, without_places
 from run.weights import Source
 
 CARD, PICTURES, CONFIG = "README.md", "samples.png", "config.yaml"
@@ -55,7 +55,11 @@ class Publication:
             self._add_tokenizer(source.content.state["config"]["tokenizer"], folder)
         if previews := sorted((run_dir / "samples").glob("step_*.png")):
             shutil.copy(previews[-1], folder / PICTURES)
-        shutil.copy(run_dir / CONFIG, folder / CONFIG)
+        config = yaml.safe_load((run_dir / CONFIG).read_text())
+        if kind == "generator":
+            config["tokenizer"]["weights"] = self._address
+        write_atomic(folder / CONFIG, yaml.safe_dump(without_places(config), sort_keys=False, allow_unicode=True))
+        self._forget_places(folder)
         write_atomic(folder / CARD, self.card(kind, folder, run_dir))
         listed = ", ".join(sorted(p.name for p in folder.iterdir()))
         if not self.upload:
@@ -68,16 +72,29 @@ class Publication:
         Conversion(section["weights"], target, keep="both", kind="tokenizer").run()
         content = weight_files.read(generator)
         assert content is not None
-        address = f"hf://{self.repository}/tokenizer.safetensors"
-        content.about["tokenizer"] = {**content.about["tokenizer"], "weights": address}
+        content.about["tokenizer"] = {**content.about["tokenizer"], "weights": self._address}
         weight_files.save(generator, content, overwrite=True)
+
+    @property
+    def _address(self) -> str:
+        """Of a generator's tokenizer."""
+        return f"hf://{self.repository}/tokenizer.safetensors"
+
+    def _forget_places(self, folder: Path) -> None:
+        """Where things lie on this machine is taken out of the headers of the weights."""
+        for path in folder.glob("*.safetensors"):
+            content = weight_files.read(path)
+            assert content is not None
+            content.provenance = without_places(content.provenance)
+            content.about |= without_places({k: v for k, v in content.about.items() if k != "class_names"})
+            weight_files.save(path, content, overwrite=True)
 
     def card(self, kind: str, folder: Path, run_dir: Path) -> str:
         """README.md of the repository."""
         content = weight_files.read_header(folder / f"{kind}.safetensors")
         assert content is not None
         about, name = content.about, content.settings["name"]
-        config = yaml.safe_load((run_dir / CONFIG).read_text())
+        config = yaml.safe_load((folder / CONFIG).read_text())
         tags = ["tessera", name, "image-generation" if kind == "generator" else "image-tokenizer"]
         front = {"license": self.licence, "library_name": "tessera", "tags": tags}
         if kind == "generator":
@@ -97,7 +114,7 @@ class Publication:
         lines += ["## Use", "", "```bash", *self._commands(kind, names), "```", "", "```python", "import run", ""]
         lines += [f'model = run.load_{kind}("hf://{self.repository}")', "```", ""]
         lines += ["## Training", "", "| | |", "|---|---|"]
-        recipe = about_run(run_dir).get("recipe")
+        recipe = without_places(about_run(run_dir).get("recipe"))
         facts = {
             "recipe": f"{recipe}, with every setting in config.yaml" if recipe else "every setting is in config.yaml",
             "data": config["data"]["url"],

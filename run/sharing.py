@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from core import caller
 from core.errors import UserError
 from core.files import read_json
 from core.schema import RunConfig
@@ -22,6 +23,8 @@ from core.train.checkpoint import Checkpoint
 from core.train.run import ABOUT
 from core.weights import files as weight_files
 from core.weights import hub
+from core.weights.released import ROOT
+from data.sources import SPLITS
 from run.data import class_names
 from run.load import IMAGENET_CLASSES
 from run.weights import Source, Weights
@@ -135,6 +138,31 @@ def results_of(fingerprint: str, path: Path) -> list[dict[str, Any]]:
             kept = {key: score[key] for key in ("value", "protocol", "reference", "count") if key in score}
             results.append({"metric": name, **facts, **kept})
     return results
+
+
+def without_places(value: Any) -> Any:
+    """Plain data in which paths of this machine keep their last part alone, as others have no use for the rest: a folder's
+    name, that of the folder of splits with the split, or the path in this repository."""
+    if isinstance(value, dict):
+        return {key: without_places(each) for key, each in value.items()}
+    if isinstance(value, list):
+        return [without_places(each) for each in value]
+    if not isinstance(value, str):
+        return value
+    url = caller.URL.fullmatch(value)
+    if url is None:
+        return _end_of(value)
+    query = caller.QUERY.sub(lambda part: part[1] + _end_of(part[2]), url[3] or "")
+    return f"{url[1]}://{_end_of(url[2])}{query}"
+
+
+def _end_of(path: str) -> str:
+    if not path.startswith(("/", "~", "..")) or not Path(path).name:
+        return path
+    if (whole := Path(path).expanduser().resolve()).is_relative_to(ROOT):
+        return str(whole.relative_to(ROOT))
+    parts = Path(path).parts
+    return "/".join(parts[-2:] if parts[-1] in SPLITS and len(parts) > 2 else parts[-1:])
 
 
 def paired_tokenizer(path: Path, noted: dict[str, Any]) -> str:

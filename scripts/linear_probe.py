@@ -15,6 +15,7 @@ options:
   --features NAMES   only these, comma-separated
   --raw              the weights as trained, not their moving average
   --out FOLDER, --workers N, --encode-batch N
+  --again            measure anew although --out holds the result
   --check            only look for mistakes
 """
 
@@ -48,7 +49,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     ):
         parser.add_argument(name, type=kind, default=default, help=argparse.SUPPRESS)
     parser.add_argument("--schedule", choices=("cosine", "constant"), default="cosine", help=argparse.SUPPRESS)
-    for flag in ("--raw", "--check"):
+    for flag in ("--raw", "--again", "--check"):
         parser.add_argument(flag, action="store_true", help=argparse.SUPPRESS)
     words, known = command_line.tokenizer_settings(arguments)
     options = command_line.parse(parser, "linear_probe", words)

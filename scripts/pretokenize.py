@@ -9,8 +9,10 @@ What may follow CONFIG:
                                                     them where they are
   --to official DIR | --to jsonl FILE               also write the store in that form
 
-CONFIG is any training config with tokenizer.weights. The store goes to --out, by default to the folder of a data.url
-tokens://DIR (the pictures are then data.pictures), else to work_dir/tokens/<name>. A finished store is used as it is; a
+CONFIG is any training config with tokenizer.weights, or weights: of a tokenizer, which then encodes the pictures that it was
+trained on as far as its file tells them (else folder://data/imagenet/train), or a run of either kind, with its own config.
+The store goes to --out, by default to the folder of a data.url tokens://DIR (the pictures are then data.pictures), else
+to work_dir/tokens/<name>. A finished store is used as it is; a
 killed job goes on when it is started again, on any number of processes. At the end some tokens are decoded: look at
 preview.png in the store. Train from it with data.url=tokens://DIR.
 """
@@ -37,10 +39,9 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--check", action="store_true", help="only look for mistakes")
     options = vars(command_line.parse(parser, "pretokenize", arguments))
 
-    from run.load import load_config
-    from run.pretokenize import Request, check, pretokenize
+    from run.pretokenize import Request, check, config_of, pretokenize
 
-    config = load_config(options.pop("config"), options.pop("overrides"))
+    config = config_of(options.pop("config"), options.pop("overrides"))
     only_check, request = options.pop("check"), Request(**options)
     pictures = check(config, request)
     return 0 if only_check else pretokenize(config, request, pictures)

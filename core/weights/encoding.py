@@ -38,7 +38,7 @@ def weights_read(network: nn.Module, compute: Callable[[], Any]) -> dict[str, Te
     return {n: t for n, t in network.state_dict().items() if t.untyped_storage().data_ptr() in reads.places}
 
 
-def fingerprint_of(tokenizer: nn.Module, compute: Callable[[Tensor], Any]) -> str:
+def fingerprint_of(tokenizer: Tokenizer, compute: Callable[[Tensor], Any]) -> str:
     """Of the weights that `compute` reads of the tokenizer, asked with one picture (1, 3, H, W) in [-1, 1]."""
     device = next(tokenizer.parameters()).device
     image = torch.zeros(1, 3, tokenizer.image_size, tokenizer.image_size, device=device)

@@ -84,12 +84,13 @@ def test_batch_larger_than_the_set():
 
 
 @pytest.mark.parametrize("source", [SOURCE, Damaged(22, {3, 4, 9, 21})], ids=["whole", "damaged"])
-def test_workers(source):
+def test_workers(source, monkeypatch, recwarn):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0})  # one core, of which torch would warn
     expected = take(Loader(source, RANDOM, seed=1, global_batch=8), 7)
     for workers in (1, 3):
         loader = Loader(source, RANDOM, seed=1, global_batch=8, workers=workers)
         assert all(equal(a, b) for a, b in zip(expected, take(loader, 7), strict=True))
-    assert not multiprocessing.active_children()
+    assert not multiprocessing.active_children() and not [w for w in recwarn if "worker" in str(w.message)]
 
 
 def test_spawned_workers():

@@ -97,7 +97,7 @@ def test_features_belong_to_what_encodes(tmp_path, monkeypatch, capsys):
     def probed(name: str) -> int:
         """How many pictures were encoded."""
         asked.clear()
-        assert linear_probe.main([f"{name}.safetensors", data, "--epochs", "1", "--workers", "0"]) == 0
+        assert linear_probe.main([f"{name}.safetensors", data, "--epochs", "1", "--workers", "0", "--again"]) == 0
         return sum(asked) - 1
 
     assert probed("first") == 16 and probed("decoder") == 0 and probed("other") == 16
@@ -140,11 +140,15 @@ def test_command(tokenizer_run, tmp_path, monkeypatch, capsys):
     assert record["context"]["settings"]["batch"] == 16 and record["context"]["views"].startswith("centre crop")
     with monkeypatch.context() as patch:
         asked = asked_pictures(patch)
-        assert linear_probe.main(command) == 0
+        assert linear_probe.main([*command, "--batch", "16"]) == 0
+        assert "measured before, in out" in capsys.readouterr().out
+        with pytest.raises(UserError, match=r"another evaluation \(different: settings\)"):
+            linear_probe.main(command)
+        assert linear_probe.main([*command, "--again"]) == 0
         assert {*asked} == {1}  # kept: of the pictures the tokenizer is not asked again
     for words, message in ((["--features", "x"], "offers no features x"),):
         with pytest.raises(UserError, match=message):
-            linear_probe.main([*command, *words])
+            linear_probe.main([*command, *words, "--again"])
     with pytest.raises(UserError, match="at least 2 classes"):
         linear_probe.main([str(tokenizer_run), "synthetic://?size=32&classes=1&count=9", "--check"])
     for name in ("train/a", "train/b", "val/a", "val/c"):

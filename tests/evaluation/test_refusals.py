@@ -130,6 +130,18 @@ def test_check_opens_what_an_evaluation_will_open(bad_pictures, generator_run, t
     assert not list(tmp_path.iterdir())
 
 
+def test_a_reference_without_fids_network_offers_the_stand_in(bad_pictures, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(released.Released, "found", lambda self: None)
+    monkeypatch.setenv("TESSERA_OFFLINE", "1")
+    command = [str(bad_pictures / "good"), str(tmp_path / "r.npz"), "--workers", "0"]
+    for words in ([], ["--check"]):
+        with pytest.raises(UserError, match=r"is not here: .* --network lite0 takes the stand-in"):
+            make_reference.main([*command, *words])
+    monkeypatch.setenv("TESSERA_OFFLINE", "0")
+    assert make_reference.main([*command, "--check"]) == 0 and "--network lite0 takes" in capsys.readouterr().out
+    assert make_reference.main([*command, "--network", "lite0"]) == 0
+
+
 def test_check_tells_what_is_not_here(tokenizer_run, generator_run, bad_pictures, tmp_path, capsys, monkeypatch):
     """Networks and references that would be downloaded later, or done without, with the command that brings each."""
     monkeypatch.setattr(released.Released, "found", lambda self: None)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import time
 
@@ -26,9 +27,10 @@ from data.tokens import TokenStore
 from data.transforms import Transform
 from run import pretokenize
 from run.data import open_pictures
+from run.load import read_tokenizer
 from run.train import train
 from scripts.pretokenize import main
-from tests.conftest import TOY_GENERATOR, TOY_TOKENIZER
+from tests.conftest import ROOT, TOY_GENERATOR, TOY_TOKENIZER
 from tests.data.test_tokens import SOURCE, TEN, config, make, toy  # noqa: F401  (fixtures)
 from tests.ranks import in_threads
 from tests.scripts.test_launch import run, start
@@ -85,6 +87,31 @@ def test_the_config_of_a_tokenizer_stands_for_what_it_trained(tmp_path, tokenize
     assert len(TokenStore(tmp_path / "store")) == 8
     with pytest.raises(UserError, match="tokenizer.weights is not set.* which this config trains, is not there"):
         main([*words, f"work_dir={tmp_path}"])
+
+
+def test_weights_stand_for_a_config(tmp_path, tokenizer_run, generator_run, monkeypatch, capsys):
+    """A tokenizer's file brings the pictures of its training, a run its own config; a slip is told in a sentence."""
+    monkeypatch.chdir(ROOT)
+    few = ["data.url=synthetic://?size=32&classes=4&count=8", "data.crop=center", "train.device=cpu", "data.workers=0"]
+    assert main(["tiny/rear", "--check"]) == 0
+    assert "taking embedded://emoji64, which tiny/rear was trained on" in capsys.readouterr().out
+    place = tmp_path / "store"
+    assert main(["tiny/rear", *few, "--out", str(place)]) == 0
+    assert (
+        TokenStore(place).spec == read_tokenizer({"weights": "tiny/rear"}).module.spec and len(TokenStore(place)) == 8
+    )
+    config = pretokenize.config_of(str(ROOT / "pretrained_models" / "tiny" / "dar" / "tokenizer.safetensors"), [])
+    assert config.name == "dar" and config.data.flip
+    for run_dir, weights in ((tokenizer_run, str(tokenizer_run)), (generator_run, None)):
+        config = pretokenize.config_of(str(run_dir), few)
+        assert config.data.crop == "center" and config.tokenizer["weights"] == (weights or config.tokenizer["weights"])
+    for word, message in (
+        ("tiny/rea", 'tiny/rea: no such file or folder. Did you mean "rear"'),
+        (str(ROOT / "pretrained_models" / "tiny" / "rear" / "generator.safetensors"), "holds a generator"),
+        ("configs/toy/far", 'Did you mean "configs/toy/far.yaml"'),
+    ):
+        with pytest.raises(UserError, match=re.escape(message)):
+            main([word, "--check"])
 
 
 @pytest.mark.parametrize("crop", ["random", "resize_random"])

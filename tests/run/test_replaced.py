@@ -118,7 +118,7 @@ def test_a_store_of_tokens(pictures, tokenizer_run, tmp_path):
 
 
 def test_accuracies_of_a_probe(pictures):
-    names = ("epochs", "batch", "lr", "weight_decay", "schedule", "seed", "num")
+    names = ("epochs", "batch", "lr", "weight_decay", "schedule", "seed", "num", "features")
     options = argparse.Namespace(weights="w", raw=False, url=str(pictures), **dict.fromkeys(names, 1))
     jobs = []
     for _ in range(2):

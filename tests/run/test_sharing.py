@@ -18,8 +18,9 @@ from core.weights import hub, released
 from run.convert import Conversion, describe
 from run.publish import Publication
 from run.sample import parse_labels
-from run.sharing import imagenet_names, readable
+from run.sharing import imagenet_names, readable, without_places
 from scripts import publish, sample
+from tests.conftest import TOY_GENERATOR
 from tests.fake_hub import serving
 
 
@@ -109,6 +110,49 @@ def test_published_and_taken_again(generator_run, fake, bare, capsys):
     assert run.load_tokenizer("hf://me/toy", device="cpu").image_size == 32
     with pytest.raises(UserError, match=r"holds 2 files of weights; name one:\n  hf://me/toy/generator.safetensors\n"):
         hub.resolve("hf://me/toy")
+
+
+@pytest.mark.parametrize(
+    "here, there",
+    [
+        ("folder:///srv/ada/my pictures", "folder://my pictures"),
+        ("folder://~/sets/imagenet/train", "folder://imagenet/train"),
+        ("folder://data/imagenet/train", "folder://data/imagenet/train"),
+        ("list:///srv/ada/a.txt?root=/mnt/x/birds&classes=names.txt", "list://a.txt?root=birds&classes=names.txt"),
+        ("wds:///mnt/shards/{0000..0127}.tar", "wds://{0000..0127}.tar"),
+        ("wds://https://site.org/a.tar", "wds://https://site.org/a.tar"),
+        ("datasets://owner/name", "datasets://owner/name"),
+        (str(released.ROOT / "pretrained_models" / "a.pt"), "pretrained_models/a.pt"),
+        ("/srv/ada/runs", "runs"),
+        ("/", "/"),
+        (["~/a/b", {"x": "../../ada/b", "n": 3}], ["b", {"x": "b", "n": 3}]),
+    ],
+)
+def test_places_that_are_nobody_elses(here, there):
+    assert without_places(here) == there
+
+
+def test_nothing_published_tells_where_it_was_made(tokenizer_run, bare, train_main):
+    """Neither the card nor the config nor the headers of weights: paths name their owner."""
+    for path in (f"train/{label}/{i}.png" for label in "abcd" for i in range(2)):
+        (bare / "set of ada" / path).parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (32, 32)).save(bare / "set of ada" / path)
+    config = shutil.copy(TOY_GENERATOR, bare / "recipe.yaml")
+    words = [f"data.url=folder://{bare}/set of ada/train", "train.duration=1step", "train.device=cpu"]
+    words += [
+        f"work_dir={bare}/runs",
+        "name=mine",
+        f"data.cache_dir={bare}/cache",
+        f"tokenizer.weights={tokenizer_run}",
+    ]
+    code, _, said = train_main(config, *words)
+    assert code == 0, said
+    assert publish.main([f"{bare}/runs/mine", "me/toy", "--dry-run", "--out", "ready"]) == 0
+    told = {path.name: path.read_bytes() for path in (bare / "ready").iterdir()}
+    assert "| data | folder://set of ada/train |" in told["README.md"].decode()
+    for place in (bare, tokenizer_run.parent):
+        assert not [name for name, content in told.items() if str(place).encode() in content]
+    assert yaml.safe_load(told["config.yaml"])["tokenizer"]["weights"] == "hf://me/toy/tokenizer.safetensors"
 
 
 def test_a_folder_that_holds_a_tokenizer_and_its_generator(generator_run, tokenizer_run, bare, capsys):
