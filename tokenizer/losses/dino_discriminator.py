@@ -180,6 +180,10 @@ class DinoDiscriminator(Discriminator):
     def features(self) -> DinoFeatures:
         return self._features[0]
 
+    def no_weight_decay(self) -> set[str]:
+        """parity: nothing is spared, biases and norms are decayed too."""
+        return set()
+
     def frozen(self) -> dict[str, nn.Module]:
         return {"features": self.features}
 
