@@ -389,7 +389,7 @@ def write_tokenizers(
     options: argparse.Namespace, overrides: list[str], folder: Path, sides: list[Side], device: torch.device
 ) -> None:
     """compare.csv, compare.tex, metrics.json, report.html."""
-    protocol = protocols.get(eval_settings(overrides).protocol, "reconstruction")
+    protocol = protocols.get(eval_settings(overrides, "--data").protocol, "reconstruction")
     net = sides[0].measurement.how.feature_net
     report = Report(
         "Tokenizers compared", f"protocol {protocol.name}, features of {net.name}, pictures of {options.data}"

@@ -220,12 +220,14 @@ def print_stored(folder: Path) -> int:
 # ---------------------------------------------------------------------------------------------------------------------
 # What was asked for
 # ---------------------------------------------------------------------------------------------------------------------
-def eval_settings(overrides: list[str]) -> EvalConfig:
-    """The `eval` section from key=value words, where there is no config around it."""
+def eval_settings(overrides: list[str], naming: str = "") -> EvalConfig:
+    """The `eval` section from key=value words, where there is no config around it; `naming`: how pictures are named there."""
     foreign = [o for o in overrides if not o.startswith("eval.")]
     if foreign:
+        urls = [o.partition("=")[2] for o in foreign if o.startswith(("data.url=", "data.val_url="))]
+        advice = f" Pictures are named without a key: {naming} {urls[-1]}." if naming and urls else ""
         raise UserError(
-            f"{' '.join(foreign)}: only eval.* settings mean something here; there is no generator to set up."
+            f"{' '.join(foreign)}: only eval.* settings mean something here; there is no generator to set up.{advice}"
         )
     stub = {
         "name": "eval",

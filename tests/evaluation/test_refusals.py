@@ -181,6 +181,13 @@ def test_pictures_that_nobody_named(tmp_path, monkeypatch):
         evaluate.main(["tiny/fqgan", "--check"])
 
 
+def test_pictures_by_the_key_of_a_recipe(tmp_path):
+    """Whoever trained with data.val_url= evaluates with it; the sentence says how pictures are named here."""
+    with pytest.raises(UserError, match="named without a key: WEIGHTS embedded://photos256."):
+        evaluate.main(["tiny/fqgan", "data.val_url=embedded://photos256", "--out", str(tmp_path / "out")])
+    assert not (tmp_path / "out").exists()
+
+
 def test_check_of_labels(generator_run, tmp_path):
     (tmp_path / "labels.txt").write_text("0\n1\n2\n9\n")
     for words, message in (
