@@ -8,6 +8,7 @@ from __future__ import annotations
 import atexit
 import contextlib
 import os
+import re
 import shutil
 import sys
 from collections.abc import Callable
@@ -22,6 +23,7 @@ from core.signals import REQUEUE_EXIT_CODE, Stopped, StopRequest, ignore_signals
 
 ROOT = Path(__file__).resolve().parents[1]
 SHOWN_NAME = 300  # characters of a file's name in a message
+_UNSEEN = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")  # what steers a terminal; names of files may have it
 
 
 def run(main: Callable[[list[str]], int | None]) -> None:
@@ -154,6 +156,7 @@ def _report(code: int, message: str, echo: bool = False) -> None:
         peers.goodbye()
     if not code:
         return
+    message = _UNSEEN.sub(lambda found: repr(found[0])[1:-1], message)
     if (exit_file := os.environ.get("TESSERA_EXIT_FILE")) is None:
         if message and launch.speaks():
             print(message, file=sys.stderr, flush=True)

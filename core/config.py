@@ -161,6 +161,8 @@ class _Checker:
                 else ""
             )
             self.wrong(path, f"expected {describe(hint)}, got {value!r}.{advice}")
+        elif hint is int and abs(value) >= 2**63:
+            self.wrong(path, "must be a number of less than 20 digits.")
         return value
 
     def union(self, path: str, raw: Any, hint: Any) -> Any:

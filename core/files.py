@@ -54,7 +54,7 @@ def explain_os_errors(path: str | os.PathLike) -> Iterator[None]:
     except OSError as error:
         if error.errno not in ADVICE:
             raise
-        raise UserError(f"{os.fspath(path)}: {ADVICE[error.errno]}.") from error
+        raise UserError(f"{os.fspath(path) or 'an empty name'}: {ADVICE[error.errno]}.") from error
 
 
 def text_instead(start: bytes) -> str | None:

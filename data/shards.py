@@ -59,7 +59,7 @@ def expand_braces(pattern: str) -> list[str]:
     match = re.search(r"\{([^{}]*)\}", pattern)
     if not match:
         return [pattern]
-    numbers = re.fullmatch(r"(\d+)\.\.(\d+)", match[1])
+    numbers = re.fullmatch(r"(\d{1,18})\.\.(\d{1,18})", match[1])
     if numbers:
         first, last = int(numbers[1]), int(numbers[2])
         if last < first or last - first >= MAX_SHARDS:

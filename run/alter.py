@@ -142,7 +142,7 @@ def parse_put(text: str, spec: Any) -> tuple[tuple[int, int, int], ...]:
     """((branch, place, code), ...) of "3=17,visual:5=2": a name or number of a branch, the first one unless told."""
     exchanges = []
     for word in text.split(","):
-        parts = re.fullmatch(r"(?:([^:=]+):)?([0-9]+)=([0-9]+)", word.strip())
+        parts = re.fullmatch(r"(?:([^:=]+):)?([0-9]{1,18})=([0-9]{1,18})", word.strip())
         if parts is None:
             raise UserError(f'--put "{word}": give PLACE=CODE or BRANCH:PLACE=CODE, for example 3=17 or 1:3=17.')
         branch = parse_branches(parts[1], spec)[0] if parts[1] else 0
@@ -156,7 +156,7 @@ def parse_branches(text: str, spec: Any) -> tuple[int, ...]:
         raise UserError(f"these latents are {spec}: they have no branches of codes.")
     names, numbers = branch_names(spec), []
     for word in (word.strip() for word in text.split(",")):
-        if word not in names and not word.isdecimal():
+        if word not in names and not (word.isdecimal() and len(word) < 19):
             raise UserError(f'branch "{word}" does not exist.{nearest(word, names)}')
         numbers.append(names.index(word) if word in names else int(word))
     return tuple(numbers)

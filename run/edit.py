@@ -33,6 +33,7 @@ from run.sample import parse_labels
 from run.target import Sampler
 from tokenizer.views import Sequence, Vectors
 
+MOST = 1000  # pictures: all are drawn at once
 WHITE = 128  # a grey value from here on marks a pixel that is to change
 
 
@@ -152,8 +153,9 @@ def kept_cells(tokenizer: Tokenizer, masked: Tensor, rules: Rules) -> tuple[Tens
     """
     spec = _places(tokenizer)
     share = masked[None, None].float()  # (1, 1, S, S)
-    if rules.margin:
-        share = F.max_pool2d(share, 2 * rules.margin + 1, 1, rules.margin)
+    if margin := min(rules.margin, len(masked)):  # rows and columns by themselves: a wide one would take minutes
+        share = F.max_pool2d(share, (2 * margin + 1, 1), 1, (margin, 0))
+        share = F.max_pool2d(share, (1, 2 * margin + 1), 1, (0, margin))
     if isinstance(spec, MultiScale):
         grids: list[tuple[int, int]] = [(side, side) for side in spec.scales]
     elif spec.grid is not None:
@@ -319,8 +321,8 @@ class Request:
             )
         if self.full and self.mask is None:
             raise UserError("--full puts the new part into the photo; with --outpaint it lies around it.")
-        if self.num is not None and self.num < 1:
-            raise UserError(f"--num {self.num}: give 1 or more.")
+        if self.num is not None and not 1 <= self.num <= MOST:
+            raise UserError(f"--num {self.num}: give 1 or more, at most {MOST:,}.")
         if self.place.suffix.lower() != ".png":
             raise UserError(f"--out {self.out}: choose a name that ends in .png")
         if self.place.with_suffix(".json").exists() or self.place.exists():
@@ -338,6 +340,8 @@ def run(sampler: Sampler, request: Request, rules: Rules, device: torch.device) 
         canvas = outpainting(photo, request.outpaint, size)
     chosen = parse_labels(request.label, sampler.num_classes, sampler.class_names, "--label")
     labels = [chosen[i % len(chosen)] for i in range(request.num or len(chosen))]
+    if len(labels) > MOST:
+        raise UserError(f"--label names {len(labels):,} pictures, which are too many: at most {MOST:,}.")
     edited = edit(sampler, canvas, labels, rules, device, sampler.config.seed)
     about = {
         **sampler.facts,

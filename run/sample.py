@@ -152,7 +152,9 @@ def parse_labels(text: str, num_classes: int, names: list[str], said: str = "--l
             raise UserError(
                 f'{said}: "{word}" is neither a class number, a range such as 10-19 nor a class name.{hint}'
             )
-        first, last = int(numbers[1]), int(numbers[2] or numbers[1])
+        first, last = (
+            int(number) if len(number) < 19 else num_classes for number in (numbers[1], numbers[2] or numbers[1])
+        )
         if last < first or last >= num_classes:
             raise UserError(
                 f"{said} {word}: the generator knows classes 0 to {num_classes - 1}, the smaller number first."

@@ -109,6 +109,8 @@ def values_of(option: str, text: str) -> list[str]:
                 low, high, step = map(float, ends if len(ends) == 3 else [*ends, "1"])
                 if step <= 0 or high < low or (len(ends) == 2 and high - low < 1):
                     raise ValueError
+                if not (high - low) / step < MOST:  # infinity, too
+                    raise UserError(f"{flag} {text}: {part} stands for more than {MOST:,} values.")
                 values += [f"{low + i * step:g}" for i in range(int((high - low) / step + 1e-9) + 1)]
         except ValueError:
             example = (

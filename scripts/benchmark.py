@@ -43,6 +43,7 @@ from pathlib import Path
 
 from core import cli
 from core.errors import UserError, nearest
+from scripts import command_line
 
 DEFAULT = ("train", "encode", "decode", "sample")
 WHAT = (*DEFAULT, "generate", "uncached", "stream")
@@ -54,8 +55,8 @@ def whole_numbers(text: str, option: str) -> list[int]:
         numbers = [int(word) for word in text.split(",")]
     except ValueError:
         raise UserError(f"{option} {text}: whole numbers separated by commas") from None
-    if min(numbers) < 1:
-        raise UserError(f"{option} {text}: give 1 or more")
+    if min(numbers) < 1 or max(numbers) > command_line.MOST:
+        raise UserError(f"{option} {text}: give 1 or more, at most {command_line.MOST:,}")
     return numbers
 
 
@@ -83,7 +84,7 @@ def main(arguments: list[str]) -> int:
     )
     parser.add_argument("--markdown", help="file whose table gets the rows")
     parser.add_argument("--json", help="file whose list gets the rows, in numbers")
-    options = parser.parse_intermixed_args(arguments)
+    options = command_line.within(parser.parse_intermixed_args(arguments))
 
     batches = whole_numbers(options.batch, "--batch")
     steps = whole_numbers(options.decode_steps, "--decode-steps") if options.decode_steps else []

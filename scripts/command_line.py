@@ -13,6 +13,8 @@ from core.weights import released
 from run import translate
 from scripts.settings_help import settings_help
 
+MOST, MOST_SEED = 10**9, 2**63 - 1  # of whole numbers on command lines
+
 
 def tokenizer_settings(arguments: Sequence[str]) -> tuple[list[str], dict[str, Any]]:
     """The other words, and what `tokenizer.key=value` words say: facts that the weights of a tokenizer do not tell."""
@@ -91,7 +93,17 @@ def parse(parser: argparse.ArgumentParser, program: str, arguments: Sequence[str
         refused(message)
 
     parser.error = error
-    return parser.parse_intermixed_args(arguments)
+    return within(parser.parse_intermixed_args(arguments))
+
+
+def within(options: argparse.Namespace) -> argparse.Namespace:
+    """The options; UserError for a whole number that nobody means, which arrays, lists and counters cannot take."""
+    for name, value in vars(options).items():
+        most = MOST_SEED if name == "seed" else MOST
+        if isinstance(value, int) and abs(value) > most:
+            shown = value if abs(value) < 10**20 else "of so many digits"
+            raise UserError(f"--{name.replace('_', '-')} {shown}: a number of at most {most:,} is expected.")
+    return options
 
 
 def _foreign(word: str, following: str, options: dict[str, argparse.Action]) -> bool:

@@ -24,6 +24,7 @@ from pathlib import Path
 
 from core import cli
 from core.errors import UserError, nearest
+from scripts import command_line
 
 
 def main(arguments: list[str]) -> int:
@@ -40,7 +41,7 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--rehearse", action="store_true", help="toy sizes, to see that every stage runs")
     parser.add_argument("--again", action="store_true", help="forget what is in --out")
     parser.add_argument("--work", nargs="+", help=argparse.SUPPRESS)  # a stage in a process of its own
-    options = parser.parse_intermixed_args(arguments)
+    options = command_line.within(parser.parse_intermixed_args(arguments))
 
     from run import gpu_check, gpu_stages
 

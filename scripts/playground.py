@@ -15,6 +15,7 @@ from ipaddress import IPv4Address
 
 from core import cli
 from core.signals import Stopped
+from scripts import command_line
 
 
 def main(arguments: list[str]) -> int:
@@ -26,7 +27,7 @@ def main(arguments: list[str]) -> int:
         "--host", type=IPv4Address, default="127.0.0.1", help="where to listen (default 127.0.0.1, this machine alone)"
     )
     parser.add_argument("--port", type=int, help="default: the first free one from 7860 on")
-    options = parser.parse_intermixed_args(arguments)
+    options = command_line.within(parser.parse_intermixed_args(arguments))
 
     from core.weights import released
     from run.playground import views

@@ -14,6 +14,7 @@ from pathlib import Path
 
 from core import cli
 from core.errors import UserError
+from scripts import command_line
 
 
 def main(arguments: list[str]) -> int:
@@ -30,7 +31,7 @@ def main(arguments: list[str]) -> int:
     parser.add_argument(
         "--rehearse", action="store_true", help="the whole table with tiny random files, 10 pictures each, in minutes"
     )
-    options = parser.parse_intermixed_args(arguments)
+    options = command_line.within(parser.parse_intermixed_args(arguments))
     for name, least in (("num", 2), ("bootstrap", 2), ("gpus", 1)):
         if getattr(options, name) < least:
             raise UserError(f"--{name} {getattr(options, name)}: give {least} or more.")

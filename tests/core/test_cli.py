@@ -37,6 +37,11 @@ def test_odd_names_on_any_terminal(encoding):
     assert refused.returncode == 2 and refused.stderr.startswith(b"error: kein B") and refused.stderr.count(b"\n") == 1
 
 
+def test_names_do_not_steer_the_terminal():
+    refused = program(r"raise __import__('core.errors').errors.UserError('\x1b[31m\rä.png')", PYTHONIOENCODING="utf-8")
+    assert refused.stderr == "error: \\x1b[31m\\rä.png\n".encode()
+
+
 def test_closed_outputs():
     body = "import sys; print('x', flush=True); sys.stdout.isatty(); sys.stdout.flush(); print('e', file=sys.stderr)"
     assert program(body, ">&-").returncode == 0

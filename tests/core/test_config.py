@@ -95,6 +95,7 @@ def test_overrides():
         ("trane.seed=1", 'trane: unknown key. Did you mean "train"?'),
         ("train.global_batch=eight", "train.global_batch: expected a whole number, got 'eight'"),
         ("train.global_batch=0", "train.global_batch: must be at least 1, got 0"),
+        ("train.global_batch=" + "9" * 400, "train.global_batch: must be a number of less than 20 digits"),
         ("train.optimizer.lr=.nan", "train.optimizer.lr: must be a finite number"),
         ("train.duration=20", "train.duration: expected a duration such as"),
         ("train.precision=fp23", 'train.precision: expected "fp32" or "bf16", got \'fp23\'. Did you mean "fp32"?'),

@@ -193,6 +193,7 @@ def test_missing_file_is_an_unreadable_picture(folder):
         ("wds://{tmp}/none-{{00..01}}.tar", "no shard called"),
         ("wds://{tmp}/{{9..1}}.tar", "upwards"),
         ("wds://{tmp}/{{0..999999999}}.tar", "at most"),
+        ("wds://{tmp}/{{0.." + "9" * 5000 + "}}.tar", "neither a range"),
         ("embedded://emoji65", "emoji64"),
         ("embedded://emoji64?split=vla", "val"),
         ("synthetic://?sise=3", "size"),

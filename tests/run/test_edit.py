@@ -161,6 +161,7 @@ def test_a_cell_is_kept_if_none_of_its_pixels_is_masked():
     cell = (15 * rows // 32) * columns + 16 * columns // 32
     assert placed and (~kept[0]).nonzero().flatten().tolist() == [cell]
     assert (~edit.kept_cells(far, masked, edit.Rules(margin=1))[0]).sum() > 1  # its neighbours across cell borders
+    assert not edit.kept_cells(far, masked, edit.Rules(margin=10**9))[0].any()
     assert edit.kept_cells(far, masked, edit.Rules(cover=0.5))[0].all()
     by_scale = edit.kept_cells(var, masked, edit.Rules())[0].split([side * side for side in var.spec.scales], 1)
     assert all((~part).sum() >= 1 for part in by_scale)  # every scale has the pixel somewhere
@@ -295,6 +296,9 @@ def test_without_a_generator_a_tiny_one_is_taken(tmp_path, capsys):
         (["--mask", "m.png", "--cover", "1"], "are shares"),
         (["--mask", "m.png", "--margin", "-1"], "number of pixels"),
         (["--mask", "m.png", "--num", "0"], "1 or more"),
+        (["--mask", "m.png", "--num", "1001"], "at most 1,000"),
+        (["--mask", "m.png", "--margin", "9" * 400], "--margin of so many digits: a number of at most 1,000,000,000"),
+        (["--mask", "m.png", "--seed", str(2**63)], "--seed 9223372036854775808: a number of at most"),
         (["--mask", "m.png", "--heed", "1.5"], "--heed 1.5: give a number from 0"),
     ],
 )

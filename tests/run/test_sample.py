@@ -145,6 +145,9 @@ def test_labels(capsys):
     assert "--labels 10: class number 10, called 8; the class that is called 10 has number 2" in capsys.readouterr().out
     with pytest.raises(UserError, match='"Crane" is the name of classes 0 and 2; give the number'):
         parse_labels("Crane", 3, ["crane", "x", "crane"])
+    for many in ("9" * 5000, "0-" + "9" * 5000):  # more digits than Python reads
+        with pytest.raises(UserError, match="the generator knows classes 0 to 2"):
+            parse_labels(many, 3, names)
     commas = ["tench, Tinca tinca", "tench", "crane", "a, b, c"]
     assert parse_labels("Tench,tinca tinca", 4, commas) == [0]
     with pytest.raises(UserError, match='^train.new_classes: "tensh" is neither'):  # as it was written there

@@ -93,7 +93,8 @@ def test_a_killed_sweep_goes_on_with_the_same_result(run_sweep, tmp_path, monkey
         (("--scale", "0.5:1"), "FROM:TO:STEP"),
         (("--interval", "0.5"), "--interval 0.5"),
         (("--schedule", "sine"), "sample.schedule"),
-        (("--scale", "1:900"), "900 settings"),
+        (("--scale", "1:900"), "stands for more than 500 values"),
+        (("--scale", "1:30", "--temperature", "1:30"), "900 settings"),
         (("--ema", "missing.safetensors"), "missing.safetensors"),
         (("--first", "99", "--num", "64"), "--first 99"),
     ],
@@ -111,6 +112,9 @@ def test_where_guidance_is_off_its_schedule_makes_no_setting():
     assert names.count("scale 1") == 1 and len(names) == 1 + 2 * (1 + 2)
     assert module.values_of("scale", "1:2:0.25") == ["1", "1.25", "1.5", "1.75", "2"]
     assert module.values_of("scale", "[3,2],4") == ["[3,2]", "4"]
+    for many in ("1:inf", "1:2:1e-9", "0:1e308:1e-308", "1:" + "9" * 5000):
+        with pytest.raises(UserError, match="more than 500 values"):
+            module.values_of("scale", many)
 
 
 def test_without_a_generator_a_tiny_one_is_taken(capsys, monkeypatch):
