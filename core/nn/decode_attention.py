@@ -8,6 +8,8 @@ the filled part of the cache once. Triton makes the kernel; where it cannot, pla
 from __future__ import annotations
 
 import functools
+import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -15,6 +17,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from core.nn.gated_norm import has_triton, kernel_works
+
+TILE, MIN_PLACES = 4096, 16  # numbers that a program of the kernel holds of keys, and earlier positions at least
 
 
 def fuses(device: torch.device) -> bool:
@@ -69,13 +73,19 @@ def _plain(
 def _on_gpu(
     heads: Tensor, memory: Tensor, position: Tensor, scale: float, affine: Tensor | None, eps: float, row: Tensor | None
 ) -> Tensor:
-    run = _launch if works(heads.device) else _plain
+    _, count, width = heads.shape
+    kind = heads.dtype, count, memory.shape[1] // 2, width, affine is not None, row is not None
+    run = _launch if works(heads.device, *kind) else _plain
     return run(heads, memory, position, scale, affine, eps, row)
 
 
 @_on_gpu.register_fake
 def _(heads, memory, position, scale, affine, eps, row):
     return heads.new_empty(heads.shape[0], (heads.shape[1] - memory.shape[1]) * heads.shape[2])
+
+
+def _channels(width: int) -> int:
+    return max(16, 1 << (width - 1).bit_length())
 
 
 def _launch(
@@ -89,7 +99,7 @@ def _launch(
     queries = count - 2 * kv_heads
     assert memory.stride()[2:] == (width, 1) and memory.dtype == heads.dtype
     out = heads.new_empty(samples, queries * width)
-    channels = max(16, 1 << (width - 1).bit_length())
+    channels = _channels(width)
     kernel: Any = decode_attention_kernel[(samples, queries)]
     kernel(
         heads,
@@ -108,21 +118,45 @@ def _launch(
         NORMED=affine is not None,
         TURNED=row is not None,
         CHANNELS=channels,
-        PLACES=max(16, 4096 // channels),
+        PLACES=max(MIN_PLACES, TILE // channels),
         num_warps=4,
     )
     return out
 
 
 @functools.lru_cache(None)
-def works(device: torch.device) -> bool:
-    """Whether the kernel can be compiled and run on `device`: tried once per process, before the first recording of a step."""
-    heads = torch.arange(2 * 8 * 24, dtype=torch.float32, device=device).sin().view(2, 8, 24)
-    memory = torch.arange(2 * 4 * 99 * 24, dtype=torch.float32, device=device).cos().view(2, 4, 99, 24)
-    position = torch.full((1,), 70, dtype=torch.int64, device=device)
-    row = torch.arange(48, dtype=torch.float32, device=device).sin().view(2, 24)
+def works(
+    device: torch.device, dtype: torch.dtype, count: int, kv_heads: int, width: int, normed: bool, turned: bool
+) -> bool:
+    """Whether the kernel can be compiled on `device` for tensors of this kind (`count` heads in all) and computes there what
+    the plain operations do, in the first place and at the ends of its chunks: tried once per process, before the first
+    recording of a step. A kernel that is wrong is not used.
+    """
+    chunk = max(MIN_PLACES, TILE // _channels(width))
+    samples, length = 3, 2 * chunk + 9
+
+    def numbers(*shape: int) -> Tensor:
+        return torch.arange(math.prod(shape), dtype=torch.float32, device=device).sin().view(shape)
+
+    heads, memory = numbers(samples, count, width).to(dtype), numbers(samples, 2 * kv_heads, length, width).to(dtype)
+    affine = numbers(2, count - kv_heads, width) if normed else None
+    row = numbers(2, width) if turned else None
+
+    def result(run: Callable[..., Tensor], behind: float) -> list[Tensor]:
+        found = []
+        for place in (0, 1, chunk, chunk + 1, 2 * chunk + 3):
+            kept = memory.clone()
+            for edge in {0, chunk - 1, chunk, place - 1} & set(range(place)):
+                kept[:, kv_heads:, edge] *= 30  # values that nobody can overlook
+            kept[:, :, place:] = behind
+            position = torch.full((1,), place, dtype=torch.int64, device=device)
+            seen = kept[:, :, : place + 2]  # as a step gives it: not laid out for itself
+            found += [run(heads, seen, position, width**-0.5, affine, 1e-6, row), kept[:, :, : place + 1]]
+        return found
+
     return kernel_works(
         "sampling goes on without the fused attention, with the same results",
-        lambda: _launch(heads, memory.clone(), position, 0.2, None, 0.0, row),
-        lambda: _plain(heads, memory.clone(), position, 0.2, None, 0.0, row),
+        dtype,
+        lambda: result(_launch, float("nan")),  # nothing is read there
+        lambda: result(_plain, 0.0),
     )

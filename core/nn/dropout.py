@@ -61,7 +61,7 @@ def _by_element(x: Tensor, keys: Tensor, salt: int, threshold: int) -> Tensor:
 
 @torch.library.custom_op("tessera::dropout", mutates_args=(), device_types="cuda")
 def _on_gpu(x: Tensor, keys: Tensor, salt: int, threshold: int) -> Tensor:
-    return (_launch if _kernel_works(x.device) else _by_element)(x, keys, salt, threshold)
+    return (_launch if _kernel_works(x.device, x.dtype) else _by_element)(x, keys, salt, threshold)
 
 
 @_on_gpu.register_fake
@@ -105,14 +105,15 @@ def _launch(x: Tensor, keys: Tensor, salt: int, threshold: int) -> Tensor:
 
 
 @functools.lru_cache(None)
-def _kernel_works(device: torch.device) -> bool:
-    """Tried once per process."""
+def _kernel_works(device: torch.device, dtype: torch.dtype) -> bool:
+    """Tried once per process, with several programs for a sample."""
     keys = torch.arange(-2, 1, device=device)
-    x = torch.ones(3, 5, 7, device=device)
+    x = torch.arange(3 * 41 * 51, device=device).cos().view(3, 41, 51).to(dtype)
     return kernel_works(
         "training goes on without the fused dropout, with the same masks",
-        lambda: _launch(x, keys, 3, 20000),
-        lambda: _by_element(x, keys, 3, 20000),
+        dtype,
+        lambda: [_launch(x, keys, 3, 20000)],
+        lambda: [_by_element(x, keys, 3, 20000)],
     )
 
 

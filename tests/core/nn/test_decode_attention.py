@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from core.nn import decode_attention as module
+from core.nn import gated_norm
 from core.nn.kvcache import KVCache
 from generator import engine
 
@@ -34,7 +35,8 @@ for dtype, limit in ((torch.float32, 1e-5), (torch.bfloat16, 3e-2)):
             done = memory[:, :, : place + 1], filled[:, :, : place + 1]
             torch.testing.assert_close(*done, rtol=limit, atol=limit)
             assert memory[:, :, place + 1 :].isnan().all()
-assert module.works(torch.device("cpu"))
+kinds = (torch.float16, 5, 1, 64, False, True), (torch.bfloat16, 6, 2, 24, True, False), (torch.float32, 3, 1, 48, False, False)
+assert all(module.works(torch.device("cpu"), *kind) for kind in kinds)
 """
 
 
@@ -89,7 +91,7 @@ def test_where_triton_fails_the_plain_operations_go_on(monkeypatch, capsys):
         raise RuntimeError("Failed to find C compiler\nPlease ...")
 
     monkeypatch.setattr(module, "_launch", broken)
-    module.works.cache_clear()
+    module.works.cache_clear(), gated_norm._tell.cache_clear()
     heads, memory = torch.randn(2, 6, 8), torch.randn(2, 4, 5, 8)
     arguments = torch.tensor([3]), 0.2, None, 0.0, None
     found = [module._on_gpu._init_fn(heads, memory.clone(), *arguments) for _ in range(2)]
@@ -98,13 +100,60 @@ def test_where_triton_fails_the_plain_operations_go_on(monkeypatch, capsys):
     module.works.cache_clear()
 
 
+def _hiding(place_hidden):
+    """A kernel that counts the value of one earlier place as zero."""
+
+    def run(heads, memory, position, *others):
+        place, seen = int(position), memory.clone()
+        if place:
+            seen[:, memory.shape[1] // 2 :, place_hidden(place)] = 0
+        module._plain(heads, memory, position, *others)
+        return module._plain(heads, seen, position, *others)
+
+    return run
+
+
+WRONG = {
+    "the last is left out": _hiding(lambda place: place - 1),
+    "the first is left out": _hiding(lambda place: 0),
+    "nothing is stored": lambda heads, memory, *others: module._plain(heads, memory.clone(), *others),
+    "heads are mixed up": lambda heads, memory, *others: module._plain(heads.roll(1, 1), memory, *others),
+    "no norm, no turn": lambda heads, memory, position, scale, *_: module._plain(
+        heads, memory, position, scale, None, 0.0, None
+    ),
+    "another scale": lambda heads, memory, position, scale, *others: module._plain(
+        heads, memory, position, 2 * scale, *others
+    ),
+    "later places are read": None,
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("fault", [None, *WRONG])
+def test_a_wrong_kernel_is_not_used(monkeypatch, capsys, dtype, fault):
+    """Its answer is compared before it is used, in the precision and for the heads that it is used for."""
+
+    def kernel(heads, memory, position, *others):
+        filled = memory if fault == "later places are read" else memory.nan_to_num(0.0)
+        found = (WRONG.get(fault) or module._plain)(heads, filled, position, *others)
+        memory[:, :, int(position)] = filled[:, :, int(position)]
+        return found
+
+    monkeypatch.setattr(module, "_launch", kernel)
+    module.works.cache_clear(), gated_norm._tell.cache_clear()
+    for count, kv_heads, width, normed in ((6, 2, 24, False), (48, 16, 48, True)):
+        assert module.works(torch.device("cpu"), dtype, count, kv_heads, width, normed, not normed) is (fault is None)
+    assert ("it differs by" in capsys.readouterr().err) is (fault is not None)
+    module.works.cache_clear(), gated_norm._tell.cache_clear()
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("queries, width, normed", [(16, 48, True), (16, 64, False), (32, 64, False)])
 def test_the_kernel_on_a_gpu(dtype, queries, width, normed):
     device = torch.device("cuda", 0)
-    assert module.works(device)
+    assert module.works(device, dtype, queries + 32, 16, width, normed, not normed)
     affine = torch.randn(2, queries + 16, width, device=device) if normed else None
     row = None if normed else torch.randn(2, width, device=device)
     limit = 1e-4 if dtype == torch.float32 else 6e-2

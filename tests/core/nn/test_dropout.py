@@ -36,7 +36,7 @@ for shape, dtype in (((3, 7, 5), torch.float32), ((6, 530), torch.bfloat16)):
         torch.testing.assert_close(found, wanted, rtol=0.01, atol=0)
         torch.testing.assert_close(*gradients, rtol=0.01, atol=0)
         assert torch.equal(found == 0, wanted == 0) and 0 < (found == 0).float().mean() < 1
-assert module._kernel_works(torch.device("cpu"))
+    assert module._kernel_works(torch.device("cpu"), dtype)
 """
 
 
@@ -92,7 +92,7 @@ def test_on_a_gpu(dtype):
         results.append([t.cpu() for t in (y.detach(), *torch.autograd.grad(y, x, upstream.to(device)))])
     for found, wanted in zip(*results):
         torch.testing.assert_close(found, wanted, rtol=0.01, atol=0)
-    assert module._kernel_works(torch.device("cuda"))
+    assert module._kernel_works(torch.device("cuda"), dtype)
 
 
 def test_compiled_draws_stay_within_their_tensor():

@@ -32,6 +32,7 @@ for stream, dtype in ((torch.float32,) * 2, (torch.float32, torch.bfloat16), (to
             ulp = 2.0**-7 if torch.bfloat16 in (stream, dtype) else 1e-6
             torch.testing.assert_close(after, wanted, rtol=ulp, atol=ulp)
             torch.testing.assert_close(fused, plain, rtol=4 * ulp, atol=4 * ulp)
+            assert module._works(torch.device("cpu"), stream, dtype, 48, affine, gated)
 assert module.triton_works(torch.device("cpu"))
 """
 
@@ -70,14 +71,14 @@ def test_where_triton_fails_the_plain_operations_go_on(monkeypatch, capsys):
         raise RuntimeError("Failed to find C compiler\nPlease ...")
 
     monkeypatch.setattr(module, "_launch", broken)
-    module.triton_works.cache_clear()
+    module._works.cache_clear(), module._tell.cache_clear()
     x, rows = torch.randn(2, 3, 8), torch.randn(3, 2, 1, 8)
     arguments = rows[0], rows[1], None, None, 1e-6, rows[2], torch.randn(2, 3, 8)
     found = module._on_gpu._init_fn(y := x.clone(), *arguments)
     module._on_gpu._init_fn(x.clone(), *arguments)
     assert torch.equal(found, module._plain(z := x.clone(), *arguments)) and torch.equal(y, z)
     assert capsys.readouterr().err.count("Failed to find C compiler") == 1
-    module.triton_works.cache_clear()
+    module._works.cache_clear()
 
 
 @pytest.mark.gpu
