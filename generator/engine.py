@@ -74,7 +74,8 @@ class Weights:
         return self._casts[id(weight)][1]
 
     def derive(self, name: str, function: Callable[[], Tensor]) -> Tensor:
-        """function(), computed once, and again in the same place when weights have changed."""
+        """function(), computed once, and again in the same place when weights have changed. It is kept as long as this: it must
+        hold nothing of one batch."""
         if name not in self._derived:
             self._derived[name] = function(), function
         return self._derived[name][0]
@@ -102,11 +103,11 @@ class Weights:
 
     def _pad(self, module: SwiGLU, copied: Any) -> None:
         """Give the copy the padded weights that the original makes for every call."""
-        parts = zip(("w12", "w12", "w3"), ("weight", "bias", "weight"), range(3))
+        parts, dtype = zip(("w12", "w12", "w3"), ("weight", "bias", "weight"), range(3)), self.dtype
         for layer, name, index in parts:
             if getattr(module, layer)._parameters[name] is not None:
                 padded = self.derive(
-                    f"{layer}.{name} of {id(module)}", lambda index=index: module.padded(self.dtype)[index].detach()
+                    f"{layer}.{name} of {id(module)}", lambda index=index: module.padded(dtype)[index].detach()
                 )
                 copied._modules[layer]._parameters[name] = padded
         copied.hidden = copied.w3.weight.shape[1]

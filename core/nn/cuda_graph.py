@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import sys
+import weakref
 from collections.abc import Callable, Hashable
 from typing import Any
 
@@ -70,6 +71,12 @@ class Replayed:
             held.copy_(value)
         self.graph.replay()
         return self.output
+
+
+def of(owner: Any, method: Callable[..., Any], *arguments: Any) -> Callable[..., Any]:
+    """method(owner, *arguments, ...) for `owner` itself to hold. A bound method would keep it alive, and with it gigabytes of
+    a GPU, until Python happens to look for objects that only refer to each other."""
+    return functools.partial(method, weakref.proxy(owner), *arguments)
 
 
 def addresses(module: nn.Module) -> tuple[int, ...]:

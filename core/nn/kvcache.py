@@ -80,7 +80,7 @@ class KVCache:
         shape = (length, -(-length // ALIGNED) * ALIGNED)
         masked = masked and static
         self.hidden = torch.full(shape, -torch.inf, device=device, dtype=dtype).triu(1) if masked else None
-        self.layers = [LayerCache(self, index) for index in range(layers)]
+        self.depth = layers
 
     def seek(self, start: int) -> None:
         """The next step begins at this place; what lies behind it is forgotten. seek(0) reuses the cache."""
@@ -107,7 +107,7 @@ class KVCache:
             self.causal = self.start == 0
             if not self.causal:
                 self.mask = torch.ones(count, stop, dtype=torch.bool, device=device).tril(self.start)
-        return self.layers
+        return [LayerCache(self, index) for index in range(self.depth)]  # kept, they would keep this cache
 
     def rope(self, table: Rope) -> Rope:
         """The rows of a rotary table (length, d) for the new positions."""

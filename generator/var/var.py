@@ -26,7 +26,7 @@ from core.errors import UserError
 from core.limits import Count, Layers, Positive, Rate, Share, Whole, Width
 from core.nn.attention import Attention
 from core.nn.blockcausal import prepare
-from core.nn.cuda_graph import Replayed, cuda_graphs_work
+from core.nn.cuda_graph import Replayed, cuda_graphs_work, of
 from core.nn.dropout import drop_path, path_factors
 from core.nn.embed import LabelEmbedding, resize_rows
 from core.nn.gated_norm import gated_norm
@@ -457,7 +457,7 @@ class Passes:
         self.blocks, self.head = weights.copy(model.blocks), weights.copy(model.head)
         self.shared, self.head_ada_lin = weights.copy(model.shared_ada_lin), weights.copy(model.head_ada_lin)
         self.heads = [Heads(block.attn, weights, index) for index, block in enumerate(model.blocks)]
-        self.places = weights.derive("places", self._places)
+        self.places = weights.derive("places", lambda: Passes._places(model))
         self.cache = KVCache(
             model.depth, rows, model.heads, model.ends[-1], width // model.heads, device=device, dtype=weights.dtype
         )
@@ -468,14 +468,12 @@ class Passes:
         self.plus_one = torch.zeros(6, 1, device=device)
         self.plus_one[2:4] = 1
         wrap = wrap or (lambda function: function)
-        self.begin = wrap(self._begin)
-        self.scales = [
-            wrap(functools.partial(self._scale, start, end)) for start, end in zip((0, *model.ends), model.ends)
-        ]
+        self.begin = wrap(of(self, Passes._begin))
+        self.scales = [wrap(of(self, Passes._scale, start, end)) for start, end in zip((0, *model.ends), model.ends)]
 
-    def _places(self) -> Tensor:
+    @staticmethod
+    def _places(model: VAR) -> Tensor:
         """(L, D): level and position of every token, and what only the first scale has."""
-        model = self.model
         return F.pad(model.pos_start[0], (0, 0, 0, model.ends[-1] - model.ends[0])) + (
             model.lvl_embed(model.lvl_1L[0]) + model.pos_1LC[0]
         )
@@ -528,13 +526,9 @@ class Heads:
     def __init__(self, attention: Attention, weights: Weights, index: int):
         self.qkv, self.scale, self.count = weights.copy(attention.qkv), attention.scale, attention.heads
         self.dim, self.normed = attention.head_dim, attention.qk_norm == "l2"
-        self.bias = weights.derive(
-            f"bias {index}",
-            lambda: torch.cat((attention.q_bias, torch.zeros_like(attention.v_bias), attention.v_bias)).to(
-                weights.dtype
-            ),
-        )
-        self.factor = weights.derive(f"factor {index}", lambda: self._factor(attention)) if self.normed else None
+        parts, dtype = (attention.q_bias, torch.zeros_like(attention.v_bias), attention.v_bias), weights.dtype
+        self.bias = weights.derive(f"bias {index}", lambda: torch.cat(parts).to(dtype))
+        self.factor = weights.derive(f"factor {index}", lambda: Heads._factor(attention)) if self.normed else None
 
     @staticmethod
     def _factor(attention: Attention) -> Tensor:

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import copy
+import gc
+import weakref
+from unittest import mock
 
 import pytest
 import torch
 
 from core.nn import decode_attention
+from core.nn.kvcache import KVCache
 from core.rng import Draws
 from core.specs import Guidance
 from core.train.ema import Ema
@@ -159,6 +163,30 @@ def test_training_gives_the_memory_back(model):
     assert model._weights.value is not None
     model.train()
     assert model._weights.value is None and model._state.value is None
+
+
+def test_what_is_replaced_is_freed_at_once(model):
+    """Not when Python next looks for objects that only refer to each other: on a GPU these are gigabytes."""
+    held: list[weakref.ref] = []
+
+    def remember(cache: KVCache, *arguments, **options) -> None:
+        make(cache, *arguments, **options)
+        held.append(weakref.ref(cache.memory))
+
+    make = KVCache.__init__
+    gc.collect(), gc.disable()
+    try:
+        with mock.patch.object(KVCache, "__init__", remember):
+            sample(model)
+            state = weakref.ref(model._state.value) if model._state.value is not None else None
+            first = len(held)
+            model.sample(torch.tensor([0]), Draws(0, torch.arange(1)))
+        assert first and not any(memory() is not None for memory in held[:first]) and (state is None or state() is None)
+        weights = weakref.ref(model._weights.value)
+        model.train()
+        assert weights() is None and not any(memory() is not None for memory in held)
+    finally:
+        gc.enable()
 
 
 def test_a_second_call_casts_nothing(model):
