@@ -37,12 +37,14 @@ class Stage:
         share: seconds of 480 that it may take; up to twice as many from half of what earlier stages left of theirs.
         command: (check) -> words after the interpreter.
         summary: (log, exit code or None where time ran out) -> one line.
+        needs: packages without which it is not begun.
     """
 
     name: str
     share: float
     command: Callable[[Check], list[str]]
     summary: Callable[[str, int | None], str]
+    needs: tuple[str, ...] = ()
 
 
 @dataclass
@@ -79,6 +81,8 @@ class Check:
             )
         record = {"machine": machine, "rehearsal": self.rehearse, "stages": {}, **record}
         print(", ".join(f"{key} {value}" for key, value in machine.items()), flush=True)
+        for package, loss in lacking(wanted).items():
+            print(f"not installed: {package} ({loss})", flush=True)
         counting = self._count_aside() if "benchmark" in wanted else []
         spare = 0.0
         try:
@@ -91,7 +95,10 @@ class Check:
                     spare += share
                     continue
                 left = self.seconds - (time.monotonic() - began)
-                done = self._stage(stage, left, share + min(share, max(0.0, spare / 2)))
+                if package := next((name for name in stage.needs if not gpu_stages.is_installed(name)), None):
+                    done = {"status": "not begun", "summary": f"no package {package}", "seconds": 0.0}
+                else:
+                    done = self._stage(stage, left, share + min(share, max(0.0, spare / 2)))
                 spare += share - done["seconds"]
                 record["stages"][stage.name] = done
                 self._write(record)
@@ -188,13 +195,24 @@ def describe(device: str) -> dict[str, str]:
             "at toy size."
         )
     name = torch.cuda.get_device_name() if device == "cuda" else f"{platform.machine()} CPU"
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True)
-    return {
-        "device": name,
-        "torch": torch.__version__,
-        "python": platform.python_version(),
-        "commit": commit.stdout.strip(),
-    }
+    commit = ""
+    with contextlib.suppress(FileNotFoundError):  # no git
+        words = ["git", "rev-parse", "--short", "HEAD"]
+        commit = subprocess.run(words, cwd=ROOT, capture_output=True, text=True).stdout.strip()
+    return {"device": name, "torch": torch.__version__, "python": platform.python_version(), "commit": commit}
+
+
+def lacking(wanted: list[str]) -> dict[str, str]:
+    """Packages that are not installed -> what is lost without them. All other optional ones are asked for by no stage."""
+    missing: dict[str, str] = {}
+    for stage in STAGES:
+        for package in stage.needs:
+            if stage.name in wanted and not gpu_stages.is_installed(package):
+                before = missing.get(package, "not begun:")
+                missing[package] = f"{before} {stage.name}"
+    if "train" in wanted and "train" not in " ".join(missing.values()):
+        missing |= {p: gpu_stages.WITHOUT_LPIPS for p in gpu_stages.LPIPS_PACKAGES if not gpu_stages.is_installed(p)}
+    return missing
 
 
 def _sentences(record: dict[str, Any]) -> Iterator[str]:
@@ -275,13 +293,14 @@ def _of_worker(log: str, code: int | None) -> str:
     return "; ".join(sentences) if sentences else _last_line(log, code)
 
 
+CONFIGS = ("omegaconf",)
 STAGES = (
-    Stage("tests", 75, _tests, _of_tests),
+    Stage("tests", 75, _tests, _of_tests, ("pytest",)),
     Stage("parity_fp32", 80, _parity("fp32"), _of_parity),
     Stage("parity_bf16", 50, _parity("bf16"), _of_parity),
     Stage("graphs", 40, _worker("graphs"), _of_worker),
-    Stage("compile", 75, _worker("compile"), _of_worker),
-    Stage("train", 75, _worker("train"), _of_worker),
-    Stage("benchmark", 480, _worker("benchmark"), _of_worker),
+    Stage("compile", 75, _worker("compile"), _of_worker, CONFIGS),
+    Stage("train", 75, _worker("train"), _of_worker, CONFIGS),
+    Stage("benchmark", 480, _worker("benchmark"), _of_worker, CONFIGS),
 )
 NAMES = tuple(stage.name for stage in STAGES)

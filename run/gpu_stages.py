@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import gc
+import importlib.metadata
 import json
+import os
 import subprocess
 import sys
 import time
@@ -18,7 +21,6 @@ import torch
 from torch import Tensor
 
 from core.devices import Peak
-from core.errors import UserError
 from core.rng import Draws
 from core.schema import RunConfig
 from core.specs import Guidance
@@ -140,13 +142,22 @@ def compiled(device: torch.device, rehearse: bool, folder: Path) -> int:
         for path, tokenizer in pairs:
             overrides = [f"train.precision={precision}", "data.cache_latents=false"]
             config = benchmark.read_config(str(ROOT / path), overrides if tokenizer else overrides[:1], tokenizer)
-            eager, fast = (_losses(config, device, 8, on) for on in (False, True))
+            try:
+                eager, fast = (_losses(config, device, 8, on) for on in (False, True))
+            except Exception as error:  # whatever a compiler may raise: the others are still to be compared
+                wrong += 1
+                say(f"{config.name} {precision} does not run: {_one_line(error)}")
+                continue
             first, *later = (abs(a - b) / max(abs(a), 1e-6) for a, b in zip(eager, fast))
             error, good = max(first, *later), first <= CLOSE[precision] and all(e <= LATER[precision] for e in later)
             wrong += not good
             print(f"{config.name} {precision}: {eager} eager, {fast} compiled", flush=True)
             say(f"{config.task} {precision} within {error:.1e}" + ("" if good else " (too much)"))
     return 1 if wrong else 0
+
+
+def _one_line(error: BaseException) -> str:
+    return f"{type(error).__name__}: {str(error).strip().splitlines()[0][:150] if str(error).strip() else ''}"
 
 
 def _losses(config: RunConfig, device: torch.device, batch: int, on: bool) -> list[float]:
@@ -166,11 +177,25 @@ def _losses(config: RunConfig, device: torch.device, batch: int, on: bool) -> li
 # ---------------------------------------------------------------------------------------------------------------------
 # Real training
 # ---------------------------------------------------------------------------------------------------------------------
+LPIPS_PACKAGES = ("ndf", "lpips")  # of the perceptual loss that needs no download
+UNTRAINED_LPIPS = "objective.perceptual={lpips_squeeze: {weight: 1.0, pretrained: false}}"
+WITHOUT_LPIPS = "train: its perceptual loss has random weights"
+
+
+def is_installed(package: str) -> bool:
+    with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+        return bool(importlib.metadata.distribution(package))
+    return False
+
+
 def train(device: torch.device, rehearse: bool, folder: Path) -> int:
     """A tokenizer, then a generator on what it made, by the training program on embedded pictures."""
     steps = 4 if rehearse else 60
     common = [f"train.device={device.type}", f"train.duration={steps}step", f"train.log_every={max(1, steps // 6)}step"]
     common += ["data.workers=0", "train.preview_every=never", f"train.checkpoint_every={steps}step"]
+    plain = [] if rehearse or all(map(is_installed, LPIPS_PACKAGES)) else [UNTRAINED_LPIPS]
+    if plain:
+        say(WITHOUT_LPIPS)
     if rehearse:
         recipes, more = ("configs/toy/fqgan_tokenizer.yaml", "configs/toy/far.yaml"), []
     else:
@@ -181,7 +206,7 @@ def train(device: torch.device, rehearse: bool, folder: Path) -> int:
     for path in recipes:
         config = load_config(str(ROOT / path), [])
         words = [str(ROOT / path), f"work_dir={runs}", f"data.cache_dir={runs}/cache", *common, *more]
-        words += [f"tokenizer.weights={tokenizer}"] if tokenizer else []
+        words += [f"tokenizer.weights={tokenizer}"] if tokenizer else plain
         began = time.perf_counter()
         done = subprocess.run([sys.executable, "-m", "scripts.train", *words], cwd=ROOT)
         if done.returncode:
@@ -313,14 +338,18 @@ def measure(device: torch.device, rehearse: bool, folder: Path) -> int:
         job = benchmark.Job(config, [], [], device, guide, warmup=1, repeats=3 if rehearse else 7, seconds=SECONDS)
         try:
             row = benchmark.measure(job, config, wanted.what, wanted.what, wanted.batch, wanted.mode, "counted aside")
-        except (UserError, RuntimeError) as error:  # out of memory is one
+        except Exception as error:  # whatever a compiler or a library may raise: the other rows are still wanted
             bad += not isinstance(error, torch.OutOfMemoryError)
-            reason = "out of memory" if isinstance(error, torch.OutOfMemoryError) else str(error).splitlines()[0]
+            reason = "out of memory" if isinstance(error, torch.OutOfMemoryError) else _one_line(error)
             _append(path, {"key": wanted.key, "failed": reason})
             print(f"{wanted.key}: {reason}", flush=True)
+            if "CUDA error" in str(error):  # from here on everything would fail in this process
+                sys.stdout.flush()
+                os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
             continue
         finally:
             torch._dynamo.reset()
+            gc.collect()  # networks refer to what they keep, and that to them
             if device.type == "cuda":
                 torch.cuda.empty_cache()
         peak, source = peak_here(row.device, device, row.precision)

@@ -14,6 +14,7 @@ Stages, each with its share of the time, in a process of its own:
   train         60 steps of a tokenizer, then of a generator on what it made, on embedded emoji
   benchmark     pictures per second of all five systems beside their floors: sampling at batch 1, 64 and 256, then encoding
                 and decoding, then training steps
+compile, train and benchmark read configs, with the package omegaconf, and tests needs pytest: without them these are not begun.
 A stage that fails or runs out of time says so, and the next one begins; later stages get some of what earlier ones leave of
 their time. Everything is kept in --out, with a log per stage beside it: the same command goes on where this one stopped. At
 the end a section of --markdown gets the tables.

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import json
 import re
+import sys
 
 import pytest
 import torch
@@ -12,6 +14,7 @@ from core.errors import UserError
 from run import benchmark, gpu_check, gpu_stages
 from run.floors import Work
 from run.gpu_check import Check, Stage
+from run.load import build_tokenizer_task, load_config
 from scripts.gpu_check import main
 from tests.conftest import ROOT, shell
 
@@ -117,6 +120,65 @@ def test_another_machine_does_not_go_on(check, monkeypatch):
     monkeypatch.setattr(gpu_check, "describe", lambda device: {"device": "another"})
     with pytest.raises(UserError, match="another machine, torch or code.*--again"):
         check(good=(60, "pass"))
+
+
+def test_what_is_not_installed_is_told_first(tmp_path, monkeypatch, capsys):
+    """A stage that needs it is not begun, and costs no time."""
+    stages = tuple(
+        Stage(name, 60, lambda _: ["-c", "pass"], gpu_check._last_line, needs)
+        for name, needs in (("needy", ("no-such-package",)), ("train", ()))
+    )
+    monkeypatch.setattr(gpu_check, "STAGES", stages)
+    monkeypatch.setattr(gpu_stages, "LPIPS_PACKAGES", ("no-such-weights",))
+    out = tmp_path / "results.json"
+    assert Check("cpu", True, out, tmp_path / "b.md", 480).run(["needy", "train"], False) == 1
+    found = json.loads(out.read_text())["stages"]
+    assert found["needy"] == {"status": "not begun", "summary": "no package no-such-package", "seconds": 0.0}
+    assert found["train"]["status"] == "passed"
+    printed = capsys.readouterr().out
+    assert "not installed: no-such-package (not begun: needy)" in printed and f"({gpu_stages.WITHOUT_LPIPS})" in printed
+
+
+def test_a_tokenizer_trains_without_the_packages_of_its_loss(monkeypatch):
+    def nothing(name):
+        raise importlib.metadata.PackageNotFoundError(name)
+
+    monkeypatch.setattr(importlib.metadata, "distribution", nothing)
+    config = load_config(str(ROOT / "configs/quickstart/fqgan/tokenizer.yaml"), [gpu_stages.UNTRAINED_LPIPS])
+    assert build_tokenizer_task(config).objective is not None
+    assert not gpu_stages.is_installed("torch")
+
+
+def test_one_row_that_fails_leaves_the_others(tmp_path, monkeypatch):
+    """Whatever was raised. Where the device is lost, the rest is measured by a process that begins anew."""
+    wanted = [gpu_stages.Wanted("rectok", "tokenizer", what, 2) for what in ("train", "decode", "encode")]
+    monkeypatch.setattr(gpu_stages, "rows_wanted", lambda rehearse: wanted)
+    errors = iter((TypeError("another torch"), RuntimeError("CUDA error: an illegal memory access")))
+    begun: list[list[str]] = []
+
+    def replaced(program, words):
+        begun.append(words)
+        raise SystemExit
+
+    def fails(*_):
+        raise next(errors)
+
+    monkeypatch.setattr(benchmark, "measure", fails)
+    monkeypatch.setattr(gpu_stages.os, "execv", replaced)
+    with pytest.raises(SystemExit):
+        gpu_stages.measure(torch.device("cpu"), True, tmp_path)
+    records = gpu_stages._lines(tmp_path / "rows.jsonl")
+    assert [r.get("failed", "") for r in records if "failed" in r] == [
+        "TypeError: another torch",
+        "RuntimeError: CUDA error: an illegal memory access",
+    ]
+    assert len(records) == 4 and begun[0][1:] == sys.orig_argv[1:]
+
+
+def test_a_compiler_that_fails_leaves_the_other_comparisons(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(gpu_stages, "_losses", lambda *_: 1 / 0)
+    assert gpu_stages.compiled(torch.device("cpu"), True, tmp_path) == 1
+    assert "toy_far fp32 does not run: ZeroDivisionError" in capsys.readouterr().out
 
 
 def test_a_section_is_replaced(tmp_path):
