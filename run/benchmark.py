@@ -46,6 +46,18 @@ IMAGENET = 1_281_167
 TITLES = "| config | what | mode | batch | img/s | FLOPs/img | MFU | floor img/s | memory | first | precision | device | torch |"
 HEADER = [title.strip() for title in TITLES.strip("|").split("|")]
 PRINTED = HEADER[1:10]
+PAIR_TITLES = (
+    "| config | what | mode | batch | time | against | times as fast | quartiles | precision | device | torch |"
+)
+# Other ways to do the same work, which a row may be timed in turn with.
+WAYS = {
+    "eager": "without torch.compile",
+    "nchw": "every convolution with the pixels of a channel side by side",
+    "nhwc": "every convolution with the channels of a pixel side by side",
+    "uncached": "with the whole sequence computed anew for every code",
+    "fresh": "with no weights, caches and recordings kept from call to call",
+}
+LAYOUTS = {"nchw": torch.contiguous_format, "nhwc": torch.channels_last}
 
 
 @dataclass
@@ -73,6 +85,7 @@ class Job:
     repeats: int = 10
     seconds: float = float("inf")  # of a row: fewer repeats where a call takes long, one at least
     against: Originals | None = None  # timed in turn with ours
+    versus: str | None = None  # one of WAYS, timed in turn instead
 
     def variants(self) -> Iterator[tuple[str, str, RunConfig]]:
         """(word, its name in the table, config) of everything to measure."""
@@ -110,11 +123,20 @@ def check(job: Job) -> None:
     if job.steps and "steps" not in TOKENIZERS.signature(tokenizer):
         raise UserError(f"--decode-steps: {tokenizer} decodes in one pass; leave the option out")
     if job.config.task == "tokenizer":
+        if job.versus in ("uncached", "fresh"):
+            raise UserError(
+                f"--versus {job.versus}: only sampling is done in this way, and {job.config.name} is a tokenizer"
+            )
         return
     assert job.config.generator is not None
     name = job.config.generator["name"]
-    if "uncached" in job.wanted and "cached" not in inspect.signature(GENERATORS.get(name).sample).parameters:
-        raise UserError(f"--what uncached: {name} samples in one way only; leave the word out")
+    if (
+        "uncached" in (*job.wanted, job.versus)
+        and "cached" not in inspect.signature(GENERATORS.get(name).sample).parameters
+    ):
+        raise UserError(f"uncached: {name} samples in one way only; leave the word out")
+    if job.versus == "uncached" and set(job.wanted) != {"generate"}:
+        raise UserError("--versus uncached: add --what generate, the only thing that is done in this way")
     if "stream" in job.wanted:
         task = random_task(job.config, torch.device("meta"))
         assert isinstance(task, GeneratorTask)
@@ -243,46 +265,63 @@ class Timing:
 
     Attributes:
         results: what the timed calls returned.
-        theirs: median of the original's calls, each after one of ours.
+        theirs: median of the calls that were timed in turn with ours.
+        ratios: of theirs to ours, turn by turn.
     """
 
     first: float
     median: float
     results: list[Any]
     theirs: float | None = None
+    ratios: list[float] = field(default_factory=list)
 
 
-def timed(call: Callable[[], Any], job: Job | Effort, theirs: Callable[[], float] | None = None) -> Timing:
-    """Time `call`, and `theirs`, which tells its seconds itself, in turn with it."""
+Clock = Callable[[], float]
 
-    def once() -> tuple[float, Any]:
-        synchronize(job.device)
-        started = time.perf_counter()
-        result = call()
-        synchronize(job.device)
-        return time.perf_counter() - started, result
 
-    first, _ = once()
-    if theirs:
-        theirs()
+def steady_clock(device: torch.device) -> Clock:
+    """The process's own time where one thread does everything, so that other programs on the machine count less."""
+    return time.process_time if device.type == "cpu" and torch.get_num_threads() == 1 else time.perf_counter
+
+
+def once(call: Callable[[], Any], device: torch.device, clock: Clock) -> tuple[float, Any]:
+    """(seconds, result)."""
+    synchronize(device)
+    started = clock()
+    result = call()
+    synchronize(device)
+    return clock() - started, result
+
+
+def timed(
+    call: Callable[[], Any],
+    job: Job | Effort,
+    theirs: Callable[[], float] | None = None,
+    clock: Clock = time.perf_counter,
+) -> Timing:
+    """Time `call`, and `theirs`, which tells its seconds itself, in turn with it; every second turn theirs begins."""
+
+    def turn(theirs_first: bool = False) -> tuple[float, Any, float]:
+        before = theirs() if theirs and theirs_first else 0.0
+        ours = once(call, job.device, clock)
+        return *ours, theirs() if theirs and not theirs_first else before
+
+    first, _, their_first = turn()
     warmup, repeats = job.warmup, job.repeats
-    if job.seconds < (warmup + repeats) * first:  # the first call may have compiled: the second tells
-        second, _ = once()
-        warmup = 0
-        repeats = max(1, min(repeats, int((job.seconds - first) / max(second, 1e-9)) - 1))
+    if job.seconds < (warmup + repeats) * (first + their_first):  # the first may have compiled: the second tells
+        second, _, their_second = turn()
+        warmup, left = 0, job.seconds - first - their_first
+        repeats = max(1, min(repeats, int(left / max(second + their_second, 1e-9)) - 1))
     for _ in range(warmup):
-        once()
-        if theirs:
-            theirs()
+        turn()
     if job.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(job.device)
-    ours, others = [], []
-    for _ in range(repeats):
-        ours.append(once())
-        if theirs:
-            others.append(theirs())
-    seconds, results = zip(*ours)
-    return Timing(first, statistics.median(seconds), list(results), statistics.median(others) if others else None)
+    seconds, results, others = zip(*(turn(index % 2 == 1) for index in range(repeats)))
+    timing = Timing(first, statistics.median(seconds), list(results))
+    if theirs:
+        timing.theirs = statistics.median(others)
+        timing.ratios = [other / ours for ours, other in zip(seconds, others)]
+    return timing
 
 
 @dataclass
@@ -296,7 +335,9 @@ class Row:
         memory: bytes, at most.
         work, floor: what the call asks for, and how long that takes at least; None where it could not be counted.
         first_preview: share of the time after which a stream shows something.
-        theirs: seconds of the original's call.
+        theirs: seconds of the call that was timed in turn: the original's, or of ours done in another way.
+        versus: which of WAYS that is; None for the original.
+        ratios: of theirs to ours, turn by turn.
     """
 
     config: str
@@ -312,6 +353,8 @@ class Row:
     floor: Floor | None = None
     first_preview: float | None = None
     theirs: float | None = None
+    versus: str | None = None
+    ratios: list[float] = field(default_factory=list)
     torch: str = field(default_factory=lambda: torch.__version__.split("+")[0])
 
     @property
@@ -346,13 +389,23 @@ class Row:
             cells["floor img/s"] = f"{self.batch / self.floor.seconds:.4g} ({self.floor.bound}{probed})"
         return cells
 
+    @property
+    def times(self) -> float:
+        """How many times as fast as what was timed in turn: the median over turns."""
+        return statistics.median(self.ratios)
+
+    def pair_cells(self) -> list[str]:
+        """Its line below PAIR_TITLES."""
+        low, _, high = statistics.quantiles(self.ratios, n=4) if len(self.ratios) > 1 else self.ratios * 3
+        cells, quartiles = self.cells(), f"{low:.2f} to {high:.2f}"
+        where = [cells[name] for name in ("config", "what", "mode", "batch")]
+        machine = [cells[name] for name in ("precision", "device", "torch")]
+        return [*where, f"{1000 * self.seconds:.4g} ms", str(self.versus), f"{self.times:.2f}", quartiles, *machine]
+
     def record(self) -> dict[str, Any]:
-        record = {name: value for name, value in asdict(self).items() if value is not None}
-        return {
-            **record,
-            "img_per_s": self.speed,
-            **({"times_original": self.theirs / self.seconds} if self.theirs else {}),
-        }
+        record = {name: value for name, value in asdict(self).items() if value not in (None, [])}
+        told = "times_other" if self.versus else "times_original"
+        return {**record, "img_per_s": self.speed, **({told: self.times} if self.ratios else {})}
 
 
 def compile_as_the_programs(task: Any, config: RunConfig, mode: str, device: torch.device) -> bool:
@@ -369,11 +422,17 @@ def compile_as_the_programs(task: Any, config: RunConfig, mode: str, device: tor
     return False
 
 
-def measure(job: Job, config: RunConfig, what: str, label: str, batch: int, mode: str, work: Work | str) -> Row:
-    """One row of the table. `label` names it, `work` is what `count` gave."""
+def make_ready(
+    job: Job, config: RunConfig, what: str, batch: int, mode: str, way: str | None = None
+) -> tuple[Any, Callable[[], Any], bool]:
+    """(task, what to time, whether it is compiled), done in the product's way or in another of WAYS."""
     config, device = copy.deepcopy(config), job.device
+    mode = "eager" if way == "eager" else mode
     compiled = config.train.compile if mode == "config" else mode == "compiled"
     task = random_task(copy.deepcopy(config), device, job.guide)
+    if way in LAYOUTS:
+        for network in networks_of(task):
+            network.to(memory_format=LAYOUTS[way])
     if what == "train":
         config.train.compile = compiled
         call = make_step(task, config, batch, device)
@@ -381,12 +440,25 @@ def measure(job: Job, config: RunConfig, what: str, label: str, batch: int, mode
         for network in networks_of(task):
             network.eval().requires_grad_(False)  # as run.load gives finished networks
         compiled = compile_as_the_programs(task, config, mode, device)
-        call = make_call(task, config, what, batch, device)
+        call = make_call(task, config, "uncached" if way == "uncached" else what, batch, device)
+    if way == "fresh" and what != "train" and isinstance(task, GeneratorTask):
+        return task, lambda: (task.generator.train().eval(), call())[1], compiled
+    return task, call, compiled
+
+
+def measure(job: Job, config: RunConfig, what: str, label: str, batch: int, mode: str, work: Work | str) -> Row:
+    """One row of the table. `label` names it, `work` is what `count` gave."""
+    config, device, clock = copy.deepcopy(config), job.device, time.perf_counter
+    task, call, compiled = make_ready(job, config, what, batch, mode)
     theirs = None
     if job.against:
         request = asked(config, task.tokenizer.spec.sizes(), what, batch, device)
         theirs = job.against.open(request)
-    timing = timed(call, job, theirs)
+    elif job.versus:
+        clock = steady_clock(device)
+        _, other, _ = make_ready(job, config, what, batch, mode, job.versus)
+        theirs = lambda: once(other, device, clock)[0]
+    timing = timed(call, job, theirs, clock)
     name = device_name(device)
     return Row(
         config=config.name,
@@ -402,6 +474,8 @@ def measure(job: Job, config: RunConfig, what: str, label: str, batch: int, mode
         floor=None if isinstance(work, str) else Floor.of(work, *peak_here(name, device, config.train.precision)),
         first_preview=statistics.median(s.first_share for s in timing.results) if what == "stream" else None,
         theirs=timing.theirs,
+        versus=job.versus if timing.theirs else None,
+        ratios=timing.ratios,
     )
 
 
@@ -413,8 +487,8 @@ def run(job: Job) -> list[Row]:
     rows: list[Row] = []
     for what, label, config in job.variants():
         for batch in job.batches:
-            work = count(config, job.guide, what, batch)
-            if isinstance(work, str):
+            work = "of ratios alone" if job.versus else count(config, job.guide, what, batch)
+            if isinstance(work, str) and not job.versus:
                 print(f"note: FLOPs of {label} could not be counted ({work})", file=sys.stderr)
             for mode in job.modes:
                 try:
@@ -447,7 +521,8 @@ def comparisons(rows: list[Row]) -> Iterator[str]:
         if row.first_preview is not None:
             yield f"stream, {where}: first preview after {100 * row.first_preview:.0f} % of the time to the whole picture"
         if row.theirs:
-            yield f"{row.what}, {where}: {row.theirs / row.seconds:.2f} times as fast as the original ({row.theirs:.3g} s)"
+            other = WAYS[row.versus] if row.versus else "the original"
+            yield f"{row.what}, {where}: {row.times:.2f} times as fast as {other} ({row.theirs:.3g} s)"
 
 
 def append_json(path: Path, rows: list[Row], command: str) -> None:
@@ -463,21 +538,24 @@ def table_lines(rows: list[Row]) -> list[str]:
 
 
 def append_rows(path: Path, rows: list[Row], arguments: list[str]) -> None:
-    """Add rows to the last table of a markdown file that has our header; a new section with one where there is none.
+    """Add rows to the last table of a markdown file that has our header; a new section with one where there is none. Rows
+    that were timed in turn with another way have a table of their own.
 
     Args:
         arguments: of the command, for the section's heading.
     """
-    lines = table_lines(rows)
+    titles, lines = TITLES, table_lines(rows)
+    if any(row.versus for row in rows):
+        titles, lines = PAIR_TITLES, ["| " + " | ".join(row.pair_cells()) + " |" for row in rows if row.versus]
     with explain_os_errors(path):
         text = path.read_text() if path.is_file() else "# Benchmarks\n"
     kept = text.rstrip("\n").split("\n")
-    if TITLES in kept:
-        end = len(kept) - 1 - kept[::-1].index(TITLES)
+    if titles in kept:
+        end = len(kept) - 1 - kept[::-1].index(titles)
         while end < len(kept) and kept[end].startswith("|"):
             end += 1
         kept[end:end] = lines
     else:
         command = f"`python -m scripts.benchmark {shlex.join(arguments)}`"
-        kept += ["", command, "", TITLES, "|" + "---|" * len(HEADER), *lines]
+        kept += ["", command, "", titles, "|" + "---|" * (titles.count("|") - 1), *lines]
     write_atomic(path, "\n".join(kept) + "\n")

@@ -24,6 +24,15 @@ sampling program does, and DiT^DH with classifier-free guidance alone. Not compa
 need weights), stream and uncached. Ratios are printed and kept by --json. run/originals.py names every module and call that
 is expected; it was written without the originals' code and has only been tried on stand-ins of the same names.
 
+--versus WAY times the same call done in another way too, in the same process and in turn, and tells how many times as fast ours
+is: the median over the turns, which what else the machine does hardly moves. On one thread of a CPU the process's own time
+counts. WAY is one of
+  eager         without torch.compile; with --mode compiled
+  nchw, nhwc    kernels of convolutions with the pixels of a channel, or the channels of a pixel, side by side
+  uncached      of generate: the whole sequence computed anew for every code
+  fresh         of sampling: no weights, caches and recordings are kept from call to call
+--markdown then fills a table of these ratios.
+
 --decode-steps 8,16 measures decode once for each number of steps, where the tokenizer decodes in steps. Columns:
 
   img/s         batch / median time of --repeats calls after --warmup, the device synchronised around each
@@ -82,6 +91,7 @@ def main(arguments: list[str]) -> int:
     parser.add_argument(
         "--against", metavar="DIR", help="checkout of the original's repository, timed in turn with ours"
     )
+    parser.add_argument("--versus", metavar="WAY", help="eager, nchw, nhwc, uncached or fresh, timed in turn with ours")
     parser.add_argument("--markdown", help="file whose table gets the rows")
     parser.add_argument("--json", help="file whose list gets the rows, in numbers")
     options = command_line.within(parser.parse_intermixed_args(arguments))
@@ -98,6 +108,12 @@ def main(arguments: list[str]) -> int:
     from core import dist
     from run import against, benchmark
 
+    if options.versus and options.versus not in benchmark.WAYS:
+        raise UserError(f'--versus: "{options.versus}" is not known.{nearest(options.versus, benchmark.WAYS)}')
+    if options.versus and options.against:
+        raise UserError("--versus and --against: one of them at a time is timed in turn with ours")
+    if options.versus == "eager" and options.mode != "compiled":
+        raise UserError("--versus eager: add --mode compiled, or both sides are the same")
     overrides = [*options.overrides, *([f"train.precision={options.precision}"] if options.precision else [])]
     config = benchmark.read_config(options.config, overrides, options.tokenizer_config)
     if config.task == "tokenizer":
@@ -114,6 +130,7 @@ def main(arguments: list[str]) -> int:
         options.repeats,
         options.seconds,
         against.Originals(options.against) if options.against else None,
+        options.versus,
     )
     benchmark.check(job)
     rows = benchmark.run(job)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import itertools
 import json
+import statistics
 
 import pytest
 import torch
@@ -226,7 +227,7 @@ def test_both_sides_in_one_run(checkout, tmp_path, capsys, monkeypatch):
     (folder / "modeling" / "rear.py").write_text((folder / "modeling" / "rar.py").read_text().replace("RAR", "reAR"))
     assert main(words) == 0
     (row,) = json.loads(record.read_text())
-    assert row["times_original"] == pytest.approx(row["theirs"] / row["seconds"])
+    assert row["times_original"] == statistics.median(row["ratios"]) and len(row["ratios"]) == 2
     assert "generate, batch 2, eager:" in (out := capsys.readouterr().out) and "times as fast as the original" in out
     # one to see that it runs, one for ours' first, then warm-up and repeats; reAR's own cache does not run
     assert [call[0] for call in noted()] == ["reAR"] + ["generate"] * 5

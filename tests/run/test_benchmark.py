@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import statistics
 import time
 
 import pytest
@@ -15,7 +16,7 @@ from core.train.trainer import Trainer
 from run import benchmark, estimate
 from run.load import load_config, random_task, tokenizer_layout
 from scripts.benchmark import main
-from tests.conftest import ROOT, TOY_GENERATOR, TOY_TOKENIZER
+from tests.conftest import ROOT, TOY_GENERATOR, TOY_TOKENIZER, toy
 
 META = torch.device("meta")
 DAR, DAR_TOKENIZER, VAR, VAR_TOKENIZER = (
@@ -190,6 +191,51 @@ def test_autoguidance_needs_a_second_config(bench):
         bench(TOY_GENERATOR, TOY_TOKENIZER, *options, "sample.scale=1")
 
 
+def test_two_ways_in_turn(bench, tmp_path):
+    """The ratio is the median over turns, and has a table of its own beside that of single rows."""
+    record, generator, tokenizer = tmp_path / "rows.json", toy("rear"), toy("vqgan_plus_tokenizer")
+    bench(generator, tokenizer, "--what", "generate", "--batch", 1)
+    words = ["--what", "generate", "--batch", 1, "--versus", "uncached", "--json", record, "--repeats", 3]
+    _, out = bench(generator, tokenizer, *words)
+    assert "times as fast as with the whole sequence" in out
+    ((row,), table) = json.loads(record.read_text()), (tmp_path / "deep" / "table.md").read_text()
+    assert row["versus"] == "uncached" and row["times_other"] == statistics.median(row["ratios"])
+    line = table.rstrip().splitlines()[-1].split("|")
+    assert table.count("| config |") == 2 and line[6].strip() == "uncached"
+    assert line[7].strip() == f"{row['times_other']:.2f}"
+
+
+def test_turns_begin_with_either_side():
+    """What a turn leaves behind, in caches for instance, is to the advantage of neither."""
+    calls = []
+    job = benchmark.Job(None, [], [], torch.device("cpu"), warmup=0, repeats=4)
+    timing = benchmark.timed(lambda: calls.append("a"), job, lambda: calls.append("b") or 2.0, iter(range(99)).__next__)
+    assert "".join(calls) == "ab" + "abba" * 2 and timing.ratios == [2.0] * 4
+
+
+@pytest.mark.parametrize(
+    "way, layout, kept", [("nchw", 0, True), ("nhwc", 1, True), ("fresh", 1, False), (None, 1, True)]
+)
+def test_ways_of_the_same_work(way, layout, kept):
+    config = benchmark.read_config(toy("far"), [], toy("fqgan_tokenizer"))
+    job = benchmark.Job(config, [], [], torch.device("cpu"), versus=way)
+    task, call, _ = benchmark.make_ready(job, config, "sample", 1, "eager", way)
+    (kernel, *_) = (p for p in task.tokenizer.parameters() if p.ndim == 4 and min(p.shape) > 1)
+    assert kernel.is_contiguous(memory_format=(torch.contiguous_format, torch.channels_last)[layout])
+    call()
+    first = task.generator._state.value
+    call()
+    assert first is not None and (task.generator._state.value is first) == kept
+
+
+def test_the_eager_side_is_not_compiled():
+    config = benchmark.read_config(TOY_GENERATOR, [], TOY_TOKENIZER)
+    job = benchmark.Job(config, [], [], torch.device("cpu"))
+    sides = [benchmark.make_ready(job, config, "sample", 1, "compiled", way) for way in (None, "eager")]  # not called
+    assert [is_compiled for *_, is_compiled in sides] == [True, False]
+    assert [any(m._compiled_call_impl for m in task.tokenizer.modules()) for task, *_ in sides] == [True, False]
+
+
 @pytest.mark.parametrize(
     "config, tokenizer, arguments, message",
     [
@@ -199,6 +245,11 @@ def test_autoguidance_needs_a_second_config(bench):
         (VAR, VAR_TOKENIZER, ["--what", "stream"], "ImageFolder needs all codes"),
         (VAR, VAR_TOKENIZER, ["--what", "uncached"], "samples in one way only"),
         (VAR, VAR_TOKENIZER, ["--decode-steps", "4"], "in one pass"),
+        (VAR, VAR_TOKENIZER, ["--what", "generate", "--versus", "uncached"], "samples in one way only"),
+        (DAR, DAR_TOKENIZER, ["--versus", "uncached"], "add --what generate"),
+        (DAR_TOKENIZER, None, ["--versus", "fresh"], "toy_dar_tokenizer is a tokenizer"),
+        (DAR_TOKENIZER, None, ["--versus", "eager"], "add --mode compiled"),
+        (DAR_TOKENIZER, None, ["--versus", "ncwh"], 'Did you mean "nchw"'),
         (TOY_GENERATOR, None, ["tokenizer.weights=no_such_file.pth", "--what", "encode"], "--tokenizer-config"),
     ],
 )
