@@ -16,7 +16,7 @@ from generator.ar.llama import ffn_width
 from generator.sampling import probabilities
 from tests.parity import Case, kind
 from tests.parity.dar_models import TOKENIZER, build_tokenizer
-from tests.parity.dar_tokenizer import images_uint8, painted_size
+from tests.parity.dar_tokenizer import alike, images_uint8, painted_size
 from tests.parity.fields import notes, only, reads
 from tests.parity.recorded_draws import RecordedDraws
 from tests.parity.rectok_models import below
@@ -173,6 +173,6 @@ def c2i_end_to_end(case: Case) -> dict[str, Tensor]:
     with torch.no_grad():
         for clip in options["clip_steps"]:
             image = tokenizer.decode(codes, draws, clip=clip, size=size)
-            assert torch.allclose(image, pictures[(clip or 0) - 1], rtol=1e-4, atol=1e-5)
+            assert alike(image, pictures[(clip or 0) - 1])
             result["image_full" if clip is None else f"image_clip{clip}"] = image
     return result | {"uint8": images_uint8(result["image_full"])}

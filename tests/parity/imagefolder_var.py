@@ -143,7 +143,13 @@ def var_progressive(case: Case) -> dict[str, Tensor]:
     return out
 
 
-@kind("imagefolder", "var_sample", PAIR | reads("cfg top_k top_p"))
+@kind(
+    "imagefolder",
+    "var_sample",
+    PAIR
+    | reads("cfg top_k top_p var.drop_path_rate")
+    | notes("in train mode only", "tokenizer.tiny_overrides.drop_path_rate tokenizer.model_args.dropout_p"),
+)
 @torch.no_grad()
 def var_sample(case: Case) -> dict[str, Tensor]:
     model, tokenizer = build_pair(case)

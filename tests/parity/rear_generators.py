@@ -16,7 +16,7 @@ from generator.ar.rar import RAR
 from generator.ar.rear import annealed, perturb
 from generator.guidance import scales
 from tests.parity import Case, kind
-from tests.parity.fields import FieldError, notes, only, reads
+from tests.parity.fields import FieldError, notes, reads
 from tests.parity.rear_tokenizers import MASKGIT, build_maskgit
 from tests.parity.recorded_draws import RecordedDraws
 from tests.parity.rectok_models import below
@@ -179,10 +179,9 @@ def train_forward(case: Case) -> dict[str, Tensor]:
     NETWORK
     | reads(
         "steps anneal_end max_grad_norm optimizer.learning_rate optimizer.beta1"
-        " optimizer.beta2 optimizer.weight_decay lr_scheduler.max_train_steps"
+        " optimizer.beta2 optimizer.weight_decay optimizer.eps lr_scheduler.name lr_scheduler.max_train_steps"
         " lr_scheduler.warmup_steps lr_scheduler.end_lr"
     )
-    | only(**{"optimizer.eps": 1e-8, "lr_scheduler.name": "cosine"})
     | notes("annealed by the step", "random_ratio"),
 )
 def rear_steps(case: Case) -> dict[str, Tensor]:
@@ -192,10 +191,11 @@ def rear_steps(case: Case) -> dict[str, Tensor]:
         lr=config["optimizer"]["learning_rate"],
         weight_decay=config["optimizer"]["weight_decay"],
         betas=[config["optimizer"]["beta1"], config["optimizer"]["beta2"]],
+        eps=config["optimizer"].get("eps", 1e-8),
     )
     rates = schedule(
         {
-            "name": "cosine",
+            "name": config["lr_scheduler"].get("name", "cosine"),
             "base_lr": optimizer.lr,
             "end_lr": config["lr_scheduler"]["end_lr"],
             "warmup": config["lr_scheduler"]["warmup_steps"],

@@ -65,8 +65,8 @@ def _rename(state: State) -> State:
     return rename_gated(ours)
 
 
-def _merge_adapters(state: State, part: str) -> State:
-    """W + scaling B A in every adapted layer of a part; official files do not hold the factor, which is 1 in all."""
+def _merge_adapters(state: State, part: str, scaling: float) -> State:
+    """W + scaling B A in every adapted layer of a part; `scaling` where the file does not hold it, as official ones."""
     merged = {
         name: value
         for name, value in state.items()
@@ -76,7 +76,7 @@ def _merge_adapters(state: State, part: str) -> State:
         if name.startswith(part) and name.endswith(".lora_A"):
             layer = name.removesuffix(".lora_A")
             change = state[layer + ".lora_B"] @ state[name]
-            merged[layer + ".weight"] = state[layer + ".weight"] + state.get(layer + ".scaling", 1.0) * change
+            merged[layer + ".weight"] = state[layer + ".weight"] + state.get(layer + ".scaling", scaling) * change
     return merged
 
 
@@ -86,7 +86,7 @@ def _fit(state: State, model: nn.Module) -> State:
     ours = model.state_dict()
     for part, method in model.tuning.items():
         if method != "lora":
-            state = _merge_adapters(state, f"{part}.")
+            state = _merge_adapters(state, f"{part}.", model.lora_scaling)
         elif not any(name.startswith(part) and name.endswith(".lora_A") for name in state):
             # A model about to be adapted: its adapters are new, and its last norm starts from the file's.
             norm = f"{part}.model.norm."
@@ -154,15 +154,18 @@ def _inspect(state: State, facts: Facts) -> dict[str, Any]:
     settings["scales"] = _scales(hits.shape[0], settings["latent_grid"], facts)
     if 1 < len(settings["scales"]) < 3:
         settings["start_drop"] = 1  # of training; the default asks for more scales
-    for part in ("encoder", "decoder"):
-        adapter = f"{part}.model.blocks.0.mlp.fc1.lora_A"
-        if adapter in state:
-            settings |= {
-                f"{part[:3]}_tuning": "lora",
-                "lora_rank": state[adapter].shape[0],
-                "lora_alpha": float(state[adapter].shape[0]),
-            }
+    adapters = {part: f"{part}.model.blocks.0.mlp.fc1.lora_A" for part in ("encoder", "decoder")}
+    adapted = [part for part, name in adapters.items() if name in state]
+    if adapted:
+        rank = state[adapters[adapted[0]]].shape[0]
+        settings |= {f"{part[:3]}_tuning": "lora" for part in adapted}
+        settings |= {"lora_rank": rank, "lora_alpha": float(_alpha(rank, facts))}
     return settings
+
+
+def _alpha(rank: int, facts: Facts) -> float:
+    """The official adapters have rank 8 and alpha 8; of others no tensor tells it."""
+    return facts.ask("tokenizer.lora_alpha", "the alpha of the adapters", float(rank), 8.0 if rank == 8 else None)
 
 
 def _shared_phi(state: State) -> int:

@@ -162,6 +162,7 @@ class ImageFolder(CodeTokenizer):
         self.image_size, self.patch_size, self.latent_grid = image_size, patch_size, latent_grid
         self.branches, self.code_dim = branches, code_dim
         self.commitment, self.codebook_drop, self.start_drop = commitment, codebook_drop, start_drop
+        self.lora_scaling = lora_alpha / max(1, lora_rank)
         self.tuning, self.semantic = {"encoder": enc_tuning, "decoder": dec_tuning}, Semantic.parse(semantic)
         self.spec = (
             MultiScale(scales, branches, vocab, code_dim)

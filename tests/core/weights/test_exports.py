@@ -383,6 +383,23 @@ def test_a_var_tells_of_the_tokenizer_in_its_file(tmp_path):
     assert same(outputs("tokenizer", read_tokenizer({"weights": path}).module), outputs("tokenizer", model))
 
 
+def test_the_strength_of_adapters_is_asked_for_and_merged(tmp_path):
+    """Official adapters have rank 8 and alpha 8, which no tensor tells of others."""
+    settings = imagefolder(random.Random(5)) | {"enc_tuning": "lora", "dec_tuning": "full", "lora_alpha": 6.0}
+    model = network("tokenizer", {"name": "imagefolder", **settings}, 1)
+    official = ADAPTERS["tokenizer"]["imagefolder"].restore(model)
+    torch.save({"model": official}, tmp_path / "theirs.pt")
+    known = {key: settings[key] for key in ("encoder", "decoder", "scales", "cosine")}
+    with pytest.raises(UserError, match="the alpha of the adapters; give tokenizer.lora_alpha="):
+        read_weights("tokenizer", str(tmp_path / "theirs.pt"), known)
+    with torch.no_grad():
+        wanted = model.features(torch.ones(1, 3, 32, 32))
+        for change in ({}, {"enc_tuning": "full"}):
+            section = {"weights": str(tmp_path / "theirs.pt"), **known, "lora_alpha": 6.0, **change}
+            read = read_tokenizer(section).module
+            torch.testing.assert_close(read.features(torch.ones(1, 3, 32, 32)), wanted, rtol=1e-4, atol=1e-4)
+
+
 def test_an_export_needs_no_network_to_start_from(tmp_path, monkeypatch):
     """A run that began with DINOv2 is converted where DINOv2 is not at hand."""
     monkeypatch.setenv("TESSERA_OFFLINE", "1")
