@@ -1,4 +1,4 @@
-"""A program whose second rank meets a full disk; the first waits for it. See tests/scripts/test_launch.py."""
+"""A program whose second rank meets a full disk; the first waits for it. See tests/scripts/test_launched_ranks.py."""
 
 import os
 import time

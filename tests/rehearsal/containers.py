@@ -26,7 +26,8 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from tests.rehearsal.layouts import ROPE_TABLES, Shapes
+from tests.rehearsal.generator_layouts import ROPE_TABLES
+from tests.rehearsal.layouts import Shapes
 
 
 def make(shapes: Shapes, seed: int = 0) -> dict[str, Tensor]:

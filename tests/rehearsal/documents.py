@@ -96,7 +96,7 @@ RULES = [
         r"python -m tests\.tools\.torture", "--help", "kills for minutes; tests/core/train/test_resume.py runs it small"
     ),
     Rule(r"python -m tests\.(parity|rehearsal)", "--help", "tests themselves"),
-    Rule(r"accelerate launch", "", "tests/scripts/test_launch.py"),
+    Rule(r"accelerate launch", "", "tests/scripts/test_launched_ranks.py"),
 ]
 
 

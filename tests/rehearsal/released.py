@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
-from tests.rehearsal import containers, layouts
+from tests.rehearsal import containers, generator_layouts, layouts
 from tests.rehearsal.containers import make
 
 SCALES = [1, 1, 2, 3, 3, 4, 5, 6, 8, 11]
@@ -40,7 +40,7 @@ def dar() -> dict:
 
 
 def rar(alignment: bool = False) -> layouts.Shapes:
-    return layouts.rar(64, 2, 2, vocab=64, alignment=(32, 32) if alignment else None)
+    return generator_layouts.rar(64, 2, 2, vocab=64, alignment=(32, 32) if alignment else None)
 
 
 def _rectok(semantic: bool) -> dict:
@@ -54,7 +54,7 @@ def _rectok(semantic: bool) -> dict:
 
 
 def _var(path: Path) -> Path:
-    weights = make(layouts.var(128, 2, 2, vocab=4096, code_dim=8), 8)
+    weights = make(generator_layouts.var(128, 2, 2, vocab=4096, code_dim=8), 8)
     return containers.var_trainer(weights, path, imagefolder(4096), SCALES)
 
 
@@ -72,7 +72,7 @@ FILES: dict[str, Callable[[Path], Path]] = {
     **{
         name: (
             lambda path, seed=seed: containers.rectok_trainer(
-                make(layouts.dit_dh(**DIT, channels=CHANNELS), seed), path
+                make(generator_layouts.dit_dh(**DIT, channels=CHANNELS), seed), path
             )
         )
         for seed, name in enumerate(("ditdhxl_epoch_0079.pth", "ditdhxl_epoch_0599.pth", "ditdhs_epoch_0029.pth"))
@@ -107,8 +107,8 @@ FILES: dict[str, Callable[[Path], Path]] = {
     "D-AR-tokenizer_v1.pt": lambda path: containers.dar_trainer(
         dar(), path, 256, 8, {"diff_decoder": {"data_std": 0.6, "time_shift": 2}}
     ),
-    "D-AR-L-360K.pt": lambda path: containers.compiled_generator(make(layouts.gpt(64, 2, 64), 5), path),
-    "D-AR-XL-360K.pt": _bare(lambda: layouts.gpt(64, 3, 64), 6),
+    "D-AR-L-360K.pt": lambda path: containers.compiled_generator(make(generator_layouts.gpt(64, 2, 64), 5), path),
+    "D-AR-XL-360K.pt": _bare(lambda: generator_layouts.gpt(64, 3, 64), 6),
     **{f"imagenet-{vocab}.pt": _llamagen(lambda vocab=vocab: imagefolder(vocab)) for vocab in (4096, 8192, 16384)},
     "imagenet-var-4096.pt": _var,
     **{

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.rehearsal import containers, frozen, layouts, released
+from tests.rehearsal import containers, frozen, generator_layouts, layouts, released
 from tests.rehearsal.containers import make
 
 RECORDED = Path(__file__).resolve().parents[3] / "shared" / "checkpoints"
@@ -16,19 +16,19 @@ FAR_L, DS8 = {"width": 1280, "layers": 36, "head_layers": 4}, {"mult": (1, 2, 2,
 PUBLISHED = {
     "RecTok": lambda: layouts.rectok(semantic={"dinov3": 1024}),
     "RecTok_decft": layouts.rectok,
-    "ditdhxl_epoch_0079": layouts.dit_dh,
-    "ditdhxl_epoch_0599": layouts.dit_dh,
-    "ditdhs_epoch_0029": lambda: layouts.dit_dh(384, 12, 6),
+    "ditdhxl_epoch_0079": generator_layouts.dit_dh,
+    "ditdhxl_epoch_0599": generator_layouts.dit_dh,
+    "ditdhs_epoch_0029": lambda: generator_layouts.dit_dh(384, 12, 6),
     "fqgan_dual_ds16": layouts.fqgan,
     "fqgan_triple_ds16": lambda: layouts.fqgan(branches=layouts.FQGAN_TRIPLE),
     "fqgan_dual_ds8": lambda: layouts.fqgan(**DS8),
     "fqgan_triple_ds8": lambda: layouts.fqgan(**DS8, branches=layouts.FQGAN_TRIPLE),
-    "far_b_dual": layouts.far,
-    "far_b_triple": lambda: layouts.far(branches=3),
-    "far_l_dual": lambda: layouts.far(**FAR_L),
-    "far_l_triple": lambda: layouts.far(**FAR_L, branches=3),
-    "D-AR-L-360K": layouts.gpt,
-    "D-AR-XL-360K": lambda: layouts.gpt(1280, 36),
+    "far_b_dual": generator_layouts.far,
+    "far_b_triple": lambda: generator_layouts.far(branches=3),
+    "far_l_dual": lambda: generator_layouts.far(**FAR_L),
+    "far_l_triple": lambda: generator_layouts.far(**FAR_L, branches=3),
+    "D-AR-L-360K": generator_layouts.gpt,
+    "D-AR-XL-360K": lambda: generator_layouts.gpt(1280, 36),
     "D-AR-tokenizer_v1": layouts.dar,
     "maskgit-vqgan-imagenet-f16-256": layouts.maskgit,
     "vqgan_plus_12bit": lambda: layouts.maskgit(vocab=4096, code_dim=64, plus=True),
@@ -43,15 +43,15 @@ PUBLISHED = {
         )
         for name, width, layers, latents in (("bl64", 768, 12, 64), ("bl128", 768, 12, 128), ("sl256", 512, 8, 256))
     },
-    "rar_b": layouts.rar,
-    "rar_l": lambda: layouts.rar(1024),
-    "rar_xl": lambda: layouts.rar(1280, 32),
-    "rar_xxl": lambda: layouts.rar(1408, 40, hidden=6144),
-    "reAR-S": lambda: layouts.rar(768, 20, alignment=(2048, 256)),
-    "reAR-B": lambda: layouts.rar(alignment=(2048, 256)),
-    "reAR-L": lambda: layouts.rar(1024, alignment=(2048, 256)),
+    "rar_b": generator_layouts.rar,
+    "rar_l": lambda: generator_layouts.rar(1024),
+    "rar_xl": lambda: generator_layouts.rar(1280, 32),
+    "rar_xxl": lambda: generator_layouts.rar(1408, 40, hidden=6144),
+    "reAR-S": lambda: generator_layouts.rar(768, 20, alignment=(2048, 256)),
+    "reAR-B": lambda: generator_layouts.rar(alignment=(2048, 256)),
+    "reAR-L": lambda: generator_layouts.rar(1024, alignment=(2048, 256)),
     **{f"imagenet-{v}": (lambda v=v: layouts.imagefolder(vocab=v)) for v in (4096, 8192, 16384)},
-    "imagenet-var-4096": layouts.var,
+    "imagenet-var-4096": generator_layouts.var,
     **{
         name: (lambda facts=facts: layouts.imagefolder(side=16, quantizer="plain", **facts))
         for name, facts in {
@@ -91,11 +91,11 @@ def test_objects_beside_the_tensors_need_their_own_packages(tmp_path):
 
 
 def gpt():
-    return make(layouts.gpt(64, 2, 64), 5)
+    return make(generator_layouts.gpt(64, 2, 64), 5)
 
 
 def far(branches: int):
-    return make(layouts.far(64, 1, 1, branches, 64), 6)
+    return make(generator_layouts.far(64, 1, 1, branches, 64), 6)
 
 
 def prefixed(prefix: str, weights):

@@ -33,7 +33,7 @@ from scripts.pretokenize import main
 from tests.conftest import ROOT, TOY_GENERATOR, TOY_TOKENIZER
 from tests.data.test_tokens import SOURCE, TEN, config, make, toy  # noqa: F401  (fixtures)
 from tests.ranks import in_threads
-from tests.scripts.test_launch import run, start
+from tests.scripts.shell import run, start
 from tests.toy_codes import ToyCodes
 
 SPEC = ToyCodes().spec

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from tests.conftest import ROOT
-from tests.scripts.test_launch import program, run
+from tests.scripts.shell import program, run
 
 
 def test_interpreter_that_is_not_there(tmp_path):
