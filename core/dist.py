@@ -37,6 +37,14 @@ class World:
     local_rank: int
     device: torch.device
 
+    def __enter__(self) -> World:
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        """Leave the others."""
+        if self.size > 1 and dist.is_initialized():
+            dist.destroy_process_group()
+
     @property
     def is_main(self) -> bool:
         return self.rank == 0
@@ -118,10 +126,6 @@ class World:
         dist.gather_object(value, gathered if self.is_main else None, dst=0)
         return next((v for v in gathered if v is not None), None)
 
-    def stop(self) -> None:
-        if self.size > 1 and dist.is_initialized():
-            dist.destroy_process_group()
-
 
 def pick_device(wanted: str) -> torch.device:
     """ "auto", "cpu" or "cuda" -> this rank's device.
@@ -188,7 +192,7 @@ def peers() -> Peers | None:
 
 
 def start(device: str = "auto", timeout_minutes: float = 5.0) -> World:
-    """Join the other ranks, if any; UserError where they cannot be reached.
+    """Join the other ranks, if any, for a `with` block; UserError where they cannot be reached.
 
     Args:
         timeout_minutes: for which a collective waits for a rank that does not come.

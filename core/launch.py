@@ -35,6 +35,12 @@ def speaks() -> bool:
     return _value("RANK") in ("", "0") or not is_one_of_several()
 
 
+def say(message: str) -> None:
+    """Print a sentence for the user, once however many processes there are; nothing where it is ""."""
+    if message and speaks():
+        print(message, flush=True)
+
+
 def tell_torchrun(message: str) -> None:
     """Leave the reason of this process's end where torchrun, if it started it, reads it for its report."""
     if (path := _value("TORCHELASTIC_ERROR_FILE")) and not os.path.exists(path):

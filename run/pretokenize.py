@@ -146,8 +146,7 @@ def check(config: RunConfig, request: Request) -> DataSource | None:
 
 def pretokenize(config: RunConfig, request: Request, pictures: DataSource | None) -> int:
     """Make, check, show and export one store. Returns the exit code."""
-    world = dist.start(config.train.device, config.train.rank_timeout)
-    try:
+    with dist.start(config.train.device, config.train.rank_timeout) as world:
         tokenizer = read_tokenizer(config.tokenizer, world=world)
         module = cast(Tokenizer, tokenizer.module.to(world.device))
         job = Pretokenizing(
@@ -160,8 +159,6 @@ def pretokenize(config: RunConfig, request: Request, pictures: DataSource | None
         if request.to:
             job.export(store, *request.to)
         world.barrier()
-    finally:
-        world.stop()
     return 0
 
 

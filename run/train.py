@@ -50,11 +50,8 @@ def train(config: RunConfig, recipe: str | None = None) -> int:
     """
     about = page.changes(config, recipe)
     inputs = check_inputs(config)
-    world = dist.start(config.train.device, config.train.rank_timeout)
-    try:
+    with dist.start(config.train.device, config.train.rank_timeout) as world:
         return _train(config, inputs, world, about)
-    finally:
-        world.stop()
 
 
 def _train(config: RunConfig, inputs: Inputs, world: dist.World, about: dict[str, Any]) -> int:

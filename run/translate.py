@@ -462,9 +462,9 @@ def translate_keys(system: str, values: dict[str, Any], ours: Sequence[str], pat
         )
     if path and not any(word.startswith("name=") for word in settings):
         settings.append(f"name={path.stem}")
-    if path and launch.speaks():
+    if path:
         absent = [key for key in table if key not in values and not all(map(is_sentence, _answers(table[key])))]
-        print(
+        launch.say(
             f"{path} is a file of {title}: {facts['base']} with {' '.join(settings)}\n"
             f"  nothing to set for: {', '.join(notes) or '-'}\n  not in it, so as in the recipe: {', '.join(absent) or '-'}"
         )

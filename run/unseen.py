@@ -66,7 +66,6 @@ def choose(url: str, what: str, command: str) -> str:
         raise UserError(
             f"no pictures were named, and {url}, which is taken then, is not here: name them, {command} folder://my/pictures"
         )
-    if launch.speaks():
-        known = "" if url in (IMAGENET, IMAGENET_VAL) else f", {what}"
-        print(f"no pictures were named: taking {url}{known}", flush=True)
+    known = "" if url in (IMAGENET, IMAGENET_VAL) else f", {what}"
+    launch.say(f"no pictures were named: taking {url}{known}")
     return url

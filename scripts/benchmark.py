@@ -46,7 +46,6 @@ counts. WAY is one of
   memory        peak on the GPU during the timed calls; of the process on a CPU
 """
 
-import argparse
 import shlex
 from pathlib import Path
 
@@ -70,9 +69,7 @@ def whole_numbers(text: str, option: str) -> list[int]:
 
 
 def main(arguments: list[str]) -> int:
-    parser = argparse.ArgumentParser(
-        prog="python -m scripts.benchmark", description=__doc__, formatter_class=argparse.RawTextHelpFormatter
-    )
+    parser = command_line.parser_of("python -m scripts.benchmark", __doc__)
     parser.add_argument("config")
     parser.add_argument("overrides", nargs="*", metavar="key=value")
     parser.add_argument(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -14,6 +15,34 @@ from run import translate
 from scripts.settings_help import settings_help
 
 MOST, MOST_SEED = 10**9, 2**63 - 1  # of whole numbers on command lines
+WORKERS = min(4, os.cpu_count() or 1)  # processes that decode pictures, unless told
+
+
+def parser_of(program: str, about: str | None, usage: str | None = None) -> argparse.ArgumentParser:
+    """A parser whose --help begins with `about`, the docstring of the program."""
+    return argparse.ArgumentParser(program, usage, about, formatter_class=argparse.RawTextHelpFormatter)
+
+
+def add_options(parser: argparse.ArgumentParser, kind: type, **defaults: Any) -> None:
+    """Options of one type that the program's docstring explains."""
+    for name, default in defaults.items():
+        parser.add_argument(f"--{name.replace('_', '-')}", type=kind, default=default, help=argparse.SUPPRESS)
+
+
+def add_flags(parser: argparse.ArgumentParser, *names: str) -> None:
+    """Options without a value that the program's docstring explains."""
+    for name in names:
+        parser.add_argument(f"--{name}", action="store_true", help=argparse.SUPPRESS)
+
+
+def is_setting(word: str) -> bool:
+    """Whether a word reads key=value; a data URL may hold an equals sign, too."""
+    return "=" in word and "://" not in word.split("=")[0]
+
+
+def split_settings(words: Sequence[str]) -> tuple[list[str], list[str]]:
+    """(names, key=value words)."""
+    return [word for word in words if not is_setting(word)], [word for word in words if is_setting(word)]
 
 
 def tokenizer_settings(arguments: Sequence[str]) -> tuple[list[str], dict[str, Any]]:
@@ -124,7 +153,7 @@ def target_of(
     UserError.
     """
     settings = list(settings)
-    if target is not None and "=" in target and "://" not in target.split("=")[0] and not Path(target).exists():
+    if target is not None and is_setting(target) and not Path(target).exists():
         target, settings = None, [target, *settings]
     if target is not None and weights is not None:
         return target, [*settings, f"generator.weights={weights}"]

@@ -27,7 +27,6 @@ key=value: eval.protocol=NAME (default adm), eval.batch ...; for generators any 
 """
 
 import argparse
-import os
 
 from core import cli
 from scripts import command_line
@@ -36,38 +35,24 @@ TINY_NUM = 1000  # samples of tiny generators
 
 
 def parse(arguments: list[str]) -> tuple[argparse.Namespace, list[str]]:
-    parser = argparse.ArgumentParser(
-        prog="bash run_compare.sh",
-        usage="bash run_compare.sh A B [C ...] [key=value ...] [options]",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+    parser = command_line.parser_of(
+        "bash run_compare.sh", __doc__, "bash run_compare.sh A B [C ...] [key=value ...] [options]"
     )
     parser.add_argument("words", nargs="*", help=argparse.SUPPRESS)
-    for name, kind, default in (
-        ("--data", str, None),
-        ("--num", int, None),
-        ("--probe", str, None),
-        ("--bootstrap", int, 20),
-        ("--seconds", float, 5.0),
-        ("--workers", int, min(4, os.cpu_count() or 1)),
-        ("--out", str, None),
-    ):
-        parser.add_argument(name, type=kind, default=default, help=argparse.SUPPRESS)
+    command_line.add_options(parser, str, data=None, probe=None, out=None)
+    command_line.add_options(parser, int, num=None, bootstrap=20, workers=command_line.WORKERS)
+    command_line.add_options(parser, float, seconds=5.0)
     parser.add_argument("--precision", choices=("fp32", "bf16"), default="fp32", help=argparse.SUPPRESS)
-    for flag in ("--again", "--check"):
-        parser.add_argument(flag, action="store_true", help=argparse.SUPPRESS)
+    command_line.add_flags(parser, "again", "check")
     options = command_line.parse(parser, "evaluate", arguments)
-    settings = [w for w in options.words if "=" in w and "://" not in w.split("=")[0]]
-    options.targets = [w for w in options.words if w not in settings]
+    options.targets, settings = command_line.split_settings(options.words)
     options.taken = ""
     if not options.targets:
         from core.weights import released
 
         options.targets = released.shipped()
         options.taken = f"no model was named: comparing the tiny tokenizers {', '.join(options.targets)}"
-    if options.num is not None:
-        settings.append(f"eval.num_images={options.num}")
-    return options, settings
+    return options, [*settings, *command_line.overrides_of({"eval.num_images": options.num})]
 
 
 def main(arguments: list[str]) -> int:
@@ -75,21 +60,15 @@ def main(arguments: list[str]) -> int:
     from core import launch
     from run import compare
 
-    if options.taken and launch.speaks():
-        print(options.taken, flush=True)
+    launch.say(options.taken)
     if compare.prepare(options, settings) == "generator":  # before a network is loaded
-        taken = command_line.few_of_tiny(options.targets, settings, options.num, TINY_NUM)
-        if taken and launch.speaks():
-            print(taken, flush=True)
+        launch.say(command_line.few_of_tiny(options.targets, settings, options.num, TINY_NUM))
     if options.check:
         return 0
     from core import dist
 
-    world = dist.start("auto")
-    try:
+    with dist.start("auto") as world:
         return compare.compare(options, settings, world)
-    finally:
-        world.stop()
 
 
 if __name__ == "__main__":

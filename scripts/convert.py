@@ -15,7 +15,6 @@ FILE and the input are run folders, checkpoints, files, names in pretrained_mode
 Exit codes: 0 all is well, 1 some file does not fit, 2 a mistake in the command.
 """
 
-import argparse
 from pathlib import Path
 
 from core import cli
@@ -24,9 +23,7 @@ from scripts import command_line
 
 
 def main(arguments: list[str]) -> int:
-    parser = argparse.ArgumentParser(
-        prog="python -m scripts.convert", description=__doc__, formatter_class=argparse.RawTextHelpFormatter
-    )
+    parser = command_line.parser_of("python -m scripts.convert", __doc__)
     parser.add_argument("paths", nargs="+", metavar="PATH")
     mode = parser.add_mutually_exclusive_group()
     mode.add_argument("--describe", action="store_true")

@@ -12,16 +12,13 @@ Without network, copy files there by hand: names and addresses are in --list, co
 and core/weights/helpers.toml. offline_models.zip is unpacked into offline_models/.
 """
 
-import argparse
-
 from core import cli
 from core.errors import UserError
+from scripts import command_line
 
 
 def main(arguments: list[str]) -> int:
-    parser = argparse.ArgumentParser(
-        prog="python -m scripts.download", description=__doc__, formatter_class=argparse.RawTextHelpFormatter
-    )
+    parser = command_line.parser_of("python -m scripts.download", __doc__)
     parser.add_argument("what", nargs="*", metavar="SYSTEM|FILE")
     parser.add_argument("--list", action="store_true", help="show files instead of fetching them")
     parser.add_argument("--dry-run", action="store_true", help="say what would be fetched")

@@ -16,8 +16,6 @@ the photo is put back, the step across the mask's border against steps inside it
 Several labels or --num N: X_000_207.png and so on. The same seed, label and number give the same picture.
 """
 
-import argparse
-
 from core import cli
 from core.errors import UserError
 from scripts import command_line
@@ -28,8 +26,7 @@ PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", "
 
 def named(words: list[str]) -> tuple[str | None, str, list[str]]:
     """(generator or None, photo, key=value words). UserError where there is no photo, or more than the two."""
-    settings = [word for word in words if "=" in word and "://" not in word.split("=")[0]]
-    names = [word for word in words if word not in settings]
+    names, settings = command_line.split_settings(words)
     if len(names) == 1 and names[0].lower().endswith(PICTURES):
         return None, names[0], settings
     if len(names) != 2:
@@ -42,9 +39,7 @@ def named(words: list[str]) -> tuple[str | None, str, list[str]]:
 
 
 def main(arguments: list[str]) -> int:
-    parser = argparse.ArgumentParser(
-        prog="bash run_edit.sh", description=__doc__, formatter_class=argparse.RawTextHelpFormatter
-    )
+    parser = command_line.parser_of("bash run_edit.sh", __doc__)
     parser.add_argument(
         "words",
         nargs="*",

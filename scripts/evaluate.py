@@ -30,44 +30,26 @@ options:
 """
 
 import argparse
-import os
 
 from core import cli
 from scripts import command_line
 
 
 def parse(arguments: list[str]) -> tuple[argparse.Namespace, list[str]]:
-    parser = argparse.ArgumentParser(
-        prog="bash run_eval_tokenizer.sh",
-        usage="bash run_eval_tokenizer.sh WEIGHTS [URL] [eval.key=value ...]",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+    parser = command_line.parser_of(
+        "bash run_eval_tokenizer.sh", __doc__, "bash run_eval_tokenizer.sh WEIGHTS [URL] [eval.key=value ...]"
     )
     parser.add_argument("words", nargs="*", help=argparse.SUPPRESS)
-    for name, kind, default in (
-        ("--num", int, None),
-        ("--batch", int, None),
-        ("--out", str, None),
-        ("--size", int, None),
-        ("--workers", int, min(4, os.cpu_count() or 1)),
-        ("--perturb", str, None),
-        ("--bootstrap", int, 0),
-        ("--original", str, None),
-        ("--reconstructed", str, None),
-    ):
-        parser.add_argument(name, type=kind, default=default, help=argparse.SUPPRESS)
+    command_line.add_options(parser, int, num=None, batch=None, size=None, workers=command_line.WORKERS, bootstrap=0)
+    command_line.add_options(parser, str, out=None, perturb=None, original=None, reconstructed=None)
     parser.add_argument("--precision", choices=("fp32", "bf16"), default="fp32", help=argparse.SUPPRESS)
     parser.add_argument("--write", choices=("npz", "png"), default=None, help=argparse.SUPPRESS)
-    for flag in ("--raw", "--infinity", "--again", "--check"):
-        parser.add_argument(flag, action="store_true", help=argparse.SUPPRESS)
+    command_line.add_flags(parser, "raw", "infinity", "again", "check")
     words, known = command_line.tokenizer_settings(arguments)
     options = command_line.parse(parser, "evaluate", words)
     options.tokenizer = known
-    settings = [w for w in options.words if "=" in w and "://" not in w.split("=")[0]]
-    positional = [w for w in options.words if w not in settings]
-    for name, key in (("num", "eval.num_images"), ("batch", "eval.batch")):
-        if getattr(options, name) is not None:
-            settings.append(f"{key}={getattr(options, name)}")
+    positional, settings = command_line.split_settings(options.words)
+    settings += command_line.overrides_of({"eval.num_images": options.num, "eval.batch": options.batch})
     if (options.original is None) != (options.reconstructed is None):
         parser.error("--original and --reconstructed go together")
     if len(positional) != 0 if options.original else not 1 <= len(positional) <= 2:
@@ -89,12 +71,9 @@ def main(arguments: list[str]) -> int:
         return 0
     from core import dist
 
-    world = dist.start("auto")
-    try:
+    with dist.start("auto") as world:
         measurement = evaluate.by_folders if options.original else evaluate.by_tokenizer
         return measurement(options, settings, world).run()
-    finally:
-        world.stop()
 
 
 if __name__ == "__main__":

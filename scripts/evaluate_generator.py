@@ -38,22 +38,15 @@ TINY_NUM = 1000
 
 
 def parse(arguments: list[str]) -> tuple[argparse.Namespace, list[str]]:
-    parser = argparse.ArgumentParser(
-        prog="bash run_eval_generator.sh",
-        usage="bash run_eval_generator.sh TARGET [key=value ...] [options]",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+    parser = command_line.parser_of(
+        "bash run_eval_generator.sh", __doc__, "bash run_eval_generator.sh TARGET [key=value ...] [options]"
     )
     parser.add_argument("target", nargs="?")
     parser.add_argument("settings", nargs="*")
-    parser.add_argument("--num", type=int, default=None, help=argparse.SUPPRESS)
-    parser.add_argument("--weights", default=None, help=argparse.SUPPRESS)
-    parser.add_argument("--tokenizer", default=None, help=argparse.SUPPRESS)
-    parser.add_argument("--out", default=None, help=argparse.SUPPRESS)
+    command_line.add_options(parser, int, num=None, bootstrap=0)
+    command_line.add_options(parser, str, weights=None, tokenizer=None, out=None)
     parser.add_argument("--write", choices=("npz", "png"), default=None, help=argparse.SUPPRESS)
-    parser.add_argument("--bootstrap", type=int, default=0, help=argparse.SUPPRESS)
-    for flag in ("--infinity", "--keep", "--again", "--check"):
-        parser.add_argument(flag, action="store_true", help=argparse.SUPPRESS)
+    command_line.add_flags(parser, "infinity", "keep", "again", "check")
     options = command_line.parse(parser, "evaluate_generator", arguments)
     options.target, settings = command_line.target_of(options.target, options.weights, options.settings)
     settings += command_line.overrides_of({"tokenizer.weights": options.tokenizer, "eval.num_images": options.num})
@@ -66,8 +59,7 @@ def main(arguments: list[str]) -> int:
     from core import launch
     from run import evaluate_generator
 
-    if options.taken and launch.speaks():
-        print(options.taken, flush=True)
+    launch.say(options.taken)
     existing = evaluate_generator.holds_pictures(options.target)
     if options.check or not existing:  # before a network is loaded
         evaluate_generator.check_samples(options, settings, existing)
@@ -75,12 +67,9 @@ def main(arguments: list[str]) -> int:
         return 0
     from core import dist
 
-    world = dist.start("auto")
-    try:
+    with dist.start("auto") as world:
         measurement = evaluate_generator.existing_samples if existing else evaluate_generator.generated_samples
         return measurement(options, settings, world).run()
-    finally:
-        world.stop()
 
 
 if __name__ == "__main__":

@@ -29,9 +29,7 @@ from scripts import command_line
 
 
 def main(arguments: list[str]) -> int:
-    parser = argparse.ArgumentParser(
-        prog="bash run_gpu_check.sh", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = command_line.parser_of("bash run_gpu_check.sh", __doc__)
     parser.add_argument("--minutes", type=float, default=8.0, help="for everything (default 8)")
     parser.add_argument("--only", help="of those above, separated by commas (default: all)")
     parser.add_argument(

@@ -8,7 +8,6 @@ file, by default beside a weight file: RecTok_decft.pth -> RecTok_decft.latent_s
 whenever these weights are loaded; tokenizer.latent_stats=FILE names another. Training measures by itself.
 """
 
-import argparse
 from pathlib import Path
 
 from core import cli
@@ -16,9 +15,7 @@ from scripts import command_line
 
 
 def main(arguments: list[str]) -> int:
-    parser = argparse.ArgumentParser(
-        prog="python -m scripts.latent_stats", description=__doc__, formatter_class=argparse.RawTextHelpFormatter
-    )
+    parser = command_line.parser_of("python -m scripts.latent_stats", __doc__)
     parser.add_argument("weights")
     parser.add_argument("url", nargs="?", default="folder://data/imagenet/train")
     parser.add_argument("--num", type=int, default=10_000, help="pictures; 0: all. 10,000 give 2.5 million values each")

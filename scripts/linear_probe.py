@@ -20,37 +20,23 @@ options:
 """
 
 import argparse
-import os
 
 from core import cli
 from scripts import command_line
 
 
 def parse(arguments: list[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="bash run_linear_probe.sh",
-        usage="bash run_linear_probe.sh WEIGHTS [URL] [options]",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+    parser = command_line.parser_of(
+        "bash run_linear_probe.sh", __doc__, "bash run_linear_probe.sh WEIGHTS [URL] [options]"
     )
     parser.add_argument("weights")
     parser.add_argument("url", nargs="?")
-    for name, kind, default in (
-        ("--epochs", int, 10),
-        ("--batch", int, 256),
-        ("--lr", float, 1e-3),
-        ("--weight-decay", float, 1e-4),
-        ("--seed", int, 0),
-        ("--num", int, None),
-        ("--features", str, None),
-        ("--out", str, None),
-        ("--workers", int, min(4, os.cpu_count() or 1)),
-        ("--encode-batch", int, 64),
-    ):
-        parser.add_argument(name, type=kind, default=default, help=argparse.SUPPRESS)
+    command_line.add_options(parser, int, epochs=10, batch=256, seed=0, num=None, encode_batch=64)
+    command_line.add_options(parser, int, workers=command_line.WORKERS)
+    command_line.add_options(parser, float, lr=1e-3, weight_decay=1e-4)
+    command_line.add_options(parser, str, features=None, out=None)
     parser.add_argument("--schedule", choices=("cosine", "constant"), default="cosine", help=argparse.SUPPRESS)
-    for flag in ("--raw", "--again", "--check"):
-        parser.add_argument(flag, action="store_true", help=argparse.SUPPRESS)
+    command_line.add_flags(parser, "raw", "again", "check")
     words, known = command_line.tokenizer_settings(arguments)
     options = command_line.parse(parser, "linear_probe", words)
     options.tokenizer = known
@@ -69,11 +55,8 @@ def main(arguments: list[str]) -> int:
         return 0
     from core import dist
 
-    world = dist.start("auto")
-    try:
+    with dist.start("auto") as world:
         return linear_probe(options, train, val, world)
-    finally:
-        world.stop()
 
 
 if __name__ == "__main__":

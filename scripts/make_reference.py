@@ -24,38 +24,26 @@ options:
 """
 
 import argparse
-import os
 
 from core import caller, cli
 from scripts import command_line
 
 
 def parse(arguments: list[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="bash run_make_reference.sh",
-        usage="bash run_make_reference.sh URL OUT [options]",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+    parser = command_line.parser_of(
+        "bash run_make_reference.sh", __doc__, "bash run_make_reference.sh URL OUT [options]"
     )
     parser.add_argument("url")
     parser.add_argument("out")
     parser.add_argument(
         "--for", dest="purpose", choices=("generation", "reconstruction"), default=None, help=argparse.SUPPRESS
     )
-    parser.add_argument("--network", default="inception", help=argparse.SUPPRESS)
-    parser.add_argument("--protocol", default="adm", help=argparse.SUPPRESS)
+    command_line.add_options(parser, str, network="inception", protocol="adm")
     parser.add_argument(
         "--dtype", choices=("torch-fidelity", "float32", "float64"), default="torch-fidelity", help=argparse.SUPPRESS
     )
-    for name, default in (
-        ("--size", None),
-        ("--num", None),
-        ("--keep-pictures", 0),
-        ("--batch", 64),
-        ("--workers", min(4, os.cpu_count() or 1)),
-    ):
-        parser.add_argument(name, type=int, default=default, help=argparse.SUPPRESS)
-    parser.add_argument("--check", action="store_true", help=argparse.SUPPRESS)
+    command_line.add_options(parser, int, size=None, num=None, keep_pictures=0, batch=64, workers=command_line.WORKERS)
+    command_line.add_flags(parser, "check")
     options = command_line.parse(parser, "make_reference", arguments)
     options.out = caller.written(options.out)
     return options
@@ -70,11 +58,8 @@ def main(arguments: list[str]) -> int:
         return 0
     from core import dist
 
-    world = dist.start("auto")
-    try:
+    with dist.start("auto") as world:
         return make_reference(options, pictures, world)
-    finally:
-        world.stop()
 
 
 if __name__ == "__main__":

@@ -10,7 +10,6 @@ their tokenizers. Without any: the small trained models in pretrained_models/tin
 It listens on this machine alone. With --host 0.0.0.0 others reach it by the address with the token that is printed.
 """
 
-import argparse
 from ipaddress import IPv4Address
 
 from core import cli
@@ -19,9 +18,7 @@ from scripts import command_line
 
 
 def main(arguments: list[str]) -> int:
-    parser = argparse.ArgumentParser(
-        prog="python -m scripts.playground", description=__doc__, formatter_class=argparse.RawTextHelpFormatter
-    )
+    parser = command_line.parser_of("python -m scripts.playground", __doc__)
     parser.add_argument("models", nargs="*", metavar="WEIGHTS or RUN")
     parser.add_argument(
         "--host", type=IPv4Address, default="127.0.0.1", help="where to listen (default 127.0.0.1, this machine alone)"

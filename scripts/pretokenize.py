@@ -17,16 +17,12 @@ killed job goes on when it is started again, on any number of processes. At the 
 preview.png in the store. Train from it with data.url=tokens://DIR.
 """
 
-import argparse
-
 from core import cli
 from scripts import command_line
 
 
 def main(arguments: list[str]) -> int:
-    parser = argparse.ArgumentParser(
-        prog="python -m scripts.pretokenize", description=__doc__, formatter_class=argparse.RawTextHelpFormatter
-    )
+    parser = command_line.parser_of("python -m scripts.pretokenize", __doc__)
     parser.add_argument("config")
     parser.add_argument("overrides", nargs="*", metavar="key=value")
     parser.add_argument("--out", help="folder of the store")

@@ -7,16 +7,14 @@ there is none. Measure first: what run_eval_tokenizer.sh and run_eval_generator.
 Afterwards anyone can say hf://OWNER/NAME. HF_TOKEN (or `hf auth login`) says who you are, HF_ENDPOINT where the hub is.
 """
 
-import argparse
 from pathlib import Path
 
 from core import cli
+from scripts import command_line
 
 
 def main(arguments: list[str]) -> int:
-    parser = argparse.ArgumentParser(
-        prog="python -m scripts.publish", description=__doc__, formatter_class=argparse.RawTextHelpFormatter
-    )
+    parser = command_line.parser_of("python -m scripts.publish", __doc__)
     parser.add_argument("run", metavar="RUN", help="folder of a run, or one of its checkpoints")
     parser.add_argument("repository", metavar="OWNER/NAME")
     parser.add_argument(

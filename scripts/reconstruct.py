@@ -12,7 +12,6 @@ for tokenizers whose first codes are a picture already (groups of D-AR, scales o
 in a browser.
 """
 
-import argparse
 from pathlib import Path
 
 from core import cli
@@ -21,9 +20,7 @@ from scripts import command_line
 
 
 def main(arguments: list[str]) -> int:
-    parser = argparse.ArgumentParser(
-        prog="python -m scripts.reconstruct", description=__doc__, formatter_class=argparse.RawTextHelpFormatter
-    )
+    parser = command_line.parser_of("python -m scripts.reconstruct", __doc__)
     parser.add_argument("images", nargs="*", metavar="IMAGE")
     parser.add_argument("--weights", required=True)
     parser.add_argument("--url", help="take pictures of a data source too: embedded://photos256, folder://DIR ...")

@@ -5,16 +5,14 @@ One RUN: its own report.html, as while it trains. Several: comparison.html besid
 all in the same charts, their previews, what was measured, and the settings in which they differ.
 """
 
-import argparse
 from pathlib import Path
 
 from core import cli
+from scripts import command_line
 
 
 def main(arguments: list[str]) -> int:
-    parser = argparse.ArgumentParser(
-        prog="python -m scripts.report", description=__doc__, formatter_class=argparse.RawTextHelpFormatter
-    )
+    parser = command_line.parser_of("python -m scripts.report", __doc__)
     parser.add_argument("runs", nargs="+", metavar="RUN", help="folder of a run, living or done")
     parser.add_argument("--out", type=Path, help="where the page goes")
     options = parser.parse_args(arguments)

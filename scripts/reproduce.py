@@ -8,7 +8,6 @@ settings of every row. Prints published | measured | difference | verdict | why 
 --rehearse does all that in a copy of this project with tiny random files, and --out (default work_dirs/rehearsal) gets its page.
 """
 
-import argparse
 import sys
 from pathlib import Path
 
@@ -18,9 +17,7 @@ from scripts import command_line
 
 
 def main(arguments: list[str]) -> int:
-    parser = argparse.ArgumentParser(
-        prog="bash run_reproduce.sh", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = command_line.parser_of("bash run_reproduce.sh", __doc__)
     parser.add_argument("systems", nargs="*", metavar="SYSTEM")
     parser.add_argument("--num", type=int, default=50000, help="pictures (default 50000; fewer cannot be compared)")
     parser.add_argument("--out", type=Path, help="default work_dirs/reproduce")

@@ -21,7 +21,6 @@ sample.shared=N: they begin with the first N codes of picture 0.
 Several GPUs: bash run_sample.sh, see scripts/launch.sh.
 """
 
-import argparse
 import dataclasses
 
 from core import cli
@@ -32,9 +31,7 @@ PREVIEWS = ("webp", "gif")
 
 
 def main(arguments: list[str]) -> int:
-    parser = argparse.ArgumentParser(
-        prog="python -m scripts.sample", description=__doc__, formatter_class=argparse.RawTextHelpFormatter
-    )
+    parser = command_line.parser_of("python -m scripts.sample", __doc__)
     parser.add_argument("generator", nargs="?", help="config, run folder, checkpoint, released file or hf:// address")
     parser.add_argument("overrides", nargs="*", metavar="key=value")
     parser.add_argument(
@@ -83,16 +80,12 @@ def main(arguments: list[str]) -> int:
     chosen = read_target(target, overrides, (lambda _: None) if silent else print)
     if options.list_labels:
         print(list_labels(chosen))
-    if options.list_labels:
         return 0
     if options.check:
         check(chosen, request)
         return 0
-    world = dist.start(chosen.config.train.device, chosen.config.train.rank_timeout)
-    try:
+    with dist.start(chosen.config.train.device, chosen.config.train.rank_timeout) as world:
         sample(chosen, request, world)
-    finally:
-        world.stop()
     return 0
 
 

@@ -38,21 +38,15 @@ AXES = ("scale", "interval", "schedule", "power", "temperature", "top_k", "top_p
 
 
 def parse(arguments: list[str]) -> tuple[argparse.Namespace, list[str], dict[str, str]]:
-    parser = argparse.ArgumentParser(
-        prog="bash run_sweep.sh",
-        usage="bash run_sweep.sh GENERATOR [key=value ...] [options]",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+    parser = command_line.parser_of(
+        "bash run_sweep.sh", __doc__, "bash run_sweep.sh GENERATOR [key=value ...] [options]"
     )
     parser.add_argument("target", nargs="?")
     parser.add_argument("settings", nargs="*")
-    for name in (*AXES, "weights", "tokenizer", "out"):
-        parser.add_argument(f"--{name.replace('_', '-')}", default=None, help=argparse.SUPPRESS)
-    for name, default in (("--num", None), ("--first", None), ("--bootstrap", 20)):
-        parser.add_argument(name, type=int, default=default, help=argparse.SUPPRESS)
+    command_line.add_options(parser, str, **dict.fromkeys((*AXES, "weights", "tokenizer", "out")))
+    command_line.add_options(parser, int, num=None, first=None, bootstrap=20)
     parser.add_argument("--by", choices=("fid", "is"), default="fid", help=argparse.SUPPRESS)
-    for flag in ("--again", "--check"):
-        parser.add_argument(flag, action="store_true", help=argparse.SUPPRESS)
+    command_line.add_flags(parser, "again", "check")
     options = command_line.parse(parser, "evaluate_generator", arguments)
     options.target, settings = command_line.target_of(options.target, options.weights, options.settings, "")
     options.taken = ""
@@ -69,18 +63,14 @@ def main(arguments: list[str]) -> int:
     from core import launch
     from run import sweep
 
-    if options.taken and launch.speaks():
-        print(options.taken, flush=True)
+    launch.say(options.taken)
     sweep.prepare(options, settings, axes)  # before a network is loaded
     if options.check:
         return 0
     from core import dist
 
-    world = dist.start("auto")
-    try:
+    with dist.start("auto") as world:
         return sweep.sweep(options, settings, axes, world)
-    finally:
-        world.stop()
 
 
 if __name__ == "__main__":

@@ -76,8 +76,8 @@ def main(arguments: list[str]) -> int:
     path, overrides = resolve(stages[0], words) if stages else (words[0], words[1:])
     set_here = {o.partition("=")[0] for o in overrides}
     asked = [setting for setting in launch.asked_by_accelerate() if setting.partition("=")[0] not in set_here]
-    if asked and launch.speaks():
-        print(f"accelerate's config sets {' '.join(asked)}; the same key behind CONFIG overrules it.")
+    if asked:
+        launch.say(f"accelerate's config sets {' '.join(asked)}; the same key behind CONFIG overrules it.")
     from run import check, estimate
     from run.load import load_config
     from run.train import train

@@ -85,11 +85,8 @@ def _process(rank: int, size: int, port: int, work: Callable, arguments: tuple) 
         RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(size), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port)
     )
     torch.set_num_threads(1)
-    world = dist.start("cpu")
-    try:
+    with dist.start("cpu") as world:
         work(world, *arguments)
-    finally:
-        world.stop()
 
 
 def in_processes(size: int, work: Callable, *arguments: Any, method: str = "fork") -> list[int]:

@@ -81,28 +81,27 @@ def _rank(rank: int, folder: str) -> None:
         MASTER_PORT=str(20_000 + int(folder.encode().hex(), 16) % 20_000),
     )
     torch.set_num_threads(1)
-    world = dist.start("cpu")
-    result, seen = generated(world)
-    torch.save(seen, f"{folder}/seen_{rank}.pt")
-    on_disk, _ = generated(world, f"{folder}/work")
-    recon, stats = rebuilt(world), summed(world)
+    with dist.start("cpu") as world:
+        result, seen = generated(world)
+        torch.save(seen, f"{folder}/seen_{rank}.pt")
+        on_disk, _ = generated(world, f"{folder}/work")
+        recon, stats = rebuilt(world), summed(world)
 
-    def one_fails() -> None:
-        if rank == 1:
-            raise UserError("rank 1 has no luck")
+        def one_fails() -> None:
+            if rank == 1:
+                raise UserError("rank 1 has no luck")
 
-    with pytest.raises(UserError, match="no luck" if rank == 1 else "rank 1 failed"):
-        world.together(one_fails)
-    if rank == 0:
-        values = {
-            "generation": result.values(),
-            "on disk": on_disk.values(),
-            "reconstruction": recon.values(),
-            "moments": {tap: float(c.sum()) for tap, (_, c) in stats.moments.items()},
-        }
-        with open(f"{folder}/values.json", "w") as file:
-            json.dump(values, file)
-    world.stop()
+        with pytest.raises(UserError, match="no luck" if rank == 1 else "rank 1 failed"):
+            world.together(one_fails)
+        if rank == 0:
+            values = {
+                "generation": result.values(),
+                "on disk": on_disk.values(),
+                "reconstruction": recon.values(),
+                "moments": {tap: float(c.sum()) for tap, (_, c) in stats.moments.items()},
+            }
+            with open(f"{folder}/values.json", "w") as file:
+                json.dump(values, file)
 
 
 def test_two_ranks_see_and_measure_what_one_does(tmp_path):
