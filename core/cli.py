@@ -17,11 +17,10 @@ from typing import Any, NoReturn
 
 from core import caller, launch
 from core.errors import UserError, lost_worker
-from core.files import ADVICE, MACHINES_FAULTS, dangling
+from core.files import ADVICE, MACHINES_FAULTS, ROOT, dangling
 from core.peers import OtherRankFailed
 from core.signals import REQUEUE_EXIT_CODE, Stopped, StopRequest, ignore_signals, insist, words
 
-ROOT = Path(__file__).resolve().parents[1]
 SHOWN_NAME = 300  # characters of a file's name in a message
 _UNSEEN = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")  # what steers a terminal; names of files may have it
 

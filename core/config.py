@@ -20,7 +20,7 @@ import re
 import sys
 import types
 import typing
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, Union, get_args, get_origin
 
@@ -68,8 +68,16 @@ def describe(hint: Any) -> str:
 
 def table_of(hint: Any) -> type | None:
     """The schema of the table that a type allows: Annotated[dict, Schema], also as one of several; None without one."""
-    named = (about for part in (hint, *get_args(hint)) for about in getattr(part, "__metadata__", ()))
-    return next((about for about in named if isinstance(about, type) and dataclasses.is_dataclass(about)), None)
+    return _schema_among(about for part in (hint, *get_args(hint)) for about in getattr(part, "__metadata__", ()))
+
+
+def _schema_among(hints: Iterable[Any]) -> type | None:
+    return next((hint for hint in hints if isinstance(hint, type) and dataclasses.is_dataclass(hint)), None)
+
+
+def default_of(spec: dataclasses.Field) -> Any:
+    """Of a field of a schema; dataclasses.MISSING where it has none."""
+    return spec.default if spec.default_factory is dataclasses.MISSING else spec.default_factory()
 
 
 @functools.cache
@@ -77,8 +85,7 @@ def keys_of(schema: type | None, prefix: str = "") -> tuple[str, ...]:
     """Dotted names of all settings of a schema."""
     keys: tuple[str, ...] = ()
     for name, hint in typing.get_type_hints(schema).items() if schema else ():
-        inner = next((k for k in (hint, *get_args(hint)) if isinstance(k, type) and dataclasses.is_dataclass(k)), None)
-        if inner:
+        if inner := _schema_among((hint, *get_args(hint))):
             keys += keys_of(inner, f"{prefix}{name}.")
         elif get_origin(hint) is not ClassVar:
             keys += (f"{prefix}{name}",)
@@ -282,10 +289,7 @@ def parse_section(path: str, table: Any, schema: type) -> Any:
     """An instance of the dataclass `schema` from plain data; UserError with every mistake, named by `path`."""
     if not isinstance(table, dict):
         raise UserError(f"{path}: expected a table of keys, got {table!r}.")
-    known = {
-        f.name: f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING
-        for f in dataclasses.fields(schema)
-    }
+    known = {spec.name: default_of(spec) is dataclasses.MISSING for spec in dataclasses.fields(schema)}
     problems = [f"{path}.{key}: unknown key.{nearest(str(key), known)}" for key in table if key not in known]
     if missing := [name for name, required in known.items() if required and name not in table]:
         problems.append(f"{path} lacks {', '.join(missing)}.")
@@ -563,19 +567,23 @@ def _refuse(problems: list[str], source: str) -> None:
         raise UserError(f"{source} has {count}:\n" + "\n".join(f"  - {p}" for p in problems))
 
 
-def to_plain(config: Any) -> dict[str, Any]:
-    """The resolved configuration as plain data that YAML and JSON can hold."""
-    return _plain(config)
+def to_plain(config: Any) -> Any:
+    """The resolved configuration, or a part of it, as plain data that YAML and JSON can hold."""
+    if dataclasses.is_dataclass(config):
+        return {f.name: to_plain(getattr(config, f.name)) for f in dataclasses.fields(config)}
+    if isinstance(config, dict):
+        return {key: to_plain(value) for key, value in config.items()}
+    if isinstance(config, (list, tuple)):
+        return [to_plain(item) for item in config]
+    return str(config) if isinstance(config, Duration) else config
 
 
-def _plain(value: Any) -> Any:
-    if dataclasses.is_dataclass(value):
-        return {f.name: _plain(getattr(value, f.name)) for f in dataclasses.fields(value)}
-    if isinstance(value, dict):
-        return {k: _plain(v) for k, v in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_plain(v) for v in value]
-    return str(value) if isinstance(value, Duration) else value
+def flatten(table: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested settings -> dotted name -> value; an empty table is a value."""
+    flat: dict[str, Any] = {}
+    for key, value in table.items():
+        flat |= flatten(value, f"{prefix}{key}.") if isinstance(value, dict) and value else {f"{prefix}{key}": value}
+    return flat
 
 
 def with_defaults(plain: dict[str, Any], schema: type = RunConfig) -> dict[str, Any]:
@@ -583,14 +591,12 @@ def with_defaults(plain: dict[str, Any], schema: type = RunConfig) -> dict[str, 
     were such: a default is how things were done until then."""
     hints, complete = typing.get_type_hints(schema), dict(plain)
     for spec in dataclasses.fields(schema):
-        options = (hints[spec.name], *get_args(hints[spec.name]))
-        nested = [hint for hint in options if isinstance(hint, type) and dataclasses.is_dataclass(hint)]
+        nested = _schema_among((hints[spec.name], *get_args(hints[spec.name])))
         if spec.name in plain:
             if nested and isinstance(plain[spec.name], dict):
-                complete[spec.name] = with_defaults(plain[spec.name], nested[0])
+                complete[spec.name] = with_defaults(plain[spec.name], nested)
         elif not spec.metadata.get("required"):
-            default = spec.default if spec.default_factory is dataclasses.MISSING else spec.default_factory()
-            complete[spec.name] = _plain(default)
+            complete[spec.name] = to_plain(default_of(spec))
     return complete
 
 

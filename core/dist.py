@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.distributed.rendezvous import rendezvous
 
 from core import launch
-from core.errors import UserError
+from core.errors import UserError, first_line
 from core.peers import OtherRankFailed, Peers
 from core.signals import Stopped
 
@@ -212,10 +212,9 @@ def start(device: str = "auto", timeout_minutes: float = 5.0) -> World:
             store = dist.PrefixStore("peers", store)  # pyright: ignore[reportPrivateImportUsage]  torch documents it
             _peers = Peers(store, ranks.rank, ranks.size, timeout_minutes)
         except dist.DistError as error:  # a busy port, a wrong address, ranks that never come
-            reason = (str(error).strip().splitlines() or ["no reason given"])[0]
             place = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
             raise UserError(
-                f"{ranks.size} ranks could not meet at {place} ({reason}). Choose a free MASTER_PORT, see that MASTER_ADDR is the first machine, and that "
+                f"{ranks.size} ranks could not meet at {place} ({first_line(error)}). Choose a free MASTER_PORT, see that MASTER_ADDR is the first machine, and that "
                 "all ranks were started."
             ) from error
     return World(ranks.rank, ranks.size, ranks.local, chosen)

@@ -19,6 +19,16 @@ def in_short(error: Exception, lines: int = 3) -> str:
     return " ".join(said[:lines]) + more
 
 
+def first_line(error: BaseException) -> str:
+    """Of a library's message."""
+    return (str(error).strip().splitlines() or ["no reason given"])[0]
+
+
+def brief(error: BaseException) -> str:
+    """ "ConnectionError: no route to host", of an error of a library's."""
+    return f"{type(error).__name__}: {first_line(error)}"
+
+
 def plainly(error: Exception) -> str:
     """What went wrong with something that was read, in words for who made it: Python's own speak of our code."""
     if isinstance(error, KeyError) and error.args:

@@ -17,6 +17,8 @@ from typing import Any
 
 from core.errors import UserError
 
+ROOT = Path(__file__).resolve().parents[1]  # of this project
+
 # What the operating system reports -> what is wrong and what to do about it.
 ADVICE = {
     errno.ENOSPC: "the disk is full. Free some space or choose another folder, then try again",

@@ -11,7 +11,7 @@ import typing
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from core.config import RESERVED_TYPES, describe, peek, table_of
+from core.config import RESERVED_TYPES, default_of, describe, peek, table_of
 from core.registry import Registry
 from core.schema import RunConfig
 
@@ -37,8 +37,7 @@ def help_text(schema: type = RunConfig, prefix: str = "") -> str:
         if dataclasses.is_dataclass(hints[spec.name]):
             lines.append(help_text(hints[spec.name], f"{prefix}{spec.name}."))
             continue
-        default = spec.default if spec.default_factory is dataclasses.MISSING else spec.default_factory()
-        default = inspect.Parameter.empty if spec.metadata.get("required") else default
+        default = inspect.Parameter.empty if spec.metadata.get("required") else default_of(spec)
         limits = spec.metadata.get("limits")
         hint = typing.Annotated[hints[spec.name], limits] if limits else hints[spec.name]
         lines.append(line(prefix + spec.name, spec.metadata.get("help", ""), hint, default))
@@ -81,9 +80,9 @@ def _table(prefix: str, hint: Any) -> Iterator[str]:
         return
     hints, about = typing.get_type_hints(schema, include_extras=True), explained(schema)
     for field in dataclasses.fields(schema):
-        default = field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
-        default = inspect.Parameter.empty if default is dataclasses.MISSING else default
-        yield line(prefix + field.name, about.get(field.name, ""), hints[field.name], default)
+        default = default_of(field)
+        shown = inspect.Parameter.empty if default is dataclasses.MISSING else default
+        yield line(prefix + field.name, about.get(field.name, ""), hints[field.name], shown)
 
 
 def explained(constructor: Any) -> dict[str, str]:

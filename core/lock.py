@@ -13,10 +13,15 @@ import json
 import os
 import threading
 import time
+from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from core.errors import UserError
 from core.files import explain_os_errors, write_atomic
+
+if TYPE_CHECKING:
+    from core.dist import World
 
 RENEW, WATCH = 15.0, 60.0  # seconds
 
@@ -94,6 +99,17 @@ class Lock:
             return None
 
 
+@contextlib.contextmanager
+def locked(folder: Path, world: World) -> Iterator[None]:
+    """Inside, no other program writes into `folder`; the main rank has its lock, for all of them. Collective."""
+    lock = Lock(folder)
+    world.on_main(lock.take)
+    try:
+        yield
+    finally:
+        lock.release()
+
+
 def _started(process: int) -> str | None:
     """When a process of this host began, None for none: numbers are given again."""
     try:
@@ -107,3 +123,15 @@ def _started(process: int) -> str | None:
     except (PermissionError, OverflowError):
         pass
     return "unknown"
+
+
+def lives(process: int) -> bool:
+    """Whether a process of this machine is there and has not ended; one that nobody has waited for yet has."""
+    try:
+        os.kill(process, 0)
+        with open(f"/proc/{process}/stat") as file:
+            return file.read().rpartition(")")[2].split()[0] not in ("Z", "X")
+    except ProcessLookupError:
+        return False
+    except OSError:  # somebody else's, or no /proc
+        return True

@@ -15,7 +15,8 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-from core.errors import UserError
+from core.errors import UserError, first_line
+from core.lock import lives
 
 _BEAT_SECONDS = 5.0  # between two notes of how far a rank is
 _POLL_SECONDS = (0.0005, 0.1)  # while waiting: first and longest pause
@@ -94,7 +95,7 @@ class Peers:
     def lost(self) -> str | None:
         """Names a rank of this machine whose process ended without a word; None where all live."""
         for rank, (host, process) in enumerate(self._places):
-            if rank != self.rank and host == os.uname().nodename and not _lives(process) and not self._has_left(rank):
+            if rank != self.rank and host == os.uname().nodename and not lives(process) and not self._has_left(rank):
                 return f"rank {rank} (process {process} on {host}) is gone: killed, or out of memory"
         return None
 
@@ -155,7 +156,7 @@ class Peers:
         reason = _answer(lambda: self._reason(waited), 4 * _BEAT_SECONDS)
         if reason is _SILENCE:
             reason = "rank 0 hangs: the store where ranks meet, which it or its launcher keeps, does not answer"
-        reason = reason or f"another rank is gone or hangs ({str(error).strip().splitlines()[0][:200]})"
+        reason = reason or f"another rank is gone or hangs ({first_line(error)[:200]})"
         return RankGone(f"{reason}. {_KEPT}")
 
     def _reason(self, waited: bool) -> str | None:
@@ -180,15 +181,3 @@ def _answer(question: Callable[[], Any], seconds: float) -> Any:
     thread.start()
     thread.join(seconds)
     return answers[0] if answers else _SILENCE
-
-
-def _lives(process: int) -> bool:
-    """Whether a process of this machine is there and has not ended; one that nobody has waited for yet has."""
-    try:
-        os.kill(process, 0)
-        with open(f"/proc/{process}/stat") as file:
-            return file.read().rpartition(")")[2].split()[0] not in ("Z", "X")
-    except ProcessLookupError:
-        return False
-    except OSError:  # somebody else's, or no /proc
-        return True

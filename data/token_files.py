@@ -311,14 +311,13 @@ def copy_to(
     places: np.ndarray | None = None,
     labels: np.ndarray | None = None,
     progress: Callable[[int, int], None] | None = None,
-    stop: Callable[[], str | None] | None = None,
 ) -> None:
     """Make a store from token files. Collective.
 
     Args:
         places: entry of each picture; None: they are as the store has them.
         labels: of the pictures, which the entries must have too; None: those of the entries are taken.
-        progress, stop: see Builder.fill.
+        progress: see Builder.fill.
     """
     classes = len(target.plan["facts"]["classes"])
 
@@ -342,7 +341,7 @@ def copy_to(
             codes, classes_of = zip(*(checked(index) for index in span))
             yield rows_of(np.stack(codes), span.start, files.spec), np.array(classes_of)
 
-    target.fill(ROWS, make, progress, stop)
+    target.fill(ROWS, make, progress)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -35,7 +35,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from core.files import explain_os_errors, write_atomic
+from core.files import ROOT, explain_os_errors, write_atomic
 from evaluation.measure import Result
 from evaluation.protocols import meaning_of
 from evaluation.scores import Score
@@ -428,7 +428,7 @@ def _version(package: str) -> str | None:
 
 def _commit() -> str | None:
     """Commit of this checkout, "-dirty" when tracked files differ from it; None outside git."""
-    command = ["git", "-C", str(Path(__file__).resolve().parents[1]), "describe", "--always", "--dirty", "--abbrev=12"]
+    command = ["git", "-C", str(ROOT), "describe", "--always", "--dirty", "--abbrev=12"]
     try:
         result = subprocess.run(command, capture_output=True, text=True, timeout=5)
     except (OSError, subprocess.TimeoutExpired):

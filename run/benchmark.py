@@ -21,7 +21,7 @@ import torch
 
 from core import dist
 from core.devices import peak_memory
-from core.errors import UserError
+from core.errors import UserError, brief
 from core.estimate import number
 from core.files import explain_os_errors, human_bytes, read_json, write_atomic, write_json
 from core.images import to_model_range
@@ -247,7 +247,7 @@ def count(config: RunConfig, guide: RunConfig | None, what: str, batch: int) -> 
             moved += 4 * (8 + 2 * len(config.train.ema)) * trained
         return Work(counter.flops, moved)
     except Exception as error:  # whatever a network does that needs values: only the count is lost, and we say so
-        return f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+        return brief(error)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -24,7 +24,7 @@ from core.dist import World
 from core.errors import UserError
 from core.files import read_json, write_atomic, write_json
 from core.images import grid, to_model_range
-from core.lock import Lock
+from core.lock import locked
 from core.nn.lpips import lpips_squeeze
 from core.rng import Draws
 from core.specs import Tokenizer
@@ -180,13 +180,9 @@ def compare(options: argparse.Namespace, overrides: list[str], world: World) -> 
     folder = Path(
         options.out or "work_dirs/compare/" + "-".join(n.replace("/", "_") for n in names_of(options.targets))[:150]
     )
-    lock = Lock(folder)
-    world.on_main(lock.take)
-    try:
+    with locked(folder, world):
         together = compare_tokenizers if kind == "tokenizer" else compare_generators
         together(options, with_one_protocol(overrides), folder, world)
-    finally:
-        lock.release()
     return 0
 
 

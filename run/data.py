@@ -145,7 +145,6 @@ def compute_once(
     build: Callable[..., FeatureCache],
     precision: str,
     batch: int = 64,
-    stop: Callable[[], str | None] | None = None,
 ) -> FeatureCache:
     """Call data.cache.build or data.tokens.build with `network` on the run's device and a progress line."""
     network.to(world.device).eval()
@@ -162,7 +161,6 @@ def compute_once(
         config.data.workers,
         config.data.on_corrupt,
         progress if line else None,
-        stop,
         max_corrupt=config.data.max_corrupt,
     )
     try:

@@ -20,10 +20,9 @@ from pathlib import Path
 from typing import Any
 
 from core.errors import UserError
-from core.files import explain_os_errors, read_json, write_atomic, write_json
+from core.files import ROOT, explain_os_errors, read_json, write_atomic, write_json
 from run import gpu_stages
 
-ROOT = Path(__file__).resolve().parent.parent
 SECTION = "## Measured by run_gpu_check.sh"
 WARNING = re.compile(r"^[WI]\d{4} [\d:.]+ |^\S+: \w*Warning: |^  warnings?[._]")  # of torch's log, of Python
 LEAST = 10  # seconds below which a stage is not begun

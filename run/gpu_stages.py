@@ -21,6 +21,8 @@ import torch
 from torch import Tensor
 
 from core.devices import Peak
+from core.errors import brief
+from core.files import ROOT
 from core.rng import Draws
 from core.schema import RunConfig
 from core.specs import Guidance
@@ -34,7 +36,6 @@ from run.benchmark import Row
 from run.floors import Floor, Work, peak_here
 from run.load import load_config, random_task
 
-ROOT = Path(__file__).resolve().parent.parent
 MARK = "summary: "
 
 
@@ -146,7 +147,7 @@ def compiled(device: torch.device, rehearse: bool, folder: Path) -> int:
                 eager, fast = (_losses(config, device, 8, on) for on in (False, True))
             except Exception as error:  # whatever a compiler may raise: the others are still to be compared
                 wrong += 1
-                say(f"{config.name} {precision} does not run: {_one_line(error)}")
+                say(f"{config.name} {precision} does not run: {brief(error)[:150]}")
                 continue
             first, *later = (abs(a - b) / max(abs(a), 1e-6) for a, b in zip(eager, fast))
             error, good = max(first, *later), first <= CLOSE[precision] and all(e <= LATER[precision] for e in later)
@@ -154,10 +155,6 @@ def compiled(device: torch.device, rehearse: bool, folder: Path) -> int:
             print(f"{config.name} {precision}: {eager} eager, {fast} compiled", flush=True)
             say(f"{config.task} {precision} within {error:.1e}" + ("" if good else " (too much)"))
     return 1 if wrong else 0
-
-
-def _one_line(error: BaseException) -> str:
-    return f"{type(error).__name__}: {str(error).strip().splitlines()[0][:150] if str(error).strip() else ''}"
 
 
 def _losses(config: RunConfig, device: torch.device, batch: int, on: bool) -> list[float]:
@@ -340,7 +337,7 @@ def measure(device: torch.device, rehearse: bool, folder: Path) -> int:
             row = benchmark.measure(job, config, wanted.what, wanted.what, wanted.batch, wanted.mode, "counted aside")
         except Exception as error:  # whatever a compiler or a library may raise: the other rows are still wanted
             bad += not isinstance(error, torch.OutOfMemoryError)
-            reason = "out of memory" if isinstance(error, torch.OutOfMemoryError) else _one_line(error)
+            reason = "out of memory" if isinstance(error, torch.OutOfMemoryError) else brief(error)[:150]
             _append(path, {"key": wanted.key, "failed": reason})
             print(f"{wanted.key}: {reason}", flush=True)
             if "CUDA error" in str(error):  # from here on everything would fail in this process

@@ -19,13 +19,13 @@ import yaml
 from PIL import Image
 from torch import Tensor
 
-from core.config import to_plain
+from core.config import flatten, to_plain
 from core.errors import UserError
 from core.files import read_json
 from core.schema import RunConfig
 from core.specs import Chart, Task
 from core.train.log import clock
-from core.train.run import ABOUT, flatten, read_metrics
+from core.train.run import ABOUT, read_metrics
 from core.train.trainer import PREVIEW_COLUMNS, PREVIEW_IMAGES
 from evaluation.protocols import meaning_of
 from evaluation.report import Frame, Report, Series, format_number

@@ -12,7 +12,7 @@ from typing import Any
 
 import yaml
 
-from core.errors import UserError
+from core.errors import UserError, brief
 from core.files import clear_folder, write_atomic
 from core.train.checkpoint import Checkpoint
 from core.weights import files as weight_files
@@ -150,9 +150,8 @@ class Publication:
                 repo_id=self.repository, folder_path=folder, commit_message="Add weights and card"
             )
         except Exception as error:  # any of the library's, of its HTTP client's or of the network
-            said = (str(error).strip().splitlines() or ["no reason given"])[0]
             raise UserError(
-                f"{self.repository} does not take it ({type(error).__name__}: {said}). Log in with `hf auth login` or set "
+                f"{self.repository} does not take it ({brief(error)}). Log in with `hf auth login` or set "
                 f"HF_TOKEN to a token that may write; {folder} is ready, the same command sends it again."
             ) from error
         return f"sent to {self.repository} as commit {commit.oid}"

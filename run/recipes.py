@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[1]
+from core.files import ROOT
 
 # What the scripts that are given EXP run without a CONFIG.
 CONTINUING = {

@@ -19,7 +19,7 @@ import torch
 
 from core.chunks import enter
 from core.errors import UserError, nearest
-from core.files import human_bytes, read_json
+from core.files import ROOT, human_bytes, read_json
 from core.lock import Lock
 from core.schema import RunConfig
 from core.weights import released
@@ -31,7 +31,6 @@ from run.download import fetch
 from run.estimate import TFLOPS, evaluation_flops
 from run.load import load_config, random_task, untrained_tokenizer
 
-ROOT = Path(__file__).resolve().parent.parent
 TABLE = ROOT / "configs" / "reproduce.toml"
 WHOLE = 50000  # pictures behind every published number
 OF_RECONSTRUCTIONS = {"rfid", "ris", "psnr", "ssim", "codebook_usage"}

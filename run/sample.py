@@ -22,7 +22,7 @@ from core.dist import World
 from core.errors import UserError, nearest
 from core.files import explain_os_errors
 from core.images import finite_uint8, grid, save_png, to_model_range
-from core.lock import Lock
+from core.lock import locked
 from core.nn.precision import bf16_products
 from core.rng import Draws, hash64
 from core.train.log import progress_line
@@ -101,16 +101,12 @@ def sample(target: Target, request: Request, world: World) -> None:
         "labels": labels,
         "precision": config.train.precision,
     }
-    lock = Lock(folder.path)  # of the main rank, for all of them
-    world.on_main(lock.take)
-    try:
+    with locked(folder.path, world):
         world.on_main(lambda: folder.claim(facts))
         sampler.prepare(count // (request.batch * world.size), world.device)
         new = folder.draw(sampler, request.batch, world)
         if world.is_main:
             _finish(folder, request, sampler.image_size, new)
-    finally:
-        lock.release()
 
 
 def _finish(folder: SampleFolder, request: Request, size: int, new: int) -> None:

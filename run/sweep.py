@@ -27,7 +27,7 @@ from core.config import to_plain
 from core.dist import World
 from core.errors import UserError
 from core.files import clear_folder, read_json, write_atomic, write_json
-from core.lock import Lock
+from core.lock import locked
 from core.rng import hash64
 from core.train.log import progress_line
 from evaluation.chunks import Work
@@ -211,12 +211,8 @@ class Sweep:
 
     def run(self) -> list[Setting]:
         """Measure; the settings of the last rung, the best first."""
-        lock = Lock(self.folder)
-        self.world.on_main(lock.take)
-        try:
+        with locked(self.folder, self.world):
             return climb(self.settings, self.ladder, self.measure)
-        finally:
-            lock.release()
 
     def measure(self, setting: Setting, count: int) -> float:
         """What settings are compared by, lower is better."""

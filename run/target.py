@@ -25,6 +25,7 @@ from core import config as config_module
 from core.config import to_plain
 from core.dist import World
 from core.errors import UserError
+from core.files import ROOT
 from core.nn.gated_norm import triton_works
 from core.nn.precision import bf16_products
 from core.rng import Draws
@@ -45,7 +46,6 @@ from run.load import IMAGENET_CLASSES, REGISTRIES, Pair, build_pair, lay_out_pai
 from run.sharing import names_of_classes, paired_tokenizer
 from run.weights import ADAPTERS, Source, read_weights
 
-ROOT = Path(__file__).resolve().parent.parent
 Log = Callable[[str], None]
 COMPILED_BATCHES = 16  # from so many on compiling costs less than it saves on a GPU
 

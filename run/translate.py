@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from core import launch
+from core.config import flatten
 from core.errors import UserError
 from core.weights import released
 
@@ -372,14 +373,6 @@ def refuse(words: Sequence[str], programs: Sequence[str] = ("generator",)) -> No
 # ---------------------------------------------------------------------------------------------------------------------
 # YAML files of the originals
 # ---------------------------------------------------------------------------------------------------------------------
-def flatten(content: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Dotted key -> value."""
-    flat: dict[str, Any] = {}
-    for key, value in content.items():
-        flat |= flatten(value, f"{prefix}{key}.") if isinstance(value, dict) and value else {f"{prefix}{key}": value}
-    return flat
-
-
 def foreign_yaml(content: dict[str, Any]) -> str | None:
     """The system whose YAML file this is; None for one of ours."""
     if not content or "task" in content or "base" in content:

@@ -40,6 +40,7 @@ from core.files import (
     write_atomic,
     write_json,
 )
+from core.lock import lives
 
 FORMAT = 2  # 1 had a sha256 per file, which one processor took longer to compute than to read the file
 MANIFEST, STATE = "manifest.json", "state.json"
@@ -280,16 +281,6 @@ def describe(files: list[Path], folder: Path) -> dict[str, dict]:
     }
 
 
-def _process_alive(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except OSError:  # it exists and belongs to someone else
-        return True
-    return True
-
-
 class CheckpointStore:
     """The checkpoints of one run.
 
@@ -522,7 +513,7 @@ class CheckpointStore:
         for entry in sorted(self.folder.iterdir()):
             match = _LEFTOVER.fullmatch(entry.name)
             # In a container the process before us may well have had our own number.
-            if not match or (int(match[3]) != os.getpid() and _process_alive(int(match[3]))):
+            if not match or (int(match[3]) != os.getpid() and lives(int(match[3]))):
                 continue
             if match[1] == "old" and not (self.folder / match[2]).exists():
                 with contextlib.suppress(OSError):  # another rank was faster

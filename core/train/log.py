@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from core.dist import World
-from core.errors import UserError
+from core.errors import UserError, brief
 from core.files import write_atomic
 from core.schema import LogConfig
 from core.train.run import RunFolder
@@ -152,8 +152,7 @@ class RunLog:
             except Exception as error:  # any of the sink's library
                 if (name, what) not in self.refused:
                     self.refused.add((name, what))
-                    said = (str(error).strip().splitlines() or ["no reason given"])[0]
-                    self.run.log(f"warning: {name} does not take {what} ({type(error).__name__}: {said})")
+                    self.run.log(f"warning: {name} does not take {what} ({brief(error)})")
 
     def show(self, done: int, step: int) -> None:
         """The live line after `done` pictures."""
@@ -225,9 +224,8 @@ class _Wandb:
                 resume="allow",
             )
         except Exception as error:  # any of the library's, of its service or of the network
-            said = (str(error).strip().splitlines() or ["no reason given"])[0]
             raise UserError(
-                f"log.wandb=true, and Weights & Biases does not take the run ({type(error).__name__}: {said}). {LOGIN}"
+                f"log.wandb=true, and Weights & Biases does not take the run ({brief(error)}). {LOGIN}"
             ) from error
 
     def __call__(self, numbers: Mapping[str, float], step: int) -> None:

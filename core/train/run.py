@@ -13,7 +13,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from core.config import to_plain, to_yaml, with_defaults
+from core.config import flatten, to_plain, to_yaml, with_defaults
 from core.errors import UserError
 from core.files import explain_os_errors, write_atomic, write_json
 from core.lock import Lock
@@ -65,13 +65,6 @@ def _moved(key: str, before: Any, now: Any) -> bool:
     (scheme, options), other = (re.findall(r"^(?:([a-z]+)://)?[^?]*(.*)$", url)[0] for url in (before, now))
     # token stores have the fingerprint of the pictures they were made of, and others that of their name
     return (scheme, options) == other and scheme in ("", "folder", "list", "wds")
-
-
-def flatten(value: Any, prefix: str = "") -> dict[str, Any]:
-    """Nested settings -> dotted name -> value."""
-    if isinstance(value, dict) and value:
-        return {k: v for key, item in value.items() for k, v in flatten(item, f"{prefix}{key}.").items()}
-    return {prefix[:-1]: value}
 
 
 def differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:

@@ -24,7 +24,7 @@ from core import images as image_tools
 from core.config import to_plain
 from core.devices import peak_flops, peak_memory, set_tf32
 from core.dist import AgreedFlag, World
-from core.errors import UserError, nearest
+from core.errors import UserError, first_line, nearest
 from core.rng import Draws, hash64
 from core.schema import RunConfig
 from core.signals import GO_ON, REQUEUE_EXIT_CODE, Stopped, StopRequest
@@ -506,7 +506,7 @@ class Trainer:
                 return self._write_preview(network)
             except (UserError, torch.OutOfMemoryError) as error:
                 with contextlib.suppress(UserError):  # the disk that has no room for the picture has none for log.txt
-                    self.run.log(f"warning: no preview of step {self.step}: {str(error).splitlines()[0]}")
+                    self.run.log(f"warning: no preview of step {self.step}: {first_line(error)}")
         return None
 
     def _write_preview(self, network: nn.Module) -> Tensor:

@@ -17,7 +17,7 @@ from typing import Any
 
 from torch import Tensor
 
-from core.errors import UserError, plainly
+from core.errors import UserError, first_line, plainly
 from core.files import explain_os_errors, replacing
 from core.train.checkpoint import read_tensors
 
@@ -48,7 +48,7 @@ def replace_with(path: str | os.PathLike, write: Callable[[Path], object], overw
         try:
             write(temporary)
         except (SafetensorError, RuntimeError) as error:  # which is how these libraries say that a disk is full
-            reason = str(error).strip().splitlines()[0][:200]
+            reason = first_line(error)[:200]
             raise UserError(
                 f"{path} could not be written ({reason}). Free some space or choose another place."
             ) from error

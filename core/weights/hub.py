@@ -29,7 +29,7 @@ import torch
 from torch import Tensor
 
 from core import launch
-from core.errors import UserError, nearest
+from core.errors import UserError, brief, nearest
 from core.files import expanded, explain_os_errors, read_json, refuse_device, refuse_text, replacing, require_space
 from core.train.checkpoint import MANIFEST, CheckpointStore, find_damage, read_tensors
 from core.weights import exports, released
@@ -323,8 +323,7 @@ def _reason(error: BaseException, repository: str = "", revision: str = "", file
         return "too many requests came from here (429): log in with `hf auth login`, or wait a while"
     if code is not None:
         return f"the server answered {code}: try again later"
-    said = (str(error).strip().splitlines() or ["no reason given"])[0]
-    return f"no answer, is there a network? ({type(error).__name__}: {said}) Check it"
+    return f"no answer, is there a network? ({brief(error)}) Check it"
 
 
 def _near_remote(repository: str, revision: str, filename: str, endpoint: str) -> str:

@@ -20,10 +20,9 @@ from pathlib import Path
 from typing import Any
 
 from core.errors import UserError
-from core.files import expanded
+from core.files import ROOT, expanded
 from core.registry import parameters
 
-ROOT = Path(__file__).resolve().parents[2]
 HELPERS = Path(__file__).with_name("helpers.toml")
 TABLE = Path(__file__).with_name("released.toml")
 TINY = ROOT / "pretrained_models" / "tiny"

@@ -20,6 +20,7 @@ from pathlib import Path
 from urllib.parse import parse_qs, urlsplit
 
 from core.errors import UserError
+from core.files import ROOT
 from run.playground import views
 
 LOOPBACK = "127.0.0.1"
@@ -39,7 +40,7 @@ class Refused(Exception):
 
 def page() -> tuple[bytes, str]:
     """The page with everything in it, and the Content-Security-Policy that lets it talk to its server alone."""
-    style = (HERE.parents[1] / "evaluation" / "report.css").read_text() + (HERE / "page.css").read_text()
+    style = (ROOT / "evaluation" / "report.css").read_text() + (HERE / "page.css").read_text()
     script = (HERE / "page.js").read_text()
     html = (HERE / "page.html").read_text().replace("{{style}}", style).replace("{{script}}", script)
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()

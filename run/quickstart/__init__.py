@@ -17,7 +17,7 @@ import yaml
 from core import dist
 from core import images as image_tools
 from core.errors import UserError, nearest
-from core.files import read_json, write_json
+from core.files import ROOT, read_json, write_json
 from core.schema import RunConfig
 from core.weights import released
 from evaluation.report import Report, write_metrics
@@ -28,7 +28,7 @@ from run.train import train
 
 __all__ = ["SHOWN_PER_CLASS", "overrides_for", "read_plan", "real_features", "report", "run"]
 
-FOLDER = Path(__file__).resolve().parents[2] / "configs" / "quickstart"
+FOLDER = ROOT / "configs" / "quickstart"
 TINY = FOLDER.with_name("tiny")
 LAST_STAGE = "samples, metrics, report"
 SHIPPED, TRAINED = "shipped", "trained here"

@@ -16,6 +16,7 @@ from evaluation.distances import (
     inception_score_single,
     kid,
     manifold_radii,
+    polynomial_kernel,
     precision_recall,
     squared_mmd,
 )
@@ -86,6 +87,12 @@ def score(case: Case) -> dict[str, Tensor]:
     return result
 
 
+def gaussian_kernel(x: Tensor, y: Tensor, sigma: float = 10.0) -> Tensor:
+    """exp(-|x - y|^2 / (2 sigma^2)) of (N, D) and (M, D) -> (N, M): torch-fidelity's other one, which no protocol uses."""
+    squares = x.square().sum(1)[:, None] - 2 * x @ y.T + y.square().sum(1)
+    return torch.exp(-squares.clamp(min=0) / (2 * sigma**2))
+
+
 @kind(
     "evaluation",
     "kid",
@@ -97,7 +104,7 @@ def kernel_distance(case: Case) -> dict[str, Tensor]:
     result: dict[str, Tensor] = {}
     for name in case.outputs:
         if found := re.fullmatch(r"kid_(rbf_)?(mean|std)_subsets(\d+)_size(\d+)", name):
-            kernel = "rbf" if found[1] else "polynomial"
+            kernel = gaussian_kernel if found[1] else polynomial_kernel
             mean_std = kid(a, b, int(found[3]), int(found[4]), kernel, case.config["rng_seed"])
             result[name] = scalar(mean_std[found[2] == "std"])
         elif found := re.fullmatch(r"mmd2_unbiased_first(\d+)_f64", name):

@@ -70,7 +70,7 @@ def maskgit(case: Case) -> dict[str, Tensor]:
             "encode_indices": found,
             "get_code": found,
             "encode_quantized": quantizer.embed(found).transpose(1, 2).unflatten(2, grid),
-            "soft_code": quantizer.soft_codes(to_tokens(z), config["soft_temp"]).flatten(1, 2),
+            "soft_code": (-quantizer.distances(to_tokens(z)) / config["soft_temp"]).softmax(-1).flatten(1, 2),
             "quantized_states": tokenizer.embed(codes.flatten(1)[..., None])[:, :, 0],
             "decoder_raw": tokenizer.decoder(maps),
             "decode_tokens": to_unit_range(tokenizer.decode(codes[..., None]), clamp=True),

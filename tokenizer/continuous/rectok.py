@@ -278,10 +278,6 @@ class RecTok(Tokenizer):
             for name, width in self.semantic.teachers.items()
         }
 
-    def trainable_parameters(self) -> dict[str, nn.Parameter]:
-        """Parameters by name, without frozen ones."""
-        return {name: p for name, p in self.named_parameters() if p.requires_grad}
-
     def no_weight_decay(self) -> set[str]:
         """Names of the parameters that are not decayed: vectors, and whatever embeds or normalises."""
         spared = ("ln", "bias", "embedding", "norm", "gamma", "embed", "token", "diffloss")

@@ -248,10 +248,6 @@ class VectorQuantizer(Quantizer):
             z, table = self.prepare(z), self.table()
             return squared_distances(z.reshape(-1, self.dim), table).view(*z.shape[:-1], self.vocab)
 
-    def soft_codes(self, z: Tensor, temperature: float = 1.0) -> Tensor:
-        """softmax(-distance / temperature), (..., V)."""
-        return (-self.distances(z) / temperature).softmax(-1)
-
     def forward(self, z: Tensor, weight: Tensor | None = None) -> Quantized:
         """Quantise (..., D). `weight` (...): how much each position counts in codebook and commitment terms."""
         with no_autocast(z):
