@@ -205,6 +205,15 @@ def read_json(path: str | os.PathLike) -> Any:
         raise UserError(f"{os.fspath(path)}: not valid JSON ({error}). It is damaged or was edited by hand.") from error
 
 
+def read_json_lines(path: Path) -> list[dict[str, Any]]:
+    """The objects of a file with one in each line; lines that a crash cut or filled with zeros are left out."""
+    records = []
+    for line in path.read_text(errors="replace").splitlines():
+        with contextlib.suppress(json.JSONDecodeError):
+            records.append(json.loads(line))
+    return [record for record in records if isinstance(record, dict)]
+
+
 def sha256_file(path: str | os.PathLike) -> str:
     """Hex digest, read in pieces."""
     import hashlib  # loads OpenSSL, which --help does without

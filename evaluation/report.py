@@ -17,6 +17,7 @@ long each part took.
 from __future__ import annotations
 
 import base64
+import csv
 import io
 import json
 import math
@@ -24,7 +25,7 @@ import os
 import platform
 import re
 import subprocess
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from html import escape
 from importlib import metadata
@@ -472,12 +473,19 @@ def table(result: Result) -> str:
 def _value(score: Score) -> str:
     is_distance = "fid" in score.name or score.name.startswith(("fd_", "rfd_", "pfd_"))
     shown = max(score.value, 0.0) if is_distance else score.value
-    text = f"{shown:.4f}"
-    if score.std is not None:
-        text += f" +- {score.std:.4f}"
-    if score.interval is not None:
-        text += f" [{score.interval[0]:.4f}, {score.interval[1]:.4f}]"
-    return text
+    return with_interval(shown, score.interval, "" if score.std is None else f" +- {score.std:.4f}")
+
+
+def with_interval(value: float, interval: Sequence[float] | None, spread: str = "") -> str:
+    """A number as tables show it, with its interval where it has one."""
+    return f"{value:.4f}{spread}" + (f" [{interval[0]:.4f}, {interval[1]:.4f}]" if interval else "")
+
+
+def write_csv(path: Path, headers: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:
+    """A table whose numbers are exact; None is an empty cell."""
+    file = io.StringIO()
+    csv.writer(file, lineterminator="\n").writerows([headers, *rows])
+    write_atomic(path, file.getvalue())
 
 
 def precision_of(device: torch.device, features: str = "float32") -> dict[str, Any]:

@@ -70,6 +70,10 @@ class GeneratorTask:
                 latents = self.tokenizer.encode(to_model_range(batch.images), tokenizer_draws)
         yield Phase("generator", nets["generator"](latents, batch.labels, draws, progress))
 
+    def latents(self, labels: Tensor, draws: Draws, **more: Any) -> Tensor:
+        """Of the classes `labels`, by the task's own generator; `more` goes to its `sample`."""
+        return draw_latents(self.generator, labels, draws, self.guidance, **self.sample_options, **more)
+
     @torch.no_grad()
     def sample(self, network: Any, labels: Tensor, draws: Draws) -> Tensor:
         """Pictures (B, 3, H, W) in [-1, 1] of the classes `labels`."""

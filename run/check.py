@@ -223,8 +223,8 @@ def find_weights(config: RunConfig) -> tuple[dict[str, Source], list[str]]:
 
 def trained_by(reference: str) -> str:
     """How to make a run that is not here, by the recipe of that name; "" where none has it, and for what is here."""
-    made = None if Path(reference).exists() else recipe_of(reference)
-    return f"no such run yet. Train it: {made[1]}" if made else ""
+    recipe = None if Path(reference).exists() else recipe_of(reference)
+    return f"no such run yet. Train it: {recipe[1]}" if recipe else ""
 
 
 def missing_helpers(config: RunConfig) -> list[str]:

@@ -41,7 +41,7 @@ from evaluation.comparison import (
 )
 from evaluation.images import lpips_metric
 from evaluation.probe import features_fingerprint
-from evaluation.report import NOTHING, Report, environment, write_metrics
+from evaluation.report import NOTHING, Report, environment, with_interval, write_csv, write_metrics
 from run.benchmark import Effort, device_name, timed
 from run.evaluate import PER_PICTURE, Reconstructions, by_tokenizer, check_reconstructions, tokenizer_section
 from run.evaluate_generator import check_samples, generated_samples
@@ -150,9 +150,9 @@ def pictures_for(targets: list[str]) -> str:
     words = "bash run_compare.sh " + " ".join(targets)
     urls = {target: unseen(each) for target, each in data.items()}
     if len({*urls.values()}) > 1:
-        told = "; ".join(f"{t}: {url if data[t] else 'not told by its file'}" for t, url in urls.items())
+        listed = "; ".join(f"{t}: {url if data[t] else 'not told by its file'}" for t, url in urls.items())
         raise UserError(
-            f"these tokenizers were not trained on the same pictures, so none are common to what training left out ({told}). "
+            f"these tokenizers were not trained on the same pictures, so none are common to what training left out ({listed}). "
             f"Name the pictures to compare them on: {words} --data {urls[targets[0]]}"
         )
     return choose(urls[targets[0]], LEFT_OUT, f"{words} --data")
@@ -451,9 +451,7 @@ def write_tokenizers(
         "left_out": left_out,
         "targets": options.targets,
     }
-    write_metrics(
-        folder / "metrics.json", {name: {m: v[0] for m, v in of.items()} for name, of in numbers.items()}, context
-    )
+    write_values(folder, numbers, context)
     print(f"written to {folder}: report.html, compare.csv, compare.tex, differences.csv, differences.tex, metrics.json")
 
 
@@ -490,29 +488,28 @@ def rows_of(numbers: Numbers, metrics: list[str]) -> list[list[str]]:
         if metric not in numbers[name]:
             return NOTHING
         value, low, high = numbers[name][metric]
-        return f"{value:.4f}" + ("" if low is None else f" [{low:.4f}, {high:.4f}]")
+        return with_interval(value, None if low is None or high is None else (low, high))
 
     return [[name, *(cell(name, metric) for metric in metrics)] for name in numbers]
 
 
 def write_tables(folder: Path, numbers: Numbers, metrics: list[str]) -> None:
     """compare.csv with everything, a line a number; compare.tex with `metrics`, a row a name."""
-    lines = ["name,metric,value,low,high"]
-    for name, of in numbers.items():
-        for metric, values in of.items():
-            lines.append(",".join([f'"{name}"', metric, *("" if v is None else repr(v) for v in values)]))
-    write_atomic(folder / "compare.csv", "\n".join(lines) + "\n")
-
+    rows = [(name, metric, *value) for name, of in numbers.items() for metric, value in of.items()]
+    write_csv(folder / "compare.csv", ["name", "metric", "value", "low", "high"], rows)
     write_atomic(folder / "compare.tex", tabular(["", *metrics], rows_of(numbers, metrics)))
+
+
+def write_values(folder: Path, numbers: Numbers, context: dict[str, Any]) -> None:
+    """metrics.json."""
+    values = {name: {metric: value for metric, (value, _, _) in of.items()} for name, of in numbers.items()}
+    write_metrics(folder / "metrics.json", values, context)
 
 
 def write_differences(folder: Path, pairs: list[Pair]) -> None:
     """differences.csv and differences.tex, a line a difference."""
-    lines = ["name,minus,metric,value,low,high"]
-    for pair in pairs:
-        numbers = (repr(value) for value in (pair.difference.mean, pair.difference.low, pair.difference.high))
-        lines.append(",".join([f'"{pair.name}"', f'"{pair.base}"', pair.metric, *numbers]))
-    write_atomic(folder / "differences.csv", "\n".join(lines) + "\n")
+    rows = [(p.name, p.base, p.metric, p.difference.mean, p.difference.low, p.difference.high) for p in pairs]
+    write_csv(folder / "differences.csv", ["name", "minus", "metric", "value", "low", "high"], rows)
     headers = ["", "metric", "difference", "95 % interval", ""]
     write_atomic(folder / "differences.tex", tabular(headers, [pair.row() for pair in pairs], 2))
 
@@ -578,9 +575,5 @@ def compare_generators(options: argparse.Namespace, overrides: list[str], folder
     report.add_table("Left out", ["what", "why"], [[what, why] for what, why in left_out.items()])
     report.add_environment(environment()).write(folder / "report.html")
     write_tables(folder, numbers, metrics)
-    write_metrics(
-        folder / "metrics.json",
-        {name: {m: v[0] for m, v in of.items()} for name, of in numbers.items()},
-        {"net": net, "left_out": left_out, "targets": options.targets},
-    )
+    write_values(folder, numbers, {"net": net, "left_out": left_out, "targets": options.targets})
     print(f"written to {folder}: report.html, compare.csv, compare.tex, metrics.json")

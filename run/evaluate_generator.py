@@ -33,12 +33,13 @@ from evaluation.measure import Evaluation, Produce, Progress, Result
 from evaluation.pictures import NpzPictures, open_any
 from evaluation.protocols import Protocol
 from run.data import class_names, open_pictures
+from run.load import IMAGENET_CLASSES
 from run.measurement import Measurement, Shown, check_comparison, enough, eval_settings, evaluation_of, sizes_of
 from run.target import Sampler, Target, lay_out, open_generator, read_target
 
 SAMPLES = 50_000  # what published numbers are measured on
 SHOWN = 40
-IMAGENET_CLASSES, IMAGENET_VAL_EACH = 1000, 50
+IMAGENET_VAL_EACH = 50
 
 
 def holds_pictures(target: str) -> bool:

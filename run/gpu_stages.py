@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import gc
 import importlib.metadata
@@ -22,7 +21,7 @@ from torch import Tensor
 
 from core.devices import Peak
 from core.errors import brief
-from core.files import ROOT
+from core.files import ROOT, read_json_lines
 from core.rng import Draws
 from core.schema import RunConfig
 from core.specs import Guidance
@@ -310,12 +309,7 @@ def rows_wanted(rehearse: bool) -> Iterator[Wanted]:
 
 
 def _lines(path: Path) -> list[dict[str, Any]]:
-    """Of a file that a killed process may have left with half a line at its end."""
-    records = []
-    for line in path.read_text().splitlines() if path.is_file() else ():
-        with contextlib.suppress(json.JSONDecodeError):
-            records.append(json.loads(line))
-    return records
+    return read_json_lines(path) if path.is_file() else []
 
 
 def _append(path: Path, record: dict[str, Any]) -> None:

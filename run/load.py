@@ -184,9 +184,10 @@ def tokenizer_layout(section: dict[str, Any], source: Source | None = None) -> t
             if "name" not in known:  # a file with both networks: the recipe names the tokenizer's own
                 known = tokenizer_layout(paired)[0]
         return {**known, **settings}, f"{file.name} is not here; its sizes are those of {place}"
-    if made := recipe_of(reference):
-        known = constructor_arguments(load_config(str(released.ROOT / made[0]), []).tokenizer)
-        return {**known, **settings}, f"{reference} is not here; its sizes are those of {made[0]}"
+    if trained_by := recipe_of(reference):
+        recipe, _ = trained_by
+        known = constructor_arguments(load_config(str(released.ROOT / recipe), []).tokenizer)
+        return {**known, **settings}, f"{reference} is not here; its sizes are those of {recipe}"
     if "name" in settings:
         return settings, f"{reference} is not here; its sizes are the defaults of {settings['name']}"
     raise UserError(

@@ -178,10 +178,6 @@ class Pretokenizing:
     def __post_init__(self) -> None:
         self.folder = self.request.folder(self.config)
 
-    def say(self, message: str) -> None:
-        if self.world.is_main:
-            print(message, flush=True)
-
     def make(self) -> None:
         """The store, unless it is there. Collective; raises Stopped when a signal asks for it."""
         if self.world.on_main(self.folder.exists):
@@ -211,8 +207,8 @@ class Pretokenizing:
         """Tokens of the pictures."""
         transform.view_of((0, 0))  # refuses crops without views
         size = f"{len(pictures):,} pictures x {transform.views} views"
-        self.say(f"tokens of {size} ({transform.crop}) -> {self.folder}")
-        say_left_out(self.say, pictures, self.config.data.pictures or self.config.data.url)
+        self.world.say(f"tokens of {size} ({transform.crop}) -> {self.folder}")
+        say_left_out(self.world.say, pictures, self.config.data.pictures or self.config.data.url)
 
         def encode(images: Tensor) -> Tensor:
             return self.tokenizer.precompute(to_model_range(images.to(self.world.device)))
@@ -237,7 +233,7 @@ class Pretokenizing:
             count, names = files.samples, [str(i) for i in range(self.request.classes)]
             source = f"{hash64('imported', path.name, count, files.views, size):016x}"
             shown = f"{count:,} pictures x {files.views} views"
-            self.say(f"no pictures are given: {path} is taken as {shown}, without a comparison")
+            self.world.say(f"no pictures are given: {path} is taken as {shown}, without a comparison")
         else:
             pairing.check_count(path, files.samples, files.views, len(pictures))
             order = self.world.on_main(lambda: self._find_order(files, path, pictures, transform))
@@ -271,7 +267,7 @@ class Pretokenizing:
                 "other pictures, or of another crop (data.crop)."
             )
         agreed = f"the tokenizer makes {best:.1%} of the codes of {len(chosen)} of them"
-        self.say(f"{path} lists the pictures in {order}: {agreed}")
+        self.world.say(f"{path} lists the pictures in {order}: {agreed}")
         return order
 
     def open(self) -> TokenStore:
@@ -282,11 +278,11 @@ class Pretokenizing:
             store.verify()
         pictures = self.pictures
         if pictures is not None and not self.world.on_main(lambda: store.is_of(pictures)):
-            self.say(
+            self.world.say(
                 f"warning: {self.folder} was there and is of other pictures than {self.config.data.pictures or self.config.data.url} "
                 "holds now; delete it, or choose another --out, to make their tokens"
             )
-        self.say(
+        self.world.say(
             f"{self.folder}: {len(store):,} pictures x {store.views} views, {store.spec}, tokenizer "
             f"{self.fingerprint}, content {store.content}" + (", read and found whole" if self.request.verify else "")
         )
@@ -301,7 +297,7 @@ class Pretokenizing:
                 export_numbered(store, path, self.world, report)
             elif self.world.is_main:
                 export_jsonl(store, path, report)
-        self.say(f"written to {path}")
+        self.world.say(f"written to {path}")
 
     # -- looking at it ------------------------------------------------------------------------------------------------
     def show(self, store: TokenStore) -> None:
@@ -320,7 +316,7 @@ class Pretokenizing:
             text = f"PSNR {quality:.2f} dB, {share:.1%} of the tokens made again; pictures above, decoded below"
             shown = torch.cat([torch.cat(pair) for pair in zip(images.split(8), shown.split(8))])
         save_png(grid(shown, columns=8), store.path / "preview.png")
-        self.say(f"{count} pictures in {store.path / 'preview.png'}: {text}")
+        self.world.say(f"{count} pictures in {store.path / 'preview.png'}: {text}")
 
     @torch.no_grad()
     def _codes_of(self, images: Tensor) -> Tensor:

@@ -28,7 +28,7 @@ def recipe_of(run: str | Path) -> tuple[str, str] | None:
     """
     if (run := Path(run)).parent.name != "work_dirs":
         return None
-    found = None
+    continued = None
     for path in sorted((ROOT / "configs").rglob("*.yaml")):
         recipe, text = path.relative_to(ROOT).as_posix(), path.read_text()
         commands = [(script, words.split()) for script, words in COMMAND.findall(text)]
@@ -42,8 +42,8 @@ def recipe_of(run: str | Path) -> tuple[str, str] | None:
                 configs = [word for word in words if word.endswith(".yaml")]
                 config = configs[0] if configs else CONTINUING[script]
                 if f"{words[0]}_{Path(config).stem}" == run.name:
-                    found = config, _written(script, words)
-    return found
+                    continued = config, _written(script, words)
+    return continued
 
 
 def _program(text: str) -> str:

@@ -324,10 +324,10 @@ def results(chosen: list[Row], num: int, folder: Path) -> list[list[str]]:
     """(name, metric, published, measured, difference, verdict, why) of every number."""
     lines = []
     for row in chosen:
-        found = _finished(folder / f"{row.name}_{num}")
-        left_out = found.get("context", {}).get("left_out", {})
+        record = _finished(folder / f"{row.name}_{num}")
+        left_out = record.get("context", {}).get("left_out", {})
         for metric, published in row.published.items():
-            name, entry = value_of(metric, found.get("metrics", {}))
+            name, entry = value_of(metric, record.get("metrics", {}))
             value = None if entry is None else float(entry["value"])
             shown = ("", "") if value is None else (f"{value:.4g}", f"{value - float(published):+.3f}")
             lines.append([row.name, metric, published, *shown, *verdict(row, metric, name, entry, num, left_out)])

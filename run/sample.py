@@ -29,7 +29,6 @@ from core.train.log import progress_line
 from core.weights import hub
 from data.transforms import center_crop, to_tensor
 from evaluation.pictures import NpzPictures, NpzWriter, pieces
-from generator.sampling import draw_latents
 from run import streaming
 from run.reconstruct import read_files
 from run.sharing import in_words
@@ -347,6 +346,6 @@ def begin_alike(sampler: Sampler, request: Request, first_label: int, device: to
     draws = Draws(hash64(sampler.config.seed, "samples"), torch.zeros(1, dtype=torch.int64, device=device))
     label = torch.tensor([first_label], device=device)
     with bf16_products(device, sampler.bf16):
-        codes = draw_latents(sampler.generator, label, draws, sampler.task.guidance, **options)
+        codes = sampler.task.latents(label, draws)
     options["prefix"] = codes[:, :shared]
     return {}

@@ -11,7 +11,6 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -21,8 +20,8 @@ from core.errors import UserError
 from core.files import replacing
 from core.images import finite_uint8, grid, save_png, to_uint8
 from core.rng import Draws
-from core.specs import Codes, Generator, Guidance, Previews, Streams, Tokenizer
-from generator.sampling import draw_latents
+from core.specs import Codes, Generator, Previews, Streams, Tokenizer
+from generator.task import GeneratorTask
 from run.alter import blank_codes
 
 
@@ -64,21 +63,15 @@ def check(generator: Generator | None, tokenizer: Tokenizer) -> None:
 
 @torch.no_grad()
 def stream(
-    generator: Generator,
-    tokenizer: Tokenizer,
-    labels: Tensor,
-    draws: Draws,
-    guidance: Guidance,
-    options: dict[str, Any],
-    show: Callable[[int, Tensor], None] | None = None,
+    task: GeneratorTask, labels: Tensor, draws: Draws, show: Callable[[int, Tensor], None] | None = None
 ) -> Streamed:
     """Sample codes and decode them as they come.
 
     Args:
-        options: of the generator's `sample`.
         show: called as show(stage, pictures) the moment a stage is there.
     """
-    check(generator, tokenizer)
+    tokenizer = task.tokenizer
+    check(task.generator, tokenizer)
     assert isinstance(tokenizer, Streams)
     result, begun, fed = Streamed(torch.empty(0)), time.perf_counter(), 0
     decoder = tokenizer.stream(len(labels), draws.fork("decode"))
@@ -96,7 +89,7 @@ def stream(
                 show(len(result.pictures) - 1, picture.float())
         fed = codes.shape[1]
 
-    result.codes = draw_latents(generator, labels, draws, guidance, on_codes=arrived, **options)
+    result.codes = task.latents(labels, draws, on_codes=arrived)
     return result
 
 
@@ -104,28 +97,19 @@ WATCHED = 12  # looks at a batch on its way, at most
 
 
 @torch.no_grad()
-def watch(
-    generator: Generator,
-    tokenizer: Tokenizer,
-    labels: Tensor,
-    draws: Draws,
-    guidance: Guidance,
-    options: dict[str, Any],
-    show: Callable[[Tensor], None],
-) -> Tensor:
+def watch(task: GeneratorTask, labels: Tensor, draws: Draws, show: Callable[[Tensor], None]) -> Tensor:
     """Sample, and show what can be seen of the pictures meanwhile, whatever the pair is; the pictures at the end.
 
     These are the ones that are drawn without a look. A tokenizer that streams shows each stage at no cost; others decode
     again at every look: codes of the first scales, a raster with grey where codes are missing, latents on their way.
 
     Args:
-        options: of the generator's `sample`.
         show: called with pictures (B, 3, H, W) in [-1, 1], of the last ones too.
     """
-    accepted, looks = inspect.signature(generator.sample).parameters, 0
+    tokenizer = task.tokenizer
+    accepted, looks = inspect.signature(task.generator.sample).parameters, 0
     if "on_codes" in accepted and isinstance(tokenizer, Streams):
-        streamed = stream(generator, tokenizer, labels, draws, guidance, options, lambda _, pictures: show(pictures))
-        return streamed.pictures[-1]
+        return stream(task, labels, draws, lambda _, pictures: show(pictures)).pictures[-1]
 
     def arrived(codes: Tensor) -> None:
         nonlocal looks
@@ -140,7 +124,7 @@ def watch(
             show(tokenizer.decode(latents, draws.fork("decode")).float())
 
     hooks = {name: hook for name, hook in (("on_codes", arrived), ("on_latents", moved)) if name in accepted}
-    latents = draw_latents(generator, labels, draws, guidance, **hooks, **options)
+    latents = task.latents(labels, draws, **hooks)
     if not hooks and isinstance(tokenizer, Previews):
         pictures = [picture.float() for picture in tokenizer.previews(latents, draws.fork("decode"))]
     else:

@@ -33,7 +33,7 @@ from core.train.log import progress_line
 from evaluation.chunks import Work
 from evaluation.halving import Rung, climb, cost, plan
 from evaluation.measure import Evaluation
-from evaluation.report import NUM_COLOURS, Report, environment, write_metrics
+from evaluation.report import NUM_COLOURS, Report, environment, with_interval, write_csv, write_metrics
 from evaluation.scores import Score
 from generator.task import GeneratorTask
 from run.evaluate_generator import SAMPLES, Drawing, FirstSamples, check_generated, drawing
@@ -363,14 +363,12 @@ def write(search: Sweep, best: list[Setting], overrides: list[str]) -> None:
             _value(f, search.options.by),
         ),
     )
-    lines = ["setting,pictures,metric,value,low,high"]
-    for trial in search.trials:
-        for s in trial.scores:
-            low, high = s.interval or ("", "")
-            lines.append(
-                f'"{trial.setting.name}",{trial.count},{s.name},{s.value!r},{low!r},{high!r}'.replace("''", "")
-            )
-    write_atomic(folder / "sweep.csv", "\n".join(lines) + "\n")
+    rows = [
+        (trial.setting.name, trial.count, score.name, score.value, *(score.interval or (None, None)))
+        for trial in search.trials
+        for score in trial.scores
+    ]
+    write_csv(folder / "sweep.csv", ["setting", "pictures", "metric", "value", "low", "high"], rows)
     drawn, whole = cost(search.ladder), len(search.settings) * search.ladder[-1].pictures
     top = last[winner]
     context = {
@@ -423,13 +421,7 @@ def page(search: Sweep, order: list[Trial], winner: Setting, snippet: str) -> Re
             xlabel="Inception Score",
             bars={"settings": []},
         )
-    rows = []
-    for trial in order:
-        cells = [
-            f"{s.value:.4f}" + (f" [{s.interval[0]:.4f}, {s.interval[1]:.4f}]" if s.interval else "")
-            for s in trial.scores
-        ]
-        rows.append([trial.setting.name, trial.count, *cells])
+    rows = [[t.setting.name, t.count, *(with_interval(s.value, s.interval) for s in t.scores)] for t in order]
     names = [
         re.sub(r"_\w*$", "", s.name) if s.name.startswith("is") else s.name.rsplit("_", 1)[0] for s in order[0].scores
     ]

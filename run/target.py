@@ -132,16 +132,12 @@ class Sampler:
     ) -> streaming.Streamed:
         """The same pictures, with what can be seen of them while their codes are being made."""
         with bf16_products(labels.device, self.bf16):
-            return streaming.stream(
-                self.generator, self.tokenizer, labels, draws, self.task.guidance, self.task.sample_options, show
-            )
+            return streaming.stream(self.task, labels, draws, show)
 
     def watch(self, labels: Tensor, draws: Draws, show: Callable[[Tensor], None]) -> Tensor:
         """The same pictures, with looks at them on their way, whatever tokenizer and generator are: streaming.watch."""
         with bf16_products(labels.device, self.bf16):
-            return streaming.watch(
-                self.generator, self.tokenizer, labels, draws, self.task.guidance, self.task.sample_options, show
-            )
+            return streaming.watch(self.task, labels, draws, show)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

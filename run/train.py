@@ -221,7 +221,7 @@ def _start(
         return None, []
     network = task.networks()[task.primary]
     raw, averaged = adapt.states(config, task, sources["train.init_from"])
-    begun = [name for name, own in network.named_parameters() if raw[name].data_ptr() == own.data_ptr()]
+    begun = [name for name, p in network.named_parameters() if raw[name].data_ptr() == p.data_ptr()]
     network.load_state_dict(raw | {name: averaged[name] for name in frozen})
     return averaged, begun
 

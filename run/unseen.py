@@ -22,10 +22,10 @@ def told_data(weights: str, known: dict[str, Any] | None = None) -> dict[str, An
         known: settings that the user states, see run.weights.read_weights.
     """
     try:
-        found = read_weights("tokenizer", weights, known)
+        tokenizer = read_weights("tokenizer", weights, known)
     except UserError:  # which the program says when it reads them
         return {}
-    return (found.trained or found.about.get("config") or {}).get("data") or {}
+    return (tokenizer.trained or tokenizer.about.get("config") or {}).get("data") or {}
 
 
 def unseen(data: dict[str, Any]) -> str:

@@ -330,16 +330,16 @@ class CheckpointStore:
             self._clean()
         for step in reversed(self.steps()):
             path = self.folder / step_name(step)
-            problems, found = find_damage(path), None
+            problems, checkpoint = find_damage(path), None
             if not problems:
                 try:
-                    found = Checkpoint(path)
+                    checkpoint = Checkpoint(path)
                 except UserError as error:
                     problems = [str(error)]
-            if found is not None:
+            if checkpoint is not None:
                 if clean:
                     self._point("latest", path.name)
-                return found
+                return checkpoint
             if not clean and not path.exists():  # deleted by its trainer, which has newer ones by now
                 return self.latest(clean=False)
             self._damaged.add(path.name)

@@ -14,7 +14,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -206,7 +205,23 @@ def _no_wandb_login() -> bool:
         return False
 
 
-class _Wandb:
+class _Session:
+    """A session of wandb's or of trackio's, which is called the same way."""
+
+    library: Any
+    session: Any
+
+    def __call__(self, numbers: Mapping[str, float], step: int) -> None:
+        self.session.log(dict(numbers), step=step)
+
+    def picture(self, grid: Tensor, step: int) -> None:
+        self.session.log({"preview": self.library.Image(grid.permute(1, 2, 0).numpy())}, step=step)
+
+    def close(self) -> None:
+        self.session.finish()
+
+
+class _Wandb(_Session):
     def __init__(self, run: RunFolder, config: LogConfig, resolved: dict[str, Any]):
         try:
             import wandb
@@ -228,15 +243,6 @@ class _Wandb:
                 f"log.wandb=true, and Weights & Biases does not take the run ({brief(error)}). {LOGIN}"
             ) from error
 
-    def __call__(self, numbers: Mapping[str, float], step: int) -> None:
-        self.session.log(dict(numbers), step=step)
-
-    def picture(self, grid: Tensor, step: int) -> None:
-        self.session.log({"preview": self.library.Image(_hwc(grid))}, step=step)
-
-    def close(self) -> None:
-        self.session.finish()
-
 
 def _session_id(folder: Path) -> str:
     """Of the session of a run folder, noted in it: two folders of one name are two sessions, a moved one stays itself."""
@@ -246,10 +252,6 @@ def _session_id(folder: Path) -> str:
         begun = (folder / "wandb").is_dir()  # by an earlier version, which took the name alone
         write_atomic(place, plain if begun else f"{plain}-{uuid.uuid4().hex[:8]}")
     return place.read_text().strip()
-
-
-def _hwc(grid: Tensor) -> np.ndarray:
-    return grid.permute(1, 2, 0).numpy()
 
 
 class _Tensorboard:
@@ -272,7 +274,7 @@ class _Tensorboard:
         self.writer.close()
 
 
-class _Trackio:
+class _Trackio(_Session):
     def __init__(self, run: RunFolder, config: LogConfig, resolved: dict[str, Any]):
         try:
             import trackio  # pyright: ignore[reportMissingImports]
@@ -282,15 +284,6 @@ class _Trackio:
         self.session = trackio.init(
             project=config.trackio_project, name=run.path.name, config=resolved, resume="allow", embed=False
         )
-
-    def __call__(self, numbers: Mapping[str, float], step: int) -> None:
-        self.session.log(dict(numbers), step=step)
-
-    def picture(self, grid: Tensor, step: int) -> None:
-        self.session.log({"preview": self.library.Image(_hwc(grid))}, step=step)
-
-    def close(self) -> None:
-        self.session.finish()
 
 
 def _open_sinks(run: RunFolder, config: LogConfig, resolved: dict[str, Any], step: int) -> list[Sink]:

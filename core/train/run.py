@@ -15,7 +15,7 @@ from typing import Any
 
 from core.config import flatten, to_plain, to_yaml, with_defaults
 from core.errors import UserError
-from core.files import explain_os_errors, write_atomic, write_json
+from core.files import explain_os_errors, read_json_lines, write_atomic, write_json
 from core.lock import Lock
 from core.schema import RunConfig
 
@@ -158,13 +158,5 @@ class RunFolder:
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The records of a metrics.jsonl; lines that a crash cut or filled with zeros are left out."""
-    records = []
-    for line in Path(path).read_text(errors="replace").splitlines():
-        try:
-            record = json.loads(line)
-        except json.JSONDecodeError:
-            continue
-        if isinstance(record, dict) and "step" in record:
-            records.append(record)
-    return records
+    """The records of a metrics.jsonl."""
+    return [record for record in read_json_lines(path) if "step" in record]

@@ -28,7 +28,6 @@ from evaluation.measure import Evaluation
 from evaluation.networks import FeatureNet
 from evaluation.pictures import SourcePictures
 from evaluation.protocols import make_labels
-from generator.sampling import draw_latents
 from generator.task import GeneratorTask
 from run import streaming
 from run.data import open_train, open_val
@@ -179,7 +178,7 @@ class Shown:
         originals = torch.cat([pictures.read(place, place + 1) for place in places])
         draws = Draws(hash64(self.config.seed, "stages"), torch.arange(count, device=self.device))
         labels = torch.arange(count, device=self.device) % task.num_classes
-        sampled = draw_latents(task.generator, labels, draws, task.guidance, **task.sample_options)
+        sampled = task.latents(labels, draws)
         encoded = self.tokenizer.encode(image_tools.to_model_range(originals.to(self.device)))
         strips = [
             streaming.filmstrip(self.tokenizer.previews(latents, draws), last)

@@ -8,6 +8,7 @@ from PIL import Image
 
 from core.errors import UserError
 from core.specs import Guidance
+from generator.task import GeneratorTask
 from run import streaming
 from run.load import OBJECTIVES, TOKENIZERS, build_teachers, load_config
 from tests.conftest import ROOT
@@ -43,15 +44,8 @@ def test_every_recipe_builds():
 def test_previews_come_while_codes_are_made(tmp_path):
     generator, tokenizer = language_model(), small()
     labels, seen = torch.tensor([0, 3]), []
-    result = streaming.stream(
-        generator,
-        tokenizer,
-        labels,
-        draws(2),
-        Guidance(2.0),
-        {"top_k": 10},
-        show=lambda stage, pictures: seen.append((stage, pictures.shape)),
-    )
+    task = GeneratorTask(generator, tokenizer, 4, Guidance(2.0), {"top_k": 10})
+    result = streaming.stream(task, labels, draws(2), show=lambda stage, pictures: seen.append((stage, pictures.shape)))
     assert seen == [(i, (2, 3, 32, 32)) for i in range(4)] and result.seconds == sorted(result.seconds)
     codes = generator.sample(labels, draws(2), Guidance(2.0), top_k=10)
     assert torch.equal(result.codes, codes)
