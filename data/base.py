@@ -40,6 +40,12 @@ def whole_number(text: str, option: str, limit: int, where: str) -> int:
     return int(text)
 
 
+def spread(length: int, count: int) -> list[int]:
+    """The numbers of `count` of `length` things, or of all where there are fewer: from the first on, at equal distances."""
+    count = min(count, length)
+    return [i * length // count for i in range(count)]
+
+
 class PackedStrings:
     """A read-only list of byte strings in two arrays.
 
@@ -150,18 +156,18 @@ class ListedSource(DataSource):
 
     def count_turned(self) -> tuple[int, int]:
         """(those with an EXIF orientation, pictures looked at) of a few that are spread over the source."""
-        seen, turned = min(len(self), LOOKED_AT), 0
-        for i in range(seen):
+        seen, turned = spread(len(self), LOOKED_AT), 0
+        for i in seen:
             with contextlib.suppress(OSError):
-                turned += is_turned(self.read(i * len(self) // seen))
-        return turned, seen
+                turned += is_turned(self.read(i))
+        return turned, len(seen)
 
     def contents(self) -> str:
         """A digest of the bytes of a few pictures that are spread over the source: a resized copy has the same names."""
-        digest, seen = hashlib.blake2b(digest_size=16), min(len(self), LOOKED_AT)
-        for i in range(seen):
+        digest = hashlib.blake2b(digest_size=16)
+        for i in spread(len(self), LOOKED_AT):
             with contextlib.suppress(OSError):
-                digest.update(hashlib.blake2b(self.read(i * len(self) // seen)).digest())
+                digest.update(hashlib.blake2b(self.read(i)).digest())
         return digest.hexdigest()
 
     def fingerprint(self) -> str:
@@ -198,13 +204,13 @@ class FileSource(ListedSource):
         fingerprint stays what runs and caches without it noted."""
         if self._file_sizes is not None:
             return self._file_sizes
-        seen, root = min(len(self), MEASURED), os.fsencode(self.root)
+        seen, root = spread(len(self), MEASURED), os.fsencode(self.root)
 
-        def sizes(part: range) -> list[int]:
-            return [_bytes_of(os.path.join(root, self.packed_keys[i * len(self) // seen])) for i in part]
+        def sizes(part: list[int]) -> list[int]:
+            return [_bytes_of(os.path.join(root, self.packed_keys[i])) for i in part]
 
         with ThreadPoolExecutor(AT_ONCE) as threads:
-            parts = list(threads.map(sizes, (range(i, min(i + 1024, seen)) for i in range(0, seen, 1024))))
+            parts = list(threads.map(sizes, (seen[i : i + 1024] for i in range(0, len(seen), 1024))))
         self._file_sizes = hashlib.blake2b(np.concatenate(parts).astype("<i8").tobytes(), digest_size=16).hexdigest()
         return self._file_sizes
 

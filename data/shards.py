@@ -99,8 +99,8 @@ def absent(shards: Sequence[Path]) -> list[str]:
     """Names that are missing between those of shards that are numbered: lost ones, which a folder does not tell of."""
     numbered: dict[tuple[str, str], dict[int, str]] = {}
     for shard in shards:
-        if found := re.fullmatch(r"(.*?)([0-9]+)(\D*)", str(shard)):
-            numbered.setdefault((found[1], found[3]), {})[int(found[2])] = found[2]
+        if name := re.fullmatch(r"(.*?)([0-9]+)(\D*)", str(shard)):
+            numbered.setdefault((name[1], name[3]), {})[int(name[2])] = name[2]
     names = []
     for (before, behind), digits in numbered.items():
         width = len(digits[min(digits)])

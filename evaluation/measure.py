@@ -31,6 +31,7 @@ from core.schema import EvalConfig, RunConfig
 from core.specs import DataSource, codebook_rows
 from core.weights.hub import is_offline
 from core.weights.released import helper, needed
+from data.base import spread
 from data.checks import require_labels, require_order, require_same_classes
 from evaluation import networks, protocols
 from evaluation.chunks import SUM, Chunk, Work
@@ -452,9 +453,7 @@ SHOWN = 24
 @torch.no_grad()
 def reconstruction_grid(tokenizer: nn.Module, pictures: Pictures, device: torch.device) -> Tensor:
     """Pictures spread over a set, twelve a row, below each row its reconstructions: (3, H, W) uint8."""
-    count = min(SHOWN, len(pictures))
-    places = [i * len(pictures) // count for i in range(count)]
-    chosen = torch.cat([pictures.read(i, i + 1) for i in places]).to(device)
+    chosen = torch.cat([pictures.read(i, i + 1) for i in spread(len(pictures), SHOWN)]).to(device)
     rebuilt = to_uint8(tokenizer.decode(tokenizer.encode(to_model_range(chosen))).float(), "nearest")
     rows = [torch.cat(pair) for pair in zip(chosen.split(12), rebuilt.split(12))]
     return grid(torch.cat(rows), columns=12)

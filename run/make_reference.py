@@ -13,6 +13,7 @@ from core.dist import World
 from core.errors import UserError
 from core.schema import EvalConfig
 from core.train.log import progress_line
+from data.base import spread
 from data.checks import say_left_out
 from evaluation import measure, networks, protocols, references
 from evaluation.pictures import Pictures, first_pictures, open_any
@@ -67,8 +68,7 @@ def make_reference(options: argparse.Namespace, pictures: Pictures, world: World
         return 0
     kept = None
     if options.keep_pictures:
-        count = min(options.keep_pictures, len(pictures))
-        chosen = [i * len(pictures) // count for i in range(count)]
+        chosen = spread(len(pictures), options.keep_pictures)
         kept = np.concatenate([pictures.read(i, i + 1).permute(0, 2, 3, 1).numpy() for i in chosen])
     references.save(out, statistics, kept, options.dtype)
     for tap, (mean, _) in statistics.moments.items():

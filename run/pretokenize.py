@@ -31,6 +31,7 @@ from core.train.log import progress_line
 from core.weights.encoding import encoding_fingerprint
 from core.weights.files import WeightFile
 from data import pairing, tokens
+from data.base import spread
 from data.cache import Builder
 from data.checks import require_labels, say_left_out
 from data.loader import read_or_replace
@@ -302,8 +303,7 @@ class Pretokenizing:
     # -- looking at it ------------------------------------------------------------------------------------------------
     def show(self, store: TokenStore) -> None:
         """Decode some tokens into preview.png, below the crops they came from where those are at hand."""
-        count = min(SHOWN, len(store))
-        chosen = [(i * len(store) // count, i % store.views) for i in range(count)]
+        chosen = [(index, i % store.views) for i, index in enumerate(spread(len(store), SHOWN))]
         with torch.no_grad():
             stored = store.tokens(*zip(*chosen)).to(self.world.device)
             decoded = self.tokenizer.decode(self.tokenizer.from_stored(stored)).float().cpu()
@@ -316,7 +316,7 @@ class Pretokenizing:
             text = f"PSNR {quality:.2f} dB, {share:.1%} of the tokens made again; pictures above, decoded below"
             shown = torch.cat([torch.cat(pair) for pair in zip(images.split(8), shown.split(8))])
         save_png(grid(shown, columns=8), store.path / "preview.png")
-        self.world.say(f"{count} pictures in {store.path / 'preview.png'}: {text}")
+        self.world.say(f"{len(chosen)} pictures in {store.path / 'preview.png'}: {text}")
 
     @torch.no_grad()
     def _codes_of(self, images: Tensor) -> Tensor:

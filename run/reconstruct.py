@@ -15,6 +15,7 @@ from core.files import explain_os_errors, refuse_device
 from core.images import finite_uint8, grid, save_png, to_model_range
 from core.rng import Draws, hash64
 from core.specs import Codes, MultiScale, Previews, Tokenizer
+from data.base import spread
 from data.checks import say_left_out
 from data.decode import UnreadablePicture, decode_rgb
 from data.sources import open_source
@@ -46,10 +47,9 @@ def read_source(url: str, count: int) -> Iterator[Named]:
     """(name, picture) of `count` pictures spread over a data source."""
     source = open_source(url, "val")
     say_left_out(print, source, url)
-    count = min(count, len(source))
-    for i in range(count):
+    for i in spread(len(source), count):
         try:
-            sample = source[i * len(source) // count]
+            sample = source[i]
         except UnreadablePicture as error:
             print(f"passed over: {error}")
             continue

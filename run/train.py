@@ -21,7 +21,7 @@ from core.train.run import ABOUT, RunFolder
 from core.train.trainer import PREVIEW_IMAGES, Trainer
 from core.weights import hub
 from core.weights.encoding import encoding_fingerprint
-from data.base import ListedSource
+from data.base import ListedSource, spread
 from data.checks import say_left_out
 from data.loader import Loader, read_or_replace, split
 from data.tokens import TokenStore
@@ -180,9 +180,8 @@ def _tokenizer_task(config: RunConfig, source: DataSource) -> TokenizerTask:
         shown = open_val(config) or source
     except UserError:
         shown = source
-    count = min(PREVIEW_IMAGES, len(shown))
-    centre = Transform(image_size=task.tokenizer.image_size)
-    pictures = [read_or_replace(shown, i * len(shown) // count, config.data.on_corrupt)[0].image for i in range(count)]
+    centre, places = Transform(image_size=task.tokenizer.image_size), spread(len(shown), PREVIEW_IMAGES)
+    pictures = [read_or_replace(shown, i, config.data.on_corrupt)[0].image for i in places]
     task.preview_images = torch.stack([centre.apply_view(picture, 0) for picture in pictures])
     return task
 

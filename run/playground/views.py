@@ -27,6 +27,7 @@ from core.images import finite_uint8, png, to_model_range
 from core.rng import Draws, hash64
 from core.specs import Codes, Continuous, MultiScale, Tokenizer
 from core.weights import released
+from data.base import spread
 from data.decode import UnreadablePicture, decode_rgb
 from data.sources import open_source
 from data.transforms import center_crop, to_tensor
@@ -442,5 +443,5 @@ def examples() -> list[Fields]:
     """A few pictures to begin with."""
     url, count = EXAMPLES
     source = open_source(url, "val")
-    samples = [source[i * len(source) // count] for i in range(count)]
+    samples = [source[i] for i in spread(len(source), count)]
     return [{"name": f"example_{i}.png", "data": data_url(to_tensor(sample.image))} for i, sample in enumerate(samples)]

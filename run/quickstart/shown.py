@@ -22,6 +22,7 @@ from core.schema import EvalConfig, RunConfig
 from core.specs import DataSource, Previews
 from core.train.checkpoint import read_tensors
 from core.train.log import ProgressLine
+from data.base import spread
 from evaluation import measure, networks, toy
 from evaluation.chunks import Work
 from evaluation.measure import Evaluation
@@ -173,9 +174,8 @@ class Shown:
         if not isinstance(self.tokenizer, Previews):
             return None
         pictures = self.standard.pictures(self.standard.val)
-        count = min(SHOWN_STAGES, len(pictures))
-        places = [i * len(pictures) // count for i in range(count)]
-        originals = torch.cat([pictures.read(place, place + 1) for place in places])
+        originals = torch.cat([pictures.read(i, i + 1) for i in spread(len(pictures), SHOWN_STAGES)])
+        count = len(originals)
         draws = Draws(hash64(self.config.seed, "stages"), torch.arange(count, device=self.device))
         labels = torch.arange(count, device=self.device) % task.num_classes
         sampled = task.latents(labels, draws)
