@@ -95,7 +95,7 @@ class Chunks:
         with StopRequest(at_last=self.world.size == 1) as request:
             self._items, self._progress, self._stop = self.items(self.done), progress, stop or request.requested
             reason = self.world.together(work)
-        if int(self.world.sum(torch.tensor([reason is not None]).long())):
+        if self.world.any(reason is not None):
             raise Stopped(reason or "another rank was asked to stop")
         self.done = set(range(self.num_chunks))
 

@@ -67,6 +67,10 @@ class World:
             dist.all_reduce(values)
         return values
 
+    def any(self, mine: bool) -> bool:
+        """Whether some rank says so."""
+        return bool(self.sum(torch.tensor([int(mine)])))
+
     def mean(self, values: Tensor) -> Tensor:
         """Average over ranks, in place."""
         return self.sum(values).div_(self.size) if self.size > 1 else values

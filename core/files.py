@@ -193,8 +193,13 @@ def write_json(path: str | os.PathLike, value: Any) -> None:
     write_atomic(path, to_json(value))
 
 
-def read_json(path: str | os.PathLike) -> Any:
-    """The contents of a JSON file; UserError when it is missing or not JSON."""
+_REQUIRED = object()
+
+
+def read_json(path: str | os.PathLike, otherwise: Any = _REQUIRED) -> Any:
+    """The contents of a JSON file; UserError when it is not JSON, or missing and there is no value to take `otherwise`."""
+    if otherwise is not _REQUIRED and not os.path.isfile(path):
+        return otherwise
     refuse_device(path)
     with explain_os_errors(path):
         data = Path(path).read_bytes()

@@ -267,7 +267,7 @@ def trained_on(target: str) -> str:
 def noted_speeds(path: Path, tokenizer: Tokenizer, device: torch.device, options: argparse.Namespace) -> dict[str, Any]:
     """Those of an earlier run of the same command on such a device, else measured now."""
     here = {"device": device_name(device), "seconds": options.seconds}
-    before = read_json(path) if path.is_file() and not options.again else {}
+    before = {} if options.again else read_json(path, {})
     if before.get("measured") != here:
         before = {"measured": here, "speeds": speeds(tokenizer, device, options.seconds)}
         write_json(path, before)

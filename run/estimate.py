@@ -168,9 +168,14 @@ def costs(config: RunConfig, sources: dict[str, Source] | None = None) -> tuple[
     Args:
         sources: weights that are open already, see run.load.build_pair.
     """
-    alone = dataclasses.replace(config, train=dataclasses.replace(config.train, global_batch=1, micro_batch=1))
-    plan = Plan(alone, 1, sources)
+    plan = of_one_picture(config, sources)
     return plan.tokenizer, plan.costs
+
+
+def of_one_picture(config: RunConfig, sources: dict[str, Source] | None, classes: int | None = None) -> Plan:
+    """The step of a run on one picture."""
+    alone = dataclasses.replace(config.train, global_batch=1, micro_batch=1)
+    return Plan(dataclasses.replace(config, train=alone), 1, sources, classes)
 
 
 def evaluation_flops(task: TokenizerTask | GeneratorTask | Tokenizer) -> float:

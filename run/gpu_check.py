@@ -73,7 +73,7 @@ class Check:
                 path.unlink()
         with explain_os_errors(self.out):
             self.out.parent.mkdir(parents=True, exist_ok=True)
-            record = read_json(self.out) if self.out.is_file() and not again else {}
+            record = {} if again else read_json(self.out, {})
         if record.get("machine", machine) != machine or record.get("rehearsal", self.rehearse) != self.rehearse:
             raise UserError(
                 f"{self.out} holds what another machine, torch or code gave. Add --again, or choose another --out."

@@ -274,6 +274,12 @@ class Pair:
     generator: Loaded[Generator]
     guide: Loaded[Generator] | None = None
 
+    def to(self, device: torch.device) -> None:
+        """Move the networks."""
+        for network in (self.tokenizer, self.generator, self.guide):
+            if network is not None:
+                network.module.to(device)
+
     @property
     def lacks_statistics(self) -> bool:
         """Whether the mean and standard deviation of the latents have yet to be measured: run/latent_stats.py."""

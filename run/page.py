@@ -188,9 +188,6 @@ def read_run(folder: str | Path) -> Run:
     if not (folder / "config.yaml").is_file():
         raise UserError(f"{folder} is not the folder of a run: there is no config.yaml in it.")
 
-    def known(name: str) -> dict[str, Any]:
-        return read_json(folder / name) if (folder / name).is_file() else {}
-
     metrics, log = folder / "metrics.jsonl", folder / "log.txt"
     warnings = [
         line for line in (log.read_text(errors="replace").splitlines() if log.is_file() else ()) if "warning:" in line
@@ -199,8 +196,8 @@ def read_run(folder: str | Path) -> Run:
     return Run(
         folder,
         yaml.safe_load((folder / "config.yaml").read_text()),
-        known(ABOUT),
-        known("environment.json"),
+        read_json(folder / ABOUT, {}),
+        read_json(folder / "environment.json", {}),
         read_metrics(metrics) if metrics.is_file() else [],
         warnings,
         [(int(path.stem.removeprefix("step_")), path) for path in grids],

@@ -233,12 +233,7 @@ def verdict(
 
 def measured_in(folder: Path) -> dict[str, dict[str, Any]]:
     """Entries of a finished evaluation; {} where there is none."""
-    return _finished(folder).get("metrics", {})
-
-
-def _finished(folder: Path) -> dict[str, Any]:
-    file = folder / "metrics.json"
-    return read_json(file) if file.is_file() else {}
+    return read_json(folder / "metrics.json", {}).get("metrics", {})
 
 
 def value_of(metric: str, entries: dict[str, dict[str, Any]]) -> tuple[str, dict[str, Any] | None]:
@@ -324,7 +319,7 @@ def results(chosen: list[Row], num: int, folder: Path) -> list[list[str]]:
     """(name, metric, published, measured, difference, verdict, why) of every number."""
     lines = []
     for row in chosen:
-        record = _finished(folder / f"{row.name}_{num}")
+        record = read_json(folder / f"{row.name}_{num}" / "metrics.json", {})
         left_out = record.get("context", {}).get("left_out", {})
         for metric, published in row.published.items():
             name, entry = value_of(metric, record.get("metrics", {}))

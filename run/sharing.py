@@ -88,7 +88,7 @@ def noted_classes(generator: Source) -> list[str]:
 # ---------------------------------------------------------------------------------------------------------------------
 def about_run(run: Path) -> dict[str, Any]:
     """about.json of a run's folder; {} for runs of earlier versions."""
-    return read_json(run / ABOUT) if (run / ABOUT).is_file() else {}
+    return read_json(run / ABOUT, {})
 
 
 def folder_of(checkpoint: Path) -> Path:

@@ -218,7 +218,7 @@ class Sweep:
         """What settings are compared by, lower is better."""
         place = self.folder / "work" / setting.folder
         noted = place / f"scores_{count}.json"
-        scores = self.world.on_main(lambda: read_json(noted) if noted.is_file() else None)
+        scores = self.world.on_main(lambda: read_json(noted, None))
         if scores is None:
             scores = self._scores(setting, count, place, noted)
         trial = Trial(setting, count, [Score(**score) for score in scores])

@@ -33,7 +33,7 @@ from core.schema import RunConfig, SampleConfig
 from core.specs import Continuous, DataSource, Generator, Tokenizer
 from core.train.checkpoint import Checkpoint
 from core.train.parallel import compile_blocks
-from core.weights import hub, released
+from core.weights import released
 from core.weights.adapter import recognise
 from core.weights.files import WeightFile
 from data.sources import open_source
@@ -44,7 +44,7 @@ from run import streaming
 from run.latent_stats import measure_once
 from run.load import IMAGENET_CLASSES, REGISTRIES, Pair, build_pair, lay_out_pair, load_config, statistics_file
 from run.sharing import names_of_classes, paired_tokenizer
-from run.weights import ADAPTERS, Source, read_weights
+from run.weights import ADAPTERS, Source, commits_of, read_weights
 
 Log = Callable[[str], None]
 COMPILED_BATCHES = 16  # from so many on compiling costs less than it saves on a GPU
@@ -301,13 +301,11 @@ def open_generator(target: Target, world: World, keep: bool = False) -> Sampler:
         measure_once(config, pair.tokenizer, source, world)
         facts["latent_statistics"] = f"measured on {config.data.url}"
     facts["weights_fingerprint"] = pair.generator.fingerprint
-    if commits := {s: c for s, source in sources.items() if (c := hub.commit_of(source.path))}:
+    if commits := commits_of(sources):
         facts["commits"] = commits
     if pair.guide:
         facts |= {"guide": config.sample.guide, "guide_fingerprint": pair.guide.fingerprint}
-    for network in (pair.tokenizer, pair.generator, pair.guide):
-        if network:
-            network.module.to(world.device)
+    pair.to(world.device)
     sampler = _sampler(target, pair, facts)
     for source in () if keep else sources.values():
         source.close()

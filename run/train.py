@@ -5,7 +5,6 @@ from __future__ import annotations
 import shlex
 import time
 import warnings
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -14,10 +13,9 @@ from torch import Tensor, nn
 from core import dist
 from core.devices import peak_flops
 from core.errors import UserError
-from core.files import read_json
 from core.schema import RunConfig
 from core.specs import DataSource
-from core.train.run import ABOUT, RunFolder
+from core.train.run import RunFolder
 from core.train.trainer import PREVIEW_IMAGES, Trainer
 from core.weights import hub
 from core.weights.encoding import encoding_fingerprint
@@ -32,11 +30,11 @@ from generator.task import GeneratorTask
 from run import adapt, page
 from run.check import Inputs, check_inputs, data_notes, schedule_notes
 from run.data import IMAGENET_VAL, make_transform, open_moments, open_pictures, open_val, precomputed
-from run.estimate import Plan
+from run.estimate import of_one_picture
 from run.latent_stats import measure_once
 from run.load import REGISTRIES, Loaded, build_pair, build_tokenizer_task
-from run.sharing import readable
-from run.weights import Source
+from run.sharing import about_run, readable
+from run.weights import Source, commits_of
 from tokenizer.task import TokenizerTask
 
 SMALL_SET = 50_000  # pictures; the published recipes are made for 1.28 million
@@ -69,7 +67,7 @@ def _train(config: RunConfig, inputs: Inputs, world: dist.World, about: dict[str
         provenance["data_contents"] = world.on_main(source.contents)
     if (sizes := world.on_main(source.file_sizes)) is not None:
         provenance["data_sizes"] = sizes
-    if commits := {s: c for s, weights in sources.items() if (c := hub.commit_of(weights.path))}:
+    if commits := commits_of(sources):
         provenance["commits"] = commits
     initial_ema, begun = _start(config, task, sources)
     for weights in sources.values():
@@ -155,13 +153,11 @@ def _flops(
     """
     if not world.is_main or peak_flops(world.device, config.train.precision) is None:
         return None
-    noted = run.path / ABOUT
-    if noted.is_file() and (known := read_json(noted).get("flops")):
+    if known := about_run(run.path).get("flops"):
         return known
-    alone = replace(config, train=replace(config.train, global_batch=1, micro_batch=1))
     try:
         with torch.random.fork_rng(), warnings.catch_warnings(action="ignore"):
-            return Plan(alone, 1, sources, num_classes).step.flops
+            return of_one_picture(config, sources, num_classes).step.flops
     except Exception as error:  # of networks that cannot be laid out without weights; the run does without
         world.say(f"no MFU is logged: a step could not be counted ({type(error).__name__}: {error})")
         return None

@@ -14,7 +14,6 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from core.config import RESERVED
@@ -72,7 +71,7 @@ class Source:
                 self.close()
                 self.path = Path(path)
             other = world.together(self._opened) != path  # it was deleted before this rank had opened it
-            if not world.sum(torch.tensor([int(other)])):
+            if not world.any(other):
                 return
             if world.is_main:
                 self.close()
@@ -97,6 +96,11 @@ def open_weights(reference: str, kind: str, world: World | None) -> Source:
     source = world.together(lambda: Source(reference, kind))
     source.follow(world)
     return source
+
+
+def commits_of(sources: dict[str, Source]) -> dict[str, str]:
+    """Of the repositories that weights were downloaded from, by setting."""
+    return {setting: commit for setting, source in sources.items() if (commit := hub.commit_of(source.path))}
 
 
 def kinds_of(reference: str) -> set[str]:

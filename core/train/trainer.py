@@ -567,7 +567,7 @@ class Trainer:
             same = before.get("metric") == name and before["step"] <= self.step  # a later one is from before a rewind
             sign = -1 if self.rising(name) else 1
             better = name in metrics and not (same and sign * before["value"] <= sign * metrics[name])
-        if self.world.sum(torch.tensor([float(better)], device=self.world.device)).item() > 0:
+        if self.world.any(better):
             self.save(wait=True)
             if self.world.is_main:
                 self.store.pin(self.step, name, metrics[name])

@@ -91,7 +91,7 @@ class Act:
         self.system, self.plan, self.modes, self.folder, self.smoke = system, plan, modes, folder, smoke
         self.started = time.perf_counter()
         self.clock = folder / "seconds.json"  # spent on each stage, interrupted attempts included
-        self.seconds: dict[str, float] = read_json(self.clock) if self.clock.is_file() else {}
+        self.seconds: dict[str, float] = read_json(self.clock, {})
 
     def from_scratch(self) -> int:
         """Train every stage, then show what came of it."""

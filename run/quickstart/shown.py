@@ -93,9 +93,7 @@ class Shown:
     def __init__(self, name: str, pair: Pair, config: RunConfig, standard: Standard, samples_per_class: int):
         self.name, self.pair, self.config, self.standard = name, pair, config, standard
         self.samples_per_class, self.device = samples_per_class, standard.device
-        for network in (pair.tokenizer, pair.generator, pair.guide):
-            if network:
-                network.module.to(self.device)
+        pair.to(self.device)
         self.tokenizer = pair.tokenizer.module
         self.variants: list[Variant] = []  # drawn so far; the first one is shown in full
 
