@@ -206,6 +206,13 @@ def test_discriminators_begin_when_published(name, gate, value):
     assert str(load_config(f"configs/{name}.yaml", []).objective[gate]) == str(value)
 
 
+@pytest.mark.parametrize("name", ["fqgan/dual_ds16", "imagefolder/ablation_6"])
+def test_patchgans_begin_as_pix2pix_does(name):
+    """RecTok's keeps the defaults of PyTorch."""
+    assert load_config(f"configs/{name}.yaml", []).discriminator == {"name": "patchgan", "init": "normal"}
+    assert "init" not in load_config("configs/rectok/tokenizer.yaml", []).discriminator
+
+
 @pytest.mark.parametrize("name, order", [("rear_s", 15), ("rear_b", 18), ("rear_l", 18)])
 def test_rears_noise_and_layers(name, order):
     settings = load_config(f"configs/rear/{name}.yaml", []).generator
