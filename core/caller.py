@@ -106,9 +106,12 @@ def _meant(place: Path, name: str, value: str) -> str:
     path = name in READ | WRITTEN or (name in NAMES and ("/" in value or "." in value))
     if not path or not value or value.startswith(("/", "~")) or "://" in value:
         return value
-    known = re.split(r"[{*?\[]", value.partition("#")[0])[0]  # of a table "FILE#KEY", of shards "DIR/{00..63}.tar"
-    if known != value.partition("#")[0]:
-        known = os.path.dirname(known)
+    known = value
+    if name not in WRITTEN and not (place / value).exists():
+        table = value.rpartition("#")[0] or value  # "FILE#KEY"
+        known = re.split(r"[{*?\[]", table)[0]
+        if known != table:  # shards, "DIR/{00..63}.tar"
+            known = os.path.dirname(known)
     if not known:
         return value
     if not (place / known).exists() and (name not in WRITTEN or Path(known).exists()):

@@ -42,6 +42,7 @@ from data.base import MAX_CLASSES, LeftOut, ListedSource, PackedStrings, Record,
 PICTURES = ("jpg", "jpeg", "png", "webp")
 LABELS = ("cls", "cls.txt", "label.txt", "class_id.txt", "class.txt", "json")  # the first that a key has counts
 LONELY = ".json without a picture"
+CUT = "shard(s) that may have been cut, as the mark of a tar's end is missing"
 LABEL_KEYS = ("label", "cls", "class", "class_id", "class_index")  # of a .json, the first that is there
 MAX_LABEL = 1 << 20  # bytes
 MAX_SHARDS = 100_000
@@ -146,6 +147,30 @@ def is_picture(extension: str) -> bool:
     return extension.rpartition(".")[2] in PICTURES
 
 
+class Header(tarfile.TarInfo):
+    """Of a member. tarfile takes anything that is none for the end of a shard; here only what ends a tar is its end.
+
+    Where the file ends without one, `ends_early` is set on the TarFile.
+    """
+
+    @classmethod
+    def fromtarfile(cls, tar: Any) -> Any:
+        try:
+            return super().fromtarfile(tar)
+        except (tarfile.InvalidHeaderError, tarfile.TruncatedHeaderError) as error:  # pyright: ignore[reportAttributeAccessIssue]
+            if tar.offset == 0:
+                raise
+            raise tarfile.ReadError(f"{error} at byte {tar.offset:,}") from None
+        except tarfile.EmptyHeaderError:  # pyright: ignore[reportAttributeAccessIssue]
+            tar.ends_early = True
+            raise
+
+
+def ends_early(tar: tarfile.TarFile) -> bool:
+    """Whether a shard that was read to its end has no mark of it: it may have been cut there, or its writer killed."""
+    return getattr(tar, "ends_early", False)
+
+
 def members(tar: tarfile.TarFile, left_out: LeftOut | None = None) -> Iterator[tuple[str, str, tarfile.TarInfo]]:
     """(key, extension, member) of every picture and label in a shard, in file order; `left_out` is told of the others."""
     while (member := tar.next()) is not None:
@@ -219,7 +244,7 @@ def parse_label(data: bytes, where: str) -> int | None:
 # and what is left out, rows of (kind, how many, the first)
 Index = dict[str, np.ndarray]
 ARRAYS = ("blob", "lengths", "offsets", "sizes", "labels", "left_out")
-INDEX_VERSION = 5
+INDEX_VERSION = 6
 
 
 def scan_shard(path: Path) -> Index:
@@ -228,7 +253,7 @@ def scan_shard(path: Path) -> Index:
     left_out = LeftOut()
     size = path.stat().st_size
     try:
-        with tarfile.open(path, "r:") as tar:
+        with tarfile.open(path, "r:", tarinfo=Header) as tar:
             for key, extension, member in members(tar, left_out):
                 if member.offset_data + member.size > size:
                     raise tarfile.ReadError("unexpected end of data")
@@ -237,6 +262,8 @@ def scan_shard(path: Path) -> Index:
                     entry.pictures.append((member.name, (member.offset_data, member.size)))
                 else:
                     entry.add_label(extension, tar, member)
+            if ends_early(tar):
+                left_out.add(CUT, str(path))
     except (tarfile.TarError, EOFError, OSError) as error:
         refuse_text(path)
         raise UserError(
@@ -394,13 +421,16 @@ class RemoteShards(StreamSource):
 
     def shard(self, number: int) -> Iterator[Record]:
         """Records of one shard; a broken connection is taken up again where it broke."""
-        url, delivered = self.urls[number], 0
+        url, delivered, cut = self.urls[number], 0, -1
         for attempt in range(ATTEMPTS):
             left_out = LeftOut()
             try:
                 for record in itertools.islice(self._records(url, left_out), delivered, None):
                     delivered += 1
                     yield record
+                if CUT in left_out.kinds and delivered > cut and attempt < ATTEMPTS - 1:
+                    cut = delivered
+                    raise EOFError("it ends without the mark of its end")
                 if left_out.kinds:
                     self._unread[number] = left_out.kinds
                 return
@@ -415,7 +445,7 @@ class RemoteShards(StreamSource):
 
     def _records(self, url: str, left_out: LeftOut) -> Iterator[Record]:
         """Records of a shard from its start. Members of one key lie side by side, or are several entries."""
-        with open_url(url) as file, tarfile.open(fileobj=file, mode="r|") as tar:
+        with open_url(url) as file, tarfile.open(fileobj=file, mode="r|", tarinfo=Header) as tar:
             for key, group in itertools.groupby(members(tar, left_out), key=lambda member: member[0]):
                 entry: Entry[bytes] = Entry(url, key)
                 for _, extension, member in group:
@@ -429,6 +459,8 @@ class RemoteShards(StreamSource):
                     raise UserError(f"{url}: {key} has a label but no picture. Pack the shard again.")
                 elif entry.labels:
                     left_out.add(LONELY, entry.labels["json"][0])
+            if ends_early(tar):
+                left_out.add(CUT, url)
 
     def _label(self, entry: Entry[bytes], left_out: LeftOut) -> int:
         if self.num_classes == 1:

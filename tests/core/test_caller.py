@@ -21,7 +21,7 @@ def place(tmp_path, monkeypatch):
     for file in ("configs/a.yaml", "both.pt", "work_dirs/run/x", "outputs/begun/x"):
         (here / file).parent.mkdir(parents=True, exist_ok=True)
         (here / file).touch()
-    for file in ("my.yaml", "both.pt", "run/x", "pictures/0.png", "shards/00.tar", "cls.txt", "10"):
+    for file in ("my.yaml", "both.pt", "run/x", "pictures/0.png", "shards/00.tar", "cls.txt", "10", "a#b[1]/{c}.pt"):
         (place / file).parent.mkdir(parents=True, exist_ok=True)
         (place / file).touch()
     monkeypatch.chdir(here)
@@ -49,6 +49,8 @@ def place(tmp_path, monkeypatch):
         ("--url folder://nowhere hf://both.pt/x/y", "--url folder://nowhere hf://both.pt/x/y"),
         ("eval.network=run eval.network=./both.pt", "eval.network=run eval.network=PLACE/both.pt"),
         ("tokenizer.latent_stats=both.pt#run", "tokenizer.latent_stats=PLACE/both.pt#run"),
+        ("--weights a#b[1]/{c}.pt", "--weights PLACE/a#b[1]/{c}.pt"),
+        ("--out x[1]#{2} work_dir=y*#z", "--out PLACE/x[1]#{2} work_dir=PLACE/y*#z"),
     ],
 )
 def test_whose_path_is_meant(place, words, meant):

@@ -4,6 +4,7 @@ labels that mean something else than the model takes them for."""
 from __future__ import annotations
 
 import io
+import tarfile
 
 import numpy as np
 import pytest
@@ -123,6 +124,25 @@ def test_shards(tmp_path):
             "not read: 2 .txt (a.txt, ...); 1 .json without label, cls, class, class_id or class_index (a.json); "
             "1 .avif (d.avif); 1 .bak (d.cls.bak); 1 .gz (2.tar.gz); 2 folder(s) (more.tar.d, ...)"
         )
+
+
+def test_cut_shards(tmp_path):
+    """Behind a member, as a writer leaves it that is killed; inside a header or in what should be one."""
+    path = tmp_path / "0.tar"
+    write_tar(path, {f"{i}.png": png() for i in range(3)})
+    whole = path.read_bytes()
+    with tarfile.open(path) as tar:
+        second = tar.getmembers()[1].offset
+    path.write_bytes(whole[:second])
+    assert len(open_source(str(tmp_path))) == 1 and left_out(open_source(str(tmp_path))) == (
+        f"not read: 1 shard(s) that may have been cut, as the mark of a tar's end is missing ({path})"
+    )
+    for damaged in (whole[: second + 100], whole[:second] + b"x" * 512 + whole[second + 512 :]):
+        path.write_bytes(damaged)
+        with pytest.raises(UserError, match=f"cannot be read as an uncompressed tar file .* header at byte {second:,}"):
+            open_source(str(tmp_path))
+    path.write_bytes(whole)
+    assert len(open_source(str(tmp_path))) == 3 and left_out(open_source(str(tmp_path))) is None
 
 
 def test_columns(tmp_path):

@@ -6,6 +6,8 @@ import functools
 import http.server
 import itertools
 import json
+import os
+import tarfile
 import threading
 
 import pytest
@@ -13,7 +15,7 @@ from PIL import Image
 
 from core.errors import UserError
 from data.loader import Loader
-from data.shards import RemoteShards
+from data.shards import CUT, RemoteShards
 from data.sources import open_source
 from data.transforms import Transform
 from evaluation.pictures import SourcePictures, open_any
@@ -242,6 +244,22 @@ def test_remote_shards(web, tmp_path, monkeypatch):
     resumed = next(Loader(source, PLAIN, 0, 2).batches(6))  # half of the pass: two shards are over
     assert resumed.positions.tolist() == [6, 7]
     assert open_source(f"wds://{address}/s-00.tar?samples=3").class_names == ["unlabelled"]
+
+
+def test_cut_remote_shards(web, tmp_path, monkeypatch):
+    """Read once more, as the connection may have broken; then the file is so, and a line says it."""
+    address, handler = web
+    monkeypatch.setattr("time.sleep", lambda _: None)
+    monkeypatch.setenv("no_proxy", "127.0.0.1")
+    asked, get = [], handler.do_GET
+    monkeypatch.setattr(handler, "do_GET", lambda self: (asked.append(self.path), get(self))[1])
+    with tarfile.open(tmp_path / "s-00.tar") as tar:
+        (end,) = (member.offset for member in tar if member.name == "002.jpg")
+    os.truncate(tmp_path / "s-00.tar", end)
+    source = open_source(f"wds://{address}/s-{{00..01}}.tar?samples=5")
+    assert [record[2].rpartition(" ")[2] for record in source.shard(0)] == ["000", "001"]
+    assert asked.count("/s-00.tar") == 2
+    assert source._unread[0] == {CUT: (1, f"{address}/s-00.tar")} | source._unread[0]
 
 
 @pytest.mark.parametrize("workers", [0, 2])

@@ -72,6 +72,11 @@ def test_official_statistics_are_read_without_running_code(tmp_path):
     with pytest.raises(UserError, match='Did you mean "rectok_BB"'):
         read_stats(f"{path}#rectok_B")
     assert torch.equal(read_stats(f"{path}#rectok_BB").mean, entry["channel"][0][:8])
+    (tmp_path / "#1").mkdir()
+    other = path.rename(tmp_path / "#1" / path.name)  # a folder may be called so
+    assert torch.equal(read_stats(f"{other}#rectok_BB").mean, entry["channel"][0][:8])
+    save_stats(tmp_path / "#1" / "ours.safetensors", read_stats(f"{other}#rectok_BB"), "")
+    assert read_stats(str(tmp_path / "#1" / "ours.safetensors")).images == 0
 
     class Evil:
         def __reduce__(self):

@@ -112,7 +112,9 @@ def read_stats(
     `fingerprint` of the tokenizer in use, and `encoding` where it is another, are compared with a file of ours; an official
     one cannot tell.
     """
-    path, _, key = reference.partition("#")
+    path, mark, key = reference.rpartition("#")
+    if not mark or Path(reference).exists():  # a folder may have that letter in its name
+        path, key = reference, ""
     if path.endswith((".pkl", ".pickle")):
         return _from_official(Path(path), key)
     return load_stats(path, fingerprint, encoding)
