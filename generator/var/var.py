@@ -38,7 +38,7 @@ from core.rng import Draws
 from core.specs import Chart, Guidance, Kept, LatentSpec, Loss, MultiScale, Progress, ScaleOps
 from core.weights.names import State
 from generator.ar.decode import uncompiled
-from generator.engine import Sampled, Weights, fused_attention, mismatches
+from generator.engine import Sampled, Weights, fused_attention, gelu_product, mismatches
 from generator.guidance import guide_logits
 from generator.guidance import scales as guidance_scales
 from generator.sampling import Filter, choose, filters, keep, mark
@@ -514,7 +514,7 @@ class Passes:
         ):
             gamma1, gamma2, _, factor2, _, shift2 = six
             h = gated_norm(x, shift2, factor2, block.norm, gamma1, block.attn.proj(heads(h, layer)))
-            h = gated_norm(x, shift, factor, norm, gamma2, block.ffn(h))
+            h = gated_norm(x, shift, factor, norm, gamma2, block.ffn.fc2(gelu_product(h, block.ffn.fc1)))
         logits = self.head(h)
         logits = logits.float().unflatten(-1, (model.branches, model.vocab))
         return guide_logits(*logits.chunk(2), scale[:, None]) if self.guided else logits

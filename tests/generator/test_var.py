@@ -4,15 +4,19 @@ import copy
 
 import pytest
 import torch
+from torch import nn
+from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from core.devices import without_tf32
 from core.errors import UserError
 from core.nn import cuda_graph
 from core.nn.blockcausal import _block_mask, blockwise, flex
 from core.rng import Draws
 from core.specs import Codes, Guidance, Progress
 from generator.adapters import ADAPTERS
+from generator.engine import gelu_product
 from generator.var import var as module
 from generator.var.var import VAR, Block, Progressive
 from tokenizer.multiscale.imagefolder import ImageFolder
@@ -174,6 +178,22 @@ def test_recorded_scales_on_a_gpu(half):
             assert model.sample(labels, d, Guidance(2.0), cuda_graph=True).shape == (3, 14, 2)
         for plain, recorded in zip(*logits.values()):
             torch.testing.assert_close(recorded, plain, rtol=1e-2, atol=1e-2)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("rows", [1, 36, 242])
+def test_a_product_that_ends_with_gelu_on_a_gpu(dtype, rows):
+    linear = nn.Linear(1088, 4352, device="cuda", dtype=dtype)
+    x = torch.randn(2, rows, 1088, device="cuda").to(dtype)
+    with torch.no_grad(), without_tf32():
+        found, wanted = gelu_product(x, linear), F.gelu(linear(x), approximate="tanh")
+        exact = F.gelu(linear(x))
+    limit = 1e-5 if dtype == torch.float32 else 2e-2
+    torch.testing.assert_close(found, wanted, rtol=limit, atol=limit)
+    if dtype == torch.float32:  # by its tanh: the other kind is further away
+        assert (found - wanted).abs().max() < (found - exact).abs().max() / 10
 
 
 def test_flex_attention_agrees_with_one_call_per_block():

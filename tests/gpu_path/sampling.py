@@ -67,7 +67,7 @@ SYSTEMS = {
     "RAR-B": System(lambda: RAR(size="b", vocab=1024), Guidance(15.0, schedule="cosine", power=2.5), {}, 220),
     "FAR-B": System(lambda: FAR(size="b", grid=[16, 16], branches=2), Guidance(2.0), {}, 320),
     "D-AR-L": System(lambda: GPT(size="l"), Guidance(8.0, schedule="linear", start=1.2), {}, 245),
-    "VAR-d17": System(_var, Guidance(4.25, schedule="linear", start=1.0), {"top_k": 750, "top_p": 0.95}, 2450, 11),
+    "VAR-d17": System(_var, Guidance(4.25, schedule="linear", start=1.0), {"top_k": 750, "top_p": 0.95}, 2280, 11),
 }
 
 
