@@ -65,7 +65,7 @@ def together(*checks: Callable[[], Any]) -> None:
 
 def check_reconstructions(options: argparse.Namespace, overrides: list[str]) -> None:
     """Find mistakes without loading a tokenizer; with --check also those in the files of the comparison."""
-    settings = eval_settings(overrides, "--original DIR --reconstructed DIR" if options.original else "WEIGHTS")
+    settings = eval_settings(overrides, "" if options.original else "WEIGHTS")
     if options.original:
         sides = [open_any(p, options.size) for p in (options.original, options.reconstructed)]
         paired(*sides)
