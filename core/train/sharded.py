@@ -51,10 +51,27 @@ def _done(value: Any) -> Future:
     return future
 
 
+class _AsPlanned:
+    """What torch.distributed.checkpoint asks of readers and of writers: these take its plans as they are."""
+
+    def reset(self, checkpoint_id=None) -> None:
+        pass
+
+    def prepare_local_plan(self, plan):
+        return plan
+
+    def prepare_global_plan(self, plans):
+        return plans
+
+    @classmethod
+    def validate_checkpoint_id(cls, checkpoint_id) -> bool:
+        return True
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Reading
 # ---------------------------------------------------------------------------------------------------------------------
-class _Reader(StorageReader):
+class _Reader(_AsPlanned, StorageReader):
     """The parts of one file. `read` lays them out as the ranks of now want them."""
 
     def __init__(self, files: Iterable[Any]):
@@ -79,9 +96,6 @@ class _Reader(StorageReader):
             load(wanted, storage_reader=self, no_dist=True)  # each rank knows what it needs
         return wanted
 
-    def reset(self, checkpoint_id=None) -> None:
-        pass
-
     def read_metadata(self, *args, **kwargs) -> Metadata:
         tensors: dict[str, Any] = {}
         for index, piece in self.pieces.items():
@@ -95,12 +109,6 @@ class _Reader(StorageReader):
     def set_up_storage_reader(self, metadata, is_coordinator, *args, **kwargs) -> None:
         pass
 
-    def prepare_local_plan(self, plan):
-        return plan
-
-    def prepare_global_plan(self, plans):
-        return plans
-
     def read_data(self, plan, planner) -> Future:
         for item in plan.items:
             piece = self.pieces[item.storage_index]
@@ -111,10 +119,6 @@ class _Reader(StorageReader):
             planner.commit_tensor(item, target)
         return _done(None)
 
-    @classmethod
-    def validate_checkpoint_id(cls, checkpoint_id) -> bool:
-        return True
-
 
 def read(files: Iterable[Any], like: Callable[[str], Tensor | None]) -> dict[str, Tensor]:
     """The tensors of which open safetensors `files` hold the parts; see `_Reader.read`."""
@@ -124,23 +128,14 @@ def read(files: Iterable[Any], like: Callable[[str], Tensor | None]) -> dict[str
 # ---------------------------------------------------------------------------------------------------------------------
 # Writing
 # ---------------------------------------------------------------------------------------------------------------------
-class _Writer(StorageWriter):
+class _Writer(_AsPlanned, StorageWriter):
     """Writes what the plan gives this rank to one file, which will have its final name in the end."""
 
     def __init__(self, path: Path, final: Path):
         self.path, self.final = path, final
 
-    def reset(self, checkpoint_id=None) -> None:
-        pass
-
     def set_up_storage_writer(self, is_coordinator, *args, **kwargs) -> None:
         pass
-
-    def prepare_local_plan(self, plan):
-        return plan
-
-    def prepare_global_plan(self, plans):
-        return plans
 
     def write_data(self, plan, planner) -> Future:
         tensors: dict[str, Tensor] = {}
@@ -156,10 +151,6 @@ class _Writer(StorageWriter):
 
     def finish(self, metadata, results) -> None:
         pass
-
-    @classmethod
-    def validate_checkpoint_id(cls, checkpoint_id) -> bool:
-        return True
 
 
 class ShardedStore(checkpoint.CheckpointStore):
