@@ -304,7 +304,6 @@ class Builder(Chunks):
         batch: int,
         make: Callable[[list[range]], Iterable[Rows]],
         progress: Callable[[int, int], None] | None = None,
-        stop: Callable[[], str | None] | None = None,
     ) -> None:
         """Compute what is missing and give the folder its name. Collective.
 
@@ -312,7 +311,6 @@ class Builder(Chunks):
             batch: samples at once, at most; never across chunks.
             make: the spans of samples that this rank has to compute -> the rows of each, in that order.
             progress: called with (samples done, samples in all) of this attempt, an estimate over all ranks.
-            stop: see Chunks.run.
         """
         before = self.items(self.done)
 
@@ -330,7 +328,7 @@ class Builder(Chunks):
                 self.flush()
 
         try:
-            self.run(share, progress and (lambda done: progress(done - before, self.count - before)), stop)
+            self.run(share, progress and (lambda done: progress(done - before, self.count - before)))
         except BaseException:
             if self.world.is_main:
                 self.lock.release()
@@ -399,7 +397,7 @@ class Pass:
         batch: pictures per call of the producer (all views of a picture go together), rounded down so that it divides
             a chunk: batches, and with them rounding errors, are then the same on any number of ranks.
         workers, on_corrupt: see data.loader.listed_batches.
-        progress, stop: see Builder.fill.
+        progress: see Builder.fill.
         chunk: samples per chunk.
         max_corrupt: the share of pictures that may be unreadable; above it the build stops, and goes on when asked again.
         replaced: what became of the pictures that this rank read.
@@ -410,7 +408,6 @@ class Pass:
     workers: int = 0
     on_corrupt: str = "replace"
     progress: Callable[[int, int], None] | None = None
-    stop: Callable[[], str | None] | None = None
     chunk: int = CHUNK
     max_corrupt: float = 1.0
     replaced: Replaced | None = None
@@ -471,5 +468,5 @@ def build(
             yield rows, images.labels[::views].numpy()
 
     batch = next(size for size in range(min(how.batch, builder.size), 0, -1) if builder.size % size == 0)
-    builder.fill(batch, make, how.progress, how.stop)
+    builder.fill(batch, make, how.progress)
     return FeatureCache(path, source, transform, fingerprint, encoding)

@@ -29,6 +29,7 @@ class Extrapolation:
     slope: float
 
 
+POINTS = 15  # of an extrapolation: numbers of pictures that it is measured with
 FEWEST = 20  # pictures of an extrapolation, whose smallest subset is a tenth
 
 
@@ -42,19 +43,16 @@ def check_extras(replicates: int, infinity: bool, count: int) -> None:
         )
 
 
-def at_infinity(measure: Measure, count: int, points: int = 15, seed: int = 0) -> Extrapolation:
+def at_infinity(measure: Measure, count: int) -> Extrapolation:
     """The metric without its bias for finite N (Chong & Forsyth 2020): least squares on 1 / N.
 
-    Measured on `points` random subsets, without replacement, of sizes evenly spaced from N / 10 to N. Removes the bias
+    Measured on POINTS random subsets, without replacement, of sizes evenly spaced from N / 10 to N. Removes the bias
     of the generated side only; the reference is as large as it is.
     """
-    if points < 3 or count < FEWEST:
-        raise UserError(
-            f"Extrapolating to infinitely many pictures needs at least {FEWEST} pictures and 3 points, got "
-            f"{count} and {points}."
-        )
-    rng = np.random.default_rng(seed)
-    sizes = np.unique(np.linspace(count / 10, count, points).round().astype(int))
+    if count < FEWEST:
+        raise UserError(f"Extrapolating to infinitely many pictures needs at least {FEWEST} pictures, got {count}.")
+    rng = np.random.default_rng(0)
+    sizes = np.unique(np.linspace(count / 10, count, POINTS).round().astype(int))
     values = [measure(torch.from_numpy(rng.permutation(count)[:size])) for size in sizes]
     design = np.stack([np.ones(len(sizes)), 1.0 / sizes], axis=1)
     (value, slope), *_ = np.linalg.lstsq(design, np.array(values), rcond=None)
@@ -83,9 +81,7 @@ def normal_interval(value: float, replicates: np.ndarray) -> tuple[float, float]
     return float(value - spread), float(value + spread)
 
 
-def bootstrap_percentile(
-    measure: Measure, count: int, replicates: int = 200, level: float = 0.95, seed: int = 0
-) -> tuple[float, float]:
-    """Percentile interval of metrics that hardly depend on N: Inception Score, PSNR, SSIM, LPIPS."""
-    low, high = np.quantile(resampled(measure, count, replicates, seed), [(1 - level) / 2, (1 + level) / 2])
+def bootstrap_percentile(measure: Measure, count: int, replicates: int = 200) -> tuple[float, float]:
+    """95 % interval, between percentiles, of metrics that hardly depend on N: Inception Score, PSNR, SSIM, LPIPS."""
+    low, high = np.quantile(resampled(measure, count, replicates), [0.025, 0.975])
     return float(low), float(high)

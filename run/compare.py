@@ -48,7 +48,7 @@ from run.evaluate_generator import check_samples, generated_samples
 from run.linear_probe import job_of, linear_probe, open_sources
 from run.load import load_config
 from run.measurement import eval_settings
-from run.unseen import LEFT_OUT, choose, told_data, unseen
+from run.unseen import LEFT_OUT, choose, training_data, unseen
 from run.weights import kinds_of
 
 TEXT_AND_FACES = "T-ACC, T-NED and F-Sim (TokBench): their text and face recognisers are not part of this code"
@@ -146,7 +146,7 @@ def prepare(options: argparse.Namespace, overrides: list[str]) -> str:
 
 def pictures_for(targets: list[str]) -> str:
     """Those that the training of all of them left out; UserError where these are not the same."""
-    data = {target: told_data(tokenizer_section(target)["weights"]) for target in targets}
+    data = {target: training_data(tokenizer_section(target)["weights"]) for target in targets}
     words = "bash run_compare.sh " + " ".join(targets)
     urls = {target: unseen(each) for target, each in data.items()}
     if len({*urls.values()}) > 1:
@@ -261,7 +261,7 @@ def measured(
 
 def trained_on(target: str) -> str:
     """The pictures that a tokenizer has seen, as far as its weights tell."""
-    return told_data(tokenizer_section(target)["weights"]).get("url") or "not told by its file"
+    return training_data(tokenizer_section(target)["weights"]).get("url") or "not told by its file"
 
 
 def noted_speeds(path: Path, tokenizer: Tokenizer, device: torch.device, options: argparse.Namespace) -> dict[str, Any]:

@@ -40,7 +40,7 @@ from evaluation.protocols import Protocol
 from evaluation.references import Statistics
 from run.load import lay_out_tokenizer, load_config, read_tokenizer
 from run.measurement import Measurement, Shown, Table, check_comparison, enough, eval_settings, evaluation_of, sizes_of
-from run.unseen import LEFT_OUT, choose, told_data, unseen
+from run.unseen import LEFT_OUT, choose, training_data, unseen
 from run.weights import read_weights
 
 ENOUGH_TO_COMPILE = 5_000  # reconstructions
@@ -91,7 +91,7 @@ def originals(options: argparse.Namespace, settings: EvalConfig, size: int | Non
     """The pictures to reconstruct, cropped to `size`: a data URL, a folder, or an .npz of pictures of that size."""
     if options.url is None:
         try:
-            data = told_data(tokenizer_section(options.weights)["weights"], options.tokenizer)
+            data = training_data(tokenizer_section(options.weights)["weights"], options.tokenizer)
         except UserError:  # which is said where the tokenizer is looked for
             data = {}
         options.url = choose(unseen(data), LEFT_OUT, f"bash run_eval_tokenizer.sh {options.weights}")

@@ -24,7 +24,7 @@ from evaluation.scores import Score
 from run.evaluate import tokenizer_section
 from run.load import read_tokenizer
 from run.measurement import open_folder, print_stored, write_result
-from run.unseen import both_halves, choose, told_data
+from run.unseen import both_halves, choose, training_data
 
 
 def section_of(options: argparse.Namespace) -> dict[str, Any]:
@@ -59,7 +59,7 @@ def open_sources(url: str) -> tuple[DataSource, DataSource]:
 def name_pictures(options: argparse.Namespace) -> None:
     """Where no URL was named: both halves of what the tokenizer was trained on, or ImageNet."""
     if options.url is None:
-        data = told_data(tokenizer_section(options.weights)["weights"], options.tokenizer)
+        data = training_data(tokenizer_section(options.weights)["weights"], options.tokenizer)
         options.url = choose(both_halves(data), "its training's", f"bash run_linear_probe.sh {options.weights}")
 
 

@@ -21,6 +21,7 @@ from torch import nn
 from core import config as config_module
 from core.dist import World
 from core.errors import UserError
+from core.files import ROOT
 from core.rng import hash64
 from core.schema import RunConfig, SampleConfig
 from core.specs import Codes, Continuous, Generator, LatentSpec, MultiScale, Tokenizer
@@ -179,14 +180,14 @@ def tokenizer_layout(section: dict[str, Any], source: Source | None = None) -> t
     if file is not None and (file.network or file.recipe):
         known, place = file.network, "the table of released files"
         if not known and file.recipe:
-            paired = load_config(str(released.ROOT / file.recipe), []).tokenizer
+            paired = load_config(str(ROOT / file.recipe), []).tokenizer
             known, place = constructor_arguments(paired), file.recipe
             if "name" not in known:  # a file with both networks: the recipe names the tokenizer's own
                 known = tokenizer_layout(paired)[0]
         return {**known, **settings}, f"{file.name} is not here; its sizes are those of {place}"
     if trained_by := recipe_of(reference):
         recipe, _ = trained_by
-        known = constructor_arguments(load_config(str(released.ROOT / recipe), []).tokenizer)
+        known = constructor_arguments(load_config(str(ROOT / recipe), []).tokenizer)
         return {**known, **settings}, f"{reference} is not here; its sizes are those of {recipe}"
     if "name" in settings:
         return settings, f"{reference} is not here; its sizes are the defaults of {settings['name']}"

@@ -14,7 +14,7 @@ LEFT_OUT = "the pictures that training left out"
 IMAGENET = "folder://data/imagenet"  # with train and val
 
 
-def told_data(weights: str, known: dict[str, Any] | None = None) -> dict[str, Any]:
+def training_data(weights: str, known: dict[str, Any] | None = None) -> dict[str, Any]:
     """The `data` section that a tokenizer was trained with; {} where its weights do not tell, or are not here.
 
     Args:

@@ -176,7 +176,7 @@ def test_a_published_reference_that_is_not_here(monkeypatch, tmp_path):
 def test_pictures_that_nobody_named(tmp_path, monkeypatch):
     """What is taken where none are named and the weights tell nothing is ImageNet's, which few have at hand."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("run.evaluate.told_data", lambda *_: {})
+    monkeypatch.setattr("run.evaluate.training_data", lambda *_: {})
     with pytest.raises(UserError, match="no pictures were named.* folder://data/imagenet/val.* name them, "):
         evaluate.main(["tiny/fqgan", "--check"])
 

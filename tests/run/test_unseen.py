@@ -36,9 +36,9 @@ def test_the_half_that_training_left_out(tmp_path):
 
 
 def test_what_weights_tell(tokenizer_run):
-    assert unseen.told_data("tiny/rear")["url"] == "embedded://emoji64"
-    assert unseen.told_data(str(tokenizer_run))["url"].startswith("synthetic://")
-    assert unseen.told_data("tiny/nix") == {}
+    assert unseen.training_data("tiny/rear")["url"] == "embedded://emoji64"
+    assert unseen.training_data(str(tokenizer_run))["url"].startswith("synthetic://")
+    assert unseen.training_data("tiny/nix") == {}
 
 
 def test_a_model_of_its_own_data_is_measured_on_it(tmp_path, monkeypatch, capsys):
