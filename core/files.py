@@ -171,7 +171,8 @@ def clear_folder(folder: str | os.PathLike, is_ours: Callable[[Path], bool]) -> 
     folder = Path(folder)
     if folder.exists() and (not folder.is_dir() or (any(folder.iterdir()) and not is_ours(folder))):
         raise UserError(f"{folder} holds other things, which would be deleted. Name a folder that is new or empty.")
-    shutil.rmtree(folder, ignore_errors=True)
+    with explain_os_errors(folder), contextlib.suppress(FileNotFoundError):
+        shutil.rmtree(folder)
 
 
 def sorted_facts(tensors: bytes) -> bytes:

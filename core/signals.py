@@ -58,6 +58,7 @@ class StopRequest:
         self._signal: str | None = None
         self._interrupted: float | None = None  # when the first Ctrl-C came
         self._again = False
+        self.late = False  # `finishing`
         self._previous: dict[int, Any] = {}
         self._outer: StopRequest | None = None
 
@@ -90,6 +91,8 @@ class StopRequest:
                 self._interrupted = now
             elif now - self._interrupted > _SAME_KEYPRESS_SECONDS:
                 raise KeyboardInterrupt  # the second Ctrl-C means: now
+        if self.late:
+            return
         is_first = self._signal is None
         self._signal = self._signal or signal.Signals(number).name
         if (is_first or self._again) and self.at_once:
@@ -130,6 +133,13 @@ def undivided() -> Iterator[None]:
         raise Stopped(reason)
 
 
+def finishing() -> None:
+    """To be called before the file appears with which the same command would be refused, or answered as done: a stop comes too
+    late from here on, and the program ends as done. A second Ctrl-C still means now."""
+    if StopRequest.innermost is not None:
+        StopRequest.innermost.late = True
+
+
 _wakeup: list[socket.socket] = []  # where signals arrive in the process that watches them
 
 
@@ -160,7 +170,7 @@ def insist(look: Callable[[str], None], leave: Callable[[str], None]) -> None:
                 time.sleep(GRACE_SECONDS - LOOK_SECONDS)
                 request.at_once = request is StopRequest.innermost
             # A program that has ended may live on, in a notebook or a test; a loop inside it stops by itself.
-            if request is not None and request.at_once and request is StopRequest.innermost:
+            if request is not None and request.at_once and not request.late and request is StopRequest.innermost:
                 request.insist()
                 time.sleep(GRACE_SECONDS - LOOK_SECONDS)
                 if request is StopRequest.innermost:

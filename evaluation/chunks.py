@@ -195,3 +195,13 @@ class Work(Chunks):
         if self.made_parent:
             with contextlib.suppress(OSError):  # other things are in it
                 self.folder.parent.rmdir()
+
+
+def forget_left(folder: Path) -> None:
+    """Delete what is left of work whose result is there: its program was killed before it did. Not while one is in it."""
+    if folder.is_dir():
+        lock = Lock(folder)
+        with contextlib.suppress(UserError):
+            lock.take()
+            lock.release()
+            shutil.rmtree(folder, ignore_errors=True)

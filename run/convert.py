@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -213,6 +213,7 @@ class Conversion:
     tokenizer: str | None = None  # to be held by an official file beside its generator
     overwrite: bool = False
     bf16: bool = False  # weights in half the room, rounded; constants stay fp32
+    at_last: Callable[[], object] = lambda: None  # called just before `target` appears
 
     def run(self) -> str:
         """Write `target`; returns a sentence about it. UserError where the source has not what is asked for."""
@@ -255,7 +256,7 @@ class Conversion:
             {**weights.provenance, "converted_from": source.path.name, "holds": names},
             about,
         )
-        weight_files.save(self.target, content, self.overwrite)
+        weight_files.save(self.target, content, self.overwrite, self.at_last)
         return f'written to {self.target}: {kind} "{settings["name"]}", {names} weights'
 
     def _check_target(self) -> None:
@@ -306,14 +307,18 @@ class Conversion:
                     f"{self.target}: a safetensors file has room for one set of weights; say --weights ema or raw."
                 )
             first, header = weight_files.unshared(next(iter(states.values()))), {exports.KEY: exports.written(settings)}
-            weight_files.replace_with(self.target, lambda place: save_file(first, place, header), self.overwrite)
+            weight_files.replace_with(
+                self.target, lambda place: save_file(first, place, header), self.overwrite, self.at_last
+            )
         else:
             packed = container.pack(states.get(False) or {}, states.get(True))
             if self.tokenizer and container.beside is not None:
                 settings["tokenizer"], tensors = official_tokenizer(self.tokenizer)
                 packed = merged(packed, nested(container.beside, tensors))
             packed = exports.with_text(packed, exports.written(settings), bare=container.written is None)
-            weight_files.replace_with(self.target, lambda place: torch.save(packed, place), self.overwrite)
+            weight_files.replace_with(
+                self.target, lambda place: torch.save(packed, place), self.overwrite, self.at_last
+            )
         written = list(states) if container.holds_both else list(states)[:1]
         names = " and ".join(SETS[averaged] for averaged in written)
         said = f"written to {self.target}: {adapter.title} in the official layout, {names} weights."

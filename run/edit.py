@@ -21,10 +21,11 @@ from PIL import Image
 from torch import Tensor
 
 from core.errors import UserError
-from core.files import write_json
+from core.files import replacing, write_json
 from core.images import finite_uint8, grid, save_png, to_model_range
 from core.nn.precision import bf16_products
 from core.rng import Draws, hash64
+from core.signals import finishing
 from core.specs import Codes, Continuous, Generator, Kept, LatentSpec, MultiScale, Streams, Tokenizer
 from data.transforms import center_crop, to_tensor
 from generator.sampling import draw_latents
@@ -352,6 +353,10 @@ def run(sampler: Sampler, request: Request, rules: Rules, device: torch.device) 
         "outpaint": request.outpaint,
         "rules": asdict(rules),
     }
+    if request.full:
+        for path, drawn in zip(places(request.place, labels), edited.drawn):
+            with replacing(path.with_name(f"{path.stem}_full.png")) as temporary:
+                into_photo(photo, masks[0], drawn).save(temporary, format="PNG")
     paths = write(canvas, edited, labels, about, request.place)
     share = 100 * float(canvas.masked.float().mean())
     print(
@@ -360,9 +365,6 @@ def run(sampler: Sampler, request: Request, rules: Rules, device: torch.device) 
     )
     for path, facts in zip(paths, edited.facts):
         print(f"{path}: {line(facts)}")
-    if request.full:
-        for path, drawn in zip(paths, edited.drawn):
-            into_photo(photo, masks[0], drawn).save(path.with_name(f"{path.stem}_full.png"))
     for remark in remarks(sampler, canvas, edited, rules):
         print(remark)
     print(
@@ -401,9 +403,11 @@ def places(out: Path, labels: list[int]) -> list[Path]:
 def write(canvas: Canvas, edited: Edited, labels: list[int], about: dict[str, Any], out: Path) -> list[Path]:
     """The pictures at their `places`; a panel and a JSON file beside them."""
     paths = places(out, labels)
-    for path, picture in zip(paths, edited.pictures):
-        save_png(picture, path)
     save_png(panel(canvas, edited), out.with_name(f"{out.stem}_panel.png"))
+    for path, picture in zip(paths, edited.pictures):
+        if path == paths[-1]:
+            finishing()  # a picture that is there is not replaced
+        save_png(picture, path)
     table = [{"file": path.name, "label": n, **facts} for path, n, facts in zip(paths, labels, edited.facts)]
     write_json(out.with_suffix(".json"), {**about, "kept": edited.kept, "pictures": table})
     return paths

@@ -12,6 +12,7 @@ import numpy as np
 from core.dist import World
 from core.errors import UserError
 from core.schema import EvalConfig
+from core.signals import finishing
 from core.train.log import progress_line
 from data.base import spread
 from data.checks import say_left_out
@@ -70,6 +71,7 @@ def make_reference(options: argparse.Namespace, pictures: Pictures, world: World
     if options.keep_pictures:
         chosen = spread(len(pictures), options.keep_pictures)
         kept = np.concatenate([pictures.read(i, i + 1).permute(0, 2, 3, 1).numpy() for i in chosen])
+    finishing()
     references.save(out, statistics, kept, options.dtype)
     for tap, (mean, _) in statistics.moments.items():
         if note := protocols.few_pictures(len(pictures), len(mean)):

@@ -22,7 +22,7 @@ from core.rng import hash64
 from core.schema import EvalConfig
 from core.train.log import progress_line
 from evaluation import measure, networks, references, report
-from evaluation.chunks import Work
+from evaluation.chunks import Work, forget_left
 from evaluation.intervals import check_extras
 from evaluation.measure import Evaluation, Progress, Result
 from evaluation.networks import FeatureNet
@@ -83,6 +83,8 @@ class Measurement(ABC):
         world = self.how.world
         folder, is_known = open_folder(self.options.out, self.stem, self.job, self.options.again, world)
         if is_known:
+            if world.is_main:
+                forget_left(folder / "work")
             return print_stored(folder) if world.is_main else 0
         self.prepare()
         job = {name: fact for name, fact in self.job.items() if name not in self.not_in_chunks}

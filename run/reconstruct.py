@@ -14,6 +14,7 @@ from core.errors import UserError
 from core.files import explain_os_errors, refuse_device
 from core.images import finite_uint8, grid, save_png, to_model_range
 from core.rng import Draws, hash64
+from core.signals import finishing
 from core.specs import Codes, MultiScale, Previews, Tokenizer
 from data.base import spread
 from data.checks import say_left_out
@@ -112,9 +113,11 @@ def reconstruct(
             if with_stages:
                 strips.append(folder / f"{stem}_stages.png")
                 streaming.write_filmstrip([stage[i : i + 1] for stage in stages], strips[-1], batch[i : i + 1])
-    save_png(grid(torch.stack(panels[:SHOWN]), columns=1 if len(panels) < 8 else 2), folder / "grid.png")
     if strips:
         streaming.stack_filmstrips(strips[:SHOWN], folder / "stages.png")
+    finishing()
+    save_png(grid(torch.stack(panels[:SHOWN]), columns=1 if len(panels) < 8 else 2), folder / "grid.png")
+    if strips:
         print(f"what each part of the codes adds, then the original: {folder / 'stages.png'}")
     print(f"{sum(values) / len(values):6.2f} dB  mean of {len(values)}; all of them in {folder / 'grid.png'}")
     if isinstance(tokenizer.spec, (Codes, MultiScale)):

@@ -19,6 +19,7 @@ from pathlib import Path
 
 from core import cli
 from core.errors import UserError
+from core.signals import finishing
 from scripts import command_line
 
 
@@ -70,6 +71,7 @@ def main(arguments: list[str]) -> int:
         options.tokenizer,
         options.force,
         options.dtype == "bf16",
+        finishing,
     )
     print(conversion.run())
     return 0

@@ -37,8 +37,17 @@ class WeightFile:
     about: dict[str, Any] = field(default_factory=dict)  # {} in files of earlier versions
 
 
-def replace_with(path: str | os.PathLike, write: Callable[[Path], object], overwrite: bool = False) -> None:
-    """Let `write` make a file under a temporary name; it takes the place of `path` when it is whole and on disk."""
+def replace_with(
+    path: str | os.PathLike,
+    write: Callable[[Path], object],
+    overwrite: bool = False,
+    at_last: Callable[[], object] = lambda: None,
+) -> None:
+    """Let `write` make a file under a temporary name; it takes the place of `path` when it is whole and on disk.
+
+    Args:
+        at_last: called just before it does.
+    """
     path = Path(path)
     if path.exists() and not overwrite:
         raise UserError(f"{path} exists already. Choose another name, or say --force to replace it.")
@@ -53,6 +62,7 @@ def replace_with(path: str | os.PathLike, write: Callable[[Path], object], overw
                 f"{path} could not be written ({reason}). Free some space or choose another place."
             ) from error
         temporary.chmod(path.parent.stat().st_mode & 0o666)  # the safetensors library makes private files
+        at_last()
 
 
 def unshared(state: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -60,8 +70,10 @@ def unshared(state: dict[str, Tensor]) -> dict[str, Tensor]:
     return {name: t.detach().cpu().clone().contiguous() for name, t in state.items()}
 
 
-def save(path: str | os.PathLike, content: WeightFile, overwrite: bool = False) -> None:
-    """Write the file, whole or not at all."""
+def save(
+    path: str | os.PathLike, content: WeightFile, overwrite: bool = False, at_last: Callable[[], object] = lambda: None
+) -> None:
+    """Write the file, whole or not at all. `at_last`: see `replace_with`."""
     from safetensors.torch import save_file
 
     tensors = {
@@ -75,9 +87,8 @@ def save(path: str | os.PathLike, content: WeightFile, overwrite: bool = False) 
         "provenance": content.provenance,
         **({"about": content.about} if content.about else {}),
     }
-    replace_with(
-        path, lambda place: save_file(unshared(tensors), place, {KEY: json.dumps(header, sort_keys=True)}), overwrite
-    )
+    text = {KEY: json.dumps(header, sort_keys=True)}
+    replace_with(path, lambda place: save_file(unshared(tensors), place, text), overwrite, at_last)
 
 
 def read_header(path: str | os.PathLike) -> WeightFile | None:

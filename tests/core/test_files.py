@@ -160,3 +160,13 @@ def test_a_link_to_nowhere_is_one_sentence(tmp_path, write):
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, text=True, capture_output=True)
     if "mkdir" in write:
         assert done.returncode == 2 and f"{tmp_path / 'link'}: a file is in its place" in done.stderr
+
+
+def test_a_folder_that_cannot_be_deleted_is_one_sentence(tmp_path, monkeypatch):
+    def refused(path):
+        raise OSError(errno.EROFS, "Read-only file system", os.fspath(path))
+
+    files.clear_folder(tmp_path / "none", lambda _: True)
+    monkeypatch.setattr(files.shutil, "rmtree", refused)
+    with pytest.raises(UserError, match=f"{tmp_path}: the file system is read-only"):
+        files.clear_folder(tmp_path, lambda _: True)

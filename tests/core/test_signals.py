@@ -145,6 +145,27 @@ def test_a_signal_behind_the_end_changes_no_exit_code(name):
     assert (done.returncode, done.stdout, done.stderr) == (0, "done\n", "")
 
 
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGINT", "SIGUSR1"])
+def test_a_signal_when_the_work_is_done_comes_too_late(name):
+    """The file is there with which the same command would be refused: 75 would promise that it goes on."""
+    code = f"""
+        import os, signal, time
+        from core import cli, signals
+        signals.LOOK_SECONDS, signals.GRACE_SECONDS = 0.1, 0.3
+
+        def main(_):
+            signals.finishing()
+            os.kill(os.getpid(), signal.{name})
+            for _ in range(100):
+                time.sleep(0.01)
+            print("done")
+
+        cli.run(main)
+    """
+    done = subprocess.run([sys.executable, "-c", textwrap.dedent(code)], cwd=ROOT, text=True, capture_output=True)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "done\n", "")
+
+
 def test_an_undivided_piece_is_finished_before_stopped_is_raised():
     done = []
     with StopRequest(at_once=True), pytest.raises(Stopped, match="SIGTERM"), signals.undivided():

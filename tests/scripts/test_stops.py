@@ -14,7 +14,10 @@ import time
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
+from core.signals import Stopped, StopRequest
+from scripts import convert, edit, make_reference, reconstruct
 from tests.conftest import ROOT, TOY_TOKENIZER
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
@@ -102,3 +105,47 @@ def test_stopped_anywhere(tmp_path, program, tokenizer_run, generator_run):
     _, err = last.communicate(timeout=300)
     assert last.returncode == 0, err[-2000:]
     assert contents(tmp_path / "parts") == contents(tmp_path / "whole") != {}
+
+
+@pytest.mark.parametrize("program", ["convert", "edit", "make_reference", "reconstruct"])
+def test_a_stop_when_the_last_file_is_there_comes_too_late(
+    tmp_path, program, tokenizer_run, generator_run, monkeypatch
+):
+    """The same command would be refused; before, it goes on."""
+    pictures, photo, out = "synthetic://?size=32&classes=4&count=8", tmp_path / "photo.png", tmp_path / "out"
+    Image.linear_gradient("L").convert("RGB").save(photo)
+    main, last, words = {
+        "convert": (convert.main, "x.safetensors", (tokenizer_run, out / "x.safetensors")),
+        "edit": (edit.main, "x.png", (generator_run, photo, "--outpaint", 0.2, "--label", 1, "--out", out / "x.png")),
+        "make_reference": (
+            make_reference.main,
+            "r.npz",
+            (pictures, out / "r.npz", "--network", "lite0", "--batch", 8, "--workers", 0),
+        ),
+        "reconstruct": (
+            reconstruct.main,
+            "grid.png",
+            ("--weights", tokenizer_run, "--url", pictures, "--num", 2, "--out", out),
+        ),
+    }[program]
+    replace, told = os.replace, []
+
+    def telling(old, new):
+        made = Path(new)
+        if made.name != last:
+            replace(old, new)
+        told.append(made.name)
+        if told.count(made.name) == 1:
+            signal.raise_signal(signal.SIGTERM)  # of other files, when they are there; of the last one, before
+        if made.name == last:
+            replace(old, new)
+
+    monkeypatch.setattr(os, "replace", telling)
+    for _ in range(20):
+        with StopRequest(at_once=True):
+            try:
+                assert (main([str(word) for word in words]) or 0) == 0
+                break
+            except Stopped:
+                assert told[-1] != last and not (out / last).exists()
+    assert (out / last).is_file() and told[-1] in (last, "x.json")
