@@ -69,8 +69,10 @@ def build(case: Case, weights: dict[str, Tensor] | None = None) -> RAR:
         }
         if index["encode"] == index["decode"]:  # the official code then silently skips the decode head
             index["decode"] = None
-        # The official code builds a head on a layer that does not exist; it never runs.
-        rear = {f"{part}_layer": None if layer is None else min(layer, layers - 1) for part, layer in index.items()}
+        # The official code builds a head on a layer that does not exist; it never runs, so the other one stands in for it.
+        rear = {
+            f"{part}_layer": layer if layer is not None and layer < layers else None for part, layer in index.items()
+        }
         mode = args["perturb_mode"]
         rear |= {
             "noise": mode if mode in ("switch", "mask") else "none",
