@@ -16,23 +16,24 @@ import io
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
+from core.errors import UserError
 from core.files import text_instead
 
 # Pillow knows formats that run other programs (EPS starts Ghostscript): only these are ever opened.
-FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM")
-# Resizing the short side of a 1 x 50000 strip to 256 would need gigabytes.
-MAX_ASPECT = 100
+FORMATS = ("JPEG", "PNG", "WEBP", "AVIF", "GIF", "BMP", "TIFF", "PPM")
+# Resizing the short side of a 1 x 50000 strip to 256 would need gigabytes. Longer than the first a picture of a set is a mistake.
+MAX_ASPECT, MAX_ASPECT_OF_ONE = 100, 1000
 # Of a JPEG: a bit for every 16 x 16 pixels. Damaged headers claim more, and the decoder would fill it up with grey.
 JPEG_PIXELS_PER_BYTE = 8 * 16 * 16
 ORIENTATION = 0x0112  # the EXIF tag
 
 
 class UnreadablePicture(Exception):
-    """`key` names the picture, `reason` says why it could not be read."""
+    """`key` names the picture, `reason` says why it could not be read; `is_of_no_kind`: it is no picture that is known."""
 
-    def __init__(self, key: str, reason: str):
+    def __init__(self, key: str, reason: str, is_of_no_kind: bool = False):
         super().__init__(key, reason)
-        self.key, self.reason = key, reason
+        self.key, self.reason, self.is_of_no_kind = key, reason, is_of_no_kind
 
     def __str__(self) -> str:
         return f"{self.key}: {self.reason}"
@@ -75,26 +76,37 @@ def to_rgb(image: Image.Image) -> Image.Image:
     return image.convert("RGB")
 
 
-def decode_rgb(data: bytes, key: str, upright: bool = False) -> Image.Image:
+def decode_named(data: bytes, name: str, upright: bool = False) -> Image.Image:
+    """`decode_rgb` of a picture that a user chose, which may be narrower than those of a set; UserError where it cannot be
+    read."""
+    try:
+        return decode_rgb(data, name, upright, MAX_ASPECT_OF_ONE)
+    except UnreadablePicture as error:
+        known = " Give a JPEG, PNG, WebP, AVIF, GIF, BMP, TIFF or PPM picture." if error.is_of_no_kind else ""
+        raise UserError(f"{error}.{known}") from error
+
+
+def decode_rgb(data: bytes, key: str, upright: bool = False, aspect: int = MAX_ASPECT) -> Image.Image:
     """Decode one picture to RGB; UnreadablePicture if that is impossible for whatever reason.
 
     Args:
         upright: turn it as its EXIF orientation says.
+        aspect: how many times longer than wide it may be, or wider than long.
     """
     if not data:
         raise UnreadablePicture(key, "the file is empty")
     try:
         with Image.open(io.BytesIO(data), formats=FORMATS) as image:
             width, height = image.size
-            if max(width, height) > MAX_ASPECT * min(width, height):
-                raise _Unsuitable(f"{width} x {height} is too narrow (limit 1:{MAX_ASPECT})")
+            if max(width, height) > aspect * min(width, height):
+                raise _Unsuitable(f"{width} x {height} is too narrow (limit 1:{aspect})")
             if image.format == "JPEG" and width * height > JPEG_PIXELS_PER_BYTE * len(data):
                 raise _Unsuitable(f"its {len(data):,} bytes cannot hold the {width} x {height} pixels that it claims")
             image.load()
             return to_rgb(ImageOps.exif_transpose(image) if upright else image)
     except UnidentifiedImageError as error:  # its own text names a buffer
         reason = text_instead(data) or "this is not a picture of a kind that is known"
-        raise UnreadablePicture(key, reason) from error
+        raise UnreadablePicture(key, reason, is_of_no_kind=True) from error
     except _Unsuitable as error:
         raise UnreadablePicture(key, str(error)) from error
     except Exception as error:  # decoders raise almost anything on damaged input

@@ -10,7 +10,6 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from core.errors import UserError
 from core.files import explain_os_errors, refuse_device
 from core.images import finite_uint8, grid, save_png, to_model_range
 from core.rng import Draws, hash64
@@ -18,7 +17,7 @@ from core.signals import finishing
 from core.specs import Codes, MultiScale, Previews, Tokenizer
 from data.base import spread
 from data.checks import say_left_out
-from data.decode import UnreadablePicture, decode_rgb
+from data.decode import UnreadablePicture, decode_named
 from data.sources import open_source
 from data.transforms import center_crop, to_tensor
 from evaluation.images import psnr
@@ -38,10 +37,7 @@ def read_files(names: list[str], upright: bool = False) -> Iterator[Named]:
         refuse_device(name)
         with explain_os_errors(name):
             data = Path(name).read_bytes()
-        try:
-            yield Path(name).stem, decode_rgb(data, name, upright)
-        except UnreadablePicture as error:
-            raise UserError(f"{error}. Give a JPEG, PNG, WebP, GIF, BMP, TIFF or PPM picture.") from error
+        yield Path(name).stem, decode_named(data, name, upright)
 
 
 def read_source(url: str, count: int) -> Iterator[Named]:

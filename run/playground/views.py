@@ -28,7 +28,7 @@ from core.rng import Draws, hash64
 from core.specs import Codes, Continuous, MultiScale, Tokenizer
 from core.weights import released
 from data.base import spread
-from data.decode import UnreadablePicture, decode_rgb
+from data.decode import decode_named
 from data.sources import open_source
 from data.transforms import center_crop, to_tensor
 from evaluation.images import psnr, ssim
@@ -240,11 +240,9 @@ def read_picture(request: Fields, name: str, upright: bool = False) -> tuple[str
     title = PurePath(str(upload.get("name") or "picture.png").replace("\\", "/")).name or "picture.png"
     try:
         data = base64.b64decode(upload["data"], validate=True)
-        return title, decode_rgb(data, title, upright)
     except binascii.Error:
         raise UserError(f"{title}: its bytes did not arrive whole; choose it again.") from None
-    except UnreadablePicture as error:
-        raise UserError(f"{error}. Give a JPEG, PNG, WebP, GIF, BMP, TIFF or PPM picture.") from error
+    return title, decode_named(data, title, upright)
 
 
 def read_changes(request: Fields, tokenizer: Tokenizer) -> tuple[Changes, list[str]]:

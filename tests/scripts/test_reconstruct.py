@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import re
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
 
 from core.errors import UserError
+from data.decode import UnreadablePicture, decode_rgb
 from run.reconstruct import panel
 from scripts import reconstruct
 
@@ -73,3 +75,29 @@ def test_reconstructions_that_are_not_finite_are_not_written(tokenizer_run, tmp_
     with pytest.raises(UserError, match="a picture between 0 and 0 has pixels that are not finite"):
         reconstruct.main(words)
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    "name, size",
+    [
+        ("a.avif", (60, 40)),
+        ("a.webp", (60, 40)),
+        ("line.png", (17, 4000)),
+        ("flat.png", (1000, 3)),
+        ("dot.png", (1, 1)),
+    ],
+)
+def test_a_picture_that_was_named_may_be_of_any_kind_and_shape(tokenizer_run, tmp_path, name, size):
+    """A set's pictures may not be narrower than 1:100, which is then a mistake."""
+    Image.new("RGB", size, (200, 100, 0)).save(tmp_path / name)
+    words = ["--weights", str(tokenizer_run), str(tmp_path / name), "--out", str(tmp_path / "out")]
+    assert reconstruct.main(words) == 0
+    (shown,) = (tmp_path / "out").glob(f"000_{name.partition('.')[0]}_*.png")
+    with Image.open(shown) as panels:
+        assert np.abs(np.asarray(panels)[16, 16].astype(int) - (200, 100, 0)).max() < 8
+    if max(size) > 100 * min(size):
+        with pytest.raises(UnreadablePicture, match="is too narrow .limit 1:100."):
+            decode_rgb((tmp_path / name).read_bytes(), name)
+    Image.new("RGB", (1, 1001)).save(tmp_path / "thread.png")
+    with pytest.raises(UserError, match=r"thread.png: 1 x 1001 is too narrow \(limit 1:1000\)\.$"):
+        reconstruct.main([*words[:2], str(tmp_path / "thread.png"), "--out", str(tmp_path / "more")])
