@@ -207,6 +207,13 @@ class Sweep:
             }
             for fact in facts
         ]
+        for i, (words, fact) in enumerate(zip(self._networks(), kept)):
+            if fact in kept[:i]:
+                other = self._networks()[kept.index(fact)]
+                raise UserError(
+                    f"{' '.join(words)} and {' '.join(other)} are the same weights, so there is nothing to compare: "
+                    f"{self.options.target} holds one set of them. Leave out one of the two."
+                )
         return hashlib.sha256(repr(kept).encode()).hexdigest()
 
     def run(self) -> list[Setting]:

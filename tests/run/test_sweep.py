@@ -106,6 +106,15 @@ def test_mistakes_are_told_before_anything_is_loaded(run_sweep, words, said, mon
     assert len(str(told.value)) < 1200 and not (tmp_path / "sweep").exists()
 
 
+def test_twins_are_not_compared(tmp_path):
+    """A file that holds one set of weights, asked for averaged and for raw ones."""
+    with pytest.raises(
+        UserError, match="generator.use_ema=false and generator.use_ema=true are the same weights.*tiny/dar"
+    ):
+        sweep.main(["tiny/dar", "--ema", "true,false", "--num", "64", "--out", str(tmp_path / "out")])
+    assert not list(tmp_path.glob("out/*.html"))
+
+
 def test_where_guidance_is_off_its_schedule_makes_no_setting():
     made = module.grid({"scale": "1,2", "interval": "0:1,0.1:0.9", "schedule": "constant,cosine", "power": "1,2"})
     names = [setting.name for setting in made]

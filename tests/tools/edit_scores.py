@@ -11,7 +11,7 @@ samples of the same labels. "whole": of the picture with the photo put back, of 
 from __future__ import annotations
 
 import argparse
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -87,6 +87,8 @@ def measure(
 ) -> Row:
     generator, rules = tiny.model(system), rules or edit.Rules()
     sampler, size = generator.sampler, generator.tokenizer.image_size
+    if sampler.generator.usual_heed is None:  # it asks the label alone
+        rules = replace(rules, heed=None)
     masked, rows, labels, equal, before, put_in = square(size, share), [], [], True, [], []
     for i, photo in enumerate(tiny.unseen(size, photos)):
         own = int(tiny.unseen_labels(photos)[i])
@@ -121,7 +123,7 @@ def main() -> None:
         "--same", action="store_true", help="draw the photo's own class: is it the rest of the photo that tells?"
     )
     parser.add_argument("--scale", type=float, help="guidance of the edits; plain samples keep the recipe's")
-    parser.add_argument("--heed", type=float, help="of each edit, see run_edit.sh")
+    parser.add_argument("--heed", type=float, help="of each edit, see run_edit.sh; of generators that take it")
     options = parser.parse_args()
     rules = edit.Rules(heed=options.heed)
     print(

@@ -2,6 +2,7 @@
 
 import torch
 
+from run.edit import Rules
 from tests.tools import edit_scores
 
 
@@ -13,3 +14,8 @@ def test_what_is_kept_is_exact_and_scores_are_probabilities():
     white = torch.full((1, 3, 64, 64), 255, dtype=torch.uint8)
     white[..., 16:48, 16:48] = 7
     assert (edit_scores.inside(white, 0.5) == 7).all()
+
+
+def test_heed_is_of_generators_that_take_it():
+    row = edit_scores.measure("imagefolder", 0.5, photos=1, rules=Rules(heed=1.0))
+    assert row.equal and row == edit_scores.measure("imagefolder", 0.5, photos=1)
