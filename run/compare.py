@@ -55,6 +55,7 @@ TEXT_AND_FACES = "T-ACC, T-NED and F-Sim (TokBench): their text and face recogni
 REGIONS, CANDIDATES = 8, 32  # shown; pictures in which they are looked for
 BATCHES = (1, 32)  # of the speeds
 CODES, USE = "codebook_", ("usage", "entropy_bits", "perplexity")
+PROBE = "probe_top1_"
 
 Value = tuple[float, float | None, float | None]  # a number and its interval, where it has one
 Numbers = dict[str, dict[str, Value]]  # name -> metric -> value
@@ -223,7 +224,7 @@ def probe(options: argparse.Namespace, folder: Path, encoding: str, world: World
     each = copy.copy(options)
     each.url, each.out, each.features, each.encode_batch = options.probe, str(folder), None, 64
     each.again = True
-    each.epochs, each.batch, each.lr, each.weight_decay, each.schedule, each.seed = 10, 256, 1e-3, 1e-4, "cosine", 0
+    each.epochs, each.batch, each.lr, each.weight_decay, each.schedule, each.seed = None, 256, 1e-3, 1e-4, "cosine", 0
     train, val = open_sources(options.probe)
 
     def is_there() -> bool:
@@ -399,7 +400,8 @@ def write_tokenizers(
         )
     quality = [name for name in dict.fromkeys(n for side in sides for n in side.scores) if not name.startswith(CODES)]
     numbers = {side.name: side.numbers() for side in sides}
-    report.add_table("Quality, with 95 % intervals", ["tokenizer", *quality], rows_of(numbers, quality))
+    shown = [name for name in quality if not name.startswith(PROBE)]
+    report.add_table("Quality, with 95 % intervals", ["tokenizer", *shown], rows_of(numbers, shown))
     pairs = differences(sides)
     report.add_table(
         "Paired differences", ["", "metric", "difference", "95 % interval", "says"], [pair.row() for pair in pairs]
@@ -420,6 +422,8 @@ def write_tokenizers(
             if s.scores.get(metric, {}).get("interval")
         }
         report.add_curves(f"{metric} over bits per pixel", points, None, "bits per pixel", bars)
+    if options.probe:
+        report.add_table("Linear probe, top-1", ["tokenizer", "features", "accuracy"], probe_rows_of(sides))
     if rows := speed_rows(sides):
         report.add_table(
             f"Speed on {device_name(device)}, fp32, eager",
@@ -436,10 +440,7 @@ def write_tokenizers(
     report.add_table(
         "Codebooks, by branch and scale", headers, [row for side in sides for row in codebook_rows_of(side)]
     )
-    left_out = {
-        **{f"{s.name}: {name}": why for s in sides for name, why in s.left_out.items()},
-        "text and faces": TEXT_AND_FACES,
-    }
+    left_out = {**left_out_of(sides), "text and faces": TEXT_AND_FACES}
     report.add_table("Left out", ["what", "why"], [[name, why] for name, why in left_out.items()])
     report.add_environment(environment()).write(folder / "report.html")
     write_tables(folder, numbers, [*quality, "bpp", "entropy_coded_bpp"])
@@ -453,6 +454,28 @@ def write_tokenizers(
     }
     write_values(folder, numbers, context)
     print(f"written to {folder}: report.html, compare.csv, compare.tex, differences.csv, differences.tex, metrics.json")
+
+
+def left_out_of(sides: list[Side]) -> dict[str, str]:
+    """What is missing -> why: of all tokenizers where nobody has it for the same reason, else with the names of those."""
+    lacking: dict[tuple[str, str], list[str]] = {}
+    for side in sides:
+        for name, why in side.left_out.items():
+            lacking.setdefault((name, why), []).append(side.name)
+    return {
+        name if len(names) == len(sides) else f"{', '.join(names)}: {name}": why
+        for (name, why), names in lacking.items()
+    }
+
+
+def probe_rows_of(sides: list[Side]) -> list[list[str]]:
+    """A row per tokenizer and feature; tokenizers have different ones."""
+    return [
+        [side.name, name.removeprefix(PROBE), f"{score['value']:.1%}"]
+        for side in sides
+        for name, score in side.scores.items()
+        if name.startswith(PROBE)
+    ]
 
 
 def codebook_rows_of(side: Side) -> list[list[Any]]:

@@ -27,6 +27,12 @@ from run.measurement import open_folder, print_stored, write_result
 from run.unseen import both_halves, choose, training_data
 
 
+EPOCHS, STEPS = (
+    10,
+    1000,
+)  # at least so many of both: ten epochs of a thousand pictures are 40 steps, which teach nothing
+
+
 def section_of(options: argparse.Namespace) -> dict[str, Any]:
     """The tokenizer that was asked for, as a section of a config."""
     return {**options.tokenizer, **tokenizer_section(options.weights), "use_ema": not options.raw}
@@ -68,10 +74,12 @@ def count_of(options: argparse.Namespace, train: DataSource) -> int:
     return min(options.num or len(train), len(train))
 
 
-def settings_of(options: argparse.Namespace) -> ProbeSettings:
-    return ProbeSettings(
-        options.epochs, options.batch, options.lr, options.weight_decay, options.schedule, 1, options.seed
-    )
+def settings_of(options: argparse.Namespace, count: int) -> ProbeSettings:
+    """Of the classifier that learns from `count` pictures."""
+    epochs = options.epochs
+    if epochs is None:
+        epochs = max(EPOCHS, -(-STEPS // max(1, count // options.batch)))
+    return ProbeSettings(epochs, options.batch, options.lr, options.weight_decay, options.schedule, 1, options.seed)
 
 
 def job_of(options: argparse.Namespace, encoding: str, train: DataSource, val: DataSource) -> dict[str, Any]:
@@ -88,7 +96,7 @@ def job_of(options: argparse.Namespace, encoding: str, train: DataSource, val: D
         "url_sizes": f"{hash64(*pictures, *sizes):016x}",
         "train": count_of(options, train),
         "val": len(val),
-        "settings": vars(settings_of(options)),
+        "settings": vars(settings_of(options, count_of(options, train))),
         "features": options.features,
     }
 
@@ -114,7 +122,7 @@ def linear_probe(options: argparse.Namespace, train: DataSource, val: DataSource
             sides.append(pooled_features(tokenizer, pictures, world, options.encode_batch, *whose, progress))
     if not world.is_main:
         return 0
-    settings = settings_of(options)
+    settings = settings_of(options, count)
     scores = train_probes(options, sides, train.num_classes, settings, watch, world)
     context = {
         **job,
@@ -159,7 +167,7 @@ def train_probes(
                 features[name], labels, val_features[name], val_labels, num_classes, settings, world.device
             )
         note = (
-            f"best in epoch {probe.best_epoch} of {options.epochs}; {features[name].shape[1]} dimensions; "
+            f"best in epoch {probe.best_epoch} of {settings.epochs}; {features[name].shape[1]} dimensions; "
             f"{probe.train_accuracy:.1%} of training pictures"
         )
         scores += [

@@ -15,7 +15,7 @@ options:
   --data URL         pictures for tokenizers (default those that their training left out, as far as their weights tell, else
                      folder://data/imagenet/val): a URL, folder or .npz
   --num N            the first N pictures, or N samples
-  --probe URL        also linear-probe accuracies on these labelled pictures (train and val)
+  --probe URL        also linear-probe accuracies on these labelled pictures (train, of which --num says how many, and val)
   --bootstrap N      replicates of the intervals of FID and IS (default 20; 0: none)
   --seconds S        time for each speed (default 5; 0: no speeds)
   --precision P      of tokenizers' matrix products, bf16 or fp32 (default)

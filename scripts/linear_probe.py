@@ -10,7 +10,8 @@ tokenizers; embedded codes per branch and of all branches of discrete ones; what
 names. Features are averaged over tokens, of centre crops, kept in work_dirs/cache and computed once.
 
 options:
-  --epochs N --batch N --lr X --weight-decay X --schedule cosine|constant --seed N     of the classifier
+  --epochs N (default 10, more where that is less than 1,000 steps)
+  --batch N --lr X --weight-decay X --schedule cosine|constant --seed N     of the classifier
   --num N            the first N training pictures (a subset spread over the classes)
   --features NAMES   only these, comma-separated
   --raw              the weights as trained, not their moving average
@@ -31,7 +32,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     )
     parser.add_argument("weights")
     parser.add_argument("url", nargs="?")
-    command_line.add_options(parser, int, epochs=10, batch=256, seed=0, num=None, encode_batch=64)
+    command_line.add_options(parser, int, epochs=None, batch=256, seed=0, num=None, encode_batch=64)
     command_line.add_options(parser, int, workers=command_line.WORKERS)
     command_line.add_options(parser, float, lr=1e-3, weight_decay=1e-4)
     command_line.add_options(parser, str, features=None, out=None)

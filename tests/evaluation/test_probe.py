@@ -15,6 +15,7 @@ from core.specs import Codes, Continuous, Recon, Tokenizer
 from core.weights import files as weight_files
 from evaluation import probe
 from evaluation.probe import ProbeSettings, train_probe
+from run.linear_probe import settings_of
 from scripts import linear_probe
 from tests.conftest import ROOT
 from tests.tools import known_answer
@@ -113,6 +114,14 @@ def test_features_belong_to_what_encodes(tmp_path, monkeypatch, capsys):
             job.write_text(json.dumps({**facts, "weights": whole}))
             job.parent.rename(job.parent.with_name(f"probe_{hash64(facts['pictures'], whole):016x}"))
     assert probed("first") == 0 and probed("decoder") == 16
+
+
+@pytest.mark.parametrize(("count", "epochs"), [(1_281_167, 10), (1724, 167), (48, 1000)])
+def test_few_pictures_are_gone_through_more_often(count, epochs):
+    """Ten epochs of few pictures are too few steps to learn anything."""
+    options = linear_probe.parse(["w", "synthetic://"])
+    assert settings_of(options, count).epochs == epochs
+    assert settings_of(linear_probe.parse(["w", "--epochs", "3"]), count).epochs == 3
 
 
 def test_command(tokenizer_run, tmp_path, monkeypatch, capsys):

@@ -129,6 +129,11 @@ def test_accuracies_of_a_probe(fqgan, tokenizer_run, tmp_path, monkeypatch):
     assert compare.main(words) == 0
     found = {name for name, metric in numbers(tmp_path / "out") if metric.startswith("probe_top1_")}
     assert len(found) == 2
+    page = (tmp_path / "out" / "report.html").read_text()
+    told = page[page.index("Linear probe, top-1") :]
+    assert all(f">{name}<" in told for name in ("latents", *(n.removeprefix("probe_top1_") for n in found)))
+    assert "probe_top1_" not in page[: page.index("Paired differences")]
+    assert page.count("VGG16 of torchvision") == 1  # once for all that lack it
     assert "there is no paired difference without replicates" in (tmp_path / "out" / "report.html").read_text()
 
 
