@@ -26,7 +26,6 @@ from run.load import read_tokenizer
 from run.measurement import open_folder, print_stored, write_result
 from run.unseen import both_halves, choose, training_data
 
-
 EPOCHS, STEPS = (
     10,
     1000,
