@@ -19,6 +19,10 @@ def run(request: dict, files: list[int]) -> None:
     """In the child: become `python ARGV`."""
     for number, file in enumerate(files):
         os.dup2(file, number)
+    # New streams: the server's own go into a file, in which they remember their place.
+    for number, name in enumerate(("stdin", "stdout", "stderr")):
+        stream = open(number, "w" if number else "r", 1 if number == 2 else -1, closefd=False)  # noqa: SIM115
+        setattr(sys, name, stream)
     os.environ.clear()
     os.environ.update(request["environment"])
     os.chdir(request["folder"])
