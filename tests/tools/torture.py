@@ -142,8 +142,10 @@ def interrupt(
             except TimeoutError as hanging:
                 problems.append(str(hanging))
                 break
-            finished = code == 0
-            if problem := attempt.problem(number, code):
+            # A kill may have come behind the last file, of which no program can tell that it was the last.
+            done = code == 2 and KILL == numbers and here > 0 and "is there already" in attempt.said()
+            finished = code == 0 or done
+            if not done and (problem := attempt.problem(number, code)):
                 problems.append(problem)
             if not finished:
                 here += 1
