@@ -143,7 +143,7 @@ def interrupt(
                 problems.append(str(hanging))
                 break
             # A kill may have come behind the last file, of which no program can tell that it was the last.
-            done = code == 2 and KILL == numbers and here > 0 and "is there already" in attempt.said()
+            done = code == 2 and numbers == KILL and here > 0 and "is there already" in attempt.said()
             finished = code == 0 or done
             if not done and (problem := attempt.problem(number, code)):
                 problems.append(problem)
