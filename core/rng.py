@@ -80,9 +80,21 @@ def random_bits(keys: Tensor, numel: int) -> Tensor:
 
 def random_bits_at(keys: Tensor, index: Tensor) -> Tensor:
     """Single draws of `random_bits`: number `index` (int64, from 0) of each key; the two broadcast."""
-    # (index + 1) * GOLDEN, from the complement: Inductor writes the product of a range into C++ as one of signed loop
-    # counters, whose overflow lets the compiler drop the loop's bound and write behind the tensor.
-    return _mix_tensor(keys + ~index * -_signed(_GOLDEN))
+    compiled = torch.compiler.is_compiling() and index.device.type == "cpu"
+    return _mix_tensor(keys + (_steps(index) if compiled else ~index * -_signed(_GOLDEN)))
+
+
+@torch.library.custom_op("tessera::steps", mutates_args=(), device_types="cpu")
+def _steps(index: Tensor) -> Tensor:
+    """(index + 1) * GOLDEN, out of sight of Inductor. It would write the product of a range into C++ as one of signed loop
+    counters, whose overflow is undefined there: the compiler may drop the loop's bound and write behind the tensor, or draw
+    other numbers in the rest behind whole vectors."""
+    return ~index * -_signed(_GOLDEN)
+
+
+@_steps.register_fake
+def _steps_on_fake(index: Tensor) -> Tensor:
+    return torch.empty_like(index)
 
 
 def permutation(length: int, *key: int | str) -> np.ndarray:

@@ -231,7 +231,7 @@ def test_places_decode_in_windows_and_refuse_what_does_not_fit():
     codes = tokenizer.encode(images)
     stages = tokenizer.previews(codes, draws(2))
     assert torch.equal(stages[-1], tokenizer.decode(codes, draws(2)))
-    assert torch.equal(stages[0], tokenizer.decode(codes[:, :4], draws(2)))
+    torch.testing.assert_close(stages[0], tokenizer.decode(codes[:, :4], draws(2)))
     for call in (lambda: tokenizer.encode(images[:, :, :16]), lambda: tokenizer.decode(codes, size=(64, 32))):
         with pytest.raises(UserError, match="have places in pictures of 32x32 pixels, not of (16x32|64x32)"):
             call()

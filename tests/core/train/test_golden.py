@@ -6,6 +6,7 @@ import os
 from pathlib import Path
 
 import pytest
+import torch
 
 from core.train.run import read_metrics
 from tests.conftest import ROOT, finished_run
@@ -19,6 +20,7 @@ PAIRS = {
     "imagefolder_tokenizer": "imagefolder_var",
 }  # in configs/toy
 STEPS = 12
+FIRST_WEIGHT = -0.0225168  # of trunc_normal_, in the torch that wrote the traces
 CLOCKS = ("images_per_second", "peak_memory_gib", "mfu", "seconds")
 
 
@@ -40,6 +42,15 @@ def runs(tmp_path_factory):
     return run
 
 
+def other_start_weights() -> bool:
+    """torch.nn.init.trunc_normal_ drew other numbers in versions before the one that wrote the traces (2.8 did)."""
+    weights = torch.nn.init.trunc_normal_(torch.empty(64), std=0.02, generator=torch.Generator().manual_seed(0))
+    return float(weights[0]) != pytest.approx(FIRST_WEIGHT, abs=1e-6)
+
+
+@pytest.mark.skipif(
+    other_start_weights(), reason=f"torch {torch.__version__} starts networks from other random weights"
+)
 @pytest.mark.parametrize("name", [name for pair in PAIRS.items() for name in pair])
 def test_golden_trace(runs, name):
     """fp32, one thread. Not bit for bit: matrix kernels are chosen by the kind of CPU, and differ in the order of their
