@@ -119,9 +119,10 @@ def test_command(furnished, text):
 
 def tiny_benchmark(text: str) -> str:
     """The same measurement of the recipes' tiny networks, once."""
-    text = re.sub(r"--(mode|precision|markdown|batch|repeats|warmup|device|decode-steps) \S+ ?", "", text)
+    mode = "" if "--versus eager" in text else "mode|"  # what is compared with eager
+    text = re.sub(rf"--({mode}precision|markdown|batch|repeats|warmup|device|decode-steps) \S+ ?", "", text)
     paths = re.findall(r"(--tokenizer-config )?configs/(\S+)\.yaml", text)
-    sizes = [size for _, name in paths for size in Recipe(name).sizes]
+    sizes = [size for _, name in paths if not name.startswith("quickstart/") for size in Recipe(name).sizes]
     left_out = ["teachers", "objective", "discriminator"] if len(paths) > 1 else []
     left_out += ["generator.rear."] if "generator.rear=null" in text else []
     kept = dict.fromkeys(size for size in sizes if not size.startswith(tuple(left_out)))
