@@ -31,7 +31,7 @@ Asked = dict[
 
 
 class NotComparable(Exception):
-    """A system has no such thing to time. Not NotImplementedError: their code may raise that, which is a fault to report."""
+    """A system has no such thing to time. An exception of its own: what their code raises is a fault to report."""
 
 
 def find(*places: str) -> Any:
@@ -549,8 +549,8 @@ def main(checkout: str) -> None:
     """Serve one parent until it closes the pipe."""
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # what the checkout prints
-    project = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
-    sys.path[:] = [checkout, *(p for p in sys.path if p and os.path.abspath(p) != project)]
+    # Our packages have the names of theirs; an environment that belongs to another checkout of ours knows that one, too.
+    sys.path[:] = [checkout, *(p for p in sys.path if p and not os.path.isfile(os.path.join(p, "run", "originals.py")))]
     os.chdir(checkout)
 
     def answer(**said: Any) -> None:

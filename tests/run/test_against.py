@@ -197,7 +197,10 @@ GENERATED = {
 }
 
 
-def test_what_the_originals_are_asked_for(checkout):
+def test_what_the_originals_are_asked_for(checkout, tmp_path, monkeypatch):
+    """Also where Python knows a second checkout of ours, whose packages have the same names."""
+    (tmp_path / "second").symlink_to(ROOT)
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path / "second"))
     folder, noted = checkout
     theirs = Originals(folder)
     for system, what in itertools.product(STAND_INS, ("generate", "train", "encode", "decode")):
