@@ -476,6 +476,12 @@ def flatten(table: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
+def smallest(name: str, tokenizer: dict[str, Any], data: dict[str, Any]) -> dict[str, Any]:
+    """Plain data of a config for work on a tokenizer and pictures in which nothing is trained."""
+    train = {"duration": "0ep", "global_batch": 1, "optimizer": {"lr": 0.0}}
+    return {"name": name, "task": "tokenizer", "tokenizer": tokenizer, "data": data, "objective": {}, "train": train}
+
+
 def with_defaults(plain: dict[str, Any], schema: type = RunConfig) -> dict[str, Any]:
     """Plain data of a configuration with the defaults of the settings that it lacks, because it was written before there
     were such: a default is how things were done until then."""

@@ -80,21 +80,19 @@ def random_bits(keys: Tensor, numel: int) -> Tensor:
 
 def random_bits_at(keys: Tensor, index: Tensor) -> Tensor:
     """Single draws of `random_bits`: number `index` (int64, from 0) of each key; the two broadcast."""
-    compiled = torch.compiler.is_compiling() and index.device.type == "cpu"
-    return _mix_tensor(keys + (_steps(index) if compiled else ~index * -_signed(_GOLDEN)))
+    is_compiled = torch.compiler.is_compiling() and index.device.type == "cpu"
+    return _mix_tensor(keys + (_hidden_steps if is_compiled else _steps)(index))
 
 
-@torch.library.custom_op("tessera::steps", mutates_args=(), device_types="cpu")
 def _steps(index: Tensor) -> Tensor:
-    """(index + 1) * GOLDEN, out of sight of Inductor. It would write the product of a range into C++ as one of signed loop
-    counters, whose overflow is undefined there: the compiler may drop the loop's bound and write behind the tensor, or draw
-    other numbers in the rest behind whole vectors."""
-    return ~index * -_signed(_GOLDEN)
+    """(index + 1) * GOLDEN; from the complement, which keeps a range from being folded into the product."""
+    return ~index * -GOLDEN
 
 
-@_steps.register_fake
-def _steps_on_fake(index: Tensor) -> Tensor:
-    return torch.empty_like(index)
+# Inductor would write the product of a range into C++ as one of signed loop counters, whose overflow is undefined there: the
+# compiler may drop the loop's bound and write behind the tensor, or draw other numbers in the rest behind whole vectors.
+_hidden_steps = torch.library.custom_op("tessera::steps", _steps, mutates_args=(), device_types="cpu")
+_hidden_steps.register_fake(torch.empty_like)
 
 
 def permutation(length: int, *key: int | str) -> np.ndarray:

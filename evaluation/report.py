@@ -488,6 +488,17 @@ def write_csv(path: Path, headers: Sequence[str], rows: Iterable[Sequence[Any]])
     write_atomic(path, file.getvalue())
 
 
+def tabular(headers: list[str], rows: list[list[str]], words: int = 1) -> str:
+    """A LaTeX table whose first columns, `words` many, are of words and the rest of numbers."""
+
+    def escaped(text: str) -> str:
+        return text.replace("_", r"\_").replace("%", r"\%").replace("&", r"\&").replace(NOTHING, "--")
+
+    body = [" & ".join(map(escaped, row)) + r" \\" for row in (headers, *rows)]
+    head = rf"\begin{{tabular}}{{{'l' * words}{'r' * (len(headers) - words)}}}"
+    return "\n".join([head, r"\hline", body[0], r"\hline", *body[1:], r"\hline", r"\end{tabular}"]) + "\n"
+
+
 def precision_of(device: torch.device, features: str = "float32") -> dict[str, Any]:
     """What features and metrics ran in, for a record."""
     return {"features": features, "tf32": False, "metrics": "float64", "device": device.type}

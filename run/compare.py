@@ -41,7 +41,7 @@ from evaluation.comparison import (
 )
 from evaluation.images import lpips_metric
 from evaluation.probe import features_fingerprint
-from evaluation.report import NOTHING, Report, environment, with_interval, write_csv, write_metrics
+from evaluation.report import NOTHING, Report, environment, tabular, with_interval, write_csv, write_metrics
 from run.benchmark import Effort, device_name, timed
 from run.evaluate import PER_PICTURE, Reconstructions, by_tokenizer, check_reconstructions, tokenizer_section
 from run.evaluate_generator import check_samples, generated_samples
@@ -535,17 +535,6 @@ def write_differences(folder: Path, pairs: list[Pair]) -> None:
     write_csv(folder / "differences.csv", ["name", "minus", "metric", "value", "low", "high"], rows)
     headers = ["", "metric", "difference", "95 % interval", ""]
     write_atomic(folder / "differences.tex", tabular(headers, [pair.row() for pair in pairs], 2))
-
-
-def tabular(headers: list[str], rows: list[list[str]], words: int = 1) -> str:
-    """A LaTeX table whose first columns, `words` many, are of words and the rest of numbers."""
-
-    def escaped(text: str) -> str:
-        return text.replace("_", r"\_").replace("%", r"\%").replace("&", r"\&").replace(NOTHING, "--")
-
-    body = [" & ".join(map(escaped, row)) + r" \\" for row in (headers, *rows)]
-    head = rf"\begin{{tabular}}{{{'l' * words}{'r' * (len(headers) - words)}}}"
-    return "\n".join([head, r"\hline", body[0], r"\hline", *body[1:], r"\hline", r"\end{tabular}"]) + "\n"
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -203,13 +203,13 @@ def describe(device: str) -> dict[str, str]:
 
 def lacking(wanted: list[str]) -> dict[str, str]:
     """Packages that are not installed -> what is lost without them. All other optional ones are asked for by no stage."""
-    missing: dict[str, str] = {}
+    without: dict[str, list[str]] = {}
     for stage in STAGES:
         for package in stage.needs:
             if stage.name in wanted and not gpu_stages.is_installed(package):
-                before = missing.get(package, "not begun:")
-                missing[package] = f"{before} {stage.name}"
-    if "train" in wanted and "train" not in " ".join(missing.values()):
+                without.setdefault(package, []).append(stage.name)
+    missing = {package: f"not begun: {', '.join(stages)}" for package, stages in without.items()}
+    if "train" in wanted and not any("train" in stages for stages in without.values()):
         missing |= {p: gpu_stages.WITHOUT_LPIPS for p in gpu_stages.LPIPS_PACKAGES if not gpu_stages.is_installed(p)}
     return missing
 

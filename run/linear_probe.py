@@ -26,10 +26,8 @@ from run.load import read_tokenizer
 from run.measurement import open_folder, print_stored, write_result
 from run.unseen import both_halves, choose, training_data
 
-EPOCHS, STEPS = (
-    10,
-    1000,
-)  # at least so many of both: ten epochs of a thousand pictures are 40 steps, which teach nothing
+# At least so many of both: ten epochs of a thousand pictures are 40 steps, which teach nothing.
+EPOCHS, STEPS = 10, 1000
 
 
 def section_of(options: argparse.Namespace) -> dict[str, Any]:

@@ -231,14 +231,7 @@ def eval_settings(overrides: list[str], naming: str = "") -> EvalConfig:
         raise UserError(
             f"{' '.join(foreign)}: only eval.* settings mean something here; there is no generator to set up.{advice}"
         )
-    stub = {
-        "name": "eval",
-        "task": "tokenizer",
-        "tokenizer": {"name": "none"},
-        "data": {"url": "none"},
-        "objective": {},
-        "train": {"duration": "0ep", "global_batch": 1, "optimizer": {"lr": 0.0}},
-    }
+    stub = config_module.smallest("eval", {"name": "none"}, {"url": "none"})
     return config_module.override(lambda: stub, overrides, {}, source="the command line").eval
 
 

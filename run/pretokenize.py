@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from core import dist, launch
-from core.config import override, read_overrides
+from core.config import override, read_overrides, smallest
 from core.dist import World
 from core.errors import UserError
 from core.files import expanded, refuse_device, require_place
@@ -99,19 +99,13 @@ def config_of(named: str, overrides: list[str]) -> RunConfig:
     settings = read_weights("tokenizer", source, read_overrides(overrides).get("tokenizer")).settings
     path = Path(named.rstrip("/"))
     pictures = (source.content.about if isinstance(source.content, WeightFile) else {}).get("config", {}).get("data")
-    smallest = {
-        "name": path.parent.name if path.stem == "tokenizer" else path.stem,
-        "task": "tokenizer",
-        "tokenizer": settings,
-        "data": pictures or {"url": f"{IMAGENET}/train"},
-        "objective": {},
-        "train": {"duration": "0ep", "global_batch": 1, "optimizer": {"lr": 0.0}},
-    }
-    config = override(lambda: smallest, overrides, REGISTRIES, source=named)
+    name = path.parent.name if path.stem == "tokenizer" else path.stem
+    untrained = smallest(name, settings, pictures or {"url": f"{IMAGENET}/train"})
+    config = override(lambda: untrained, overrides, REGISTRIES, source=named)
     config.tokenizer = {**config.tokenizer, "weights": named}
-    if not any(word.startswith("data.url=") for word in overrides) and launch.speaks():
+    if not any(word.startswith("data.url=") for word in overrides):
         whose = f", which {named} was trained on" if pictures else ""
-        print(f"no pictures were named: taking {config.data.url}{whose}", flush=True)
+        launch.say(f"no pictures were named: taking {config.data.url}{whose}")
     return config
 
 

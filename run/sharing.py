@@ -16,14 +16,13 @@ from typing import Any
 
 from core import caller
 from core.errors import UserError
-from core.files import read_json
+from core.files import ROOT, read_json
 from core.schema import RunConfig
 from core.specs import Tokenizer
 from core.train.checkpoint import Checkpoint
 from core.train.run import ABOUT
 from core.weights import files as weight_files
 from core.weights import hub
-from core.weights.released import ROOT
 from data.sources import SPLITS
 from run.data import class_names
 from run.load import IMAGENET_CLASSES

@@ -73,7 +73,7 @@ class Replayed:
         return self.output
 
 
-def of(owner: Any, method: Callable[..., Any], *arguments: Any) -> Callable[..., Any]:
+def weak_method(owner: Any, method: Callable[..., Any], *arguments: Any) -> Callable[..., Any]:
     """method(owner, *arguments, ...) for `owner` itself to hold. A bound method would keep it alive, and with it gigabytes of
     a GPU, until Python happens to look for objects that only refer to each other."""
     return functools.partial(method, weakref.proxy(owner), *arguments)

@@ -77,9 +77,8 @@ def _on_gpu(
     gate: Tensor | None,
     branch: Tensor | None,
 ) -> Tensor:
-    run = (
-        _launch if _works(x.device, x.dtype, shift.dtype, x.shape[-1], weight is not None, gate is not None) else _plain
-    )
+    kind = x.dtype, shift.dtype, x.shape[-1], weight is not None, gate is not None
+    run = _launch if _works(x.device, *kind) else _plain
     return run(x, shift, factor, weight, bias, eps, gate, branch)
 
 
@@ -167,9 +166,8 @@ def _works(
 ) -> bool:
     """The same of this kernel for tensors of one kind, x in `stream` and the result in `dtype`: tried once per process,
     before the first recording of a step."""
-    numbers = torch.arange(
-        6 * 6 * width, device=device
-    ).sin()  # two samples of three rows; the stride of rows is not theirs
+    # Two samples of three rows; shift and the like are rows of a table, so their stride is not x's.
+    numbers = torch.arange(26 * width, device=device).sin()
     shift, factor, gate = numbers[: 12 * width].view(2, 1, 6, width).to(dtype).unbind(2)[1:4]
     x, branch = numbers[12 * width : 24 * width].view(2, 2, 3, width).unbind()
     weights = numbers[-2 * width :].view(2, width).unbind() if affine else (None, None)

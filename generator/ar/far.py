@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from core import sizes
 from core.errors import UserError
 from core.limits import Count, Layers, Positive, Rate, Share, Whole, Width
-from core.nn.cuda_graph import of
+from core.nn.cuda_graph import weak_method
 from core.nn.decode_attention import fuses
 from core.nn.dropout import dropout
 from core.nn.embed import LabelEmbedding
@@ -347,7 +347,7 @@ class Decoding:
         # column t + 1 holds position t
         self.codes = torch.zeros(samples, length + 1, self.branches, dtype=torch.int64, device=device)
         self.start = torch.zeros(self.streams, samples, model.size["width"], dtype=weights.dtype, device=device)
-        self.step = Recordings(of(self, Decoding._step), self.cache)
+        self.step = Recordings(weak_method(self, Decoding._step), self.cache)
 
     def begin(self, labels: Tensor, sampler: CodeSampler) -> None:
         """The batch that the steps are about; labels (2B,) or (B,)."""

@@ -25,7 +25,7 @@ from core import sizes
 from core.errors import UserError
 from core.limits import Count, Layers, Limits, Rate, Share, Width
 from core.nn.attention import Attention
-from core.nn.cuda_graph import of
+from core.nn.cuda_graph import weak_method
 from core.nn.decode_attention import fuses
 from core.nn.dropout import dropout
 from core.nn.embed import resize_rows
@@ -417,7 +417,7 @@ class Decoding:
         )
         # What lies in slot 0, slot 1 and so on, as rows of `embeddings`; code p is in slot p + 2.
         self.slots = torch.zeros(rows, model.length + 2, dtype=torch.int64, device=device)
-        self.step = Recordings(of(self, Decoding._step), self.cache)
+        self.step = Recordings(weak_method(self, Decoding._step), self.cache)
 
     @staticmethod
     def positions_of(model: RAR, order: Tensor | None = None) -> Tensor:

@@ -21,7 +21,7 @@ from core import sizes
 from core.errors import UserError, nearest
 from core.limits import Count, Layers, Share, Width
 from core.nn.attention import Attention
-from core.nn.cuda_graph import Replayed, addresses, cuda_graphs_work, of
+from core.nn.cuda_graph import Replayed, addresses, cuda_graphs_work, weak_method
 from core.nn.embed import LabelEmbedding, TimeEmbedding, sincos_2d
 from core.nn.mlp import SwiGLU
 from core.nn.norms import RMSNorm, modulate
@@ -317,7 +317,9 @@ class Field:
 
     def __init__(self, models: Sequence[Any], guidance: Guidance, wrap: Callable[[Callable], Callable] | None = None):
         self.models, self.guidance = models, guidance
-        self.plain, self.guided = (wrap(f) if wrap else f for f in (of(self, Field._plain), of(self, Field._guided)))
+        self.plain, self.guided = (
+            wrap(f) if wrap else f for f in (weak_method(self, Field._plain), weak_method(self, Field._guided))
+        )
         self.classes: list[Tensor] = []  # (B, D) each, D of the model; with no class behind it where that guides
         self.known: list[dict[float, Tensor]] = [{} for _ in models]  # time -> (D,)
 

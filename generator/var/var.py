@@ -26,7 +26,7 @@ from core.errors import UserError
 from core.limits import Count, Layers, Positive, Rate, Share, Whole, Width
 from core.nn.attention import Attention
 from core.nn.blockcausal import prepare
-from core.nn.cuda_graph import Replayed, cuda_graphs_work, of
+from core.nn.cuda_graph import Replayed, cuda_graphs_work, weak_method
 from core.nn.dropout import drop_path, path_factors
 from core.nn.embed import LabelEmbedding, resize_rows
 from core.nn.gated_norm import gated_norm
@@ -468,8 +468,10 @@ class Passes:
         self.plus_one = torch.zeros(6, 1, device=device)
         self.plus_one[2:4] = 1
         wrap = wrap or (lambda function: function)
-        self.begin = wrap(of(self, Passes._begin))
-        self.scales = [wrap(of(self, Passes._scale, start, end)) for start, end in zip((0, *model.ends), model.ends)]
+        self.begin = wrap(weak_method(self, Passes._begin))
+        self.scales = [
+            wrap(weak_method(self, Passes._scale, start, end)) for start, end in zip((0, *model.ends), model.ends)
+        ]
 
     @staticmethod
     def _places(model: VAR) -> Tensor:
