@@ -42,6 +42,11 @@ def to_uint8(images: Tensor, rounding: str = "truncate") -> Tensor:
     return (scaled.round() if rounding == "nearest" else scaled).to(torch.uint8)
 
 
+def through_model_range(images: Tensor, rounding: str) -> Tensor:
+    """What is left of uint8 pictures that went through [-1, 1] and back: "truncate" lowers 63 of 256 levels by one."""
+    return to_uint8(images.float() / 255.0 * 2.0 - 1.0, rounding)
+
+
 def finite_uint8(images: Tensor, rounding: str, numbers: Sequence[int] | Tensor) -> Tensor:
     """`to_uint8`, which would make an inconspicuous black or white of NaN and infinity: these are a UserError here.
 

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from core.devices import pictures_at_once
 from core.dist import World
 from core.errors import UserError
-from core.images import finite_uint8, grid, to_model_range, to_uint8, to_unit_range
+from core.images import finite_uint8, grid, through_model_range, to_model_range, to_uint8, to_unit_range
 from core.nn.lpips import lpips_vgg
 from core.rng import Draws, hash64
 from core.schema import EvalConfig, RunConfig
@@ -89,6 +89,7 @@ class Rebuilt:
     unit: Tensor  # (B, 3, H, W) fp32 in [0, 1], the reconstruction before rounding, clamped
     code_counts: Tensor | None = None  # (scales, K, V) int64, to add over all pictures
     perturbed: Tensor | None = None  # (B, 3, H, W) uint8, from disturbed codes
+    rounded: Tensor | None = None  # (B, 3, H, W) uint8, the originals as rFID sees them, where the protocol rounds them
 
 
 class Rebuild(Interface):
@@ -252,7 +253,7 @@ class Evaluation:
             return {}
         sides = {"samples": pair.recon, "perturbed": pair.perturbed}
         if self.reference is None:
-            sides["real"] = pair.original
+            sides["real"] = pair.original if pair.rounded is None else pair.rounded
         return {
             f"{side}/{tap}": values.cpu()
             for side, images in sides.items()
@@ -355,29 +356,38 @@ class ByTokenizer:
                 if self.perturb:
                     noise = Draws(hash64(self.seed, "perturb"), draws.positions)
                     disturbed = self.tokenizer.decode(self.perturb(latents, self.vectors, noise), draws)
-            if self.protocol.original_rounding:
-                original = to_uint8(original.float() / 255.0 * 2.0 - 1.0, self.protocol.original_rounding)
             yield Rebuilt(
                 original,
                 self._rounded(decoded, first),
-                to_unit_range(decoded.float(), clamp=True),
+                to_unit_range(decoded.to(self.dtype), clamp=True).float(),
                 self.codebooks.count(latents) if self.codebooks else None,
                 None if disturbed is None else self._rounded(disturbed, first),
+                through_model_range(original, lossy) if (lossy := self.protocol.original_rounding) else None,
             )
 
+    @property
+    def dtype(self) -> torch.dtype:
+        """In what pixels are scaled."""
+        return pixel_dtype(self.protocol, self.bf16)
+
     def _rounded(self, pixels: Tensor, first: int) -> Tensor:
-        pixels = pixels.to(pixel_dtype(self.protocol, self.bf16))
+        pixels = pixels.to(self.dtype)
         return finite_uint8(pixels, self.protocol.reconstruction_rounding, range(first, first + len(pixels)))
 
 
 @dataclass
 class ByPairs:
-    """Reconstructions that are there, paired with their originals in order."""
+    """Reconstructions that are there, paired with their originals in order.
+
+    Args:
+        rounding: Protocol.original_rounding.
+    """
 
     originals: Pictures
     reconstructions: Pictures
     batch: int
     device: torch.device
+    rounding: str | None = None
     codebooks: Codebooks | None = None
     perturb: Perturbation | None = None
 
@@ -389,7 +399,8 @@ class ByPairs:
         sides = [side.read(indices.start, indices.stop) for side in (self.originals, self.reconstructions)]
         for original, recon in zip(*(side.split(self.batch) for side in sides)):
             original, recon = original.to(self.device), recon.to(self.device)
-            yield Rebuilt(original, recon, recon.float() / 255.0)
+            rounded = through_model_range(original, self.rounding) if self.rounding else None
+            yield Rebuilt(original, recon, recon.float() / 255.0, rounded=rounded)
 
 
 def reconstruction(
@@ -529,7 +540,8 @@ class Online:
         self.how = Evaluation(protocol, net, world, self.settings.batch, metrics=metrics)  # its batch: see __call__
         path = self._reference_file()
         if path is not None:
-            self.how.reference = load_reference(path, net, self.purpose, image_size, world)
+            lossy = protocol.original_rounding
+            self.how.reference = load_reference(path, net, self.purpose, image_size, world, rounding=lossy)
         self.has_reference = path is not None
         if self.purpose == "reconstruction":
             require_order(val, "reconstructions of them cannot be measured (train.eval_every)")

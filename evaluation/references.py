@@ -32,6 +32,7 @@ from core.devices import pictures_at_once
 from core.dist import World
 from core.errors import UserError, plainly
 from core.files import expanded, refuse_text, replacing, sha256_file, write_atomic
+from core.images import through_model_range
 from core.rng import permutation
 from core.schema import RunConfig
 from core.specs import DataSource
@@ -71,6 +72,7 @@ class Facts:
     source: str | None = None  # fingerprint of the pictures, for references of ours
     sizes: str | None = None  # DataSource.file_sizes of theirs
     transform: str | None = None
+    rounding: str | None = None  # Protocol.original_rounding that they went through; of references of ours
     made_by: str | None = None
 
 
@@ -99,9 +101,21 @@ class Statistics:
     pictures: ArrayPictures | None = field(default=None, repr=False)  # ADM's 10,000, for precision and recall
 
     def check(
-        self, *, purpose: str, network: str, preprocess: str, image_size: Side | None, originals: Pictures | None = None
+        self,
+        *,
+        purpose: str,
+        network: str,
+        preprocess: str,
+        image_size: Side | None,
+        originals: Pictures | None = None,
+        rounding: str | None = None,
     ) -> None:
-        """UserError with one sentence if it must not be compared with. Unknown facts pass."""
+        """UserError with one sentence if it must not be compared with. Unknown facts pass.
+
+        Args:
+            originals: of reconstructions.
+            rounding: Protocol.original_rounding.
+        """
         facts = self.facts
         if facts.purpose not in (None, purpose):
             other = {
@@ -130,6 +144,12 @@ class Statistics:
                 for size in (facts.image_size, image_size)
             )
             raise UserError(f"{self.name} describes pictures of {theirs} px, these have {ours} px.")
+        if purpose == "reconstruction" and facts.source is not None and facts.rounding != rounding:
+            theirs, ours = (f'rounded by "{name}"' if name else "as they are" for name in (facts.rounding, rounding))
+            raise UserError(
+                f"{self.name} describes originals {theirs}, and the protocol compares with originals {ours}. Leave "
+                "eval.reference out, or make it again: run_make_reference.sh --for reconstruction --protocol NAME."
+            )
         if purpose == "reconstruction" and originals is not None and facts.source is not None:
             source, sizes = originals.fingerprint(), originals.file_sizes()
             if facts.source != source:
@@ -380,10 +400,15 @@ def choose_reference(
 
 
 def check_reference(
-    reference: Statistics, net: FeatureNet, purpose: str, image_size: Side, originals: Pictures | None = None
+    reference: Statistics,
+    net: FeatureNet,
+    purpose: str,
+    image_size: Side,
+    originals: Pictures | None = None,
+    rounding: str | None = None,
 ) -> None:
     """UserError if pictures seen through `net` must not be compared with it."""
-    reference.check(purpose=purpose, image_size=image_size, originals=originals, **net.facts())
+    reference.check(purpose=purpose, image_size=image_size, originals=originals, rounding=rounding, **net.facts())
     fitting = [tap for tap in reference.moments if tap in net.dims]
     if reference.moments and not fitting:
         raise UserError(
@@ -395,18 +420,25 @@ def check_reference(
 
 
 def load_reference(
-    path: Path, net: FeatureNet, purpose: str, image_size: Side, world: World, originals: Pictures | None = None
+    path: Path,
+    net: FeatureNet,
+    purpose: str,
+    image_size: Side,
+    world: World,
+    originals: Pictures | None = None,
+    rounding: str | None = None,
 ) -> Statistics | None:
     """Read and check it on the main rank; if it is not fit, all ranks raise. Collective.
 
     Args:
         originals: what it must describe, of reconstructions.
+        rounding: Protocol.original_rounding.
     """
     loaded: list[Statistics] = []
 
     def read() -> None:
         loaded.append(load(path))
-        check_reference(loaded[0], net, purpose, image_size, originals)
+        check_reference(loaded[0], net, purpose, image_size, originals, rounding)
 
     world.on_main(read)
     return loaded[0] if loaded else None
@@ -427,7 +459,8 @@ def make_statistics(
     facts: Facts = Facts(),
     progress: Callable[[int], None] | None = None,
 ) -> Statistics | None:
-    """Moments of a set of pictures, on the main rank. Collective; with `folder` a killed pass continues.
+    """Moments of a set of pictures, on the main rank, which went through `facts.rounding`. Collective; with `folder` a
+    killed pass continues.
 
     Every rank gathers whole chunks of pictures into one file of moments per chunk, merged in order at the end, so
     neither the number of ranks nor a restart changes a digit.
@@ -436,6 +469,7 @@ def make_statistics(
     chunk = max(2048, -(-len(pictures) // 64))  # a covariance is as large as the features of 2,000 pictures
     sizes = world.on_main(pictures.file_sizes)
     job = {"pictures": pictures.fingerprint(), "network": net.name, **({"pictures_sizes": sizes} if sizes else {})}
+    job |= {"rounding": facts.rounding} if facts.rounding else {}
     work = Work(len(pictures), world, folder, job, chunk)
 
     pictures.expect([piece for c in work.mine() for piece in pieces(work.indices(c))])
@@ -443,7 +477,10 @@ def make_statistics(
     def compute(indices: range) -> dict[str, Tensor]:
         gathered = {tap: Moments(net.dims[tap], world.device) for tap in taps}
         for piece in pieces(indices):
-            features = features_of(net, pictures.read(piece.start, piece.stop), batch)
+            images = pictures.read(piece.start, piece.stop)
+            features = features_of(
+                net, through_model_range(images, facts.rounding) if facts.rounding else images, batch
+            )
             for tap in taps:
                 gathered[tap].update(features[tap])
         return {

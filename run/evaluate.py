@@ -220,7 +220,8 @@ def reference_for(
         path = None  # the protocol's file is about the whole validation set; this is a part of it or another set
     if path is None:
         return "originals", None
-    return str(path), references.load_reference(path, net, "reconstruction", size, world, pictures)
+    rounding = protocol.original_rounding
+    return str(path), references.load_reference(path, net, "reconstruction", size, world, pictures, rounding)
 
 
 def asked_for(options: argparse.Namespace) -> dict[str, Any]:
@@ -232,10 +233,10 @@ def asked_for(options: argparse.Namespace) -> dict[str, Any]:
     }
 
 
-def reconstruction_context(how: Evaluation, fingerprint: str | None) -> dict[str, Any]:
-    """What metrics.json says beside the job."""
+def reconstruction_context(how: Evaluation, rounding: str | None, fingerprint: str | None) -> dict[str, Any]:
+    """What metrics.json says beside the job. rounding: of the reconstructions; None: nobody knows."""
     return {
-        "rounding": how.protocol.reconstruction_rounding,
+        "rounding": rounding,
         "original_rounding": how.protocol.original_rounding,
         "reference_fingerprint": fingerprint,
     }
@@ -293,7 +294,7 @@ def by_tokenizer(options: argparse.Namespace, overrides: list[str], world: World
         stem=Path(options.weights.rstrip("/")).stem,
         image_size=tokenizer.image_size,
         job=job,
-        context=reconstruction_context(how, job["pictures_fingerprint"]),
+        context=reconstruction_context(how, how.protocol.reconstruction_rounding, job["pictures_fingerprint"]),
         rebuild=rebuild,
         pictures=pictures,
         left_out=left_out,
@@ -333,8 +334,8 @@ def by_folders(options: argparse.Namespace, overrides: list[str], world: World) 
         stem=Path(options.reconstructed.rstrip("/")).stem,
         image_size=original.size[0],
         job=job,
-        context=reconstruction_context(how, None),
-        rebuild=ByPairs(original, recon, how.batch, world.device),
+        context=reconstruction_context(how, None, None),
+        rebuild=ByPairs(original, recon, how.batch, world.device, how.protocol.original_rounding),
         pictures=original,
         left_out=left_out,
     )

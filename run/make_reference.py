@@ -61,7 +61,8 @@ def make_reference(options: argparse.Namespace, pictures: Pictures, world: World
     with _offering_the_stand_in(options.network):
         net = networks.feature_net(world.device, options.network, protocol)
     transform = f"ADM centre crop to {options.size}" if options.size else "as they are"
-    facts = references.Facts(options.purpose, transform=transform)
+    rounding = protocol.original_rounding if options.purpose == "reconstruction" else None
+    facts = references.Facts(options.purpose, transform=transform, rounding=rounding)
     work = out.with_name(f".{out.name}.work")
     with progress_line(world, len(pictures), "features") as progress:
         statistics = references.make_statistics(pictures, net, world, options.batch, work, facts, progress)

@@ -258,7 +258,7 @@ def check_comparison(
     if path is not None:
         reference = references.load(path)
         if net is not None:
-            references.check_reference(reference, net, purpose, size)
+            references.check_reference(reference, net, purpose, size, rounding=protocol.original_rounding)
     return path is None and net is not None
 
 
