@@ -17,7 +17,7 @@ from typing import Any, NoReturn
 
 from core import caller, launch
 from core.errors import UserError, lost_worker
-from core.files import ADVICE, MACHINES_FAULTS, ROOT, dangling
+from core.files import ADVICE, MACHINES_FAULTS, ROOT, misplaced
 from core.peers import OtherRankFailed
 from core.signals import REQUEUE_EXIT_CODE, Stopped, StopRequest, ignore_signals, insist, words
 
@@ -97,13 +97,8 @@ def _machines_fault(error: Exception) -> UserError | None:
     """A sentence about a full disk and the like, wherever it was met; None for errors that programs make."""
     if not isinstance(error, OSError):
         return None
-    for name in (error.filename, error.filename2):
-        if isinstance(name, str | bytes) and (problem := dangling(os.fsdecode(name))):
-            return UserError(problem)
-    if isinstance(error, FileExistsError) and os.path.isfile(error.filename):
-        return UserError(
-            f"{os.fsdecode(error.filename)}: a file is in its place. Move it away, or choose another name."
-        )
+    if problem := misplaced(error):
+        return UserError(problem)
     if error.errno not in MACHINES_FAULTS:
         return None
     name = os.fsdecode(error.filename) if isinstance(error.filename, (str, bytes)) else ""

@@ -54,9 +54,21 @@ def explain_os_errors(path: str | os.PathLike) -> Iterator[None]:
     try:
         yield
     except OSError as error:
+        if problem := misplaced(error):
+            raise UserError(problem) from error
         if error.errno not in ADVICE:
             raise
         raise UserError(f"{os.fspath(path) or 'an empty name'}: {ADVICE[error.errno]}.") from error
+
+
+def misplaced(error: OSError) -> str | None:
+    """A sentence where an error comes from a link to nowhere, or from a file in the place of a folder."""
+    names = [os.fsdecode(name) for name in (error.filename, error.filename2) if not isinstance(name, int | None)]
+    if problem := next(filter(None, map(dangling, names)), None):
+        return problem
+    if isinstance(error, FileExistsError) and names and os.path.isfile(names[0]):
+        return f"{names[0]}: a file is in its place. Move it away, or choose another name."
+    return None
 
 
 def text_instead(start: bytes) -> str | None:
@@ -160,6 +172,14 @@ def write_atomic(path: str | os.PathLike, data: bytes | str) -> None:
     """Write a whole file: after a crash at any moment, `path` holds the old contents or the new, nothing between."""
     with replacing(path) as temporary:
         temporary.write_bytes(data.encode("utf-8", "backslashreplace") if isinstance(data, str) else data)
+
+
+def is_copied(file: Path, folder: str) -> bool:
+    """Whether the same file still lies in `folder`, too: `file` was copied from there together with its own folder."""
+    other = Path(folder) / file.name
+    with contextlib.suppress(OSError):
+        return bool(folder) and not other.samefile(file) and other.read_bytes() == file.read_bytes()
+    return False
 
 
 def clear_folder(folder: str | os.PathLike, is_ours: Callable[[Path], bool]) -> None:

@@ -3,6 +3,7 @@
 The first to come leaves `.owner` there, with its host and process, and renews the file's time while it lives. A second one
 is refused as long as that lasts: on the same host the system is asked; on another one the file is watched for a minute,
 which needs no clocks that agree, and a job that a scheduler moves to another node after a kill goes on after that minute.
+A copy of a folder in which somebody is at work is free: the same file still lies where that program found its folder.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from core.errors import UserError
-from core.files import explain_os_errors, write_atomic
+from core.files import explain_os_errors, is_copied, write_atomic
 
 if TYPE_CHECKING:
     from core.dist import World
@@ -32,6 +33,7 @@ class Lock:
     def __init__(self, folder: Path):
         self.file = folder / ".owner"
         self._me = {"host": os.uname().nodename, "process": os.getpid(), "started": _started(os.getpid())}
+        self._me["folder"] = str(folder.resolve())
         self._released = threading.Event()
 
     def take(self) -> None:
@@ -68,13 +70,16 @@ class Lock:
             owner = json.loads(self.file.read_text(encoding="utf-8"))
         except (OSError, ValueError):
             return None
-        return owner if isinstance(owner, dict) and owner.keys() == self._me.keys() else None
+        # an earlier version did not tell the folder
+        return owner if isinstance(owner, dict) and owner.keys() | {"folder"} == self._me.keys() else None
 
     def _living(self) -> dict | None:
         owner = self._read()
         if owner is None or owner == self._me:
             return None
         if owner["host"] == self._me["host"]:
+            if is_copied(self.file, owner.get("folder", "")):
+                return None
             return owner if _started(owner["process"]) == owner["started"] is not None else None
         return owner if self._is_renewed(owner) else None
 

@@ -56,9 +56,11 @@ def check(config: RunConfig) -> str:
 def check_inputs(config: RunConfig) -> Inputs:
     """UserError that lists everything outside the config that training would fail for. No network is loaded."""
     dist.pick_device(config.train.device)
-    for place in (config.run_dir, config.data.cache_dir)[
-        : 1 + (config.data.cache_latents or config.data.cache_features)
-    ]:
+    # Checkpoints may lie on another disk, through a link; where it is not mounted a run would begin anew.
+    places: list[str | Path] = [config.run_dir, config.run_dir / "checkpoints"]
+    if config.data.cache_latents or config.data.cache_features:
+        places.append(config.data.cache_dir)
+    for place in places:
         require_place(place)
     weights, problems = find_weights(config)
     problems += [*missing_helpers(config), *sink_problems(config.log)]

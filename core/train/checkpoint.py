@@ -294,12 +294,17 @@ class CheckpointStore:
     def __init__(self, folder: str | os.PathLike, keep: int = 3, log: Callable[[str], None] = lambda message: None):
         if keep < 1:
             raise UserError(f"keep = {keep} checkpoints, at least 1 is needed to resume a run.")
-        self.folder, self.keep, self.log = Path(folder), keep, log
+        self.folder, self.keep, self._log = Path(folder), keep, log
         self.skipped: list[str] = []  # what the last call of `latest` passed over, and why
         self._damaged: set[str] = set()
         self._staging = _Staging()
         self._thread: threading.Thread | None = None
         self._failure: str | None = None  # of the last save
+
+    def log(self, message: str) -> None:
+        """Say something, in the thread that writes too, where an error would be nobody's."""
+        with contextlib.suppress(UserError):  # a disk that has no room for the checkpoint has none for log.txt
+            self._log(message)
 
     # -- finding ------------------------------------------------------------------------------------------------------
     def steps(self) -> list[int]:
@@ -535,10 +540,12 @@ class CheckpointStore:
                 self._remove(path)
 
     def _remove(self, path: Path) -> None:
-        """Delete a checkpoint. It loses its name first, so that a reader never sees half of it."""
+        """Delete a checkpoint, or the link to one that was put elsewhere. It loses its name first, so that a reader never sees
+        half of it."""
         doomed = self._leftover("tmp", path.name)
         try:
             os.rename(path, doomed)
-            shutil.rmtree(doomed)
+            doomed.unlink() if doomed.is_symlink() else shutil.rmtree(doomed)
         except OSError as error:
-            self.log(f"{path} could not be deleted ({error.strerror}). Delete it by hand to free its space.")
+            left = doomed if doomed.exists() else path
+            self.log(f"{left} could not be deleted ({error.strerror}). Delete it by hand to free its space.")

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from core.dist import World
 from core.errors import UserError, brief
-from core.files import write_atomic
+from core.files import is_copied, write_atomic
 from core.schema import LogConfig
 from core.train.run import RunFolder
 
@@ -245,13 +245,18 @@ class _Wandb(_Session):
 
 
 def _session_id(folder: Path) -> str:
-    """Of the session of a run folder, noted in it: two folders of one name are two sessions, a moved one stays itself."""
+    """Of the session of a run folder, noted in it with the folder: two folders of one name are two sessions, and so is a copy,
+    while a moved one stays itself."""
     plain = re.sub(r"[/\\#?%:]", "-", folder.name)  # which an id may not hold
     place = folder / "wandb_id.txt"
-    if not place.is_file():
-        begun = (folder / "wandb").is_dir()  # by an earlier version, which took the name alone
-        write_atomic(place, plain if begun else f"{plain}-{uuid.uuid4().hex[:8]}")
-    return place.read_text().strip()
+    known, _, noted = place.read_text().strip().partition("\n") if place.is_file() else ("", "", "")
+    if known and not is_copied(place, noted):
+        begun = known
+    else:
+        # an earlier version took the name alone
+        begun = plain if not place.is_file() and (folder / "wandb").is_dir() else f"{plain}-{uuid.uuid4().hex[:8]}"
+    write_atomic(place, f"{begun}\n{folder.resolve()}\n")
+    return begun
 
 
 class _Tensorboard:

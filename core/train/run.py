@@ -21,8 +21,10 @@ from core.schema import RunConfig
 
 ABOUT = "about.json"
 
-# Keys that may differ between the parts of one run: they change where and how fast it runs, not what it computes.
+# Keys that may differ between the parts of one run: they change where and how fast it runs, not what it computes. A folder
+# with another name in it was renamed, or is a copy that goes its own way.
 FREE = (
+    "name",
     "work_dir",
     "log",
     "eval",

@@ -347,7 +347,11 @@ class Trainer:
         log = RunLog(*settings, step=self.step, live=live, sinks=self.sinks)
         try:
             return self._fit(log)
-        except torch.OutOfMemoryError:
+        except Exception as error:
+            if self.skeleton is None:  # else other ranks, which may be gone, write with this one
+                self.store.wait()  # Python starts no thread for what is still to be written when the program is ending
+            if not isinstance(error, torch.OutOfMemoryError):
+                raise
             each = self.settings.global_batch // self.world.size // self.accumulation
             raise UserError(
                 f"the GPU's memory does not hold {each} picture(s) at once. Set train.micro_batch={max(1, each // 2)} "

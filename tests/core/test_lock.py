@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -52,6 +53,26 @@ def test_a_number_that_was_given_again(tmp_path, holder):
     owner = json.loads((tmp_path / ".owner").read_text())
     (tmp_path / ".owner").write_text(json.dumps({**owner, "started": "1"}))
     Lock(tmp_path).take()
+
+
+def test_a_copy_is_free_and_a_moved_folder_is_not(tmp_path, holder):
+    """Of a folder in which somebody is at work."""
+    shutil.copytree(tmp_path, tmp_path.with_name(f"{tmp_path.name}_copy"))
+    lock = Lock(tmp_path.with_name(f"{tmp_path.name}_copy"))
+    lock.take()
+    lock.release()
+    moved = tmp_path.rename(tmp_path.with_name(f"{tmp_path.name}_moved"))
+    with pytest.raises(UserError, match=f"in use by process {holder.pid}"):
+        Lock(moved).take()
+
+
+def test_an_owner_that_does_not_tell_its_folder(tmp_path, holder):
+    """As earlier versions write it."""
+    owner = json.loads((tmp_path / ".owner").read_text())
+    del owner["folder"]
+    (tmp_path / ".owner").write_text(json.dumps(owner))
+    with pytest.raises(UserError, match=f"in use by process {holder.pid}"):
+        Lock(tmp_path).take()
 
 
 @pytest.mark.parametrize("lives", [True, False])

@@ -187,7 +187,15 @@ def test_a_session_is_that_of_its_folder(tmp_path):
     (folders[2] / "wandb").mkdir()
     first, second, old = map(_session_id, folders)
     assert first != second and first == _session_id(folders[0]) and old == "old"
-    assert _session_id(folders[0].rename(tmp_path / "moved")) == first
+    moved = folders[0].rename(tmp_path / "moved")
+    assert _session_id(moved) == first
+    fork = shutil.copytree(moved, tmp_path / "fork")
+    forked = _session_id(fork)
+    assert forked != first and forked == _session_id(fork) and _session_id(moved) == first
+    (fork / "wandb_id.txt").write_text("")
+    assert _session_id(fork).startswith("fork-")
+    (fork / "wandb_id.txt").write_text("plain\n")  # as an earlier version wrote it
+    assert _session_id(fork) == "plain"
 
 
 def test_tensorboard_forgets_what_is_written_again(tmp_path):

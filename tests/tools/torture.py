@@ -316,9 +316,6 @@ def survive_mutations(arena: Arena, limit: int | None = None, seed: int = 0, say
 def _copy_unfinished(whole: Path, run: Path, last: str) -> None:
     """A finished run as it stood before its last checkpoint."""
     shutil.copytree(whole, run, symlinks=True, ignore=shutil.ignore_patterns(last, "latest"))
-    # The copy has another name, which is part of the configuration.
-    text = (run / "config.yaml").read_text()
-    (run / "config.yaml").write_text(text.replace(f"name: {whole.name}\n", f"name: {run.name}\n", 1))
     (run / "log.txt").unlink()
 
 

@@ -407,6 +407,57 @@ def test_full_disk_leaves_the_last_good_checkpoint(tmp_path):
     assert result.returncode == 0, result.stderr
 
 
+def test_a_disk_that_fills_up_with_the_manifest(tmp_path, monkeypatch):
+    """The last good checkpoint stays, nothing else does, and the next one is written; nor does it matter that the sentence
+    about it finds no room in a log."""
+    messages, raised = [], []
+
+    def log(message: str) -> None:
+        messages.append(message)
+        raise UserError("log.txt: the disk is full")
+
+    def write(path: Path, data: str) -> None:
+        if path.name == "manifest.json":
+            path.with_name(".manifest.json.tmp-1-1").write_text(data[:50])
+            raise UserError(f"{path}: the disk is full")
+        files.write_atomic(path, data)
+
+    monkeypatch.setattr("threading.excepthook", lambda error: raised.append(error.exc_value))
+    store = CheckpointStore(tmp_path, log=log)
+    store.save(1, some_tensors(), {}, wait=True)
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint_module, "write_atomic", write)
+        store.save(2, some_tensors(), {})
+        store.wait()
+    assert len(messages) == 1 and "step 2 was not saved" in messages[0] and "the disk is full" in messages[0]
+    assert sorted(os.listdir(tmp_path)) == ["latest", "step_00000001"] and store.latest().step == 1 and not raised
+    store.save(3, some_tensors(), {}, wait=True)
+    assert store.latest().step == 3
+
+
+def test_a_checkpoint_that_was_put_elsewhere(tmp_path):
+    """With a link in its place: it is read through it, and the link alone is deleted."""
+    store = CheckpointStore(tmp_path / "checkpoints", keep=1)
+    store.save(1, some_tensors(), {}, wait=True)
+    archive = tmp_path / "archive"
+    (tmp_path / "checkpoints" / "step_00000001").rename(archive)
+    (tmp_path / "checkpoints" / "step_00000001").symlink_to(archive)
+    assert store.latest().step == 1
+    store.save(2, some_tensors(), {}, wait=True)
+    assert sorted(os.listdir(tmp_path / "checkpoints")) == ["latest", "step_00000002"]
+    assert (archive / "manifest.json").is_file()
+
+
+def test_one_that_cannot_be_deleted_is_named_where_it_lies(tmp_path, monkeypatch):
+    messages: list[str] = []
+    store = CheckpointStore(tmp_path, keep=1, log=messages.append)
+    store.save(1, some_tensors(), {}, wait=True)
+    monkeypatch.setattr(shutil, "rmtree", lambda path, **_: (_ for _ in ()).throw(PermissionError(1, "not permitted")))
+    store._remove(tmp_path / "step_00000001")
+    (left,) = tmp_path.glob(".tmp-step_*")
+    assert messages == [f"{left} could not be deleted (not permitted). Delete it by hand to free its space."]
+
+
 def test_no_room_is_noticed_before_writing(tmp_path, monkeypatch):
     messages = []
     store = CheckpointStore(tmp_path, log=messages.append)

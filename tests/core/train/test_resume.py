@@ -211,6 +211,33 @@ def test_finished_run_does_nothing(run_toy):
     assert code == 0 and torture.read_result(run) == before
 
 
+def test_a_renamed_run_and_a_copy_go_on(run_toy, tmp_path):
+    """The name says where a run lies and not what it computes."""
+    _, reference, _ = run_toy("reference")
+    assert run_toy("first", *EVERY_STEP)[0] == 75
+    shutil.copytree(tmp_path / "first", tmp_path / "fork", symlinks=True)
+    (tmp_path / "first").rename(tmp_path / "renamed")
+    for name in ("renamed", "fork"):
+        code, run, err = run_toy(name)
+        assert code == 0 and "continuing from" in (run / "log.txt").read_text(), err
+        assert_equal(run, reference)
+        assert yaml.safe_load((run / "config.yaml").read_text())["name"] == name
+
+
+def test_a_disk_of_checkpoints_that_is_not_mounted(run_toy, tmp_path):
+    """The run does not begin anew."""
+    assert run_toy("linked", *EVERY_STEP)[0] == 75
+    checkpoints, disk = tmp_path / "linked" / "checkpoints", tmp_path / "disk"
+    checkpoints.rename(disk)
+    checkpoints.symlink_to(disk)
+    assert run_toy("linked", *EVERY_STEP)[0] == 75 and len(CheckpointStore(disk).steps()) == 2
+    disk.rename(tmp_path / "unmounted")
+    before = (tmp_path / "linked" / "config.yaml").stat().st_mtime_ns
+    code, run, err = run_toy("linked")
+    assert code == 2 and f"checkpoints: a link to {disk}, which is not there. Mount the disk" in err
+    assert (run / "config.yaml").stat().st_mtime_ns == before
+
+
 def test_longer_duration_continues(run_toy):
     assert run_toy("longer", "train.schedule.kind=constant", "train.duration=7step")[0] == 0
     code, run, _ = run_toy("longer", "train.schedule.kind=constant")

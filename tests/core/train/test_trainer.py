@@ -7,8 +7,10 @@ import errno
 import functools
 import io
 import math
+import os
 import re
 import sys
+import threading
 import types
 
 import pytest
@@ -206,8 +208,8 @@ def test_a_few_bad_steps_do_not_end_a_run(monkeypatch, train_main, tmp_path):
 # ---------------------------------------------------------------------------------------------------------------------
 @pytest.mark.parametrize(
     "trouble",
-    ["has pixels that are not finite", "the disk is full", "CUDA out of memory"],
-    ids=["nan", "disk", "memory"],
+    ["has pixels that are not finite", "the disk is full", "CUDA out of memory", "which is not there. Mount the disk"],
+    ids=["nan", "disk", "memory", "link"],
 )
 def test_a_preview_never_ends_a_run(build_trainer, monkeypatch, trouble):
     """Neither a black picture nor an end, but a warning: the training knows what to do about its own NaN."""
@@ -215,6 +217,8 @@ def test_a_preview_never_ends_a_run(build_trainer, monkeypatch, trouble):
     before = [p.clone() for p in trainer.networks["tokenizer"].parameters()]
     if "finite" in trouble:
         monkeypatch.setattr(trainer.task, "preview", lambda *_: torch.full((4, 3, 32, 32), torch.nan))
+    elif "not there" in trouble:
+        (trainer.run.path / "samples").symlink_to("/nowhere/samples")
     elif "disk" in trouble:
         monkeypatch.setattr("os.replace", lambda *_: (_ for _ in ()).throw(OSError(errno.ENOSPC, "No space left")))
     else:
@@ -223,6 +227,28 @@ def test_a_preview_never_ends_a_run(build_trainer, monkeypatch, trouble):
     assert not list(trainer.run.path.glob("samples/*.png"))
     assert re.search(f"warning: no preview of step 0: .*{trouble}", (trainer.run.path / "log.txt").read_text())
     assert all(torch.equal(a, b) for a, b in zip(before, trainer.networks["tokenizer"].parameters()))
+
+
+def test_what_is_being_written_is_finished_before_an_error_ends_the_run(build_trainer, monkeypatch):
+    """Python starts no threads, which digests are made by, when it is about to end."""
+    trainer = build_trainer(TOY_TOKENIZER, "train.checkpoint_every=1step", "train.preview_every=never")
+    failed, write, step = threading.Event(), trainer.store._write, trainer.train_step
+
+    def slow_write(*words) -> None:
+        assert failed.wait(60)
+        write(*words)
+
+    def second_fails(batch):
+        if trainer.step == 1:
+            threading.Timer(0.2, failed.set).start()
+            raise UserError("more than 5 % of the pictures cannot be read")
+        return step(batch)
+
+    monkeypatch.setattr(trainer.store, "_write", slow_write)
+    monkeypatch.setattr(trainer, "train_step", second_fails)
+    with pytest.raises(UserError, match="more than 5 %"):
+        trainer.fit()
+    assert os.listdir(trainer.store.folder / "step_00000001")
 
 
 def test_ema_follows_the_formula():
