@@ -506,6 +506,6 @@ def uneven_chunks(labels: Tensor, chunk: int = CHUNK) -> str:
         if present < 0.5 * expected:
             return (
                 f"Chunk {number} of the Inception Score holds {present} of {classes} classes: the pictures are "
-                "sorted by label and the score is too low. Order them by index with balanced labels, or shuffle."
+                "sorted by label and the score is too low. Give them in another order, such as class i mod classes."
             )
     return ""

@@ -119,7 +119,7 @@ class Evaluation:
         reference: moments of the other side, on the main rank; None: those of `real`, or of the originals.
         real: features of the reference's pictures, on the main rank, for samples.
         metrics: what compares an original with its reconstruction, by name.
-        labels: (N,) the classes asked for, to warn where their order would spoil an Inception Score.
+        labels: the classes of the pictures, N or more, to warn where their order would spoil an Inception Score.
         replicates: of the bootstrap behind confidence intervals; 0: none.
         infinity: also extrapolate to infinitely many pictures.
     """
@@ -412,7 +412,7 @@ def reconstruction(
     net: FeatureNet | None = None,
 ) -> dict[str, float]:
     """Plain numbers of the first settings.num_images pictures, on this rank alone: what the quickstart shows."""
-    protocol = protocols.get(settings.protocol, "reconstruction")
+    protocol = protocols.get(settings.protocol, "reconstruction", settings.rounding)
     batch = pictures_at_once(settings.batch, device, image_size)
     how = Evaluation(protocol, net, alone(device), batch, metrics=offline_metrics(protocol, device))
     return reconstruct_first(how, tokenizer, source, image_size, settings.num_images)
@@ -534,7 +534,7 @@ class Online:
         self.config, self.settings, self.train, self.val = config, config.eval, train, val
         self.image_size = image_size
         self.purpose = {"tokenizer": "reconstruction", "generator": "generation"}[config.task]
-        protocol = protocols.get(self.settings.protocol, self.purpose)
+        protocol = protocols.get(self.settings.protocol, self.purpose, self.settings.rounding)
         net = networks.feature_net(world.device, self.settings.network, protocol)
         metrics = offline_metrics(protocol, world.device) if self.purpose == "reconstruction" else {}
         self.how = Evaluation(protocol, net, world, self.settings.batch, metrics=metrics)  # its batch: see __call__
@@ -580,7 +580,7 @@ class Online:
 
     def generation(self, task, network: nn.Module) -> dict[str, float]:
         """Of samples by the network, compared with the reference, which is made here where there is none yet."""
-        how, settings, world = self.how, self.settings, self.how.world
+        how, world = self.how, self.how.world
         if not self.has_reference:
             how.reference = training_statistics(self.config, self.train, self.image_size, how.net, world)
             self.has_reference = True
@@ -590,7 +590,7 @@ class Online:
             self.config.seed,
             how.batch,
             world.device,
-            settings.rounding or how.protocol.rounding,
+            how.protocol.rounding,
             pixel_dtype(how.protocol, self.config.train.precision == "bf16"),
         )
         result = how.of_samples(produce, Work(len(how.labels), world))

@@ -46,6 +46,7 @@ class Pictures(ABC):
     name: str  # for messages and records
     size: tuple[int, int]  # (H, W)
     source: DataSource | None = None  # where the pictures are from, if that lists their classes
+    rows: Sequence[int] | None = None  # which of the source's, in this order; None: all
 
     @abstractmethod
     def __len__(self) -> int:
@@ -62,9 +63,22 @@ class Pictures(ABC):
     def fingerprint(self) -> str:
         """Changes when the list of pictures changes, or the array that holds them."""
 
+    def labels(self) -> Tensor | None:
+        """(N,) int64 classes, where there are several and they are known without reading a picture."""
+        if self.source is None or self.source.labels is None or self.source.num_classes < 2:
+            return None
+        labels = torch.from_numpy(self.source.labels.astype(np.int64))
+        return labels if self.rows is None else labels[list(self.rows)]
+
     def file_sizes(self) -> str | None:
         """DataSource.file_sizes, where pictures are files of a source."""
         return self.source.file_sizes() if self.source is not None else None
+
+
+def in_short(names: Sequence[str], most: int = 8) -> str:
+    """ "a, b, c and 200 more", for messages."""
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(names[:most]) + more
 
 
 def pieces(indices: range) -> list[range]:
@@ -76,8 +90,10 @@ def check_pictures(pictures: np.ndarray, name: str) -> None:
     """UserError unless it is (N, H, W, 3) uint8."""
     shape = " x ".join(map(str, pictures.shape))
     if pictures.ndim != 4 or pictures.shape[3] != 3:
+        channels_first = pictures.ndim == 4 and pictures.shape[1] == 3
+        advice = " Its channels come first: write pictures.transpose(0, 2, 3, 1)." if channels_first else ""
         shape = shape or "a single number"
-        raise UserError(f"{name}: pictures must be an array of N x H x W x 3, this one is {shape}.")
+        raise UserError(f"{name}: pictures must be an array of N x H x W x 3, this one is {shape}.{advice}")
     if pictures.dtype != np.uint8:
         raise UserError(
             f"{name}: pictures must be uint8 (0 to 255), these are {pictures.dtype}. Convert them "
@@ -118,9 +134,16 @@ class NpzPictures(ArrayPictures):
         self.path = Path(path)
         with NpzFile(self.path) as file:
             if "arr_0" not in file.names:
-                held = ", ".join(file.names) or "nothing"
+                held = in_short(file.names) or "nothing"
                 raise UserError(f'{path} has no pictures: an array "arr_0" was expected, it holds {held}.')
             super().__init__(file.map("arr_0"), str(path))
+            # ADM's programs put the classes beside the pictures
+            classes = file.load("arr_1") if "arr_1" in file.names else None
+        fits = classes is not None and classes.dtype.kind in "iu" and classes.shape == (len(self),)
+        self.classes = torch.from_numpy(classes.astype(np.int64)) if fits else None
+
+    def labels(self) -> Tensor | None:
+        return self.classes
 
     def fingerprint(self) -> str:
         return sha256_file(self.path)[:16]
@@ -309,6 +332,10 @@ class First(Pictures):
 
     def expect(self, ranges: list[range]) -> None:
         self.pictures.expect(ranges)
+
+    def labels(self) -> Tensor | None:
+        labels = self.pictures.labels()
+        return None if labels is None else labels[: self.count]
 
     def fingerprint(self) -> str:
         return f"{self.pictures.fingerprint()}-{self.count}"

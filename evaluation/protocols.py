@@ -149,11 +149,17 @@ PROTOCOLS: dict[str, Protocol] = {
 }
 
 
-def get(name: str, purpose: str = "generation") -> Protocol:
-    """The protocol called `name`, as it is used for `purpose` ("generation" or "reconstruction")."""
+def get(name: str, purpose: str = "generation", rounding: str | None = None) -> Protocol:
+    """The protocol called `name`, as it is used for `purpose` ("generation" or "reconstruction").
+
+    Args:
+        rounding: of samples and reconstructions, in place of the protocol's own.
+    """
     if name not in PROTOCOLS:
         raise UserError(f'unknown protocol "{name}".{nearest(name, PROTOCOLS)}')
     protocol = PROTOCOLS[name]
+    if rounding:
+        protocol = replace(protocol, rounding=rounding, reconstruction_rounding=rounding)
     return replace(protocol, **protocol.for_reconstruction) if purpose == "reconstruction" else protocol
 
 
@@ -171,7 +177,7 @@ def of_tokenizer(name: str) -> str:
 # |---|---|---|
 # | balanced | i mod classes | RecTok, reAR |
 # | random | uniform, drawn from (seed, i) | FQGAN, D-AR: torch.randint per batch and rank, not balanced |
-# | val | of picture i of the validation set, in its order | ImageFolder: 50 of each class, sorted by class |
+# | val | those of the validation set, one of each class in turn | ImageFolder: 50 of each class, then shuffled |
 # | a path | line i of a text file, or entry i of an integer .npy | |
 #
 # The random labels of FQGAN and D-AR come from torch's generator of each rank, shared with the sampling of codes: they
@@ -204,8 +210,17 @@ def make_labels(kind: str, count: int, num_classes: int, seed: int = 0, val: Seq
                 f"labels: val has {len(labels)} pictures and {count} samples are asked for. "
                 f"Use --num {len(labels)}, or labels: balanced."
             )
-        return _check_range(labels[:count], num_classes, "the validation set")
+        return _in_turn(_check_range(labels, num_classes, "the validation set"))[:count]
     return _check_range(_read_labels(expanded(kind), count), num_classes, kind)
+
+
+def _in_turn(labels: Tensor) -> Tensor:
+    """The first of each class, then the second of each ...: validation sets are sorted by class, and the first few pictures of
+    a measurement are to show all of them."""
+    order, sizes = labels.argsort(stable=True), torch.bincount(labels)
+    turn = torch.empty_like(labels)
+    turn[order] = torch.arange(len(labels)) - (sizes.cumsum(0) - sizes)[labels[order]]
+    return labels[turn.argsort(stable=True)]
 
 
 def _read_labels(path: Path, count: int) -> Tensor:

@@ -42,7 +42,7 @@ from core.weights.released import helper
 from evaluation.chunks import OWN, Work
 from evaluation.distances import Moments
 from evaluation.networks import WEIGHTS_FILE, FeatureNet, features_of
-from evaluation.pictures import ArrayPictures, Pictures, SourcePictures, check_pictures, pieces
+from evaluation.pictures import ArrayPictures, Pictures, SourcePictures, check_pictures, in_short, pieces
 from evaluation.protocols import Protocol
 
 # Feature tap -> array names in a file: ADM's for FID's network, our own for the offline stand-in.
@@ -205,7 +205,7 @@ def load(path: str | Path) -> Statistics:
     moments = {tap: _moments(path, arrays, *names) for tap, names in MOMENTS.items() if names[0] in arrays}
     if not moments and pictures is None:
         raise UserError(
-            f"{path}: neither statistics (mu, sigma) nor pictures (arr_0); it holds {', '.join(held) or 'nothing'}."
+            f"{path}: neither statistics (mu, sigma) nor pictures (arr_0); it holds {in_short(list(held)) or 'nothing'}."
         )
     if not moments and len(pictures) < 2:
         raise UserError(f"{path} holds 1 picture and no statistics; a covariance needs at least 2.")

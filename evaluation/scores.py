@@ -20,6 +20,7 @@ from evaluation.distances import (
     Moments,
     frechet_from_moments,
     inception_score_adm,
+    inception_score_single,
     kid,
     precision_recall,
     uneven_chunks,
@@ -59,7 +60,7 @@ class Comparison:
         real: features of the other side's pictures, tap -> (M, D), as far as they are known. For reconstructions those
             of the originals, for samples those of the reference's pictures.
         purpose: "generation", "reconstruction", or "perturbed" for reconstructions from disturbed codes.
-        labels: (N,) classes asked for, where there are any.
+        labels: classes of the pictures, N or more, where they are known.
         replicates: of the bootstrap behind confidence intervals; 0: none.
         infinity: also extrapolate to infinitely many pictures.
     """
@@ -79,6 +80,7 @@ class Comparison:
 
     def __post_init__(self):
         self.count = len(next(iter(self.samples.values())))
+        self.labels = None if self.labels is None else self.labels[: self.count]
         other_side = "real pictures" if self.purpose == "generation" else "originals"
         self.against = other_side if self.reference is None else self.reference.name
         self._moments: dict[str, tuple[Tensor, Tensor]] = {}
@@ -164,8 +166,27 @@ def frechet(comparison: Comparison, *taps: str) -> list[Score]:
 
     drawn = _extra(comparison, name, lambda n: resampled(measure, comparison.count, n))
     more = {} if drawn is None else {"interval": normal_interval(value, drawn), "replicates": drawn.tolist()}
-    note = few_pictures(comparison.count, comparison.net.dims[tap])
+    note = " ".join(
+        filter(None, (few_pictures(comparison.count, comparison.net.dims[tap]), _about_reference(comparison, tap)))
+    )
     return [comparison.score(name, value, note=note, **more), *_limit(comparison, name, measure)]
+
+
+def _about_reference(comparison: Comparison, tap: str) -> str:
+    """What to know of the other side before its distance is compared with another one; "" for nothing."""
+    reference, dim, words = comparison.reference, comparison.net.dims[tap], []
+    known = reference is not None and tap in reference.moments
+    count = reference.facts.count if known else len(comparison.real[tap]) if comparison.real else None
+    if count is not None and count < comparison.count and few_pictures(count, dim):
+        words.append(
+            f"{comparison.against} stands for {count} pictures in {dim} dimensions, which moves the distance as few samples "
+            "do: compare it with distances from the same reference only."
+        )
+    if known and comparison.net.is_published and reference.facts.preprocess is None:
+        words.append(
+            f"{reference.name} does not say how its pictures were resized: the way of this protocol is taken for granted."
+        )
+    return " ".join(words)
 
 
 def fid(comparison: Comparison) -> list[Score]:
@@ -211,7 +232,8 @@ def inception_score(comparison: Comparison) -> list[Score]:
     interval = _extra(comparison, name, lambda n: bootstrap_percentile(measure, len(logits), n))
     variant = IS_VARIANTS[comparison.protocol.inception_score]
     whole = comparison.score(name, mean, variant, "", std=std or None, interval=interval, note=note)
-    return [whole, *_limit(comparison, name, measure, "")]
+    # In one part: chunks of 5,000 keep their bias however many there are, ten parts have that of N / 10 pictures.
+    return [whole, *_limit(comparison, name, lambda rows: inception_score_single(logits[rows])[0], "")]
 
 
 def kernel_distance(comparison: Comparison) -> list[Score]:

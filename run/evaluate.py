@@ -39,7 +39,18 @@ from evaluation.pictures import Pictures, first_pictures, open_any
 from evaluation.protocols import Protocol
 from evaluation.references import Statistics
 from run.load import lay_out_tokenizer, load_config, read_tokenizer
-from run.measurement import Measurement, Shown, Table, check_comparison, enough, eval_settings, evaluation_of, sizes_of
+from run.measurement import (
+    NO_CLASSES,
+    PICTURES_ARE_THERE,
+    Measurement,
+    Shown,
+    Table,
+    check_comparison,
+    enough,
+    eval_settings,
+    evaluation_of,
+    sizes_of,
+)
 from run.unseen import LEFT_OUT, choose, training_data, unseen
 from run.weights import read_weights
 
@@ -65,7 +76,8 @@ def together(*checks: Callable[[], Any]) -> None:
 
 def check_reconstructions(options: argparse.Namespace, overrides: list[str]) -> None:
     """Find mistakes without loading a tokenizer; with --check also those in the files of the comparison."""
-    settings = eval_settings(overrides, "" if options.original else "WEIGHTS")
+    idle = PICTURES_ARE_THERE if options.original else NO_CLASSES
+    settings = eval_settings(overrides, "" if options.original else "WEIGHTS", idle)
     if options.original:
         sides = [open_any(p, options.size) for p in (options.original, options.reconstructed)]
         paired(*sides)
@@ -201,11 +213,12 @@ def reconstruction_evaluation(
     options: argparse.Namespace, settings: EvalConfig, pictures: Pictures, world: World
 ) -> tuple[Evaluation, str, dict[str, str]]:
     """(how reconstructions of `pictures` are measured, against what, metric of pictures -> why it is left out)."""
-    protocol = protocols.get(settings.protocol, "reconstruction")
+    protocol = protocols.get(settings.protocol, "reconstruction", settings.rounding)
     net = networks.feature_net(world.device, settings.network, protocol)
     against, reference = reference_for(settings, protocol, net, pictures, world)
     metrics, left_out = picture_metrics(protocol, world.device)
-    how = evaluation_of(options, settings, protocol, net, world, reference=reference, metrics=metrics)
+    labels = pictures.labels()
+    how = evaluation_of(options, settings, protocol, net, world, reference=reference, metrics=metrics, labels=labels)
     return how, against, left_out
 
 
@@ -273,6 +286,7 @@ def by_tokenizer(options: argparse.Namespace, overrides: list[str], world: World
         "reference": against,
         "precision": options.precision,
         "seed": 0,
+        **({"rounding": settings.rounding} if settings.rounding else {}),
         **({"perturbation": asdict(perturb)} if perturb else {}),
         **asked_for(options),
     }
@@ -304,7 +318,7 @@ def by_tokenizer(options: argparse.Namespace, overrides: list[str], world: World
 
 def by_folders(options: argparse.Namespace, overrides: list[str], world: World) -> Reconstructions:
     """Two sets of pictures, paired by name or in order (evaluation/pairs.py)."""
-    settings = eval_settings(overrides)
+    settings = eval_settings(overrides, idle=PICTURES_ARE_THERE)
     original, recon = (open_any(p, options.size, options.workers) for p in (options.original, options.reconstructed))
     for pictures in (original, recon):
         say_left_out(world.say, pictures.source, pictures.name)

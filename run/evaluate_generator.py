@@ -34,7 +34,16 @@ from evaluation.pictures import NpzPictures, open_any
 from evaluation.protocols import Protocol
 from run.data import class_names, open_pictures
 from run.load import IMAGENET_CLASSES
-from run.measurement import Measurement, Shown, check_comparison, enough, eval_settings, evaluation_of, sizes_of
+from run.measurement import (
+    PICTURES_ARE_THERE,
+    Measurement,
+    Shown,
+    check_comparison,
+    enough,
+    eval_settings,
+    evaluation_of,
+    sizes_of,
+)
 from run.target import Sampler, Target, lay_out, open_generator, read_target
 
 SAMPLES = 50_000  # what published numbers are measured on
@@ -60,7 +69,7 @@ def check_samples(options: argparse.Namespace, overrides: list[str], existing: b
     """Find mistakes without loading a generator; with --check also those that only its sizes or the files of the
     comparison show."""
     if existing:
-        settings, pictures = eval_settings(overrides), open_any(options.target)
+        settings, pictures = eval_settings(overrides, idle=PICTURES_ARE_THERE), open_any(options.target)
         enough(settings.num_images, len(pictures), options.target, options)
         protocol = protocols.get(settings.protocol)
         if options.check and check_comparison(settings, protocol, references.side_of(pictures), "generation", True):
@@ -162,7 +171,7 @@ class Samples(Measurement):
 
 def existing_samples(options: argparse.Namespace, overrides: list[str], world: World) -> Samples:
     """Samples that are there: an .npz or a folder."""
-    settings = eval_settings(overrides)
+    settings = eval_settings(overrides, idle=PICTURES_ARE_THERE)
     protocol = protocols.get(settings.protocol)
     pictures = open_any(options.target)
     say_left_out(world.say, pictures.source, options.target)
@@ -187,7 +196,7 @@ def existing_samples(options: argparse.Namespace, overrides: list[str], world: W
     }
     return Samples(
         options=options,
-        how=evaluation_of(options, settings, protocol, net, world, reference=reference),
+        how=evaluation_of(options, settings, protocol, net, world, reference=reference, labels=pictures.labels()),
         title=f"Samples of {options.target}",
         stem=Path(options.target).stem,
         image_size=pictures.size[0],
@@ -250,7 +259,7 @@ def drawing(options: argparse.Namespace, generator: Sampler, world: World) -> Dr
     """Labels, reference and network of a generator's protocol. Collective."""
     say = print if world.is_main else (lambda *_: None)
     config, settings, size = generator.config, generator.config.eval, generator.image_size
-    protocol = protocols.get(settings.protocol)
+    protocol = protocols.get(settings.protocol, rounding=settings.rounding)
     labels = labels_of(config, protocol, generator.num_classes)
     net = networks.feature_net(world.device, settings.network, protocol)
     published = generator.num_classes == IMAGENET_CLASSES
@@ -271,7 +280,7 @@ def drawing(options: argparse.Namespace, generator: Sampler, world: World) -> Dr
         settings.labels or protocol.labels,
         path,
         facts,
-        settings.rounding or protocol.rounding,
+        protocol.rounding,
         generator.bf16 and protocol.bf16_pixels,
         pictures_at_once(settings.batch, world.device, size),
     )

@@ -7,7 +7,7 @@ import contextlib
 import functools
 import os
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -222,8 +222,21 @@ def print_stored(folder: Path) -> int:
 # ---------------------------------------------------------------------------------------------------------------------
 # What was asked for
 # ---------------------------------------------------------------------------------------------------------------------
-def eval_settings(overrides: list[str], naming: str = "") -> EvalConfig:
-    """The `eval` section from key=value words, where there is no config around it; `naming`: how pictures are named there."""
+# Keys of `eval` that mean nothing to a command -> why; see `eval_settings`.
+NO_CLASSES = {"labels": "classes are asked of generators"}
+PICTURES_ARE_THERE = {
+    "labels": "the pictures are there, and nobody is asked for classes",
+    "rounding": "the pictures are there and hold whole numbers",
+}
+
+
+def eval_settings(overrides: list[str], naming: str = "", idle: Mapping[str, str] = {}) -> EvalConfig:
+    """The `eval` section from key=value words, where there is no config around it.
+
+    Args:
+        naming: how pictures are named there.
+        idle: keys without effect -> why; UserError where one of them is set.
+    """
     foreign = [o for o in overrides if not o.startswith("eval.")]
     if foreign:
         urls = [o.partition("=")[2] for o in foreign if o.startswith(("data.url=", "data.val_url="))]
@@ -232,7 +245,11 @@ def eval_settings(overrides: list[str], naming: str = "") -> EvalConfig:
             f"{' '.join(foreign)}: only eval.* settings mean something here; there is no generator to set up.{advice}"
         )
     stub = config_module.smallest("eval", {"name": "none"}, {"url": "none"})
-    return config_module.override(lambda: stub, overrides, {}, source="the command line").eval
+    settings = config_module.override(lambda: stub, overrides, {}, source="the command line").eval
+    for key, why in idle.items():
+        if getattr(settings, key) is not None:
+            raise UserError(f"eval.{key}={getattr(settings, key)} changes nothing here: {why}. Leave it out.")
+    return settings
 
 
 def enough(wanted: int | None, available: int, name: str, options: argparse.Namespace) -> int:

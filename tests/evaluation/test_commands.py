@@ -167,6 +167,65 @@ def test_tokenizer_command(tokenizer_run, tmp_path, small_net, capsys):
     assert not (tmp_path / "c" / "metrics.json").exists() and not (tmp_path / "d").exists()
 
 
+def test_rounding_of_reconstructions(tokenizer_run, tmp_path, small_net):
+    """eval.rounding takes the place of the protocol's, is told, and makes another job; what has no effect is refused."""
+    command = [
+        str(tokenizer_run),
+        "synthetic://?size=40&classes=4&count=24",
+        "--workers",
+        "0",
+        "--out",
+        str(tmp_path / "a"),
+    ]
+    assert evaluate.main(command) == 0
+    exact = metrics(tmp_path / "a")
+    with pytest.raises(UserError, match="another evaluation .different: rounding"):
+        evaluate.main([*command, "eval.rounding=truncate"])
+    assert evaluate.main([*command, "eval.rounding=truncate", "--again"]) == 0
+    record = json.loads((tmp_path / "a" / "metrics.json").read_text())
+    assert record["context"]["rounding"] == "truncate" and metrics(tmp_path / "a")["psnr"] != exact["psnr"]
+    images = np.random.default_rng(0).integers(0, 256, (12, 24, 24, 3), dtype=np.uint8)
+    np.savez(tmp_path / "x.npz", images)
+    there, both = (
+        str(tmp_path / "x.npz"),
+        ["--original", str(tmp_path / "x.npz"), "--reconstructed", str(tmp_path / "x.npz")],
+    )
+    for program, words, why in (
+        (
+            evaluate,
+            [*command, "eval.labels=random"],
+            "eval.labels=random changes nothing here: classes are asked of gen",
+        ),
+        (
+            evaluate,
+            [*both, "eval.rounding=nearest"],
+            "eval.rounding=nearest changes nothing here: the pictures are there",
+        ),
+        (evaluate_generator, [there, "eval.rounding=nearest"], "eval.rounding=nearest changes nothing here"),
+        (
+            evaluate_generator,
+            [there, "eval.labels=val"],
+            "eval.labels=val changes nothing here: the pictures are there",
+        ),
+    ):
+        for check in ([], ["--check"]):
+            with pytest.raises(UserError, match=why):
+                program.main([*words, *check])
+
+
+def test_samples_sorted_by_class_are_told(tmp_path, small_net):
+    """Chunks of ADM's Inception Score take pictures in their order; classes are those of folders, or arr_1."""
+    images = np.random.default_rng(0).integers(0, 256, (5040, 8, 8, 3), dtype=np.uint8)
+    np.savez(tmp_path / "sorted.npz", images, np.arange(5040) // 504)
+    np.savez(tmp_path / "turn.npz", images, np.arange(5040) % 10)
+    np.savez(tmp_path / "r.npz", arr_0=images[:300])
+    for name, expected in (("sorted", True), ("turn", False)):
+        words = [str(tmp_path / f"{name}.npz"), f"eval.reference={tmp_path / 'r.npz'}", "--out", str(tmp_path / name)]
+        assert evaluate_generator.main(words) == 0
+        entries = json.loads((tmp_path / name / "metrics.json").read_text())["context"]["scores"]
+        assert ("sorted by label" in entries["is_5040"].get("note", "")) == expected
+
+
 def test_two_folders(tmp_path, small_net):
     images = np.random.default_rng(0).integers(0, 256, (12, 24, 24, 3), dtype=np.uint8)
     save_folder(tmp_path / "real", images)

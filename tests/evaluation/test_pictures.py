@@ -7,6 +7,7 @@ import zipfile
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from core.arrays import NpzFile, read_npy
 from core.errors import UserError
@@ -14,7 +15,16 @@ from data.sources import SyntheticSource
 from evaluation import pictures as pictures_module
 from evaluation import references
 from evaluation.distances import Moments
-from evaluation.pictures import ArrayPictures, NpzPictures, NpzWriter, PngWriter, SourcePictures
+from evaluation.pairs import reordered
+from evaluation.pictures import (
+    ArrayPictures,
+    NpzPictures,
+    NpzWriter,
+    PngWriter,
+    SourcePictures,
+    first_pictures,
+    open_any,
+)
 from tests.evaluation.conftest import ONE, SmallInception
 
 
@@ -104,6 +114,33 @@ def test_an_array_that_unpacks_to_more_than_deflate_can_hold(tmp_path):
     (tmp_path / "x.npz").write_bytes(content.replace(size.to_bytes(4, "little"), (1 << 30).to_bytes(4, "little")))
     with NpzFile(tmp_path / "x.npz") as file, pytest.raises(UserError, match="claims 1073741824 bytes"):
         file.load("arr_0")
+
+
+def test_classes_of_pictures(tmp_path):
+    """Of class folders, in whatever order the pictures are taken, and of arr_1, where ADM's programs write them."""
+    images = pictures(4)
+    for i, image in enumerate(images):
+        (tmp_path / "set" / f"class{i % 2}").mkdir(parents=True, exist_ok=True)
+        Image.fromarray(image).save(tmp_path / "set" / f"class{i % 2}" / f"{i}.png")
+    folder = open_any(str(tmp_path / "set"))
+    assert folder.labels().tolist() == [0, 0, 1, 1]
+    assert reordered(folder, [2, 0, 3, 1]).labels().tolist() == [1, 0, 1, 0]
+    assert first_pictures(folder, 3).labels().tolist() == [0, 0, 1]
+    assert open_any(str(tmp_path / "set" / "class0")).labels() is None and ArrayPictures(images).labels() is None
+    for name, beside, expected in (
+        ("labels", np.array([3, 1, 2, 0]), [3, 1, 2, 0]),
+        ("short", np.array([3, 1]), None),
+        ("floats", np.zeros(4), None),
+    ):
+        np.savez(tmp_path / f"{name}.npz", images, beside)
+        found = open_any(str(tmp_path / f"{name}.npz")).labels()
+        assert (None if found is None else found.tolist()) == expected
+    np.savez(tmp_path / "first.npz", images.transpose(0, 3, 1, 2))
+    with pytest.raises(UserError, match=r"4 x 3 x 8 x 8. Its channels come first"):
+        open_any(str(tmp_path / "first.npz"))
+    np.savez(tmp_path / "many.npz", **{f"w{i:02d}": np.zeros(1) for i in range(30)})
+    with pytest.raises(UserError, match="w06, w07 and 22 more"):
+        open_any(str(tmp_path / "many.npz"))
 
 
 @pytest.mark.parametrize("workers", [0, 1, 3])

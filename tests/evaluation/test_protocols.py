@@ -21,6 +21,8 @@ def test_protocols_are_complete():
             for rounding in (p.rounding, p.reconstruction_rounding, p.original_rounding):
                 assert rounding is None or to_uint8(image, rounding).dtype == torch.uint8
             assert p.labels in protocols.LABEL_KINDS and p.preprocess in ("tf1", "pytorch_fid")
+    asked = protocols.get("rear", "reconstruction", "nearest")
+    assert (asked.rounding, asked.reconstruction_rounding, asked.dtype) == ("nearest", "nearest", "float64")
     with pytest.raises(UserError, match='mean "rectok"'):
         protocols.get("rectoc")
 
@@ -33,6 +35,11 @@ def test_labels(tmp_path):
         drawn[:100], protocols.make_labels("random", 100, 10, seed=5)
     )
     assert protocols.make_labels("val", 2, 3, val=[2, 1, 0]).tolist() == [2, 1]
+    # validation sets are sorted by class: the first N are to show all classes, all of them are what they were
+    imagenet = protocols.make_labels("val", 2000, 1000, val=[i // 50 for i in range(50_000)])
+    assert torch.equal(imagenet, torch.arange(2000) % 1000)
+    uneven = [protocols.make_labels("val", n, 4, val=[0, 0, 0, 2, 3, 3]).tolist() for n in (3, 6)]
+    assert uneven == [[0, 2, 3], [0, 2, 3, 0, 3, 0]]
     (tmp_path / "labels.txt").write_text("a/b.png 2\n1\n\n0\n")
     np.save(tmp_path / "labels.npy", np.array([1, 2, 0]))
     assert protocols.make_labels(str(tmp_path / "labels.txt"), 3, 3).tolist() == [2, 1, 0]
