@@ -40,8 +40,15 @@ def adm_resize(image: Image.Image, short_side: int) -> Image.Image:
     """Resize as ADM (Dhariwal & Nichol 2021) does: halve with a box filter while possible, then bicubic."""
     while min(image.size) >= 2 * short_side:
         image = image.resize((image.width // 2, image.height // 2), Image.Resampling.BOX)
-    scale = short_side / min(image.size)
-    return image.resize((round(image.width * scale), round(image.height * scale)), Image.Resampling.BICUBIC)
+    return image.resize(adm_size(image.size, short_side), Image.Resampling.BICUBIC)
+
+
+def adm_size(size: tuple[int, int], short_side: int) -> tuple[int, int]:
+    """(width, height) of what `adm_resize` makes of a picture of `size`."""
+    while min(size) >= 2 * short_side:
+        size = size[0] // 2, size[1] // 2
+    scale = short_side / min(size)
+    return round(size[0] * scale), round(size[1] * scale)
 
 
 def center_crop(image: Image.Image, size: int) -> Image.Image:

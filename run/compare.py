@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import argparse
 import copy
-import functools
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,14 +18,12 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from core.chunks import changed_facts
-from core.devices import peak_memory
 from core.dist import World
 from core.errors import UserError
-from core.files import read_json, write_atomic, write_json
-from core.images import grid, to_model_range
+from core.files import read_json, write_atomic
+from core.images import grid
 from core.lock import locked
 from core.nn.lpips import lpips_squeeze
-from core.rng import Draws
 from core.specs import Tokenizer
 from evaluation import protocols
 from evaluation.comparison import (
@@ -42,18 +39,18 @@ from evaluation.comparison import (
 from evaluation.images import lpips_metric
 from evaluation.probe import features_fingerprint
 from evaluation.report import NOTHING, Report, environment, tabular, with_interval, write_csv, write_metrics
-from run.benchmark import Effort, device_name, timed
+from run import instances
+from run.benchmark import device_name
 from run.evaluate import PER_PICTURE, Reconstructions, by_tokenizer, check_reconstructions, tokenizer_section
 from run.evaluate_generator import check_samples, generated_samples
 from run.linear_probe import job_of, linear_probe, open_sources
 from run.load import load_config
 from run.measurement import eval_settings
+from run.speeds import noted_speeds, speed_rows
 from run.unseen import LEFT_OUT, choose, training_data, unseen
 from run.weights import kinds_of
 
-TEXT_AND_FACES = "T-ACC, T-NED and F-Sim (TokBench): their text and face recognisers are not part of this code"
 REGIONS, CANDIDATES = 8, 32  # shown; pictures in which they are looked for
-BATCHES = (1, 32)  # of the speeds
 CODES, USE = "codebook_", ("usage", "entropy_bits", "perplexity")
 PROBE = "probe_top1_"
 
@@ -74,6 +71,7 @@ class Side:
     code_counts: Tensor | None
     trained_on: str
     speeds: dict[str, Any]
+    instances: instances.Instances | None
 
     @property
     def tokenizer(self) -> Tokenizer:
@@ -142,6 +140,7 @@ def prepare(options: argparse.Namespace, overrides: list[str]) -> str:
             check_samples(each, settings, existing=False)
     if options.probe:
         open_sources(options.probe)
+    instances.check(options)
     return kind
 
 
@@ -201,8 +200,12 @@ def compare_tokenizers(options: argparse.Namespace, overrides: list[str], folder
         if options.probe:
             assert isinstance(measurement.tokenizer, Tokenizer)
             probe(each, Path(each.out) / "probe", features_fingerprint(measurement.tokenizer), world)
+        found, missing = instances.measure(each, measurement, Path(each.out), world)
         if world.is_main:
-            sides.append(measured(name, Path(each.out), measurement, options, world.device))
+            side = measured(name, Path(each.out), measurement, options, world.device)
+            side.instances, side.left_out = found, side.left_out | missing
+            side.scores |= found.scores() if found else {}
+            sides.append(side)
     if world.is_main:
         write_tokenizers(options, overrides, folder, sides, world.device)
 
@@ -257,44 +260,13 @@ def measured(
         tensors.get("codes"),
         trained_on(measurement.job["weights"]),
         noted_speeds(folder / "speeds.json", measurement.tokenizer, device, options),
+        None,
     )
 
 
 def trained_on(target: str) -> str:
     """The pictures that a tokenizer has seen, as far as its weights tell."""
     return training_data(tokenizer_section(target)["weights"]).get("url") or "not told by its file"
-
-
-def noted_speeds(path: Path, tokenizer: Tokenizer, device: torch.device, options: argparse.Namespace) -> dict[str, Any]:
-    """Those of an earlier run of the same command on such a device, else measured now."""
-    here = {"device": device_name(device), "seconds": options.seconds}
-    before = {} if options.again else read_json(path, {})
-    if before.get("measured") != here:
-        before = {"measured": here, "speeds": speeds(tokenizer, device, options.seconds)}
-        write_json(path, before)
-    return dict(sorted(before["speeds"].items()))
-
-
-@torch.no_grad()
-def speeds(tokenizer: Tokenizer, device: torch.device, seconds: float) -> dict[str, Any]:
-    """Pictures per second, latency in ms and memory in bytes (GPU only) of encoding and decoding, in fp32 and eager."""
-    figures: dict[str, Any] = {}
-    for batch in BATCHES if seconds else ():
-        images = to_model_range(
-            torch.full((batch, 3, tokenizer.image_size, tokenizer.image_size), 128, dtype=torch.uint8)
-        )
-        images = images.to(device)
-        draws = Draws(0, torch.arange(batch, device=device))
-        latents = tokenizer.encode(images)
-        for what, call in (
-            ("encode", functools.partial(tokenizer.encode, images)),
-            ("decode", functools.partial(tokenizer.decode, latents, draws)),
-        ):
-            time = timed(call, Effort(device, 2, 10, seconds)).median
-            figures[f"{what}_img_per_s_batch{batch}"] = batch / time
-            figures[f"{what}_ms_batch{batch}"] = 1000 * time
-            figures[f"{what}_memory_batch{batch}"] = float(peak_memory(device)) if device.type == "cuda" else None
-    return figures
 
 
 @dataclass(frozen=True)
@@ -329,6 +301,8 @@ def differences(sides: list[Side]) -> list[Pair]:
                 values = (ours["value"], ours["replicates"], theirs["value"], theirs["replicates"])
                 metrics[metric] = distance_difference(*values)
         sizes = other.tokenizer.image_size, first.tokenizer.image_size
+        if other.instances and first.instances:
+            metrics |= dict(instances.differences(other.instances, first.instances))
         pairs += [Pair(other.name, first.name, metric, metrics[metric], sizes) for metric in sorted(metrics)]
     return pairs
 
@@ -400,7 +374,7 @@ def write_tokenizers(
         )
     quality = [name for name in dict.fromkeys(n for side in sides for n in side.scores) if not name.startswith(CODES)]
     numbers = {side.name: side.numbers() for side in sides}
-    shown = [name for name in quality if not name.startswith(PROBE)]
+    shown = [name for name in quality if not name.startswith((PROBE, *instances.METRICS))]
     report.add_table("Quality, with 95 % intervals", ["tokenizer", *shown], rows_of(numbers, shown))
     pairs = differences(sides)
     report.add_table(
@@ -424,7 +398,9 @@ def write_tokenizers(
         report.add_curves(f"{metric} over bits per pixel", points, None, "bits per pixel", bars)
     if options.probe:
         report.add_table("Linear probe, top-1", ["tokenizer", "features", "accuracy"], probe_rows_of(sides))
-    if rows := speed_rows(sides):
+    found = {side.name: side.instances for side in sides if side.instances is not None}
+    instances.show(report, found, [side.measurement for side in sides])
+    if rows := speed_rows({side.name: side.speeds for side in sides}):
         report.add_table(
             f"Speed on {device_name(device)}, fp32, eager",
             ["tokenizer", "", "batch", "img/s", "latency, ms", "memory, GB"],
@@ -440,10 +416,14 @@ def write_tokenizers(
     report.add_table(
         "Codebooks, by branch and scale", headers, [row for side in sides for row in codebook_rows_of(side)]
     )
-    left_out = {**left_out_of(sides), "text and faces": TEXT_AND_FACES}
+    left_out = left_out_of(sides)
     report.add_table("Left out", ["what", "why"], [[name, why] for name, why in left_out.items()])
     report.add_environment(environment()).write(folder / "report.html")
-    write_tables(folder, numbers, [*quality, "bpp", "entropy_coded_bpp"])
+    write_tables(
+        folder,
+        numbers,
+        [*(name for name in quality if not name.endswith(instances.BY_SIZE)), "bpp", "entropy_coded_bpp"],
+    )
     write_differences(folder, pairs)
     context = {
         "count": sides[0].measurement.count,
@@ -483,25 +463,6 @@ def codebook_rows_of(side: Side) -> list[list[Any]]:
     places = [name.removeprefix(CODES + USE[0]) for name in side.scores if name.startswith(CODES + USE[0])]
     values = [[f"{side.scores[f'{CODES}{use}{place}']['value']:.4g}" for use in USE] for place in places]
     return [[side.name, place.strip("_").replace("_", ", ") or "all", *row] for place, row in zip(places, values)]
-
-
-def speed_rows(sides: list[Side]) -> list[list[Any]]:
-    rows = []
-    for side in sides:
-        for batch in BATCHES if side.speeds else ():
-            for what in ("encode", "decode"):
-                memory = side.speeds[f"{what}_memory_batch{batch}"]
-                rows.append(
-                    [
-                        side.name,
-                        what,
-                        batch,
-                        f"{side.speeds[f'{what}_img_per_s_batch{batch}']:.4g}",
-                        f"{side.speeds[f'{what}_ms_batch{batch}']:.4g}",
-                        f"{memory / 1e9:.3g}" if memory else NOTHING,
-                    ]
-                )
-    return rows
 
 
 def rows_of(numbers: Numbers, metrics: list[str]) -> list[list[str]]:

@@ -6,7 +6,8 @@
 
 Tokenizers: what is compared (training data, resolution, crop, pictures, rounding, parameters, tokens), rFID, PSNR, SSIM and
 LPIPS with 95 % intervals and paired differences against the first one, bits per pixel as they are and entropy coded,
-codebook use by branch and scale, speed and memory, a rate-distortion plot, and the regions where they disagree most.
+codebook use by branch and scale, speed and memory, a rate-distortion plot, and the regions where they disagree most; with
+optional packages also whether texts are still read and faces recognised (TokBench's T-ACC, T-NED, F-Sim).
 Generators: FID, IS, precision and recall of samples. Writes report.html, compare.csv, compare.tex and metrics.json; what
 the evaluation of each one writes lies in a folder beside them. The same command continues after a kill. Without targets
 the tokenizers of pretrained_models/tiny are compared.
@@ -17,6 +18,9 @@ options:
   --num N            the first N pictures, or N samples
   --probe URL        also linear-probe accuracies on these labelled pictures (train, of which --num says how many, and val)
   --bootstrap N      replicates of the intervals of FID and IS (default 20; 0: none)
+  --text-and-faces N the first N pictures in which texts and faces are looked for, where their recognisers are installed
+                     (default 1,000; 0: none)
+  --texts FILE       what the texts say, as JSON lines (docs/compare.md); otherwise what is read in the originals
   --seconds S        time for each speed (default 5; 0: no speeds)
   --precision P      of tokenizers' matrix products, bf16 or fp32 (default)
   --workers N        decoding processes per rank (default 4)
@@ -39,8 +43,8 @@ def parse(arguments: list[str]) -> tuple[argparse.Namespace, list[str]]:
         "bash run_compare.sh", __doc__, "bash run_compare.sh A B [C ...] [key=value ...] [options]"
     )
     parser.add_argument("words", nargs="*", help=argparse.SUPPRESS)
-    command_line.add_options(parser, str, data=None, probe=None, out=None)
-    command_line.add_options(parser, int, num=None, bootstrap=20, workers=command_line.WORKERS)
+    command_line.add_options(parser, str, data=None, probe=None, texts=None, out=None)
+    command_line.add_options(parser, int, num=None, bootstrap=20, text_and_faces=1000, workers=command_line.WORKERS)
     command_line.add_options(parser, float, seconds=5.0)
     parser.add_argument("--precision", choices=("fp32", "bf16"), default="fp32", help=argparse.SUPPRESS)
     command_line.add_flags(parser, "again", "check")

@@ -15,6 +15,7 @@ from evaluation.comparison import Difference
 from evaluation.images import interval_of
 from run import compare as module
 from run.load import read_tokenizer
+from run.speeds import speeds
 from scripts import compare
 from tests.conftest import finished_run, toy
 
@@ -138,7 +139,7 @@ def test_accuracies_of_a_probe(fqgan, tokenizer_run, tmp_path, monkeypatch):
 
 
 def test_speeds_are_of_both_batches(fqgan):
-    found = module.speeds(read_tokenizer({"weights": str(fqgan)}).module, torch.device("cpu"), 0.01)
+    found = speeds(read_tokenizer({"weights": str(fqgan)}).module, torch.device("cpu"), 0.01)
     assert {f"{what}_img_per_s_batch{batch}" for what in ("encode", "decode") for batch in (1, 32)} <= found.keys()
     assert found["encode_memory_batch1"] is None and found["encode_ms_batch1"] > 0
 
