@@ -17,6 +17,8 @@ import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
+from importlib.machinery import ExtensionFileLoader
+from types import FrameType
 from typing import Any
 
 from core.errors import UserError
@@ -25,6 +27,7 @@ REQUEUE_EXIT_CODE = 75  # EX_TEMPFAIL of sysexits.h: "try again later"
 GO_ON = "run the same command again to continue"
 # A main thread that is inside one long call (a matrix root, a wait for another rank) cannot run Python's handler.
 LOOK_SECONDS, GRACE_SECONDS = 2.0, 15.0
+LOADING_SECONDS = 0.05  # between two looks at whether a compiled module is loaded
 # torchrun repeats a Ctrl-C to its workers, which the terminal has already told: so soon it is the same one.
 _SAME_KEYPRESS_SECONDS = 0.5
 _SIGNALS = tuple(getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGUSR1") if hasattr(signal, name))
@@ -84,7 +87,7 @@ class StopRequest:
                 self._outer._signal = self._outer._signal or self._signal
         self._previous.clear()
 
-    def _handle(self, number: int, _frame) -> None:
+    def _handle(self, number: int, frame: FrameType | None) -> None:
         if number == signal.SIGINT:
             now = time.monotonic()
             if self._interrupted is None:
@@ -96,8 +99,12 @@ class StopRequest:
         is_first = self._signal is None
         self._signal = self._signal or signal.Signals(number).name
         if (is_first or self._again) and self.at_once:
-            self._again = False
-            raise Stopped(self.requested())
+            self._again = _is_loading_extension(frame)
+            if not self._again:
+                raise Stopped(self.requested())
+            later = threading.Timer(LOADING_SECONDS, _thread.interrupt_main, (signal.SIGTERM,))
+            later.daemon = True
+            later.start()
 
     def insist(self) -> None:
         """From another thread: raise Stopped once more. Somebody caught the first one, as some modules do while they load."""
@@ -138,6 +145,17 @@ def finishing() -> None:
     late from here on, and the program ends as done. A second Ctrl-C still means now."""
     if StopRequest.innermost is not None:
         StopRequest.innermost.late = True
+
+
+def _is_loading_extension(frame: FrameType | None) -> bool:
+    """Whether a compiled module is just being made. Some C++ then lets no exception through (nanobind's, Triton's): it aborts
+    the process."""
+    while frame is not None:
+        loads = frame.f_code.co_name in ("create_module", "exec_module")
+        if loads and isinstance(frame.f_locals.get("self"), ExtensionFileLoader):
+            return True
+        frame = frame.f_back
+    return False
 
 
 _wakeup: list[socket.socket] = []  # where signals arrive in the process that watches them

@@ -5,6 +5,9 @@ import signal
 import subprocess
 import sys
 import textwrap
+import time
+import types
+from importlib.machinery import ExtensionFileLoader
 from pathlib import Path
 
 import pytest
@@ -47,6 +50,28 @@ def test_time_limit(monkeypatch):
     assert request.requested() is None
     now += 1.0
     assert request.requested() == "reached the time limit of 2.5 minutes"
+
+
+class Compiled(ExtensionFileLoader):
+    """Stands for one that aborts the process at an exception."""
+
+    def exec_module(self, module) -> None:
+        signal.raise_signal(signal.SIGTERM)
+        time.sleep(3 * signals.LOADING_SECONDS)
+        module.whole = True
+
+
+def test_a_compiled_module_is_loaded_before_the_stop():
+    module = types.SimpleNamespace()
+    with StopRequest(at_once=True):
+        with pytest.raises(Stopped, match="received SIGTERM"):
+            Compiled("name", "path").exec_module(module)
+            for _ in range(1000):
+                time.sleep(0.01)
+        assert module.whole
+        with pytest.raises(Stopped):  # which a later one still does at once
+            signals.StopRequest.innermost._signal = None
+            signal.raise_signal(signal.SIGTERM)
 
 
 def test_what_was_heard_is_not_forgotten():
