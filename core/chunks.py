@@ -139,6 +139,12 @@ def differences(before: dict[str, Any], now: dict[str, Any], ignored: Collection
     return "; ".join(f"{key} was {before.get(key)!r}, now {now.get(key)!r}" for key in changed)
 
 
+def require_same_job(world: World, facts: dict[str, Any], ignored: Collection[str] = ()) -> None:
+    """UserError where a rank was given another job than the main one: its pieces would be mixed with theirs. Collective."""
+    advice = "Start all machines with the same command, on the same files."
+    world.require_same(facts, advice, lambda before, now: changed_facts(before, now, ignored))
+
+
 def enter(
     record: Path, facts: dict[str, Any], contents: str, advice: str, ignored: Collection[str] = ()
 ) -> dict[str, Any]:

@@ -6,12 +6,14 @@ CPU tensors travel over gloo and CUDA tensors over NCCL, so a flag can be agreed
 
 from __future__ import annotations
 
+import hashlib
 import os
 import shutil
 import subprocess
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
+from importlib import metadata
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -22,10 +24,20 @@ from torch.distributed.rendezvous import rendezvous
 
 from core import launch
 from core.errors import UserError, first_line
+from core.files import ROOT
 from core.peers import OtherRankFailed, Peers
 from core.signals import Stopped
 
 T = TypeVar("T")
+PACKAGES = ("torch", "torchvision", "numpy", "pillow")  # that compute, or decode pictures
+
+
+SHOWN = 5  # differences between ranks that a message tells
+
+
+def changed_keys(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
+    """Keys with different values."""
+    return [key for key in sorted(before.keys() | now.keys()) if before.get(key) != now.get(key)]
 
 
 @dataclass(frozen=True)
@@ -121,6 +133,29 @@ class World:
         holder: list[Any] = [self.together(lambda: work() if self.is_main else None)]
         dist.broadcast_object_list(holder, src=0, device=torch.device("cpu"))
         return holder[0]
+
+    def require_same(
+        self,
+        facts: dict[str, Any],
+        advice: str,
+        changed: Callable[[dict[str, Any], dict[str, Any]], list[str]] = changed_keys,
+    ) -> None:
+        """UserError that names a rank whose facts are not those of the main one, on all ranks. Collective.
+
+        Args:
+            facts: plain values.
+            changed: (facts of the main rank, ours) -> names of those in which they differ.
+        """
+        if self.size == 1:
+            return
+        here = os.uname().nodename
+        there, main = self.on_main(lambda: (here, facts))
+        told = "; ".join(f"{k} is {facts.get(k)!r} and there {main.get(k)!r}" for k in changed(main, facts)[:SHOWN])
+        problem = self.to_main(
+            f"rank {self.rank} on {here} differs from rank 0 on {there}: {told}. {advice}" if told else None
+        )
+        if (problem := self.on_main(lambda: problem)) is not None:
+            raise UserError(problem)
 
     def to_main(self, value: T | None) -> T | None:
         """What the one rank holds that has something other than None, on the main rank; None elsewhere."""
@@ -221,7 +256,19 @@ def start(device: str = "auto", timeout_minutes: float = 5.0) -> World:
                 f"{ranks.size} ranks could not meet at {place} ({first_line(error)}). Choose a free MASTER_PORT, see that MASTER_ADDR is the first machine, and that "
                 "all ranks were started."
             ) from error
-    return World(ranks.rank, ranks.size, ranks.local, chosen)
+    world = World(ranks.rank, ranks.size, ranks.local, chosen)
+    if ranks.size > 1:
+        world.require_same(program(), "Bring all machines to the same version of Tessera and of these packages.")
+    return world
+
+
+def program() -> dict[str, str]:
+    """What decides results and may not be the same on two machines: our code, as a digest, and versions of packages."""
+    code = hashlib.sha256()
+    packages = [file.parent for file in ROOT.glob("*/__init__.py") if file.parent.name != "tests"]
+    for file in sorted(file for package in packages for file in package.rglob("*.py")):
+        code.update(file.relative_to(ROOT).as_posix().encode() + b"\0" + file.read_bytes())
+    return {"the code": code.hexdigest()[:12], **{name: metadata.version(name) for name in PACKAGES}}
 
 
 def _several_ranks() -> bool:

@@ -26,7 +26,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from core.chunks import ALONE, Chunks, enter, shared_array, write_rows
+from core.chunks import ALONE, Chunks, enter, require_same_job, shared_array, write_rows
 from core.dist import World
 from core.errors import UserError, plainly
 from core.files import explain_os_errors, fsync_file, read_json, require_space, write_json
@@ -262,6 +262,7 @@ class Builder(Chunks):
         self.folder = unfinished(self.path)
         self.lock = Lock(self.folder)  # of the main rank, for all of them
         settings = {name: value for name, value in asdict(plan).items() if value is not None}
+        require_same_job(world, settings)
         self.plan: dict[str, Any] = world.on_main(lambda: self._enter(settings))
         super().__init__(plan.samples, self.plan["chunk"], world, lambda chunk: self._recorded[chunk].any())
         self._begun = False

@@ -25,7 +25,7 @@ from safetensors.torch import load_file
 from safetensors.torch import save as to_bytes
 from torch import Tensor
 
-from core.chunks import Chunks, enter
+from core.chunks import Chunks, enter, require_same_job
 from core.dist import OtherRankFailed, World
 from core.errors import UserError
 from core.files import is_machines_fault, write_atomic
@@ -69,6 +69,7 @@ class Work(Chunks):
         self.made_parent = self.folder is not None and not self.folder.parent.exists()
         if self.folder is not None:
             facts = {**(job or {}), "count": count, "chunk": size}
+            require_same_job(world, facts)
             self.lock = Lock(self.folder)  # of the main rank, for all of them
             size = world.on_main(lambda: self._enter(facts)["chunk"])
         super().__init__(count, size, world, self._is_whole)

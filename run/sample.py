@@ -17,7 +17,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from core.chunks import Chunks, enter
+from core.chunks import Chunks, enter, require_same_job
 from core.dist import World
 from core.errors import UserError, nearest
 from core.files import explain_os_errors
@@ -101,6 +101,7 @@ def sample(target: Target, request: Request, world: World) -> None:
         "precision": config.train.precision,
     }
     with locked(folder.path, world):
+        require_same_job(world, facts)
         world.on_main(lambda: folder.claim(facts))
         sampler.prepare(count // (request.batch * world.size), world.device)
         new = folder.draw(sampler, request.batch, world)

@@ -15,7 +15,7 @@ from core.devices import peak_flops
 from core.errors import UserError
 from core.schema import RunConfig
 from core.specs import DataSource
-from core.train.run import RunFolder
+from core.train.run import RunFolder, shared_settings
 from core.train.trainer import PREVIEW_IMAGES, Trainer
 from core.weights import hub
 from core.weights.encoding import encoding_fingerprint
@@ -37,6 +37,7 @@ from run.sharing import about_run, readable
 from run.weights import Source, commits_of
 from tokenizer.task import TokenizerTask
 
+SAME_RUN = "Start all machines with the same command, on the same files; only where these lie may differ."
 SMALL_SET = 50_000  # pictures; the published recipes are made for 1.28 million
 
 
@@ -55,6 +56,7 @@ def train(config: RunConfig, recipe: str | None = None) -> int:
 def _train(config: RunConfig, inputs: Inputs, world: dist.World, about: dict[str, Any]) -> int:
     started = time.perf_counter()
     source, val, sources = inputs.data, inputs.val, inputs.weights
+    world.require_same(shared_settings(config) | {"the pictures": source.fingerprint()}, SAME_RUN)
     for weights in sources.values():
         weights.follow(world)
     pictures = open_pictures(config) if isinstance(source, TokenStore) else source
@@ -63,6 +65,7 @@ def _train(config: RunConfig, inputs: Inputs, world: dist.World, about: dict[str
         task = _tokenizer_task(config, val or source)
     else:
         task, provenance = _generator_task(config, sources, source, world)
+        world.require_same({"the tokenizer": provenance["tokenizer_fingerprint"]}, SAME_RUN)
     if isinstance(source, ListedSource):
         provenance["data_contents"] = world.on_main(source.contents)
     if (sizes := world.on_main(source.file_sizes)) is not None:

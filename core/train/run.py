@@ -58,6 +58,24 @@ FREE = (
 PLACES = ("data.url", "data.pictures", "tokenizer.weights")
 
 
+# Keys that may differ between the ranks of one run, beside those whose values are places on their machines.
+OF_MACHINES = ("work_dir", "log", "data.workers", "data.cache_dir")
+
+
+def shared_settings(config: RunConfig) -> dict[str, Any]:
+    """What all ranks of a run have to agree in, by key."""
+
+    def is_place(value: Any) -> bool:
+        return isinstance(value, str) and "/" in value
+
+    settings = flatten(to_plain(config))
+    return {key: value for key, value in settings.items() if not _is_of(OF_MACHINES, key) and not is_place(value)}
+
+
+def _is_of(keys: tuple[str, ...], key: str) -> bool:
+    return any(key == k or key.startswith(f"{k}.") for k in keys)
+
+
 def _moved(key: str, before: Any, now: Any) -> bool:
     """Whether the two values may be the same thing at two places: a source of another kind or with other options is not."""
     if key not in PLACES or not isinstance(before, str) or not isinstance(now, str):
@@ -75,9 +93,7 @@ def differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
     return [
         f"{key}: was {a.get(key)!r}, now {b.get(key)!r}"
         for key in sorted(a.keys() | b.keys())
-        if a.get(key) != b.get(key)
-        and not any(key == f or key.startswith(f + ".") for f in FREE)
-        and not _moved(key, a.get(key), b.get(key))
+        if a.get(key) != b.get(key) and not _is_of(FREE, key) and not _moved(key, a.get(key), b.get(key))
     ]
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -54,6 +55,25 @@ def test_asked_to_stop(tmp_path, launcher):
     assert process.returncode == 75, out[-3000:]
     (step,) = CheckpointStore(folder / "checkpoints").steps()[-1:]
     assert f"stopped at step {step} " in (folder / "log.txt").read_text()
+
+
+def test_two_nodes_with_other_settings(tmp_path):
+    """Each is started by hand; the second is told another learning rate."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        meeting = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1]), "WORLD_SIZE": "2"}
+
+    def node(rank: int, *more: str) -> subprocess.Popen:
+        words = [*toy(tmp_path, "train.duration=1step", "train.preview_every=never"), *more]
+        environment = {**os.environ, **meeting, "RANK": str(rank), "LOCAL_RANK": "0"}
+        command = [sys.executable, "-m", "scripts.train", *words]
+        return subprocess.Popen(command, cwd=ROOT, env=environment, stderr=subprocess.PIPE, text=True)
+
+    both = node(0), node(1, "train.optimizer.lr=0.5")
+    said = [process.communicate(timeout=600)[1] for process in both]
+    assert [process.returncode for process in both] == [2, 2], said
+    assert "error: rank 1 on" in said[0] and "train.optimizer.lr is 0.5 and there 0.001. Start all" in said[0]
+    assert not (tmp_path / "toy_rectok_tokenizer").exists()
 
 
 def launched_by(module: str, *words: object, code: int = 0) -> subprocess.CompletedProcess:

@@ -19,8 +19,9 @@ from PIL import Image
 from core.errors import UserError
 from core.signals import Stopped
 from core.train.checkpoint import CheckpointStore
-from core.train.run import differences, read_metrics
+from core.train.run import differences, read_metrics, shared_settings
 from core.train.trainer import Trainer
+from run.load import load_config
 from tests.conftest import TOY_GENERATOR, TOY_TOKENIZER
 from tests.tools import torture
 
@@ -325,6 +326,23 @@ def test_a_picture_that_was_replaced_is_noticed(build_trainer, tmp_path):
 def test_what_may_only_have_moved(key, before, now, same):
     section, name = key.split(".", 1)
     assert (not differences({section: {name: before}}, {section: {name: now}})) == same
+
+
+@pytest.mark.parametrize(
+    ("override", "same"),
+    [
+        ("data.cache_dir=/disk/of/this/node", True),
+        ("data.workers=7", True),
+        ("data.url=folder:///data/here", True),
+        ("log.wandb=true", True),
+        ("train.micro_batch=4", False),
+        ("train.duration=3step", False),
+        ("data.flip=false", False),
+    ],
+)
+def test_what_ranks_have_to_agree_in(override, same):
+    plain, other = (shared_settings(load_config(TOY_TOKENIZER, words)) for words in ([], [override]))
+    assert (plain == other) == same
 
 
 def test_data_that_moved_goes_on(run_toy, tmp_path):
