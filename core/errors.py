@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable
+from pathlib import Path
 
 
 class UserError(Exception):
@@ -27,6 +28,17 @@ def first_line(error: BaseException) -> str:
 def brief(error: BaseException) -> str:
     """ "ConnectionError: no route to host", of an error of a library's."""
     return f"{type(error).__name__}: {first_line(error)}"
+
+
+def where(error: BaseException) -> str:
+    """ "tokenizer/vq/mine.py:35, TypeError: ...", the last line of our own code that an error passed; for who writes it."""
+    import traceback
+
+    place, root = "", str(Path(__file__).resolve().parent.parent)
+    for frame in traceback.extract_tb(error.__traceback__):
+        if frame.filename.startswith(root) and "site-packages" not in frame.filename:
+            place = f"{frame.filename[len(root) + 1 :]}:{frame.lineno}, "
+    return f"{place}{brief(error)}"
 
 
 def plainly(error: Exception) -> str:

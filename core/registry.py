@@ -8,7 +8,7 @@ A YAML file can only reach what is listed in a registry; it never names a Python
 
 from __future__ import annotations
 
-import importlib
+import importlib.util
 import inspect
 from collections.abc import Callable
 from typing import Any
@@ -36,10 +36,11 @@ class Registry:
     Args:
         kind: what the entries are, for messages ("tokenizer").
         entries: name -> "module:attribute".
+        complete: "module:function", called with everything that is built; UserError for what it lacks.
     """
 
-    def __init__(self, kind: str, entries: dict[str, str]):
-        self.kind, self.entries = kind, dict(entries)
+    def __init__(self, kind: str, entries: dict[str, str], complete: str | None = None):
+        self.kind, self.entries, self.complete = kind, dict(entries), complete
 
     def names(self) -> list[str]:
         return sorted(self.entries)
@@ -48,8 +49,25 @@ class Registry:
         """The constructor called `name`; UserError with the nearest known name if there is none."""
         if name not in self.entries:
             raise UserError(f'unknown {self.kind} "{name}".{nearest(name, self.entries)}')
-        module, attribute = self.entries[name].split(":")
-        return getattr(importlib.import_module(module), attribute)
+        found = self._imported(name)
+        if inspect.isabstract(found):
+            missing = ", ".join(sorted(found.__abstractmethods__))
+            raise UserError(
+                f'{self.kind} "{name}" ({found.__name__}) lacks {missing}: core/specs.py says what is wanted.'
+            )
+        return found
+
+    def _imported(self, name: str) -> Any:
+        module, colon, attribute = self.entries[name].partition(":")
+        entry = f'{self.kind} "{name}": its entry "{self.entries[name]}"'
+        if not colon:
+            raise UserError(f'{entry} is not written "package.module:Class".')
+        if not _exists(module):
+            raise UserError(f"{entry} names a module that is not there.")
+        content = vars(importlib.import_module(module))
+        if attribute not in content:
+            raise UserError(f"{entry} names a class that is not in that module.{nearest(attribute, content)}")
+        return content[attribute]
 
     def signature(self, name: str) -> dict[str, inspect.Parameter]:
         """Keyword arguments that the constructor accepts, see `parameters`."""
@@ -67,9 +85,20 @@ class Registry:
             )
         fill = {k: v for k, v in defaults.items() if k in accepted and config.get(k) is None}
         try:
-            return self.get(name)(**{**config, **fill})
+            built = self.get(name)(**{**config, **fill})
         except (TypeError, ValueError, ArithmeticError, LookupError, RuntimeError) as error:
             raise UserError(
                 f'{self.kind} "{name}" cannot be built with these settings ({plainly(error)}): one of them is '
                 "of the wrong kind, or they do not go together. TESSERA_TRACEBACK=1 shows where."
             ) from error
+        if self.complete is not None:
+            module, _, check = self.complete.partition(":")
+            getattr(importlib.import_module(module), check)(built)
+        return built
+
+
+def _exists(module: str) -> bool:
+    try:
+        return importlib.util.find_spec(module) is not None
+    except ModuleNotFoundError:  # of the package
+        return False

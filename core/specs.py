@@ -414,8 +414,8 @@ class Generator(nn.Module, ABC):
     `on_codes` is called with all codes so far, `on_latents` with continuous latents on their way, `prefix` are codes to
     go on from.
 
-    Every `sample` takes `kept`, a `Kept`: those latents are in the result, bit for bit, and what is drawn beside them
-    heeds them as far as the order of this generator allows. `heeds` says how far.
+    A `sample` that takes `kept`, a `Kept`, can edit: those latents are in the result, bit for bit, and what is drawn beside
+    them heeds them as far as the order of this generator allows. `heeds` says how far.
     """
 
     models: type

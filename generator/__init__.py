@@ -11,4 +11,5 @@ GENERATORS = Registry(
         "rar": "generator.ar.rar:RAR",
         "var": "generator.var.var:VAR",
     },
+    complete="core.promises:declared",
 )

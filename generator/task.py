@@ -9,9 +9,10 @@ import torch
 from torch import Tensor, nn
 
 from core.images import to_model_range
+from core.promises import latents_as_promised, loss_as_promised
 from core.rng import Draws
 from core.schema import SampleConfig
-from core.specs import Batch, Chart, Continuous, Generator, Guidance, Phase, Progress, Tokenizer
+from core.specs import Batch, Chart, Continuous, Generator, Guidance, Loss, Phase, Progress, Tokenizer
 from generator.sampling import draw_latents
 from generator.settings import sampling_of
 
@@ -68,17 +69,25 @@ class GeneratorTask:
                 latents = self.tokenizer.from_stored(batch.stored, tokenizer_draws)
             else:
                 latents = self.tokenizer.encode(to_model_range(batch.images), tokenizer_draws)
-        yield Phase("generator", nets["generator"](latents, batch.labels, draws, progress))
+        method = "encode" if batch.stored is None else "from_stored"
+        latents_as_promised(self.tokenizer, self.tokenizer.spec, latents, method)
+        loss = nets["generator"](latents, batch.labels, draws, progress)
+        loss_as_promised(self.generator, loss)
+        if not self.generator.charts:  # it leaves to us what is shown of it
+            loss = Loss(loss.total, {"loss": loss.total.detach(), **loss.logs})
+        yield Phase("generator", loss)
 
-    def latents(self, labels: Tensor, draws: Draws, **more: Any) -> Tensor:
-        """Of the classes `labels`, by the task's own generator; `more` goes to its `sample`."""
-        return draw_latents(self.generator, labels, draws, self.guidance, **self.sample_options, **more)
+    def latents(self, labels: Tensor, draws: Draws, network: Any = None, **more: Any) -> Tensor:
+        """Of the classes `labels`, by the task's own generator or by `network`; `more` goes to its `sample`."""
+        network = network or self.generator
+        latents = draw_latents(network, labels, draws, self.guidance, **self.sample_options, **more)
+        latents_as_promised(network, self.tokenizer.spec, latents, "sample")
+        return latents
 
     @torch.no_grad()
     def sample(self, network: Any, labels: Tensor, draws: Draws) -> Tensor:
         """Pictures (B, 3, H, W) in [-1, 1] of the classes `labels`."""
-        latents = draw_latents(network, labels, draws, self.guidance, **self.sample_options)
-        return self.tokenizer.decode(latents, draws.fork("decode")).float()
+        return self.tokenizer.decode(self.latents(labels, draws, network), draws.fork("decode")).float()
 
     def preview(self, network: nn.Module, draws: Draws, count: int) -> Tensor:
         """One picture per class, round and round."""
@@ -91,4 +100,4 @@ class GeneratorTask:
         return [(names[i % self.num_classes], [i]) for i in range(count)]
 
     def charts(self) -> list[Chart]:
-        return list(self.generator.charts)
+        return list(self.generator.charts) or [Chart("loss", ("loss",), live=True)]

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from core import dist
 from core.chunks import ALONE
-from core.errors import UserError, plainly
+from core.errors import UserError
 from core.files import existing_part, require_place, require_space
 from core.schema import RunConfig
 from core.specs import DataSource
@@ -26,7 +26,7 @@ from evaluation import measure, protocols, references
 from evaluation.networks import WEIGHTS_FILE
 from run import adapt
 from run.data import asks_val_labels, make_transform, needed_val, open_moments, open_pictures, open_train
-from run.estimate import costs
+from run.estimate import costs, explained
 from run.load import REGISTRIES, build, read_tokenizer
 from run.recipes import recipe_of
 from run.weights import Source, read_weights
@@ -147,16 +147,11 @@ def check_step(config: RunConfig, inputs: Inputs) -> None:
     All networks, losses and teachers are laid out without weights, one picture goes forward and backward through them on
     fake tensors, and the online evaluation is put together with its feature network, reference and labels.
     """
-    try:
+    with explained(config):
         tokenizer, networks = costs(config, inputs.weights)
         make_transform(config, tokenizer.image_size)
         if config.task == "generator" and config.data.moments:
             open_moments(config, inputs.data, tokenizer)
-    except (TypeError, ValueError, ArithmeticError, LookupError, RuntimeError) as error:
-        raise UserError(
-            f"a step of {config.name} would fail ({plainly(error)}): its sizes do not go together. "
-            "TESSERA_TRACEBACK=1 shows where."
-        ) from error
     if config.train.lora is None:  # a checkpoint's weights and two moments; averages come on top
         require_space(existing_part(config.run_dir), sum(4 * (n.parameters + 2 * n.trainable) for n in networks))
     if config.train.eval_every != "never":

@@ -9,6 +9,7 @@ S is the side of the pictures that the tokenizer takes, B the number of pictures
 
 from __future__ import annotations
 
+import inspect
 import math
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -202,6 +203,7 @@ def edit(
     device: the sampler's.
     """
     tokenizer, task = sampler.tokenizer, sampler.task
+    require_editing(sampler.generator)
     options = {name: value for name, value in task.sample_options.items() if name != "shared"}
     draws = Draws(hash64(seed, "samples"), torch.arange(len(labels), device=device))
     mask, placed = kept_cells(tokenizer, canvas.masked, rules)
@@ -216,6 +218,15 @@ def edit(
     what = "latents" if latents.is_floating_point() else "codes" if placed else "codes, the first ones"
     facts = [measure(canvas, *pair) for pair in zip(drawn, pictures)]
     return Edited(drawn, pictures, f"{int(mask.sum()):,} of {mask.numel():,} {what}", facts)
+
+
+def require_editing(generator: Generator) -> None:
+    """UserError for one whose `sample` cannot keep a part."""
+    if "kept" not in inspect.signature(generator.sample).parameters:
+        raise UserError(
+            f"{type(generator).__name__} cannot edit: its `sample` does not take `kept`, the latents to leave as they are "
+            "(core/specs.py: Kept)."
+        )
 
 
 def heed_of(generator: Generator, rules: Rules, mask: Tensor) -> float:

@@ -7,6 +7,7 @@ while a micro-batch goes forward and backward, by core.estimate.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -15,8 +16,9 @@ from typing import Any
 import torch
 from torch import nn
 
+from core import promises
 from core.devices import rehearsal
-from core.errors import UserError
+from core.errors import UserError, where
 from core.estimate import FlopCounter, Rehearsal, Step, number
 from core.images import to_model_range
 from core.rng import Draws
@@ -62,6 +64,18 @@ class Memory:
         return self.state + self.frozen + self.peak + LIBRARIES
 
 
+@contextlib.contextmanager
+def explained(config: RunConfig) -> Iterator[None]:
+    """Inside, what a step stumbles over becomes a sentence with its place: settings may be at fault, or a new network."""
+    try:
+        yield
+    except (TypeError, ValueError, ArithmeticError, LookupError, RuntimeError, AttributeError) as error:
+        raise UserError(
+            f"a step of {config.name} would fail, at {where(error)}: sizes or settings do not go together. "
+            "TESSERA_TRACEBACK=1 shows the way there."
+        ) from error
+
+
 class Plan:
     """A run looked at before it starts.
 
@@ -97,6 +111,7 @@ class Plan:
         self.state = sum(self._state(name, network) for name, network in trained.items())
         self.frozen = 4.0 * sum(t.numel() for n in frozen for t in [*n.parameters(), *n.buffers()])
         self.stage = STAGE
+        self._require_round_trip()
         self.step = self._step(self.micro)
         if trained.keys() - self.step.forward.keys():  # a discriminator that begins later
             self.stage = 1.0
@@ -110,6 +125,13 @@ class Plan:
             )
             for name, network in trained.items()
         ]
+
+    def _require_round_trip(self) -> None:
+        """UserError where the tokenizer's methods do not go together: a training meets most of them late, in a preview."""
+        size, training = self.tokenizer.image_size, self.tokenizer.training
+        with self.rehearsal.mode, rehearsal(), torch.no_grad():
+            promises.round_trip(self.tokenizer.eval(), torch.zeros(1, 3, size, size))
+        self.tokenizer.train(training)
 
     def _state(self, name: str, network: nn.Module) -> float:
         """Weights and averages in fp32, gradients and two moments of what is trained; shared out by FSDP."""
@@ -219,7 +241,8 @@ def describe(
     here = torch.cuda.device_count() if torch.cuda.is_available() else 0
     gpus = gpus or here or GPUS
     gpu_gb = gpu_gb or (torch.cuda.get_device_properties(0).total_memory / 1e9 if here else GPU_GB)
-    plan, train = Plan(config, gpus), config.train
+    with explained(config):
+        plan, train = Plan(config, gpus), config.train
     memory, parts = plan.memory, plan.per_gpu // plan.micro
     lines = [f"latents        {plan.tokenizer.spec}"]
     if config.task == "generator" and (note := tokenizer_layout(config.tokenizer)[1]):

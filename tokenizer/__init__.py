@@ -14,4 +14,5 @@ TOKENIZERS = Registry(
         "imagefolder": "tokenizer.multiscale.imagefolder:ImageFolder",
         "rectok": "tokenizer.continuous.rectok:RecTok",
     },
+    complete="core.promises:declared",
 )

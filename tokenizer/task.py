@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from core.images import to_model_range
+from core.promises import recon_as_promised
 from core.rng import Draws
 from core.specs import Batch, Chart, Discriminator, Phase, Progress, Tokenizer
 from tokenizer.losses.objective import Objective
@@ -66,6 +67,7 @@ class TokenizerTask:
             recon = nets["tokenizer"](images, draws, features, progress)
         else:
             recon = nets["tokenizer"](images, draws)
+        recon_as_promised(self.tokenizer, images, recon)
         if self.discriminator is not None:
             # The generator's pass must not leave gradients in the discriminator, whose own phase follows.
             self.discriminator.requires_grad_(False)

@@ -18,7 +18,8 @@ from torch import Tensor
 
 from core.errors import UserError
 from core.rng import Draws
-from core.specs import Codes, Continuous, LatentSpec, MultiScale, Recon, Tokenizer, codebook_rows
+from core.specs import Codes, Continuous, MultiScale, Recon, Tokenizer, codebook_rows
+from tokenizer.continuous.gaussian import ContinuousTokenizer
 from tokenizer.vq.quantizer import nearest_codes
 
 VIEWS = ("vectors", "sequence")
@@ -67,7 +68,7 @@ class Sequence(View):
         return self.tokenizer.decode(latents, draws)
 
 
-class Vectors(View):
+class Vectors(View, ContinuousTokenizer):
     """Codes as Continuous: the K codebook rows of a position side by side are its K D channels, normalised. Decoding
     takes the nearest row of every codebook.
 
@@ -85,12 +86,8 @@ class Vectors(View):
             raise UserError(f"tokenizer.view: vectors lays codes on a square, and {spec.length} make none.")
         super().__init__(tokenizer)
         self.codes = spec
-        self.spec: LatentSpec = Continuous(tuple(spec.grid or (side, side)), spec.branches * spec.dim)
-        for name, value in (("mean", 0.0), ("std", 1.0)):
-            self.register_buffer(
-                f"latent_{name}", torch.full((self.spec.channels,), value, device="cpu"), persistent=False
-            )
-        self.latent_stats_known = False
+        self.spec = Continuous(tuple(spec.grid or (side, side)), spec.branches * spec.dim)
+        self.keep_latent_stats()
         with torch.no_grad():
             rows = codebook_rows(tokenizer, next(tokenizer.parameters()).device)
         self.register_buffer("table", rows.transpose(0, 1).contiguous().float(), persistent=False)  # (K, V, D)
@@ -100,15 +97,8 @@ class Vectors(View):
         return self.tokenizer.state_dict(*arguments, **options)
 
     def set_latent_stats(self, mean: Tensor, std: Tensor) -> None:
-        """Per-channel (C,) or scalar statistics that make latents unit variance."""
-        for name, value in (("mean", mean), ("std", std)):
-            value = torch.as_tensor(value, dtype=torch.float32)
-            if value.numel() not in (1, self.spec.channels):
-                raise UserError(
-                    f"latent statistics: {name} has {value.numel()} values for {self.spec.channels} channels"
-                )
-            getattr(self, f"latent_{name}").copy_(value.flatten().clamp_min(1e-6 if name == "std" else -torch.inf))
-        self.latent_stats_known = True
+        """Per-channel (C,) or scalar statistics that make latents unit variance; channels that never change stay as they are."""
+        super().set_latent_stats(mean, torch.as_tensor(std, dtype=torch.float32).clamp_min(1e-6))
 
     def moments(self, stored: Tensor) -> Tensor:
         """(B, L, 2 K D): the vectors and zeros, as latent statistics are measured on."""
@@ -117,12 +107,10 @@ class Vectors(View):
 
     def from_stored(self, stored: Tensor, draws: Draws | None = None) -> Tensor:
         vectors = self.tokenizer.embed(self.tokenizer.from_stored(stored, draws)).flatten(2)  # (B, L, K D)
-        vectors = (vectors - self.latent_mean) / self.latent_std
-        return vectors.transpose(1, 2).unflatten(2, self.spec.grid)
+        return self.normalised(vectors)
 
     def decode(self, latents: Tensor, draws: Draws | None = None) -> Tensor:
-        vectors = latents.flatten(2).transpose(1, 2).float() * self.latent_std + self.latent_mean
-        vectors = vectors.unflatten(2, (self.codes.branches, self.codes.dim))  # (B, L, K, D)
+        vectors = self.restored(latents.float()).unflatten(2, (self.codes.branches, self.codes.dim))  # (B, L, K, D)
         codes = [nearest_codes(vectors[:, :, k], self.table[k]) for k in range(self.codes.branches)]
         return self.tokenizer.decode(torch.stack(codes, dim=-1), draws)
 

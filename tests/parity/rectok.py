@@ -16,7 +16,8 @@ from tests.parity.fields import notes, reads
 from tests.parity.recorded_draws import RecordedDraws
 from tests.parity.rectok_losses import TEACHER, build_teacher
 from tests.parity.rectok_models import GENERATOR, TOKENIZER, below, build_generator, build_tokenizer, teacher_names
-from tokenizer.continuous.rectok import Posterior, RecTok
+from tokenizer.continuous.gaussian import Posterior
+from tokenizer.continuous.rectok import RecTok
 from tokenizer.continuous.stats import StatsAccumulator
 from tokenizer.losses.objective import Objective
 

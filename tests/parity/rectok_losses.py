@@ -12,7 +12,7 @@ from core.specs import Progress, Recon
 from tests.parity import Case, kind
 from tests.parity.fields import FieldError, notes, only, reads
 from tests.parity.rectok_models import TOKENIZER, below, build_tokenizer
-from tokenizer.continuous.rectok import Posterior
+from tokenizer.continuous.gaussian import Posterior
 from tokenizer.losses.discriminators import PatchGAN
 from tokenizer.losses.objective import Objective
 from tokenizer.teachers import DINOv3Teacher

@@ -53,8 +53,11 @@ class Rule:
     refused: str = ""
 
 
+EXTENDING = "tests/run/test_extending.py registers and trains them"  # what only that page has
 RULES = [
     Rule(r"bash run_reproduce\.sh .*--(dry-run|rehearse)", "--list", "minutes; tests/rehearsal/test_reproduce.py"),
+    Rule(r"bash \S+ configs/my_", "--help", EXTENDING, refused="there is no config configs/my_"),
+    Rule(r"bash \S+ .*my_(vae|maskgit)", "--help", EXTENDING),
     Rule(r".*--dry-run|.*--list", ""),
     Rule(r"bash run_train_\w+\.sh configs/toy/", "train.duration=2step", "toys run for real"),
     Rule(r"bash run_(train_\w+|decoder_finetune_tokenizer|finetune_decoder)\.sh", "--check"),
@@ -95,7 +98,7 @@ RULES = [
     Rule(
         r"python -m tests\.tools\.torture", "--help", "kills for minutes; tests/core/train/test_resume.py runs it small"
     ),
-    Rule(r"python -m tests\.(parity|rehearsal)", "--help", "tests themselves"),
+    Rule(r"python -m (pytest|tests\.(parity|rehearsal))", "--help", "tests themselves"),
     Rule(r"accelerate launch", "", "tests/scripts/test_launched_ranks.py"),
 ]
 

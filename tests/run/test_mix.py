@@ -8,7 +8,9 @@ import pytest
 import torch
 import yaml
 
+from core import promises
 from core.errors import UserError
+from core.rng import Draws
 from core.specs import Codes, Continuous, MultiScale
 from generator import GENERATORS
 from run.load import check_kind, introduce, load_config
@@ -155,6 +157,32 @@ def test_a_pair_trains_and_samples(tokenizer, seen_as, generator, tmp_path):
     path.write_text(yaml.safe_dump(run))
     assert train(load_config(str(path), [])) == 0
     assert (tmp_path / "pair" / "samples" / "step_00000002.png").is_file()
+
+
+@pytest.mark.parametrize("name", TOKENIZERS_TO_TRY)
+def test_a_tokenizer_keeps_what_specs_promise(name):
+    """Sizes, values, and that nothing but its draws decides. What each promise means is said in core/specs.py."""
+    tokenizer = toy_tokenizer(name)
+    size = tokenizer.image_size
+    images = torch.rand(3, 3, size, size, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    draws = Draws(1, torch.tensor([5, 3, 8]))
+    with torch.no_grad():
+        if isinstance(tokenizer.spec, Continuous):
+            moments = tokenizer.moments(tokenizer.precompute(images))[..., : tokenizer.spec.channels]
+            tokenizer.set_latent_stats(moments.mean((0, 1)), moments.std((0, 1)).clamp_min(1e-3))
+        promises.values_kept(tokenizer, images, draws)
+
+
+@pytest.mark.parametrize("tokenizer, seen_as, generator", NATIVE, ids=lambda value: str(value))
+def test_a_generator_keeps_what_specs_promise(tokenizer, seen_as, generator):
+    made = toy_tokenizer(tokenizer, seen_as)
+    model = toy_generator(generator, made).eval()
+    introduce(model, made)
+    for p in model.parameters():
+        if p.requires_grad:  # a fresh network says the same to everything
+            torch.nn.init.normal_(p, std=0.2)
+    with torch.no_grad():
+        promises.samples_kept(model, made.spec, Draws(1, torch.tensor([5, 3, 8])), 4)
 
 
 def test_pairs_that_do_not_fit_say_why():

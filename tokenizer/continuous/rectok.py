@@ -27,7 +27,8 @@ from core.nn.norms import RMSNorm
 from core.nn.rope import Rope, rectok_rope
 from core.nn.vit import ViTSize
 from core.rng import Draws
-from core.specs import Continuous, Recon, Tokenizer
+from core.specs import Continuous, Recon
+from tokenizer.continuous.gaussian import GaussianTokenizer, Posterior
 
 SIZES = {
     "tiny": ViTSize(192, 3, 4),
@@ -165,28 +166,9 @@ class SemanticMLP(nn.Module):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Posterior
-# ---------------------------------------------------------------------------------------------------------------------
-class Posterior:
-    """Diagonal Gaussian over latents from moments (..., 2C), in fp32."""
-
-    def __init__(self, moments: Tensor):
-        self.mean, logvar = moments.float().chunk(2, dim=-1)
-        self.logvar = logvar.clamp(-30.0, 20.0)
-        self.std, self.var = torch.exp(0.5 * self.logvar), torch.exp(self.logvar)
-
-    def sample(self, noise: Tensor) -> Tensor:
-        return self.mean + self.std * noise
-
-    def kl(self) -> Tensor:
-        """KL to the standard normal, summed over tokens and channels: (B,)."""
-        return 0.5 * (self.mean.square() + self.var - 1.0 - self.logvar).sum(dim=(1, 2))
-
-
-# ---------------------------------------------------------------------------------------------------------------------
 # The tokenizer
 # ---------------------------------------------------------------------------------------------------------------------
-class RecTok(Tokenizer):
+class RecTok(GaussianTokenizer):
     """core.specs.Tokenizer with continuous latents. The defaults are the published stage-1 recipe.
 
     Args:
@@ -251,8 +233,7 @@ class RecTok(Tokenizer):
         self.decoder = Decoder(ViTSize.parse(decoder, "decoder", SIZES), grid, patch_size, channels, qk_norm)
         self._init_weights(init_std)
         self.sem_decoders = nn.ModuleDict(self._semantic_decoders(grid, qk_norm))
-        self.register_buffer("latent_mean", torch.zeros(channels, device="cpu"), persistent=False)
-        self.register_buffer("latent_std", torch.ones(channels, device="cpu"), persistent=False)
+        self.keep_latent_stats()
 
         self.encoder.requires_grad_(not train_decoder_only)
         if not mask_ratio:  # never used then; DDP would wait for their gradients
@@ -333,40 +314,9 @@ class RecTok(Tokenizer):
         )
 
     # -- use ----------------------------------------------------------------------------------------------------------
-    def set_latent_stats(self, mean: Tensor, std: Tensor) -> None:
-        """Per-channel (C,) or scalar statistics that make latents unit variance. They are not part of checkpoints."""
-        for name, value in (("mean", mean), ("std", std)):
-            value = torch.as_tensor(value, dtype=torch.float32)
-            if value.numel() not in (1, self.channels):
-                raise UserError(f"latent statistics: {name} has {value.numel()} values for {self.channels} channels")
-            if not value.isfinite().all() or (name == "std" and not (value > 0).all()):
-                raise UserError(f"latent statistics: {name} cannot normalise a latent: {value.tolist()}")
-            getattr(self, f"latent_{name}").copy_(value.flatten().expand(self.channels))
-
-    @property
-    def latent_stats_known(self) -> bool:
-        """Whether `set_latent_stats` has been called; without, latents are not unit variance."""
-        return bool((self.latent_std != 1).any() or (self.latent_mean != 0).any())
-
-    def precompute(self, images: Tensor) -> Tensor:
-        """Moments of the posterior, (B, N, 2C)."""
+    def posterior_moments(self, images: Tensor) -> Tensor:
+        """(B, N, 2C): nothing is hidden."""
         return self.encoder(images)
 
-    def moments(self, stored: Tensor) -> Tensor:
-        """What latent statistics are measured on, (B, N, 2C): here it is what is stored."""
-        return stored
-
-    def from_stored(self, stored: Tensor, draws: Draws | None = None) -> Tensor:
-        posterior = Posterior(stored.float())
-        z = posterior.mean  # (B, N, C)
-        if draws is not None:
-            z = posterior.sample(draws.normal("posterior", z.shape[1:]))
-        z = (z - self.latent_mean) / self.latent_std
-        return z.transpose(1, 2).unflatten(2, self.spec.grid)  # (B, C, h, w)
-
-    def encode(self, images: Tensor, draws: Draws | None = None) -> Tensor:
-        return self.from_stored(self.precompute(images), draws)
-
-    def decode(self, latents: Tensor, draws: Draws | None = None) -> Tensor:
-        z = latents.flatten(2).transpose(1, 2)  # (B, N, C)
-        return self.decoder(z * self.latent_std + self.latent_mean)
+    def paint(self, z: Tensor) -> Tensor:
+        return self.decoder(z)
