@@ -18,16 +18,17 @@ from torch import Tensor, nn
 from core.nn.cuda_graph import Kept, addresses
 from core.nn.decode_attention import decode_attention, fuses
 from core.nn.kvcache import LayerCache, activation_dtype
+from core.nn.linear import Linear
 from core.nn.mlp import SwiGLU
 from core.nn.norms import RMSNorm
 from core.specs import Generator, LatentSpec
 
 
-class _Linear(nn.Linear):
+class _Linear(Linear):
     """Takes its input as autocast would: in the type of the weights."""
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.linear(x.to(self.weight.dtype), self.weight, self.bias)
+        return super().forward(x.to(self.weight.dtype))
 
 
 class _Conv2d(nn.Conv2d):
@@ -37,7 +38,7 @@ class _Conv2d(nn.Conv2d):
         return self._conv_forward(x.to(self.weight.dtype), self.weight, self.bias)
 
 
-CASTING: dict[type, type] = {nn.Linear: _Linear, nn.Conv2d: _Conv2d}
+CASTING: dict[type, type] = {nn.Linear: _Linear, Linear: _Linear, nn.Conv2d: _Conv2d}
 
 
 def _version(tensor: Tensor) -> int:

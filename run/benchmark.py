@@ -25,6 +25,7 @@ from core.errors import UserError, brief
 from core.estimate import number
 from core.files import explain_os_errors, human_bytes, read_json, write_atomic, write_json
 from core.images import to_model_range
+from core.nn.linear import plain_products
 from core.nn.precision import bf16_products
 from core.rng import Draws
 from core.schema import RunConfig
@@ -52,12 +53,13 @@ PAIR_TITLES = (
 # Other ways to do the same work, which a row may be timed in turn with.
 WAYS = {
     "eager": "without torch.compile",
+    "plain": "plain PyTorch: eager, nchw, matrix products by MKL",
     "nchw": "every convolution with the pixels of a channel side by side",
     "nhwc": "every convolution with the channels of a pixel side by side",
     "uncached": "with the whole sequence computed anew for every code",
     "fresh": "with no weights, caches and recordings kept from call to call",
 }
-LAYOUTS = {"nchw": torch.contiguous_format, "nhwc": torch.channels_last}
+LAYOUTS = {"nchw": torch.contiguous_format, "nhwc": torch.channels_last, "plain": torch.contiguous_format}
 
 
 @dataclass
@@ -427,7 +429,7 @@ def make_ready(
 ) -> tuple[Any, Callable[[], Any], bool]:
     """(task, what to time, whether it is compiled), done in the product's way or in another of WAYS."""
     config, device = copy.deepcopy(config), job.device
-    mode = "eager" if way == "eager" else mode
+    mode = "eager" if way in ("eager", "plain") else mode
     compiled = config.train.compile if mode == "config" else mode == "compiled"
     task = random_task(copy.deepcopy(config), device, job.guide)
     if way in LAYOUTS:
@@ -441,6 +443,8 @@ def make_ready(
             network.eval().requires_grad_(False)  # as run.load gives finished networks
         compiled = compile_as_the_programs(task, config, mode, device)
         call = make_call(task, config, "uncached" if way == "uncached" else what, batch, device)
+    if way == "plain":
+        return task, plain_products()(call), compiled
     if way == "fresh" and what != "train" and isinstance(task, GeneratorTask):
         return task, lambda: (task.generator.train().eval(), call())[1], compiled
     return task, call, compiled

@@ -28,6 +28,7 @@ is expected; it was written without the originals' code and has only been tried 
 is: the median over the turns, which what else the machine does hardly moves. On one thread of a CPU the process's own time
 counts. WAY is one of
   eager         without torch.compile; with --mode compiled
+  plain         as plain PyTorch does it: eager, nchw, matrix products by MKL on any processor
   nchw, nhwc    kernels of convolutions with the pixels of a channel, or the channels of a pixel, side by side
   uncached      of generate: the whole sequence computed anew for every code
   fresh         of sampling: no weights, caches and recordings are kept from call to call

@@ -14,6 +14,7 @@ from core.nn import dropped_attention
 from core.nn.blockcausal import block_causal
 from core.nn.dropout import dropout
 from core.nn.kvcache import LayerCache
+from core.nn.linear import Linear, linear
 from core.nn.norms import RMSNorm
 from core.nn.rope import Rope, apply_rope
 
@@ -66,7 +67,7 @@ class Attention(nn.Module):
             raise UserError(f"attention: {kv_heads} key/value heads do not divide {heads} heads")
         self.heads, self.kv_heads, self.head_dim = heads, kv_heads, width // heads
         self.qk_norm, self.causal, self.scale, self.dropout = qk_norm, causal, scale, dropout
-        self.qkv = nn.Linear(width, (heads + 2 * kv_heads) * self.head_dim, bias=bias is True)
+        self.qkv = Linear(width, (heads + 2 * kv_heads) * self.head_dim, bias=bias is True)
         if bias == "qv":
             self.q_bias = nn.Parameter(torch.zeros(width))
             self.v_bias = nn.Parameter(torch.zeros(kv_heads * self.head_dim))
@@ -74,14 +75,14 @@ class Attention(nn.Module):
             self.scale = 1.0
             self.scale_mul = nn.Parameter(torch.full((1, heads, 1, 1), math.log(4.0)))
         self.q_norm, self.k_norm = (head_norm(qk_norm, self.head_dim) for _ in range(2))
-        self.proj = nn.Linear(width, width, bias=bool(bias))
+        self.proj = Linear(width, width, bias=bool(bias))
 
     def _heads(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Normalised queries (B, heads, N, d), keys and values (B, kv_heads, N, d)."""
         batch, length, _ = x.shape
         if hasattr(self, "q_bias"):
             bias = torch.cat((self.q_bias, torch.zeros_like(self.v_bias), self.v_bias))
-            qkv = F.linear(x, self.qkv.weight, bias)
+            qkv = linear(x, self.qkv.weight, bias)
         else:
             qkv = self.qkv(x)
         qkv = qkv.view(batch, length, -1, self.head_dim).transpose(1, 2)
@@ -180,7 +181,7 @@ class CrossAttention(nn.Module):
         if width % heads:
             raise UserError(f"attention: {heads} heads do not divide width {width}")
         self.heads, self.head_dim = heads, width // heads
-        self.q, self.kv, self.proj = nn.Linear(width, width), nn.Linear(width, 2 * width), nn.Linear(width, width)
+        self.q, self.kv, self.proj = Linear(width, width), Linear(width, 2 * width), Linear(width, width)
         self.q_norm, self.k_norm = (head_norm(qk_norm, self.head_dim) for _ in range(2))
 
     def forward(self, x: Tensor, context: Tensor, rope: Rope | None = None) -> Tensor:

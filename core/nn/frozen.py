@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from core.nn.linear import adopt
+
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of pixels in [0, 1], RGB
 CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 
@@ -30,6 +32,7 @@ class Frozen(nn.Module):
         return (images - self.mean) / self.std
 
     def freeze(self) -> None:
+        adopt(self)
         self.eval().requires_grad_(False)
 
     def train(self, mode: bool = True) -> Frozen:

@@ -14,9 +14,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from core.errors import UserError
+from core.nn.linear import Linear
 
 
-class LoRALinear(nn.Linear):
+class LoRALinear(Linear):
     """y = x W^T + bias + (alpha / rank) x A^T B^T, with W and bias frozen."""
 
     scaling: Tensor

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from core.errors import UserError, nearest
 from core.nn.dropout import dropout
+from core.nn.linear import Linear
 
 ALIGNMENT = 64  # matrix sizes that tensor cores like
 PADDED_DEVICES = {"cuda"}  # where padding pays; a CPU gains nothing from it
@@ -29,8 +30,8 @@ class SwiGLU(nn.Module):
     def __init__(self, width: int, hidden: int | None = None, bias: bool = True):
         super().__init__()
         self.hidden = hidden or int(2 / 3 * 4 * width)
-        self.w12 = nn.Linear(width, 2 * self.hidden, bias=bias)
-        self.w3 = nn.Linear(self.hidden, width, bias=bias)
+        self.w12 = Linear(width, 2 * self.hidden, bias=bias)
+        self.w3 = Linear(self.hidden, width, bias=bias)
 
     def forward(self, x: Tensor) -> Tensor:
         if self.is_padded(x.device):
@@ -71,9 +72,9 @@ class MLP(nn.Module):
         if activation not in ACTIVATIONS:
             raise UserError(f'activation "{activation}" is not known.{nearest(activation, ACTIVATIONS)}')
         self.dropout = dropout
-        self.fc1 = nn.Linear(width, hidden)
+        self.fc1 = Linear(width, hidden)
         self.act = ACTIVATIONS[activation]
-        self.fc2 = nn.Linear(hidden, width)
+        self.fc2 = Linear(hidden, width)
 
     def forward(self, x: Tensor, keys: Tensor | None = None) -> Tensor:
         hidden = dropout(self.act(self.fc1(x)), self.dropout, keys, salt=8)

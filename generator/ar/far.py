@@ -25,6 +25,7 @@ from core.nn.decode_attention import fuses
 from core.nn.dropout import dropout
 from core.nn.embed import LabelEmbedding
 from core.nn.kvcache import KVCache
+from core.nn.linear import Linear, linear
 from core.nn.norms import RMSNorm
 from core.nn.rope import Rope, axial_rope, line_rope, with_class_row
 from core.rng import Draws, derive
@@ -61,7 +62,7 @@ class CrossEntropy(nn.Module):
     compiled_whole = True
 
     def forward(self, features: Tensor, weight: Tensor, codes: Tensor) -> Tensor:
-        return F.cross_entropy(F.linear(features, weight).float().flatten(0, 1), codes.flatten())
+        return F.cross_entropy(linear(features, weight).float().flatten(0, 1), codes.flatten())
 
 
 class FAR(Regularised):
@@ -123,7 +124,7 @@ class FAR(Regularised):
         self.cls_embedding = LabelEmbedding(num_classes, s.width)
         for k in range(branches):
             self.add_module(f"tok_embeddings_{k + 1}", nn.Embedding(vocab, s.width))
-        self.aggregation_layer = nn.Linear(branches * s.width, s.width) if branches > 1 else nn.Identity()
+        self.aggregation_layer = Linear(branches * s.width, s.width) if branches > 1 else nn.Identity()
         shape = {
             "width": s.width,
             "heads": s.heads,
@@ -138,7 +139,7 @@ class FAR(Regularised):
         self.ar_head = make_blocks(s.head_layers, **shape)
         self.norm = RMSNorm(s.width, norm_eps)
         for k in range(branches):
-            self.add_module(f"output_{k + 1}", nn.Linear(s.width, vocab, bias=False))
+            self.add_module(f"output_{k + 1}", Linear(s.width, vocab, bias=False))
         head_dim = s.width // s.heads
         on_grid = self.grid is not None and rotary == "auto"
         rows = max(length + 1, branches)  # one more than training needs, for all logits of a whole sequence

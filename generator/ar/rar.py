@@ -31,6 +31,7 @@ from core.nn.dropout import dropout
 from core.nn.embed import resize_rows
 from core.nn.gated_norm import gated_norm
 from core.nn.kvcache import KVCache, LayerCache
+from core.nn.linear import Linear
 from core.nn.mlp import MLP
 from core.nn.norms import modulate
 from core.nn.precision import no_autocast
@@ -77,7 +78,7 @@ class Block(nn.Module):
         self.attn = Attention(size.width, size.heads, "layer", causal=True, dropout=attention_dropout)
         self.norm2 = nn.LayerNorm(size.width, eps=1e-6)
         self.mlp = MLP(size.width, size.hidden, dropout=dropout)
-        self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(size.width, 6 * size.width))
+        self.adaLN_modulation = nn.Sequential(nn.SiLU(), Linear(size.width, 6 * size.width))
 
     def forward(self, x: Tensor, condition: Tensor, keys: Tensor | None = None) -> Tensor:
         """x and `condition` (B, S, D)."""
@@ -93,7 +94,7 @@ class FinalNorm(nn.Module):
 
     def __init__(self, width: int):
         super().__init__()
-        self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(width, 2 * width))
+        self.adaLN_modulation = nn.Sequential(nn.SiLU(), Linear(width, 2 * width))
 
     def forward(self, x: Tensor, condition: Tensor) -> Tensor:
         scale, shift = self.adaLN_modulation(condition).chunk(
@@ -160,7 +161,7 @@ class RAR(Regularised):
         self.timesteps_embeddings = nn.Parameter(torch.empty(1, length + EXTRA_SLOTS, width))
         self.blocks = nn.ModuleList(Block(self.size, dropout, attention_dropout) for _ in range(self.size.layers))
         self.adaln_before_head = FinalNorm(width)
-        self.lm_head = nn.Linear(width, vocab)
+        self.lm_head = Linear(width, vocab)
         self.alignment = self.make_alignment(width, code_dim, 1)
         self._init_weights()
 

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from core.config import parse_section
 from core.errors import UserError
 from core.limits import Factor, Width
+from core.nn.linear import Linear
 from core.rng import Draws
 from core.specs import Chart, Loss, Progress, Tokenizer, codebook_rows
 from generator.engine import Sampled
@@ -179,9 +180,7 @@ class CodeAlignment(nn.Module):
 
         def mlp() -> nn.Sequential:
             p = settings.projection
-            return nn.Sequential(
-                nn.Linear(width, p), nn.SiLU(), nn.Linear(p, p), nn.SiLU(), nn.Linear(p, branches * code_dim)
-            )
+            return nn.Sequential(Linear(width, p), nn.SiLU(), Linear(p, p), nn.SiLU(), Linear(p, branches * code_dim))
 
         self.encode = mlp() if settings.encode_layer is not None else None
         self.decode = mlp() if settings.decode_layer is not None else None

@@ -23,6 +23,7 @@ from core.limits import Count, Layers, Share, Width
 from core.nn.attention import Attention
 from core.nn.cuda_graph import Replayed, addresses, cuda_graphs_work, weak_method
 from core.nn.embed import LabelEmbedding, TimeEmbedding, sincos_2d
+from core.nn.linear import Linear
 from core.nn.mlp import SwiGLU
 from core.nn.norms import RMSNorm, modulate
 from core.nn.precision import no_autocast
@@ -74,7 +75,7 @@ class Block(nn.Module):
         self.attn = Attention(width, heads, "rms" if qk_norm else "none")
         self.norm2 = RMSNorm(width)
         self.mlp = SwiGLU(width)
-        self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(width, 6 * width))
+        self.adaLN_modulation = nn.Sequential(nn.SiLU(), Linear(width, 6 * width))
 
     def forward(self, x: Tensor, condition: Tensor, rope: Rope) -> Tensor:
         shift1, scale1, gate1, shift2, scale2, gate2 = self.adaLN_modulation(condition).chunk(6, dim=-1)
@@ -88,8 +89,8 @@ class FinalLayer(nn.Module):
     def __init__(self, width: int, channels: int):
         super().__init__()
         self.norm_final = RMSNorm(width)
-        self.linear = nn.Linear(width, channels)
-        self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(width, 2 * width))
+        self.linear = Linear(width, channels)
+        self.adaLN_modulation = nn.Sequential(nn.SiLU(), Linear(width, 2 * width))
 
     def forward(self, x: Tensor, condition: Tensor) -> Tensor:
         shift, scale = self.adaLN_modulation(condition).chunk(2, dim=-1)
@@ -139,7 +140,7 @@ class DiTDH(Sampled):
             + [Block(s.head_width, s.head_heads, qk_norm) for _ in range(s.head_depth)]
         )
         same_width = s.trunk_width == s.head_width
-        self.s_projector = nn.Identity() if same_width else nn.Linear(s.trunk_width, s.head_width)
+        self.s_projector = nn.Identity() if same_width else Linear(s.trunk_width, s.head_width)
         self.final_layer = FinalLayer(s.head_width, channels)
         for part, head_dim in (("trunk", s.trunk_width // s.trunk_heads), ("head", s.head_width // s.head_heads)):
             cos, sin = axial_rope(head_dim, self.grid)

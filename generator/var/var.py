@@ -31,6 +31,7 @@ from core.nn.dropout import drop_path, path_factors
 from core.nn.embed import LabelEmbedding, resize_rows
 from core.nn.gated_norm import gated_norm
 from core.nn.kvcache import KVCache, LayerCache
+from core.nn.linear import Linear, linear
 from core.nn.mlp import MLP
 from core.nn.norms import modulate
 from core.nn.precision import no_autocast
@@ -87,7 +88,7 @@ class AdaLN(nn.Sequential):
     """linear(silu(condition)): (B, D) -> (B, 1, parts, D). Names as in the official files, `ada_lin.1`."""
 
     def __init__(self, width: int, parts: int):
-        super().__init__(nn.SiLU(), nn.Linear(width, parts * width))
+        super().__init__(nn.SiLU(), Linear(width, parts * width))
         self.parts = parts
 
     def forward(self, condition: Tensor) -> Tensor:
@@ -183,7 +184,7 @@ class VAR(Sampled):
         self.ends = tuple(accumulate(p * p for p in self.scales))
         length = self.ends[-1]
 
-        self.word_embed = nn.Linear(branches * code_dim, width)
+        self.word_embed = Linear(branches * code_dim, width)
         self.class_emb = LabelEmbedding(num_classes, width)
         self.pos_start = nn.Parameter(torch.empty(1, self.ends[0], width))
         self.pos_1LC = nn.Parameter(torch.empty(1, length, width))
@@ -199,7 +200,7 @@ class VAR(Sampled):
         )
         self.head_norm = nn.LayerNorm(width, eps=1e-6, elementwise_affine=False)
         self.head_ada_lin = AdaLN(width, 2)  # scale, shift
-        self.head = nn.Linear(width, branches * vocab)
+        self.head = Linear(width, branches * vocab)
         self._ops: tuple[ScaleOps, ...] = ()  # in a tuple, since a tokenizer in an attribute would become a submodule
         self._init_weights(gamma_init, adaln_init, head_init)
 
@@ -540,7 +541,7 @@ class Heads:
 
     def __call__(self, x: Tensor, layer: LayerCache) -> Tensor:
         """(R, n, D) of the new positions -> (R, n, D)."""
-        heads = F.linear(x, self.qkv.weight, self.bias).unflatten(-1, (-1, self.dim))  # (R, n, 3 heads, d)
+        heads = linear(x, self.qkv.weight, self.bias).unflatten(-1, (-1, self.dim))  # (R, n, 3 heads, d)
         if self.normed:  # the values with them, unused: it saves a copy
             turned = heads[:, :, : 2 * self.count]
             unit = F.rms_norm(heads, (self.dim,), eps=1e-24)[:, :, : 2 * self.count]

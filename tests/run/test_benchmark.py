@@ -214,7 +214,8 @@ def test_turns_begin_with_either_side():
 
 
 @pytest.mark.parametrize(
-    "way, layout, kept", [("nchw", 0, True), ("nhwc", 1, True), ("fresh", 1, False), (None, 1, True)]
+    "way, layout, kept",
+    [("nchw", 0, True), ("plain", 0, True), ("nhwc", 1, True), ("fresh", 1, False), (None, 1, True)],
 )
 def test_ways_of_the_same_work(way, layout, kept):
     config = benchmark.read_config(toy("far"), [], toy("fqgan_tokenizer"))

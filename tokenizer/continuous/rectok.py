@@ -22,6 +22,7 @@ from core.config import parse_section
 from core.errors import UserError, check_choice
 from core.limits import Factor, Limits, Pixels, Share, Width
 from core.nn.attention import Attention
+from core.nn.linear import Linear
 from core.nn.mlp import SwiGLU
 from core.nn.norms import RMSNorm
 from core.nn.rope import Rope, rectok_rope
@@ -111,7 +112,7 @@ class Encoder(Transformer):
         super().__init__(size, grid, qk_norm)
         patches = nn.Conv2d(3, size.width, patch_size, stride=patch_size)
         self.patch_embed = nn.Sequential(patches, Rearrange("b d h w -> b (h w) d"))
-        self.latent_head = nn.Linear(size.width, 2 * channels)
+        self.latent_head = Linear(size.width, 2 * channels)
 
     def forward(self, images: Tensor, kept: Tensor | None = None) -> Tensor:
         """Moments of the posterior, mean then log variance, fp32: (B, K, 2C)."""
@@ -124,7 +125,7 @@ class Encoder(Transformer):
 class Decoder(Transformer):
     def __init__(self, size: ViTSize, grid: tuple[int, int], patch_size: int, channels: int, qk_norm: bool):
         super().__init__(size, grid, qk_norm)
-        self.decoder_embed = nn.Linear(channels, size.width)
+        self.decoder_embed = Linear(channels, size.width)
         self.mask_token = nn.Parameter(torch.randn(1, 1, size.width) * size.width**-0.5)
         self.ffn = nn.Sequential(
             Rearrange("b (h w) d -> b d h w", h=grid[0]),
@@ -145,9 +146,9 @@ class SemanticTransformer(Transformer):
 
     def __init__(self, size: ViTSize, grid: tuple[int, int], channels: int, features: int, qk_norm: bool):
         super().__init__(size, grid, qk_norm)
-        self.token_embedding = nn.Linear(channels, size.width)
+        self.token_embedding = Linear(channels, size.width)
         self.mask_embedding = nn.Parameter(torch.zeros(1, 1, size.width))
-        self.out = nn.Linear(size.width, features)
+        self.out = Linear(size.width, features)
 
     def forward(self, latents: Tensor, restore: Tensor | None = None) -> Tensor:
         x = unshuffle(self.token_embedding(latents), restore, self.mask_embedding)  # (B, N, D)
@@ -159,7 +160,7 @@ class SemanticMLP(nn.Module):
 
     def __init__(self, channels: int, features: int):
         super().__init__()
-        self.mlp = nn.Sequential(nn.Linear(channels, 4 * channels), nn.GELU(), nn.Linear(4 * channels, features))
+        self.mlp = nn.Sequential(Linear(channels, 4 * channels), nn.GELU(), Linear(4 * channels, features))
 
     def forward(self, latents: Tensor, restore: Tensor | None = None) -> Tensor:
         return self.mlp(latents)  # (B, K, features)

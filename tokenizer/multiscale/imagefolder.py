@@ -23,6 +23,7 @@ from core.dist import group_size
 from core.errors import UserError, check_choice, nearest
 from core.limits import Count, Factor, Pixels, Rate, Share, Whole, Width
 from core.nn.embed import resize_rows
+from core.nn.linear import Linear
 from core.nn.lora import TunedLayerNorm, adapt
 from core.nn.precision import no_autocast
 from core.nn.vit import VisionTransformer, ViTSize, dinov2_files, dinov2_weights
@@ -193,7 +194,7 @@ class ImageFolder(CodeTokenizer):
             width = next(iter(self.semantic.teachers.values()))
             # The official teacher is as wide as the encoder and goes straight into quant_conv; others are projected.
             self.sem_linear = (
-                nn.Identity() if width == sizes["encoder"].width else nn.Linear(width, sizes["encoder"].width)
+                nn.Identity() if width == sizes["encoder"].width else Linear(width, sizes["encoder"].width)
             )
         for part, size in sizes.items():
             trunk = self.get_submodule(part).model

@@ -14,6 +14,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from core.nn.conv import pixel_convs
+from core.nn.linear import Linear
 from core.nn.vit import VisionTransformer, ViTSize
 from core.rng import Draws
 
@@ -58,7 +59,7 @@ class PixelHead(nn.Module):
     def __init__(self, width: int, patch_size: int, grid: int, channels: int = 0):
         super().__init__()
         self.patch_size, self.grid = patch_size, grid
-        self.model = nn.Linear(width, (channels or 3) * patch_size**2)
+        self.model = Linear(width, (channels or 3) * patch_size**2)
         self.convs = pixel_convs(channels)
 
     @property

@@ -24,6 +24,7 @@ from core.errors import UserError
 from core.limits import Count, Factor, Layers, Pixels, Positive, Whole, Width
 from core.nn.attention import Attention
 from core.nn.kvcache import KVCache
+from core.nn.linear import Linear
 from core.nn.mlp import MLP
 from core.nn.rope import AxialRope, Rope
 from core.rng import Draws
@@ -146,7 +147,7 @@ class DAR(CodeTokenizer):
 
         self.patchify = nn.Conv2d(3, encoder_width, patch_size, patch_size)
         self.query_embedding = nn.Embedding(table_rows, code_dim if low_rank_queries else encoder_width)
-        self.query_linear = nn.Linear(code_dim, encoder_width) if low_rank_queries else nn.Identity()
+        self.query_linear = Linear(code_dim, encoder_width) if low_rank_queries else nn.Identity()
         self.encoder_layers = nn.ModuleList(
             Block(encoder_width, encoder_width // head_dim, gate=gate_init) for _ in range(encoder_layers)
         )

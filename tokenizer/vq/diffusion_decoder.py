@@ -20,6 +20,7 @@ from core.limits import Layers, Pixels, Positive, Whole, Width
 from core.nn.attention import Attention, CrossAttention
 from core.nn.conv import pixel_convs
 from core.nn.embed import sinusoidal
+from core.nn.linear import Linear
 from core.nn.mlp import MLP
 from core.nn.norms import modulate
 from core.nn.rope import AxialRope, Rope
@@ -41,7 +42,7 @@ class TimeMLP(nn.Module):
     def __init__(self, width: int):
         super().__init__()
         self.width = width
-        self.mlp = nn.Sequential(nn.Linear(width, width), nn.SiLU(), nn.Linear(width, width))
+        self.mlp = nn.Sequential(Linear(width, width), nn.SiLU(), Linear(width, width))
 
     def forward(self, t: Tensor) -> Tensor:
         return self.mlp(sinusoidal(1000.0 * t.float(), self.width))
@@ -55,9 +56,9 @@ class Block(nn.Module):
         self.attention = Attention(width, heads, qk_norm="layer")
         self.mlp = MLP(width, 4 * width, activation="silu")
         self.time_embed = TimeMLP(width) if own_time else nn.Identity()
-        self.cond_embed = nn.Sequential(nn.Linear(width, width), nn.SiLU(), nn.Linear(width, width))
+        self.cond_embed = nn.Sequential(Linear(width, width), nn.SiLU(), Linear(width, width))
         self.cross_attn = CrossAttention(width, heads, qk_norm="layer")
-        self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(width, 6 * width))
+        self.adaLN_modulation = nn.Sequential(nn.SiLU(), Linear(width, 6 * width))
 
     def forward(self, x: Tensor, conditions: Tensor, time: Tensor, rope: Rope) -> Tensor:
         """x (B, L, D), conditions (B, n, D), time (B or 1, D) embedded."""
@@ -72,8 +73,8 @@ class ModulatedOutput(nn.Module):
 
     def __init__(self, width: int, channels: int):
         super().__init__()
-        self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(width, 2 * width))
-        self.linear = nn.Linear(width, channels)
+        self.adaLN_modulation = nn.Sequential(nn.SiLU(), Linear(width, 2 * width))
+        self.linear = Linear(width, channels)
 
     def forward(self, x: Tensor, time: Tensor) -> Tensor:
         shift, scale = self.adaLN_modulation(time)[:, None].chunk(2, dim=-1)
@@ -152,9 +153,9 @@ class DiffusionCore(nn.Module):
         self.patch_size, self.feature_layer = patch_size, settings.feature_layer
         heads = width // head_dim
         pixels = channels * patch_size**2
-        self.cond_mlp = nn.Linear(condition_width, width)
+        self.cond_mlp = Linear(condition_width, width)
         self.conv_in = nn.Conv2d(pixels, width, 1)
-        self.cond_place = nn.Linear(width, width) if places else None
+        self.cond_place = Linear(width, width) if places else None
         self.blocks = nn.ModuleList(Block(width, heads, own_time) for _ in range(settings.depth))
         self.time_embed = None if own_time else TimeMLP(width)
         painted = (settings.pixel_channels or channels) * patch_size**2
@@ -164,8 +165,8 @@ class DiffusionCore(nn.Module):
         self.repa_out = None
         if feature_width is not None:
             hidden = settings.feature_hidden
-            layers = (nn.Linear(width, hidden), nn.SiLU(), nn.Linear(hidden, hidden), nn.SiLU())
-            self.repa_out = nn.Sequential(*layers, nn.Linear(hidden, feature_width))
+            layers = (Linear(width, hidden), nn.SiLU(), Linear(hidden, hidden), nn.SiLU())
+            self.repa_out = nn.Sequential(*layers, Linear(hidden, feature_width))
         self.rope = AxialRope(head_dim, (image_size // patch_size,) * 2, settings.rope_theta)
         self._init_weights(init_std)
 

@@ -22,6 +22,7 @@ from core.config import parse_section
 from core.errors import UserError, nearest
 from core.limits import Count, Layers, Pixels, Whole, Width
 from core.nn.conv import AttnBlock, ResBlock, channels_last, group_norm, growing_levels, shrinking_levels, through
+from core.nn.linear import Linear
 from core.nn.transformer import Transformer
 from core.rng import Draws
 from core.specs import Chart, Codes, Recon
@@ -109,7 +110,7 @@ class FeaturePredictor(Transformer):
 
     def __init__(self, width: int, code_dim: int, grid: tuple[int, int], layers: int, heads: int):
         super().__init__(width, layers, heads)
-        self.upscale = nn.Sequential(nn.Linear(code_dim, width), nn.ReLU(), nn.Linear(width, width))
+        self.upscale = nn.Sequential(Linear(code_dim, width), nn.ReLU(), Linear(width, width))
         self.class_embedding = nn.Parameter(torch.randn(1, width) * width**-0.5)
         self.positional_embedding = nn.Parameter(torch.randn(grid[0] * grid[1] + 1, width) * width**-0.5)
 

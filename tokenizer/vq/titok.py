@@ -22,6 +22,7 @@ from core.errors import UserError
 from core.images import to_unit_range
 from core.limits import Count, Pixels, Whole, Width
 from core.nn.embed import resize_rows
+from core.nn.linear import Linear
 from core.nn.transformer import Transformer
 from core.nn.vit import ViTSize
 from core.specs import Codes
@@ -74,7 +75,7 @@ class Decoder(Half):
     def __init__(self, size: ViTSize, grid: int, latents: int, code_dim: int, ffn: nn.Module):
         super().__init__(size, grid * grid, latents)
         self.grid = grid
-        self.decoder_embed = nn.Linear(code_dim, size.width)
+        self.decoder_embed = Linear(code_dim, size.width)
         self.mask_token = nn.Parameter(torch.randn(1, 1, size.width) * size.width**-0.5)
         self.ffn = ffn
 
