@@ -520,6 +520,10 @@ class Task(Protocol):
         """
         ...
 
+    def looks_at_batches(self) -> bool:
+        """Whether some term is no mean over pictures: then how many are seen at once counts."""
+        ...
+
     def preview(self, network: nn.Module, draws: Draws, count: int) -> Tensor:
         """(M, 3, H, W) in [-1, 1]: pictures that show the state of the run, the same ones each time."""
         ...

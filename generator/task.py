@@ -99,5 +99,8 @@ class GeneratorTask:
         names = self.class_names or [str(label) for label in range(self.num_classes)]
         return [(names[i % self.num_classes], [i]) for i in range(count)]
 
+    def looks_at_batches(self) -> bool:
+        return False
+
     def charts(self) -> list[Chart]:
         return list(self.generator.charts) or [Chart("loss", ("loss",), live=True)]

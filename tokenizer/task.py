@@ -83,6 +83,10 @@ class TokenizerTask:
             loss = self.objective.discriminator_loss(images, fake, judge, progress, random, order)
             yield Phase("discriminator", loss)
 
+    def looks_at_batches(self) -> bool:
+        """Batch statistics and the adaptive weight of a GAN, entropies and contrasts of codes."""
+        return self.discriminator is not None or any(hasattr(m, "across_ranks") for m in self.tokenizer.modules())
+
     @torch.no_grad()
     def preview(self, network: nn.Module, draws: Draws, count: int) -> Tensor:
         """Originals in one row, their reconstructions in the next, eight columns."""

@@ -174,6 +174,12 @@ class Trainer:
     def images_seen(self) -> int:
         return self.step * self.settings.global_batch
 
+    @property
+    def seen_at_once(self) -> int:
+        """Pictures over which terms of a whole batch are computed: of one forward pass, on all ranks where these share them."""
+        on_a_rank = self.settings.global_batch // self.world.size // self.accumulation
+        return on_a_rank * (self.world.size if self.settings.sync_batch_norm else 1)
+
     def _every(self, duration, step: int) -> bool:
         """Whether a period ends with `step` (counted in steps from the start of the run)."""
         period = duration.images(self.images_per_epoch, self.settings.global_batch) // self.settings.global_batch
@@ -217,6 +223,7 @@ class Trainer:
             "optimizers": optimizer_state,
             "averages": {"order": list(self.averages.sums), "counts": self.averages.counts},
             "provenance": self.provenance,
+            "seen_at_once": self.seen_at_once,
             "config": to_plain(self.config),
             **({"evaluation_due": True} if self.evaluation_due else {}),
         }
@@ -292,6 +299,13 @@ class Trainer:
         self.evaluation_due = bool(self.evaluate and state.get("evaluation_due"))
         self.run.rewind_metrics(self.step)
         self.run.log(f"continuing from {checkpoint.path} (step {self.step}, {self.images_seen:,} images seen)")
+        before = state.get("seen_at_once", self.seen_at_once)  # earlier versions did not tell
+        if before != self.seen_at_once and self.task.looks_at_batches():
+            self.run.log(
+                f"warning: {self.seen_at_once} pictures are seen at once from here on, {before} were before: terms that look at "
+                "a whole batch (batch statistics, the adaptive weight, entropies) change with them. train.micro_batch and the "
+                "number of ranks decide"
+            )
         return True
 
     # ------------------------------------------------------------------------------------------------------------------
@@ -355,7 +369,7 @@ class Trainer:
             each = self.settings.global_batch // self.world.size // self.accumulation
             raise UserError(
                 f"the GPU's memory does not hold {each} picture(s) at once. Set train.micro_batch={max(1, each // 2)} "
-                "(the results stay the same), or train.activation_checkpointing=true."
+                f"({'terms of a whole batch change' if self.task.looks_at_batches() else 'the results stay the same'}), or train.activation_checkpointing=true."
             ) from None
         finally:
             log.close()  # after an error too: the live line holds the terminal's cursor

@@ -76,6 +76,9 @@ def measure(steps: int, tensors: int, device_name: str) -> tuple[float, float]:
         def constants(self) -> dict[str, torch.Tensor]:
             return {}
 
+        def looks_at_batches(self) -> bool:
+            return False
+
         def charts(self) -> list:
             return []
 

@@ -22,7 +22,7 @@ from core.train.checkpoint import CheckpointStore
 from core.train.run import differences, read_metrics, shared_settings
 from core.train.trainer import Trainer
 from run.load import load_config
-from tests.conftest import TOY_GENERATOR, TOY_TOKENIZER
+from tests.conftest import TOY_GENERATOR, TOY_TOKENIZER, toy
 from tests.tools import torture
 
 EVERY_STEP = ["train.time_limit_minutes=1e-9"]  # over before the first step ends
@@ -237,6 +237,29 @@ def test_a_disk_of_checkpoints_that_is_not_mounted(run_toy, tmp_path):
     code, run, err = run_toy("linked")
     assert code == 2 and f"checkpoints: a link to {disk}, which is not there. Mount the disk" in err
     assert (run / "config.yaml").stat().st_mtime_ns == before
+
+
+@pytest.mark.parametrize(
+    ("config", "overrides", "told"),
+    [
+        (TOY_TOKENIZER, ["train.micro_batch=4"], "warning: 4 pictures are seen at once from here on, 8 were before"),
+        (TOY_TOKENIZER, ["train.micro_batch=8"], ""),
+        (TOY_TOKENIZER, ["train.micro_batch=4", *torture.NO_GAN], ""),
+        (toy("fqgan_tokenizer"), ["train.micro_batch=4", *torture.NO_GAN], "warning: 4 pictures"),
+    ],
+)
+def test_another_micro_batch_is_told_where_it_counts(build_trainer, config, overrides, told):
+    words = [
+        "name=same",
+        "train.duration=1step",
+        "train.preview_every=never",
+        *(o for o in overrides if o in torture.NO_GAN),
+    ]
+    build_trainer(config, *words).fit()
+    trainer = build_trainer(config, *words, *overrides)
+    assert trainer.restore()
+    said = (trainer.run.path / "log.txt").read_text()
+    assert told in said if told else "seen at once" not in said
 
 
 def test_longer_duration_continues(run_toy):
