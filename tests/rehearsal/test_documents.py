@@ -56,6 +56,8 @@ def furnished(rehearsal):
     mask.save(house.folder / "mask.png")
     (house.folder / "my").mkdir()
     shutil.copytree(house.folder / "data" / "imagenet" / "train", house.folder / "my" / "pictures")
+    texts = {"file": "any.jpg", "texts": [{"box": [0, 0, 9, 9], "says": "STOP"}]}
+    (house.folder / "my" / "texts.jsonl").write_text(json.dumps(texts))
     for folder in ("originals", "folder/of/pngs"):
         (house.folder / folder).mkdir(parents=True)
         for i, photo in enumerate(photos[:4]):
