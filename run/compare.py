@@ -416,7 +416,7 @@ def write_tokenizers(
     report.add_table(
         "Codebooks, by branch and scale", headers, [row for side in sides for row in codebook_rows_of(side)]
     )
-    left_out = left_out_of(sides)
+    left_out = left_out_of({side.name: side.left_out for side in sides})
     report.add_table("Left out", ["what", "why"], [[name, why] for name, why in left_out.items()])
     report.add_environment(environment()).write(folder / "report.html")
     write_tables(
@@ -436,15 +436,19 @@ def write_tokenizers(
     print(f"written to {folder}: report.html, compare.csv, compare.tex, differences.csv, differences.tex, metrics.json")
 
 
-def left_out_of(sides: list[Side]) -> dict[str, str]:
-    """What is missing -> why: of all tokenizers where nobody has it for the same reason, else with the names of those."""
+def left_out_of(reasons: dict[str, dict[str, str]]) -> dict[str, str]:
+    """What is missing -> why: once where nobody has it for the same reason, else with the names of those.
+
+    Args:
+        reasons: name of a tokenizer or generator -> what is missing -> why.
+    """
     lacking: dict[tuple[str, str], list[str]] = {}
-    for side in sides:
-        for name, why in side.left_out.items():
-            lacking.setdefault((name, why), []).append(side.name)
+    for name, of in reasons.items():
+        for what, why in of.items():
+            lacking.setdefault((what, why), []).append(name)
     return {
-        name if len(names) == len(sides) else f"{', '.join(names)}: {name}": why
-        for (name, why), names in lacking.items()
+        what if len(names) == len(reasons) else f"{', '.join(names)}: {what}": why
+        for (what, why), names in lacking.items()
     }
 
 
@@ -504,7 +508,7 @@ def write_differences(folder: Path, pairs: list[Pair]) -> None:
 def compare_generators(options: argparse.Namespace, overrides: list[str], folder: Path, world: World) -> None:
     """Samples of each under one protocol."""
     numbers: Numbers = {}
-    facts, left_out, net = [], {}, ""
+    facts, reasons, net = [], {}, ""
     report = Report(
         "Generators compared", f"protocol {eval_settings([o for o in overrides if o.startswith('eval.')]).protocol}"
     )
@@ -516,7 +520,7 @@ def compare_generators(options: argparse.Namespace, overrides: list[str], folder
             continue
         context = read_json(Path(each.out) / "metrics.json")["context"]
         numbers[name] = numbers_of(context["scores"])
-        left_out |= {f"{name}: {metric}": why for metric, why in context["left_out"].items()}
+        reasons[name] = context["left_out"]
         net = context["net"]
         sampling = ", ".join(f"{key} {value}" for key, value in context["sample"].items())
         facts.append(
@@ -545,6 +549,7 @@ def compare_generators(options: argparse.Namespace, overrides: list[str], folder
         path = folder / name.replace("/", "-") / "samples.png"
         if path.is_file():
             report.add_image(name, Image.open(path), "The first samples.")
+    left_out = left_out_of(reasons)
     report.add_table("Left out", ["what", "why"], [[what, why] for what, why in left_out.items()])
     report.add_environment(environment()).write(folder / "report.html")
     write_tables(folder, numbers, metrics)

@@ -108,7 +108,8 @@ def test_generators(generator_run, tmp_path):
     assert compare.main([str(generator_run), str(other), "--num", "32", "--bootstrap", "2", "--out", str(out)]) == 0
     found = numbers(out)
     assert len({name for name, _ in found}) == 2 and len({*found.values()}) == len(found) // 2  # the same weights
-    assert "fd_lite0" in (out / "report.html").read_text()
+    page = (out / "report.html").read_text()
+    assert "fd_lite0" in page and page.count("has no spatial features") == 1, "said once for both"
 
 
 def test_accuracies_of_a_probe(fqgan, tokenizer_run, tmp_path, monkeypatch):
