@@ -4,8 +4,8 @@ REFERENCE is a run folder, a file of weights, the name of a released one, or hf:
 a run.models.TokenizerModel or GeneratorModel.
 """
 
-from run.models import load_generator as generator
-from run.models import load_tokenizer as tokenizer
+from run import load_generator as generator
+from run import load_tokenizer as tokenizer
 
 dependencies = ["torch", "safetensors", "omegaconf", "timm", "huggingface_hub"]
 __all__ = ["generator", "tokenizer"]

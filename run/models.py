@@ -155,6 +155,9 @@ class TokenizerModel:
 
     module: Tokenizer
 
+    def __repr__(self) -> str:  # a notebook shows it; the network's own would be hundreds of lines
+        return f"{type(self.module).__name__}, pictures of {self.image_size} pixels, {self.spec}, on {self.device}"
+
     @property
     def device(self) -> torch.device:
         return next(self.module.parameters()).device
@@ -199,6 +202,10 @@ class GeneratorModel:
     """A generator that takes class names and gives pictures. `sampler` holds its networks and its config."""
 
     sampler: Sampler
+
+    def __repr__(self) -> str:
+        name = type(self.sampler.generator).__name__
+        return f"{name} of {self.sampler.num_classes} classes, decoded by {self.tokenizer!r}"
 
     @property
     def tokenizer(self) -> TokenizerModel:

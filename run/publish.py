@@ -111,8 +111,22 @@ class Publication:
         lines += [f"A {kind} of images, `{name}`, trained with Tessera.", ""]
         if (folder / PICTURES).is_file():
             lines += [f"![the last preview of the run]({PICTURES})", ""]
-        lines += ["## Use", "", "```bash", *self._commands(kind, names), "```", "", "```python", "import run", ""]
+        lines += [
+            "## Use",
+            "",
+            "In the folder of Tessera's code:",
+            "",
+            "```bash",
+            *self._commands(kind, names),
+            "```",
+            "",
+            "```python",
+            "import run",
+            "",
+        ]
         lines += [f'model = run.load_{kind}("hf://{self.repository}")', "```", ""]
+        load = f'torch.hub.load("path/to/tessera", "{kind}", "hf://{self.repository}", source="local")'
+        lines += ["From any other folder:", "", "```python", "import torch", "", f"model = {load}", "```", ""]
         lines += ["## Training", "", "| | |", "|---|---|"]
         recipe = without_places(about_run(run_dir).get("recipe"))
         facts = {
@@ -150,6 +164,11 @@ class Publication:
                 repo_id=self.repository, folder_path=folder, commit_message="Add weights and card"
             )
         except Exception as error:  # any of the library's, of its HTTP client's or of the network
+            if type(error).__name__ in ("ConnectError", "ConnectTimeout", "ConnectionError"):  # of httpx or requests
+                raise UserError(
+                    f"the hub cannot be reached from here ({brief(error)}). {folder} is ready: on a machine with network, the "
+                    f"same command sends it, or hf upload {self.repository} {folder}"
+                ) from error
             raise UserError(
                 f"{self.repository} does not take it ({brief(error)}). Log in with `hf auth login` or set "
                 f"HF_TOKEN to a token that may write; {folder} is ready, the same command sends it again."

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 
@@ -102,6 +103,29 @@ def test_torch_hub_in_another_folder(tokenizer_run, generator_run, tmp_path):
     )
     done = subprocess.run([sys.executable, "-c", program], cwd=tmp_path, capture_output=True, text=True)
     assert done.stdout.startswith("(32, 32) torch.Size([1, "), done.stderr
+
+
+@pytest.mark.parametrize(
+    "imported, says",
+    [
+        ("data", "another `data` .*my_project/data\\), the name of a package of Tessera"),
+        ("run", "another `run` .*my_project/run.py|cannot import name 'load_generator' from 'run' .*my_project/run.py"),
+    ],
+)
+def test_packages_of_another_project_that_are_called_as_ours(imported, says, tmp_path):
+    project = tmp_path / "my_project"
+    (project / "data").mkdir(parents=True)
+    (project / "data" / "__init__.py").write_text("mine = 1\n")
+    (project / "run.py").write_text("mine = 1\n")
+    program = f"import {imported}, torch; torch.hub.load({str(ROOT)!r}, 'generator', 'tiny/rectok', source='local')"
+    done = subprocess.run([sys.executable, "-c", program], cwd=project, capture_output=True, text=True)
+    assert done.returncode and re.search(says, done.stderr.splitlines()[-1]), done.stderr
+
+
+def test_models_are_shown_on_a_line(tokenizer_run, generator_run):
+    shown = repr(run.load_generator(str(generator_run)))
+    assert re.fullmatch(r"DiTDH of \d+ classes, decoded by RecTok, pictures of 32 pixels, continuous .* on cpu", shown)
+    assert repr(run.load_tokenizer(str(tokenizer_run))).startswith("RecTok, pictures of 32 pixels")
 
 
 @pytest.mark.parametrize("name", ["tokenizer", "generator"])

@@ -197,6 +197,20 @@ def test_without_a_network_what_is_here_is_taken(generator_run, fake, bare, monk
     assert publish.main([str(generator_run), "me/toy", "--out", "ready", "--dry-run"]) == 0
 
 
+def test_a_hub_out_of_reach_is_no_matter_of_logins(generator_run, fake, bare, monkeypatch):
+    class ConnectError(Exception):
+        """As httpx, and so huggingface_hub, says it."""
+
+    def refuse(*arguments, **options):
+        raise ConnectError("[Errno -2] Name or service not known")
+
+    monkeypatch.setattr("huggingface_hub.HfApi.create_repo", refuse)
+    with pytest.raises(
+        UserError, match=r"the hub cannot be reached from here \(ConnectError: .*hf upload me/toy ready$"
+    ):
+        publish.main([str(generator_run), "me/toy", "--out", "ready"])
+
+
 def test_what_the_hub_refuses_is_a_sentence(generator_run, fake, bare):
     fake.refuses = 403
     with pytest.raises(UserError, match=r"me/toy does not take it .*HF_TOKEN to a token that may write"):
