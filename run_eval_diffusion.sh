@@ -27,12 +27,14 @@ scales="1.0"
 [ -z "$guide" ] || scales="1.29,1.0"
 out="$PWD/work_dirs/gen_model_training/RecTok_eval"
 rest=()
-for word in "$@"; do
-    case "$word" in
-        scales=*) scales="${word#scales=}" ;;
-        out=*) out="${word#out=}" ;;
-        *) rest+=("$word") ;;
+while [ $# -gt 0 ]; do
+    case "$1" in
+        scales=*) scales="${1#scales=}" ;;
+        out=* | --out=*) out="${1#*=}" ;;
+        --out) [ $# -ge 2 ] || usage >&2; out="$2"; shift ;; # of all scales, each of which has a folder in it
+        *) rest+=("$1") ;;
     esac
+    shift
 done
 source scripts/signals.sh
 hear_signals

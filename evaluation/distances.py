@@ -275,7 +275,7 @@ def kid(
     if min(len(first), len(second)) < size:
         raise UserError(
             f"KID over subsets of {size} needs as many pictures on each side, got {len(first)} and "
-            f"{len(second)}. Choose a smaller subset size, and compare only numbers made with the same."
+            f"{len(second)}. Measure more pictures: with other subsets it is another number."
         )
     if not (torch.isfinite(first).all() and torch.isfinite(second).all()):
         raise UserError("The features hold NaN or infinity: KID has no value there.")

@@ -103,7 +103,7 @@ class Comparison:
     def pictures_of(self, tap: str) -> Tensor:
         """Features of real pictures, (M, D)."""
         if not self.real or tap not in self.real:
-            raise Unavailable(f"{self.against} has no pictures (arr_0), only their statistics")
+            raise Unavailable(f"of {self.against} there are only statistics, no pictures (arr_0)")
         return self.real[tap]
 
     def moments(self, tap: str) -> tuple[Tensor, Tensor]:
