@@ -75,7 +75,7 @@ class Lock:
 
     def _living(self) -> dict | None:
         owner = self._read()
-        if owner is None or owner == self._me:
+        if owner is None or owner | {"folder": None} == self._me | {"folder": None}:
             return None
         if owner["host"] == self._me["host"]:
             if is_copied(self.file, owner.get("folder", "")):

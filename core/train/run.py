@@ -162,8 +162,17 @@ class RunFolder:
         if self.is_main:
             self._append(self.metrics_path.name, json.dumps(record))
 
+    def require_there(self) -> None:
+        """UserError where the folder is gone: to be asked before something is written that would make it anew."""
+        if self.is_main and not self.saved.exists():
+            raise UserError(
+                f"{self.path} was moved or deleted while this run was at work in it. Put it back, or go on where it lies now "
+                "with work_dir= and name=."
+            )
+
     def _append(self, name: str, line: str) -> None:
         path = self.path / name
+        self.require_there()
         with explain_os_errors(path), path.open("a", encoding="utf-8", errors="backslashreplace") as file:
             file.write(line + "\n")
 

@@ -227,6 +227,7 @@ class Trainer:
             "config": to_plain(self.config),
             **({"evaluation_due": True} if self.evaluation_due else {}),
         }
+        self.run.require_there()
         milestone = self._every(self.settings.milestone_every, self.step)
         self.store.save(self.step, tensors, state, milestone=milestone, wait=wait)
 
@@ -532,6 +533,7 @@ class Trainer:
         pictures = self.task.preview(network, Draws(hash64(self.config.seed, "preview"), positions), PREVIEW_IMAGES)
         pictures = image_tools.finite_uint8(pictures.float(), "truncate", range(len(pictures)))
         grid = image_tools.grid(pictures.cpu(), columns=PREVIEW_COLUMNS)
+        self.run.require_there()
         image_tools.save_png(grid, self.run.path / "samples" / f"step_{self.step:08d}.png")
         return grid
 

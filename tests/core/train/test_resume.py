@@ -225,6 +225,29 @@ def test_a_renamed_run_and_a_copy_go_on(run_toy, tmp_path):
         assert yaml.safe_load((run / "config.yaml").read_text())["name"] == name
 
 
+@pytest.mark.parametrize("what", ["checkpoint", "preview"])
+def test_a_folder_that_is_moved_under_its_run(monkeypatch, run_toy, tmp_path, what):
+    """Ends it, whatever is written next, and the run goes on where it lies now."""
+    original = Trainer.train_step
+
+    def train_step(self, batch):
+        if self.step == 4:
+            self.store.wait()
+            self.run.path.rename(tmp_path / "moved")
+        return original(self, batch)
+
+    periods = {"checkpoint": ["train.checkpoint_every=1step"], "preview": ["train.preview_every=1step"]}
+    words = ["train.log_every=100step", *periods[what]]
+    with monkeypatch.context() as patch:
+        patch.setattr(Trainer, "train_step", train_step)
+        code, run, err = run_toy("here", *words)
+    assert code == 2 and "here was moved or deleted while this run was at work in it. Put it back" in err
+    assert not (run / "checkpoints").exists() and not (run / "log.txt").exists()
+    assert run_toy("moved", *words)[0] == 0
+    _, reference, _ = run_toy("reference", *words)
+    assert_equal(tmp_path / "moved", reference)
+
+
 def test_a_disk_of_checkpoints_that_is_not_mounted(run_toy, tmp_path):
     """The run does not begin anew."""
     assert run_toy("linked", *EVERY_STEP)[0] == 75
