@@ -31,6 +31,11 @@ def group_norm(channels: int, groups: int = 32) -> nn.GroupNorm:
     return nn.GroupNorm(groups, channels, eps=1e-6)
 
 
+def norm_silu(norm: nn.Module, x: Tensor) -> Tensor:
+    """silu(norm(x)); written over the norm where no gradient will ask for it, since fresh memory costs as much as the work."""
+    return F.silu(norm(x), inplace=not torch.is_grad_enabled())
+
+
 class ResBlock(nn.Module):
     """norm, silu, 3x3; norm, silu, 3x3; plus the input.
 
@@ -59,11 +64,11 @@ class ResBlock(nn.Module):
             self.nin_shortcut = None
 
     def forward(self, x: Tensor) -> Tensor:
-        h = self.conv1(F.silu(self.norm1(x)))
-        h = self.conv2(F.silu(self.norm2(h)))
+        h = self.conv1(norm_silu(self.norm1, x))
+        h = self.conv2(norm_silu(self.norm2, h))
         if self.nin_shortcut is not None:
             x = self.nin_shortcut(h if self.from_branch else x)
-        return x + h
+        return x + h if torch.is_grad_enabled() or h.dtype != x.dtype else h.add_(x)
 
 
 class AttnBlock(nn.Module):

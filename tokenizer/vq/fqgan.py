@@ -16,12 +16,20 @@ from typing import Annotated, Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from core.config import parse_section
 from core.errors import UserError, nearest
 from core.limits import Count, Layers, Pixels, Whole, Width
-from core.nn.conv import AttnBlock, ResBlock, channels_last, group_norm, growing_levels, shrinking_levels, through
+from core.nn.conv import (
+    AttnBlock,
+    ResBlock,
+    channels_last,
+    group_norm,
+    growing_levels,
+    norm_silu,
+    shrinking_levels,
+    through,
+)
 from core.nn.linear import Linear
 from core.nn.transformer import Transformer
 from core.rng import Draws
@@ -73,7 +81,7 @@ class Branch(nn.Module):
         self.conv_out = nn.Conv2d(width, z_channels, 3, padding=1)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.conv_out(F.silu(self.norm_out(self.adapter(x))))
+        return self.conv_out(norm_silu(self.norm_out, self.adapter(x)))
 
 
 class Encoder(nn.Module):
@@ -102,7 +110,7 @@ class Decoder(nn.Module):
 
     def forward(self, z: Tensor) -> Tensor:
         x = through(self.conv_in(z), self.mid, self.conv_blocks)
-        return self.conv_out(F.silu(self.norm_out(x)))
+        return self.conv_out(norm_silu(self.norm_out, x))
 
 
 class FeaturePredictor(Transformer):

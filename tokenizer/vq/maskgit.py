@@ -12,12 +12,20 @@ from __future__ import annotations
 from typing import Any
 
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from core.errors import UserError, nearest
 from core.images import to_unit_range
 from core.limits import Count, Factor, Pixels, Positive, Whole, Width
-from core.nn.conv import Downsample, ResBlock, channels_last, group_norm, growing_levels, shrinking_levels, through
+from core.nn.conv import (
+    Downsample,
+    ResBlock,
+    channels_last,
+    group_norm,
+    growing_levels,
+    norm_silu,
+    shrinking_levels,
+    through,
+)
 from core.specs import Codes
 from tokenizer.codes import CodesOfOneBranch
 from tokenizer.vq.quantizer import LookupFreeQuantizer, Quantizer, VectorQuantizer
@@ -41,7 +49,7 @@ class ConvEncoder(nn.Module):
 
     def forward(self, pixels: Tensor) -> Tensor:
         x = through(self.conv_in(pixels), self.levels, self.mid)
-        return self.conv_out(F.silu(self.norm_out(x)))
+        return self.conv_out(norm_silu(self.norm_out, x))
 
 
 class ConvDecoder(nn.Module):
@@ -59,7 +67,7 @@ class ConvDecoder(nn.Module):
 
     def forward(self, z: Tensor) -> Tensor:
         x = through(self.conv_in(z), self.mid, self.levels)
-        return self.conv_out(F.silu(self.norm_out(x)))
+        return self.conv_out(norm_silu(self.norm_out, x))
 
 
 class ConvTokenizer(CodesOfOneBranch):
