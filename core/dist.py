@@ -187,7 +187,8 @@ def pick_device(wanted: str) -> torch.device:
             built = f"built for CUDA {torch.version.cuda}" if torch.version.cuda else "built without CUDA"
             raise UserError(
                 f"nvidia-smi lists {count} GPU(s) (driver {driver}), but torch {torch.__version__}, {built}, "
-                "cannot use them. Install the torch build for this driver (pytorch.org), or update the driver; "
+                "cannot use them. Delete .venv and start again on this machine, which takes the torch for its driver (of your "
+                "own environment: pytorch.org), or update the driver; "
                 "to compute on the CPU all the same: CUDA_VISIBLE_DEVICES= in front of the command."
             )
         return torch.device("cpu")

@@ -5,6 +5,7 @@
 #   otherwise                        .venv in the repository, made with uv (or venv + pip) and stamped with the hash of
 #                                    what was installed, so that the next start takes no time
 #   TESSERA_EXTRAS=yes               requirements-extras.txt too (wandb, tensorboard, datasets)
+#   TESSERA_DRIVER=550               take the torch for this driver of NVIDIA: on a login node, which has no GPU to ask
 
 ROOT="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
 source "$ROOT/scripts/signals.sh"
@@ -14,6 +15,10 @@ for word in "$@"; do
     case "$word" in -h | --help | --list) ASKS=yes ;; esac
 done
 fail() { echo "error: $*" >&2; exit 2; }
+if [ -n "${TMPDIR:-}" ] && ! { [ -d "$TMPDIR" ] && [ -w "$TMPDIR" ]; }; then # of the node where the job was sent off, say
+    echo "TMPDIR=$TMPDIR is no folder that can be written to; /tmp is used" >&2
+    unset TMPDIR
+fi
 fail_unless_stopped() { [ -z "$asked" ] || stopped; fail "$@"; }
 
 check_python() {
@@ -31,7 +36,7 @@ BUILDS="
 choose_build() { # sets TORCH and VISION, "-" for those of requirements.txt
     local from driver
     TORCH=- VISION=-
-    driver="$(nvidia-smi --query-gpu=driver_version --format=csv,noheader 2>/dev/null | head -n 1)" || true
+    driver="${TESSERA_DRIVER:-$(nvidia-smi --query-gpu=driver_version --format=csv,noheader 2>/dev/null | head -n 1)}" || true
     [[ "$driver" =~ ^[0-9]+ ]] || return 0 # no GPU: the newest runs on the CPU
     while read -r from TORCH VISION _; do
         if [ -n "$from" ] && [ "${driver%%.*}" -ge "$from" ]; then return 0; fi
@@ -42,6 +47,34 @@ choose_build() { # sets TORCH and VISION, "-" for those of requirements.txt
 
 pinned() { # FILE: its lines, with the torch that this machine can use
     sed -E -e "$([ "$TORCH" = - ] || echo "s/^torch==[^ ]+/torch==$TORCH/;s/^torchvision==[^ ]+/torchvision==$VISION/")" "$ROOT/$1"
+}
+
+lock() { # one process at a time makes .venv: the nodes of a job share a disk, and so do jobs
+    local owner said=
+    until mkdir "$venv.lock" 2>/dev/null; do
+        [ -d "$venv.lock" ] || fail "$ROOT cannot be written to, and there is no environment in it: set TESSERA_PYTHON"
+        owner="$(cat "$venv.lock/owner" 2>/dev/null)" || true
+        if [ "${owner% *}" = "$(uname -n)" ] && ! kill -0 "${owner##* }" 2>/dev/null; then
+            rm -rf "$venv.lock" # of one that was killed
+            continue
+        fi
+        [ -n "$said" ] || echo "Waiting for .venv, which process ${owner:-of another node} makes (if it does not live: rm -r $venv.lock) ..."
+        said=yes
+        attend sleep 1
+        [ -z "$asked" ] || stopped
+    done
+    trap 'rm -rf "$venv.lock"' EXIT
+    echo "$(uname -n) $$" >"$venv.lock/owner"
+}
+
+unlock() { rm -rf "$venv.lock"; trap - EXIT; }
+
+incomplete() { # whether .venv lacks one of the files $needed
+    local file
+    for file in $needed; do
+        if [ "$(cat "$venv/$file.sha256" 2>/dev/null)" != "$(stamp "$file")" ]; then return 0; fi
+    done
+    return 1
 }
 
 install() { # the files $needed into $venv, made with $base
@@ -81,18 +114,20 @@ else
     PYTHON="$venv/bin/python"
     needed="requirements.txt${TESSERA_EXTRAS:+ requirements-extras.txt}${TESSERA_DEV:+ requirements-extras.txt requirements-dev.txt}"
     if [ -n "$ASKS" ]; then needed=requirements.txt; fi
-    missing=
-    for file in $needed; do
-        if [ "$(cat "$venv/$file.sha256" 2>/dev/null)" != "$(stamp "$file")" ]; then missing=yes; fi
-    done
-    if [ -n "$missing" ]; then
+    if incomplete; then
         base="${PYTHON_FOR_VENV:-}"
         for candidate in python3.13 python3.12 python3.11 python3; do  # a name on PATH may be a shim that does not run
             if [ -z "$base" ] && "$candidate" -c '' 2>/dev/null; then base="$candidate"; fi
         done
         [ -n "$base" ] || fail "no python3 found; install Python 3.11 or newer, or set TESSERA_PYTHON"
         check_python "$base"
-        if [ -n "$ASKS" ]; then PYTHON="$base"; else install; fi
+        if [ -n "$ASKS" ]; then
+            PYTHON="$base"
+        else
+            lock
+            if incomplete; then install; fi # another one may have been faster
+            unlock
+        fi
     fi
 fi
 export PYTHON

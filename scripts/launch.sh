@@ -93,7 +93,8 @@ attend "$PYTHON" -m "$program" "$@" --check >/dev/null || code=$?
 if [ -n "$asked" ] && [ "$code" != 75 ]; then stopped; fi # 75: it has said so
 [ "$code" = 0 ] || exit "$code"
 
-export OMP_NUM_THREADS="${OMP_NUM_THREADS:-$(($(getconf _NPROCESSORS_ONLN) / NPROC > 0 ? $(getconf _NPROCESSORS_ONLN) / NPROC : 1))}"
+cores="$(env -u OMP_NUM_THREADS -u OMP_THREAD_LIMIT nproc 2>/dev/null || getconf _NPROCESSORS_ONLN)" # those that the job may use
+export OMP_NUM_THREADS="${OMP_NUM_THREADS:-$((cores / NPROC > 0 ? cores / NPROC : 1))}"
 TESSERA_EXIT_FILE="$(mktemp)"
 export TESSERA_EXIT_FILE
 trap 'rm -f "$TESSERA_EXIT_FILE" "$TESSERA_EXIT_FILE.claimed"' EXIT

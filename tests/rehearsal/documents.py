@@ -60,7 +60,7 @@ RULES = [
     Rule(r"bash \S+ .*my_(vae|maskgit)", "--help", EXTENDING),
     Rule(r".*--dry-run|.*--list", ""),
     Rule(r"bash run_train_\w+\.sh configs/toy/", "train.duration=2step", "toys run for real"),
-    Rule(r"bash run_(train_\w+|decoder_finetune_tokenizer|finetune_decoder)\.sh", "--check"),
+    Rule(r"(TESSERA_DRIVER=\d+ )?bash run_(train_\w+|decoder_finetune_tokenizer|finetune_decoder)\.sh", "--check"),
     Rule(r"bash run_make_reference\.sh", f"--network pretrained_models/{INCEPTION} --check"),
     Rule(
         r"bash run_eval_generator\.sh .*eval\.reference=", "--check", refused="bash run_download.sh weights-inception"

@@ -8,6 +8,7 @@ import runpy
 import shutil
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -139,6 +140,41 @@ def test_torch_is_chosen_for_the_driver(repository, tmp_path, driver, torch_line
     done = install(repository, tmp_path / "bin")
     assert done.returncode == 0, done.stderr
     assert re.search("^" + torch_line, (tmp_path / "bin" / "lists").read_text(), re.MULTILINE)
+
+
+def test_a_login_node_takes_the_torch_of_the_node_that_computes(repository, tmp_path, monkeypatch):
+    monkeypatch.setenv("TESSERA_DRIVER", "550")
+    test_torch_is_chosen_for_the_driver(repository, tmp_path, "", r"torch==2\.10\.0 ")
+
+
+def test_two_nodes_make_one_environment(repository, tmp_path):
+    """At the same time, on a shared disk: the second one waits, and finds it made."""
+    slow = '[ "$1" != pip ] || sleep 1'
+    program(tmp_path / "bin" / "uv", FAKE_UV + slow)
+    program(tmp_path / "bin" / "df", 'echo header; echo "disk 1 1 99999 1% /"')
+    with ThreadPoolExecutor() as pool:
+        ends = list(pool.map(lambda _: install(repository, tmp_path / "bin"), range(3)))
+    assert [done.returncode for done in ends] == [0, 0, 0], ends
+    assert (tmp_path / "bin" / "uv.log").read_text().count("uv venv") == 1
+    assert not (repository / ".venv.lock").exists()
+    assert any("Waiting for .venv, which process" in done.stdout for done in ends)
+
+
+def test_an_installation_that_was_killed_is_not_waited_for(repository, tmp_path):
+    program(tmp_path / "bin" / "uv", FAKE_UV)
+    program(tmp_path / "bin" / "df", 'echo header; echo "disk 1 1 99999 1% /"')
+    lock = repository / ".venv.lock"
+    lock.mkdir()
+    dead = subprocess.Popen(["true"])
+    dead.wait()
+    (lock / "owner").write_text(f"{os.uname().nodename} {dead.pid}\n")
+    assert install(repository, tmp_path / "bin").returncode == 0 and not lock.exists()
+
+
+def test_a_temporary_folder_of_another_node(repository, tmp_path, monkeypatch):
+    monkeypatch.setenv("TMPDIR", str(tmp_path / "nowhere"))
+    done = run("run_train_tokenizer.sh", "x", TESSERA_PYTHON=str(tmp_path / "nope"))
+    assert done.stderr.startswith(f"TMPDIR={tmp_path / 'nowhere'} is no folder that can be written to; /tmp is used\n")
 
 
 def test_a_driver_that_is_too_old(repository, tmp_path):

@@ -19,6 +19,7 @@ import torch
 
 from core import dist, launch
 from core.errors import UserError
+from tests.conftest import ROOT
 from tests.scripts.shell import program, run, start
 
 pytestmark = pytest.mark.skipif(shutil.which("bash") is None, reason="needs bash")
@@ -300,3 +301,57 @@ exit 75'''
 def test_unknown_launcher(launched):
     _, done = launched(NPROC="2", LAUNCHER="horovod")
     assert done.returncode == 2 and done.stderr == "error: LAUNCHER is torchrun or accelerate, not horovod\n"
+
+
+@pytest.fixture
+def slurm(tmp_path, monkeypatch):
+    """sbatch, srun and scontrol of a job on two nodes: they note what they are asked, and srun ends with $SRUN_CODE."""
+    note = f'echo "$(basename "$0") $*" >>{tmp_path}/asked'
+    program(
+        tmp_path / "bin" / "srun",
+        f'{note}; echo "$SRUN_CPUS_PER_TASK $MASTER_ADDR" >{tmp_path}/told; exit "${{SRUN_CODE:-0}}"',
+    )
+    program(tmp_path / "bin" / "scontrol", f'{note}; [ "$1" != show ] || printf "node07\\nnode08\\n"')
+
+    def send(*words: str, cwd: Path = ROOT, **more: str) -> tuple[subprocess.CompletedProcess, str]:
+        environment = {
+            **os.environ,
+            "PATH": f"{tmp_path / 'bin'}:{os.environ['PATH']}",
+            "SLURM_JOB_NODELIST": "node[07-08]",
+            "SLURM_JOB_ID": "12",
+            "SLURM_CPUS_PER_TASK": "96",
+            **more,
+        }
+        copy = tmp_path / "slurm_script"  # sbatch runs a copy
+        copy.write_text((ROOT / "scripts" / "slurm_example.sbatch").read_text())
+        done = subprocess.run(
+            ["bash", copy, *words], cwd=cwd, env=environment, text=True, capture_output=True, timeout=60
+        )
+        return done, (tmp_path / "asked").read_text() if (tmp_path / "asked").exists() else ""
+
+    return send
+
+
+def test_the_example_for_slurm(slurm, tmp_path):
+    """All cores of the node, the first one's address, the program that is asked for, and another turn after 75 alone."""
+    done, asked = slurm("configs/x.yaml", "name=a b")
+    assert done.returncode == 0 and "srun bash scripts/launch.sh scripts.train configs/x.yaml name=a b" in asked
+    assert (tmp_path / "told").read_text() == "96 node07\n" and "requeue" not in asked
+    done, asked = slurm(
+        "x", SRUN_CODE="75", TESSERA_PROGRAM="scripts.evaluate_generator", TESSERA_IN="apptainer exec i.sif"
+    )
+    assert done.returncode == 75 and asked.endswith("scontrol requeue 12\n")
+    assert "srun apptainer exec i.sif bash scripts/launch.sh scripts.evaluate_generator x" in asked
+    done, _ = slurm("x", cwd=tmp_path)
+    assert done.returncode == 2 and done.stderr.startswith("error: send this off from Tessera's folder")
+
+
+def test_threads_are_shared_out_from_the_cores_of_the_job(tmp_path):
+    """A job may use some of a node's cores, of which nproc knows; a number of the user's own stays."""
+    noted = tmp_path / "threads"
+    fake = program(tmp_path / "python", f'echo "$OMP_NUM_THREADS" >{noted}')
+    program(tmp_path / "bin" / "nproc", 'echo "${OMP_NUM_THREADS:-12}"')
+    for given, threads in (("", "6\n"), ("3", "3\n")):
+        environment = {"PATH": f"{tmp_path / 'bin'}:{os.environ['PATH']}", "NPROC": "2", "OMP_NUM_THREADS": given}
+        run("scripts/launch.sh", "scripts/train.py", "x", TESSERA_PYTHON=str(fake), **environment)
+        assert noted.read_text() == threads
