@@ -9,7 +9,7 @@ import pytest
 
 from tests.tools.arena import Program, contents
 from tests.tools.jobs import PROGRAMS, SYSTEMS, Workshop
-from tests.tools.torture import KILL, STOPS, chosen, interrupt, lose_ranks
+from tests.tools.torture import KILL, STOPS, change_ranks, chosen, interrupt, lose_ranks
 
 HERE = {
     "compare",
@@ -37,6 +37,13 @@ def test_interrupted(tmp_path, name, numbers):
 def test_lost_ranks(tmp_path, name):
     runs = Workshop(tmp_path).jobs(name)[0]
     score = lose_ranks(runs, 2, seed=3)
+    assert score.full and score.total == 2, str(score)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["pretokenize", "evaluate_generator"])
+def test_other_ranks(tmp_path, name):
+    score = change_ranks(Workshop(tmp_path).jobs(name)[0], 2, seed=3)
     assert score.full and score.total == 2, str(score)
 
 

@@ -4,6 +4,7 @@
     python -m tests.tools.torture --kills 40          SIGKILL at random moments, and inside saves and evaluations
     python -m tests.tools.torture --stops 20          SIGTERM, SIGINT and SIGUSR1 at random moments
     python -m tests.tools.torture --ranks 4           two ranks, of which one is killed or (trainings) stopped
+    python -m tests.tools.torture --regroup 4         programs killed on one rank go on with two, and the other way round
     python -m tests.tools.torture --mutations 30      checkpoint files truncated, emptied, one bit flipped, deleted
     python -m tests.tools.torture --layouts           ranks, accumulation and loader workers change nothing
     python -m tests.tools.torture rectok sample --kills 10 --stops 10 --seed 1
@@ -249,6 +250,32 @@ def lose_ranks(runs: Runs, count: int, seed: int = 0, say: Say = lambda _: None)
     return score
 
 
+def change_ranks(runs: Runs, count: int, seed: int = 0, say: Say = lambda _: None) -> Score:
+    """Kill a program on one rank and go on with two, and the other way round: the bits of one that was not interrupted."""
+    rng = random.Random(f"{seed} {runs.title}")
+    (reference, seconds), score = runs.reference(), Score(f"{runs.title} other ranks")
+    for number in range(count):
+        name, before = f"regrouped_{number}", number % 2 + 1
+        processes = runs.start_ranks(name, before) if before > 1 else [runs.start(name)]
+        deadline = time.monotonic() + PATIENCE
+        while runs.where(name) not in ("pieces", "work") and processes[0].is_alive() and time.monotonic() < deadline:
+            time.sleep(0.001)
+        time.sleep(rng.uniform(0.0, 0.4 * seconds))
+        where = runs.where(name) if processes[0].is_alive() else "too late"
+        for process in processes:
+            process.kill()
+            process.join()
+        codes = runs.run_ranks(name, 2) if before == 1 else [runs.run(name)]
+        title = f"{before} to {3 - before} ranks, killed in {where}"
+        problems = [f"{codes}: {runs.tail(name)}"] if any(codes) else differences(reference, runs.result(name))
+        score.count(not problems, f"{name}, {title}: {problems[:3]}")
+        score.where[where] += 1
+        say(f"  {runs.title}: {title} {problems[:1]}")
+        if not problems:
+            _forget(runs, name)
+    return score
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Damage
 # ---------------------------------------------------------------------------------------------------------------------
@@ -417,6 +444,8 @@ def run_all(options: argparse.Namespace, folder: Path) -> list[Score]:
                 score(interrupt, runs, options.stops, STOPS)
             if options.ranks and runs.takes_ranks:
                 score(lose_ranks, runs, options.ranks)
+            if options.regroup and runs.takes_ranks and not isinstance(runs, Arena):
+                score(change_ranks, runs, options.regroup)
             if options.mutations is not None and isinstance(runs, Arena):
                 score(survive_mutations, runs, options.mutations or None)
     if options.layouts:
@@ -432,14 +461,16 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--kills", type=int, default=0, metavar="N")
     parser.add_argument("--stops", type=int, default=0, metavar="N")
     parser.add_argument("--ranks", type=int, default=0, metavar="N")
+    parser.add_argument("--regroup", type=int, default=0, metavar="N")
     parser.add_argument("--mutations", type=int, nargs="?", const=0, metavar="N", help="chosen at random; default: all")
     parser.add_argument("--layouts", action="store_true")
     parser.add_argument("--seed", type=int, default=0, help="of the moments and places")
     parser.add_argument("--verbose", action="store_true", help="a line per interruption")
     parser.add_argument("--keep", type=Path, metavar="FOLDER", help="work there, and leave what differed")
     options = parser.parse_args(arguments)
-    if not (options.kills or options.stops or options.ranks or options.mutations is not None or options.layouts):
-        parser.error("nothing to do: give --kills N, --stops N, --ranks N, --mutations or --layouts")
+    counts = (options.kills, options.stops, options.ranks, options.regroup)
+    if not (any(counts) or options.mutations is not None or options.layouts):
+        parser.error("nothing to do: give --kills N, --stops N, --ranks N, --regroup N, --mutations or --layouts")
     if unknown := sorted(set(options.names) - SYSTEMS.keys() - PROGRAMS.keys()):
         parser.error(f"no system or program is called {' or '.join(unknown)}")
     if options.keep and options.keep.exists():
