@@ -215,7 +215,11 @@ class TrainConfig:
 
 @dataclass
 class EvalConfig:
-    num_images: int = setting(0, "pictures per online evaluation; 0: as many as the val split has", low=0)
+    num_images: int = setting(
+        0,
+        "pictures to measure; 0: the val split of a tokenizer, 512 samples while a generator trains, 50,000 by a command",
+        low=0,
+    )
     batch: int = setting(
         0, "pictures per forward pass; 0: as many as a GPU's free memory surely holds, 64 on a CPU", low=0
     )

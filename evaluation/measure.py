@@ -523,6 +523,9 @@ def val_labels(val: DataSource, num_classes: int, names: list[str]) -> list[int]
 # ---------------------------------------------------------------------------------------------------------------------
 # While training
 # ---------------------------------------------------------------------------------------------------------------------
+SAMPLES_ONLINE = 512  # where eval.num_images is 0
+
+
 class Online:
     """What a trainer calls every train.eval_every: the commands' measurements, of config.eval.num_images pictures.
 
@@ -550,12 +553,14 @@ class Online:
                 require_order(train, "they are no reference: give eval.reference=FILE")
             self.how.labels = self._labels()
         if self.settings.num_images == 1:
-            raise UserError("eval.num_images=1: a covariance needs at least 2 pictures. 0 takes the whole val split.")
+            raise UserError(
+                "eval.num_images=1: a covariance needs at least 2 pictures. 0 leaves the number to the program."
+            )
 
     def _labels(self) -> Tensor:
         kind = self.settings.labels or self.how.protocol.labels
         val = val_labels(self.val, self.train.num_classes, self.train.class_names) if kind == "val" else None
-        count = self.settings.num_images or 512
+        count = self.settings.num_images or SAMPLES_ONLINE
         return protocols.make_labels(kind, count, self.train.num_classes, self.config.seed, val)
 
     def _reference_file(self) -> Path | None:

@@ -549,11 +549,25 @@ def write_page(
         report.add_table(name, headers, rows)
     if result.left_out:
         report.add_table("Left out", ["metric", "why"], [[k, v] for k, v in result.left_out.items()])
-    flat = {k: v for k, v in context.items() if not isinstance(v, (dict, list))}
-    report.add_table("Measured with", ["", ""], [[k, str(v)] for k, v in flat.items()])
+    report.add_table("Measured with", ["", ""], _flat({k: v for k, v in context.items() if k not in NOT_ON_PAGE}))
     path = Path(folder) / "report.html"
     report.write(path)
     return path
+
+
+# Of a record's context: said elsewhere on the page, or in metrics.json alone.
+NOT_ON_PAGE = ("job", "protocol_settings", "scores", "left_out")
+
+
+def _flat(values: dict[str, Any], before: str = "") -> list[list[str]]:
+    """(name, value) of everything but long lists; what is in a dictionary as "sample.scale"."""
+    rows: list[list[str]] = []
+    for name, value in values.items():
+        if isinstance(value, dict):
+            rows += _flat(value, f"{before}{name}.")
+        elif not isinstance(value, list) or len(value) <= 8:
+            rows.append([before + name, f"{value:.4g}" if isinstance(value, float) else str(value)])
+    return rows
 
 
 def _finite(value: Any) -> Any:

@@ -128,6 +128,7 @@ class Measurement(ABC):
     def write(self, result: Result, folder: Path, unfinished: Path) -> None:
         """Print and write what was found, on the main rank."""
         protocol, net, reference = self.how.protocol, self.how.feature_net, self.how.reference
+        made_in = {"pictures": self.job["precision"]} if "precision" in self.job else {}
         context = {
             **self.job,
             **self.context,
@@ -136,7 +137,7 @@ class Measurement(ABC):
             "preprocess": net.facts()["preprocess"],
             "inception_sha256": net.weights_sha256,
             "protocol_settings": asdict(protocol),
-            "precision": report.precision_of(self.how.world.device, protocol.dtype),
+            "precision": made_in | report.precision_of(self.how.world.device, protocol.dtype),
         }
         if reference is not None:
             context |= {

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import numpy as np
@@ -41,7 +42,13 @@ def test_generator_command(generator_run, tmp_path, small_net, capsys):
     assert (
         context["rounding"] == "nearest"
         and context["precision"]["tf32"] is False
+        and context["precision"]["pictures"] == context["job"]["precision"] == "fp32"
         and context["seconds"]["features"] >= 0
+    )
+    page = re.sub(r"<[^>]+>", " ", (tmp_path / "a" / "report.html").read_text())
+    assert all(
+        re.search(rf"{name}\s+{value}\s", page)
+        for name, value in (("sample.scale", 1.5), ("precision.pictures", "fp32"))
     )
     assert context["left_out"]["precision"] and context["label_counts"]["most_per_class"] == 5
     assert sorted(p.name for p in (tmp_path / "a").iterdir()) == [
