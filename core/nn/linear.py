@@ -46,9 +46,14 @@ def by_onednn(x: Tensor, weight: Tensor) -> bool:
     )
 
 
-@functools.lru_cache(None)
+@torch.compiler.assume_constant_result  # a compiler must not look into it: it would compile around the product
 def prefers_onednn() -> bool:
     """Whether this is one of the processors on which it is faster."""
+    return _prefers_onednn()
+
+
+@functools.lru_cache(None)
+def _prefers_onednn() -> bool:
     if torch.backends.cpu.get_cpu_capability() != "AVX512" or not torch.backends.mkldnn.is_available():
         return False
     try:
@@ -95,7 +100,7 @@ def _backward(ctx, gradient: Tensor):
     of_x, of_weight, of_bias = ctx.needs_input_grad
     rows = gradient.flatten(0, -2)  # (M, N)
     return (
-        linear(gradient, weight.t()) if of_x else None,
+        torch.ops.tessera.linear(gradient, weight.t(), None) if of_x else None,
         rows.t() @ x.flatten(0, -2) if of_weight else None,  # MKL is the faster one here
         rows.sum(0) if of_bias else None,
     )

@@ -16,7 +16,7 @@ def preferred(monkeypatch):
     """oneDNN makes every product of three dimensions; the list of those that it made."""
     made = []
     product = module._product
-    monkeypatch.setattr(module, "prefers_onednn", lambda: True)
+    monkeypatch.setattr(module, "_prefers_onednn", lambda: True)
     monkeypatch.setattr(module, "TOKENS", 1), monkeypatch.setattr(module, "WEIGHTS", 1)
     monkeypatch.setattr(module, "_product", lambda x, *others: (made.append(x.shape), product(x, *others))[1])
     return made
@@ -54,9 +54,15 @@ def test_a_compiled_layer_gives_the_same(preferred):
     wanted = layer(x)
     wanted.sum().backward()
     gradient, x.grad = x.grad, None
-    result = torch.compile(layer, backend="aot_eager", fullgraph=True)(x)
+    result = torch.compile(layer, fullgraph=True)(x)
     result.sum().backward()
     torch.testing.assert_close((result, x.grad), (wanted, gradient), rtol=1e-5, atol=1e-5)
+
+
+def test_the_question_for_the_processor_breaks_no_graph(monkeypatch):
+    monkeypatch.setattr(module, "TOKENS", 1), monkeypatch.setattr(module, "WEIGHTS", 1)
+    layer, x = Linear(24, 16), numbers(2, 5, 24)
+    torch.testing.assert_close(torch.compile(layer, backend="eager", fullgraph=True)(x), layer(x))
 
 
 def test_the_choice_does_not_depend_on_the_batch(monkeypatch):
