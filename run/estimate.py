@@ -15,6 +15,11 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch._subclasses.fake_tensor import (
+    DataDependentOutputException,
+    DynamicOutputShapeException,
+    UnsupportedFakeTensorException,
+)
 
 from core import promises
 from core.devices import rehearsal
@@ -127,9 +132,13 @@ class Plan:
         ]
 
     def _require_round_trip(self) -> None:
-        """UserError where the tokenizer's methods do not go together: a training meets most of them late, in a preview."""
+        """UserError where the tokenizer's methods do not go together: a training meets most of them late, in a preview.
+        What depends on values (D-AR's decoder asks for its times) is looked at as far as sizes lead."""
         size, training = self.tokenizer.image_size, self.tokenizer.training
-        with self.rehearsal.mode, rehearsal(), torch.no_grad():
+        values_decide = contextlib.suppress(
+            DataDependentOutputException, DynamicOutputShapeException, UnsupportedFakeTensorException
+        )
+        with values_decide, self.rehearsal.mode, rehearsal(), torch.no_grad():
             promises.round_trip(self.tokenizer.eval(), torch.zeros(1, 3, size, size))
         self.tokenizer.train(training)
 

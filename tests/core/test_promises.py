@@ -117,6 +117,11 @@ class OfTheBatch(Good):
         return super().posterior_moments(images - images.mean(0))
 
 
+class AskingValues(Good):
+    def paint(self, z):
+        return super().paint(z * (1 if z.mean().item() > 0 else 2)) if not self.training else super().paint(z)
+
+
 class Two(Good):
     def forward(self, images):
         raise NotImplementedError
@@ -197,8 +202,9 @@ def test_check_sends_a_picture_of_nothing_through_every_method(name, says, tmp_p
         check(config(tmp_path, name))
 
 
-def test_check_accepts_what_keeps_them(tmp_path):
-    assert "all that training needs is here" in check(config(tmp_path, "Good"))
+@pytest.mark.parametrize("name", ["Good", "AskingValues"])
+def test_check_accepts_what_keeps_them(name, tmp_path):
+    assert "all that training needs is here" in check(config(tmp_path, name))
 
 
 class Draw(Generator):
