@@ -23,6 +23,7 @@ def run(request: dict, files: list[int]) -> None:
     for number, name in enumerate(("stdin", "stdout", "stderr")):
         stream = open(number, "w" if number else "r", 1 if number == 2 else -1, closefd=False)  # noqa: SIM115
         setattr(sys, name, stream)
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     os.environ.clear()
     os.environ.update(request["environment"])
     os.chdir(request["folder"])
@@ -60,6 +61,7 @@ def main(project: str, place: str) -> None:
 
     assert train.__file__.startswith(project), train.__file__
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal's Ctrl-C is for the programs, which need their answers
     listener = socket.socket(socket.AF_UNIX)
     listener.bind(place)
     listener.listen()
