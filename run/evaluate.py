@@ -38,7 +38,7 @@ from evaluation.pairs import paired
 from evaluation.pictures import Pictures, first_pictures, open_any
 from evaluation.protocols import Protocol
 from evaluation.references import Statistics
-from run.load import lay_out_tokenizer, load_config, read_tokenizer
+from run.load import IMAGENET_CLASSES, lay_out_tokenizer, load_config, read_tokenizer
 from run.measurement import (
     NO_CLASSES,
     PICTURES_ARE_THERE,
@@ -229,8 +229,10 @@ def reference_for(
     size = references.side_of(pictures)
     path = references.choose_reference(settings.reference, protocol, net, size, "reconstruction", False)
     known = references.KNOWN.get(path.name) if path else None
-    if path and not settings.reference and known and known.count != len(pictures):
-        path = None  # the protocol's file is about the whole validation set; this is a part of it or another set
+    classes = 1 if pictures.source is None else pictures.source.num_classes  # 1: they have none
+    imagenet = known is not None and known.count == len(pictures) and classes in (1, IMAGENET_CLASSES)
+    if path and not settings.reference and known and not imagenet:
+        path = None  # the protocol's file is about ImageNet's validation set; this is a part of it or another set
     if path is None:
         return "originals", None
     rounding = protocol.original_rounding

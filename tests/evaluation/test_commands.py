@@ -12,13 +12,15 @@ import torch
 from PIL import Image
 
 from core.errors import UserError
+from core.schema import EvalConfig
 from data.sources import SyntheticSource
-from evaluation import measure, networks, references
+from evaluation import measure, networks, protocols, references
 from evaluation.distances import Moments
+from evaluation.pictures import SourcePictures
 from run import evaluate as evaluation
 from run.load import Loaded
 from scripts import evaluate, evaluate_generator, make_reference
-from tests.evaluation.conftest import OneCode, SmallInception, metrics
+from tests.evaluation.conftest import ONE, OneCode, SmallInception, metrics
 
 
 def save_folder(folder, images: np.ndarray) -> None:
@@ -231,6 +233,26 @@ def test_samples_sorted_by_class_are_told(tmp_path, small_net):
         assert evaluate_generator.main(words) == 0
         entries = json.loads((tmp_path / name / "metrics.json").read_text())["context"]["scores"]
         assert ("sorted by label" in entries["is_5040"].get("note", "")) == expected
+
+
+def test_a_reference_of_a_protocol_is_about_imagenet(monkeypatch):
+    """CIFAR-10's training pictures are 50,000 too."""
+    file = "val_fid_statistics_file_256.npz"
+    monkeypatch.setattr(references, "find_reference", lambda name: Path("stats") / name)
+    monkeypatch.setattr(
+        references, "load_reference", lambda path, *_: references.Statistics({}, references.Facts(), path.name)
+    )
+    settings, protocol = EvalConfig(), protocols.get("rectok", "reconstruction")
+    for count, classes, expected in (
+        (50_000, 1000, f"stats/{file}"),
+        (50_000, 1, f"stats/{file}"),
+        (50_000, 10, "originals"),
+        (5_000, 1000, "originals"),
+    ):
+        pictures = SourcePictures(SyntheticSource(size=8, count=count, classes=classes), 256)
+        assert evaluation.reference_for(settings, protocol, SmallInception(), pictures, ONE)[0] == expected
+    asked = EvalConfig(reference=file)
+    assert evaluation.reference_for(asked, protocol, SmallInception(), pictures, ONE)[0] == f"stats/{file}"
 
 
 def test_two_folders(tmp_path, small_net):
