@@ -269,7 +269,15 @@ def program() -> dict[str, str]:
     packages = [file.parent for file in ROOT.glob("*/__init__.py") if file.parent.name != "tests"]
     for file in sorted(file for package in packages for file in package.rglob("*.py")):
         code.update(file.relative_to(ROOT).as_posix().encode() + b"\0" + file.read_bytes())
-    return {"the code": code.hexdigest()[:12], **{name: metadata.version(name) for name in PACKAGES}}
+    return {"the code": code.hexdigest()[:12], **{name: str(version_of(name)) for name in PACKAGES}}
+
+
+def version_of(package: str) -> str | None:
+    """Of an installed one; None where it does not tell."""
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
 
 
 def _several_ranks() -> bool:

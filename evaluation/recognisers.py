@@ -15,13 +15,13 @@ from __future__ import annotations
 import contextlib
 import importlib.util
 import io
-from importlib.metadata import version
 from pathlib import Path
 from typing import TypeVar
 
 import numpy as np
 import torch
 
+from core.dist import version_of
 from core.errors import UserError, brief
 from evaluation.instances import Box, Face, FaceNet, Picture, Recogniser, TextReader, bounds
 
@@ -38,7 +38,7 @@ class DocTR(TextReader):
     def __init__(self, device: torch.device, pretrained: bool = True):
         from doctr.models import detection_predictor, recognition_predictor
 
-        self.name = f"PARSeq of docTR {version('python-doctr')}"
+        self.name = f"PARSeq of docTR {version_of('python-doctr')}"
         self.detector = detection_predictor("db_resnet50", pretrained=pretrained, pretrained_backbone=False).to(device)
         self.reader = recognition_predictor("parseq", pretrained=pretrained, pretrained_backbone=False).to(device)
 
@@ -62,7 +62,7 @@ class PPOCR(TextReader):
     def __init__(self, device: torch.device):
         from rapidocr import RapidOCR
 
-        self.name = f"PP-OCR of RapidOCR {version('rapidocr')}"
+        self.name = f"PP-OCR of RapidOCR {version_of('rapidocr')}"
         self.engine = RapidOCR(params={"Global.log_level": "error"})
 
     def find(self, picture: Picture) -> list[Box]:
@@ -85,7 +85,7 @@ class InsightFace(FaceNet):
     def __init__(self, device: torch.device):
         from insightface.app import FaceAnalysis
 
-        self.name = f"ArcFace ({self.models}) of InsightFace {version('insightface')}"
+        self.name = f"ArcFace ({self.models}) of InsightFace {version_of('insightface')}"
         models = Path("~/.insightface/models").expanduser()
         nested = f"{self.models}/{self.models}"  # as its archive unpacks
         name = nested if (models / nested).is_dir() else self.models

@@ -28,7 +28,6 @@ import subprocess
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from html import escape
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +35,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from core.dist import version_of
 from core.files import ROOT, explain_os_errors, write_atomic
 from evaluation.measure import Result
 from evaluation.protocols import meaning_of
@@ -420,13 +420,6 @@ def cpu_name() -> str:
     return platform.processor() or platform.machine()
 
 
-def _version(package: str) -> str | None:
-    try:
-        return metadata.version(package)
-    except metadata.PackageNotFoundError:
-        return None
-
-
 def _commit() -> str | None:
     """Commit of this checkout, "-dirty" when tracked files differ from it; None outside git."""
     command = ["git", "-C", str(ROOT), "describe", "--always", "--dirty", "--abbrev=12"]
@@ -440,7 +433,7 @@ def _commit() -> str | None:
 def environment() -> dict[str, str]:
     """Name -> value, in the order worth reading. Takes milliseconds and reaches no network."""
     result = {"commit": _commit(), "python": platform.python_version()}
-    result |= {package: _version(package) for package in _PACKAGES}
+    result |= {package: version_of(package) for package in _PACKAGES}
     result["platform"] = f"{platform.system()} {platform.release()} {platform.machine()}"
     result["cpu"] = f"{cpu_name()}, {os.cpu_count()} cores"
     result["torch threads"] = str(torch.get_num_threads())

@@ -40,3 +40,9 @@ def test_machines_with_other_code_are_refused(monkeypatch):
     assert in_processes(2, _met) == [0, 0]
     monkeypatch.setattr(dist, "program", lambda: {"the code": os.environ["RANK"]})
     assert in_processes(2, _met) == [1, 1]
+
+
+def test_a_package_that_tells_no_version_stops_nobody(monkeypatch):
+    """Some containers' torch was built in place and has no metadata."""
+    monkeypatch.setattr(dist, "PACKAGES", ("torch", "no-such-package"))
+    assert dist.program()["no-such-package"] == "None" and dist.program()["torch"] != "None"

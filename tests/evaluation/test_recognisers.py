@@ -83,7 +83,6 @@ def test_doctr_gives_boxes_in_pixels(monkeypatch):
 
     package(monkeypatch, "doctr")
     package(monkeypatch, "doctr.models", detection_predictor=detector, recognition_predictor=reader)
-    monkeypatch.setattr(recognisers, "version", lambda name: "9")
     it = DocTR(CPU)
     assert asked == [("db_resnet50", True), ("parseq", True)]
     assert it.find(np.zeros((40, 80, 3), np.uint8)) == [(20, 20, 60, 40)]
@@ -120,7 +119,6 @@ def test_insightface_is_given_blue_first_and_finds_a_nested_folder(monkeypatch, 
     package(monkeypatch, "insightface")
     package(monkeypatch, "insightface.app", FaceAnalysis=App)
     package(monkeypatch, "insightface.app.common", Face=Known)
-    monkeypatch.setattr(recognisers, "version", lambda name: "9")
     monkeypatch.setenv("HOME", str(tmp_path))
     it = InsightFace(CPU)
     assert seen["name"] == "antelopev2" and seen["device"] == -1 and not capsys.readouterr().out
