@@ -79,7 +79,7 @@ class GeneratorTask:
 
     def latents(self, labels: Tensor, draws: Draws, network: Any = None, **more: Any) -> Tensor:
         """Of the classes `labels`, by the task's own generator or by `network`; `more` goes to its `sample`."""
-        network = network or self.generator
+        network = self.generator if network is None else network
         latents = draw_latents(network, labels, draws, self.guidance, **self.sample_options, **more)
         latents_as_promised(network, self.tokenizer.spec, latents, "sample")
         return latents

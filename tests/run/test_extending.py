@@ -110,3 +110,15 @@ def test_every_place_that_the_page_names_is_there():
     names = {"PIXEL_LOSSES", "FEATURE_DISTANCES", "GAN_LOSSES", "JUDGEMENT_LOSSES"}
     assert names <= set(vars(__import__("tokenizer.losses.objective", fromlist=["x"])))
     assert all(isinstance(registry, Registry) for registry in REGISTRIES.values())
+
+
+@pytest.mark.parametrize("optimiser", [torch.optim.SGD, torch.optim.Adam, torch.optim.Adagrad])
+def test_the_optimisers_that_the_page_names_heed_the_guard(optimiser):
+    """A step that is to be skipped changes nothing, any other one moves the weights."""
+    for skipped in (0.0, 1.0):
+        weight = torch.nn.Parameter(torch.ones(3))
+        made = optimiser([weight], lr=0.1, fused=True)
+        weight.grad = torch.ones(3)
+        made.grad_scale, made.found_inf = torch.tensor(2.0), torch.tensor(skipped)
+        made.step()
+        assert bool((weight == 1).all()) == bool(skipped)
