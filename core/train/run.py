@@ -108,7 +108,7 @@ class RunFolder:
         self.config, self.path, self.is_main = config, config.run_dir, is_main
         self.metrics_path = self.path / "metrics.jsonl"
         self.saved = self.path / "config.yaml"
-        self._lock = Lock(self.path)
+        self._lock, self._is_open = Lock(self.path), False
         if self.saved.is_file() and any(self.path.glob("checkpoints/step_*")):
             import yaml
 
@@ -136,6 +136,7 @@ class RunFolder:
             self._lock.take()
             with explain_os_errors(self.path):
                 write_atomic(self.saved, to_yaml(self.config))
+                self._is_open = True
                 self._append("command.txt", shlex.join(sys.argv))
                 write_json(self.path / "environment.json", environment)
 
@@ -164,7 +165,7 @@ class RunFolder:
 
     def require_there(self) -> None:
         """UserError where the folder is gone: to be asked before something is written that would make it anew."""
-        if self.is_main and not self.saved.exists():
+        if self._is_open and not self.saved.exists():
             raise UserError(
                 f"{self.path} was moved or deleted while this run was at work in it. Put it back, or go on where it lies now "
                 "with work_dir= and name=."
