@@ -306,7 +306,7 @@ def parse_section(path: str, table: Any, schema: type) -> Any:
 # ---------------------------------------------------------------------------------------------------------------------
 # Loading and dumping
 # ---------------------------------------------------------------------------------------------------------------------
-def _read_yaml(path: Path, seen: tuple[Path, ...] = ()) -> Any:
+def _read_yaml(path: Path, registries: Mapping[str, Registry] | None = None, seen: tuple[Path, ...] = ()) -> Any:
     from omegaconf import OmegaConf
 
     if not os.path.isfile(path):  # Path.is_file raises for names that no file can have
@@ -328,7 +328,9 @@ def _read_yaml(path: Path, seen: tuple[Path, ...] = ()) -> Any:
         return config
     if not isinstance(base, str):
         raise UserError(f"{path}: base should name another YAML file, not {base}.")
-    return OmegaConf.merge(_read_yaml(path.parent / base, (*seen, path.resolve())), config)
+    inherited = _read_yaml(path.parent / base, registries, (*seen, path.resolve()))
+    _forget_arguments(inherited, config, registries or {})
+    return OmegaConf.merge(inherited, config)
 
 
 _OCTAL = re.compile(r"[-+]?0[0-7_]+")
@@ -380,7 +382,7 @@ def load(path: str | Path, overrides: list[str], registries: Mapping[str, Regist
         overrides: "train.global_batch=256" and the like.
         registries: what component sections may name, by section kind.
     """
-    config = override(lambda: _read_yaml(Path(path)), overrides, registries, source=str(path))
+    config = override(lambda: _read_yaml(Path(path), registries), overrides, registries, source=str(path))
     _refuse([*schedule_problems(config.train, overrides)], str(path))
     return config
 
@@ -430,7 +432,7 @@ def override(
 
 
 def _forget_arguments(base: Any, changes: Any, registries: Mapping[str, Registry]) -> None:
-    """Where overrides name another class for a section, arguments in `base` that are the former class's alone go."""
+    """Where overrides, or a YAML above its base, name another class for a section, arguments in `base` that are the former class's alone go."""
     for kind, registry in registries.items():
         former, new = (
             section[kind].get("name") if isinstance(section.get(kind), Mapping) else None for section in (base, changes)

@@ -409,6 +409,11 @@ def build_teachers(
 ) -> dict[str, nn.Module]:
     """Teachers on the tokenizer's grid, whose settings are told how wide the teachers' features are."""
     defaults = TOKENIZERS.signature(tokenizer_settings["name"])
+    if config.teachers and "semantic" not in defaults:
+        raise UserError(
+            f'teachers: the tokenizer "{tokenizer_settings["name"]}" predicts no features of a teacher (its constructor has no '
+            "`semantic`): leave out the teachers, or set teachers: null over a base that has some."
+        )
     image_size, patch = (
         tokenizer_settings.get(key, defaults[key].default if key in defaults else None)
         for key in ("image_size", "patch_size")

@@ -18,7 +18,7 @@ from core.errors import UserError
 from core.registry import Registry
 from core.schema import Duration
 from run.check import schedule_notes
-from run.load import REGISTRIES, load_config
+from run.load import REGISTRIES, build_teachers, load_config
 from run.weights import constructor_arguments
 from scripts import sample, train
 from tests.conftest import ROOT, TOY_GENERATOR, TOY_TOKENIZER
@@ -477,3 +477,15 @@ def test_schedules_of_a_trial_stay(tmp_path):
 def test_overrides_that_are_no_text():
     with pytest.raises(UserError, match="no YAML after the equals sign: it holds bytes that are not UTF-8"):
         read_overrides(["train.seed=\udcff"])
+
+
+def test_a_yaml_that_names_another_class_leaves_the_arguments_of_its_bases(tmp_path):
+    """As an override does; what both classes have is kept, and a teacher that nothing listens to is told."""
+    swapped = tmp_path / "swapped.yaml"
+    base = ROOT / "configs" / "quickstart" / "rectok" / "tokenizer.yaml"
+    swapped.write_text(f"base: {base}\nname: swapped\ntokenizer: {{name: fsq}}\n")
+    config = load_config(str(swapped), [])
+    assert config.tokenizer["name"] == "fsq" and config.tokenizer["image_size"] == 64
+    assert "gamma" not in config.tokenizer and config.objective["weights"]["reconstruction"] == 10
+    with pytest.raises(UserError, match='the tokenizer "fsq" predicts no features of a teacher'):
+        build_teachers(config, dict(config.tokenizer))
