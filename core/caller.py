@@ -31,6 +31,7 @@ READ = {
     "data",
     "from",
     "markdown",
+    "texts",
 }
 READ |= {"tokenizer-config", "guide-config", "val_url", "pictures", "moments", "init_from", "reference", "latent_stats"}
 WRITTEN = {"out", "npz", "work_dir", "cache_dir"}

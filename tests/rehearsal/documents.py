@@ -98,7 +98,8 @@ RULES = [
     Rule(
         r"python -m tests\.tools\.torture", "--help", "kills for minutes; tests/core/train/test_resume.py runs it small"
     ),
-    Rule(r"python -m (pytest|tests\.(parity|rehearsal))", "--help", "tests themselves"),
+    Rule(r"python -m tests\.(parity|rehearsal)", "--help", "tests themselves"),
+    Rule(r"python -m pytest", "--version", "tests/run/test_extending.py adds what it names"),
     Rule(r"accelerate launch", "", "tests/scripts/test_launched_ranks.py"),
 ]
 

@@ -45,7 +45,7 @@ def furnish(house: House) -> None:
     rows = re.split(r"(?m)^(?=\[)", table.read_text())
     for i, row in enumerate(rows):
         for beginning, word in WORDS.items():
-            if f'file = "{beginning}' in row and "tokenizer" not in row:
+            if f'file = "{beginning}' in row and "-tokenizer" not in row.partition("\n")[0]:
                 stated = re.search(r"settings = \[(.*)\]", row)
                 rows[i] = (
                     row.replace(stated[0], f'settings = [{stated[1]}, "{word}"]')

@@ -167,7 +167,7 @@ def test_what_a_list_says_is_right(fqgan, tokenizer_run, folder, recognising, tm
 
 
 def test_without_recognisers_they_are_named(fqgan, tokenizer_run, folder, tmp_path, monkeypatch):
-    monkeypatch.setattr(recognisers.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(recognisers, "installed", lambda kinds: [])
     out = tmp_path / "out"
     words = [str(fqgan), str(tokenizer_run), "--data", str(folder), *QUICK, "--num", "8", "--out", str(out)]
     assert compare.main(words) == 0
