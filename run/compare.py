@@ -140,7 +140,7 @@ def prepare(options: argparse.Namespace, overrides: list[str]) -> str:
             check_samples(each, settings, existing=False)
     if options.probe:
         open_sources(options.probe)
-    instances.check(options)
+    instances.check(options, kind)
     return kind
 
 

@@ -7,6 +7,7 @@ killed comparison chunk by chunk, and not measured again as long as the same thi
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
@@ -77,11 +78,20 @@ class Instances:
 
     def values(self, kind: str, of_originals: bool = False) -> dict[str, Values]:
         """metric -> of each instance; {} where nothing was found."""
-        rows = self.rows.get(kind, [])
-        if not rows or (of_originals and kind == "faces"):
-            return {}
-        metrics = text_metrics(rows, self.side, of_originals) if kind == "text" else face_metrics(rows, self.side)
-        return {name + self.suffixes[kind]: of for name, of in metrics.items()}
+        return self._all_values[kind, of_originals]
+
+    @functools.cached_property
+    def _all_values(self) -> dict[tuple[str, bool], dict[str, Values]]:
+        texts, faces = (self.rows.get(kind, []) for kind in KINDS)
+        found = {
+            ("text", False): text_metrics(texts, self.side) if texts else {},
+            ("text", True): text_metrics(texts, self.side, of_originals=True) if texts else {},
+            ("faces", False): face_metrics(faces, self.side) if faces else {},
+            ("faces", True): {},
+        }
+        return {
+            key: {name + self.suffixes[key[0]]: of for name, of in metrics.items()} for key, metrics in found.items()
+        }
 
     def scores(self) -> dict[str, dict[str, Any]]:
         """As a metrics.json has scores: all, and by size."""
@@ -98,11 +108,13 @@ class Instances:
 # ---------------------------------------------------------------------------------------------------------------------
 # Measuring
 # ---------------------------------------------------------------------------------------------------------------------
-def check(options: argparse.Namespace) -> None:
-    """Find mistakes in what was asked for."""
+def check(options: argparse.Namespace, kind: str) -> None:
+    """Find mistakes in what was asked for of tokenizers or generators."""
     if options.text_and_faces < 0:
         raise UserError(f"--text-and-faces {options.text_and_faces}: a number of pictures, or 0 for none.")
     if options.texts is not None:
+        if kind == "generator":
+            raise UserError(f"--texts {options.texts}: nobody has listed what samples say; it is for tokenizers.")
         listed_texts(expanded(options.texts))
         if options.data and options.data.endswith(".npz"):
             raise UserError(f"--texts {options.texts}: pictures of an .npz have no names to look up in a list.")
@@ -154,7 +166,21 @@ def measure(
         work.forget()
     elif world.is_main:
         forget_left(unfinished)
-    return (read(path, measurement.image_size) if world.is_main else None), left_out
+    if not world.is_main:
+        return None, left_out
+    found = read(path, measurement.image_size)
+    return found, left_out | {NAMES[kind]: why for kind, why in nothing_of(found, options).items()}
+
+
+def nothing_of(found: Instances, options: argparse.Namespace) -> dict[str, str]:
+    """Why there is none of a kind that was looked for."""
+    why = {kind: f"none was found in the first {found.count:,} pictures" for kind in found.rows if not found.rows[kind]}
+    if "text" in why and found.is_listed:
+        example = next(iter(listed_texts(expanded(options.texts))))
+        why["text"] = (
+            f"no text of {options.texts} is whole in the first {found.count:,} pictures; a file in it is {example}"
+        )
+    return why
 
 
 def job_of(
@@ -318,7 +344,7 @@ def picture(found: Found, measurements: list[Reconstructions], kind: str, chosen
 
 def show(report: Report, found: Found, measurements: list[Reconstructions]) -> None:
     """Numbers, and the instances that the tokenizers disagree most on, where all were looked at alike."""
-    if not found:
+    if not any(of.rows[kind] for of in found.values() for kind in of.rows):
         return
     report.add_table("Texts and faces", *table(found)).add_text("", about(found))
     first = next(iter(found.values()))

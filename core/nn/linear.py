@@ -1,7 +1,7 @@
 """Linear layers whose products are made by the faster library.
 
 PyTorch leaves fp32 products on a CPU to MKL. On AMD's processors with AVX-512 oneDNN, which comes with PyTorch and makes its
-convolutions, is 1.1 to 1.25 times as fast (docs/benchmarks.md), but for small products and for the gradient of the
+convolutions, is 1.08 to 1.17 times as fast (docs/benchmarks.md), but for small products and for the gradient of the
 weights. Both are fp32 throughout; they differ in the last bits, as MKL does from processor to processor.
 """
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -195,6 +196,19 @@ def test_ranks_agree_on_a_recogniser():
 
     for good, (none, why) in in_threads(2, work):
         assert good[0].name == "toy reader" and none is None and why
+
+
+def test_a_list_of_other_pictures_is_told(fqgan, tokenizer_run, generator_run, folder, recognising, tmp_path):
+    listed = tmp_path / "t.jsonl"
+    listed.write_text('{"file": "elsewhere.png", "texts": [{"box": [0, 0, 2, 2], "says": "ok"}]}')
+    out = tmp_path / "out"
+    words = [str(fqgan), str(tokenizer_run), "--data", str(folder), *QUICK, "--num", "8", "--out", str(out)]
+    assert compare.main([*words, "--texts", str(listed)]) == 0
+    left_out = json.loads((out / "metrics.json").read_text())["context"]["left_out"]
+    assert "is whole in the first 8 pictures; a file in it is elsewhere.png" in left_out["T-ACC, T-NED (TokBench)"]
+    other = shutil.copytree(generator_run, tmp_path / "other", symlinks=True)
+    with pytest.raises(UserError, match="for tokenizers"):
+        compare.main([str(generator_run), str(other), "--texts", str(listed), "--check"])
 
 
 @pytest.mark.parametrize(

@@ -5,6 +5,8 @@ Shape letters: B batch, N tokens of the grid (h w, row by row), C channels.
 
 from __future__ import annotations
 
+from abc import abstractmethod
+
 import torch
 from torch import Tensor
 
@@ -74,13 +76,13 @@ class GaussianTokenizer(ContinuousTokenizer):
     Subclasses have `posterior_moments` and `paint`, and in `forward` draw `Posterior(moments).sample(draws.normal(...))`.
     """
 
+    @abstractmethod
     def posterior_moments(self, images: Tensor) -> Tensor:
         """(B, 3, H, W) in [-1, 1] -> means, then log variances of the tokens, (B, N, 2C)."""
-        raise NotImplementedError
 
+    @abstractmethod
     def paint(self, z: Tensor) -> Tensor:
         """Vectors of the tokens (B, N, C), not normalised -> images (B, 3, H, W) in [-1, 1]."""
-        raise NotImplementedError
 
     def precompute(self, images: Tensor) -> Tensor:
         """Moments of the posterior, (B, N, 2C)."""
